@@ -86,9 +86,6 @@ def with_attention(
 
     auto takes flash_attention_2 where it is installed and the GPU has its kernels, else transformers' choice (sdpa
     where the model has it), and eager in place of either where it does not compute a soft-cap or sinks.
-
-    Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute, and
-    if flash_attention_2 has no kernels for the GPU or dtype.
     """
 
     def attempt(choice: str | None) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,10 +53,7 @@ class Compute:
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
-
-    Raises UserError: torch cannot use the machine's GPU.
-    """
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
     check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
@@ -157,7 +154,7 @@ def put_adapters(
     new tokens, whose rows `extend_vocabulary` has made.
     """
     settings = recipe.adapter
-    if settings.kind == "none" or settings.kind == "full":
+    if settings.kind in ("none", "full"):
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
     if adapter is None and directory is not None:
@@ -268,7 +265,7 @@ def write_adapter(
     shipped: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
+    """Write the adapter of a run in PEFT's format, with its base.
 
     If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
     """
@@ -296,20 +293,12 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
 
 
 def _warn_of_other_base(recipe: Recipe, directory: Path) -> None:
-    """Tell if qdora trained the adapter in `directory` on another base, or on one that was compressed otherwise."""
     now = {"name_or_path": recipe.model.source, "revision": recipe.model.revision, "quant": _quantization(recipe)}
     before = describe_adapter(directory).base or {}
     if all(before.get(key) in (None, value) for key, value in now.items() if value is not None):
         return
     text = "adapter.resume_from: the adapter in %s was trained on %s, and this run puts it on %s. It may not fit."
-    logger.warning(text, directory, _base_in_words(before), _base_in_words(now))
-
-
-def _base_in_words(record: Mapping[str, Any]) -> str:
-    """'org/name (quant nf4, block_size 64, double_quant True)'."""
-    name, revision, quant = (record.get(key) for key in ("name_or_path", "revision", "quant"))
-    form = ", ".join(f"{key} {value}" for key, value in quant.items()) if isinstance(quant, dict) else f"quant {quant}"
-    return f"{name or 'a base without a name'}{f' at {revision}' if revision else ''} ({form})"
+    logger.warning(text, directory, before, now)
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
@@ -356,7 +345,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
     here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere.
 
     In a masked layer only weights that were not pruned count. One weight of the source is read at a time. Returns path
-    -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error. Raises UserError if the source is quantised.
+    -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error.
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
     stored = tensors_of_source(source, empty)

@@ -86,7 +86,6 @@ def shard_files(directory: Path) -> list[Path]:
     """The safetensors files of the model in `directory`. model.safetensors wins over an index, as in transformers.
 
     An index may only name plain files in the directory, since it comes with the download and must not point elsewhere.
-    Raises UserError if there are no weights, or with all faults of the index.
     """
     single = directory / "model.safetensors"
     if single.is_file():
@@ -126,7 +125,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor; only headers are read. Raises UserError for unreadable shards or a key in two."""
+    """Checkpoint key -> tensor; only headers are read."""
     stored: dict[str, StoredTensor] = {}
     faults = []
     for file in shard_files(directory):
@@ -187,8 +186,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     """The stored tensors that the model needs, in the model's order; `stored` has model names.
 
     If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
-    and `model.config.tie_word_embeddings` becomes False. Raises UserError with all tensors that are missing or
-    unexpected or have a wrong shape.
+    and `model.config.tie_word_embeddings` becomes False.
     """
     expected: dict[str, Tensor] = model.state_dict()
     redundant, tied = _settle_tied_weights(stored, model), tied_weights(model)
@@ -266,10 +264,7 @@ _E8M0_NAN = 255
 
 
 def stored_kind(settings: object) -> str | None:
-    """nf4, fp4, int8 or mxfp4 from config.quantization_config; None for full precision.
-
-    Raises UserError if the checkpoint was quantised in another way.
-    """
+    """nf4, fp4, int8 or mxfp4 from config.quantization_config; None for full precision."""
     if settings is None:
         return None
     table: Mapping[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()  # type: ignore[attr-defined]
@@ -320,10 +315,7 @@ def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> li
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
-    """Join the parts of every quantised weight into one entry; dense tensors pass through.
-
-    Raises UserError for parts without a weight, or a quantisation other than nf4, fp4, int8, mxfp4.
-    """
+    """Join the parts of every quantised weight into one entry; dense tensors pass through."""
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}
     blocks: dict[str, Stored] = {}
@@ -337,13 +329,10 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
-    lone = [
-        f"model.source: the checkpoint has block scales for '{key}', but not the weight."
-        for key in parts
-        if key not in dense
-    ]
-    if lone:
-        raise UserError(*lone)
+    if lone := parts.keys() - dense.keys():
+        raise UserError(
+            *(f"model.source: the checkpoint has block scales for '{key}', but not the weight." for key in sorted(lone))
+        )
     return blocks | {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
 
 
@@ -366,10 +355,7 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
 
 
 def mxfp4_weight(key: str, codes: Tensor, exponents: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """A weight of uint8 codes, first of two weights in the high half, and uint8 exponents, each in any shape.
-
-    Raises UserError, which names the tensor `key`, if an exponent is NaN or a size is wrong.
-    """
+    """A weight of uint8 codes, first of two weights in the high half, and uint8 exponents, each in any shape."""
     if num_nan := int((exponents == _E8M0_NAN).sum()):
         raise UserError(
             f"model.source: '{key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: download the "

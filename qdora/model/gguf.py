@@ -89,20 +89,6 @@ class GgufHeader:
         return str(self.settings.get("general.architecture", ""))
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises UserError if it is none, has an unknown version, or is cut short."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _parsed(path, _Cursor(content))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"model.source: {path} cannot be read: {error}") from error
-    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        reason = one_line(str(error))
-        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
-
-
 class _Cursor:
     """A place in a mapped header. A number behind the end is a struct.error."""
 
@@ -132,25 +118,36 @@ class _Cursor:
                 self.at += size
 
 
-def _parsed(path: Path, cursor: _Cursor) -> GgufHeader:
-    magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
-    if magic != b"GGUF":
-        raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
-    if version not in (2, 3):
-        raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
-    settings: dict[str, Any] = {}
-    for _ in range(num_settings):
-        key, (kind,) = cursor.string(), cursor.take("I")
-        if kind == _ARRAY:
-            cursor.skip_array()
-        else:
-            settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
-    entries = []
-    for _ in range(num_tensors):
-        name, (num_dims,) = cursor.string(), cursor.take("I")
-        entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
-    alignment = settings.get("general.alignment", _ALIGNMENT)
-    data = -(-cursor.at // alignment) * alignment
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file. UserError if it is none, has an unknown version, or is cut short."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            cursor = _Cursor(content)
+            magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
+            if magic != b"GGUF":
+                raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
+            if version not in (2, 3):
+                raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
+            settings: dict[str, Any] = {}
+            for _ in range(num_settings):
+                key, (kind,) = cursor.string(), cursor.take("I")
+                if kind == _ARRAY:
+                    cursor.skip_array()
+                else:
+                    settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
+            entries = []
+            for _ in range(num_tensors):
+                name, (num_dims,) = cursor.string(), cursor.take("I")
+                entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
+            alignment = settings.get("general.alignment", _ALIGNMENT)
+            data = -(-cursor.at // alignment) * alignment
+    except UserError:  # a ValueError
+        raise
+    except OSError as error:
+        raise UserError(f"model.source: {path} cannot be read: {error}") from error
+    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        reason = one_line(str(error))
+        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
     tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
@@ -165,10 +162,7 @@ def require_gguf() -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
-
-    Raises UserError if the package gguf is missing, or the file is not GGUF, cut short or of an unknown architecture.
-    """
+    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape."""
     require_gguf()
     import gguf
 
@@ -216,17 +210,14 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 
 def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows.
-
-    Raises UserError if a tensor has no counterpart in transformers.
-    """
+    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows."""
     path = header.path
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names, places = _model_names(header, model, processor), _expert_rows(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, StoredTensor] = {}
-    experts: dict[str, list[tuple[GgufTensor, ExpertRows]]] = {}
+    experts: dict[str, list[tuple[GgufTensor, _ExpertRows]]] = {}
     faults = []
     for tensor in header.tensors:
         name, place = names.get(tensor.name), places.get(tensor.name)
@@ -242,12 +233,13 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
             faults.append(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
     for name, held in experts.items():
         first = held[0][1]
+        num_experts = first.shape[0]
         fits = all(tensor.shape == place.shape for tensor, place in held)
-        if not fits or sum(place.num_rows for _, place in held) != first.features:
+        if not fits or sum(place.shape[1] for _, place in held) != first.features:
             found = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor, _ in held)
-            wanted = f"{first.num_experts} experts of {first.features} rows"
+            wanted = f"{num_experts} experts of {first.features} rows"
             faults.append(f"model.source: the file has {found}, the config asks for {wanted}.")
-        readers = (partial(_expert_weight, path, held, expert) for expert in range(first.num_experts))
+        readers = (partial(_expert_weight, path, held, expert) for expert in range(num_experts))
         parts = [StoredRows(first.features, reader) for reader in readers]
         stored[name] = in_parts(held[0][0].name, shapes[name], parts, itemsize=4, dtype="F32")
     if faults:
@@ -288,46 +280,37 @@ def _stems(name: str) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class ExpertRows:
+class _ExpertRows:
     """What a tensor of a file, (experts, rows, columns), holds of a stack's weight `name`: some rows of each expert."""
 
     name: str
     rows: slice
-    num_experts: int
     features: int
-    columns: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an expert in the tensor."""
-        return len(range(*self.rows.indices(self.features)))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return (self.num_experts, self.num_rows, self.columns)
+    shape: tuple[int, int, int]
 
 
-def _expert_rows(model: nn.Module) -> dict[str, ExpertRows]:
+def _expert_rows(model: nn.Module) -> dict[str, _ExpertRows]:
     """Name of a tensor of experts in a file -> its place in the model, for each name that a file may have."""
     places = {}
     for path, stack in stacks(model).items():
-        projection, half = path.rpartition(".")[2], stack.expert_features // 2
-        parts = {projection.removesuffix("_proj"): slice(None)}
+        projection, features = path.rpartition(".")[2], stack.expert_features
+        parts = {projection.removesuffix("_proj"): slice(0, features)}
         if projection == "gate_up_proj":
-            parts |= {"gate": slice(0, half), "up": slice(half, None)}
+            parts |= {"gate": slice(0, features // 2), "up": slice(features // 2, features)}
         for part, rows in parts.items():
-            place = ExpertRows(f"{path}.weight", rows, stack.num_experts, stack.expert_features, stack.in_features)
-            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = place
+            shape = (stack.num_experts, rows.stop - rows.start, stack.in_features)
+            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = _ExpertRows(
+                f"{path}.weight", rows, features, shape
+            )
     return places
 
 
-def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, ExpertRows]], expert: int) -> Tensor:
+def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, _ExpertRows]], expert: int) -> Tensor:
     """The weight of one expert, (out, in)."""
     values = np.empty((held[0][1].features, held[0][0].shape[-1]), dtype=np.float32)
     for tensor, place in held:
-        start = expert * place.num_rows
-        values[place.rows] = _dequantized(path, tensor, slice(start, start + place.num_rows))
+        num_rows = place.shape[1]
+        values[place.rows] = _dequantized(path, tensor, slice(expert * num_rows, (expert + 1) * num_rows))
     return torch.from_numpy(values)
 
 
@@ -377,17 +360,13 @@ _PACKAGES = ("transformers", "tokenizers", "gguf")
 
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
-    """The config. Raises what transformers raises for a header that it cannot use."""
-    header = read_header(path)
-    return _with_experts(_kept(header, "config", AutoConfig.from_pretrained), header)
-
-
-def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
-    """The config with what a file says of its experts and transformers does not read.
+    """The config, with what a file says of its experts and transformers does not read.
 
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
-    family for that of its experts.
+    family for that of its experts. Raises what transformers raises for a header that it cannot use.
     """
+    header = read_header(path)
+    config = _kept(header, "config", AutoConfig.from_pretrained)
 
     def setting(name: str) -> Any:
         return header.settings.get(f"{header.architecture}.{name}")
@@ -415,9 +394,18 @@ def tokenizer_of_gguf(path: Path) -> Any:
 
 
 def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
-    """What `load` makes of the file, through a kept copy if the disk takes one."""
+    """What `load` makes of the file, through a copy in the user's cache directory if the disk takes one.
+
+    transformers turns each word of the vocabulary into arrays whenever it reads a header, which takes seconds for a
+    config and again for a tokenizer. The small files that they are saved as are read by later commands.
+    """
     path = header.path
-    folder = cache_folder("gguf") / _identity(header) / name
+    # The header, and the versions that read it.
+    start = min((tensor.offset for tensor in header.tensors), default=path.stat().st_size)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(start))
+    digest.update(repr(package_versions(_PACKAGES)).encode())
+    folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
     if not folder.is_dir():
         with in_turn(folder):
             if not folder.is_dir():  # another process may have made it meanwhile
@@ -432,12 +420,3 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     kept = load(str(folder), local_files_only=True)
     kept.name_or_path = str(path.parent)
     return kept
-
-
-def _identity(header: GgufHeader) -> str:
-    """Stands for the header and for the versions that read it."""
-    start = min((tensor.offset for tensor in header.tensors), default=header.path.stat().st_size)
-    with header.path.open("rb") as file:
-        digest = hashlib.sha256(file.read(start))
-    digest.update(repr(package_versions(_PACKAGES)).encode())
-    return digest.hexdigest()[:32]

@@ -49,20 +49,13 @@ def inject(
 ) -> dict[str, AdaptedLinear]:
     """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
 
-    Args:
-        model: A transformers causal LM with layers of nn.Linear or FrozenLinear, and stacks of experts.
-        kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
-        targets: "all-linear" (all but the output head and routers), or names: the last part of a module's path
-            ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path
-            ("model.layers.3.*.q_proj").
-        rank_pattern: Name or pattern -> rank instead of `rank`; the longest matching key wins.
-        expert_rank, share: Rank of the stacks of experts that no pattern matches (default `rank`), and the factor that
-            the experts of a stack share.
-        same_scaling: Layers of another rank get the alpha that gives them the scaling of `rank`.
-    Returns:
-        Path -> layer, in model order.
-    Raises:
-        UserError: All targets and patterns that match nothing, or all ranks that are too large.
+    `targets`: "all-linear" (all but the output head and routers), or names: the last part of a module's path
+    ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path ("model.layers.3.*.q_proj").
+    `rank_pattern`: name or pattern -> rank instead of `rank`; the longest matching key wins. `expert_rank` is that of
+    the stacks that no pattern matches, `share` the factor that the experts of a stack share. With `same_scaling` layers
+    of another rank get the alpha that gives them the scaling of `rank`. The rest as in AdaptedLinear.
+
+    Returns path -> layer, in model order. UserError names all patterns that match nothing, or all ranks too large.
     """
     linear = linear_layers(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -98,7 +91,12 @@ def inject(
 
 def adapted_layer(module: nn.Module, *, share: Share = "none", **options: Any) -> AdaptedLinear:
     """The adapted layer of a linear layer or a stack of experts; `options` are those of AdaptedLinear."""
-    base = as_frozen(module)
+    base: FrozenLinear
+    if isinstance(module, FrozenLinear):
+        base = module
+    else:  # it shares the weight
+        assert isinstance(module, nn.Linear | ExpertLinear)
+        base = frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
     if isinstance(base, FrozenExperts):
         return AdaptedExperts(base, share=share, **options)
     return AdaptedLinear(base, **options)
@@ -167,14 +165,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def as_frozen(module: nn.Module) -> FrozenLinear:
-    """A FrozenLinear as it is, or one that shares the weight of an nn.Linear."""
-    if isinstance(module, FrozenLinear):
-        return module
-    assert isinstance(module, nn.Linear | ExpertLinear)
-    return frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-
 def frozen_like(
     module: nn.Module, weight: Weight, bias: Tensor | None, keep_bits: Tensor | None = None
 ) -> FrozenLinear:
@@ -202,13 +192,9 @@ def matches(name: str, pattern: str) -> bool:
 def unmatched(
     where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear", *, also: Sequence[str] = ()
 ) -> list[str]:
-    """A fault for each pattern that matches no layer.
+    """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers.
 
-    Args:
-        where: The setting.
-        names: Paths of the layers.
-        what: Kind of these layers.
-        also: What the setting may be besides a name, a path or a pattern.
+    `also`: what the setting may be besides a name, a path or a pattern.
     """
     paths = list(names)
     experts = [EXPERTS] if any(matches(path, EXPERTS) for path in paths) else []

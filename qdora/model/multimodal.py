@@ -116,10 +116,7 @@ def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
 
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
-    """Of the tensors of a whole model, in `directory`, those of the language part; the others go to their `NotLoaded`.
-
-    Raises UserError: A tensor of another part is quantised, so a merged export could not be loaded.
-    """
+    """The tensors of the language part of a whole model, in `directory`; the others go to their `NotLoaded`."""
     parts = not_loaded(model)
     language: dict[str, Stored] = {}
     for part in parts.values():

@@ -106,7 +106,11 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
         ours = partial(_within_examples, make, packing.position_ids, packing.example_index)
     ALL_MASK_ATTENTION_FUNCTIONS[attention] = ours
     before = _PACKED.set(packing is not None)
-    unpacked = _answers_nothing(modeling_flash_attention_utils, _FINDS_PACKED) if packing is None else nullcontext()
+    unpacked = (
+        replaced(modeling_flash_attention_utils, _FINDS_PACKED, lambda _before: _none)
+        if packing is None
+        else nullcontext()
+    )
     try:
         with _without_recurrent_masks(model), unpacked, fast_grouped_attention():
             yield
@@ -145,12 +149,7 @@ def flash_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
 
 
 def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:
-    return _answers_nothing(sys.modules[own_class(model).__module__], _RECURRENT)
-
-
-def _answers_nothing(module: ModuleType, name: str) -> AbstractContextManager[None]:
-    """Inside, a function of a module, if there is one, returns None."""
-    return replaced(module, name, lambda _before: _none)
+    return replaced(sys.modules[own_class(model).__module__], _RECURRENT, lambda _before: _none)
 
 
 def _none(*_args: Any, **_kwargs: Any) -> None:
@@ -191,8 +190,6 @@ def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
     The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a
     few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
     another tensor, and LoRA need no copy. Returns the paths of the layers.
-
-    Raises UserError: See `weights_unread`.
     """
     layers = {
         path: layer

@@ -41,8 +41,6 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     """Add tokens to a tokenizer; they get the next ids in the order of `tokens`.
 
     They are not special: decoded text keeps them. Text is never split inside them, whatever is beside them.
-
-    Raises UserError: The tokenizer has some already, or gives ids that are not the next ones.
     """
     vocabulary = tokenizer.get_vocab() if tokens else {}
     known = [token for token in tokens if token in vocabulary]
@@ -76,9 +74,7 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     Many models have more rows than their tokenizer has tokens; such rows are used first, and start anew, too. The
     matrices are replaced, so a row that is mapped from a file is not written.
 
-    Args:
-        ids: The ids that follow those of all other tokens.
-    Raises UserError: The model has fewer rows than older tokens, or a head that cannot get rows.
+    `ids` follow those of all other tokens.
     """
     if not ids:
         return
@@ -124,12 +120,8 @@ def train_embeddings(
 ) -> None:
     """Make the embedding, the head or both trainable, after the adapters are on.
 
-    Args:
-        names: `EMBEDDING`, `HEAD` or both. A tied head is trained with the embedding, named or not.
-        ids: Token ids of the rows to train; None: whole matrices, in their own dtype.
-        has_new: Whether the model has new tokens; `ids` are new ones.
-    Raises UserError: A head that is quantised, adapted or has a bias, or an embedding that does more than look up rows;
-        a tied head without its embedding; new rows of one of two matrices.
+    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding, named or not. `ids` are the rows
+    to train, None for whole matrices in their own dtype. `has_new`: the model has new tokens, and `ids` are those.
     """
     embedding_path, head_path = embedding_paths(model)
     paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
@@ -208,9 +200,7 @@ def trained_parameters(model: nn.Module) -> list[str]:
 def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int]) -> list[int]:
     """The tokens that training cannot reach: their rows are zero, and neither trained nor under an adapter.
 
-    Args:
-        read: Token ids whose rows of the embedding are looked at.
-        learnt: Those whose rows of the head are looked at. A head that is quantised or adapted is left out.
+    `read` are looked up in the embedding, `learnt` in the head, unless that is quantised or adapted.
     """
     found: set[int] = set()
     for module, ids in zip(_modules(model), (read, learnt), strict=True):
