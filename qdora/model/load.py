@@ -155,9 +155,10 @@ def load_model(
         "model.attention": (attention, ATTENTION_KINDS),
         "model.dtype": (str(compute_dtype).removeprefix("torch."), COMPUTE_DTYPES),
     }
-    if quant in CODE_BITS:
-        allowed["base.block_size"] = str(block_size), tuple(map(str, BLOCK_SIZES))
-    if faults := [not_one_of(key, value, values) for key, (value, values) in allowed.items() if value not in values]:
+    faults = [not_one_of(key, value, values) for key, (value, values) in allowed.items() if value not in values]
+    if quant in CODE_BITS and block_size not in BLOCK_SIZES:
+        faults.append(not_one_of("base.block_size", block_size, map(str, BLOCK_SIZES)))
+    if faults:
         raise UserError(*faults)
     if quant in SIMULATED:
         log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
