@@ -46,7 +46,7 @@ from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
-from qdora.model.inplace_outputs import keep_inplace_outputs_
+from qdora.model.patches import keep_inplace_outputs_
 from qdora.run.load_run import load_run
 from qdora.train import passes
 

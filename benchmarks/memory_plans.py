@@ -25,7 +25,7 @@ from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
-from qdora.model.packed_base import PrunedBase
+from qdora.model.store import PrunedBase
 from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import public_shapes

@@ -33,7 +33,7 @@ from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_h
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
-from qdora.model.trained_embeddings import train_embeddings, trained_matrices
+from qdora.model.tokens import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.step_evaluations import evaluate_together
 from qdora.run.train import train_run

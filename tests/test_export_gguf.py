@@ -30,7 +30,7 @@ from transformers import (
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
-from qdora.model.gguf_file import check_gguf, read_header
+from qdora.model.gguf import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.options import ExportOptions

@@ -149,6 +149,7 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert "lm_head.weight" not in tensors  # tied, written once
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000  # where older readers look
     assert model.config.quantization_config["load_in_4bit"]
     assert (config["dtype"], config["architectures"]) == ("float16", ["LlamaForCausalLM"])
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5

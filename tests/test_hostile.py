@@ -30,8 +30,8 @@ from qdora.files.atomic import json_text
 from qdora.files.run_directory import write_complete
 from qdora.model.adapter_file import load_adapter
 from qdora.model.load import Quantization, load_model
-from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
+from qdora.model.store import BaseCache
 from qdora.recipe import recipe_file
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml
 from qdora.run.load_run import load_run

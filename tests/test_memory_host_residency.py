@@ -41,8 +41,8 @@ from qdora.memory.stream import (
 )
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
-from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
+from qdora.model.store import BaseCache
 from qdora.plan.fake_step import empty_model
 from qdora.plan.fit import plan
 from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes

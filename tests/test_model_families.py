@@ -29,11 +29,11 @@ from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
-from qdora.model.language_part import carried, in_words
 from qdora.model.load import DEFAULT_SKIP, Quantization
-from qdora.model.packed_base import BaseCache
+from qdora.model.multimodal import carried, in_words
+from qdora.model.names import taken_for_experts
 from qdora.model.source import load_tokenizer, resolve
-from qdora.model.weight_conversion import taken_for_experts
+from qdora.model.store import BaseCache
 from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.packed_attention import packed_layout
@@ -316,9 +316,9 @@ def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
         packed = text_logits(model.eval(), TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
         torch.testing.assert_close(packed.view(2, 40, -1), expected, **CLOSE)
         packed_layout(model)
-    if family == "gemma3":
-        with pytest.raises(UserError, match="images are not supported: only the language part of the model is loaded"):
-            model(input_ids=TEXTS, pixel_values=torch.zeros(1, 3, 28, 28))
+    images = {"pixel_values": torch.zeros(1, 3, 28, 28), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(UserError, match="images are not supported: only the language part of the model is loaded"):
+        model(input_ids=TEXTS, **images)
 
 
 def adapted(directory: Path, quant: str) -> Any:

@@ -27,7 +27,7 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.model.experts import stacks
-from qdora.model.gguf_metadata import tokenizer_of_gguf
+from qdora.model.gguf import tokenizer_of_gguf
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_config
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve

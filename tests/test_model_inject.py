@@ -25,10 +25,9 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.build_model import recompute_activations
+from qdora.model.build_model import nearest_low_rank, recompute_activations, start_adapters, start_from_error_
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
-from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
-from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error_
+from qdora.model.patches import keep_inplace_outputs_, weights_unread
 from qdora.model.source import resolve
 from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import PruneConfig

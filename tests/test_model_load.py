@@ -193,7 +193,7 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeyp
     checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
-    monkeypatch.setattr("qdora.model.weight_conversion.get_model_conversion_mapping", lambda model: [turned])
+    monkeypatch.setattr("qdora.model.names.get_model_conversion_mapping", lambda model: [turned])
     with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
         load_checkpoint(tmp_path, quant="nf4")
 

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qdora.adapter.expert_tokens import padded_tokens
 from qdora.errors import DiskFull, UserError
-from qdora.model import packed_base
+from qdora.model import store
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
-from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, PrunedBase, open_cached_base, save_pruned_base
 from qdora.model.source import resolve
+from qdora.model.store import CACHE_RECORD_FILE, BaseCache, PrunedBase, open_cached_base, save_pruned_base
 from qdora.prune import pruner as pruning
 from qdora.prune.pruner import Pruner, quantized_layers
 from qdora.quant.packed import dequantize, quantize
@@ -252,7 +252,7 @@ def test_a_pruned_base_comes_back_bit_for_bit(tmp_path, monkeypatch, name, metho
     write(tmp_path / "model", name)
     model, pruner = pruned(tmp_path / "model", method, quant=quant)
     if file_bytes is not None:
-        monkeypatch.setattr(packed_base, "_PRUNED_FILE_BYTES", file_bytes)
+        monkeypatch.setattr(store, "_PRUNED_FILE_BYTES", file_bytes)
     record = save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={"method": method})
     assert record == json.loads((tmp_path / "base/compressed.json").read_text())
     assert record["sparsity"] == 0.5
@@ -344,13 +344,13 @@ def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, dou
     source = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS[config])
     plain = load_checkpoint(source, quant=quant, double_quant=double_quant)
     if config == "gemma3":
-        monkeypatch.setattr(packed_base, "_FILE_BYTES", 20_000)
+        monkeypatch.setattr(store, "_FILE_BYTES", 20_000)
     first, directory = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
     files = open_cached_base(directory)[0].files
     assert (len(files) > 3) == (config == "gemma3")
     assert sorted(file.name for file in directory.iterdir()) == [*sorted(files), "base.json"]
-    monkeypatch.setattr(packed_base, "tensors_of_source", None)
+    monkeypatch.setattr(store, "tensors_of_source", None)
     second, again = cached(source, tmp_path, quant, double_quant=double_quant)
     assert again == directory
     assert same(second, plain)
@@ -418,11 +418,11 @@ def test_the_room_asked_for_is_what_is_taken(tmp_path, dtype, monkeypatch):
     files = [load_file(file) for file in directory.glob("*.safetensors")]
     taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
     free = [taken - 1, taken, taken]
-    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
     with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
         cached(model, tmp_path / "two")
     with monkeypatch.context() as patch:
-        patch.setattr(packed_base, "write_tensors", full)
+        patch.setattr(store, "write_tensors", full)
         with pytest.raises(DiskFull, match=r"base\.cache: .* cannot be written: the disk is full"):
             cached(model, tmp_path / "two")
     assert [file.name for file in (tmp_path / "two").iterdir() if not file.name.endswith(".lock")] == []

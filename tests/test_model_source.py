@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qdora.errors import HubFailure, UserError
 from qdora.model.build_model import find_model
+from qdora.model.checkpoint import open_safetensors, shard_files
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
-from qdora.model.stored_tensors import open_safetensors, shard_files
 from tests import support
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -17,7 +17,7 @@ from qdora.errors import UserError
 from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapter_parameters, inject
-from qdora.model.trained_embeddings import (
+from qdora.model.tokens import (
     add_tokens,
     extend_vocabulary,
     new_token_ids,

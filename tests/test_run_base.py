@@ -21,7 +21,7 @@ from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.inject import adapted_layers
-from qdora.model.trained_embeddings import extend_vocabulary, trained_matrices
+from qdora.model.tokens import extend_vocabulary, trained_matrices
 from qdora.plan import plan as parts
 from qdora.plan.fit import divided_recipe, plan
 from qdora.recipe.options import ExportOptions

@@ -26,8 +26,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import evaluate, spread
 from qdora.model.adapter_file import load_adapter
-from qdora.model.inject import adapted_layers, inject
-from qdora.model.model_size import model_size
+from qdora.model.inject import adapted_layers, inject, model_size
 from qdora.quant.packed import quantize
 from qdora.quant.tiles import dense_weight
 from qdora.recipe.recipe_file import settings

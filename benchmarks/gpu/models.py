@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import replace_module
 from qdora.model.load import Quantization, layers_to_quantize
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.quant.packed import PackedWeight, from_tensors, quantize
 
 QUANTIZATION = Quantization("nf4", 64, True, ("lm_head",))

@@ -40,8 +40,8 @@ from qdora.evaluate.suite import (
 )
 from qdora.evaluate.token_scores import padded
 from qdora.files.console import Progress
-from qdora.model.stop_ids import stop_ids_of_model
-from qdora.model.text_config import context_length
+from qdora.model.attention import context_length
+from qdora.model.tokens import stop_ids_of_model
 
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""

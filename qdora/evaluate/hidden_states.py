@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.model.text_config import context_length
+from qdora.model.attention import context_length
 
 
 @torch.no_grad()

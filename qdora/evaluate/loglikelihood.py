@@ -19,7 +19,7 @@ from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
 from qdora.evaluate.token_scores import Span, score_groups, strided_spans
 from qdora.files.console import Progress
-from qdora.model.text_config import context_length
+from qdora.model.attention import context_length
 
 _CHECKED_AT_A_TIME = 1024
 _SHOWN_FAULTS = 10

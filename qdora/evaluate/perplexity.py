@@ -14,7 +14,7 @@ from torch import nn
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import Diverged, UserError
 from qdora.evaluate.token_scores import score_spans, strided_spans
-from qdora.model.text_config import context_length
+from qdora.model.attention import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
 DEFAULT_WINDOW = 2048

@@ -7,6 +7,7 @@ Every export that writes weights goes through `checkpoint_directory`. One tensor
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -31,11 +32,11 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
+from qdora.model.checkpoint import INDEX_FILE, shorten, tied_weights
 from qdora.model.experts import library_names, stacks
-from qdora.model.language_part import carried, processor_files
 from qdora.model.load import dense_dtype
-from qdora.model.stored_tensors import INDEX_FILE, shorten, tied_weights
-from qdora.model.weight_conversion import Published, published_pieces
+from qdora.model.multimodal import carried, processor_files
+from qdora.model.names import Published, published_pieces
 
 MAX_SHARD_BYTES = 5 * 2**30
 UNFINISHED = ".unfinished"
@@ -409,7 +410,12 @@ def _write_rest(
 ) -> None:
     if has_own_code(plan.model):
         custom_object_save(plan.model, str(partial), config=plan.config)
-    (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
+    config = json.loads(plan.config.to_json_string())
+    for part in (config, config.get("text_config") or {}):
+        theta = (part.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:  # readers older than transformers 5 look for it beside rope_parameters
+            part.setdefault("rope_theta", theta)
+    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
         generation = copy.deepcopy(plan.model.generation_config)
         if tokenizer is not None and tokenizer.eos_token_id is not None:

@@ -33,12 +33,12 @@ from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
 from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
-from qdora.model.gguf_file import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
-from qdora.model.language_part import is_multimodal
+from qdora.model.checkpoint import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
+from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
+from qdora.model.multimodal import is_multimodal
+from qdora.model.names import rename_to_model
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
-from qdora.model.weight_conversion import rename_to_model
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state

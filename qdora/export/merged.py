@@ -41,9 +41,18 @@ from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.checkpoint import (
+    Stored,
+    StoredPacked,
+    StoredTensor,
+    load_faults,
+    quantization_config,
+    stored_kind,
+    stored_rows,
+    tied_weights,
+)
 from qdora.model.experts import routers, stacks
 from qdora.model.inject import adapted_layers, linear_layers
-from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
     Quantization,
     dense_dtype,
@@ -55,10 +64,9 @@ from qdora.model.load import (
     skeleton,
     tensors_of_source,
 )
-from qdora.model.quantized_checkpoint import load_faults, quantization_config, stored_kind
+from qdora.model.multimodal import carried, linear_not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
-from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
+from qdora.model.tokens import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
 from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.byte_size import parse_size

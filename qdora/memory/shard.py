@@ -25,10 +25,10 @@ from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.row_share import RowShare, divided_tensors, gather_runs, span
 from qdora.errors import RunFailure, UserError
 from qdora.memory.oom import return_freed_memory
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
-from qdora.model.packed_base import PrunedBase
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows
+from qdora.model.store import PrunedBase
 from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
 

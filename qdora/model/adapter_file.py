@@ -37,10 +37,11 @@ from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
-from qdora.model.language_part import all_paths
+from qdora.model.multimodal import all_paths
+from qdora.model.names import taken_for_experts
 from qdora.model.peft_config import AdapterDescription, adapter_config, parse_adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.trained_embeddings import (
+from qdora.model.tokens import (
     TrainedMatrix,
     embedding_paths,
     is_tied,
@@ -48,7 +49,6 @@ from qdora.model.trained_embeddings import (
     trainable_faults,
     trained_matrices,
 )
-from qdora.model.weight_conversion import taken_for_experts
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
 PICKLE_FILE = "adapter_model.bin"
@@ -71,12 +71,8 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model` as a directory that appears whole or not at all and replaces an older adapter.
 
-    The bytes depend only on the arguments and the version of qdora.
-
-    Args:
-        base_name_or_path, revision: Hub id or path of the base for PEFT's users, and its commit on the Hub, or None.
-        base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
-        extra: More facts for qdora.json (step, data, metrics), JSON values.
+    The bytes depend only on the arguments and the version of qdora. `base_quant` is how the base was quantised
+    ({"quant": "nf4", "block_size": 64, ...}), `extra` more facts for qdora.json (step, data, metrics).
     """
     layers = adapted_layers(model)
     if not layers:
@@ -124,7 +120,7 @@ def save_adapter(
 
 
 def describe_adapter(directory: Path) -> AdapterDescription:
-    """Read and check the two JSON files of an adapter. Raises UserError."""
+    """Read and check the two JSON files of an adapter."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     inside = directory / ADAPTER_DIRECTORY
@@ -156,8 +152,6 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
 
     The model changes only if the whole adapter fits. No file but the three named ones is opened. lora_A and lora_B get
     `dtype`, by default the file's (the wider of the two); magnitudes are float32. Returns path -> layer.
-
-    Raises UserError with all settings that are not supported, and all tensors that do not fit or are not finite.
     """
     if adapted_layers(model):
         raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
@@ -207,7 +201,8 @@ def read_adapter(
 ) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
     """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
 
-    Raises as `load_adapter`. A tied head is not listed. Only names and shapes of `model` are used; it may be on "meta".
+    UserError names all settings that are not supported, and all tensors that do not fit. A tied head is not listed.
+    Only names and shapes of `model` are used; it may be on "meta".
     """
     described, where = describe_adapter(directory), str(directory / CONFIG_FILE)
     selected = selected_modules(model, described)
@@ -241,7 +236,13 @@ def read_adapter(
         a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
         if isinstance(module, BareExperts):
             a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
-            a, b = _shared(a, b, share, f"{directory / WEIGHTS_FILE}: {path}")
+            factors = {"A": a, "B": b}
+            if share != "none":
+                where = f"{directory / WEIGHTS_FILE}: {path}"
+                if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
+                    raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
+                factors[share] = factors[share][:1]
+            a, b = factors["A"], factors["B"]
         found[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path), share)
     matrices = {}
     for path, (ids, _) in trained.items():
@@ -333,22 +334,12 @@ def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tupl
     return lora_A.contiguous(), lora_B.contiguous()
 
 
-def _shared(lora_A: Tensor, lora_B: Tensor, share: Share, where: str) -> tuple[Tensor, Tensor]:
-    """The factors with one for all experts where they share it. Raises UserError if it differs between them."""
-    factors = {"A": lora_A, "B": lora_B}
-    if share != "none":
-        if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
-            raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
-        factors[share] = factors[share][:1]
-    return factors["A"], factors["B"]
-
-
 def selected_modules(
     model: nn.Module, described: AdapterDescription, original: Callable[[str], str] = str
 ) -> dict[str, nn.Module]:
     """Path -> module that the settings select, in model order; it may be of a kind that carries no adapter.
 
-    `original`: path in a shortened model -> path in the whole one.
+    `original` maps a path in a shortened model to that in the whole one.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left_out, found = routers(model), {}

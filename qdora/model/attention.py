@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from qdora.errors import UserError
-from qdora.model.grouped_attention import FLASH_CAPABILITY, FLASH_DTYPES
 from qdora.model.source import library_reason
 
 log = logging.getLogger("qdora")
@@ -28,6 +28,9 @@ ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 # attn_logit_softcapping of Gemma 2; the cap of the output head (final_logit_softcapping) is another thing.
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_CAPABILITY = (8, 0)  # Ampere
+"""What kernels of flash attention need, torch's and those of flash-attn."""
 _FLASH_HEAD = 256  # features of a head: the most that flash-attn takes
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
 
@@ -83,9 +86,6 @@ def with_attention(
 
     auto takes flash_attention_2 where it is installed and the GPU has its kernels, else transformers' choice (sdpa
     where the model has it), and eager in place of either where it does not compute a soft-cap or sinks.
-
-    Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute, and
-    if flash_attention_2 has no kernels for the GPU or dtype.
     """
 
     def attempt(choice: str | None) -> PreTrainedModel:
@@ -166,3 +166,30 @@ def _check(asked: str, need: Need | None, name: str) -> None:
             f"model.attention: got {asked}, but the attention of {name} {need.what}, which {asked} does not compute; "
             f"must be auto or {' or '.join(need.computed_by)}."
         )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the language model: the config itself if it has no such part."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens that the positions of a config's model allow, or None where it sets no limit."""
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    return int(length) if length and length > 0 else None
+
+
+def context_length(model: nn.Module) -> int | None:
+    """`positions_of` the model's config."""
+    return positions_of(getattr(model, "config", None))
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Width of the logits; 65,536 where the config does not say."""
+    return int(getattr(text_config(getattr(model, "config", None)), "vocab_size", 2**16))
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """transformers' name of the attention implementation, such as sdpa; None without one."""
+    name: str | None = getattr(text_config(getattr(model, "config", None)), "_attn_implementation", None)
+    return name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.adapted_linear import AdaptedLinear
@@ -18,18 +19,19 @@ from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.files.nvidia_driver import check_gpu
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, adapted_layers, inject
-from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.model.loftq import start_adapters
+from qdora.model.load import load_config, skeleton, tensors_of_source
+from qdora.model.patches import keep_inplace_outputs_
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
-from qdora.model.stop_ids import stop_ids
-from qdora.model.trained_embeddings import (
+from qdora.model.tokens import (
     EMBEDDING,
     add_tokens,
     embedding_paths,
     extend_vocabulary,
     is_tied,
     new_token_ids,
+    stop_ids,
     train_embeddings,
     trained_matrices,
 )
@@ -51,10 +53,7 @@ class Compute:
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
-
-    Raises UserError: torch cannot use the machine's GPU.
-    """
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
     check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
@@ -155,7 +154,7 @@ def put_adapters(
     new tokens, whose rows `extend_vocabulary` has made.
     """
     settings = recipe.adapter
-    if settings.kind == "none" or settings.kind == "full":
+    if settings.kind in ("none", "full"):
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
     if adapter is None and directory is not None:
@@ -266,7 +265,7 @@ def write_adapter(
     shipped: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
+    """Write the adapter of a run in PEFT's format, with its base.
 
     If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
     """
@@ -294,20 +293,12 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
 
 
 def _warn_of_other_base(recipe: Recipe, directory: Path) -> None:
-    """Tell if qdora trained the adapter in `directory` on another base, or on one that was compressed otherwise."""
     now = {"name_or_path": recipe.model.source, "revision": recipe.model.revision, "quant": _quantization(recipe)}
     before = describe_adapter(directory).base or {}
     if all(before.get(key) in (None, value) for key, value in now.items() if value is not None):
         return
     text = "adapter.resume_from: the adapter in %s was trained on %s, and this run puts it on %s. It may not fit."
-    logger.warning(text, directory, _base_in_words(before), _base_in_words(now))
-
-
-def _base_in_words(record: Mapping[str, Any]) -> str:
-    """'org/name (quant nf4, block_size 64, double_quant True)'."""
-    name, revision, quant = (record.get(key) for key in ("name_or_path", "revision", "quant"))
-    form = ", ".join(f"{key} {value}" for key, value in quant.items()) if isinstance(quant, dict) else f"quant {quant}"
-    return f"{name or 'a base without a name'}{f' at {revision}' if revision else ''} ({form})"
+    logger.warning(text, directory, before, now)
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
@@ -316,3 +307,72 @@ def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
     frozen = sum(layer.in_features * layer.out_features for layer in layers.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
+
+
+def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
+    """Give fresh adapters LoftQ's start, which reads the source, if the recipe asks for it."""
+    settings = recipe.adapter
+    if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
+        start_from_error_(model, source)
+
+
+@torch.no_grad()
+def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors L (out, rank), R (rank, in) of the matrix of at most `rank` nearest to `matrix` in the Frobenius norm.
+
+    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values; `matrix` (out, in) is float32 or float64.
+
+    Computed from the eigenvectors of the smaller Gram matrix, many times faster than a full decomposition; in float32
+    singular values below 1e-3 of the largest are inexact, and too small to matter.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    image = matrix.T @ vectors if wide else matrix @ vectors  # S V, or U S
+    values = image.norm(dim=0)
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    if wide:
+        return vectors * root, (image * inverse).T
+    return image * inverse, (vectors * root).T
+
+
+@torch.no_grad()
+def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, float]:
+    """Set lora_A and lora_B of every adapted layer so that s B A is nearest to W - W_q, and m so that the gain is 1.
+
+    Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps;
+    here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere.
+
+    In a masked layer only weights that were not pruned count. One weight of the source is read at a time. Returns path
+    -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error.
+    """
+    empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
+    stored = tensors_of_source(source, empty)
+    tied = tied_weights(empty)
+    left: dict[str, float] = {}
+    for path, layer in adapted_layers(model).items():
+        name = f"{path}.weight"
+        weight = stored[name if name in stored else tied[name]].read()  # a tied head is stored as the embedding
+        if not isinstance(weight, Tensor):
+            raise UserError(
+                f"adapter.init: loftq: {path} is quantised in the source. Fix: name a full-precision source."
+            )
+        base = layer.base.dequantized()
+        error = weight.to(base.device).float() - base
+        keep = layer.base.keep_mask() if layer.masked else None
+        if keep is not None:
+            error.masked_fill_(~keep, 0)
+        parts = layer.approximated_parts(error / layer.scaling)
+        factors = [nearest_low_rank(part, layer.rank) for part in parts]
+        layer.set_factors_(factors)
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(layer.row_norm())
+        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float()).view_as(error)
+        if keep is not None:
+            update.masked_fill_(~keep, 0)
+        size = float(error.norm())
+        left[path] = float((error - update).norm()) / size if size else 1.0
+    mean = sum(left.values()) / len(left)
+    logger.info("LoftQ: the adapters start from the error of the base and leave %.1f %% of it, on average.", 100 * mean)
+    return left

@@ -129,9 +129,7 @@ class _Spread(torch.autograd.Function):
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward pass of an expert module whose projections are stacks; see transformers' `integrations/moe.py`.
 
-    Args:
-        hidden_states: (tokens, hidden).
-        top_k_index, top_k_weights: The experts of each token and their weights, (tokens, k).
+    `hidden_states` (tokens, hidden); the experts of each token and their weights (tokens, k).
     """
     num_tokens, top_k = top_k_index.shape
     owners = top_k_index.reshape(-1)

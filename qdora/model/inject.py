@@ -6,6 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinea
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.plain_linear import is_plain_linear
+from qdora.adapter.trained_rows import RowHead
 from qdora.errors import UserError, nearest
 from qdora.model.experts import routers
 from qdora.model.peft_config import ALL_LINEAR
@@ -47,20 +49,13 @@ def inject(
 ) -> dict[str, AdaptedLinear]:
     """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
 
-    Args:
-        model: A transformers causal LM with layers of nn.Linear or FrozenLinear, and stacks of experts.
-        kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
-        targets: "all-linear" (all but the output head and routers), or names: the last part of a module's path
-            ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path
-            ("model.layers.3.*.q_proj").
-        rank_pattern: Name or pattern -> rank instead of `rank`; the longest matching key wins.
-        expert_rank, share: Rank of the stacks of experts that no pattern matches (default `rank`), and the factor that
-            the experts of a stack share.
-        same_scaling: Layers of another rank get the alpha that gives them the scaling of `rank`.
-    Returns:
-        Path -> layer, in model order.
-    Raises:
-        UserError: All targets and patterns that match nothing, or all ranks that are too large.
+    `targets`: "all-linear" (all but the output head and routers), or names: the last part of a module's path
+    ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path ("model.layers.3.*.q_proj").
+    `rank_pattern`: name or pattern -> rank instead of `rank`; the longest matching key wins. `expert_rank` is that of
+    the stacks that no pattern matches, `share` the factor that the experts of a stack share. With `same_scaling` layers
+    of another rank get the alpha that gives them the scaling of `rank`. The rest as in AdaptedLinear.
+
+    Returns path -> layer, in model order. UserError names all patterns that match nothing, or all ranks too large.
     """
     linear = linear_layers(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -96,7 +91,12 @@ def inject(
 
 def adapted_layer(module: nn.Module, *, share: Share = "none", **options: Any) -> AdaptedLinear:
     """The adapted layer of a linear layer or a stack of experts; `options` are those of AdaptedLinear."""
-    base = as_frozen(module)
+    base: FrozenLinear
+    if isinstance(module, FrozenLinear):
+        base = module
+    else:  # it shares the weight
+        assert isinstance(module, nn.Linear | ExpertLinear)
+        base = frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
     if isinstance(base, FrozenExperts):
         return AdaptedExperts(base, share=share, **options)
     return AdaptedLinear(base, **options)
@@ -165,14 +165,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def as_frozen(module: nn.Module) -> FrozenLinear:
-    """A FrozenLinear as it is, or one that shares the weight of an nn.Linear."""
-    if isinstance(module, FrozenLinear):
-        return module
-    assert isinstance(module, nn.Linear | ExpertLinear)
-    return frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-
 def frozen_like(
     module: nn.Module, weight: Weight, bias: Tensor | None, keep_bits: Tensor | None = None
 ) -> FrozenLinear:
@@ -200,13 +192,9 @@ def matches(name: str, pattern: str) -> bool:
 def unmatched(
     where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear", *, also: Sequence[str] = ()
 ) -> list[str]:
-    """A fault for each pattern that matches no layer.
+    """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers.
 
-    Args:
-        where: The setting.
-        names: Paths of the layers.
-        what: Kind of these layers.
-        also: What the setting may be besides a name, a path or a pattern.
+    `also`: what the setting may be besides a name, a path or a pattern.
     """
     paths = list(names)
     experts = [EXPERTS] if any(matches(path, EXPERTS) for path in paths) else []
@@ -275,3 +263,56 @@ def _ranks(
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return ranks
+
+
+_DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Weights of the linear layers without the output head, and bytes of these, the whole base and the adapter.
+
+    Bytes include scales; codes of simulated formats count as tightly packed, lora_B as stored.
+    """
+
+    num_linear_weights: int
+    num_linear_bytes: int
+    num_base_bytes: int
+    num_adapter_bytes: int
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Size of a causal LM, with or without adapters; tied weights count once."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    while isinstance(head, RowHead | AdaptedLinear):
+        head = head.base
+    seen: set[tuple[Any, Any]] = set()
+    weights = linear = other = adapter = 0
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        elif is_linear(module):
+            assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
+            packed = module.packed_form if isinstance(module, FrozenLinear) else None
+            count = module.out_features * module.in_features
+            num_bytes = _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
+            if module is not head:
+                weights += count
+                linear += num_bytes
+            elif packed is not None or _is_new(module.weight, seen):  # type: ignore[arg-type]
+                other += num_bytes
+            other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
+        else:
+            kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
+            own = [each for each in (*module._parameters.values(), *kept) if each is not None]
+            other += sum(_DENSE_BYTES * each.numel() for each in own if _is_new(each, seen))
+    return ModelSize(weights, linear, linear + other, adapter)
+
+
+def _is_new(tensor: Tensor, seen: set[tuple[Any, Any]]) -> bool:
+    """Whether the memory of a tensor, which tied weights share, is not in `seen`, to which it is added."""
+    place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+    if place in seen:
+        return False
+    seen.add(place)
+    return True

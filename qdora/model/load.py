@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,11 +29,23 @@ from qdora.adapter.host_embedding import HostEmbedding
 from qdora.errors import NotFinite, UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
+from qdora.model.checkpoint import (
+    Stored,
+    StoredPacked,
+    StoredRows,
+    StoredTensor,
+    gather_packed,
+    in_parts,
+    match_to_model,
+    open_safetensors,
+    shorten,
+    stored_kind,
+    tied_weights,
+)
 from qdora.model.experts import stacks, use_expert_layers_
-from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
-from qdora.model.gguf_metadata import config_of_gguf
+from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
-from qdora.model.language_part import (
+from qdora.model.multimodal import (
     auto_class,
     check_family,
     in_words,
@@ -44,20 +55,8 @@ from qdora.model.language_part import (
     set_aside,
     settle_tying,
 )
-from qdora.model.quantized_checkpoint import gather_packed, stored_kind
+from qdora.model.names import rename_to_model
 from qdora.model.source import ModelSource, library_reason
-from qdora.model.stored_tensors import (
-    Stored,
-    StoredPacked,
-    StoredRows,
-    StoredTensor,
-    in_parts,
-    match_to_model,
-    open_safetensors,
-    shorten,
-    tied_weights,
-)
-from qdora.model.weight_conversion import rename_to_model
 from qdora.quant.codebooks import CODE_BITS, MXFP4, SIMULATED
 from qdora.quant.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.quant.tiles import Weight
@@ -66,7 +65,7 @@ from qdora.recipe.settings import BaseWeightsConfig
 log = logging.getLogger("qdora")
 
 QUANT_KINDS = (*KINDS, "none")
-COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 DEFAULT_SKIP = (HEAD,)
 
 _DENSE_PART_ELEMENTS = 1 << 24
@@ -135,27 +134,32 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights; every linear layer is quantised except the skipped ones.
 
+    Source -> config -> skeleton -> tensors to read (`reader`) -> layers to quantise -> placed one by one (`placer`).
     A weight is quantised from the dtype of the file, without a rounding in between. Embeddings, norms, biases and
     skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
 
     Args:
-        source, device: From `resolve`; where the weights go and are quantised.
         quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
-        block_size, double_quant: See `qdora.quant.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
         progress: Called with the tensors done and all of them.
-        reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
+        reader: Finds the weights (default `tensors_of_source`; see model/store.py).
         placer: Puts the tensors into the model (default `place_all`; see prune/pruner.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/stream.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
-    Raises:
-        UserError: Settings, architecture or checkpoint that do not fit; all faults of a stage at once.
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
-    _check_settings(wanted, compute_dtype, attention)
+    allowed = {
+        "base.quant": (quant, QUANT_KINDS),
+        "model.attention": (attention, ATTENTION_KINDS),
+        "model.dtype": (str(compute_dtype).removeprefix("torch."), COMPUTE_DTYPES),
+    }
+    faults = [not_one_of(key, value, values) for key, (value, values) in allowed.items() if value not in values]
+    if quant in CODE_BITS and block_size not in BLOCK_SIZES:
+        faults.append(not_one_of("base.block_size", block_size, map(str, BLOCK_SIZES)))
+    if faults:
+        raise UserError(*faults)
     if quant in SIMULATED:
         log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
     config = load_config(source)
@@ -164,29 +168,31 @@ def load_model(
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    with _named_if_not_finite(source):
-        stored = (reader or tensors_of_source)(source, model)
-    if not_loaded(model):
-        log.info("%s", in_words(model))
-    layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
-    stored, layers = settle_stored(stored, kind, wanted, layers)
-    if before_reading is not None:
-        before_reading(model, device)
-    load = Loading(model, stored, layers, wanted, device=device, compute_dtype=compute_dtype, progress=progress)
-    with _named_if_not_finite(source):
-        (placer or place_all)(load)
-    _finish(model, source, device)
-    return model
-
-
-@contextmanager
-def _named_if_not_finite(source: ModelSource) -> Iterator[None]:
-    """Name the model where one of its weights is not finite."""
     try:
-        yield
+        stored = (reader or tensors_of_source)(source, model)
+        if not_loaded(model):
+            log.info("%s", in_words(model))
+        layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
+        stored, layers = settle_stored(stored, kind, wanted, layers)
+        if before_reading is not None:
+            before_reading(model, device)
+        (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     except NotFinite as error:
         fix = "Fix: download it again; if the weights are published so, use another model."
         raise UserError(*(f"model.source: {source.name}: {fault} {fix}" for fault in error.faults)) from error
+    tie_and_move_buffers(model, device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left, f"never filled: {left[:5]}"
+    if (generation := published_generation(source)) is not None:
+        model.generation_config = generation
+    model.config._name_or_path = source.name
+    model.eval()
+    if device.type == "cuda":
+        # The allocator keeps the freed 16-bit tensors; training's first allocations differ in size from them.
+        torch.cuda.empty_cache()
+    return model
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -212,9 +218,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
-    Of a multimodal model only the language part has parameters (`model/language_part.py`).
-
-    Raises UserError if the model is not a causal LM, or cannot have this attention (`with_attention`).
+    Of a multimodal model only the language part has parameters (`model/multimodal.py`).
     """
     check_family(config, source.name)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -244,7 +248,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> stored tensor, in the model's order; nothing is read yet. Raises as `match_to_model`."""
+    """Model name -> stored tensor, in the model's order; nothing is read yet."""
     if source.is_gguf:
         return match_to_model(open_gguf(source.path, model), model)
     renamed = rename_to_model(gather_packed(open_safetensors(source.path)), model)
@@ -252,20 +256,14 @@ def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, 
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers to quantise; none for a dense base. MXFP4 is the form of experts alone.
-
-    Raises as `chosen_layers`.
-    """
+    """Paths of the linear layers to quantise; none for a dense base. MXFP4 is the form of experts alone."""
     if wanted.kind == MXFP4:
         return chosen_layers(model, wanted) & stacks(model).keys()
     return set() if wanted.kind == "none" else chosen_layers(model, wanted)
 
 
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of all linear layers that are not skipped.
-
-    Raises UserError if a skip pattern matches nothing, a tied head is not skipped, or layers are transposed (GPT-2).
-    """
+    """Paths of all linear layers that are not skipped."""
     linear = linear_layers(model)
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
@@ -385,24 +383,8 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
-    """Tie and freeze the weights of the model, which are all placed."""
-    tie_and_move_buffers(model, device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not left, f"never filled: {left[:5]}"
-    if (generation := published_generation(source)) is not None:
-        model.generation_config = generation
-    model.config._name_or_path = source.name
-    model.eval()
-    if device.type == "cuda":
-        # The allocator keeps the freed 16-bit tensors; training's first allocations differ in size from them.
-        torch.cuda.empty_cache()
-
-
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    """The generation config in the directory of a source, if it has one. Raises UserError if it cannot be used."""
+    """The generation config in the directory of a source,, if it has one."""
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
     try:
@@ -431,7 +413,7 @@ def settle_stored(
 
     A checkpoint in bitsandbytes' formats is used as it is. MXFP4 is, too, if the recipe asks for it; otherwise it is
     dequantised part by part. `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint
-    were dense. Raises UserError if the recipe asks for another form than the checkpoint has.
+    were dense.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     if kind == MXFP4 and not packed:
@@ -456,10 +438,7 @@ def settle_stored(
 
 
 def _dense(name: str, item: Stored, held: dict[str, PackedWeight]) -> StoredTensor:
-    """A packed weight of a checkpoint, dequantised when it is read, some rows at a time.
-
-    `held` has the weight that was read last, by its name; all weights of a checkpoint share it.
-    """
+    """A packed weight, dequantised some rows at a time; `held` has the one that was read last, shared by all."""
     assert isinstance(item, StoredPacked)
     rows, columns = item.shape
     step = max(1, _DENSE_PART_ELEMENTS // columns)
@@ -479,11 +458,6 @@ def _dense(name: str, item: Stored, held: dict[str, PackedWeight]) -> StoredTens
 def _check_stored_packed(
     packed: Mapping[str, StoredPacked], kind: str | None, wanted: Quantization, layers: set[str]
 ) -> None:
-    """Check that a quantised checkpoint has the form that the recipe asks for.
-
-    Raises UserError for another kind, block size or double quantisation, or a quantised layer that the recipe keeps
-    dense.
-    """
     kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
     if kinds != [wanted.kind]:
         raise UserError(
@@ -511,19 +485,3 @@ def _check_stored_packed(
     dense = sorted(layers - named)
     if dense:
         log.info("%d linear layers are dense in the checkpoint and stay so, e.g. %s.", len(dense), dense[0])
-
-
-def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention: str) -> None:
-    faults = []
-    for key, given, allowed in (
-        ("base.quant", wanted.kind, QUANT_KINDS),
-        ("model.attention", attention, ATTENTION_KINDS),
-    ):
-        if given not in allowed:
-            faults.append(not_one_of(key, given, allowed))
-    if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
-        faults.append(not_one_of("base.block_size", wanted.block_size, map(str, BLOCK_SIZES)))
-    if compute_dtype not in COMPUTE_DTYPES:
-        faults.append(f"model.dtype: got {compute_dtype}, must be one of bfloat16, float16, float32, float64.")
-    if faults:
-        raise UserError(*faults)

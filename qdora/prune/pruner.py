@@ -24,6 +24,7 @@ from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.adapter.expert_linear import BareExperts
 from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.errors import UserError, first_few, first_line
+from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
     Loading,
     Quantization,
@@ -35,9 +36,8 @@ from qdora.model.load import (
     tensors_of_source,
     tie_and_move_buffers,
 )
-from qdora.model.packed_base import PrunedLayer, layer_record
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked
+from qdora.model.store import PrunedLayer, layer_record
 from qdora.prune.scores import InputStatistics, mask_by_scores, prune_weight
 from qdora.quant.packed import dequantize, quantize, zero_packed
 from qdora.quant.sparsity import check_shape, mask_bits, pattern_from

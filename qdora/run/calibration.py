@@ -14,7 +14,7 @@ from qdora.data.mix import Mix
 from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
 from qdora.errors import UserError
 from qdora.evaluate.perplexity import read_texts
-from qdora.model.text_config import positions_of
+from qdora.model.attention import positions_of
 from qdora.recipe.settings import CalibrationConfig, Recipe
 
 

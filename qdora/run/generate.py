@@ -23,8 +23,8 @@ from qdora.evaluate.generation import generate
 from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.oom import keep_freed_memory
-from qdora.model.stop_ids import stop_ids_of_model
-from qdora.model.text_config import context_length
+from qdora.model.attention import context_length
+from qdora.model.tokens import stop_ids_of_model
 from qdora.recipe.options import Sampling
 from qdora.run.load_run import LoadedModel, load_target
 

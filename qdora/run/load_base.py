@@ -12,8 +12,8 @@ from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import HostResidency, keep_embedding_on_host
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, load_model, quantization_of
-from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.source import ModelSource
+from qdora.model.store import BaseCache, PrunedBase
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
 

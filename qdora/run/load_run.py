@@ -19,9 +19,9 @@ from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model, stored_form
-from qdora.model.packed_base import PrunedBase
 from qdora.model.source import ADAPTER_DIRECTORY, load_tokenizer, resolve
-from qdora.model.trained_embeddings import extend_vocabulary
+from qdora.model.store import PrunedBase
+from qdora.model.tokens import extend_vocabulary
 from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe

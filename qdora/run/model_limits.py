@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from qdora.data.mix import Source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.model.text_config import positions_of
+from qdora.model.attention import positions_of
 
 
 def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:

@@ -15,7 +15,7 @@ from qdora.files.environment import environment
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, open_run, resume_run
 from qdora.files.setting_keys import flat
-from qdora.model.language_part import TRAINED_PART, is_multimodal
+from qdora.model.multimodal import TRAINED_PART, is_multimodal
 from qdora.model.source import is_commit
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings

@@ -37,6 +37,7 @@ from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of, unharmed
+from qdora.model.attention import positions_of
 from qdora.model.build_model import (
     Compute,
     choose_compute,
@@ -48,7 +49,6 @@ from qdora.model.build_model import (
 )
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.model.text_config import positions_of
 from qdora.plan.fit import within_budget, workload_of_data
 from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan

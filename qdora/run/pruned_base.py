@@ -20,8 +20,8 @@ from qdora.files.atomic import atomic_directory
 from qdora.files.console import Progress, bar
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import Compute
-from qdora.model.packed_base import PrunedBase, fingerprints, save_pruned_base
 from qdora.model.source import ModelSource
+from qdora.model.store import PrunedBase, fingerprints, save_pruned_base
 from qdora.prune.pruner import Pruner
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe

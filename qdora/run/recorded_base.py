@@ -10,8 +10,8 @@ from typing import Any
 
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
-from qdora.model.packed_base import fingerprints
 from qdora.model.source import ModelSource
+from qdora.model.store import fingerprints
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from qdora.files.run_directory import RunDirectory
-from qdora.model.packed_base import read_record
+from qdora.model.store import read_record
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 

@@ -21,7 +21,7 @@ from qdora.data.tokenize import ExampleTally, TokenizedExample, text_batches
 from qdora.errors import UserError, first_few
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, unharmed
-from qdora.model.trained_embeddings import untrained_rows
+from qdora.model.tokens import untrained_rows
 from qdora.recipe.data_settings import DataConfig
 from qdora.train.distributed import Processes
 from qdora.train.packed_attention import packed_layout

@@ -19,7 +19,7 @@ from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_
 from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import adapt
-from qdora.model.inplace_outputs import weights_unread
+from qdora.model.patches import weights_unread
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun

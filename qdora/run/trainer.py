@@ -26,9 +26,8 @@ from qdora.evaluate.suite import compare_table
 from qdora.files.atomic import atomic_write_text
 from qdora.files.run_directory import unharmed
 from qdora.model.build_model import describe_adapters
-from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.model.model_size import model_size
-from qdora.model.trained_embeddings import trained_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters, model_size
+from qdora.model.tokens import trained_parameters
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.adapter_step import adapter_record, best_in_words, read_result
 from qdora.run.expert_load import ExpertLoad

@@ -25,9 +25,8 @@ from qdora.evaluate.suite import evaluate, spread
 from qdora.files.atomic import atomic_write_json
 from qdora.files.json_file import read_json_object
 from qdora.model.build_model import choose_compute, find_model
-from qdora.model.inject import adapted_layers, block_of
+from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.model.load import load_config
-from qdora.model.model_size import model_size
 from qdora.rank.error_undone import error_undone
 from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import BaseWeightsConfig, Recipe

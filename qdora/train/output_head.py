@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.plain_linear import is_plain_linear
 from qdora.memory.shard import release
-from qdora.model.text_config import text_config
+from qdora.model.attention import text_config
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.loss import auto_chunk, chunked_nll, token_nll
 

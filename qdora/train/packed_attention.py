@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.data.batches import PackedLayout
 from qdora.errors import UserError
-from qdora.model.known_masks import flash_inputs, flash_lengths, takes_flash_lengths
-from qdora.model.text_config import attention_of
+from qdora.model.attention import attention_of
+from qdora.model.patches import flash_inputs, flash_lengths, takes_flash_lengths
 
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
 # differ between the rows, so that a model that reads the positions of the first row only fails, too.

@@ -20,7 +20,7 @@ from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, set
 from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import Packing, Step
 from qdora.model.inject import adapted_layers
-from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.patches import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.hooks import Metrics, Reading
 from qdora.train.loss_scale import LossScale

@@ -28,8 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from qdora.errors import UserError
+from qdora.model.checkpoint import Stored, StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import is_transposed, library_names, stacks
-from qdora.model.stored_tensors import Stored, StoredRows, StoredTensor, in_parts, shorten
 
 # A conversion that cuts a tensor into more pieces permutes its rows.
 _MOST_PIECES = 8
@@ -39,14 +39,6 @@ class NotInRows(Exception):
     """A conversion does more than to put rows together."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Consecutive rows of a stored tensor."""
-
-    key: str
-    rows: slice
-
-
 def _numbered(shape: Sequence[int], first: int) -> Tensor:
     """Row numbers from `first` on in the place of a weight, whose columns are one; of a vector each entry is a row."""
     rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else shape[0]
@@ -54,8 +46,8 @@ def _numbered(shape: Sequence[int], first: int) -> Tensor:
     return numbers.view(*shape[:-1], 1) if len(shape) > 1 else numbers
 
 
-def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[_Piece]:
-    """The runs of consecutive numbers, in order. `first_rows` are (first number, key) of the tensors, ascending."""
+def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tuple[str, slice]]:
+    """Key and rows of each run of consecutive numbers. `first_rows`: (first number, key) of each tensor, ascending."""
     flat = numbers.reshape(-1)
     starts = torch.tensor([first for first, _ in first_rows])
     owner = torch.bucketize(flat, starts, right=True) - 1
@@ -63,12 +55,12 @@ def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[_Pie
     bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
     if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
         raise NotInRows
-    found = []
+    pieces = []
     for start, stop in pairwise(bounds):
         first, key = first_rows[int(owner[start])]
         row = int(flat[start]) - first
-        found.append(_Piece(key, slice(row, row + stop - start)))
-    return found
+        pieces.append((key, slice(row, row + stop - start)))
+    return pieces
 
 
 def convert(
@@ -76,10 +68,8 @@ def convert(
 ) -> dict[str, StoredTensor]:
     """The model's tensors that a conversion makes from some of the checkpoint's, by their names in transformers' model.
 
-    Args:
-        name: Their common name after transformers' renaming.
-        items: Key in the checkpoint -> source pattern of the converter that it matches, and the tensor.
-    Raises NotInRows: The conversion permutes columns, cuts rows, or reorders single rows.
+    `items` is key -> pattern of the converter that it matches, and the tensor; `name` is their name after transformers'
+    renaming. NotInRows if the conversion permutes columns, cuts rows, or reorders single rows.
     """
     run = copy.deepcopy(converter)
     first, first_rows = 0, []
@@ -105,27 +95,20 @@ def convert(
             raise NotInRows
         is_matrix = len(next(iter(stored.values())).shape) > 1
         shape = (numbers.numel(), *columns) if is_matrix else tuple(numbers.shape)
-        made[target] = _joined(shape, _pieces(numbers, first_rows), stored)
+        pieces = _pieces(numbers, first_rows)
+        parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, stored[key], rows)) for key, rows in pieces]
+        some = stored[pieces[0][0]]
+        made[target] = in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
     return made
 
 
-def _joined(shape: tuple[int, ...], pieces: Sequence[_Piece], stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    """The tensor that pieces make, in order."""
-
-    def read(piece: _Piece) -> Tensor:
-        value = stored[piece.key].read()
-        return (value.flatten(0, -2) if value.ndim > 2 else value)[piece.rows]
-
-    parts = [StoredRows(piece.rows.stop - piece.rows.start, partial(read, piece)) for piece in pieces]
-    some = stored[pieces[0].key]
-    return in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
+def _read_rows(item: StoredTensor, rows: slice) -> Tensor:
+    value = item.read()
+    return (value.flatten(0, -2) if value.ndim > 2 else value)[rows]
 
 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> tensor, by transformers' renames and conversions for this model.
-
-    Raises UserError if a weight is made in another way than from whole rows.
-    """
+    """Model name -> tensor, by transformers' renames and conversions for this model; each weight of whole rows."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -180,15 +163,11 @@ def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, An
     """Tensors under their names in qdora's model: the weight of a stack is a matrix, (experts * out, in)."""
     ours = {theirs: name for name, theirs in library_names(model).items()}
     turned = {path for path in stacks(model) if is_transposed(model, path)}
-    found = {}
+    placed = {}
     for name, item in stored.items():
-        if name not in ours:
-            found[name] = item
-        elif isinstance(item, StoredTensor) and len(item.shape) == 3:
-            found[ours[name]] = _as_matrix(item, transposed=name in turned)
-        else:
-            found[ours[name]] = item
-    return found
+        is_stack = name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3
+        placed[ours.get(name, name)] = _as_matrix(item, transposed=name in turned) if is_stack else item
+    return placed
 
 
 def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
@@ -222,7 +201,8 @@ def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
     stack, transposed = stacks(model)[path], is_transposed(model, path)
     num_experts, rows, columns = stack.num_experts, stack.expert_features, stack.in_features
     if transposed:
-        return {_single_name(model, path): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
+        (key,) = revert_weight_conversion(model, {path: torch.empty(0, device="meta")})
+        return {str(key): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
     numbers = _numbered((num_experts, rows, columns), 0)
     found = {}
     for key, held in revert_weight_conversion(model, {path: numbers}).items():
@@ -232,12 +212,6 @@ def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
         sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
         found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
     return found
-
-
-def _single_name(model: PreTrainedModel, path: str) -> str:
-    marker = torch.empty(0, device="meta")
-    (key,) = revert_weight_conversion(model, {path: marker})
-    return str(key)
 
 
 # transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.

@@ -11,11 +11,12 @@ up together, one expert after the other, and is read expert by expert.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import (
@@ -34,9 +35,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qdora.errors import UserError
+from qdora.files.atomic import atomic_directory, disk_reason
+from qdora.files.environment import package_versions
+from qdora.files.user_paths import cache_folder
+from qdora.files.work_lock import in_turn
+from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import block_of
-from qdora.model.stored_tensors import StoredRows, StoredTensor, in_parts, shorten
 from qdora.recipe.faults import one_line
 
 log = logging.getLogger("qdora")
@@ -84,20 +89,6 @@ class GgufHeader:
         return str(self.settings.get("general.architecture", ""))
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises UserError if it is none, has an unknown version, or is cut short."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _parsed(path, _Cursor(content))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"model.source: {path} cannot be read: {error}") from error
-    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        reason = one_line(str(error))
-        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
-
-
 class _Cursor:
     """A place in a mapped header. A number behind the end is a struct.error."""
 
@@ -127,25 +118,36 @@ class _Cursor:
                 self.at += size
 
 
-def _parsed(path: Path, cursor: _Cursor) -> GgufHeader:
-    magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
-    if magic != b"GGUF":
-        raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
-    if version not in (2, 3):
-        raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
-    settings: dict[str, Any] = {}
-    for _ in range(num_settings):
-        key, (kind,) = cursor.string(), cursor.take("I")
-        if kind == _ARRAY:
-            cursor.skip_array()
-        else:
-            settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
-    entries = []
-    for _ in range(num_tensors):
-        name, (num_dims,) = cursor.string(), cursor.take("I")
-        entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
-    alignment = settings.get("general.alignment", _ALIGNMENT)
-    data = -(-cursor.at // alignment) * alignment
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file. UserError if it is none, has an unknown version, or is cut short."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            cursor = _Cursor(content)
+            magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
+            if magic != b"GGUF":
+                raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
+            if version not in (2, 3):
+                raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
+            settings: dict[str, Any] = {}
+            for _ in range(num_settings):
+                key, (kind,) = cursor.string(), cursor.take("I")
+                if kind == _ARRAY:
+                    cursor.skip_array()
+                else:
+                    settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
+            entries = []
+            for _ in range(num_tensors):
+                name, (num_dims,) = cursor.string(), cursor.take("I")
+                entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
+            alignment = settings.get("general.alignment", _ALIGNMENT)
+            data = -(-cursor.at // alignment) * alignment
+    except UserError:  # a ValueError
+        raise
+    except OSError as error:
+        raise UserError(f"model.source: {path} cannot be read: {error}") from error
+    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        reason = one_line(str(error))
+        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
     tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
@@ -160,10 +162,7 @@ def require_gguf() -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
-
-    Raises UserError if the package gguf is missing, or the file is not GGUF, cut short or of an unknown architecture.
-    """
+    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape."""
     require_gguf()
     import gguf
 
@@ -211,17 +210,14 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 
 def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows.
-
-    Raises UserError if a tensor has no counterpart in transformers.
-    """
+    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows."""
     path = header.path
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names, places = _model_names(header, model, processor), _expert_rows(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, StoredTensor] = {}
-    experts: dict[str, list[tuple[GgufTensor, ExpertRows]]] = {}
+    experts: dict[str, list[tuple[GgufTensor, _ExpertRows]]] = {}
     faults = []
     for tensor in header.tensors:
         name, place = names.get(tensor.name), places.get(tensor.name)
@@ -237,12 +233,13 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
             faults.append(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
     for name, held in experts.items():
         first = held[0][1]
+        num_experts = first.shape[0]
         fits = all(tensor.shape == place.shape for tensor, place in held)
-        if not fits or sum(place.num_rows for _, place in held) != first.features:
+        if not fits or sum(place.shape[1] for _, place in held) != first.features:
             found = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor, _ in held)
-            wanted = f"{first.num_experts} experts of {first.features} rows"
+            wanted = f"{num_experts} experts of {first.features} rows"
             faults.append(f"model.source: the file has {found}, the config asks for {wanted}.")
-        readers = (partial(_expert_weight, path, held, expert) for expert in range(first.num_experts))
+        readers = (partial(_expert_weight, path, held, expert) for expert in range(num_experts))
         parts = [StoredRows(first.features, reader) for reader in readers]
         stored[name] = in_parts(held[0][0].name, shapes[name], parts, itemsize=4, dtype="F32")
     if faults:
@@ -283,46 +280,37 @@ def _stems(name: str) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class ExpertRows:
+class _ExpertRows:
     """What a tensor of a file, (experts, rows, columns), holds of a stack's weight `name`: some rows of each expert."""
 
     name: str
     rows: slice
-    num_experts: int
     features: int
-    columns: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an expert in the tensor."""
-        return len(range(*self.rows.indices(self.features)))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return (self.num_experts, self.num_rows, self.columns)
+    shape: tuple[int, int, int]
 
 
-def _expert_rows(model: nn.Module) -> dict[str, ExpertRows]:
+def _expert_rows(model: nn.Module) -> dict[str, _ExpertRows]:
     """Name of a tensor of experts in a file -> its place in the model, for each name that a file may have."""
     places = {}
     for path, stack in stacks(model).items():
-        projection, half = path.rpartition(".")[2], stack.expert_features // 2
-        parts = {projection.removesuffix("_proj"): slice(None)}
+        projection, features = path.rpartition(".")[2], stack.expert_features
+        parts = {projection.removesuffix("_proj"): slice(0, features)}
         if projection == "gate_up_proj":
-            parts |= {"gate": slice(0, half), "up": slice(half, None)}
+            parts |= {"gate": slice(0, features // 2), "up": slice(features // 2, features)}
         for part, rows in parts.items():
-            place = ExpertRows(f"{path}.weight", rows, stack.num_experts, stack.expert_features, stack.in_features)
-            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = place
+            shape = (stack.num_experts, rows.stop - rows.start, stack.in_features)
+            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = _ExpertRows(
+                f"{path}.weight", rows, features, shape
+            )
     return places
 
 
-def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, ExpertRows]], expert: int) -> Tensor:
+def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, _ExpertRows]], expert: int) -> Tensor:
     """The weight of one expert, (out, in)."""
     values = np.empty((held[0][1].features, held[0][0].shape[-1]), dtype=np.float32)
     for tensor, place in held:
-        start = expert * place.num_rows
-        values[place.rows] = _dequantized(path, tensor, slice(start, start + place.num_rows))
+        num_rows = place.shape[1]
+        values[place.rows] = _dequantized(path, tensor, slice(expert * num_rows, (expert + 1) * num_rows))
     return torch.from_numpy(values)
 
 
@@ -366,3 +354,69 @@ def _dequantized(path: Path, tensor: GgufTensor, rows: slice = slice(None)) -> V
         except NotImplementedError as error:
             raise UserError(f"model.source: tensor '{tensor.name}': {error}") from error
     return values
+
+
+_PACKAGES = ("transformers", "tokenizers", "gguf")
+
+
+def config_of_gguf(path: Path) -> PreTrainedConfig:
+    """The config, with what a file says of its experts and transformers does not read.
+
+    transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
+    family for that of its experts. Raises what transformers raises for a header that it cannot use.
+    """
+    header = read_header(path)
+    config = _kept(header, "config", AutoConfig.from_pretrained)
+
+    def setting(name: str) -> Any:
+        return header.settings.get(f"{header.architecture}.{name}")
+
+    if config.model_type == "llama" and setting("expert_count"):
+        alike = MixtralConfig().to_dict().keys() - {"model_type", "transformers_version"}
+        given = {name: value for name, value in config.to_dict().items() if name in alike}
+        given |= {"num_local_experts": setting("expert_count"), "num_experts_per_tok": setting("expert_used_count")}
+        config = MixtralConfig(**given | {"architectures": ["MixtralForCausalLM"]})
+    widths: dict[str, tuple[str, ...]] = {
+        "ffn_down_exps": ("moe_intermediate_size", "intermediate_size"),
+        "ffn_down_shexp": ("shared_expert_intermediate_size",),
+    }
+    for part, names in widths.items():
+        shape = next((each.shape for each in header.tensors if each.name.endswith(f".{part}.weight")), None)
+        name = next((name for name in names if hasattr(config, name)), None)
+        if shape is not None and name is not None:
+            setattr(config, name, shape[-1])
+    return config
+
+
+def tokenizer_of_gguf(path: Path) -> Any:
+    """The tokenizer. Raises what transformers raises for a header that it cannot use."""
+    return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
+
+
+def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
+    """What `load` makes of the file, through a copy in the user's cache directory if the disk takes one.
+
+    transformers turns each word of the vocabulary into arrays whenever it reads a header, which takes seconds for a
+    config and again for a tokenizer. The small files that they are saved as are read by later commands.
+    """
+    path = header.path
+    # The header, and the versions that read it.
+    start = min((tensor.offset for tensor in header.tensors), default=path.stat().st_size)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(start))
+    digest.update(repr(package_versions(_PACKAGES)).encode())
+    folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
+    if not folder.is_dir():
+        with in_turn(folder):
+            if not folder.is_dir():  # another process may have made it meanwhile
+                made = load(str(path.parent), gguf_file=path.name)
+                try:
+                    with atomic_directory(folder) as aside:
+                        made.save_pretrained(aside)
+                except Exception as error:
+                    if disk_reason(error) is None:
+                        raise
+                    return made
+    kept = load(str(folder), local_files_only=True)
+    kept.name_or_path = str(path.parent)
+    return kept

@@ -35,7 +35,7 @@ from qdora.files.console import OF_THIS_PROCESS, Progress
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import write_tensors
 from qdora.files.work_lock import in_turn
-from qdora.model.language_part import not_loaded
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.model.load import (
     Loading,
     Quantization,
@@ -46,8 +46,8 @@ from qdora.model.load import (
     settle_stored,
     tensors_of_source,
 )
+from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
 from qdora.quant.tiles import Weight
 from qdora.recipe.faults import one_line
@@ -90,7 +90,6 @@ class PrunedLayer:
 class WeightForm(BaseModel):
     """Shape of a weight, its kind (None for a dense one), and its block size."""
 
-    # Records of earlier versions have more keys, which nothing read.
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     shape: tuple[int, ...]
@@ -99,10 +98,7 @@ class WeightForm(BaseModel):
 
 
 class PackedBase:
-    """The weights in some files of a directory, by model name; each is read when it is asked for.
-
-    Raises UserError if a file is damaged, or a tensor is in two files.
-    """
+    """The weights in some files of a directory, by model name; each is read when it is asked for."""
 
     def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
         self.directory, self.forms = directory, forms
@@ -120,8 +116,7 @@ class PackedBase:
     def read(self, name: str, *, mapped: bool = False) -> Weight:
         """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        A file is opened for each tensor, as in `stored_tensors`: what was read does not stay in memory. Raises
-        UserError if tensors are missing, or do not fit the weight's form.
+        A file is opened for each tensor: what was read does not stay in memory.
         """
         form, path = self.forms[name], name.removesuffix(".weight")
         tensors: dict[str, Tensor] = {}
@@ -142,14 +137,15 @@ class PackedBase:
 
     def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
         """Model name -> weight, like those of a checkpoint; `mapped` as in `read`."""
-        return {name: self._item(name, form, mapped) for name, form in self.forms.items()}
-
-    def _item(self, name: str, form: WeightForm, mapped: bool) -> Stored:
-        read: Any = partial(self.read, name, mapped=mapped)
-        if form.kind is None:
-            return StoredTensor(name, form.shape, read)
-        double_quant = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
-        return StoredPacked(name, form.shape, form.kind, form.block_size, double_quant=double_quant, read=read)
+        items: dict[str, Stored] = {}
+        for name, form in self.forms.items():
+            read: Any = partial(self.read, name, mapped=mapped)
+            if form.kind is None:
+                items[name] = StoredTensor(name, form.shape, read)
+            else:
+                double = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
+                items[name] = StoredPacked(name, form.shape, form.kind, form.block_size, double, read)
+        return items
 
 
 def read_record(file: Path, kind: type[Record]) -> Record:
@@ -203,10 +199,10 @@ def write_weights(
 def save_pruned_base(
     model: nn.Module, layers: Mapping[str, PrunedLayer], directory: Path, *, key: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
+    """Write the pruned layers of a freshly loaded base; the directory appears whole and replaces an older one.
 
-    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `key` is a hash of all that decides the
-    pruned weights; `settings` are JSON values of the recipe. Returns the content of compressed.json.
+    `layers` is `Pruner.layers`; `key` is a hash of all that decides the pruned weights; `settings` are JSON values of
+    the recipe. Returns the content of compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
@@ -231,43 +227,37 @@ def save_pruned_base(
     return record
 
 
-class _LayerRecord(BaseModel):
-    kind: str
-    shape: tuple[int, int]
-    block_size: int
+def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
+    """JSON values of a layer: kind, shape (out, in), block size, counts and error."""
+    form = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
+    return {**form, **asdict(layer)}
 
 
 class _PrunedRecord(BaseModel):
-    """The part of compressed.json that is read."""
+    """The part of compressed.json that is read; the kind of a layer that is not quantised is "dense"."""
 
     model_config = ConfigDict(strict=True)
     format: Literal[1]
-    key: str | None = None
-    layers: dict[str, _LayerRecord]
+    key: str
+    layers: dict[str, WeightForm]
 
 
 class PrunedBase:
-    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`; `key` is None for an older one.
-
-    Raises UserError if there is no pruned base, or it is damaged.
-    """
+    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`."""
 
     def __init__(self, directory: Path) -> None:
         record = read_record(directory / PRUNED_RECORD_FILE, _PrunedRecord)
         self.key, self.layers = record.key, record.layers
         forms: dict[str, WeightForm] = {}
-        for path, each in self.layers.items():
-            kind = None if each.kind == "dense" else each.kind
-            forms[f"{path}.weight"] = WeightForm(shape=each.shape, kind=kind, block_size=each.block_size)
-            forms[f"{path}.keep_bits"] = WeightForm(shape=(-(-each.shape[0] * each.shape[1] // 8),))
+        for path, layer in self.layers.items():
+            kind = None if layer.kind == "dense" else layer.kind
+            forms[f"{path}.weight"] = WeightForm(shape=layer.shape, kind=kind, block_size=layer.block_size)
+            forms[f"{path}.keep_bits"] = WeightForm(shape=(-(-layer.shape[0] * layer.shape[1] // 8),))
         self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Put the pruned layers in as they are stored, and the other tensors as `place_all` does.
-
-        Raises UserError for layers that the model does not have, or tensors that do not fit.
-        """
+        """Put the pruned layers in as they are stored, and the other tensors as `place_all` does."""
         place_all(replace(load, stored=self.others(load)))
         for path in self.layers:
             weight, keep_bits = self.read(path)
@@ -275,24 +265,23 @@ class PrunedBase:
             place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))
 
     def others(self, load: Loading) -> dict[str, Stored]:
-        """The stored tensors that are not of a pruned layer. Raises UserError for layers that the model lacks."""
+        """The stored tensors that are not of a pruned layer."""
         missing = sorted(self.layers.keys() - load.layers)
         if missing:
             raise UserError(f"{self.base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
         return {name: item for name, item in load.stored.items() if name not in self.base.forms}
 
     def read(self, path: str) -> tuple[Weight, Tensor]:
-        """A pruned layer as it is stored, and its mask. Raises UserError for tensors that do not fit."""
+        """A pruned layer as it is stored, and its mask."""
         weight, keep_bits = self.base.read(f"{path}.weight"), self.base.read(f"{path}.keep_bits")
         assert isinstance(keep_bits, Tensor)
         return weight, keep_bits
 
 
-class CacheRecord(BaseModel):
+class _CacheRecord(BaseModel):
     """The content of base.json: what the base was made from, its files with their bytes, and its weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
     format: Literal[1]
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     source: str
@@ -305,9 +294,8 @@ class CacheRecord(BaseModel):
 class BaseCache:
     """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
 
-    `root` holds all packed bases; it is made if it is missing. `wanted` says how to hold the linear layers (not
-    "none"), `device` where they are quantised. `mapped` leaves the weights in the files, to be read where they are
-    used. `base` is the base that was read last.
+    `root` holds all packed bases. `wanted` says how to hold the linear layers (not "none"), `device` where they are
+    quantised. `mapped` leaves the weights in the files, to be read where they are used. `base` is the last one read.
     """
 
     root: Path
@@ -318,12 +306,10 @@ class BaseCache:
     base: PackedBase | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        """Model name -> weight.
-
-        Raises UserError if the source does not fit, or the directory holds the base of another model or cannot be
-        written; RunFailure if the disk is full.
-        """
-        key = cache_key(source, model, self.wanted)
+        """Model name -> weight. UserError if the directory holds the base of another model or cannot be written."""
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        decides = {"format": CACHE_FORMAT, "quantization": asdict(self.wanted), "model": shapes}
+        key = hashlib.sha256(json_text({**decides, "files": fingerprints(source)}).encode()).hexdigest()
         directory = self.root / key[:20]
         with in_turn(directory) as refusal:
             base = _open_if_whole(directory, key)
@@ -340,21 +326,39 @@ class BaseCache:
         return match_to_model(base.stored(mapped=self.mapped), model)
 
     def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
+        """Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB)."""
         stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
         stored, layers = settle_stored(stored, None, self.wanted, layers)
         log.info("Writing the packed base to %s, for later starts.", directory)
-        made_from = {"key": key, "source": source.name}
-        write_base(directory, stored, layers, self.wanted, made_from, device=self.device, progress=self.progress)
+
+        def weights() -> Iterator[tuple[str, Weight]]:
+            quantized = iterate_quantized(stored, layers, self.wanted, self.device)
+            for done, (name, value) in enumerate(quantized, start=1):
+                # A dense one may be a view of the checkpoint's file.
+                yield name, value.clone() if isinstance(value, Tensor) else value
+                del value
+                if self.progress is not None:
+                    self.progress(done, len(stored))
+
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(directory) as partly:
+                _check_room(partly, stored, layers, self.wanted)  # here: the leftover of a killed write is gone now
+                written = write_weights(partly, weights(), "{:05d}.safetensors", _FILE_BYTES)
+                record = {"format": CACHE_FORMAT, "key": key, "source": source.name, "settings": asdict(self.wanted)}
+                (partly / CACHE_RECORD_FILE).write_bytes(json_bytes(record | written, indent=1))
+        except OSError as error:
+            raise _unwritten(directory, error) from error
 
 
-def open_cached_base(directory: Path) -> tuple[CacheRecord, PackedBase]:
-    """Open a directory of `write_base`. Raises UserError, one line, if there is no base or it is damaged."""
-    record = read_record(directory / CACHE_RECORD_FILE, CacheRecord)
+def open_cached_base(directory: Path) -> tuple[_CacheRecord, PackedBase]:
+    """Open a base of `BaseCache`. UserError, one line, if there is none or it is damaged."""
+    record = read_record(directory / CACHE_RECORD_FILE, _CacheRecord)
     for name, size in record.files.items():
         path = directory / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found != size:
-            raise UserError(f"{path}: is damaged: {found:,} bytes, expected {size:,}.")
+        num_bytes = path.stat().st_size if path.is_file() else 0
+        if num_bytes != size:
+            raise UserError(f"{path}: is damaged: {num_bytes:,} bytes, expected {size:,}.")
     return record, PackedBase(directory, record.files, record.weights)
 
 
@@ -374,64 +378,13 @@ def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
     return base
 
 
-def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
-    """Hash of everything that determines a packed base, 64 hex digits. Only samples of the weights are read."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    content = {"format": CACHE_FORMAT, "quantization": asdict(wanted), "model": shapes, "files": fingerprints(source)}
-    return hashlib.sha256(json_text(content).encode()).hexdigest()
-
-
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
     """Name, size, time and samples of each of a model's files, as JSON values."""
-    found = []
+    values = []
     for file in [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]:
         facts, samples = sampled_digest(file)
-        known = {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns}
-        found.append({**known, "samples": samples})
-    return found
-
-
-def write_base(
-    directory: Path,
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    made_from: Mapping[str, str],
-    *,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> None:
-    """Quantise a checkpoint into a directory, which appears whole or not at all.
-
-    Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB). `made_from` is the `key`
-    and `source` for the record; the other arguments are as in `Loading`. Raises UserError if the disk has too little
-    room or the directory cannot be written, RunFailure if the disk gets full.
-    """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(directory) as partial:
-            _check_room(partial, stored, layers, wanted)  # here, since the leftover of a killed write is gone now
-            weights = _quantized(stored, layers, wanted, device, progress)
-            written = write_weights(partial, weights, "{:05d}.safetensors", _FILE_BYTES)
-            record = {"format": CACHE_FORMAT, **made_from, "settings": asdict(wanted), **written}
-            (partial / CACHE_RECORD_FILE).write_bytes(json_bytes(record, indent=1))
-    except OSError as error:
-        raise _unwritten(directory, error) from error
-
-
-def _quantized(
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    device: torch.device,
-    progress: Progress | None,
-) -> Iterator[tuple[str, Weight]]:
-    for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
-        # A dense one may be a view of the checkpoint's file.
-        yield name, value.clone() if isinstance(value, Tensor) else value
-        del value
-        if progress is not None:
-            progress(done, len(stored))
+        values.append({"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns, "samples": samples})
+    return values
 
 
 def _unwritten(place: Path, error: OSError) -> UserError | DiskFull:
@@ -442,7 +395,6 @@ def _unwritten(place: Path, error: OSError) -> UserError | DiskFull:
 
 
 def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
-    """Raise UserError if the disk has less room than the packed weights and the other tensors take."""
     needed = 0
     for name, item in stored.items():
         if name.removesuffix(".weight") in layers and name.endswith(".weight"):
@@ -456,9 +408,3 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
             f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
             f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null."
         )
-
-
-def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
-    """JSON values of a layer: kind, shape (out, in), block size, counts and error."""
-    known = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
-    return {**known, **asdict(layer)}

@@ -23,7 +23,7 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
@@ -49,6 +49,9 @@ class NotLoaded(nn.Module):
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """Raises UserError: only images and videos reach this part."""
         raise UserError("images are not supported: only the language part of the model is loaded.")
+
+    # Qwen's models cast the pixels to the dtype of the vision tower before they call it.
+    dtype = property(forward)
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -113,10 +116,7 @@ def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
 
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
-    """Of the tensors of a whole model, in `directory`, those of the language part; the others go to their `NotLoaded`.
-
-    Raises UserError: A tensor of another part is quantised, so a merged export could not be loaded.
-    """
+    """The tensors of the language part of a whole model, in `directory`; the others go to their `NotLoaded`."""
     parts = not_loaded(model)
     language: dict[str, Stored] = {}
     for part in parts.values():

@@ -14,8 +14,10 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, replace_module
-from qdora.model.stored_tensors import tied_weights
+from qdora.model.load import load_config, published_generation
+from qdora.model.source import ModelSource
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""
@@ -39,8 +41,6 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     """Add tokens to a tokenizer; they get the next ids in the order of `tokens`.
 
     They are not special: decoded text keeps them. Text is never split inside them, whatever is beside them.
-
-    Raises UserError: The tokenizer has some already, or gives ids that are not the next ones.
     """
     vocabulary = tokenizer.get_vocab() if tokens else {}
     known = [token for token in tokens if token in vocabulary]
@@ -74,9 +74,7 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     Many models have more rows than their tokenizer has tokens; such rows are used first, and start anew, too. The
     matrices are replaced, so a row that is mapped from a file is not written.
 
-    Args:
-        ids: The ids that follow those of all other tokens.
-    Raises UserError: The model has fewer rows than older tokens, or a head that cannot get rows.
+    `ids` follow those of all other tokens.
     """
     if not ids:
         return
@@ -122,12 +120,8 @@ def train_embeddings(
 ) -> None:
     """Make the embedding, the head or both trainable, after the adapters are on.
 
-    Args:
-        names: `EMBEDDING`, `HEAD` or both. A tied head is trained with the embedding, named or not.
-        ids: Token ids of the rows to train; None: whole matrices, in their own dtype.
-        has_new: Whether the model has new tokens; `ids` are new ones.
-    Raises UserError: A head that is quantised, adapted or has a bias, or an embedding that does more than look up rows;
-        a tied head without its embedding; new rows of one of two matrices.
+    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding, named or not. `ids` are the rows
+    to train, None for whole matrices in their own dtype. `has_new`: the model has new tokens, and `ids` are those.
     """
     embedding_path, head_path = embedding_paths(model)
     paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
@@ -206,9 +200,7 @@ def trained_parameters(model: nn.Module) -> list[str]:
 def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int]) -> list[int]:
     """The tokens that training cannot reach: their rows are zero, and neither trained nor under an adapter.
 
-    Args:
-        read: Token ids whose rows of the embedding are looked at.
-        learnt: Those whose rows of the head are looked at. A head that is quantised or adapted is left out.
+    `read` are looked up in the embedding, `learnt` in the head, unless that is quantised or adapted.
     """
     found: set[int] = set()
     for module, ids in zip(_modules(model), (read, learnt), strict=True):
@@ -270,3 +262,25 @@ def _name(model: Any) -> str:
 
 def _modules(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
+    tokenizer's end of sequence."""
+    config = load_config(source)
+    named: Any = getattr(config, "eos_token_id", None)
+    if named is None:  # multimodal models keep it with their text model
+        named = getattr(config.get_text_config(), "eos_token_id", None)
+    if (generation := published_generation(source)) is not None:
+        named = generation.eos_token_id
+    return _stops(named, tokenizer)
+
+
+def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
+    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
+    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+
+
+def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+    listed = named if isinstance(named, list | tuple) else [named]
+    return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
