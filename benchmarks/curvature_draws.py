@@ -25,7 +25,7 @@ from qdora.rank.rank import training_batches
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 
 KINDS, MICRO_BATCH_TOKENS = ("self_attn.v_proj", "mlp.down_proj"), 512
 RANK = 16

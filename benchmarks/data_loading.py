@@ -27,9 +27,9 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
-from qdora.run.load_base import load_base
+from qdora.run.base import load_base
+from qdora.train.checks import packed_layout
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.packed_attention import packed_layout
 
 WAYS = {"grouped": "in memory, grouped by length", "packed": "in memory, packed", "streamed": "streamed"}
 STEP_TOKENS, ROW_TOKENS, BAR = 4096, 512, 0.02

@@ -61,7 +61,7 @@ WORDS = {
     "second": "a second process is started on the same directory",
     "cut": "a file of the newest checkpoint is cut short",
 }
-HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
+HEAVY = ("qdora.cli.train", "qdora.run.run", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
 HEAVY += ("transformers.models.llama.modeling_llama", "pyarrow.parquet")
 OPERATIONS, NUM_COMMANDS = range(2)  # what a life counts
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")

@@ -24,7 +24,7 @@ from qdora.model.load import load_model
 from qdora.model.source import load_tokenizer, resolve
 from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import CalibrationConfig, PruneConfig
-from qdora.run.calibration import pieces
+from qdora.run.base import pieces
 
 WINDOW = 256
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}

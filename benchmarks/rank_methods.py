@@ -26,7 +26,7 @@ from qdora.files.atomic import atomic_write_json
 from qdora.memory.allocator import keep_freed_memory
 from qdora.rank.rank import RankSettings, rank_run
 from qdora.recipe.recipe_file import load_recipe
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 
 NAME = "rank_methods"
 RANK = 8

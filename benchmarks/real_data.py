@@ -22,7 +22,7 @@ from tables.table import percent
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 
 KEPT = ("num_examples", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "majority", "nll", "nll_stderr")
 KEPT += ("nll_per_token", "nll_per_token_stderr", "num_answer_tokens")

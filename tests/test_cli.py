@@ -173,8 +173,8 @@ def test_failures_name_what_was_being_done(root: Path, tmp_path: Path, monkeypat
     def stop(*_: Any, **__: Any) -> None:
         raise Interrupted(3, Path("cells/a/checkpoints/step-3"))
 
-    monkeypatch.setattr("qdora.run.train.fit", fail)
-    monkeypatch.setattr("qdora.run.trainer.LARGE", 10**4)
+    monkeypatch.setattr("qdora.train.trainer.Trainer.run", fail)
+    monkeypatch.setattr("qdora.train.optimizer.LARGE", 10**4)
     found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
     assert (found.exit_code, "slow on a CPU.\n" in found.stderr) == (1, True)
     log = (tmp_path / "run/log.txt").read_text()

@@ -26,7 +26,7 @@ from qdora.evaluate.generation import answer_names, evaluate_generated, first_me
 from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 from tests.data_rows import fault_of, faults_of, says
 from tests.test_evaluation_spans import naive

@@ -25,8 +25,8 @@ from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
-from qdora.run.step_evaluations import evaluate_together
 from qdora.train.distributed import processes_of_launch
+from qdora.train.evals import evaluate_together
 from tests import support
 
 COLOURS = [" blue", " brown", " quick", " lazy"]

@@ -38,7 +38,7 @@ from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.run.load_run import load_run, load_target
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])

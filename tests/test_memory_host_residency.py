@@ -38,10 +38,10 @@ from qdora.plan.step_time import ASSUMED
 from qdora.quant.packed import empty_packed
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base
+from qdora.run import base as load_base
 from qdora.run.evaluate import evaluate_target
-from qdora.run.interference import measure
-from qdora.run.train import train_run
+from qdora.run.run import train_run
+from qdora.train.interference import measure
 from tests import support
 from tests.false_gpu import FakeCuda, FakeCudart, is_mapped
 from tests.support import CHECKPOINT_SIZES, LateCopies, assert_same_run, stream_on_cpu

@@ -34,7 +34,7 @@ from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error
 from qdora.model.source import resolve
 from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import AdapterConfig, PruneConfig
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

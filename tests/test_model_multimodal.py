@@ -27,7 +27,7 @@ from qdora.model.load import DEFAULT_SKIP, Quantization
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import load_tokenizer, resolve
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.train.packed_attention import packed_layout
+from qdora.train.checks import packed_layout
 from tests import support
 from tests.support import load_checkpoint
 

@@ -23,7 +23,7 @@ from qdora.quant.sparsity import mask_bits, mask_from_bits, pattern_from
 from qdora.rank.differentiable import plain_model
 from qdora.rank.update_gradient import update_spectrum
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 BASE: dict[str, Any] = {"base_name_or_path": "x", "revision": None, "base_quant": {"quant": "none"}}

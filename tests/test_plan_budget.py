@@ -34,8 +34,8 @@ from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base
-from qdora.run.train import train_run
+from qdora.run import base as load_base
+from qdora.run.run import train_run
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import support
 from tests.support import training_lines
@@ -68,7 +68,7 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: p
             train_run(recipe, run)
     assert not run.exists()
     with monkeypatch.context() as patched:
-        patched.setattr("qdora.run.train.base_of_run", killed)
+        patched.setattr("qdora.run.run.base_of_run", killed)
         with pytest.raises(KeyboardInterrupt):
             train_run(recipe, run, force=True)
     kept = json.loads((run / "plan.json").read_text())

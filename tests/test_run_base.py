@@ -24,12 +24,13 @@ from qdora.model.source import resolve
 from qdora.plan.division import divided_recipe
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.settings import CalibrationConfig, Recipe
-from qdora.run import calibration, prepare, pruned_base
+from qdora.run import base as calibration
+from qdora.run import base as pruned_base
+from qdora.run import prepare
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
-from qdora.run.open_directory import resumed_recipe
-from qdora.run.residency_choice import FILE, keep_residency, residency_here
-from qdora.run.train import train_run
+from qdora.run.recorded_base import FILE, keep_residency, residency_here
+from qdora.run.run import resumed_recipe, train_run
 from tests import support
 from tests.support import assert_same_run, stop_after
 from tests.test_memory_host_residency import stream_on_cpu
@@ -191,7 +192,7 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-COMPRESS = "qdora.run.pruned_base.compress_base"
+COMPRESS = "qdora.run.base.compress_base"
 
 
 @pytest.mark.parametrize("case", ["stopped", "another recipe before", "not begun"])
@@ -213,9 +214,9 @@ def test_resumed_on_its_own_pruned_base(
             with pytest.raises(Interrupted):
                 train_run(pruned_recipe(root), tmp_path / "run", console=QUIET)
     elif case == "not begun":
-        start("qdora.run.train.adapt")
+        start("qdora.run.run.adapt")
     else:
-        start("qdora.run.train.adapt", pattern="6:8")
+        start("qdora.run.run.adapt", pattern="6:8")
         start(COMPRESS)
         assert json.loads((tmp_path / "run/base/compressed.json").read_text())["sparsity"] == 0.25
     if case != "another recipe before":

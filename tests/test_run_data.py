@@ -30,13 +30,13 @@ from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import prepare, start_checks, trainer
+from qdora.run import prepare
 from qdora.run import preview as preview_file
-from qdora.run.model_limits import context_warnings, vocabulary_faults
-from qdora.run.open_directory import newest_checkpoint
+from qdora.run import run as start_checks
+from qdora.run.data_checks import context_warnings, data_checks, repeated_checks, vocabulary_faults
 from qdora.run.preview import preview, show_preview, visible
-from qdora.run.start_checks import data_checks, repeated_checks
-from qdora.run.train import train_run
+from qdora.run.run import newest_checkpoint, train_run
+from qdora.train import trainer
 from qdora.train.distributed import Processes
 from tests import support
 from tests.page_parser import Page

@@ -31,8 +31,8 @@ from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
+from qdora.run.run import train_run
 from qdora.run.run_page import page_of_run, run_facts
-from qdora.run.train import train_run
 from tests import support
 
 QUIET = Console(quiet=True)

@@ -31,9 +31,9 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.rank.rank import RankSettings, rank_run
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
-from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
+from qdora.train.expert_load import FILE, ExpertLoad
 from tests import support
 from tests.support import assert_same_run, stop_after
 from tests.test_train_distributed import assert_close_runs

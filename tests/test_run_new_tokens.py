@@ -22,10 +22,10 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.memory_plan import plan
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
+from qdora.run.base import load_base
 from qdora.run.generate import Sampling, generate_from
-from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 from tests.support import assert_same_run, stop_after
 from tests.test_plan_memory import a_config, a_recipe

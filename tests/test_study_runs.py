@@ -361,9 +361,9 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
             if len(calls) == 1:  # killed after the plan: it begins again
-                patch.setattr("qdora.run.train.base_of_run", stop(KeyboardInterrupt()))
+                patch.setattr("qdora.run.run.base_of_run", stop(KeyboardInterrupt()))
             if len(calls) == 2:
-                patch.setattr("qdora.run.step_evaluations.evaluate", stop(RuntimeError("cut")))
+                patch.setattr("qdora.train.evals.evaluate", stop(RuntimeError("cut")))
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(runner, "train_run", cut)

@@ -21,11 +21,11 @@ from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import writer
 from qdora.run.evaluate import evaluate_target
+from qdora.run.run import train_run
 from qdora.run.run_page import page_of_run
-from qdora.run.step_evaluations import selection_faults
-from qdora.run.train import train_run
+from qdora.train import checkpoint as writer
+from qdora.train.evals import selection_faults
 from tests import support
 from tests.support import ADAPTER, assert_same_run, same_tensors, timeless, train_until
 
@@ -159,7 +159,7 @@ def test_a_measurement_that_fails_does_not_end_each_resumed_run(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no gradient")
 
-    monkeypatch.setattr("qdora.run.trainer.measure", fails)
+    monkeypatch.setattr("qdora.train.trainer.measure", fails)
     settings = recipe(root, train__steps=3, **PROBED | {"interference__every": 2})
     with pytest.raises(RuntimeError, match="no gradient"):
         train_run(settings, tmp_path, console=QUIET)

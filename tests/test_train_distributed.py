@@ -32,9 +32,9 @@ from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import trainer, writer
-from qdora.run.train import train_run
-from qdora.train import distributed, passes
+from qdora.run.run import train_run
+from qdora.train import checkpoint as writer
+from qdora.train import distributed, passes, trainer
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from tests import support
 from tests.support import assert_close_runs, assert_same_run, in_batches, timeless, train_until, training_lines

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from qdora.files.console import duration, shows_bars
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train.distributed import Processes
-from qdora.train.figures import draw_figures, smooth
-from qdora.train.loop import _peaks
-from qdora.train.progress import TrainingProgress
+from qdora.train.logs import TrainingProgress, draw_figures, smooth
+from qdora.train.logs import peaks as _peaks
 from tests import support
 
 GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]

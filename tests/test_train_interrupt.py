@@ -16,11 +16,11 @@ from qdora.cli import verb
 from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
-from qdora.run import writer
+from qdora.run.run import train_run
 from qdora.run.run_page import run_facts
-from qdora.run.step_evaluations import StepEvaluations
-from qdora.run.train import train_run
+from qdora.train import checkpoint as writer
 from qdora.train import interrupt
+from qdora.train.evals import StepEvaluations
 from tests import support
 from tests.support import assert_same_run, in_batches, training_lines
 

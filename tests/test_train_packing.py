@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qdora.data.batching import Batching, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
-from qdora.train import packed_attention
-from qdora.train.packed_attention import packed_layout
+from qdora.train import checks as packed_attention
+from qdora.train.checks import packed_layout
 from qdora.train.passes import batch_loss
 from tests import reference, support
 from tests.support import examples

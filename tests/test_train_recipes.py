@@ -17,10 +17,10 @@ from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.memory_plan import plan
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.interference import agreement, measure
-from qdora.run.train import train_run
-from qdora.train import packed_attention
+from qdora.run.run import train_run
+from qdora.train import checks as packed_attention
 from qdora.train.checkpoint import random_state
+from qdora.train.interference import agreement, measure
 from tests import reference, support
 from tests.support import (
     ADAPTER,
@@ -183,7 +183,7 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(generated: Pat
 def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     root: Path, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("qdora.run.pruned_base.load_base", "qdora.run.evaluate.load_target"):
+    for place in ("qdora.run.base.load_base", "qdora.run.evaluate.load_target"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
         train_run(support.tiny_recipe(root, eval__method="generate"), tmp_path / "run")

@@ -6,22 +6,21 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
 
 from qdora.errors import Diverged, RunFailure, UserError
 from qdora.model.load import block_list
 from qdora.recipe.settings import Recipe
-from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.run.run import train_run
+from qdora.train.checks import check_division
 from qdora.train.distributed import Processes
-from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.shard_check import check_division
+from qdora.train.trainer import Trainer
 from tests import support
 from tests.support import assert_close_runs, in_batches, timeless, train_until
 from tests.test_train_distributed import GATED, PACKED, exact, stopped, train, trained_by_torchrun
@@ -127,16 +126,13 @@ def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(roo
 )
 def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, error: Exception, saves: bool) -> None:
     saved: list[int] = []
-    hooks = Hooks(
-        write_metrics=Mock(),
-        save=lambda step: saved.append(step) or Path(),  # type: ignore[func-returns-value]
-        keep_batch=Mock(),
-        evaluate=Mock(side_effect=error),
-        evaluate_every=3,
-    )
-    options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": Processes(1, 2, shards=shards)}
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.recipe = SimpleNamespace(eval=SimpleNamespace(every=3), train=SimpleNamespace(checkpoint_every=None))
+    trainer.evaluations, trainer.best, trainer.processes = Mock(), None, Processes(1, 2, shards=shards)
+    trainer.step, trainer.num_steps, trainer.stop = 3, 6, StopRequest()
+    trainer.evaluate, trainer.save = Mock(side_effect=error), lambda: saved.append(trainer.step)
     with pytest.raises(type(error)):
-        loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
+        trainer.evaluate_and_save()
     assert saved == [3] * saves
 
 

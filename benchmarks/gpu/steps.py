@@ -53,7 +53,7 @@ def make_step(model: Any, name: Any, num_tokens: int, device: torch.device) -> C
 
     def train(num_steps: int) -> list[float]:
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
-        lines = fitted(model, optimizer, loader, settings, console=Console(quiet=True), device=device)
+        lines = fitted(model, optimizer, loader, settings, console=Console(quiet=True))
         return [line["loss"] for line in lines]
 
     return train

@@ -26,10 +26,8 @@ from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.adopted_run import adopted_recipe, adopted_run, is_adapter
-from qdora.run.load_base import load_base
-from qdora.run.pruned_base import FOLDER
-from qdora.run.recorded_base import check_base
-from qdora.run.residency_choice import residency_here
+from qdora.run.base import FOLDER, load_base
+from qdora.run.recorded_base import check_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 _QUANTS = ("nf4", "fp4", "int8")

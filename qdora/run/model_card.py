@@ -25,7 +25,7 @@ from qdora.model.peft_config import sizes_in_words
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import adapter_in_words, state_step
+from qdora.train.evals import adapter_in_words, state_step
 
 Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
 """What the directory of a card holds."""

@@ -14,7 +14,7 @@ from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.suite import spread
 from qdora.model.build_model import choose_compute, find_model
 from qdora.recipe.settings import BaseWeightsConfig, Recipe
-from qdora.run.load_base import load_base
+from qdora.run.base import load_base
 from qdora.run.load_run import load_run
 
 TEXTS_OF_TASK = 25

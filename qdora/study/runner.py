@@ -39,9 +39,8 @@ from qdora.model.load import load_config, quantization_of
 from qdora.prune.pruner import quantized_layers
 from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import adapter_step
+from qdora.run.run import train_run
 from qdora.run.run_page import PAGE_FILE, leave_page
-from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer, measure_checkpoints
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
@@ -52,6 +51,7 @@ from qdora.study.outlook import planned_cells, stage_times, times_in_words
 from qdora.study.set_back import evaluate_magnitudes
 from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import cells_now
+from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
 

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.failed_allocation import is_out_of_memory
-from qdora.train.out_of_memory import OutOfMemory
+from qdora.train.policies import OutOfMemory
 
 T = TypeVar("T")
 
@@ -101,6 +101,11 @@ class Processes:
             self.exchange(None, first_line(error), group=self.working)
             raise
         self.exchange(None, group=self.working)
+        return result
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Run the action in the first process, like `first`; all get its result."""
+        result: T = self.gather(self.first(action))[0]
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:

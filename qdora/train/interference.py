@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
 from qdora.data.example import Example
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample, tokenize_all
@@ -24,9 +24,8 @@ from qdora.errors import RunFailure, UserError
 from qdora.evaluate.suite import spread
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.loss_scale import LossScale
-from qdora.train.out_of_memory import OutOfMemory
 from qdora.train.passes import step_gradient
+from qdora.train.policies import LossScale, OutOfMemory
 
 Array = NDArray[np.float64]
 MIN_EXAMPLES = 2
@@ -41,8 +40,7 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
         return []
     faults = []
     if evaluated is None or every % evaluated:
-        fix = f"Fix: set eval.every to {every} or to a divisor of it."
-        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}. {fix}")
+        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
     if len(recipe.data.mix) < 2:
         faults.append("interference.every: needs at least two sources in data.mix, got 1.")
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
@@ -68,6 +66,17 @@ def probe_examples(
     if faults := _too_few({name: len(found) for name, found in examples.items()}, "validation examples with labels"):
         raise UserError(*faults)
     return examples
+
+
+def halves_of(
+    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
+) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
+    """The micro-batches of the two halves of each task's examples."""
+
+    def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
+        return micro_batches(examples, batching, list({example.task: None for example in examples}))
+
+    return {name: (batches(examples[0::2]), batches(examples[1::2])) for name, examples in probed.items()}
 
 
 def measure(
