@@ -329,9 +329,8 @@ def is_without_chats(path: Path) -> bool:
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    `recipe` is the one to go on with, `before` the run's own with all defaults, both YAML. UserError if there is no run,
-    or the recipe differs in a setting that changes the training. Afterwards the caller calls `newest_checkpoint`, and
-    `truncate_metrics` with its step.
+    `recipe` is the one to go on with, `before` the run's own with all defaults, both YAML. UserError if the recipe
+    differs in a setting that changes the training. Then call `newest_checkpoint`, and `truncate_metrics` with its step.
     """
     run = open_run(path)
     try:

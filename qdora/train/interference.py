@@ -48,8 +48,8 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
 
 
 def _too_few(counts: Mapping[str, int], what: str) -> list[str]:
-    few = {name: count for name, count in counts.items() if count < MIN_EXAMPLES}
-    return [f"interference.every: {n} has {few[n]} {what}, must be at least {MIN_EXAMPLES}." for n in few]
+    few = [(name, count) for name, count in counts.items() if count < MIN_EXAMPLES]
+    return [f"interference.every: {n} has {count} {what}, must be at least {MIN_EXAMPLES}." for n, count in few]
 
 
 def probe_examples(
@@ -90,15 +90,11 @@ def measure(
 ) -> dict[str, Any]:
     """Cosines between the tasks' gradients by all adapter parameters, without dropout.
 
-    Training is not affected: random generators are restored, and no gradients are left. Two gradients of each task are
-    held on the host, in bf16, which moves a cosine by less than 1e-3.
+    Training is not affected: random generators are restored, and no gradients are left. Two gradients of each task, of
+    the `halves` of its examples, are held on the host, in bf16, which moves a cosine by less than 1e-3.
 
-    Args:
-        model: Left in training mode.
-        halves: Two tasks or more -> the micro-batches of each of its two halves.
-        loss_chunk, loss_scale: As in `step_gradient`.
-    Returns: JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
-        the number of cosines more than twice their noise below 0.
+    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
+    the number of cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
     batches = [list(half) for name in names for half in halves[name]]

@@ -31,9 +31,7 @@ _CPU_SLICE_LOGITS = 2**20
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] of each position, (num_tokens,), in nats.
 
-    Args:
-        logits: (num_tokens, vocabulary), any float dtype; the softmax runs in float32 (float64 for float64).
-        labels: (num_tokens,) int64, each a vocabulary index.
+    `logits` are (num_tokens, vocabulary) of any float dtype; the softmax runs in float32 (float64 for float64).
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(wide, labels, reduction="none")
