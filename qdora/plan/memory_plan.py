@@ -65,9 +65,8 @@ from qdora.quant.packed import empty_packed
 from qdora.quant.planned_device import Routing, planned_on
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.loss import auto_chunk
+from qdora.train.loss import auto_chunk, check_router_loss
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.router_loss import check_router_loss
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]

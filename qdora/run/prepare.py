@@ -60,8 +60,8 @@ from qdora.train.checks import CHECKS_FILE, Check
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.interference import interference_faults
+from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
-from qdora.train.router_loss import check_router_loss
 
 logger = logging.getLogger("qdora")
 

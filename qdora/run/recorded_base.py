@@ -65,7 +65,7 @@ def check_base(run: RunDirectory, source: ModelSource) -> None:
 class _Residency(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    residency: Literal["device", "host"]
+    residency: Literal["device", "host", "disk"]  # disk: written by earlier versions on a CPU
     streamed_blocks: PositiveInt | None
     host_embeddings: bool = False
 

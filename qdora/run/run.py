@@ -232,7 +232,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     def opened() -> None:
         run = RunDirectory(directory)
         if resume:
-            before = load_recipe(open_run(directory).recipe_file)
+            before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
             file = run.inside(CHAT_TEMPLATE_FILE)
             if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:

@@ -283,9 +283,11 @@ def free_host_bytes() -> int:
 
     All processes of a launch must call this together, so that none takes memory before all have measured.
     """
-    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    processes = Processes(rank, size)
-    return int(min(processes.gather(available_memory_bytes()))) // processes.num_here
+    free = available_memory_bytes()
+    if not dist.is_initialized():
+        return free
+    size = dist.get_world_size()
+    return int(min(Processes(dist.get_rank(), size).gather(free))) // _num_here(size)
 
 
 def _num_here(size: int) -> int:

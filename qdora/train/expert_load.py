@@ -83,8 +83,7 @@ class ExpertLoad:
         self._first, self._recent = first, deque(recent, maxlen=_WINDOW)
 
     def record(self) -> dict[str, Any]:
-        """JSON values: the number of steps, and `window`, how many at each end are compared: at most 10, and no more
-        than half of them, but at least 1.
+        """JSON values: the number of steps, and `window`, how many at each end are compared: at most half, at least 1.
 
         Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
         went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
@@ -111,21 +110,20 @@ class ExpertLoad:
         record = self.record()
         with unharmed(FILE):
             run.write_json(FILE, record)
-        blocks = list(record["blocks"].values())
-        if record["window"] > 1:
+        blocks, window = list(record["blocks"].values()), record["window"]
+        if window > 1:
             moved, noise = ([block[name] for block in blocks] for name in ("moved", "noise"))
-            text = (
+            logger.info(
                 "Experts: between the first and the last %d steps %.1f %% of the tokens moved to other experts (at "
-                "most %.1f %% in a block); by the spread between steps, chance alone would move %.1f %%."
+                "most %.1f %% in a block); by the spread between steps, chance alone would move %.1f %%.",
+                *(window, 100 * float(np.mean(moved)), 100 * max(moved), 100 * float(np.mean(noise))),
             )
-            figures = (100 * float(np.mean(moved)), 100 * max(moved), 100 * float(np.mean(noise)))
-            logger.info(text, record["window"], *figures)
         idle = {owner: sum(share == 0 for share in block["last"]) for owner, block in record["blocks"].items()}
         if any(idle.values()):
             worst = max(idle, key=idle.__getitem__)
             text = "Experts: %d of %d got no token in the last %d steps; most in %s (%d)."
             total = sum(len(block["last"]) for block in blocks)
-            logger.info(text, sum(idle.values()), total, record["window"], worst, idle[worst])
+            logger.info(text, sum(idle.values()), total, window, worst, idle[worst])
 
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:

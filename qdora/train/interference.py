@@ -97,7 +97,7 @@ def measure(
     the number of cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
-    batches = [list(half) for name in names for half in halves[name]]
+    batches = [half for name in names for half in halves[name]]
     num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
     num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
     gradients = []
@@ -108,7 +108,7 @@ def measure(
             for module in model.modules():  # blocks recompute their activations only in training mode
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
             for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
-                step = Step(half, labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
                 step_gradient(model, step, device=device, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))

@@ -1,6 +1,6 @@
 """AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (train/split_float.py). Each step
+The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (`split_float32_`). Each step
 joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
 read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 
@@ -35,9 +35,10 @@ from qdora.train.flat_group import (
     can_page,
     fill_state_,
     groups_of,
+    join_float32,
+    split_float32_,
     widened_state,
 )
-from qdora.train.split_float import join_float32, split_float32_
 
 # Averages of the gradient; the other two are of its square.
 _FIRST_MOMENTS = ("exp_avg", "state1")

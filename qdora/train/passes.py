@@ -28,9 +28,9 @@ from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
+from qdora.train.loss import tapped_routers
 from qdora.train.output_head import labelled_nll
 from qdora.train.policies import BadStep, LossScale, Shortage, shortage_of
-from qdora.train.router_loss import tapped_routers
 from qdora.train.sent_batch import SentLabels, send_batch, send_labels
 
 Metrics = dict[str, Any]

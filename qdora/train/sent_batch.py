@@ -76,8 +76,13 @@ def _sent(
     tensors = [rows, columns, labels[:, 1:][wanted[:, :-1]], owner, starts, *others, *optional]
     there = send(tensors, device)
     rest = there[5 + len(others) :]
+    rows, columns, targets, owners, starts = there[:5]
     sent = SentLabels(
-        *there[:5],
+        rows,
+        columns,
+        targets,
+        owners,
+        starts,
         packing=None if packing is None else Packing(*rest[-2:]),
         weights=None if weights is None else rest[0],
         longest=longest,
