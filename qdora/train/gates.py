@@ -135,13 +135,8 @@ class Gates:
             reached = (applied or is_last) and step + 1 >= self.num_warmup + self.num_anneal
             if reached or (step + 1) % self.settings.shrink_every == 0:
                 self.remove_dead(optimizer)
-            if reached:  # lora_B takes the remaining gates
-                for path, layer in self.layers.items():
-                    assert layer.gate is not None
-                    optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
-                    layer.gate = None
-                    layer.parameters_changed()
-                self.is_over = True
+            if reached:
+                self._fold(optimizer)
         return {"gates": {"mean_rank": self.mean_rank, "num_parameters": self.num_parameters}}
 
     def settle(self) -> None:
@@ -167,6 +162,16 @@ class Gates:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
         logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
+
+    @torch.no_grad()
+    def _fold(self, optimizer: AdapterOptimizer) -> None:
+        """Multiply lora_B by the remaining gates and drop them: the budget is reached."""
+        for path, layer in self.layers.items():
+            assert layer.gate is not None
+            optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
+            layer.gate = None
+            layer.parameters_changed()
+        self.is_over = True
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
