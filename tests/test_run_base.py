@@ -27,9 +27,9 @@ from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run import base as calibration
 from qdora.run import base as pruned_base
 from qdora.run import prepare
+from qdora.run.base import FILE, keep_residency, residency_here
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
-from qdora.run.recorded_base import FILE, keep_residency, residency_here
 from qdora.run.run import resumed_recipe, train_run
 from tests import support
 from tests.support import assert_same_run, stop_after

@@ -64,9 +64,9 @@ from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
+from qdora.run.base import check_base
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files
-from qdora.run.recorded_base import check_base
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""

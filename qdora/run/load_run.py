@@ -34,8 +34,7 @@ from qdora.recipe.data_settings import DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import FOLDER, load_base
-from qdora.run.recorded_base import check_base, residency_here
+from qdora.run.base import FOLDER, check_base, load_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 _QUANTS = ("nf4", "fp4", "int8")

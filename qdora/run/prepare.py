@@ -53,9 +53,8 @@ from qdora.plan.plan_view import show_plan
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
-from qdora.run.base import calibration_tokens
+from qdora.run.base import base_record, calibration_tokens, pinned
 from qdora.run.data_checks import begin_checks, context_warnings, data_checks, repeated_checks, vocabulary_faults
-from qdora.run.recorded_base import base_record, pinned
 from qdora.train.checks import CHECKS_FILE, Check
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults

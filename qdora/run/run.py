@@ -49,11 +49,18 @@ from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import SharedBases, base_of_run
+from qdora.run.base import (
+    REVISIONS,
+    SharedBases,
+    base_of_run,
+    base_record,
+    check_base,
+    keep_residency,
+    with_revisions_of,
+)
 from qdora.run.data_checks import token_checks
 from qdora.run.model_card import run_card
 from qdora.run.prepare import PreparedRun, prepare, show_plans
-from qdora.run.recorded_base import REVISIONS, base_record, check_base, keep_residency, with_revisions_of
 from qdora.run.run_page import leave_page
 from qdora.train.checkpoint import unreadable
 from qdora.train.checks import (

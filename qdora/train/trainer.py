@@ -56,9 +56,6 @@ from qdora.train.policies import Backoff, BadStep, BadSteps, LossScale, OutOfMem
 
 logger = logging.getLogger("qdora")
 
-Before = tuple[dict[str, Any], dict[str, Tensor]]
-"""The states of the loader and of the random generators before a step."""
-
 
 class Trainer:
     """Trains a model with adapters by a recipe.
@@ -110,6 +107,8 @@ class Trainer:
         self._probed = probe_examples(recipe, tokenizer, validation)
         self._missing_gradients = MissingGradientCheck(self.optimizer)
         self._task_weights = task_weights(recipe, loader)
+        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
+        """The states of the loader and of the random generators before the present step."""
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     # The run
@@ -234,8 +233,8 @@ class Trainer:
                 written. Or an update that is wrong was made; a checkpoint with it has been written.
         """
         began, number = time.perf_counter(), self.step + 1
-        before = self.loader.state_dict(), checkpoint.random_state()
-        gradient = self._gradient_that_fits(before)
+        self._before = self.loader.state_dict(), checkpoint.random_state()
+        gradient = self._gradient_that_fits()
         lr = self.schedule.rate(self.step)
         metrics = {"step": number, "lr": lr, **gradient.metrics}
         reason = gradient.fault or self.bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
@@ -243,14 +242,14 @@ class Trainer:
             clip = self.recipe.train.clip
             if clip is not None and metrics["gradient_norm"] > clip:
                 self.optimizer.scale_gradients_(clip / metrics["gradient_norm"])
-            self._update(lr, before)
+            self._update(lr)
             self.bad_steps.applied(metrics["loss"])
             self.step = number
             self._updated(lr)
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         elif gradient.fault is not None or not self.bad_steps.skip():
-            raise self._failure(gradient, reason, before)
+            raise self._failure(gradient, reason)
         self.step = number
         self.optimizer.zero_grad()
         if self.gates is not None:
@@ -265,7 +264,7 @@ class Trainer:
             logger.warning("Step %d is skipped: %s. Its examples: %s", number, reason, kept)
         return metrics
 
-    def _gradient_that_fits(self, before: Before) -> StepGradient:
+    def _gradient_that_fits(self) -> StepGradient:
         """The step's gradient, computed again in smaller micro-batches as long as memory runs out, and with a smaller
         loss scale as long as float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
@@ -273,9 +272,9 @@ class Trainer:
             self.expert_load.begin()
             if self.gates is not None:
                 self.gates.begin(self.step)
-            gradient = self._gradient(before)
+            gradient = self._gradient()
             if gradient.shortage is not None:
-                self._restore(before)
+                self._restore()
                 shrunk = self.backoff.shrink(gradient.shortage)
                 if shrunk is None:
                     return gradient
@@ -291,9 +290,9 @@ class Trainer:
             if not self.loss_scale.halve():
                 self.loss_scale.value = scale  # the batch is bad, not the scale
                 return gradient
-            self._restore(before)
+            self._restore()
 
-    def _gradient(self, before: Before) -> StepGradient:
+    def _gradient(self) -> StepGradient:
         """The gradient of the next step's examples, summed over all processes in the parameters' `grad`."""
         batch = fault = shortage = cause = None
         processes, alone = self.processes, self.processes.size == 1
@@ -302,7 +301,7 @@ class Trainer:
         except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
             fault, cause = "; ".join(error.faults) if isinstance(error, UserError) else repr(error), error
         if unread := next(filter(None, processes.gather(fault)), None):
-            self._restore(before)
+            self._restore()
             fix = "" if "Fix: " in unread else " Fix: resume with --resume once it can be read."
             text = f"step {self.step + 1}: {unread.removesuffix('.')}.{fix}"
             raise RunFailure(text, safe=[self.save()]) from cause
@@ -346,7 +345,7 @@ class Trainer:
         chunk = self.recipe.memory.loss_chunk
         return None if chunk == "auto" else chunk
 
-    def _update(self, lr: float, before: Before) -> None:
+    def _update(self, lr: float) -> None:
         """Apply the gradients. If memory does not suffice, in one process or more, raise RunFailure.
 
         A checkpoint is written before: of the state before the step if nothing was updated; else of the state after it,
@@ -364,7 +363,7 @@ class Trainer:
         num_left, num_updated, reason = max(short)
         text, advice = f"step {self.step + 1}: {reason}", "Fix: lower adapter.rank in a new run, or free memory"
         if len(short) == len(per_rank) and all(left == number for left, number, _ in short):
-            self._restore(before)
+            self._restore()
             raise RunFailure(f"{text}. {advice}, then resume with --resume.", safe=[self.save()])
         if self.processes.size > 1:
             raise RunFailure(f"{text}. {advice}, then resume with --resume.")
@@ -387,9 +386,7 @@ class Trainer:
         check = Check("warning", f"{text}{usual}") if missing else Check("passed", text)
         self.processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(self.directory, {GRADIENTS: [check]})))
 
-    def _failure(
-        self, gradient: StepGradient, reason: str, before: Before
-    ) -> RunFailure:
+    def _failure(self, gradient: StepGradient, reason: str) -> RunFailure:
         """Keep the batch that broke the step and the state before it; the parameters have not been changed.
 
         After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
@@ -400,17 +397,17 @@ class Trainer:
             failure = Diverged
             reason += f"; the update was not applied. {self.bad_steps.advice(kept)}."
         try:
-            self._restore(before)
+            self._restore()
             return failure(f"step {number}: {reason}", safe=[self.save(), kept])
         except RuntimeError as second:
             reason += f" The state before it could not be saved ({first_line(second)})."
             return failure(f"step {number}: {reason}", safe=[kept])
 
-    def _restore(self, before: Before) -> None:
-        """Drop the gradients, and restore the states of the loader and of the random generators."""
+    def _restore(self) -> None:
+        """Back to before the step: drop the gradients, restore the states of the loader and of the generators."""
         self.optimizer.zero_grad()
-        self.loader.load_state_dict(before[0])
-        checkpoint.set_random_state(before[1])
+        self.loader.load_state_dict(self._before[0])
+        checkpoint.set_random_state(self._before[1])
 
     # What it writes
 
