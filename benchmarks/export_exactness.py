@@ -37,7 +37,7 @@ from qdora.export.logit_comparison import LogitDifference, texts_of, validation_
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 
 QUIET = Console(quiet=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

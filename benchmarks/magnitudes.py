@@ -23,7 +23,7 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe.recipe_file import recipe_from
-from qdora.run.load_base import load_base
+from qdora.run.base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 
 TASKS = ("obqa", "arc_e", "winogrande", "siqa")

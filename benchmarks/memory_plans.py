@@ -34,10 +34,9 @@ from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
-from qdora.run.load_base import load_base
-from qdora.run.pruned_base import compress_base, compression_key
+from qdora.run.base import compress_base, compression_key, load_base
+from qdora.train.checks import packed_layout
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.packed_attention import packed_layout
 
 NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")

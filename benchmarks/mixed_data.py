@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.batches import IGNORED, Batching, MicroBatch, Step
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
 from qdora.quant.packed import quantize
@@ -25,11 +26,9 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
-from qdora.run.load_base import load_base
-from qdora.train.hooks import Hooks
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import fit
-from qdora.train.progress import TrainingProgress
+from qdora.run.base import load_base
+from qdora.train.logs import TrainingProgress
+from qdora.train.trainer import Trainer
 
 
 def recipe(data: Path, *, batch: int = 1, quant: str = "nf4") -> Recipe:
@@ -108,15 +107,27 @@ class FixedSteps:
         self.position = state["position"]
 
 
-def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
+def fitted(
+    model: Any,
+    optimizer: Any,
+    loader: Any,
+    train: TrainConfig,
+    *,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
+    data, length = {"mix": [{"task": "demo/facts"}]}, {"steps": 1, "batch": 1}
+    settings = recipe_from({"model": {"source": "builtin"}, "data": data, "train": length})
+    settings = settings.model_copy(update={"train": train})
+    run = RunDirectory(Path(tempfile.gettempdir()))
+    trainer = Trainer(settings, run, model, None, loader, train.steps, optimizer=optimizer)
     with TrainingProgress(train.steps, console=Console(quiet=True) if quiet else None) as progress:
-        place = Path(tempfile.gettempdir())
-        hooks = Hooks(write_metrics=lines.append, save=lambda _step: place, keep_batch=lambda _bad: place)
-        options: dict[str, Any] = {"num_steps": train.steps, "device": next(model.parameters()).device}
-        fit(model, optimizer, loader, train, hooks, progress=progress, stop=StopRequest(), **options)
+        model.train()
+        for _ in range(train.steps):
+            lines.append(trainer.one_step())
+            progress.step(lines[-1])
     return lines
 
 

@@ -89,7 +89,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
     """A run of the tiny recipe that nothing disturbed."""
-    from qdora.run.train import train_run  # most tests do not need it
+    from qdora.run.run import train_run  # most tests do not need it
     from tests import support
 
     train_run(support.tiny_recipe(root), root / "whole")
@@ -102,7 +102,7 @@ def dora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from qdora.run.train import train_run
+    from qdora.run.run import train_run
     from tests import support
 
     root = tmp_path_factory.mktemp("dora")

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from qdora.cli import main
 from qdora.memory.stream import HostResidency
-from qdora.run import load_base
+from qdora.run import base as load_base
 from tests.support import LateCopies
 
 load_model = load_base.load_model

@@ -64,12 +64,13 @@ from qdora.quant.packed import quantize
 from qdora.quant.sparsity import mask_bits
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base, prepare
-from qdora.run.train import train_run
-from qdora.train import loop, passes
+from qdora.run import base as load_base
+from qdora.run import prepare
+from qdora.run.run import train_run
+from qdora.train import passes
 from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
-from qdora.train.even_passes import even_passes
-from qdora.train.passes import step_gradient
+from qdora.train.passes import even_passes, step_gradient
+from qdora.train.trainer import Trainer
 from tests import reference
 
 CORPUS = [
@@ -421,13 +422,13 @@ def in_batches(patch: pytest.MonkeyPatch, action: Callable[[int, Any, torch.Tens
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the next runs to stop while they compute `step`, as a signal does; `monkeypatch.undo` takes it back."""
-    after_step = loop.after_step
+    evaluate_and_save = Trainer.evaluate_and_save
 
-    def interrupt(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
-        stop.requested = done == step
-        return bool(after_step(model, done, hooks, stop, **settings))
+    def interrupt(trainer: Trainer) -> None:
+        trainer.stop.requested = trainer.step == step
+        evaluate_and_save(trainer)
 
-    monkeypatch.setattr(loop, "after_step", interrupt)
+    monkeypatch.setattr(Trainer, "evaluate_and_save", interrupt)
 
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:

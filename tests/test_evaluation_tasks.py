@@ -35,9 +35,9 @@ from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_cred
 from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.model.tokens import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.step_evaluations import evaluate_together
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train.distributed import processes_of_launch
+from qdora.train.evals import evaluate_together
 from tests import support
 from tests.data_rows import fault_of, faults_of, says
 

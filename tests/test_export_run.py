@@ -35,7 +35,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])

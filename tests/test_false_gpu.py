@@ -19,7 +19,8 @@ from qdora.memory.oom import free_memory
 from qdora.memory.stream import HostResidency
 from qdora.model import build_model
 from qdora.quant import bnb_kernels
-from qdora.run import load_base, prepare
+from qdora.run import base as load_base
+from qdora.run import prepare
 from qdora.train import optimizer
 from qdora.train.checkpoint import random_state, set_random_state
 from tests import support

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from qdora.adapter import shared_norms
@@ -23,6 +20,7 @@ from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.token_scores import Span, score_spans
+from qdora.files.run_directory import RunDirectory
 from qdora.memory import offload
 from qdora.memory.offload import ActivationOffload
 from qdora.memory.stream import HostResidency, keep_embedding_on_host
@@ -30,17 +28,13 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import GateConfig
-from qdora.recipe.train_settings import TrainConfig
 from qdora.train import passes
-from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
-from qdora.train.hooks import Hooks, Reading
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import step_gradient
-from qdora.train.progress import TrainingProgress
+from qdora.train.trainer import Trainer
 from tests import support
 from tests.adapter_numbers import make
 from tests.false_gpu import Event, on_false_gpu
@@ -120,29 +114,24 @@ def train(model, loader, device, gpu=None, gates=None):
     torch.manual_seed(1)
     optimizer = AdapterOptimizer(adapter_parameters(model), name="adamw")
     found: list[tuple[Any, list[Event]]] = []
-    hooks: dict[str, Any] = {}
+    recipe = recipe_from(
+        {
+            "model": {"source": "builtin"},
+            "data": {"mix": [{"task": "demo/facts"}]},
+            "adapter": {"kind": "dora"},
+            "train": {"steps": NUM_STEPS, "batch": 16, "lr": 1e-2, "warmup": 0, "clip": 0.1, "optimizer": "adamw"},
+        }
+    )
+    trainer = Trainer(recipe, RunDirectory(Path()), model, None, loader, NUM_STEPS, optimizer=optimizer)
     if gates is not None:
-        there = Gates(adapted_layers(model), gates, NUM_STEPS, seed=0)
-        hooks = {"begin_step": there.begin, "reading": Reading(there.gradient, there.take_gradient)}
-        hooks["end_step"] = partial(there.end, optimizer=optimizer, processes=Processes())
-
-    def keep(metrics: dict[str, Any]) -> None:
-        found.append((metrics, list(gpu.events) if gpu is not None else []))
+        trainer.gates = Gates(adapted_layers(model), gates, NUM_STEPS, seed=0)
+    if gpu is not None:
+        gpu.clear()
+    model.train()
+    for _ in range(NUM_STEPS):
+        found.append((trainer.one_step(), list(gpu.events) if gpu is not None else []))
         if gpu is not None:
             gpu.clear()
-
-    with TrainingProgress(NUM_STEPS, console=Console(file=io.StringIO())) as progress:
-        fit(
-            model,
-            optimizer,
-            loader,
-            TrainConfig(steps=NUM_STEPS, batch=16, lr=1e-2, warmup=0, clip=0.1, optimizer="adamw"),
-            Hooks(write_metrics=keep, save=lambda _step: Path(), keep_batch=lambda _bad: Path(), **hooks),
-            num_steps=NUM_STEPS,
-            device=device,
-            progress=progress,
-            stop=StopRequest(),
-        )
     return found
 
 

@@ -35,7 +35,7 @@ from qdora.model.store import BaseCache
 from qdora.recipe import recipe_file
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 QUIET = Console(quiet=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
 
 from qdora.adapter.row_share import span
 from qdora.errors import Diverged, RunFailure, UserError
@@ -18,12 +18,11 @@ from qdora.memory import shard
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.quant.packed import PackedWeight, empty_packed
-from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.run.run import train_run
+from qdora.train.checks import check_division
 from qdora.train.distributed import Processes
-from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.shard_check import check_division
+from qdora.train.trainer import Trainer
 from tests import support
 from tests.support import assert_close_runs, in_batches, timeless, train_until, write
 from tests.test_train_distributed import GATED, assert_same_files, exact, stopped, train
@@ -215,13 +214,15 @@ def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:
         (True, UserError("sums: has an empty choice"), True),
         (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
     ):
-        saved, processes = Mock(side_effect=OSError("a second one")), Processes(1, 2, shards=shards)
-        writes: dict[str, Any] = {"write_metrics": Mock(), "save": saved, "keep_batch": Mock()}
-        hooks = Hooks(**writes, evaluate=Mock(side_effect=error), evaluate_every=3)
-        options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": processes}
+        saved: list[int] = []
+        trainer: Any = Trainer.__new__(Trainer)
+        trainer.recipe = SimpleNamespace(eval=SimpleNamespace(every=3), train=SimpleNamespace(checkpoint_every=None))
+        trainer.evaluations, trainer.best, trainer.processes = Mock(), None, Processes(1, 2, shards=shards)
+        trainer.step, trainer.num_steps, trainer.stop = 3, 6, StopRequest()
+        trainer.evaluate, trainer.save = Mock(side_effect=error), lambda saved=saved: saved.append(3)
         with pytest.raises(type(error)):
-            loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
-        assert saved.call_args_list == [((3,),)] * saves
+            trainer.evaluate_and_save()
+        assert saved == [3] * saves
 
 
 def checked(rank: int, source: Path, kind: str) -> None:

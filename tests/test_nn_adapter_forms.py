@@ -27,7 +27,7 @@ from qdora.rank.differentiable import plain_model
 from qdora.rank.update_gradient import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import reference, support
 from tests.adapter_numbers import (
     arrays,

@@ -16,14 +16,12 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.batches import IGNORED, Batching, StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet
+from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.recipe.train_settings import TrainConfig
-from qdora.train.hooks import Hooks
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import fit
+from qdora.recipe.recipe_file import recipe_from
+from qdora.train import trainer
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 from tests import support
 
 LR, STEPS, BATCH, MICRO = 0.02, 5, 4, 2
@@ -65,16 +63,12 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def ours() -> Trained:
-    trained, losses = model(), []
+    trained = model()
     optimizer = AdapterOptimizer(adapter_parameters(trained), name="adamw")
-    hooks = Hooks(
-        write_metrics=lambda line: losses.append(line["loss"]),
-        save=lambda _step: Path("nowhere"),
-        keep_batch=lambda _bad: Path("nowhere"),
-    )
-    train = TrainConfig(steps=STEPS, batch=1, lr=LR, schedule="constant", warmup=0, clip=1.0)
-    options: dict[str, Any] = {"progress": TrainingProgress(STEPS), "stop": StopRequest()}
-    fit(trained, optimizer, loader(), train, hooks, num_steps=STEPS, device=torch.device("cpu"), **options)
+    train = {"steps": STEPS, "batch": 1, "lr": LR, "schedule": "constant", "warmup": 0, "clip": 1.0}
+    recipe = recipe_from({"model": {"source": "builtin"}, "data": {"mix": [{"task": "demo/facts"}]}, "train": train})
+    run = trainer.Trainer(recipe, RunDirectory(Path()), trained, None, loader(), STEPS, optimizer=optimizer)
+    losses = [run.one_step()["loss"] for _ in range(STEPS)]
     return trained, losses
 
 

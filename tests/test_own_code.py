@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.export.export_run import export_run
 from qdora.recipe.options import ExportOptions
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -28,7 +28,7 @@ import qdora.peft
 from qdora.errors import UserError
 from qdora.quant.packed import dequantize, quantize
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import reference, support
 from tests.test_peft_layer import (
     BOTH,

@@ -32,7 +32,7 @@ from qdora.plan.show import plan_run
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import support
 from tests.support import training_lines

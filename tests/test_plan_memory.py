@@ -34,7 +34,7 @@ from qdora.plan.plan import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, 
 from qdora.quant.planned_device import planned_counts, planned_on
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
-from qdora.run.load_base import load_base
+from qdora.run.base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import batch_loss
 from tests import support

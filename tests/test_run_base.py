@@ -28,14 +28,13 @@ from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
-from qdora.run import calibration, pruned_base
+from qdora.run import base as calibration
+from qdora.run import base as pruned_base
+from qdora.run.base import FILE, keep_residency, load_base, residency_here
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from
-from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run
-from qdora.run.open_directory import resumed_recipe
-from qdora.run.residency_choice import FILE, keep_residency, residency_here
-from qdora.run.train import train_run
+from qdora.run.run import resumed_recipe, train_run
 from tests import support
 from tests.support import assert_same_run
 from tests.test_plan_memory import a_config, a_recipe
@@ -192,9 +191,9 @@ def test_resumed_on_its_own_pruned_base(root, pruned, tmp_path, case, monkeypatc
     run = tmp_path / "run"
     if case == "stopped":
         support.train_until(pruned_recipe(root), run, 2)
-        monkeypatch.setattr("qdora.run.pruned_base.compress_base", interrupt)
+        monkeypatch.setattr("qdora.run.base.compress_base", interrupt)
     else:
-        for until, pattern in (("qdora.run.train.adapt", "6:8"), ("qdora.run.pruned_base.compress_base", "2:4")):
+        for until, pattern in (("qdora.run.run.adapt", "6:8"), ("qdora.run.base.compress_base", "2:4")):
             with monkeypatch.context() as patch:
                 patch.setattr(until, interrupt)
                 with pytest.raises(KeyboardInterrupt):

@@ -31,10 +31,9 @@ from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import prepare
 from qdora.run import preview as preview_file
-from qdora.run.model_limits import context_warnings, vocabulary_faults
+from qdora.run.data_checks import context_warnings, data_checks, repeated_checks, vocabulary_faults
 from qdora.run.preview import visible
-from qdora.run.start_checks import data_checks, repeated_checks
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train.distributed import Processes
 from tests import support
 from tests.data_rows import fault_of, says, write

@@ -30,8 +30,8 @@ from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
+from qdora.run.run import train_run
 from qdora.run.run_page import run_facts
-from qdora.run.train import train_run
 from tests import support
 from tests.data_rows import fault_of, faults_of, says, write
 

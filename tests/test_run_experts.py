@@ -27,9 +27,9 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions
-from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
+from qdora.train.expert_load import FILE, ExpertLoad
 from tests import support
 from tests.support import assert_close_runs, assert_same_run
 

@@ -30,14 +30,14 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import experiment_trackers, model_card
-from qdora.run.adapter_step import adapter_step
+from qdora.run import model_card
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.experiment_trackers import flat_numbers, flat_settings, tracking
 from qdora.run.model_card import _licence, _licence_files, run_card
+from qdora.run.run import train_run
 from qdora.run.run_page import page_of_run, run_facts, write_page
-from qdora.run.train import train_run
-from qdora.run.trained_layers import layer_facts
+from qdora.train import logs as experiment_trackers
+from qdora.train.evals import adapter_step
+from qdora.train.logs import flat_numbers, flat_settings, layer_facts, tracking
 from tests import support
 from tests.page_parser import Page
 from tests.support import UNEVALUATED, make_gradients_nan

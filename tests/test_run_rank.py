@@ -25,7 +25,7 @@ from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions, RankSettings
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from tests import support
 from tests.support import CURVED_LAYERS
 

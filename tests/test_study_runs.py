@@ -322,7 +322,7 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
             run(file, tmp_path / "full")
     assert run(file, tmp_path / "whole", retry_failed=True)["num_done"] == 1
     # Killed after the plan, when it begins again, and then in its evaluation
-    cuts = [("qdora.run.train.base_of_run", KeyboardInterrupt()), ("qdora.run.step_evaluations.evaluate", None), None]
+    cuts = [("qdora.run.run.base_of_run", KeyboardInterrupt()), ("qdora.train.evals.evaluate", None), None]
 
     def cut(recipe: Any, directory: Path, **options: Any) -> Any:
         place = cuts[len(calls)]

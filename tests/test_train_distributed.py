@@ -28,8 +28,8 @@ from qdora.data.batches import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe.settings import Recipe
-from qdora.run import writer
-from qdora.run.train import train_run
+from qdora.run.run import train_run
+from qdora.train import checkpoint as writer
 from qdora.train import distributed
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from tests import support

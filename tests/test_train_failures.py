@@ -21,10 +21,11 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.recipe.settings import Recipe
-from qdora.run import trainer
-from qdora.run.train import train_run
-from qdora.train import flat_group, loss_scale, out_of_memory
-from qdora.train.loss_scale import LossScale
+from qdora.run.run import train_run
+from qdora.train import flat_group, trainer
+from qdora.train import policies as loss_scale
+from qdora.train import policies as out_of_memory
+from qdora.train.policies import LossScale
 from tests import support
 from tests.support import ADAPTER, UNEVALUATED, assert_same_run, in_batches, same_tensors, timeless, training_lines
 
@@ -318,14 +319,13 @@ def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("residency", ["device", "host"])
 def test_a_matrix_that_gets_no_gradient_is_found(root: Path, tmp_path: Path, monkeypatch: Any, residency: str) -> None:
     """With a streamed base it ends the run, whose backward pass may read wrong bytes."""
-    real = trainer.fresh_state
+    real = trainer.Trainer.__init__
 
-    def cut_off(active: Any, evaluated: list[str]) -> Any:
-        state = real(active, evaluated)
-        state.optimizer.parameters["model.layers.1.mlp.up_proj.lora_B"].register_hook(lambda grad: grad * 0)
-        return state
+    def cut_off(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        self.optimizer.parameters["model.layers.1.mlp.up_proj.lora_B"].register_hook(lambda grad: grad * 0)
 
-    monkeypatch.setattr(trainer, "fresh_state", cut_off)
+    monkeypatch.setattr(trainer.Trainer, "__init__", cut_off)
     recipe = support.tiny_recipe(root, **UNEVALUATED, train__steps=5, base__residency=residency)
     said = "in 3 updates 2 of 42 trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"
     if residency == "host":

@@ -22,7 +22,7 @@ from qdora.errors import UserError
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe.settings import GateConfig
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train import gates as gate_rules
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates

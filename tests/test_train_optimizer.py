@@ -22,9 +22,8 @@ from qdora.adapter.low_rank_factors import nearest_bfloat16
 from qdora.errors import RunFailure
 from qdora.train import flat_group
 from qdora.train import optimizer as optimizer_module
-from qdora.train.flat_group import OptimizerName, widened_state
+from qdora.train.flat_group import OptimizerName, join_float32, split_float32_, widened_state
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.split_float import join_float32, split_float32_
 from tests import reference
 
 NAMES = get_args(OptimizerName)

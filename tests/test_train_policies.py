@@ -26,17 +26,13 @@ from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train import loss_scale
-from qdora.train.best import BestSoFar
+from qdora.train import policies as loss_scale
+from qdora.train.checks import MissingGradientCheck
 from qdora.train.distributed import Processes
-from qdora.train.figures import draw_figures, smooth
-from qdora.train.loop import _peaks
-from qdora.train.loss_scale import LossScale
+from qdora.train.logs import TrainingProgress, draw_figures, smooth
+from qdora.train.logs import peaks as _peaks
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.out_of_memory import Backoff, Shortage
-from qdora.train.progress import TrainingProgress
-from qdora.train.schedule import Schedule
-from qdora.train.step_checks import BadSteps, MissingGradientCheck
+from qdora.train.policies import Backoff, BadSteps, BestSoFar, LossScale, Schedule, Shortage
 from tests import support
 
 

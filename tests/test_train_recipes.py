@@ -17,9 +17,9 @@ from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.interference import agreement, measure
-from qdora.run.train import train_run
+from qdora.run.run import train_run
 from qdora.train.checkpoint import random_state
+from qdora.train.interference import agreement, measure
 from tests import reference, support
 from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, training_lines
 

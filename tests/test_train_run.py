@@ -27,11 +27,10 @@ from qdora.files.run_directory import open_run, write_complete
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
+from qdora.run.base import load_base
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run
-from qdora.run.open_directory import resumed_recipe
-from qdora.run.train import train_run
+from qdora.run.run import resumed_recipe, train_run
 from tests import support
 from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, train_until, training_lines
 

@@ -20,11 +20,9 @@ from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters, inject
 from qdora.train.distributed import Processes
-from qdora.train.even_passes import even_passes
-from qdora.train.load_balance import load_balancing_loss
-from qdora.train.loss_scale import LossScale
-from qdora.train.passes import batch_loss, step_gradient
-from qdora.train.router_loss import check_router_loss
+from qdora.train.loss import check_router_loss, load_balancing_loss
+from qdora.train.passes import batch_loss, even_passes, step_gradient
+from qdora.train.policies import LossScale
 from tests import reference, support
 
 CPU = torch.device("cpu")

@@ -24,12 +24,12 @@ from qdora.files.run_directory import RunDirectory
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import writer
 from qdora.run.evaluate import evaluate_target
+from qdora.run.run import train_run
 from qdora.run.run_page import page_of_run
-from qdora.run.step_evaluations import StepEvaluations, selection_faults
-from qdora.run.train import train_run
+from qdora.train import checkpoint as writer
 from qdora.train import interrupt
+from qdora.train.evals import StepEvaluations, selection_faults
 from tests import support
 from tests.support import ADAPTER, assert_same_run, in_batches, same_tensors, timeless, train_until, training_lines
 

@@ -49,12 +49,12 @@ def train(
         run_dir, recipe = run_dir or Path(recipe), str(own)
     directory = run_dir or Path("runs") / Path(recipe).stem
     if resume:
-        from qdora.run.open_directory import resumed_recipe
+        from qdora.run.run import resumed_recipe
 
         loaded, where = resumed_recipe(directory, recipe, set_ or []), str(directory / "recipe.yaml")
     else:
         loaded, where = load_recipe(recipe, set_ or []), recipe
-    from qdora.run.train import train_run
+    from qdora.run.run import train_run
 
     try:
         result = train_run(loaded, directory, where=where, resume=resume, force=force)

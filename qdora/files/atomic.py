@@ -64,8 +64,7 @@ def place_failures(path: Path, fix: str) -> Iterator[None]:
 def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
     """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
 
-    `in_ascii` writes all other characters as escapes.
-    Raises TypeError for a key that is not a string, or a value that JSON cannot express.
+    `in_ascii` writes all other characters as escapes. TypeError for what JSON cannot express.
     """
     return json.dumps(_json_value(value), indent=indent, ensure_ascii=in_ascii, allow_nan=False)
 
@@ -95,10 +94,7 @@ def _json_value(value: Any) -> Any:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which gets the name `path` when the block ends, and is removed if the block raises.
-
-    A reader sees the old content or all of the new. After an OSError the old file is unchanged.
-    """
+    """A file to write, which gets the name `path` when the block ends, and is removed if the block raises."""
     # Not the process id: processes of two containers or machines may have the same one
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:

@@ -15,8 +15,6 @@ Progress = Callable[[int, int], None]
 """Called with (done, total), as the function that `bar` yields."""
 
 _shown = {"progress": True, "results": True}
-
-
 OF_THIS_PROCESS = {"of_this_process": True}
 """`extra` of a warning about this process alone. Other warnings come from every process of a launch, and only the first
 one shows them."""

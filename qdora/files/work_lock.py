@@ -14,10 +14,7 @@ from qdora.errors import UserError
 
 @contextmanager
 def lock_if_free(file: Path) -> Iterator[bool]:
-    """Hold the lock file while the block runs; yields False, without it, if another process holds it.
-
-    Raises OSError if the file cannot be made, or its file system has no locks.
-    """
+    """Hold the lock file while the block runs; yields False, without it, if another process holds it."""
     lock = FileLock(file)
     with suppress(Timeout):
         lock.acquire(timeout=0)

@@ -53,7 +53,7 @@ from qdora.recipe.recipe_file import override
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
-from qdora.train.router_loss import check_router_loss
+from qdora.train.loss import check_router_loss
 
 MOST_STEPS = 20_000
 

@@ -28,8 +28,8 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.options import EvalOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import state_step, stored_results
 from qdora.run.load_run import LoadedModel, check_target, is_run, load_target, render_chats_like
+from qdora.train.evals import state_step, stored_results
 
 logger = logging.getLogger("qdora")
 

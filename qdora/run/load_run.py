@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,27 +18,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.adapted_linear import drop_scales_without_room
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError, not_one_of
+from qdora.files.atomic import atomic_write_json, atomic_write_text
+from qdora.files.json_file import read_json_object
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
-from qdora.model.adapter_file import CONFIG_FILE, load_adapter
+from qdora.files.user_paths import user_path
+from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.model.load import load_config, load_model, stored_form
-from qdora.model.source import ADAPTER_DIRECTORY, load_tokenizer, resolve
+from qdora.model.load import load_config, load_model, skeleton, stored_form
+from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
 from qdora.model.store import PrunedBase
 from qdora.model.tokens import extend_vocabulary
-from qdora.recipe.recipe_file import override, recipe_of_run
+from qdora.recipe.data_settings import DEMO_TASKS, is_path
+from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.adopted_run import adopted_recipe, adopted_run, is_adapter
-from qdora.run.load_base import load_base
-from qdora.run.pruned_base import FOLDER
-from qdora.run.recorded_base import check_base
-from qdora.run.residency_choice import residency_here
+from qdora.run.base import FOLDER, check_base, load_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 _QUANTS = ("nf4", "fp4", "int8")
-"""What --quant takes for a model."""
+"""What --quant takes for a model in full precision."""
+_ADAPTER_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")
+"""What --quant takes for an adapter; -single is without double quantisation."""
+
+logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +77,7 @@ def load_run(
     No layer keeps decoded scales where the recipe says so, or where a GPU has no room for them.
 
     Args:
-        path: Run directory.
         step: Checkpoint; None: the finished adapter, or the newest checkpoint of an unfinished run.
-        base_only: Leave the adapter out.
         original: Put the adapter on the source's own weights, dense in the dtype that its config names.
         widened: Compute in float32 with an attention that supports it, whatever the recipe says. A GPU holds the whole
             base, since second derivatives read any block at any time.
@@ -109,16 +116,16 @@ def load_run(
 
 
 def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[Path, str]:
-    """The directory with the trained parameters, and the name of the state. Raises as `load_run`."""
+    """The directory with the trained parameters, and the name of the state."""
     if recipe.adapter.kind == "none":
         return run.path, "base"
     if step is not None:
         path = run.inside("checkpoints", f"step-{step}")
         if not path.is_dir():
             steps = ", ".join(map(str, run.checkpoint_steps()))
-            if not steps:
-                raise UserError(f"--step: got {step}, but {run.path} has no checkpoint. Fix: remove --step.")
-            raise UserError(f"--step: got {step}, must be one of {steps} in {run.path}.")
+            none = f"but {run.path} has no checkpoint. Fix: remove --step."
+            what = f"must be one of {steps} in {run.path}." if steps else none
+            raise UserError(f"--step: got {step}, {what}")
         return path, f"step-{step}"
     if run.adapter.is_dir():
         return run.adapter, "final"
@@ -131,6 +138,91 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
 def adapter_of(run: RunDirectory, trained: Path) -> Path:
     """The adapter in the directory of a trained state, which `trained_state` gave."""
     return trained if trained == run.adapter else trained / "adapter"
+
+
+def is_adapter(target: str | Path) -> bool:
+    """Whether `target` is a directory with an adapter in PEFT's format. That of a run is inside it."""
+    return (user_path(target) / CONFIG_FILE).is_file()
+
+
+@contextmanager
+def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Iterator[Path]:
+    """An adapter of any trainer as a run, as long as the block runs, so that it is exported and evaluated as one.
+
+    The run directory is temporary, has the adapter's name and links to the adapter, where nothing is written. Nobody
+    knows the data, so qdora's demo tasks are the text on which an export is compared.
+    """
+    recipe, record = adopted_recipe(adapter, base_model, quant)
+    adapter, of = user_path(adapter).resolve(), "adapter" if recipe.model.tokenizer else "base"
+    base = " at ".join(filter(None, (recipe.model.source, recipe.model.revision)))
+    text = "%s: taken as trained on %s, held in %s (%s), with the tokenizer of the %s."
+    logger.info(text, adapter.name, base, record["quant"], record["known"], of)
+    with tempfile.TemporaryDirectory(prefix="qdora-") as folder:
+        run = RunDirectory(Path(folder) / adapter.name)
+        run.path.mkdir()
+        run.adapter.symlink_to(adapter)
+        atomic_write_json(run.environment_file, {"adopted": record})
+        atomic_write_text(run.recipe_file, resolved_yaml(recipe))
+        yield run.path
+
+
+def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of an adapter, and what is written of its base: name, revision, form, how the form is known.
+
+    No weight of the base is read.
+
+    Args:
+        base_model: The base, as model.source. None: the one in adapter_config.json.
+        quant: How the base was held in training, one of nf4, fp4 (also with -single), int8, none. None: as qdora.json
+            or the base's own files say, else nf4 in blocks of 64 with double quantisation.
+    """
+    adapter = user_path(adapter)
+    described, file = describe_adapter(adapter), adapter / CONFIG_FILE
+    config, trained_on = read_json_object(file), dict((described.base or {}).get("quant") or {})
+    needed = ["base.prune"] if "prune" in trained_on else []
+    needed += ["model.add_tokens"] if (described.extra or {}).get("add_tokens") else []
+    if needed:
+        raise UserError(f"{adapter}: was trained with {' and '.join(needed)}, which needs its run. Fix: name the run.")
+    named = config.get("base_model_name_or_path")
+    name, where = base_model or named, "--base-model" if base_model else f"{file}: base_model_name_or_path"
+    if not name or (not base_model and is_path(name) and not user_path(name).exists()):
+        is_here = "is not on this machine" if name else "is not set"
+        raise UserError(f"{where}: {name} {is_here}. Fix: name the model that was trained on with --base-model.")
+    revision = config.get("revision") if name == named and public_name(name) else None
+    source = resolve(name, revision, setting=where)
+    stored = stored_form(source)
+    if quant not in (None, *_ADAPTER_QUANTS):
+        raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
+    if quant is not None and stored["quant"] in ("nf4", "fp4", "int8"):
+        raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}. Fix: remove --quant.")
+    if quant is not None:
+        kind, _, single = quant.partition("-")
+        base, known = {"quant": kind} | ({"double_quant": False} if single else {}), "--quant"
+    elif trained_on:
+        base, known = trained_on, "by qdora.json"
+    elif stored["quant"] != "none":
+        base, known = stored, "as the base is stored"
+    else:
+        base, known = {"quant": "nf4"}, "assumed; --quant changes it"
+    config_of_base, lora = load_config(source), described.config
+    model = {"source": name, "revision": source.revision}
+    model["tokenizer"] = str(adapter.resolve()) if has_tokenizer(adapter) else None
+    # Weights that are not quantised stay as the checkpoint has them, which may be finer than bfloat16.
+    model["dtype"] = {torch.bfloat16: "auto", torch.float16: "float16"}.get(config_of_base.dtype, "float32")
+    sizes = {"rank": lora.r, "alpha": lora.lora_alpha, "rank_stabilized": lora.use_rslora}
+    document = {
+        "model": {key: value for key, value in model.items() if value is not None},
+        "base": base,
+        "adapter": {"kind": described.kind, **sizes},
+        "data": {"mix": [{"task": task} for task in DEMO_TASKS]},
+        "train": {"steps": 1, "batch": 1},
+    }
+    recipe = recipe_from(document, str(adapter))
+    if getattr(config_of_base, "quantization_config", None) is not None:
+        del config_of_base.quantization_config
+    read_adapter(skeleton(config_of_base, source, torch.float32, "auto", torch.device("cpu")), adapter)
+    public = name if name == BUILTIN else public_name(name)
+    return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
 
 
 def is_run(target: str) -> bool:
@@ -161,21 +253,16 @@ def load_target(
     its adapter.
 
     Args:
-        target: What to load.
         step, base_only: For a run, see `load_run`.
         base_model, quant: For an adapter, see `adopted_recipe`.
         quant: For a model in full precision: hold its linear layers in nf4, fp4 or int8. None: dense.
         verb: The command, for messages.
-    Raises:
-        UserError: Options that do not fit the target, or what loading refuses.
     """
     if base_model is not None and not is_adapter(target):
         raise UserError(f"--base-model: is used only with an adapter, got {target}. Fix: remove it.")
     if is_run(target):
         if quant is not None:
-            raise UserError(
-                f"--quant: is not used with a run, whose recipe says it, got {target}. Fix: remove --quant."
-            )
+            raise UserError(f"--quant: is not used with a run, whose recipe says it, got {target}.")
         trained = load_run(Path(target), step=step, base_only=base_only)
         return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
     if step is not None or base_only:

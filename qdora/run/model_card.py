@@ -26,7 +26,7 @@ from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSour
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.options import Form
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import adapter_in_words, state_step
+from qdora.train.evals import adapter_in_words, state_step
 
 """What the directory of a card holds."""
 

@@ -9,11 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, float16
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.batches import StepLoader
@@ -54,15 +52,14 @@ from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
-from qdora.run.calibration import calibration_tokens
-from qdora.run.interference import interference_faults
-from qdora.run.model_limits import context_warnings, vocabulary_faults
-from qdora.run.recorded_base import base_record, pinned
-from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
-from qdora.run.step_evaluations import selection_faults
+from qdora.run.base import base_record, calibration_tokens, pinned
+from qdora.run.data_checks import begin_checks, context_warnings, data_checks, repeated_checks, vocabulary_faults
+from qdora.train.checks import CHECKS_FILE, Check
 from qdora.train.distributed import Processes
-from qdora.train.router_loss import check_router_loss
-from qdora.train.task_weights import task_weight_faults
+from qdora.train.evals import evaluated_sources, selection_faults
+from qdora.train.interference import interference_faults
+from qdora.train.loss import check_router_loss
+from qdora.train.passes import task_weight_faults
 
 logger = logging.getLogger("qdora")
 
@@ -89,7 +86,6 @@ class PreparedRun:
     chat_date: str
     """The day that chat templates print, YYYY-MM-DD: the run started on it."""
     has_chats: bool
-    """Whether a source has chats."""
     calibration: Tensor | None
     """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
@@ -98,16 +94,13 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
     Args:
-        recipe: What to run.
         directory: The run directory, for the day on which an earlier start began.
-        processes: The processes that train the run; each takes its share of the data.
         where: Name of the recipe in messages.
         force: Only warn if the plan is over memory.budget.
     Raises:
         UserError: All faults of the recipe, its data or the plan.
     """
-    faults = missing_files(recipe, where)
-    if faults:
+    if faults := missing_files(recipe, where):
         raise UserError(*faults)
     compute = choose_compute(recipe.model.dtype)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
@@ -119,22 +112,34 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     check_router_loss(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
+
+    def read() -> tuple[Mix, dict[str, list[Example]], bool]:
+        train, validation = read_data(recipe.data)
+        mix = tokenized_mix(recipe, tokenizer, train)
+        return mix, validation, has_chats(mix, train)
+
     # The others wait for the first process, and then find what it has kept.
-    first = processes.first(lambda: _read(recipe, tokenizer))
-    mix, validation, chats = _read(recipe, tokenizer) if first is None else first
+    mix, validation, chats = processes.first(read) or read()
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
-    unscored = processes.first(lambda: _scoring_faults(recipe, validation, num_steps, tokenizer, positions_of(config)))
-    unscored = processes.gather(unscored)[0]
-    _check(recipe, compute, validation, num_steps, loader, config=config, faults=unscored)
+    scored = scored_examples(recipe, validation, num_steps)
+    unscored = processes.from_first(lambda: _scoring_faults(recipe, scored, tokenizer, positions_of(config)))
+    faults = [*_machine_faults(recipe, compute), *unscored]
+    faults += _data_faults(recipe, validation, num_steps, loader, config)
+    faults += [
+        f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
+        for name in recipe.trackers
+        if find_spec(name) is None
+    ]
+    if faults:
+        raise UserError(*faults)
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
         source = find_source(applied)
         loader.batching.max_tokens = micro_batch_tokens(applied)
     _check_alike(processes, loader, validation, num_steps, source)
-    is_pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
         recipe=applied,
@@ -149,8 +154,77 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         memory_plan=memory_plan,
         chat_date=chat_date,
         has_chats=chats,
-        calibration=calibration_tokens(applied, tokenizer, mix, config) if is_pruned else None,
+        calibration=calibration_tokens(applied, tokenizer, mix, config),
     )
+
+
+def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
+    faults = []
+    if compute.dtype == float16 and recipe.adapter.kind == "full":
+        need = "must be bfloat16 or float32 with adapter.kind full, which trains the weights"
+        faults.append(f"model.dtype: got float16, {need}.")
+    if compute.device.type != "cuda":
+        if recipe.base.residency == "host":
+            faults.append("base.residency: got host, must be device on a machine without a GPU.")
+        faults += [
+            f"memory.{name}: got true, must be false on a machine without a GPU."
+            for name in ("offload_activations", "host_embeddings")
+            if getattr(recipe.memory, name)
+        ]
+    return faults
+
+
+def _data_faults(
+    recipe: Recipe,
+    validation: dict[str, list[Example]],
+    num_steps: int,
+    loader: StepLoader,
+    config: PreTrainedConfig,
+) -> list[str]:
+    """All settings that do not fit the data."""
+    faults, asked = [], recipe.eval
+    evaluated = {n: validation[n] for n in evaluated_sources(recipe, validation) if n in validation}
+    if asked.method == "generate":
+        faults += generation_faults(evaluated)
+    warmup = recipe.train.warmup
+    if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
+        faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
+    faults += selection_faults(recipe, evaluated, num_steps)
+    if asked.every is not None and asked.tasks is None and not validation:
+        fix = "Fix: set validation in a source, or eval.every: null."
+        faults.append(f"eval.every: got {asked.every}, but no source has validation data. {fix}")
+    faults += interference_faults(recipe, validation)
+    faults += task_weight_faults(recipe, loader)
+    faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
+    known = f"must be one of {', '.join(validation)}." if validation else "nor has another source."
+    return faults + [
+        f"eval.tasks: {name!r} has no validation data in this mix, {known} Fix: set validation in this source."
+        for name in asked.tasks or ()
+        if name not in validation
+    ]
+
+
+def scored_examples(
+    recipe: Recipe, validation: dict[str, list[Example]], num_steps: int
+) -> dict[str, Sequence[Example]]:
+    """The validation examples that the run's evaluations score, by source; none without evaluations."""
+    asked = recipe.eval
+    if not (asked.at_start or asked.at_end or (asked.every or num_steps + 1) <= num_steps):
+        return {}
+    names = evaluated_sources(recipe, validation)
+    return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
+
+
+def _scoring_faults(
+    recipe: Recipe, scored: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> list[str]:
+    """What the first evaluation would refuse, which may come only after many steps."""
+    files = {source.label: source.validation for source in recipe.data.mix}
+    return [
+        f"validation data{f' ({files[name]})' if files[name] else ''}: {fault}"
+        for name, examples in scored.items()
+        for fault in scoring_faults(tokenizer, examples, context)
+    ]
 
 
 def _check_alike(
@@ -169,23 +243,16 @@ def _check_alike(
         "number of steps": num_steps,
         "base": base_record(source),
     }
-    told = processes.gather({what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()})
-    others = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
+    per_rank = processes.gather({what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()})
+    others = [rank for rank, theirs in enumerate(per_rank) if theirs != per_rank[0]]
     if others:
-        different = " and ".join(f"another {what}" for what in mine if told[others[0]][what] != told[0][what])
+        different = " and ".join(f"another {what}" for what in mine if per_rank[others[0]][what] != per_rank[0][what])
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         where = processes.gather(socket.gethostname())
         raise UserError(
             f"process {others[0]}{more} on {where[others[0]]} has {different} than process 0 on {where[0]}. Fix: give "
             "all machines the same files, settings and versions."
         )
-
-
-def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]], bool]:
-    """The tokenised training data, the validation examples of each source, and whether there are chats."""
-    train, validation = read_data(recipe.data)
-    mix = tokenized_mix(recipe, tokenizer, train)
-    return mix, validation, has_chats(mix, train)
 
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
@@ -203,20 +270,20 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
 
 
 def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
-    data, sources = prepared.recipe.data, prepared.loader.tokenised
-    found = data_checks(sources, prepared.mix_plan, prepared.tokenizer, data)
+    recipe, sources = prepared.recipe, prepared.loader.tokenised
+    checks = data_checks(sources, prepared.mix_plan, prepared.tokenizer, recipe.data)
     if unseen := unseen_tokens(prepared):
-        shown = ", ".join(map(repr, unseen))
-        text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
-        found.append(Check("warning", text))
-    found += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
-    if prepared.recipe.adapter.kind != "none":
-        scored = scored_examples(prepared.recipe, prepared.validation, prepared.num_steps)
-        found += repeated_checks(sources, scored, prepared.tokenizer, data)
-    found += _evaluation_checks(prepared)
+        names = ", ".join(map(repr, unseen))
+        text = f"model.add_tokens: the training data does not have {names}, so the model learns nothing of it."
+        checks.append(Check("warning", text))
+    checks += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
+    if recipe.adapter.kind != "none":
+        scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
+        checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
+    checks += _evaluation_checks(prepared)
     for text in mix_facts(prepared.mix_plan):
         logger.info("%s", text)
-    begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
+    begin_checks(run, checks, trains=recipe.adapter.kind != "none")
 
 
 def _evaluation_checks(prepared: PreparedRun) -> list[Check]:
@@ -236,105 +303,14 @@ def unseen_tokens(prepared: PreparedRun) -> list[str]:
     """The new tokens that no training example has; none where a source is streamed."""
     tokens = prepared.recipe.model.add_tokens
     names = dict(zip(token_ids(prepared.recipe, prepared.tokenizer), tokens, strict=True))
-    sets = prepared.loader.tokenised
     if not names or prepared.loader.streams:
         return []
     missing, first = set(names), min(names)
-    for example in (example for part in sets for example in part.first()):
+    for example in (example for part in prepared.loader.tokenised for example in part.first()):
         missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
         if not missing:
             break
     return [names[id] for id in sorted(missing)]
-
-
-def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
-    """Names of the sources that are evaluated: eval.tasks; by default all with validation data."""
-    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
-
-
-def _check(
-    recipe: Recipe,
-    compute: Compute,
-    validation: dict[str, list[Example]],
-    num_steps: int,
-    loader: StepLoader,
-    *,
-    config: PreTrainedConfig,
-    faults: list[str],
-) -> None:
-    """Raise UserError with all settings that do not fit the machine or the data, and those `faults` that are known."""
-    faults = [*_machine_faults(recipe, compute), *faults]
-    asked = evaluated_sources(recipe, validation)
-    evaluated = {name: validation[name] for name in asked if name in validation}
-    if recipe.eval.method == "generate":
-        faults += generation_faults(evaluated)
-    warmup = recipe.train.warmup
-    if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
-        faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
-    faults += selection_faults(recipe, evaluated, num_steps)
-    if recipe.eval.every is not None and recipe.eval.tasks is None and not validation:
-        fix = "Fix: set validation in a source, or eval.every: null."
-        faults.append(f"eval.every: got {recipe.eval.every}, but no source has validation data. {fix}")
-    faults += interference_faults(recipe, validation)
-    faults += task_weight_faults(recipe, loader)
-    faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
-    known = f"must be one of {', '.join(validation)}." if validation else "nor has another source."
-    faults += [
-        f"eval.tasks: {name!r} has no validation data in this mix, {known} Fix: set validation in this source."
-        for name in recipe.eval.tasks or ()
-        if name not in validation
-    ]
-    faults += [
-        f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
-        for name in recipe.trackers
-        if find_spec(name) is None
-    ]
-    if faults:
-        raise UserError(*faults)
-
-
-def _scoring_faults(
-    recipe: Recipe,
-    validation: dict[str, list[Example]],
-    num_steps: int,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
-) -> list[str]:
-    """What the first evaluation would refuse, which may come only after many steps; nothing without evaluations."""
-    sources = {source.label: source for source in recipe.data.mix}
-    return [
-        f"validation data{f' ({place})' if (place := sources[name].validation) else ''}: {fault}"
-        for name, examples in scored_examples(recipe, validation, num_steps).items()
-        for fault in scoring_faults(tokenizer, examples, context)
-    ]
-
-
-def scored_examples(
-    recipe: Recipe, validation: dict[str, list[Example]], num_steps: int
-) -> dict[str, Sequence[Example]]:
-    """The validation examples that the run's evaluations score, by source; none without evaluations."""
-    wanted = recipe.eval
-    if not (wanted.at_start or wanted.at_end or (wanted.every or num_steps + 1) <= num_steps):
-        return {}
-    asked = evaluated_sources(recipe, validation)
-    return {name: spread(validation.get(name, ()), wanted.limit, wanted.block) for name in asked}
-
-
-def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
-    faults = []
-    if compute.dtype == torch.float16 and recipe.adapter.kind == "full":
-        faults.append(
-            "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full, which trains the weights."
-        )
-    if recipe.base.residency == "host" and compute.device.type != "cuda":
-        faults.append("base.residency: got host, must be device on a machine without a GPU.")
-    if compute.device.type != "cuda":
-        faults += [
-            f"memory.{name}: got true, must be false on a machine without a GPU."
-            for name in ("offload_activations", "host_embeddings")
-            if getattr(recipe.memory, name)
-        ]
-    return faults
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
@@ -342,9 +318,6 @@ def check_data(recipe: Recipe, names: Collection[str]) -> None:
 
     The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
     tokens, and without a tokenizer a note says that no lengths were checked.
-
-    Raises:
-        UserError: Faulty rows, or examples that are too long, of all these sources.
     """
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":

@@ -30,7 +30,7 @@ from qdora.model.build_model import find_model
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
-from qdora.run.start_checks import example_checks
+from qdora.run.data_checks import example_checks
 
 _MOST_ROWS, _MOST_CHARACTERS = 2000, 1 << 23
 """Of a source that are read: enough for shares and lengths, few enough for seconds."""

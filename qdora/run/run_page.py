@@ -22,9 +22,9 @@ from qdora.files.html_page import render_page
 from qdora.files.run_directory import RunDirectory, is_without_chats, open_run, unharmed
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import adapter_record, adapter_step
 from qdora.run.model_card import EVALUATION_COLUMNS, evaluations, read_record, training_facts
-from qdora.train.figures import draw_figures
+from qdora.train.evals import adapter_record, adapter_step
+from qdora.train.logs import draw_figures
 
 PAGE_FILE = "report.html"
 _FIGURES = ("loss_per_task", "validation_nll", "validation_accuracy", "steps")

@@ -30,7 +30,7 @@ from qdora.model.load import load_config
 from qdora.rank.error_undone import error_undone
 from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import BaseWeightsConfig, Recipe
-from qdora.run.load_base import load_base
+from qdora.run.base import load_base
 from qdora.run.load_run import load_run
 
 TEXTS_OF_TASK = 25

@@ -40,14 +40,14 @@ from qdora.model.load import load_config, quantization_of
 from qdora.prune.pruner import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
 from qdora.recipe.settings import Recipe
-from qdora.run.adapter_step import adapter_step
+from qdora.run.run import train_run
 from qdora.run.run_page import PAGE_FILE, leave_page
-from qdora.run.train import train_run
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.compare import cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
+from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
 

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from qdora.data.batches import StepLoader
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.memory.oom import is_out_of_memory
 from qdora.recipe.faults import reason_of
+from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -46,9 +49,7 @@ def write_state(
 ) -> None:
     """Write everything but the parameters into an existing directory; `step` steps are done.
 
-    Args:
-        random: `random_text` of every process, in the order of ranks.
-        policies: Name -> JSON values that a resumed run continues with.
+    `random` is the `random_text` of every process, in the order of ranks; `policies` are JSON values by name.
     """
     write_tensors(directory / "optimizer.safetensors", optimizer.state_tensors())
     tensors = {
@@ -63,11 +64,7 @@ def write_state(
 
 @torch.no_grad()
 def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
-    """Copy tensors into the trainable parameters of the same path.
-
-    Raises:
-        UserError: A tensor is missing, unknown or of another shape; one line for each of the first ten.
-    """
+    """Copy tensors into the trainable parameters of the same path. UserError if they do not fit."""
     faults = [f"{where}: parameter {key} is missing" for key in parameters if key not in tensors]
     faults += [f"{where}: {key} belongs to no trainable parameter" for key in tensors if key not in parameters]
     for key in tensors.keys() & parameters.keys():
@@ -81,47 +78,45 @@ def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.P
 
 
 def read_state(
-    directory: Path,
-    *,
-    optimizer: AdapterOptimizer,
-    load_loader: Callable[[dict[str, Any]], None],
-    processes: Processes,
-    seed: int,
-    draws: bool = True,
+    directory: Path, *, optimizer: AdapterOptimizer, loader: StepLoader, processes: Processes, seed: int, draws: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Restore `write_state`; the parameters must be loaded already.
+    """Restore `write_state`, after the parameters; returns the number of steps done, and the policies.
 
     A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
-
-    Args:
-        draws: Whether the steps draw random numbers, as dropout does: another number of processes draws others.
-    Returns:
-        The number of steps done, and the policies.
-    Raises:
-        UserError: The checkpoint belongs to another run or format.
+    `draws`: whether the steps draw random numbers, as dropout does; another number of processes draws others.
+    UserError if the checkpoint belongs to another run or format.
     """
     state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:
         raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
-    load_loader(state["loader"])
+    loader.load_state_dict(state["loader"])
     try:
         optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     except ValueError as error:
         raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
     step = int(state["step"])
-    with safe_open(directory / "random.safetensors", framework="pt") as file:
-        names = set(file.keys())
-        before = sum(name.startswith("cpu") for name in names)
-        if draws and before != processes.size:
-            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
-            logger.warning(text, before, processes.size)
-        places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
-        mine = {kind: file.get_tensor(name) for kind, name in places.items() if name in names}
+    tensors = load_file(directory / "random.safetensors")
+    before = sum(name.startswith("cpu") for name in tensors)
+    if draws and before != processes.size:
+        text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+        logger.warning(text, before, processes.size)
+    names = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
+    mine = {kind: tensors[name] for kind, name in names.items() if name in tensors}
     if mine:
         set_random_state(mine)
     else:
         torch.manual_seed(seed_of(seed, processes.rank, step))
     return step, dict(state["policies"])
+
+
+def draws_numbers(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Whether a step draws random numbers, for the adapter or in a base with dropout of its own."""
+    adapter = recipe.adapter
+    of_base = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+    of_gates = adapter.gates is not None and adapter.gates.mode == "hard_concrete"
+    return bool(adapter.dropout > 0 or of_gates or of_base)
 
 
 @contextmanager

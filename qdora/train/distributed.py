@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.oom import is_out_of_memory
-from qdora.train.out_of_memory import OutOfMemory
+from qdora.train.policies import OutOfMemory
 
 T = TypeVar("T")
 
@@ -79,9 +79,9 @@ class Processes:
 
     def gather(self, value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
         """The values of all processes, in the order of ranks."""
+        values: list[Any] = [value] * self.size
         if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
+            return values
         with self._connected():
             dist.all_gather_object(values, value, group=group)
         return values
@@ -91,23 +91,21 @@ class Processes:
 
         If it raises there, the others raise OtherProcessFailed.
         """
-        if self.size == 1:
-            return action()
-        result = None
         try:
-            if self.is_first:
-                result = action()
+            result = action() if self.is_first else None
         except BaseException as error:
             self.exchange(None, first_line(error), group=self.working)
             raise
         self.exchange(None, group=self.working)
         return result
 
-    def first_or_all(self, action: Callable[[], T]) -> T | None:
-        """Run an action that calls the model: in the first process, like `first`; in all if they divide the base.
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Run the action in the first process, like `first`; all get its result."""
+        result: T = self.gather(self.first(action))[0]
+        return result
 
-        Then each process gets its result, and one that fails ends: the others cannot go on without it.
-        """
+    def first_or_all(self, action: Callable[[], T]) -> T | None:
+        """Run an action that calls the model: in the first process, like `first`; in all if they divide the base."""
         if not self.shards:
             return self.first(action)
         try:
@@ -116,15 +114,12 @@ class Processes:
             raise self.broken(error) from error
 
     def exchange(self, value: Any, fault: str = "", *, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """`gather`, with the fault of this process or ''.
-
-        Raises OtherProcessFailed if another process has a fault and this one has none.
-        """
-        found = self.gather((fault, value), group=group)
-        for rank, (text, _) in enumerate(found):
+        """`gather`, with the fault of this process or ''; OtherProcessFailed if only another one has a fault."""
+        per_rank = self.gather((fault, value), group=group)
+        for rank, (text, _) in enumerate(per_rank):
             if text and not fault:
                 raise OtherProcessFailed(f"process {self.rank}: stopped, because process {rank} failed: {text}")
-        return [each for _, each in found]
+        return [theirs for _, theirs in per_rank]
 
     def meet(self) -> None:
         """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
@@ -148,10 +143,7 @@ class Processes:
 
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Let NCCL connect the groups and take its buffers now: faults of the network appear, and what memory is free
-        is measured without the buffers.
-
-        For few elements and for many NCCL may connect in different ways, each at its first use.
-        """
+        is measured without the buffers. For few elements and for many it may connect in different ways."""
         with self._connected():
             for group in groups:
                 for num_elements in (1, _MESSAGE_ELEMENTS):
@@ -206,7 +198,9 @@ class Processes:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
         if self.size == 1:
             return
-        sums = self.gather([_bit_sum(parameter) for parameter in parameters.values()])
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        views = (each.detach().contiguous().view(bits[each.element_size()]) for each in parameters.values())
+        sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
             differing = [key for key, mine, other in zip(parameters, sums[0], theirs, strict=True) if mine != other]
             if differing:
@@ -221,8 +215,7 @@ def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
     On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
-    everything else through gloo on the host, so that no GPU waits for it. UserError if there are fewer GPUs than
-    processes.
+    everything else through gloo on the host, so that no GPU waits for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -257,8 +250,7 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
     With `parallel` hybrid the processes of a machine, whose numbers must follow each other, divide the base, and
-    machines repeat it. On GPUs its tensors go through NCCL. UserError if this torch cannot divide it, or hybrid has
-    machines of unequal size.
+    machines repeat it.
     """
     if not processes.shards:
         return None
@@ -321,8 +313,3 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         run.append(tensor)
     if run:
         yield run
-
-
-def _bit_sum(tensor: Tensor) -> int:
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(bits).sum(dtype=torch.int64))

@@ -47,11 +47,7 @@ _STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal"
 
 
 class Gates:
-    """The gates of a model's adapted layers (path -> layer) while it trains; each layer gets a gate of ones.
-
-    Raises:
-        UserError: The anneal is longer than the run.
-    """
+    """The gates of a model's adapted layers (path -> layer) while it trains; each layer gets a gate of ones."""
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
@@ -72,8 +68,7 @@ class Gates:
         self._alive = torch.ones(len(self._value), dtype=torch.bool)
         self._noise: Tensor | None = None
         self._gradient: Tensor | None = None  # of the step, if the loop has read it
-        fault = settings.length_fault(num_steps)
-        if fault is not None:
+        if (fault := settings.length_fault(num_steps)) is not None:
             raise UserError(f"adapter.gates.anneal: {fault}")
 
     def check_budget(self) -> None:
@@ -126,8 +121,8 @@ class Gates:
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
 
-        The last step of a run keeps the budget even if its update was not `applied`, since no step follows. All
-        processes call this. Returns numbers for the step's line of metrics.
+        The last step of a run keeps the budget even if its update was not `applied`, since no step follows. Returns
+        numbers for the step's line of metrics.
         """
         if not self.is_over:
             is_last = step + 1 == self.num_steps
@@ -197,11 +192,7 @@ class Gates:
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Restore `save` from a checkpoint's `directory`, and `state_dict`; its adapter must be loaded already.
-
-        Raises:
-            UserError: The tensors do not fit the adapter.
-        """
+        """Restore `save` from a checkpoint's `directory`, and `state_dict`; its adapter must be loaded already."""
         for name in _STATE:
             setattr(self, name, state[name])
         for layer in self.layers.values() if self.is_over else ():
@@ -348,12 +339,12 @@ def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
 
 
 def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
-    """The weight of the L1 penalty at which a proximal step takes a gate to 0: |c| / (p cost), (n,).
+    """The weight of the L1 penalty at which a proximal step takes a gate c, of `values`, to 0: |c| / (p cost), (n,).
 
     The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
     size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
     the loss when the component is removed. It stays the same if a component is scaled and its gate divided by the
-    scale. `values` are the gates c; `step_size` p and `cost` are positive.
+    scale.
     """
     return values.abs() / (step_size * cost)
 

@@ -1,6 +1,6 @@
 """AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (train/split_float.py). Each step
+The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (`split_float32_`). Each step
 joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
 read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 
@@ -18,10 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, first_line
 from qdora.memory.oom import free_memory, is_out_of_memory
+from qdora.model.build_model import describe_adapters
+from qdora.model.inject import adapter_parameters
+from qdora.model.tokens import trained_parameters
 from qdora.quant.planned_device import is_planning
+from qdora.recipe.settings import Recipe
 from qdora.train.flat_group import (
     MOMENTS,
     NOT_STORED,
@@ -30,12 +35,16 @@ from qdora.train.flat_group import (
     can_page,
     fill_state_,
     groups_of,
+    join_float32,
+    split_float32_,
     widened_state,
 )
-from qdora.train.split_float import join_float32, split_float32_
 
 # Averages of the gradient; the other two are of its square.
 _FIRST_MOMENTS = ("exp_avg", "state1")
+
+LARGE = 10**9
+"""Base weights from which a run on a CPU is said to be slow."""
 
 logger = logging.getLogger("qdora")
 
@@ -279,6 +288,29 @@ class AdapterOptimizer:
         """Wait for the GPU if it may still write pages, which the host reads as its own memory."""
         if torch.cuda.is_available() and any(group.is_paged for group in self._groups):
             torch.cuda.synchronize()
+
+
+def optimizer_of(recipe: Recipe, model: PreTrainedModel) -> AdapterOptimizer:
+    """The optimizer of a recipe over all that it trains in a model; over nothing if it trains nothing."""
+    train, kind = recipe.train, recipe.adapter.kind
+    if kind == "none":
+        return AdapterOptimizer({})
+    ratios = {"lora_B": train.lr_ratio_B, "magnitude": train.lr_ratio_magnitude}
+    optimizer = AdapterOptimizer(
+        adapter_parameters(model),
+        name=train.optimizer,
+        lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
+        undecayed=() if kind == "full" else trained_parameters(model),
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+    )
+    counts = describe_adapters(model)
+    shown = (f"{counts['num_trainable']:,}", f"{counts['num_layers']:,}")
+    logger.info("Training %s parameters on %s adapted layers.", *shown)
+    if model.device.type == "cpu" and counts["num_adapted"] > LARGE:
+        logger.info("Training on %.1f billion weights is slow on a CPU.", counts["num_adapted"] / 1e9)
+    return optimizer
 
 
 def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, float]:

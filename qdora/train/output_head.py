@@ -81,7 +81,6 @@ def tapped(
     """Record the head's inputs at (rows[i], columns[i]); the head itself computes some of them only, (1, n, hidden).
 
     Args:
-        head: Called by the model with (batch, length, hidden).
         rows, columns: (num_labelled,) int64, on the model's device.
         probing: The head computes the positions that `learn_form` needs; otherwise only the first one.
         whole: The head computes all these positions, with their graph.
@@ -105,15 +104,10 @@ def tapped(
 
 @torch.no_grad()
 def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targets: Tensor) -> LogitForm | None:
-    """The form of the model's logits, or None if no known form reproduces them.
+    """The form of the model's own `logits` in a `probing` pass, or None if no known form reproduces them.
 
     The form whose logits are nearest to the model's must differ by no more than rounding, and so must the loss that
-    `head_nll` computes for the same positions.
-
-    Args:
-        tap: From a forward pass with `probing`.
-        logits: The model's own, (1, num_probed, vocabulary).
-        targets: (num_labelled,) int64.
+    `head_nll` computes for the same positions. `logits` are (1, num_probed, vocabulary), `targets` (num_labelled,).
     """
     if tap.num_calls != 1 or logits.shape != (1, *tap.raw.shape):
         return None
@@ -160,11 +154,13 @@ def labelled_nll(
 ) -> Tensor:
     """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those.
 
+    The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
+    The result for a model's first batch is compared with the model's own logits. If they differ, the batch is run
+    again, and from then on the model itself computes all logits at once, with a warning.
+
     Args:
-        inputs: Of the model, by name.
         labelled: Row and column of each position, (num_labelled,) int64, on the model's device.
         targets: (num_labelled,) int64, the token behind each position.
-        chunk: As in `head_nll`.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
@@ -198,13 +194,8 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
 
     A frozen linear head uses `chunked_nll`, which reads it once. Any other head (adapted, trained, of its own class)
     runs under a checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
-
-    Args:
-        hidden: (num_tokens, hidden).
-        targets: (num_tokens,) int64.
-        chunk: Tokens whose logits exist at once; None: as many as make 128 MiB.
-    Returns:
-        (num_tokens,) float32, nats.
+    `hidden` is (num_tokens, hidden), `targets` (num_tokens,) int64; with `chunk` None the logits that exist at once
+    make 128 MiB. Returns (num_tokens,) float32, nats.
     """
     if _is_frozen_linear(head):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight

@@ -1,15 +1,17 @@
 """The gradient of one step: forward and backward passes of its micro-batches.
 
 The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
-of them, so neither padding nor the split into micro-batches changes it.
+of them, so neither padding nor the split into micro-batches changes it. With the weights w_t of tasks t
+(`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +20,57 @@ from torch import Tensor, nn
 from qdora.adapter.host_embedding import ids_on_host
 from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.adapter.shared_norms import prepare_shared_gains
-from qdora.data.batches import Packing, Step
+from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
 from qdora.model.inject import adapted_layers
 from qdora.model.patches import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.hooks import Metrics, Reading
-from qdora.train.loss_scale import LossScale
-from qdora.train.out_of_memory import shortage_of
+from qdora.train.distributed import Processes
+from qdora.train.gates import Gates
+from qdora.train.loss import tapped_routers
 from qdora.train.output_head import labelled_nll
-from qdora.train.router_loss import tapped_routers
+from qdora.train.policies import BadStep, LossScale, Shortage, shortage_of
 from qdora.train.sent_batch import SentLabels, send_batch, send_labels
-from qdora.train.task_weights import TaskWeights, example_weights
+
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl."""
+TaskWeights = Mapping[str, float]
+"""Task -> weight of its tokens in the loss, above 0."""
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """A step's gradient, which lies in the parameters' `grad` unless it could not be computed.
+
+    Attributes:
+        fault: Why it could not be computed, or None.
+        example_nll: (examples,) of each of this process's micro-batches; on the device, so that nothing waits for it.
+        shortage: The micro-batch that did not fit into memory, or None.
+    """
+
+    batch: Step
+    metrics: Metrics
+    fault: str | None
+    example_nll: list[Tensor]
+    shortage: Shortage | None = None
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the loss is finite and its gradient is not."""
+        if self.fault is not None:
+            return False
+        return math.isfinite(self.metrics["loss"]) and not math.isfinite(self.metrics["gradient_norm"])
+
+    def bad_step(self, number: int, reason: str) -> BadStep:
+        """The record of this step when its update is not applied."""
+        try:
+            known = [value for part in self.example_nll for value in part.tolist()]
+        except RuntimeError:  # nothing can be read from a GPU after some errors
+            known = []
+        num_mine = sum(len(micro.example_ids) for micro in self.batch.micro_batches)
+        nll = known if len(known) == num_mine else [math.nan] * num_mine
+        norm = self.metrics.get("gradient_norm", math.nan)
+        return BadStep(number, reason, self.batch, self.metrics["loss"], gradient_norm=norm, example_nll=nll)
 
 
 def step_gradient(
@@ -41,7 +83,7 @@ def step_gradient(
     loss_scale: LossScale | None = None,
     router_aux_loss: float = 0.0,
     gradient_norm: Callable[[], Tensor] | None = None,
-    reading: Reading | None = None,
+    gates: Gates | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
@@ -51,20 +93,16 @@ def step_gradient(
     Args:
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         weights: Weight of each task's tokens in the loss; None: all count the same.
-        loss_scale: For a model that computes in float16.
         router_aux_loss: Factor of the routers' auxiliary loss. That of a step is the mean over the micro-batches of all
             processes, each weighted by its tokens without padding.
         gradient_norm: Of the gradient when it is complete, for the step's numbers; None if it is not complete here.
-        reading: What else is read at the end.
+        gates: They get their gradient from the numbers that are read at the end.
     Returns:
         The step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has one;
         and the NLL of each micro-batch's examples, (examples,).
     Raises:
         OutOfMemory: A micro-batch did not fit.
     """
-    total: float = batch.num_label_tokens
-    if weights is not None:
-        total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
     later = device.type != "cpu"
@@ -74,7 +112,6 @@ def step_gradient(
             nll, aux, example_nll = _accumulate(
                 model,
                 batch,
-                total,
                 device,
                 tokens.zero_(),
                 loss_chunk=loss_chunk,
@@ -85,34 +122,46 @@ def step_gradient(
         doubts = unchecked(adapted_layers(model).values())
         numbers = {"nll": [nll], "flags": list(doubts.values()), "aux": [aux]}
         numbers["norm"] = [] if gradient_norm is None else [gradient_norm()]
-        numbers["others"] = [] if reading is None else [reading.numbers()]
-        read = _read_at_once(numbers, device)
-        if not settle_norms(doubts, read["flags"]):
+        numbers["gates"] = [] if gates is None else [gates.gradient()]
+        # All at once, so that the host waits once.
+        flat = {name: [each.to(device).double().view(-1) for each in tensors] for name, tensors in numbers.items()}
+        joined = torch.cat([each for tensors in flat.values() for each in tensors])
+        read = joined.tolist()
+        borders = itertools.accumulate((sum(map(len, tensors)) for tensors in flat.values()), initial=0)
+        values = {name: read[slice(*ends)] for name, ends in zip(flat, itertools.pairwise(borders), strict=True)}
+        if not settle_norms(doubts, values["flags"]):
             break
         model.zero_grad()
         set_random_state(random)
-    if reading is not None:
-        reading.take(read["others"])
-    task_numbers = zip(names, read["nll"], tokens.tolist(), strict=True)
+    if gates is not None:
+        gates.take_gradient(values["gates"])
+    task_numbers = zip(names, values["nll"], tokens.tolist(), strict=True)
     metrics = {
-        "loss": sum(read["nll"]) / batch.num_label_tokens,
+        "loss": sum(values["nll"]) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
         "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in task_numbers if count},
     }
     if router_aux_loss > 0:
-        metrics["router_aux_loss"] = read["aux"][0]
-    return metrics if gradient_norm is None else {"gradient_norm": read["norm"][0], **metrics}, example_nll
+        metrics["router_aux_loss"] = values["aux"][0]
+    return metrics if gradient_norm is None else {"gradient_norm": values["norm"][0], **metrics}, example_nll
 
 
-def _read_at_once(numbers: dict[str, list[Tensor]], device: torch.device) -> dict[str, list[float]]:
-    """The values of tensors of 0 or 1 dimensions, for which the host waits once."""
-    flat = {name: [each.to(device).double().view(-1) for each in tensors] for name, tensors in numbers.items()}
-    joined = torch.cat([each for tensors in flat.values() for each in tensors])
-    read = joined.tolist()
-    borders = itertools.accumulate((sum(map(len, tensors)) for tensors in flat.values()), initial=0)
-    return {name: read[start:end] for name, (start, end) in zip(flat, itertools.pairwise(borders), strict=True)}
+def over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
+    """The numbers of a step summed over the processes, and the fault of the first process that has one."""
+    mine = {name: metrics[name] for name in ("loss", "router_aux_loss") if name in metrics}
+    per_rank = processes.gather({"fault": fault, "sums": mine, "tasks": metrics.get("tasks", {})})
+    for rank, theirs in enumerate(per_rank):
+        if theirs["fault"] is not None:
+            return metrics, f"process {rank}: {theirs['fault']}"
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, numbers in (pair for theirs in per_rank for pair in theirs["tasks"].items()):
+        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
+        for key in total:
+            total[key] += numbers[key]
+    sums = {name: sum(theirs["sums"][name] for theirs in per_rank) for name in mine}
+    return metrics | sums | {"tasks": tasks}, None
 
 
 def prepare_model_gains(model: nn.Module) -> None:
@@ -125,7 +174,6 @@ def prepare_model_gains(model: nn.Module) -> None:
 def _accumulate(
     model: nn.Module,
     batch: Step,
-    total: float,
     device: torch.device,
     tokens: Tensor,
     *,
@@ -136,20 +184,19 @@ def _accumulate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The backward passes of `step_gradient`, without a wait for a GPU.
 
-    Args:
-        total: What the sum of the losses is divided by.
-        tokens: (tasks,) int64 on the CPU, to which the labelled tokens are added.
-    Returns:
-        The NLL of each task, (tasks,) float32; the auxiliary loss without its factor; the NLL of each micro-batch's
-        examples.
+    Adds the labelled tokens of each task to `tokens`, (tasks,) int64 on the CPU. Returns the NLL of each task, (tasks,)
+    float32; the auxiliary loss without its factor; the NLL of each micro-batch's examples.
     """
+    total: float = batch.num_label_tokens
+    if weights is not None:
+        total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
     prepare_model_gains(model)
     nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
     aux = torch.zeros((), dtype=torch.float32, device=device)
     example_nll = []
     for micro in batch.micro_batches:
         with shortage_of(micro), ExitStack() as stack:
-            weight = None if weights is None else example_weights(weights, micro)
+            weight = None if weights is None else _example_weights(weights, micro)
             sent = send_batch(micro, weight, device)
             stack.enter_context(known_masks(model, sent.labels.packing, device))
             stack.enter_context(ids_on_host(model, micro.input_ids))
@@ -201,11 +248,8 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Logits are computed at labelled positions only, a chunk at a time: an answer of 5 tokens after a prompt of 200 takes
-    5 rows of logits. The model's head is skipped for that; the head, and what the model does to its output, are applied
-    here to the head's inputs. The result for a model's first batch is compared with the model's own logits. If they
-    differ, the batch is run again, and from then on the model itself computes all logits at once, with a warning.
-    A batch without a labelled token gives a zero sum.
+    Logits are computed at labelled positions only, a chunk at a time (`output_head.labelled_nll`): an answer of 5
+    tokens after a prompt of 200 takes 5 rows of logits. A batch without a labelled token gives a zero sum.
 
     Args:
         model: A transformers causal LM.
@@ -214,7 +258,7 @@ def batch_loss(
         labels: (rows, length) int64 on the CPU, where positions are looked up; not shifted; -100 where a token does
             not count, such as the first of an example.
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        packing: The example of each token, if the model has passed `packed_attention.packed_layout`; None: a row each.
+        packing: The example of each token, if the model has passed `checks.packed_layout`; None: a row each.
         weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
         routers: Also compute the routers' auxiliary loss (`router_loss.py`), over all tokens but padding.
         sent: What `send_labels` makes of labels, packing and weights, if it is at hand.
@@ -234,3 +278,54 @@ def batch_loss(
     nll_sum = nll.sum() if sent.weights is None else (nll * sent.weights[sent.owners]).sum()
     router_loss = None if tap is None else tap.loss(attention_mask)
     return BatchLoss(nll_sum, example_nll, sent.example_tokens, router_loss)
+
+
+def even_passes(batch: Step, processes: Processes) -> Step:
+    """The step with empty micro-batches behind this process's own, up to the most that a process has.
+
+    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has two tokens, no
+    label and no example, so all its gradients are zero.
+    """
+    if not processes.shards:
+        return batch
+    mine = batch.micro_batches
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    names = mine[0].task_names if mine else list(batch.task_label_tokens)
+    none, task_ids = torch.full_like(ids, IGNORED), torch.zeros(1, dtype=torch.int64)
+    empty = MicroBatch(ids, torch.ones_like(ids), none, task_ids, task_names=names, example_ids=[])
+    missing = max(processes.gather(len(mine))) - len(mine)
+    return replace(batch, micro_batches=[*mine, *[empty] * missing])
+
+
+def task_weights(recipe: Recipe, loader: StepLoader) -> TaskWeights | None:
+    """The weight of every task of the training data, or None if no source has a `loss_weight`."""
+    if all(source.loss_weight is None for source in recipe.data.mix):
+        return None
+    return {task: weight for task, weight, _ in _weights(recipe, loader)}
+
+
+def task_weight_faults(recipe: Recipe, loader: StepLoader) -> list[str]:
+    """One line for each source that gives a task another weight than an earlier source does."""
+    faults, known = [], dict[str, tuple[float, str]]()
+    for task, weight, label in _weights(recipe, loader):
+        first_weight, first = known.setdefault(task, (weight, label))
+        if weight != first_weight:
+            faults.append(
+                f"data.mix: task {task} is in {first} with loss_weight {first_weight:g} and in {label} with "
+                f"{weight:g}, allowed: one weight for a task, or another `name`."
+            )
+    return faults
+
+
+def _example_weights(weights: TaskWeights, micro: MicroBatch) -> Tensor:
+    """(examples,) float32: the weight of each example's tokens."""
+    return torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
+
+
+def _weights(recipe: Recipe, loader: StepLoader) -> list[tuple[str, float, str]]:
+    """(task, weight, label of the source) for each task of each source."""
+    return [
+        (task, 1.0 if source.loss_weight is None else source.loss_weight, source.label)
+        for source, part in zip(recipe.data.mix, loader.tokenised, strict=True)
+        for task in part.task_names
+    ]

@@ -17,28 +17,24 @@ _UNIT = 8
 
 @dataclass(frozen=True)
 class SentLabels:
-    """The labelled positions of a micro-batch on the model's device, row by row.
-
-    Attributes:
-        rows, columns: (num_labelled,) int64: the positions whose next token counts.
-        targets: (num_labelled,) int64, that token.
-        owners: (num_labelled,) int64, its example.
-        packing: As that of the micro-batch.
-        starts: (examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty.
-        weights: (examples,) float32 or None.
-        longest: Tokens of the longest example of a single packed row.
-        example_tokens: (examples,) int64 on the CPU, labelled tokens of each example.
-    """
+    """The labelled positions of a micro-batch on the model's device, row by row."""
 
     rows: Tensor
     columns: Tensor
+    """(num_labelled,) int64, like `rows`: the positions whose next token counts."""
     targets: Tensor
+    """(num_labelled,) int64, that token."""
     owners: Tensor
-    packing: Packing | None
+    """(num_labelled,) int64, its example."""
     starts: Tensor
+    """(examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty."""
+    packing: Packing | None
     weights: Tensor | None
+    """(examples,) float32."""
     longest: int
+    """Tokens of the longest example of a single packed row."""
     example_tokens: Tensor
+    """(examples,) int64 on the CPU, labelled tokens of each example."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,14 @@ def _sent(
     tensors = [rows, columns, labels[:, 1:][wanted[:, :-1]], owner, starts, *others, *optional]
     there = send(tensors, device)
     rest = there[5 + len(others) :]
+    rows, columns, targets, owners, starts = there[:5]
     sent = SentLabels(
-        rows=there[0],
-        columns=there[1],
-        targets=there[2],
-        owners=there[3],
+        rows,
+        columns,
+        targets,
+        owners,
+        starts,
         packing=None if packing is None else Packing(*rest[-2:]),
-        starts=there[4],
         weights=None if weights is None else rest[0],
         longest=longest,
         example_tokens=torch.bincount(owner, minlength=num_examples),
@@ -95,13 +92,10 @@ def _sent(
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on `device`; themselves on a CPU.
+    """Tensors of any dtypes and shapes, from the CPU to `device`.
 
     For a GPU they are joined in pinned memory, from which a copy needs no wait of the host. torch keeps that memory
     until the copy is done.
-
-    Args:
-        tensors: On the CPU, of any dtypes and shapes.
     """
     if device.type == "cpu":
         return list(tensors)

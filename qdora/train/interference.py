@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.data.batches import IGNORED, MicroBatch, Step
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import RunFailure, UserError
 from qdora.evaluate.suite import spread
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.loss_scale import LossScale
-from qdora.train.out_of_memory import OutOfMemory
 from qdora.train.passes import step_gradient
+from qdora.train.policies import LossScale, OutOfMemory
 
 Array = NDArray[np.float64]
 MIN_EXAMPLES = 2
@@ -40,8 +39,7 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
         return []
     faults = []
     if evaluated is None or every % evaluated:
-        fix = f"Fix: set eval.every to {every} or to a divisor of it."
-        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}. {fix}")
+        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
     if len(recipe.data.mix) < 2:
         faults.append("interference.every: needs at least two sources in data.mix, got 1.")
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
@@ -49,8 +47,8 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
 
 
 def _too_few(counts: Mapping[str, int], what: str) -> list[str]:
-    few = {name: count for name, count in counts.items() if count < MIN_EXAMPLES}
-    return [f"interference.every: {n} has {few[n]} {what}, must be at least {MIN_EXAMPLES}." for n in few]
+    few = [(name, count) for name, count in counts.items() if count < MIN_EXAMPLES]
+    return [f"interference.every: {n} has {count} {what}, must be at least {MIN_EXAMPLES}." for n, count in few]
 
 
 def probe_examples(
@@ -69,6 +67,17 @@ def probe_examples(
     return examples
 
 
+def halves_of(
+    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
+) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
+    """The micro-batches of the two halves of each task's examples."""
+
+    def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
+        return micro_batches(examples, batching, list({example.task: None for example in examples}))
+
+    return {name: (batches(examples[0::2]), batches(examples[1::2])) for name, examples in probed.items()}
+
+
 def measure(
     model: nn.Module,
     halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
@@ -80,18 +89,14 @@ def measure(
 ) -> dict[str, Any]:
     """Cosines between the tasks' gradients by all adapter parameters, without dropout.
 
-    Training is not affected: random generators are restored, and no gradients are left. Two gradients of each task are
-    held on the host, in bf16, which moves a cosine by less than 1e-3.
+    Training is not affected: random generators are restored, and no gradients are left. Two gradients of each task, of
+    the `halves` of its examples, are held on the host, in bf16, which moves a cosine by less than 1e-3.
 
-    Args:
-        model: Left in training mode.
-        halves: Two tasks or more -> the micro-batches of each of its two halves.
-        loss_chunk, loss_scale: As in `step_gradient`.
-    Returns: JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
-        the number of cosines more than twice their noise below 0.
+    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
+    the number of cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
-    batches = [list(half) for name in names for half in halves[name]]
+    batches = [half for name in names for half in halves[name]]
     num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
     num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
     gradients = []
@@ -102,7 +107,7 @@ def measure(
             for module in model.modules():  # blocks recompute their activations only in training mode
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
             for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
-                step = Step(half, labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
                 step_gradient(model, step, device=device, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))

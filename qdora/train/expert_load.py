@@ -30,7 +30,7 @@ _Counts = dict[str, NDArray[np.int64]]
 
 
 class ExpertLoad:
-    """Counts the tokens of each expert in training steps, of the first process. Empty for a model without experts."""
+    """Counts the tokens of each expert in training steps, of the first process. False for a model without experts."""
 
     def __init__(self, model: nn.Module) -> None:
         last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
@@ -41,10 +41,8 @@ class ExpertLoad:
         for owner, stack in last.items():
             stack.register_forward_pre_hook(partial(self._add, owner))
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks with experts."""
-        return len(self._now)
+    def __bool__(self) -> bool:
+        return bool(self._now)
 
     def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         tokens: ExpertTokens = inputs[1]
@@ -65,19 +63,27 @@ class ExpertLoad:
         self._recent.append(done)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values with which a resumed run goes on counting."""
-        first, recent = ([_as_text(counts) for counts in steps] for steps in (self._first, self._recent))
+        """JSON values with which a resumed run goes on counting.
+
+        A line for each block: as lists, a checkpoint's indented JSON would have a line for each number.
+        """
+        first, recent = (
+            [{owner: " ".join(map(str, each.tolist())) for owner, each in counts.items()} for counts in steps]
+            for steps in (self._first, self._recent)
+        )
         return {"num_steps": self.num_steps, "first": first, "recent": recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self.num_steps = state["num_steps"]
-        self._first = [_from_text(text) for text in state["first"]]
-        self._recent = deque(map(_from_text, state["recent"]), maxlen=_WINDOW)
+        first, recent = (
+            [{owner: np.array(line.split(), np.int64) for owner, line in text.items()} for text in state[name]]
+            for name in ("first", "recent")
+        )
+        self._first, self._recent = first, deque(recent, maxlen=_WINDOW)
 
     def record(self) -> dict[str, Any]:
-        """JSON values: the number of steps, and `window`, how many at each end are compared: at most 10, and no more
-        than half of them, but at least 1.
+        """JSON values: the number of steps, and `window`, how many at each end are compared: at most half, at least 1.
 
         Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
         went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
@@ -99,26 +105,25 @@ class ExpertLoad:
 
     def write(self, run: RunDirectory) -> None:
         """Write the record, and log changes and idle experts. Nothing without experts or steps."""
-        if not self.num_blocks or not self.num_steps:
+        if not self._now or not self.num_steps:
             return
         record = self.record()
         with unharmed(FILE):
             run.write_json(FILE, record)
-        blocks = list(record["blocks"].values())
-        if record["window"] > 1:
+        blocks, window = list(record["blocks"].values()), record["window"]
+        if window > 1:
             moved, noise = ([block[name] for block in blocks] for name in ("moved", "noise"))
-            text = (
+            logger.info(
                 "Experts: between the first and the last %d steps %.1f %% of the tokens moved to other experts (at "
-                "most %.1f %% in a block); by the spread between steps, chance alone would move %.1f %%."
+                "most %.1f %% in a block); by the spread between steps, chance alone would move %.1f %%.",
+                *(window, 100 * float(np.mean(moved)), 100 * max(moved), 100 * float(np.mean(noise))),
             )
-            figures = (100 * float(np.mean(moved)), 100 * max(moved), 100 * float(np.mean(noise)))
-            logger.info(text, record["window"], *figures)
         idle = {owner: sum(share == 0 for share in block["last"]) for owner, block in record["blocks"].items()}
         if any(idle.values()):
             worst = max(idle, key=idle.__getitem__)
             text = "Experts: %d of %d got no token in the last %d steps; most in %s (%d)."
             total = sum(len(block["last"]) for block in blocks)
-            logger.info(text, sum(idle.values()), total, record["window"], worst, idle[worst])
+            logger.info(text, sum(idle.values()), total, window, worst, idle[worst])
 
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -136,12 +141,3 @@ def _noise(first: Sequence[NDArray[np.int64]], last: Sequence[NDArray[np.int64]]
     groups = [np.stack([_shares(counts) for counts in steps]) for steps in (first, last)]
     variance = np.mean([group.var(axis=0, ddof=1) for group in groups], axis=0)
     return float(np.sqrt(variance / (math.pi * len(first))).sum())
-
-
-def _as_text(counts: _Counts) -> dict[str, str]:
-    """A line for each block: as lists, a checkpoint's indented JSON would have a line for each number."""
-    return {owner: " ".join(map(str, each.tolist())) for owner, each in counts.items()}
-
-
-def _from_text(text: Mapping[str, str]) -> _Counts:
-    return {owner: np.array(line.split(), np.int64) for owner, line in text.items()}

@@ -1,0 +1,323 @@
+"""The base of a run: loaded to where its recipe keeps it; with base.prune pruned once, into the run directory.
+
+A pruned base is calibrated on pieces of the training mix, or of a text file.
+
+A run records its base: recipe.yaml has the commits of a base and of another tokenizer, whatever revisions were given;
+environment.json has samples of its files; residency.json has the residency that `memory.budget: auto` chose instead of
+the recipe's own.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.data.mix import Mix
+from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
+from qdora.errors import UserError
+from qdora.evaluate.perplexity import read_texts
+from qdora.files.atomic import atomic_directory
+from qdora.files.console import Progress, bar
+from qdora.files.run_directory import RunDirectory
+from qdora.files.user_paths import cache_folder, user_path
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import HostResidency, keep_embedding_on_host
+from qdora.model.attention import positions_of
+from qdora.model.build_model import Compute, recompute_activations
+from qdora.model.load import Placer, load_model, quantization_of
+from qdora.model.source import ModelSource
+from qdora.model.store import BaseCache, PrunedBase, fingerprints, read_record, save_pruned_base
+from qdora.prune.pruner import Pruner
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import CalibrationConfig, Recipe
+from qdora.train.distributed import Processes, free_host_bytes, mesh_of
+
+FOLDER = "base"
+"""Folder of a run directory that holds its pruned base."""
+FILE = "residency.json"
+REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
+"""Setting of the model section that may name a place on the Hub -> its revision there."""
+SharedBases = Callable[[str, Callable[[Path], None]], Path]
+"""Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
+
+logger = logging.getLogger("qdora")
+
+
+def base_of_run(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    calibration: Tensor | None,
+    *,
+    run: RunDirectory,
+    processes: Processes,
+    console: Console,
+    resume: bool,
+    shared: SharedBases | None = None,
+) -> PreTrainedModel:
+    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
+
+    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
+    """
+    mesh = mesh_of(processes, compute.device, recipe.train.parallel)
+    if recipe.base.prune is None:
+        with bar(console, "loading the base") as progress:
+            return load_base(recipe, source, compute, progress, mesh=mesh)
+    directory = run.inside(FOLDER)
+
+    def link_or_copy(made: str, target: str) -> None:
+        try:
+            os.link(made, target)  # takes no room: files of a base are replaced, never changed in place
+        except OSError:  # another file system, or one without links
+            shutil.copy2(made, target)
+
+    def compress() -> None:
+        is_there = resume and directory.is_dir()
+        if is_there and run.checkpoint_steps():  # which belong to the base that is there
+            return
+        key = compression_key(recipe, source, compute, calibration)
+        if is_there and PrunedBase(directory).key == key:  # else an earlier start with another recipe has left it
+            return
+        with bar(console, "pruning the base") as progress:
+
+            def fill(path: Path) -> None:
+                compress_base(recipe, source, compute, calibration, path, key=key, progress=progress)
+
+            if shared is None:
+                fill(directory)
+                return
+            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
+        with atomic_directory(directory) as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
+
+    processes.first(compress)
+    with bar(console, "loading the pruned base") as progress:
+        return load_base(recipe, source, compute, progress, placer=PrunedBase(directory), mesh=mesh)
+
+
+def load_base(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    progress: Progress | None = None,
+    *,
+    placer: Placer | None = None,
+    mesh: DeviceMesh | None = None,
+) -> PreTrainedModel:
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
+
+    Args:
+        placer: Prunes the base or reads a pruned one. Required exactly with base.prune.
+        mesh: The processes that divide the base, as in `ShardedBase`; None: all of it is in this process.
+    """
+    assert (recipe.base.prune is None) == (placer is None)
+    base, cache = recipe.base, None
+    if base.quant != "none" and base.cache is not None:
+        root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
+        cache = BaseCache(root, quantization_of(base), compute.device, mapped=mesh is not None, progress=progress)
+    if mesh is not None:
+        assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
+        placer = ShardedBase(mesh, placer)
+    elif base.residency == "host" and base.quant != "none":
+        placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
+    on_host = recipe.memory.host_embeddings and compute.device.type == "cuda"
+    model = load_model(
+        source,
+        quant=base.quant,
+        block_size=base.block_size,
+        double_quant=base.double_quant,
+        skip=base.skip,
+        device=compute.device,
+        compute_dtype=compute.dtype,
+        attention=recipe.model.attention,
+        progress=progress,
+        reader=cache,
+        placer=placer,
+        before_reading=keep_embedding_on_host if on_host else None,
+    )
+    if recipe.adapter.kind == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    if recipe.memory.checkpointing:
+        recompute_activations(model)
+        if recipe.memory.offload_activations and compute.device.type == "cuda":
+            ActivationOffload(model)
+    return model
+
+
+def compress_base(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    calibration: Tensor | None,
+    directory: Path,
+    *,
+    key: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
+
+    `key` is the `compression_key` of the other arguments.
+    """
+    prune = recipe.base.prune
+    assert prune is not None
+    pruner = Pruner(prune, calibration)
+    model = load_base(recipe, source, compute, progress, placer=pruner)
+    compression = {"prune": settings(recipe)["base"]["prune"], "quant": recipe.base.quant}
+    record = save_pruned_base(model, pruner.layers, directory, key=key, settings=compression)
+    facts = len(pruner.layers), prune.method, 100 * record["sparsity"], f"{record['num_weights']:,}"
+    logger.info("Pruned %d layers by %s: %.2f %% of their %s weights are zero.", *facts)
+    del model
+    gc.collect()
+    return record
+
+
+def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
+    """A hash of all that decides a pruned base, 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
+    base = recipe.base.model_dump(mode="json")
+    facts = {"files": fingerprints(source), "base": base, "dtype": str(compute.dtype)}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    if calibration is not None:
+        digest.update(repr(tuple(calibration.shape)).encode() + calibration.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def calibration_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, config: PreTrainedConfig
+) -> Tensor | None:
+    """Pieces of the calibration text, (sequences, length) int64; None if nothing is pruned or no inputs are measured.
+
+    Of the mix: the training examples of all sources but streams, in a random order so that a piece spans several.
+    UserError for a text that is shorter than a piece, or pieces longer than the model's context.
+    """
+    prune = recipe.base.prune
+    if prune is None or prune.method == "magnitude":
+        return None
+    asked = prune.calibration
+    context = positions_of(config)
+    if context is not None and asked.length > context:
+        need = f"must be at most {context}, the model's context"
+        raise UserError(f"base.prune.calibration.length: got {asked.length}, {need}.")
+    if asked.text == "mix":
+        examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
+        order = np.random.default_rng(asked.seed).permutation(len(examples))
+        ids = np.concatenate([np.empty(0, dtype=np.int32), *(examples[index].input_ids for index in order)])
+    else:
+        (ids,) = map(np.asarray, encode_batch(tokenizer, read_texts([asked.text])))
+    return pieces(ids, special_prefix(tokenizer), asked)
+
+
+def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig) -> Tensor:
+    """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin.
+
+    UserError if the text is shorter than a piece.
+    """
+    ids = np.asarray(ids)
+    length = asked.length - len(prefix)
+    if length < 1 or len(ids) < length:
+        raise UserError(
+            f"base.prune.calibration.length: got {asked.length}, but the text has only {len(ids)} tokens. "
+            "Fix: lower it, or give more text."
+        )
+    starts = np.random.default_rng(asked.seed).integers(0, len(ids) - length + 1, asked.sequences)
+    return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)
+
+
+def pinned(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> Recipe:
+    """The recipe with the commits of a base and another tokenizer that were found on the Hub; local ones have none."""
+    commits: dict[str, str | None] = {"revision": source.revision} if source.kind == "hub" else {}
+    if tokenizer_source is not source and tokenizer_source.kind == "hub":
+        commits["tokenizer_revision"] = tokenizer_source.revision
+    return with_settings(recipe, model=commits)
+
+
+def with_revisions_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """The recipe; where it has no revision of a base or tokenizer that `other` has, too, it takes that of `other`."""
+    revisions = {
+        revision: getattr(other.model, revision)
+        for name, revision in REVISIONS.items()
+        if getattr(recipe.model, revision) is None and getattr(recipe.model, name) == getattr(other.model, name)
+    }
+    return with_settings(recipe, model=revisions)
+
+
+def base_record(source: ModelSource) -> dict[str, Any]:
+    """Name -> size and samples of each file of a base, for environment.json; their times and place may change."""
+    return {each["name"]: {"bytes": each["size"], "samples": each["samples"]} for each in fingerprints(source)}
+
+
+def check_base(run: RunDirectory, source: ModelSource) -> None:
+    """Refuse another base than that of the run. Raises UserError with the files that differ."""
+    before = run.environment().get("base") if run.environment_file.is_file() else None
+    now = base_record(source)
+    if before is None or sorted(map(str, before.values())) == sorted(map(str, now.values())):
+        return
+    different = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+    raise UserError(
+        f"{run.path}: {source.name} is not the base that was trained on: {', '.join(different[:3])} "
+        f"{'differs' if len(different) == 1 else 'differ'}. Fix: restore the base, or train with another --run-dir."
+    )
+
+
+class _Residency(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    residency: Literal["device", "host", "disk"]  # disk: written by earlier versions on a CPU
+    streamed_blocks: PositiveInt | None
+    host_embeddings: bool = False
+
+
+def _residency(recipe: Recipe) -> _Residency:
+    return _Residency(
+        residency=recipe.base.residency,
+        streamed_blocks=recipe.base.streamed_blocks,
+        host_embeddings=recipe.memory.host_embeddings,
+    )
+
+
+def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
+    """Write residency.json if the recipe that runs has another residency than the one given; else remove it.
+
+    If the base is divided only by that choice, the file is not written: a process that later loads all of the base
+    takes the residency that was given.
+    """
+    file = run.inside(FILE)
+    now_divided = applied.train.divides_base and not given.train.divides_base
+    if _residency(applied) != _residency(given) and not now_divided:
+        run.write_json(FILE, _residency(applied).model_dump())
+    elif file.exists():  # from an earlier start
+        file.unlink()
+
+
+def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
+    """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU.
+
+    A change is logged. With `differentiated` gradients are taken without checkpointing, which host cannot do.
+    """
+    file = run.inside(FILE)
+    chosen = read_record(file, _Residency) if file.exists() else _residency(recipe)
+    base: dict[str, Any] = {"residency": "device", "streamed_blocks": None}
+    if chosen.residency == "host" and device.type == "cuda" and not differentiated:
+        base = {"residency": "host", "streamed_blocks": chosen.streamed_blocks}
+    elif chosen.residency != "device":
+        why = "the whole base is needed at once" if differentiated else f"this machine computes on {device.type}"
+        logger.info("base.residency: using device instead of %s, because %s.", chosen.residency, why)
+    return with_settings(recipe, base=base, memory={"host_embeddings": chosen.host_embeddings})

@@ -1,0 +1,311 @@
+"""qdora train, from top to bottom: read and plan, load, adapt, train, evaluate, save.
+
+`prepare` reads the data and checks everything before the model is loaded (run/prepare.py); the steps are the trainer's
+(train/trainer.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qdora.data.batches import PackedLayout
+from qdora.errors import Interrupted, UserError, first_few
+from qdora.evaluate.generation import generation_table
+from qdora.evaluate.suite import compare_table
+from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.console import consoles
+from qdora.files.environment import environment
+from qdora.files.json_file import read_json_object
+from qdora.files.run_directory import (
+    Checkpoint,
+    RunDirectory,
+    create_run,
+    failures_logged,
+    log_to,
+    only_process,
+    open_run,
+    resume_run,
+    unharmed,
+)
+from qdora.files.setting_keys import flat
+from qdora.files.user_paths import check_text
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.build_model import adapt, describe_adapters
+from qdora.model.inject import model_size
+from qdora.model.multimodal import TRAINED_PART, is_multimodal
+from qdora.model.patches import weights_unread
+from qdora.model.source import is_commit
+from qdora.recipe.faults import shown
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
+from qdora.run.base import (
+    REVISIONS,
+    SharedBases,
+    base_of_run,
+    base_record,
+    check_base,
+    keep_residency,
+    with_revisions_of,
+)
+from qdora.run.data_checks import token_checks
+from qdora.run.model_card import run_card
+from qdora.run.prepare import PreparedRun, prepare, show_plans
+from qdora.run.run_page import leave_page
+from qdora.train.checkpoint import unreadable
+from qdora.train.checks import (
+    CHECKS_FILE,
+    DIVISION,
+    PACKING,
+    TOKENS,
+    Check,
+    check_division,
+    packed_layout,
+    tell_checks,
+)
+from qdora.train.distributed import Processes, processes_of_launch, seed_of
+from qdora.train.evals import adapter_record, read_result
+from qdora.train.trainer import Trainer
+
+CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
+
+logger = logging.getLogger("qdora")
+
+
+def train_run(
+    recipe: Recipe,
+    directory: Path,
+    *,
+    where: str = "recipe",
+    resume: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+    shared_bases: SharedBases | None = None,
+) -> dict[str, Any]:
+    """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
+
+    Args:
+        directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
+        where: Name of the recipe in messages.
+        resume: Continue from the newest whole checkpoint, or from the start where there is none.
+        force: Start although the plan is over memory.budget.
+        console: Where progress and results are shown; default: standard error and standard output.
+        shared_bases: Keeps pruned bases that several runs share.
+    Returns:
+        JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
+    Raises:
+        UserError, RunFailure, Interrupted: See `qdora.errors`.
+    """
+    with processes_of_launch() as processes, ExitStack() as stack:
+        last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
+        if processes.is_first:
+            stack.enter_context(failures_logged(directory, "train"))
+        stack.enter_context(disk_failures(directory))
+        progress, results = consoles(console if processes.is_first else Console(quiet=True))
+        keep_freed_memory()
+        check_text(directory, "choose another --run-dir")
+        if resume:
+            recipe = with_revisions_of(recipe, load_recipe(open_run(directory).recipe_file))
+        prepared = prepare(recipe, directory, processes, where=where, force=force)
+        processes = processes.dividing(prepared.recipe.train.divides_base)
+        processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
+        run = open_directory(prepared, directory, processes, resume=resume)
+        if processes.is_first:
+            last.enter_context(log_to(run))
+            last.callback(leave_page, run)
+        show_plans(prepared, run, processes, progress)
+
+        recipe, tokenizer, loader = prepared.recipe, prepared.tokenizer, prepared.loader
+        torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
+        checkpoint = newest_checkpoint(run, processes) if resume else None
+        model = base_of_run(
+            recipe,
+            prepared.source,
+            prepared.compute,
+            prepared.calibration,
+            run=run,
+            processes=processes,
+            console=progress,
+            resume=resume,
+            shared=shared_bases,
+        )
+        stack.enter_context(weights_unread(model))
+        adapter = None if checkpoint is None else checkpoint.path / "adapter"
+        adapt(model, recipe, prepared.source, tokenizer, adapter=adapter)
+        loader.batching.packed = check_model(model, run, processes, prepared)
+        trainer = Trainer(
+            recipe,
+            run,
+            model,
+            tokenizer,
+            loader,
+            prepared.num_steps,
+            validation=prepared.validation,
+            processes=processes,
+            console=progress,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint.path)
+        step, again = trainer.step, trainer.evaluates_again
+        processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))
+        try:
+            with trainer.recorded():
+                trainer.run()
+            return processes.first(lambda: conclude(trainer, results)) or {}
+        except KeyboardInterrupt:
+            newest = run.newest_checkpoint()
+            step, path = (0, None) if newest is None else (newest.step, newest.path)
+            raise Interrupted(step, path, saved=False) from None
+
+
+def check_model(
+    model: PreTrainedModel, run: RunDirectory, processes: Processes, prepared: PreparedRun
+) -> PackedLayout | None:
+    """Try the loaded and adapted model before its first step, and log what was found. All processes call this.
+
+    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one. Tokens that
+    cannot be learnt are named, unless the base is divided. Returns how micro-batches are packed, None if they are not.
+    """
+    layout, text = None, "examples are not packed: none shares a row with another."
+    if prepared.recipe.data.packing:
+        layout, text = packed_layout(model)
+    checks = {PACKING: [Check("passed", text)]}
+    divided = check_division(model, processes)
+    if divided is not None:
+        checks[DIVISION] = [Check("passed", divided)]
+    processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(run, checks)))
+    if not processes.shards:
+        # By itself: what fails in it, such as memory, must not lose the others
+        about = unharmed(f"the check of tokens in {CHECKS_FILE}")
+        sources, tokenizer = prepared.loader.tokenised, prepared.tokenizer
+        processes.first(about(lambda: tell_checks(run, {TOKENS: token_checks(model, sources, tokenizer)})))
+    return layout
+
+
+def conclude(trainer: Trainer, results: Console) -> dict[str, Any]:
+    """Write the model card, show the results and return the summary as JSON values. For the first process."""
+    run, best, evals = trainer.directory, trainer.best, trainer.evaluations
+    atomic_write_text(run.inside("README.md"), run_card(run, trainer.recipe, "final"))
+    if best is not None and best.step is not None and run.evaluation_file(best.step).is_file():
+        evals.results["adapter"] = read_result(run.evaluation_file(best.step))
+    if evals.results:
+        results.print(compare_table(evals.results))
+    if evals.generated:
+        results.print(generation_table(evals.generated))
+    results.print(f"run: {run.path}", soft_wrap=True)
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    return {
+        "run": str(run.path),
+        "num_steps": trainer.step,
+        "stopped_early": trainer.is_over,
+        "num_skipped": trainer.bad_steps.num_skipped,
+        "best": adapter_record(run),
+        "final_loss": losses[-1] if losses else None,
+        **describe_adapters(trainer.model),  # gates may have removed components
+        "size": asdict(model_size(trainer.model)),
+        "evaluations": {label: result.to_dict() for label, result in evals.results.items()},
+    }
+
+
+def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
+    """Create the run directory, or with `resume` open it; it holds the recipe as it was given.
+
+    Its recipe.yaml names the run's own copy of a chat template, so a later change of the file has no effect.
+    """
+    given, template = prepared.given, None
+    if given.data.chat_template is not None:
+        template = str(prepared.tokenizer.chat_template)
+        given = with_settings(given, data={"chat_template": CHAT_TEMPLATE_FILE})
+
+    def record() -> dict[str, Any]:
+        facts = environment() | {"base": base_record(prepared.source)}
+        facts |= {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
+        if processes.size > 1:
+            facts["num_processes"] = processes.size
+        if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
+            facts["trained_part"] = TRAINED_PART
+        return facts
+
+    def opened() -> None:
+        run = RunDirectory(directory)
+        if resume:
+            before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
+            check_base(run, prepared.source)
+            file = run.inside(CHAT_TEMPLATE_FILE)
+            if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
+                fix = "with which the run began. Fix: name that file"
+                raise UserError(f"{run.path}: data.chat_template differs from {file}, {fix}.")
+            _check_data(prepared, run)
+            if before.data.chat_template is not None:
+                before = with_settings(before, data={"chat_template": CHAT_TEMPLATE_FILE})
+            resume_run(directory, resolved_yaml(given), record(), before=resolved_yaml(before))
+        else:
+            create_run(directory, resolved_yaml(given), record())
+        if template is not None:
+            atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), template)
+        keep_residency(run, given, prepared.recipe)
+
+    processes.first(opened)
+    return RunDirectory(directory)
+
+
+def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
+    """Refuse other data than that of the newest checkpoint while nothing is written yet."""
+    steps = run.checkpoint_steps()
+    newest, state = run.checkpoint_path(steps[-1] if steps else 0), None
+    with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
+        state = read_json_object(newest / "state.json")["loader"]
+    if state is not None:
+        with unreadable(newest):
+            prepared.loader.check_state(state)
+
+
+def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
+    """The checkpoint that the first process finds: all processes continue from it. A warning says if there is none."""
+    newest = processes.from_first(run.newest_checkpoint)
+    if newest is None and processes.is_first:
+        logger.warning("%s has no whole checkpoint: the run begins again at its first step.", run.path)
+    return None if newest is None else Checkpoint(newest.step, run.checkpoint_path(newest.step))
+
+
+def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an earlier run with `overrides`.
+
+    A warning names the settings in which the recipe `where`, with the same overrides, differs from it. That recipe need
+    not be valid: options of the start that it needs are not given again. UserError if there is no run, an override does
+    not fit, or what the recipe names was moved.
+    """
+    run = open_run(directory)
+    own = recipe_of_run(run.recipe_file, overrides, sections=Recipe.model_fields)
+    try:
+        given = load_recipe(where, overrides)
+    except UserError as error:
+        text = "%s continues with its own recipe.yaml. %s is not compared with it: %s"
+        logger.warning(text, directory, where, error.faults[0])
+        return own
+    mine, other = flat(settings(own)), flat(settings(given))
+    ignored = [f"model.{name}" for name in REVISIONS.values() if not is_commit(getattr(given.model, name))]
+    files = own.data.chat_template, given.data.chat_template
+    with suppress(OSError):
+        if files[0] and files[1] and Path(files[0]).read_bytes() == Path(files[1]).read_bytes():
+            ignored.append(CHAT_TEMPLATE)  # the run has its own copy
+    keys = (key for key in dict.fromkeys((*mine, *other)) if key not in ignored)
+    different = [key for key in keys if mine.get(key) != other.get(key)]
+    if different and os.environ.get("RANK", "0") == "0":
+        changes = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
+        text = (
+            "%s continues with its own recipe.yaml, which differs from %s in %s. "
+            "`qdora guide runs` names the settings that -s can change."
+        )
+        logger.warning(text, directory, where, first_few(changes, 3))
+    return own
