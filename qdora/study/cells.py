@@ -132,17 +132,12 @@ BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
 class Cell:
     """One run of a study. `key` names its run directory.
 
-    Attributes:
-        kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: an
-            adapter of the cell `adapter_key`, evaluated on another base. rescaled, set_back: the adapter of that cell,
-            evaluated with other magnitudes. by_layer: that adapter measured layer by layer, without scores.
-        labels: Axis -> label; of trained cells also the seed, and the rate where it was searched. A base has no labels
-            on axes that affect only training.
-        stage: Part of the study.
-        base_key, dense_key: Cells that evaluate the same base without an adapter, and the uncompressed base.
-        is_interior: Whether the search for its rate found a worse one on both sides; None without a search.
-        equal: Labels of other combinations of the grid that have the same key.
-        steps: Checkpoints of the cell `adapter_key` that are measured by layer.
+    kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: the
+    adapter of the cell `adapter_key` on another base. rescaled, set_back: that adapter with other magnitudes. by_layer:
+    that adapter, or its checkpoints `steps`, measured layer by layer, without scores.
+    labels: axis -> label; of trained cells also the seed, and the rate where it was searched.
+    base_key, dense_key: cells that evaluate the same base without an adapter, and the uncompressed base.
+    equal: labels of other combinations of the grid that have the same key.
     """
 
     key: str
@@ -177,9 +172,7 @@ class Cell:
 class Cells:
     """The cells that are known so far, in the order in which they run.
 
-    Attributes:
-        num_waiting: Stage -> cells that wait for a rate or an adapter.
-        searches: Labels of an arm, its search, and the runs of the search.
+    num_waiting: stage -> cells that wait for a rate or an adapter. searches: labels of an arm, its search, its runs.
     """
 
     cells: list[Cell]
@@ -239,24 +232,15 @@ class Expander:
             _Combination(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)
         ]
         self._check()
-        self.study = self._with_reference()
-
-    def _with_reference(self) -> Study:
-        """The study with the arm that others are compared with: as it says, or the first one with training."""
-        compare = self.study.compare
         trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
-        reference = compare.reference or next((arm.labels[compare.arm] for arm in trained), None)
-        return with_settings(self.study, compare={"reference": reference})
+        first = next((arm.labels[study.compare.arm] for arm in trained), None)
+        self.study = with_settings(study, compare={"reference": study.compare.reference or first})
 
     def now(self, loss: CellLoss = lambda _: None, has_adapter: HasAdapter = lambda _: None) -> Cells:
         """The cells as far as the results tell them; without arguments those that the study begins with.
 
         They are in the order in which they run. Within a stage all arms have a seed before any has the next one, so a
         study that is stopped has compared them with the seeds that it had time for.
-
-        Args:
-            loss: Validation losses of the runs that look for rates.
-            has_adapter: Of the cells whose adapters are transplanted.
         """
         bases, uncompressed, equal = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
@@ -304,7 +288,8 @@ class Expander:
             for file, text in self._faults(arm):
                 faults.setdefault((file, text), []).append(named)
         if faults:
-            raise UserError(*(f"{file} ({_first(named)}): {text}" for (file, text), named in faults.items()))
+            more = {key: f"; and {len(named) - 1} more" if len(named) > 1 else "" for key, named in faults.items()}
+            raise UserError(*(f"{key[0]} ({named[0]}{more[key]}): {key[1]}" for key, named in faults.items()))
         if not self.arms:
             raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
@@ -559,7 +544,3 @@ def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
         f"{len(found)} combinations have the same recipe as another one. Such a recipe runs once, under its first "
         f"labels: {named}{rest}."
     )
-
-
-def _first(cells: list[str]) -> str:
-    return cells[0] + (f"; and {len(cells) - 1} more" if len(cells) > 1 else "")

@@ -56,13 +56,8 @@ Records = Sequence[Mapping[str, Any]]
 class Arm:
     """One value of the compared axis in one context: the labels of the axes that are neither compared nor the seed.
 
-    Attributes:
-        kind: base, trained, transplant, rescaled or set_back.
-        rate: Label of the learning rate that a search found; "" without one.
-        is_interior: Whether the search found a worse rate on both sides; None without one.
-        seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
-        num_missing: Its cells without a result, of the seeds that tell the spread (`first_seeds`).
-        base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
+    rate: label of the learning rate that a search found, or "". seeds: seed -> key of a finished cell; a base has one,
+    whose seed is "". num_missing: its cells without a result, of the seeds that tell the spread (`first_seeds`).
     """
 
     context: dict[str, str]
@@ -213,7 +208,6 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
 
 
 def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
-    """The arm with these seeds alone."""
     found = {seed: arm.seeds[seed] for seed in seeds if seed in arm.seeds}
     return replace(arm, seeds=found, num_missing=len(seeds) - len(found))
 
@@ -303,10 +297,7 @@ def comparisons(
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
     The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
-
-    Args:
-        num_primary: Of the whole study, if it may have more of them than there are results of; those that the study
-            names are counted.
+    `num_primary`: of the whole study, if it may have more than there are results of and names none.
     """
     compare = results.study.compare
     rows = [
@@ -316,7 +307,7 @@ def comparisons(
         if (row := _row(each, results, measure, is_primary=bool(each.family) and measure == measures[0])) is not None
     ]
     for family in dict.fromkeys(row["family"] for row in rows if row["role"] == "primary"):
-        number = num_of_family(results.study, family) or num_primary
+        number = sum(each.family == family for each in (compare.primary or {}).values()) or num_primary
         _judge([row for row in rows if (row["role"], row["family"]) == ("primary", family)], compare, number)
     for row in rows:
         del row["_spread"]
@@ -372,11 +363,6 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "reason": "; ".join(reasons),
         "_spread": of_seeds,
     }
-
-
-def num_of_family(study: Study, family: str) -> int:
-    """How many comparisons of a family the study names."""
-    return sum(each.family == family for each in (study.compare.primary or {}).values())
 
 
 def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:

@@ -402,14 +402,10 @@ Loss = Callable[[RateRun], float | None]
 
 @dataclass(frozen=True)
 class Search:
-    """How far a search is.
+    """How far a search is: all runs that it has asked for, and what it found.
 
-    Attributes:
-        runs: All runs that the search has asked for so far, those without a result among them.
-        is_done: Whether all of them have a result and no more are needed.
-        rate: The rate that was found; None before the end, or if every value diverged.
-        is_interior: Whether the best value has a worse one on both sides.
-        losses: (length, rate) -> mean loss over the seeds; inf if a run diverged.
+    rate: None before the end, or if every value diverged. is_interior: the best value has a worse one on both sides.
+    losses: (length, rate) -> mean over the seeds; inf if a run diverged.
     """
 
     runs: tuple[RateRun, ...]
@@ -425,14 +421,12 @@ def search(config: RatesConfig, loss: Loss) -> Search:
     known = set(range(len(config.values)))
     if config.steps is not None:
         best = ladder.bracketed("short", known)
-        if best is None:
-            return ladder.unfinished()
-        known = {best - 1, best, best + 1}
-    best = ladder.bracketed("full", {index for index in known if ladder.has(index)})
+        known = set() if best is None else {best - 1, best, best + 1}
+    best = ladder.bracketed("full", set(filter(ladder.has, known))) if known else None
     if best is None:
-        return ladder.unfinished()
-    neighbours = [ladder.losses.get(("full", ladder.rate(index)), math.nan) for index in (best - 1, best, best + 1)]
+        return Search(tuple(ladder.runs), is_done=not ladder.is_open, losses=ladder.losses)
     rates = [ladder.rate(index) for index in (best - 1, best, best + 1)]
+    neighbours = [ladder.losses.get(("full", rate), math.nan) for rate in rates]
     return Search(
         tuple(ladder.runs),
         is_done=True,
@@ -473,9 +467,6 @@ class _Ladder:
 
     def has(self, index: int) -> bool:
         return -self.config.extend <= index < len(self.values) + self.config.extend
-
-    def unfinished(self) -> Search:
-        return Search(tuple(self.runs), is_done=not self.is_open, losses=self.losses)
 
     def bracketed(self, length: Length, known: set[int]) -> int | None:
         """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.

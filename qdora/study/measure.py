@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapter.adapted_linear import AdaptedLinear
@@ -43,10 +43,6 @@ def base_damage(recipe: Recipe, directory: Path) -> dict[str, Any]:
     perplexity: Of prompts with their right answers, all tokens. hidden_errors: Of each block against the uncompressed
     base, which is loaded beside it; hidden_error is the last one. Not for the uncompressed base itself, and neither of
     chats.
-
-    Args:
-        recipe: Of the run, with adapter.kind none.
-        directory: The run, which is finished.
     """
     base = load_run(directory)
     examples = run_examples(recipe, "validation", recipe.eval.tasks)
@@ -132,12 +128,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
     for block, own in blocks_of(layers).items():
         with without_adapter(own):
             blocks.append({"block": block, "rise": _nll(run.model, run.tokenizer, examples) - whole})
-    return {
-        "size": asdict(model_size(run.model)),
-        "changes": changes,
-        "blocks": blocks,
-        "nll": whole,
-    }
+    return {"size": asdict(model_size(run.model)), "changes": changes, "blocks": blocks, "nll": whole}
 
 
 def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
@@ -205,14 +196,11 @@ def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Itera
         base = layer.base.dequantized(torch.float32)
         error = base - reference.get_submodule(path).weight.float()
         update = layer.merged_weight(torch.float32) - base
-        found = error_undone(_parts(layer, update), _parts(layer, error), layer.rank)
+        # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
+        parts = (torch.stack(layer.approximated_parts(each)) for each in (update, error))
+        found = error_undone(*parts, layer.rank)
         if found is not None:
             yield path, {f"error_{name}": value for name, value in asdict(found).items()}
-
-
-def _parts(layer: AdaptedLinear, matrix: Tensor) -> Tensor:
-    """(parts, rows, columns): what a product of the rank approximates, such as each expert of a stack."""
-    return torch.stack(layer.approximated_parts(matrix))
 
 
 GUESSES_FILE = "guesses.json"
@@ -226,9 +214,6 @@ def write_guesses(recipe: Recipe, directory: Path) -> None:
     """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers.
 
     A recipe with only chats, or with streams, has no unigram model.
-
-    Args:
-        recipe: Of the evaluation of a base.
     """
     source, tokenizer = find_model(recipe, weights=False)
     num_vocabulary = load_config(source).get_text_config().vocab_size

@@ -229,12 +229,7 @@ def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
 
 @dataclass(frozen=True)
 class _TableRows:
-    """Rows of the tables.
-
-    Attributes:
-        axes: The axes of a context: neither compared, searched nor seeds.
-        runs: Cell -> the cell whose run it evaluates, and which knows how its base was compressed.
-    """
+    """Rows of the tables. `runs`: cell -> the cell whose run it evaluates, which knows how its base was compressed."""
 
     results: Results
     axes: Sequence[str]

@@ -90,16 +90,9 @@ def study_run(
     Cells that need a learning rate of the search, or the adapter of another cell, follow once that is there. While
     other processes work on what they need, this one waits.
 
-    Args:
-        directory: Where results are written; default runs/studies/<name of the file>.
-        shard: "i/n": only the cells of this part, an n-th of all.
-        retry_failed: Also run cells that were given up.
-        dry_run: Check every cell, tell how long the study takes, and write nothing.
-    Returns:
-        The directory and the counts of cells.
-    Raises:
-        UserError: The study, one of its recipes, or the shard is wrong.
-        RunFailure: Some cells were given up; all others are done.
+    `shard` "i/n": only an n-th of all cells. `retry_failed`: also those that were given up. `dry_run`: check every
+    cell, tell how long the study takes, and write nothing. Returns the directory and the counts of cells.
+    RunFailure: some cells were given up; all others are done.
     """
     progress, results = consoles(console)
     expander, directory = checked_study(file, directory)
@@ -287,8 +280,7 @@ class CellsBar:
 @contextmanager
 def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
     """A `CellsBar` that is shown while the block runs."""
-    what, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}")
-    columns = (what, BarColumn(), MofNCompleteColumn(), left)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True, disable=not shows_bars(console)) as progress:
         yield CellsBar(console, store, progress)
 
@@ -353,17 +345,13 @@ def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt
         raise
     except Exception as error:  # the other cells must still run; the error is recorded and shown
         event = "failed"
-        store.add_failure(cell.key, _failure(error))
+        lines = [masked(line) for text in traceback.format_exception(error) for line in text.splitlines()]
+        who = {"host": socket.gethostname(), "pid": os.getpid()}
+        reason = {"kind": "error", "reason": masked(named(error)), "traceback": lines[-_TRACEBACK_LINES:]}
+        store.add_failure(cell.key, reason | who)
         logger.warning("%s: %s", cell.key, masked(named(error)))
     if report is not None:
         report(cell, event, time.perf_counter() - began)
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    lines = [line for text in traceback.format_exception(error) for line in text.splitlines()]
-    where = [masked(line) for line in lines[-_TRACEBACK_LINES:]]
-    who = {"host": socket.gethostname(), "pid": os.getpid()}
-    return {"kind": "error", "reason": masked(named(error)), "traceback": where} | who
 
 
 def cell_work(store: StudyDirectory) -> Work:
@@ -481,12 +469,8 @@ def submit_jobs(
 ) -> list[Any]:
     """Start the same command several times through submitit; each process claims the next free cell of the study.
 
-    Args:
-        directory: Of the study, which all jobs must see under the same path; their output goes to slurm/ inside it.
-        cluster: slurm, or local for processes on this machine.
-        parameters: Of submitit: timeout_min, gpus_per_node, slurm_partition, ...
-    Raises:
-        UserError: submitit is missing, or does not know a parameter or the cluster.
+    All jobs must see `directory` under the same path; their output goes to slurm/ inside it. `parameters` are
+    submitit's: timeout_min, gpus_per_node, slurm_partition, ...
     """
     try:
         import submitit

@@ -18,7 +18,7 @@ from qdora.evaluate.example_intervals import CONFIDENCE, Interval, Spread
 
 
 def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread:
-    """Of the mean of one number a seed; nan with a single seed.
+    """Of the mean of one number a seed, of which the `num_first` first ones tell it; nan with a single seed.
 
     Where the first seeds left too wide an interval, so that others were added, they alone tell the spread. With the
     spread of all seeds, intervals that were narrow by chance, and so got no further seeds, would hold the truth too
@@ -26,9 +26,6 @@ def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread
 
     Source: Stein, A two-sample test for a linear hypothesis whose power is independent of the variance, Ann. Math.
     Statist. 16 (1945), 243.
-
-    Args:
-        num_first: How many of the values, from the front, are of the first seeds; default all.
     """
     first = np.asarray(values if num_first is None else values[:num_first], dtype=np.float64)
     if first.size < 2:
@@ -70,9 +67,7 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], *, num_first:
 def holm(p_values: Sequence[float], number: int) -> list[float]:
     """Holm's adjusted p-values: rejecting those below alpha keeps the chance of any false rejection at alpha.
 
-    Args:
-        number: How many tests there are; those beyond the given ones count as if their p-value were 1.
-
+    `number`: how many tests there are; those beyond the given ones count as if their p-value were 1.
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979), 65.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
