@@ -175,7 +175,8 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
     if case not in ("streamed", "gates"):
         assert len(copies) == NUM_MICRO_BATCHES * (1 + MORE_COPIES.get(case, 0))
-    assert sum(line.startswith("train/sent_batch.py") for line in copies) == NUM_MICRO_BATCHES
+    if gates is None:
+        assert sum(line.startswith("train/sent_batch.py") for line in copies) == NUM_MICRO_BATCHES
     if case != "dropout":  # other positions are drawn for a GPU
         for name in ("streamed", "offload"):
             options.pop(name, None)
