@@ -33,7 +33,7 @@ from tests.data_rows import fault_of, faults_of, says
 
 PAD = 0
 SEEDS = st.integers(0, 2**32 - 1)
-LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=40)
+LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=25)
 
 
 def examples_of(lengths: Sequence[int], tasks: Sequence[str] = "ab", prefix: str = "", seed: int = 0) -> Any:

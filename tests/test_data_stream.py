@@ -84,7 +84,7 @@ SHAPE = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shape=SHAPE, cut=st.integers(0, 150), mode=st.sampled_from(["drop", "truncate", "split", "chats"]))
 def test_every_row_once_a_pass_and_resumed_is_uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, shape: Any, cut: int, mode: Any
