@@ -35,9 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "quantisers and products": ("qdora/quant/", "qdora/adapter/"),
-    "optimizer": ("qdora/train/optimizer.py", "qdora/train/flat_group.py", "qdora/train/schedule.py"),
+    "optimizer": ("qdora/train/optimizer.py", "qdora/train/flat_group.py", "qdora/train/policies.py"),
     "mix and loader": ("qdora/data/mix", "qdora/data/batches.py", "qdora/data/stream.py"),
-    "checkpoints": ("qdora/train/checkpoint.py", "qdora/files/run_directory.py", "qdora/run/writer.py"),
+    "checkpoints": ("qdora/train/checkpoint.py", "qdora/files/run_directory.py"),
     "exports": ("qdora/export/",),
 }
 OF_EACH_ROOM, TESTS_S, HANGS_S, MOST_TESTS = 60, 60.0, 240.0, 300
