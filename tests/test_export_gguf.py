@@ -58,7 +58,7 @@ def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
 
 
-def asked(type_: str | None = None, **more: Any) -> ExportOptions:
+def asked(type_: str = "f16", **more: Any) -> ExportOptions:
     return ExportOptions(format="gguf", gguf_type=type_, llama_cpp=CONVERTER, **more)
 
 

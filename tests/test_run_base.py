@@ -28,8 +28,8 @@ from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
+from qdora.run import base
 from qdora.run import base as calibration
-from qdora.run import base as pruned_base
 from qdora.run.base import FILE, keep_residency, load_base, residency_here
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from
@@ -255,9 +255,11 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned, monkeypatch):
     assert [files["dora"].samefile(files[name]) for name in ("lora", "denser", "other text")] == [True, False, False]
     assert_same_run(root / "dora", pruned, step=3)
     load_run(root / "lora")  # it is whole by itself
-    monkeypatch.setattr(pruned_base.os, "link", no_links)  # without links the files are copied
-    pruned_base._link_or_copy(str(files["dora"]), str(root / "copied"))
-    assert (root / "copied").read_bytes() == (pruned / "base/model.safetensors").read_bytes()
+    monkeypatch.setattr(base.os, "link", no_links)  # without links the files are copied
+    train_run(arms["lora"], root / "copied", shared_bases=shared, console=QUIET)
+    copied = root / "copied/base/model.safetensors"
+    assert not copied.samefile(files["lora"])
+    assert copied.read_bytes() == files["lora"].read_bytes()
 
 
 # --- streamed

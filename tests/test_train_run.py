@@ -310,6 +310,7 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, run = tmp_path / "long.yaml", tmp_path / "run"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     file.write_text(resolved_yaml(support.tiny_recipe(root, train__checkpoint_every=..., **UNEVALUATED)))
     support.in_batches(monkeypatch, lambda number, *_: os.kill(os.getpid(), signal.SIGINT) if number == 2 else None)
     changes = ("-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20")
