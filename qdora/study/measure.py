@@ -197,8 +197,8 @@ def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Itera
         error = base - reference.get_submodule(path).weight.float()
         update = layer.merged_weight(torch.float32) - base
         # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
-        parts = (torch.stack(layer.approximated_parts(each)) for each in (update, error))
-        found = error_undone(*parts, layer.rank)
+        of_update, of_error = (torch.stack(layer.approximated_parts(each)) for each in (update, error))
+        found = error_undone(of_update, of_error, layer.rank)
         if found is not None:
             yield path, {f"error_{name}": value for name, value in asdict(found).items()}
 
