@@ -248,8 +248,6 @@ class FalseGpu(TorchDispatchMode):
         super().__init__()
         self.device = _register()
         self.events: list[Event] = []
-        self.live_bytes = 0
-        self.peak_bytes = 0
         self._phase = "other"
         self._patches: list[ExitStack] = []
 
@@ -291,9 +289,8 @@ class FalseGpu(TorchDispatchMode):
         return [each.line for each in self.events if each.kind == kind and phase in (None, each.phase)]
 
     def clear(self) -> None:
-        """Forget the events, and restart the peak at what is alive."""
+        """Forget the events."""
         self.events.clear()
-        self.peak_bytes = self.live_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -381,14 +378,8 @@ class FalseGpu(TorchDispatchMode):
         else:
             key = id(made.untyped_storage())
             _MEMORY[key] = storage
-            self.live_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            _until_freed(made.untyped_storage(), functools.partial(self._forget, key, storage.nbytes()))
+            _until_freed(made.untyped_storage(), functools.partial(_MEMORY.pop, key))
         return made
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        del _MEMORY[key]
-        self.live_bytes -= num_bytes
 
 
 def _on_false_gpu(module: str, name: str, options: dict[str, Any]) -> None:

@@ -497,15 +497,8 @@ def run_from_server(function: Callable[..., None], *args: Any, preload: Sequence
     return fault
 
 
-def start_command(*arguments: str, output: Path) -> ForkProcess:
-    """Start `qdora` with these arguments in a process of its own, which writes `output`/stdout and `output`/stderr."""
-    from qdora.cli import main  # most tests do not need it
-
-    return start_main(main, "qdora", *arguments, output=output)
-
-
 def start_main(main: Callable[[], None], *argv: str, output: Path) -> ForkProcess:
-    """The same for the main function of another program, whose name is the first of `argv`."""
+    """Start a program in a process of its own, which writes `output`/stdout and `output`/stderr."""
     process = multiprocessing.get_context("fork").Process(target=_main, args=(main, argv, output))
     process.start()
     return process

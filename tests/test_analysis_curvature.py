@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qdora.model.inject import adapted_layers
-from qdora.rank.curvature import CURVATURES, curvature_of, labelled_logits, top_eigenpairs
+from qdora.rank.curvature import curvature_of, labelled_logits, top_eigenpairs
 from qdora.rank.differentiable import FACTORS, PARTS, plain_model
 from tests import support
 from tests.support import CURVED_LAYERS, STACKS, update_of
@@ -55,7 +55,7 @@ def directory(tmp_path_factory):
     "kind, norm, share, masked",
     [("dora", "attached", "none", False), ("lora", "none", "B", False), ("dora", "held", "A", True)],
 )
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvature, kind, norm, share, masked):
     model = support.curved_mixture(directory, kind=kind, share=share, masked=masked)
     layers, by_update = adapted_layers(model), support.logits_by_update(model, held=norm == "held")
@@ -83,7 +83,7 @@ def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvatur
             assert float((operator.product(vector) - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding(curvature):
     model, batch = support.float64_adapted(), support.curved_batches()[:1]
     cases: list[tuple[Any, Any]] = [("attached", batch), ("attached", batch * 2), ("held", batch)]

@@ -29,7 +29,6 @@ from tests.data_rows import fault_of, mixed, says, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)
-LINES = support.tokenizer(more=["a\n\n"] * 9)
 CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
 WORDS = "the cat sat on the mat, and then the dog sat on the question "
 LETTERS = "aeT hq\né.:"

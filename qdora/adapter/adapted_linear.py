@@ -35,8 +35,8 @@ class AdaptedLinear(nn.Module):
 
     B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base. With `masked`
     the base's keep mask applies to B A, in forward, norm and merge, so that the merged weight has every zero of the
-    pruned base (`ops.masked_update`). With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`ops.gate`);
-    it starts at 1. Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
+    pruned base (`masked_update`). With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`gate`); it
+    starts at 1. Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
 
     `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
     1e-4 would be rounded away every time and the layer would silently train as LoRA.
@@ -56,7 +56,7 @@ class AdaptedLinear(nn.Module):
             It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time. A dense base, a streamed one,
             one divided among processes, a masked adapter and blocks that cross rows have nothing to keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
-            the output (`model.inplace_outputs`).
+            the output (`model.patches`).
         has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
             has read yet (`norms_checked_later`); None if the norm is right.
     """

@@ -13,7 +13,7 @@ Gradients, for dy of the output:
     d_low = dy (s g B)      dA = d_low^T drop(x)      dB = s g (dy^T low)
     dx = dy (g W) + drop(d_low A)                     dm_i = sum_t dy_ti (y_ti - bias_i) / m_i
 
-With a keep mask M, s g M o (B A) replaces the product of the factors (`ops.masked_update`); nothing else changes.
+With a keep mask M, s g M o (B A) replaces the product of the factors (`adapter.masked_update`); nothing else changes.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def adapted_linear(
         scaling: s = alpha / rank.
         bias: Frozen, (out,).
         magnitude: m, (out,), float32 (float64 for float64 x), trainable; None for LoRA.
-        gain: `ops.dora.gain` of the present values; given exactly with a magnitude.
+        gain: `adapter.dora.gain` of the present values; given exactly with a magnitude.
         dropout: Probability of zeroing an element of the adapter's input, in [0, 1). Each call draws one seed from
             torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
             elements; only the seed is kept.
-        keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
+        keep_bits: `quant.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
         keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
         operands: `operands_of` the present values for the dtype of the products and s / (1 - dropout); given exactly
             without keep_bits.
@@ -113,7 +113,7 @@ class Operands(NamedTuple):
     scaled_b: Tensor  # diag(s g) B, (out, rank), likewise
     row_factor: float | Tensor  # s g, (out, 1), or s for LoRA
     gain: Gain | None  # None for LoRA
-    scales: Tensor | None  # `ops.tiles.own_scales` of diag(g) W; None: decoded again for every product
+    scales: Tensor | None  # `quant.tiles.own_scales` of diag(g) W; None: decoded again for every product
 
     def of_base(self, weight: Weight) -> tuple[Weight, Tensor | None]:
         """The base as the products read it, and the factor of its rows that it does not contain."""

@@ -189,7 +189,7 @@ def masked_row_norm(
     """Euclidean norm of each row of W + s M o (B A), formed block by block of rows: (out,) float32 or float64.
 
     Args:
-        keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
+        keep_bits: The mask M in the form of `quant.sparsity.mask_bits`.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
     """
     from qdora.adapter.masked_update import row_blocks

@@ -215,9 +215,9 @@ def adapted_stack(
         scaling: s = alpha / rank.
         bias: Frozen, (experts, out).
         magnitude: m, (experts, out), float32 (float64 for float64 x), trainable; None for LoRA.
-        gain: `ops.dora.gain` of the present values, (experts, out), right for the experts that have tokens.
+        gain: `adapter.dora.gain` of the present values, (experts, out), right for the experts that have tokens.
         dropout: As in `adapted_linear`.
-        keep_bits: `ops.sparsity.mask_bits` of a mask M of the stack: M o (B A) replaces B A.
+        keep_bits: `quant.sparsity.mask_bits` of a mask M of the stack: M o (B A) replaces B A.
         keeps_copy: As in `adapted_linear`.
     Returns: (tokens, out) in the dtype of the products. An expert without tokens has gradients of 0.
     """
@@ -398,7 +398,7 @@ def merged_rows(
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """Some rows of the dense stack that equals base and adapter, by `ops.dora.merged_weight` expert by expert.
+    """Some rows of the dense stack that equals base and adapter, by `adapter.dora.merged_weight` expert by expert.
 
     Args:
         weight: Rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
@@ -447,7 +447,7 @@ def stack_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `ops.dora.factored_norms`.
+    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `dora.factored_norms`.
 
     A GPU's host waits once, to know which experts have cancelled rows.
 

@@ -33,7 +33,7 @@ class FrozenLinear(nn.Module):
     repacked for a kernel: `dequantized` returns the same before and after any number of forwards.
 
     Attributes:
-        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
+        keep_bits: `quant.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
             False); None for a weight that was not pruned.
         residency: Brings the weight before it is read; None if it is always there.
         share: What this process holds of a weight that is divided among processes; None for a weight that is not.

@@ -28,7 +28,7 @@ _ROWS = 1024
 class MaskedUpdate(NamedTuple):
     """s g M o (B A), (out, in)."""
 
-    keep_bits: Tensor  # the mask M in the form of `ops.sparsity.mask_bits`
+    keep_bits: Tensor  # the mask M in the form of `quant.sparsity.mask_bits`
     lora_A: Tensor  # (rank, in)
     lora_B: Tensor  # (out, rank)
     gain: Tensor | None  # g, (out,); None for LoRA

@@ -74,7 +74,7 @@ class RowShare:
         return PackedWeight(self.form.kind, shape, self.form.block_size, packed, absmax)
 
     def keep_bits(self) -> Tensor:
-        """`ops.sparsity.mask_bits` of the rows of this process."""
+        """`quant.sparsity.mask_bits` of the rows of this process."""
         return self.local["keep_bits"].reshape(-1)
 
     def _decoded(self, codes: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class RowShare:
         return self.form.numel() if isinstance(self.form, Tensor) else self.form.tensors()[name].numel()
 
     def squared_row_norm(self) -> Tensor:
-        """`ops.dora.squared_row_norm` of the whole weight, which all processes must ask for together."""
+        """`adapter.dora.squared_row_norm` of the whole weight, which all processes must ask for together."""
         if not self.by_rows:
             return squared_row_norm(self.whole()[0])
         weight = self.weight()

@@ -181,7 +181,7 @@ class Plan:
         host_bytes: Pinned host memory of streamed blocks, checkpoints and rows of an embedding on the host.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can, as on a CPU.
-        step_seconds: An estimate (`step_time`), as is forward_seconds, of a micro-batch through the blocks.
+        step_seconds: An estimate, as is forward_seconds, of a micro-batch through the blocks.
         rates: Those that the estimate assumes.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
         even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is

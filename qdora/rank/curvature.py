@@ -105,7 +105,6 @@ def top_eigenpairs(product: Callable[[Array], Array], size: int, k: int, *, tole
 
 
 Curvature = Literal["hessian", "gauss_newton"]
-CURVATURES: tuple[Curvature, ...] = ("hessian", "gauss_newton")
 
 Logits = Callable[[], tuple[Tensor, Tensor]]
 """Runs one micro-batch: (num_labelled, vocabulary) logits with their graph, and (num_labelled,) int64 targets."""

@@ -188,7 +188,7 @@ class RankSettings(Options):
     """Largest rank of a layer; default: twice the largest rank of the run. svd finds no more than the layer's own."""
     draws: WholeOrZero = 16
     """Label samples per token for the curvature along each component (0: exact, one product with the curvature per
-    component; benchmarks/curvature_draws.py compares them)."""
+    component)."""
     eigenvalues: WholeOrZero = 0
     """Also compute this many eigenvalues of the curvature by A and B (slow); they do not influence the ranks."""
     curvature: Literal["hessian", "gauss_newton"] = "hessian"

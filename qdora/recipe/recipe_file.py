@@ -273,9 +273,10 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
 
 def _drop_disabled_(changed: dict[str, Any], data: dict[str, Any], given: Collection[str]) -> list[str]:
     """Remove settings that have no effect in `changed` but have in `data`, unless they are given."""
-    dropped, before = [], _ignored(data) if given else {}
-    for key, why in (_ignored(changed) if given else {}).items():
-        if key not in before and not is_below(key, given):
+    disabled = {key: why for key, why in _ignored(changed).items() if not is_below(key, given)} if given else {}
+    before, dropped = _ignored(data) if disabled else {}, []
+    for key, why in disabled.items():
+        if key not in before:
             *steps, last = _steps(key)
             section: Any = changed
             for step in steps:

@@ -247,7 +247,7 @@ def processes_of_launch() -> Iterator[Processes]:
 
 
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
-    """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
+    """The processes as `memory.shard.ShardedBase` takes them; None if each holds the whole base.
 
     With `parallel` hybrid the processes of a machine, whose numbers must follow each other, divide the base, and
     machines repeat it.

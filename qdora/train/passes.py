@@ -260,7 +260,7 @@ def batch_loss(
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         packing: The example of each token, if the model has passed `checks.packed_layout`; None: a row each.
         weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
-        routers: Also compute the routers' auxiliary loss (`router_loss.py`), over all tokens but padding.
+        routers: Also compute the routers' auxiliary loss (`train/loss.py`), over all tokens but padding.
         sent: What `send_labels` makes of labels, packing and weights, if it is at hand.
     """
     sent = sent or send_labels(labels, packing, weights, input_ids.device)
