@@ -76,6 +76,7 @@ from qdora.rank.allocate import LayerSpectrum
 from qdora.rank.curvature import check_batches, curvature_of, labelled_logits
 from qdora.rank.differentiable import UPDATE, Norm, check_layers
 from qdora.rank.update_gradient import row_directions, update_gradients, watched_outputs
+from qdora.recipe.options import LEAST_DRAWS
 
 Array = NDArray[np.float64]
 
@@ -256,7 +257,6 @@ def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return (second, values, first) if tall else (first, values, second)
 
 
-LEAST_DRAWS = 8
 _CHUNK = 64
 """Tokens whose probabilities are summed up at once in float64."""
 

@@ -18,6 +18,8 @@ GgufType = Literal[
 ]
 CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 """Types that llama.cpp's converter writes; its quantiser makes the others from a file in f16."""
+LEAST_DRAWS = 8
+"""Of `qdora rank --draws`: fewer tell the worth of a component too roughly."""
 Dtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
@@ -213,8 +215,8 @@ class RankSettings(Options):
         yield from super().faults()
         if self.has("curvature") and not self.eigenvalues:
             yield "--curvature: is used only with --eigenvalues. Fix: add --eigenvalues 20."
-        if 0 < self.draws < 8:
-            yield f"--draws: got {self.draws}, must be 0 (exact) or at least 8."
+        if 0 < self.draws < LEAST_DRAWS:
+            yield f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}."
         if self.budget is not None and self.threshold is not None:
             yield "--threshold: is not used with --budget. Fix: remove one of them."
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
