@@ -45,7 +45,7 @@ from typing import Any, TypeVar
 
 from measure import RESULTS, facts, save
 
-from qdora.files.markdown_table import markdown_table
+from qdora.files.pages import markdown_table
 
 MIB, GIB = 2**20, 2**30
 Function = TypeVar("Function", bound=Callable[..., Any])

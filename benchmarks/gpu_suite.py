@@ -36,7 +36,7 @@ from measure import PACKAGES, RESULTS, commit
 
 from qdora.cli.verb import let_segments_grow
 from qdora.files.atomic import atomic_write_json
-from qdora.files.environment import package_versions
+from qdora.files.machine import package_versions
 
 
 @dataclass(frozen=True)

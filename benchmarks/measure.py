@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qdora.files.environment import cpu_name, package_versions
+from qdora.files.machine import cpu_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

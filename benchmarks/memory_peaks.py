@@ -19,7 +19,7 @@ from gpu.plan import FULL, SMOKE
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qdora.files.svg_figure import svg_file
+from qdora.files.pages import svg_file
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.plan.live_bytes import LiveBytes

@@ -25,11 +25,18 @@ import qdora
 from qdora.cli import VERBS, app, set_up
 from qdora.cli.verb import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files import environment, nvidia_driver
+from qdora.files import machine as this_machine
 from qdora.files.atomic import json_text
 from qdora.files.console import bar, consoles, show_only
-from qdora.files.environment import VARIABLES, available_memory_bytes, machine_memory_bytes
-from qdora.files.nvidia_driver import check_gpu, device_attribute, driver_version, unused_gpu
+from qdora.files.machine import (
+    VARIABLES,
+    available_memory_bytes,
+    check_gpu,
+    device_attribute,
+    driver_version,
+    machine_memory_bytes,
+    unused_gpu,
+)
 from qdora.model.build_model import choose_compute
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
 from qdora.run import doctor
@@ -296,7 +303,7 @@ def test_memory_is_what_the_container_leaves_of_the_machine(case, monkeypatch):
     groups, folders, (total, free) = CASES[case]
     texts = {f"{folder}/{name}": text for folder, files in folders.items() for name, text in files.items()}
     texts["/proc/self/cgroup"] = groups
-    monkeypatch.setattr(environment, "_system_text", lambda path: texts.get(path.replace("/./", "/"), ""))
+    monkeypatch.setattr(this_machine, "_system_text", lambda path: texts.get(path.replace("/./", "/"), ""))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=48 * GIB))
     assert (machine_memory_bytes(), available_memory_bytes()) == (total * GIB, free * GIB)
 
@@ -305,7 +312,7 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", TOKEN)  # pasted into the wrong variable
     monkeypatch.setattr("platform.node", lambda: "host-of-mine")
-    found = environment.environment()
+    found = this_machine.environment()
     # A wheel's own version has no "+cu132", torch.__version__ has
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["variables"]["OMP_NUM_THREADS"] == "3"
@@ -321,7 +328,7 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root directory of a machine with a GPU, driver 535 and a torch for CUDA 13 that sees nothing."""
     root = fakes.driver_files(tmp_path, "535.104.05")
-    monkeypatch.setattr(nvidia_driver, "ROOT", root)
+    monkeypatch.setattr(this_machine, "ROOT", root)
     monkeypatch.setenv("PATH", str(root / "bin"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -344,28 +351,18 @@ def uninitialised() -> None:
     raise RuntimeError("Error 802: system not yet initialized\nmore")
 
 
-@pytest.mark.parametrize(
-    "case, cuda, words",
-    [
-        ("a build without CUDA", None, (torch.__version__, "without CUDA", "another build of torch")),
-        ("an old driver", "13.0", ("CUDA 13.0", "580 or newer", "535.104.05", "install a newer driver")),
-        ("WSL2", "12.8", ("CUDA 12.8", "525 or newer", "515.43.04")),
-        ("no permission", "12.8", ("permission", "dev/nvidia0")),
-        ("a failed start", "12.8", ("Error 802: system not yet initialized",)),
-    ],
-)
-def test_an_unused_gpu_is_refused(case, cuda, words, machine, monkeypatch):
-    monkeypatch.setattr("torch.version.cuda", cuda)
+@pytest.mark.parametrize("is_wsl2", [False, True])
+def test_an_unused_gpu_is_refused(is_wsl2, machine, monkeypatch):
+    """With torch's own reason, and the versions that must fit."""
     monkeypatch.setattr("torch.cuda.init", uninitialised)
-    if case == "WSL2":
+    if is_wsl2:
         without_nodes(machine)
         nvidia_smi(machine, "515.43.04")
-    elif case == "no permission":
-        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may open everything
     with pytest.raises(UserError) as error:
         choose_compute("float32")
     (line,) = error.value.faults
-    assert all(word in line for word in (*words, "Fix: ", "CUDA_VISIBLE_DEVICES= ")), line
+    words = "Error 802: system not yet initialized", "515.43.04" if is_wsl2 else "535.104.05", torch.__version__
+    assert all(word in line for word in (*words, "CUDA 13.0", "Fix: ", "CUDA_VISIBLE_DEVICES= ")), line
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         check_gpu()
@@ -417,7 +414,7 @@ def test_doctor_reports_and_advises(machine):
     assert found["bitsandbytes"]["cpu"] is None
     assert found["memory_bytes"] > found["available_memory_bytes"] > 0
     for words in (f"torch {torch.__version__.partition('+')[0]}", "cannot use", "13.0 in torch", "driver 535.104.05",
-                  "580 or newer", "Fix: install a newer"):  # fmt: skip
+                  "Fix: install a driver"):  # fmt: skip
         assert words in text
     assert "no problems" not in text
     gpu = {"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30}

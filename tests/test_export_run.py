@@ -27,8 +27,8 @@ from qdora.export.export_run import check_servable, export_run
 from qdora.export.hub_push import push
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import merge_of, open_merge
+from qdora.files.atomic import work_lock
 from qdora.files.run_directory import open_run
-from qdora.files.work_lock import work_lock
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import adapted_linear
-from qdora.files.environment import environment
+from qdora.files.machine import environment
 from qdora.memory.oom import free_memory
 from qdora.memory.stream import HostResidency
 from qdora.model import build_model

@@ -184,12 +184,9 @@ def test_only_one_process_works_in_a_run(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"), only_process(tmp_path / "nowhere", resume=True):
         pass
     assert not (tmp_path / "nowhere").exists()
-    (path / "notes").mkdir()
-    (path / "inner").symlink_to("notes")
-    with only_process(path, resume=True):
-        (path / "eval").symlink_to(tmp_path)
-    with pytest.raises(UserError, match=r"run: eval is not inside .* Fix: put it"), only_process(path, resume=True):
-        pass
+    (path / "eval").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"run: eval is not inside .* Fix: put it"):
+        RunDirectory(path).inside("eval")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
@@ -265,8 +262,6 @@ def test_a_failed_write_leaves_the_last_whole_checkpoint(run, monkeypatch):
                 save(run, step, b"new")
         assert tree(run.path) == before
         assert names(run.checkpoints) == ["step-1"]
-    with pytest.raises(ValueError, match="regular files only"), run.checkpoint_directory(2) as path:
-        (path / "a").symlink_to("/etc/passwd")
     assert run.newest_checkpoint() == Checkpoint(1, kept)
     save(run, 1, b"new")
     assert (kept / "adapter.safetensors").read_bytes() == b"new"
@@ -335,9 +330,6 @@ def test_metrics_and_the_log_are_whole_lines(run):
     assert run.metrics_file.read_bytes() == b'{"step": 2, "loss": null, "tasks": {"a": 3}}\n'
     run.append_metrics({"step": 3, "text": "a\ud800\u2028b"})  # half a surrogate pair is written as its escape
     assert run.metrics()[1] == {"step": 3, "text": "a\ud800\u2028b"}
-    for values in ({}, {"step": "1"}, {"step": True}):
-        with pytest.raises(ValueError, match="needs an int 'step'"):
-            run.append_metrics(values)
     run.log(f"first\nsecond {TOKEN}")
     run.log("third")
     first, third = run.log_file.read_text().splitlines()
@@ -449,8 +441,6 @@ def test_prune_keeps_the_newest_whole_ones_and_what_they_need(run):
     for keep, left in ((5, ["step-2", "step-20"]), (2, ["step-2", "step-20"]), (1, ["step-20"])):
         run.prune_checkpoints(keep)
         assert names(run.checkpoints) == ["notes", *left]
-    with pytest.raises(ValueError, match="at least 1"):
-        run.prune_checkpoints(0)
     (run.checkpoints / "step-20" / "complete.json").unlink()
     run.prune_checkpoints(1)  # nothing whole: nothing is thrown away
     assert names(run.checkpoints) == ["notes", "step-20"]

@@ -18,7 +18,7 @@ import torch
 import typer.main
 
 from qdora.cli import app
-from qdora.files.setting_keys import MAY_CHANGE
+from qdora.files.run_directory import MAY_CHANGE
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import read_yaml, recipe_from, recipe_names, settings

@@ -17,7 +17,7 @@ from measure import PACKAGES
 
 from gpu import device as on
 from gpu.plan import ERROR_LINES, Part, Plan
-from qdora.files.environment import environment, package_versions
+from qdora.files.machine import environment, package_versions
 from qdora.quant import bnb_kernels
 
 ROOT = Path(__file__).resolve().parents[2]

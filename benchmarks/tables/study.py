@@ -14,7 +14,7 @@ from typing import Any
 from frame import markdown, read, table
 from measure import RESULTS
 
-from qdora.files.svg_figure import svg_file
+from qdora.files.pages import svg_file
 from qdora.study.statistics import t_interval
 
 Row = Mapping[str, str]

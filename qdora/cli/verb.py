@@ -22,9 +22,14 @@ from pydantic.fields import FieldInfo
 
 from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named
 from qdora.files.atomic import json_text
-from qdora.files.console import is_told_here, show_only
-from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
-from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
+from qdora.files.console import (
+    END_SIGNALS,
+    SAME_REQUEST_SECONDS,
+    is_told_here,
+    leave_closed_terminal,
+    show_only,
+)
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
 from qdora.recipe.options import Options
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -24,7 +24,7 @@ from qdora.data.sources import (
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import HubFailure, UserError
-from qdora.files.user_paths import cache_folder, user_path
+from qdora.files.machine import cache_folder, user_path
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.recipe.settings import Recipe
 

@@ -33,7 +33,7 @@ from qdora.data.chat_template import chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.atomic import atomic_file, disk_reason, json_text
 from qdora.files.console import OF_THIS_PROCESS
-from qdora.files.environment import package_versions
+from qdora.files.machine import package_versions
 from qdora.files.tensor_file import write_tensors
 
 _FORMAT = 5

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qdora.data.example import Messages, Tools, Turn
 from qdora.errors import UserError, nearest
-from qdora.files.user_paths import user_path
+from qdora.files.machine import user_path
 from qdora.recipe.data_settings import DataConfig
 
 RENDER_ERRORS = (

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from qdora.data.rows import Entry, RowFault, Rows, between, empty_data_set, joined, parse_row_json
 from qdora.errors import UserError, nearest, nearest_path
-from qdora.files.sampled_digest import sampled_digest
+from qdora.files.atomic import sampled_digest
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, is_pattern
 from qdora.recipe.faults import one_line, reason_of, shown
 

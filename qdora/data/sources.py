@@ -23,8 +23,8 @@ from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.hub import hub_rows, hub_shards
 from qdora.data.rows import FaultList, RowFault, Rows
 from qdora.errors import UserError
-from qdora.files.sampled_digest import sampled_digest
-from qdora.files.user_paths import user_path
+from qdora.files.atomic import sampled_digest
+from qdora.files.machine import user_path
 from qdora.recipe.data_settings import (
     DataConfig,
     SourceConfig,

@@ -26,7 +26,7 @@ from qdora.export.logit_comparison import LogitDifference, comparison_text, floa
 from qdora.export.merged import OpenedMerge, check_merge
 from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
-from qdora.files.markdown_table import markdown_table
+from qdora.files.pages import markdown_table
 from qdora.model.inject import adapted_layer, adapted_layers, frozen_layers, frozen_like, replace_module
 from qdora.quant.bnb_state import FOUR_BIT_KINDS
 from qdora.quant.packed import block_scales, quantize

@@ -31,10 +31,10 @@ from qdora.files.atomic import (
     place_failures,
     remove_directory,
     sync,
+    work_lock,
 )
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
-from qdora.files.work_lock import work_lock
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.checkpoint import shorten

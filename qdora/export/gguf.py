@@ -30,8 +30,8 @@ from qdora.export.logit_comparison import ComparisonText, comparison_text, large
 from qdora.export.merged import write_merge
 from qdora.export.verify import logits_compared, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
+from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
-from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
 from qdora.model.checkpoint import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
 from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf

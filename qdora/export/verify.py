@@ -30,7 +30,7 @@ from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
-from qdora.files.environment import available_memory_bytes
+from qdora.files.machine import available_memory_bytes
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
 from qdora.model.checkpoint import Stored, gather_packed, open_safetensors

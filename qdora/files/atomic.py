@@ -1,15 +1,18 @@
-"""Files and directories that appear whole or not at all: written under another name, flushed to the disk, renamed.
+"""Files that appear whole or not at all, by one process at a time; strict JSON without access tokens.
 
-After a crash, a kill or a full disk either the old or the new content is there. A leftover may stay, whose name begins
-with a dot and ends in .partial or .replaced; `remove_leftovers` clears it.
+A file or directory is written under another name, flushed to the disk, and renamed: after a crash, a kill or a full
+disk either the old or the new content is there. A leftover begins with a dot and ends in .partial or .replaced;
+`remove_leftovers` clears it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,16 +20,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qdora.errors import DiskFull, RunFailure, UserError
-from qdora.files.access_tokens import masked
 
 DISK_FULL = "the disk is full"
 PARTIAL, REPLACED = ".partial", ".replaced"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # the Hub's; prefix and length as the Hub issues them
+
+
+def masked(text: str) -> str:
+    """The text with every access token replaced by hf_***."""
+    return _TOKEN.sub("hf_***", text)
+
+
+def token_paths(value: Any, steps: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
+    """The path of every key and string with an access token in nested lists and dicts."""
+    if isinstance(value, str) and _TOKEN.search(value):
+        yield steps
+    if len(steps) >= 20:  # a recipe is 3 deep; YAML aliases can make a cycle
+        return
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if isinstance(key, str) and _TOKEN.search(key):
+                yield (*steps, key)
+            yield from token_paths(child, (*steps, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            yield from token_paths(child, (*steps, index))
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, None for an error of another kind; Rust and C++ libraries raise their own for such disks."""
+    """Why a write failed; None for another error. Rust and C++ libraries raise their own errors for such disks."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
     text = str(error) if isinstance(error, Exception) else ""
@@ -37,7 +63,7 @@ def disk_reason(error: BaseException) -> str | None:
 
 @contextmanager
 def disk_failures(path: Path) -> Iterator[None]:
-    """Turn the error of a full or read-only disk in the block into a RunFailure, one line that names `path`."""
+    """RunFailure in one line that names `path` if the disk is full or read-only."""
     try:
         yield
     except (UserError, RunFailure):
@@ -52,7 +78,7 @@ def disk_failures(path: Path) -> Iterator[None]:
 
 @contextmanager
 def place_failures(path: Path, fix: str) -> Iterator[None]:
-    """For the block that makes the directory `path`: UserError with the `fix`, or DiskFull, for an OSError."""
+    """UserError with the `fix`, or DiskFull, if the directory `path` cannot be made."""
     try:
         yield
     except OSError as error:
@@ -62,15 +88,12 @@ def place_failures(path: Path, fix: str) -> Iterator[None]:
 
 
 def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
-    """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
-
-    `in_ascii` writes all other characters as escapes. TypeError for what JSON cannot express.
-    """
+    """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers."""
     return json.dumps(_json_value(value), indent=indent, ensure_ascii=in_ascii, allow_nan=False)
 
 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
-    """`json_text` as UTF-8 with a line end; half a surrogate pair, which UTF-8 cannot encode, becomes its escape."""
+    """`json_text` as UTF-8 with a line end; half a surrogate pair becomes its escape."""
     return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -90,6 +113,19 @@ def _json_value(value: Any) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
         return _json_value(value.item())
     raise TypeError(f"JSON cannot express {type(value).__name__}: {value!r}")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError, one line, if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object (got a {type(value).__name__}).")
+    return value
 
 
 @contextmanager
@@ -121,7 +157,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """`atomic_write_bytes` of strict JSON (`json_text`), indented."""
+    """`atomic_write_bytes` of strict JSON, indented."""
     atomic_write_bytes(path, json_bytes(value, indent=2))
 
 
@@ -162,7 +198,7 @@ def remove_leftovers(folder: Path) -> None:
         path = entry.with_name(entry.name.removeprefix(".").removesuffix(REPLACED))
         if entry.name.endswith(REPLACED) and not path.exists():
             os.rename(entry, path)
-        elif entry.is_dir() and not entry.is_symlink():
+        elif entry.is_dir():
             remove_directory(entry)
         else:
             entry.unlink()
@@ -186,3 +222,59 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock_if_free(file: Path) -> Iterator[bool]:
+    """Hold the lock file while the block runs; yields False, without it, if another process holds it.
+
+    The system frees a lock however its holder ends.
+    """
+    lock = FileLock(file)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # before it is freed: filelock does not take a file that is gone
+                file.unlink()
+        lock.release()
+
+
+@contextmanager
+def work_lock(file: Path, what: str) -> Iterator[None]:
+    """`lock_if_free`, with a UserError if another process holds it: it works on `what`, a directory."""
+    with lock_if_free(file) as is_free:
+        if not is_free:
+            raise UserError(f"{what}: another process works on it. Fix: wait until it ends.")
+        yield
+
+
+@contextmanager
+def in_turn(directory: Path) -> Iterator[OSError | None]:
+    """Let one process at a time in: of several that start together one makes `directory`, and the others find it there.
+
+    The lock file beside the directory stays. Yields why it cannot be written, or None: who may only read need not wait.
+    """
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    refusal: OSError | None = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        refusal = error
+    try:
+        yield refusal
+    finally:
+        lock.release()
+
+
+def sampled_digest(path: Path) -> tuple[os.stat_result, str]:
+    """Size and times of a file, and the SHA-256 of 16 samples of 64 KiB: all of a 70B model would take minutes."""
+    facts, digest = path.stat(), hashlib.sha256()
+    with path.open("rb") as stream:
+        for start in range(0, facts.st_size, max(facts.st_size // 16, 64 << 10)):
+            stream.seek(start)
+            digest.update(stream.read(64 << 10))
+    return facts, digest.hexdigest()

@@ -1,23 +1,26 @@
-"""The consoles: progress and notes on standard error, results on standard output; progress bars, and durations."""
+"""The consoles: progress and notes on standard error, results on standard output; and the signals that end a verb."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total), as the function that `bar` yields."""
-
-_shown = {"progress": True, "results": True}
+Progress = Callable[[int, int], None]  # called with (done, total)
+# A launcher repeats the signal that the terminal has sent to the whole group: within this time it is the same request.
+SAME_REQUEST_SECONDS = 1.0
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# `extra` of a warning about this process alone. Every process of a launch logs other warnings; the first shows them.
 OF_THIS_PROCESS = {"of_this_process": True}
-"""`extra` of a warning about this process alone. Other warnings come from every process of a launch, and only the first
-one shows them."""
+_shown = {"progress": True, "results": True}
 
 
 def is_told_here(record: logging.LogRecord, *, is_first: bool) -> bool:
@@ -26,12 +29,12 @@ def is_told_here(record: logging.LogRecord, *, is_first: bool) -> bool:
 
 
 def show_only(*, progress: bool, results: bool) -> None:
-    """Choose what the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
+    """What the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
     _shown.update(progress=progress, results=results)
 
 
+# Prints names and paths as they are: to rich, `[best]` in one would be markup.
 plain_console = partial(Console, markup=False, emoji=False, highlight=False)
-"""A console that prints names and paths as they are: to rich, `[best]` in one would be markup."""
 
 
 def consoles(given: Console | None = None) -> tuple[Console, Console]:
@@ -46,10 +49,8 @@ def consoles(given: Console | None = None) -> tuple[Console, Console]:
 
 
 def shows_bars(console: Console) -> bool:
-    """Whether the console draws progress bars; otherwise progress is told in lines.
-
-    To rich, a file is a terminal with FORCE_COLOR, and a terminal with TERM=dumb is one without bars.
-    """
+    """Whether the console draws progress bars."""
+    # To rich, a file is a terminal with FORCE_COLOR, and a terminal with TERM=dumb is one without bars.
     return console.is_interactive and console.file.isatty()
 
 
@@ -58,14 +59,12 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 @contextmanager
 def errors_only(when: bool = True) -> Iterator[None]:
-    """Inside, qdora's messages below an error are dropped: they have been told, or another process tells them."""
+    """Inside, qdora's messages below an error are dropped."""
     logger = logging.getLogger("qdora")
     before = logger.level
     if when:
@@ -87,3 +86,14 @@ def bar(console: Console, what: str) -> Iterator[Progress]:
     with ProgressBars(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def leave_closed_terminal(number: int) -> None:
+    """After SIGHUP print nowhere: the terminal is gone, and a failed write would hide why the process ends."""
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):  # files and pipes still get the output
+                os.dup2(nowhere, stream)

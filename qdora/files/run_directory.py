@@ -15,7 +15,7 @@ import re
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
@@ -25,7 +25,6 @@ from typing import Any
 import yaml
 
 from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
-from qdora.files.access_tokens import masked
 from qdora.files.atomic import (
     DISK_FULL,
     PARTIAL,
@@ -36,13 +35,13 @@ from qdora.files.atomic import (
     disk_reason,
     is_leftover,
     json_bytes,
+    masked,
     place_failures,
+    read_json_object,
     remove_directory,
     remove_leftovers,
+    work_lock,
 )
-from qdora.files.json_file import parse_json, read_json_object
-from qdora.files.setting_keys import MAY_CHANGE, MAY_RISE, flat, is_below
-from qdora.files.work_lock import work_lock
 
 logger = logging.getLogger("qdora")
 
@@ -50,8 +49,33 @@ LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 _OTHER_PLACE = "choose another --run-dir"
-WARNING_MARK, FAILURE_MARK = "WARNING", "FAILURE"
-"""Begin the warnings among the lines of log.txt, and the line below the traceback of a failure, behind the time."""
+WARNING_MARK, FAILURE_MARK = "WARNING", "FAILURE"  # begin such lines of log.txt, behind the time
+
+# Settings that do not decide what a run learns: how it fits into memory and what it writes.
+WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
+WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel")
+# What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
+# numbers: changing them gets a run past a bad step or row.
+MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "interference", "data.max_bad_rows", "model.attention")
+MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
+# What it may raise: a finished or stopped run is extended.
+MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
+# Settings that have left -> the value that changed nothing. Keys of kept study cells hold them at this value.
+GONE: Mapping[str, Any] = {"train.compile": False}
+
+
+def is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted setting is one of those named, or inside one: data.mix[0].limit is below data and data.mix."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
+
+
+def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    start = f"{prefix}{separator}" if prefix else ""
+    return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
 
 
 @dataclass(frozen=True)
@@ -102,23 +126,15 @@ class RunDirectory:
         """checkpoints/step-<step>, the state after `step` steps."""
         return self.checkpoints / f"step-{step}"
 
-    def last_step(self) -> int | None:
-        """The last step in metrics.jsonl, None if there is none."""
-        lines = self.metrics()
-        return int(lines[-1]["step"]) if lines else None
-
     def inside(self, *parts: str) -> Path:
         """A path below the run directory. UserError if it leaves it: by .., a symbolic link, or being absolute."""
-        path = self.path.joinpath(*parts)
-        root = self.path.resolve()
-        if not path.resolve().is_relative_to(root) or path.resolve() == root:
-            raise UserError(
-                f"{self.path}: {Path(*parts)} is not inside the run directory. Fix: put it there, not a link."
-            )
+        path, root = self.path.joinpath(*parts), self.path.resolve()
+        if root not in path.resolve().parents:
+            raise UserError(f"{self.path}: {Path(*parts)} is not inside the run. Fix: put it there, not a link.")
         return path
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write strict JSON, such as eval/final.json; NaN becomes null. RunFailure leaves an older file unchanged."""
+        """Write strict JSON, such as eval/final.json. RunFailure leaves an older file unchanged."""
         path = self.inside(name)
         with self._disk_failures(name):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +146,6 @@ class RunDirectory:
         The int "step" is the number of optimizer steps done. A resume from checkpoint N drops all lines of later steps,
         so everything of step N is written before its checkpoint.
         """
-        if not _has_step(values):
-            raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
 
@@ -149,28 +163,32 @@ class RunDirectory:
         """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
 
+    def last_step(self) -> int | None:
+        """The last step in metrics.jsonl, None if there is none."""
+        lines = self.metrics()
+        return int(lines[-1]["step"]) if lines else None
+
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> None:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
-        The run's own evaluations after it are removed from eval/, too; `qdora eval` names the split of its own.
+        The run's own evaluations after it are removed from eval/; `qdora eval` names the split of its own.
         `evaluates_again` also drops the evaluation of `after_step`, which the run repeats.
         """
         for file in (self.path / "eval").glob("step-*.json"):
-            named = re.fullmatch(r"step-(\d+)(-generated)?\.json", file.name)
-            if named and int(named[1]) > after_step:
+            match = re.fullmatch(r"step-(\d+)(-generated)?\.json", file.name)
+            if match and int(match[1]) > after_step:
                 file.unlink()
         if not self.metrics_file.exists():
             return
         dropped_at = after_step if evaluates_again else None
-        kept = [
-            line
+        content = b"".join(
+            line + b"\n"
             for line, values in _metrics_lines(self.metrics_file)
             if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
-        ]
-        wanted = b"".join(line + b"\n" for line in kept)
-        if wanted != self.metrics_file.read_bytes():
+        )
+        if content != self.metrics_file.read_bytes():
             with self._disk_failures(self.metrics_file.name):
-                atomic_write_bytes(self.metrics_file, wanted)
+                atomic_write_bytes(self.metrics_file, content)
 
     def log(self, text: str) -> None:
         """Add a line to log.txt: UTC time and `text` with access tokens masked."""
@@ -182,8 +200,7 @@ class RunDirectory:
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
         """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
 
-        It replaces an older checkpoint of this step, and is removed if the block raises. A RunFailure names the newest
-        whole checkpoint.
+        It replaces an older checkpoint of this step, and is removed if the block raises.
         """
         what = f"the checkpoint of step {step}"
         with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
@@ -226,15 +243,13 @@ class RunDirectory:
         `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
         Returns the number of removed checkpoints.
         """
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        found = self._by_step()
-        whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
+        checkpoints = self._by_step()
+        whole = [checkpoint for checkpoint in checkpoints if checkpoint_fault(checkpoint.path, sums=False) is None]
         needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
         kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
         # If none is whole, the damaged ones stay for inspection.
-        removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
-        for path in (checkpoint.path for checkpoint in removed):
+        removed = [checkpoint.path for checkpoint in checkpoints if checkpoint not in kept] if whole else []
+        for path in removed:
             # Renamed to a leftover's name first, so that an interrupted removal leaves no half checkpoint.
             aside = path.with_name(f".{path.name}{PARTIAL}")
             remove_directory(aside)
@@ -243,10 +258,8 @@ class RunDirectory:
 
     def _by_step(self) -> list[Checkpoint]:
         """All checkpoints, whole or not, newest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        names = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.iterdir() if path.is_dir()]
-        checkpoints = [Checkpoint(int(match[1]), path) for match, path in names if match]
+        paths = [path for path in self.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+        checkpoints = [Checkpoint(int(path.name[5:]), path) for path in paths]
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     @contextmanager
@@ -265,41 +278,31 @@ class RunDirectory:
 
 @contextmanager
 def only_process(path: Path, *, resume: bool) -> Iterator[None]:
-    """Let no other process train in the run directory while the block runs; a new one is made.
-
-    UserError if another process does, the directory cannot be made, or something in it is a link out of it.
-    """
+    """Let no other process train in the run directory while the block runs; a new one is made."""
     if resume and not path.is_dir():
         open_run(path)
     with ExitStack() as stack:
         with place_failures(path, _OTHER_PLACE):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
-        for entry in path.iterdir():
-            RunDirectory(path).inside(entry.name)
         yield
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty, or holds a run without a result; UserError for another one.
-
-    `recipe` is the resolved one, YAML.
-    """
+    """Start a run in a directory that is new or empty, or holds a run without a result. `recipe` is resolved YAML."""
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
     with place_failures(path, _OTHER_PLACE):
         path.mkdir(parents=True, exist_ok=True)
-        # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
-        # written first, so a kill can leave it alone there.
-        if not (run.recipe_file.exists() and run.environment_file.exists()):
-            known = {run.environment_file.name, LOCK}
-            if others := sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - known):
-                raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
+        # The environment is written first: a directory with another recipe.yaml alone may be somebody's own.
+        others = sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - {LOCK})
+        if others and not run.environment_file.exists():
+            raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         _clear(path)
         (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
         atomic_write_json(run.environment_file, environment)
-        atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
+        atomic_write_text(run.recipe_file, recipe)
     return run
 
 
@@ -339,8 +342,19 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         record, last = read_json_object(run.environment_file), run.environment()
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
-    if faults := _changes(old, new, run.recipe_file):
-        raise UserError(*(f"{path}: {fault}" for fault in faults))
+    faults = []
+    for key in dict.fromkeys((*old, *new)):
+        was, now, can_rise = old.get(key), new.get(key), key in MAY_RISE
+        # A length that is missing is told by the other unit's line.
+        if was == now or is_below(key, MAY_CHANGE) or (can_rise and (now is None or (was is not None and now > was))):
+            continue
+        fault = f"{path}: {key}: must be {was!r}{' or more' if can_rise and was is not None else ''}"
+        fault += f", as when the run started; to change it, start another --run-dir (got {now!r})."
+        if "/" in f"{was} {now}":
+            fault += f" Fix: if it was moved, write its new path into {run.recipe_file}."
+        faults.append(fault)
+    if faults:
+        raise UserError(*faults)
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
@@ -350,37 +364,6 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         record["resumed"] = [*record.get("resumed", []), different]
         atomic_write_json(run.environment_file, record)
     return run
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> list[str]:
-    """One line for each other value of a setting that changes the training; the length may rise, in the same unit."""
-    keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
-    changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
-    faults = []
-    for key in changed:
-        before, now, can_rise = old.get(key), new.get(key), key in MAY_RISE and old.get(key) is not None
-        other = next((unit for unit in MAY_RISE if unit != key and old.get(unit) is not None), None)
-        if key in MAY_RISE and before is None and other is not None and new.get(other) is None:
-            unit = other.removeprefix("train.")
-            faults.append(f"{key}: the run counts {unit} ({other}: {old[other]:g}). Fix: raise {other} instead.")
-        elif can_rise and now is None and any(new.get(unit) is not None for unit in MAY_RISE):
-            continue  # told above
-        elif not (can_rise and now is not None and now > before):
-            allowed = f"{before!r} or more" if can_rise else repr(before)
-            start = "as when the run started; to change it, start another --run-dir"
-            faults.append(f"{key}: must be {allowed}, {start} (got {now!r}).")
-    is_moved = all(_without_paths(old.get(key)) == _without_paths(new.get(key)) for key in changed)
-    fix = f" Fix: if it was moved, write its new path into {file}." if is_moved else ""
-    return [f"{fault}{fix}" for fault in faults]
-
-
-def _without_paths(value: Any) -> Any:
-    """A setting whose absolute paths are all the same."""
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    return "/" if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -397,13 +380,9 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     content = path.read_bytes() if path.exists() else b""
     for line in content.split(b"\n"):
         with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
-            values = parse_json(line)
-            if isinstance(values, dict) and _has_step(values):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
                 yield line, values
-
-
-def _has_step(values: Mapping[str, Any]) -> bool:
-    return type(values.get("step")) is int  # a bool is no step
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -420,10 +399,7 @@ def _append(path: Path, content: bytes) -> None:
 
 def write_complete(path: Path, step: int) -> None:
     """Write complete.json, the last file of a checkpoint, which lists the files below `path`."""
-    files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
-    for file in files:
-        if file.is_symlink() or not file.is_file():
-            raise ValueError(f"{file}: a checkpoint holds regular files only")
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     listed = {file.relative_to(path).as_posix(): _size_and_sum(file) for file in files}
     atomic_write_json(path / COMPLETE, {"step": step, "files": listed})
 
@@ -431,15 +407,15 @@ def write_complete(path: Path, step: int) -> None:
 def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
     """Why a step-N directory is not a whole checkpoint, or None. Without `sums` only the sizes are compared."""
     try:
-        listed = parse_json((path / COMPLETE).read_bytes())["files"]
-        for name, wanted in listed.items():
+        listed = json.loads((path / COMPLETE).read_bytes())["files"]
+        for name, facts in listed.items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()):
                 return f"{name} is outside"
             size = file.stat().st_size
-            if size != wanted["bytes"]:
-                return f"{name} has {size} bytes, not {wanted['bytes']}"
-            if sums and _size_and_sum(file) != wanted:
+            if size != facts["bytes"]:
+                return f"{name} has {size} bytes, not {facts['bytes']}"
+            if sums and _size_and_sum(file) != facts:
                 return f"{name} has changed"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"

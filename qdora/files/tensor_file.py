@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class TensorSpec:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a header calls `name`. ValueError if this module cannot write it."""
+    """The dtype that a header calls `name`."""
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{name}').")
     return _DTYPES[name]
@@ -49,13 +48,9 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for spec in specs:
-        if spec.name in entries:
-            raise ValueError(f"tensor name '{spec.name}' occurs twice.")
-        if spec.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"tensor '{spec.name}': dtype must be one of {', '.join(_DTYPES)} (got {spec.dtype}).")
-        if offset % spec.dtype.itemsize:
-            # Readers view the mapped file in the tensor's dtype, which needs an aligned start.
-            raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
+        assert spec.name not in entries, spec.name
+        # Readers view the mapped file in the tensor's dtype, which needs an aligned start: wider dtypes come first.
+        assert offset % spec.dtype.itemsize == 0, spec.name
         start, offset = offset, offset + spec.num_bytes
         placed = {"shape": list(spec.shape), "data_offsets": [start, offset]}
         entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
@@ -73,74 +68,45 @@ def write_safetensors(
 ) -> int:
     """Write a new file whose tensors are made one by one, and flush it to the disk. Returns the bytes written.
 
-    Args:
-        path, specs: Must not exist; the tensors in file order.
-        tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
-        order: Order in which the tensors come (default `specs`); the file does not depend on it.
-    Raises:
-        ValueError: A tensor does not match its spec, or there are too few or too many.
+    `specs` are in file order, `tensors` in `order` (default `specs`), each whole or as its flat parts; each is dropped
+    before the next is made.
     """
-    order = specs if order is None else order
     remaining = iter(tensors)
     with path.open("xb") as file:
-        end = file.write(_header(specs))
-        starts = {}
+        end, starts = file.write(_header(specs)), {}
         for spec in specs:
             starts[spec.name] = end
             end += spec.num_bytes
-        assert {spec.name for spec in order} == starts.keys()
-        for spec in order:
+        for spec in order or specs:
             file.seek(starts[spec.name])
-            tensor = next(remaining, None)
-            if tensor is None:
-                raise ValueError(f"no tensor for '{spec.name}'.")
-            if isinstance(tensor, Tensor):
-                if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                    given = f"{tensor.dtype} {tuple(tensor.shape)}"
-                    raise ValueError(f"tensor '{spec.name}' is {given}, announced as {spec.dtype} {spec.shape}.")
-                tensor = iter([tensor])
-            _write_parts(file, spec, tensor)
+            tensor, written = next(remaining), 0  # not zip, which would keep the last one
+            for part in [tensor] if isinstance(tensor, Tensor) else tensor:
+                assert part.dtype == spec.dtype, spec.name
+                flat = part.detach().cpu().contiguous().reshape(-1)
+                written += file.write(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+                del part, flat
             del tensor
-        if next(remaining, None) is not None:
-            raise ValueError(f"more tensors than the {len(specs)} announced.")
+            if written != spec.num_bytes:
+                raise ValueError(f"tensor '{spec.name}' has {written} bytes, announced are {spec.num_bytes}.")
         file.flush()
         os.fsync(file.fileno())
         return end
 
 
-def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
-    written = 0
-    for part in parts:
-        if part.dtype != spec.dtype:
-            raise ValueError(f"a part of tensor '{spec.name}' is {part.dtype}, announced as {spec.dtype}.")
-        flat = part.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            written += file.write(flat.view(torch.uint8).numpy().data)
-        del part, flat
-    if written != spec.num_bytes:
-        raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write tensors to a new file, wider dtypes first, which aligns all of them; otherwise as `write_safetensors`."""
+    """Write tensors to a new file, wider dtypes first, which aligns all of them."""
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
     return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File name -> its tensors, in order: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
-
-    A tensor larger than the limit gets a file of its own. In a file wider dtypes come first, which aligns every tensor.
-    """
+    """File name -> its tensors, wider dtypes first; a tensor larger than the limit gets a file of its own."""
     groups: list[list[TensorSpec]] = [[]]
-    size = 0
     for spec in specs:
-        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
+        if groups[-1] and sum(each.num_bytes for each in groups[-1]) + spec.num_bytes > max_shard_bytes:
             groups.append([])
-            size = 0
         groups[-1].append(spec)
-        size += spec.num_bytes
     groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.files.environment import available_memory_bytes
+from qdora.files.machine import available_memory_bytes
 from qdora.model.load import block_list
 
 # Smaller inputs are masks and positions.

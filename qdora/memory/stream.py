@@ -28,7 +28,7 @@ from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.files.environment import available_memory_bytes
+from qdora.files.machine import available_memory_bytes
 from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
 from qdora.model.inject import replace_module
 from qdora.model.load import Loading, Quantization, block_list, iterate_quantized, place_dense, place_frozen

@@ -32,8 +32,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError, first_few
-from qdora.files.atomic import atomic_directory, json_bytes
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers

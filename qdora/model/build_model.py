@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
-from qdora.files.environment import cpu_has_bfloat16
-from qdora.files.nvidia_driver import check_gpu
+from qdora.files.machine import check_gpu, cpu_has_bfloat16
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, adapted_layers, inject

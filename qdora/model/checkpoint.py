@@ -6,6 +6,7 @@ memory holds one tensor of the file and not all that was read so far.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qdora.errors import UserError, nearest
-from qdora.files.json_file import parse_json
 from qdora.model.experts import replaced_in_4_bits
 from qdora.quant.bnb_state import STATE_NAME, from_bnb_state
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
@@ -100,7 +100,7 @@ def shard_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        content = parse_json(index.read_bytes())
+        content = json.loads(index.read_bytes())
     except (ValueError, OSError) as error:
         raise UserError(f"{index}: is not JSON: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -380,7 +380,7 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
     if state_part is None:
         raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {STATE_NAME}* entry.")
     try:
-        state = parse_json(bytes(parts[state_part].read().tolist()))
+        state = json.loads(bytes(parts[state_part].read().tolist()))
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error

@@ -35,10 +35,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory, disk_reason
-from qdora.files.environment import package_versions
-from qdora.files.user_paths import cache_folder
-from qdora.files.work_lock import in_turn
+from qdora.files.atomic import atomic_directory, disk_reason, in_turn
+from qdora.files.machine import cache_folder, package_versions
 from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import block_of

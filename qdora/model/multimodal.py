@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qdora.errors import UserError
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import read_json_object
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")

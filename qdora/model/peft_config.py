@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from qdora.adapter.adapted_linear import AdaptedLinear, Kind
 from qdora.adapter.expert_linear import AdaptedExperts, Share
 from qdora.errors import UserError, first_line, nearest
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import read_json_object
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_entry, nearest_path
-from qdora.files.json_file import read_json_object
-from qdora.files.user_paths import user_path
+from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_path
+from qdora.files.atomic import read_json_object
+from qdora.files.machine import user_path
 from qdora.model.checkpoint import shard_files, stored_kind
 from qdora.model.gguf import require_gguf, tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
@@ -170,7 +170,7 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
             raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
         if gguf := sorted(path.glob("*.gguf")):  # transformers' gguf_file=, whose adapters name the directory
             raise UserError(f"{setting}: {path} has no config.json but a GGUF file. Fix: name {gguf[0]}.")
-        faults.append(f"{setting}: {path} has no config.json.{nearest_entry(path, 'config.json')}")
+        faults.append(f"{setting}: {path} has no config.json.{nearest_path(path / 'config.json')}")
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not any(path.glob("*.safetensors*")) and pickles:

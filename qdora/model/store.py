@@ -30,11 +30,17 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import DiskFull, UserError
-from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
+from qdora.files.atomic import (
+    DISK_FULL,
+    atomic_directory,
+    disk_reason,
+    in_turn,
+    json_bytes,
+    json_text,
+    sampled_digest,
+)
 from qdora.files.console import OF_THIS_PROCESS, Progress
-from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import write_tensors
-from qdora.files.work_lock import in_turn
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.model.load import (
     Loading,

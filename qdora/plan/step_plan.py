@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qdora.adapter.expert_linear import ExpertLinear
 from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
 from qdora.files.console import errors_only
-from qdora.files.environment import cpu_has_bfloat16
+from qdora.files.machine import cpu_has_bfloat16
 from qdora.memory.offload import pages_bytes
 from qdora.memory.stream import NUM_SLOTS, Piece, Turns, obstacle
 from qdora.model.adapter_file import describe_adapter

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.files.json_file import parse_json
 from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.packed import PackedWeight, from_tensors
@@ -45,7 +44,7 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         raise UserError(f"{name}: needs one tensor '{STATE_NAME}nf4' or '{STATE_NAME}fp4', got {len(keys)}: {keys}.")
     kind = keys[0].removeprefix(STATE_NAME)
     try:
-        stored = parse_json(bytes(state[keys[0]].cpu().tolist()))
+        stored = json.loads(bytes(state[keys[0]].cpu().tolist()))
     except ValueError as error:
         raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
     if not isinstance(stored, dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qdora.files.svg_figure import svg_file
+from qdora.files.pages import svg_file
 from qdora.model.inject import block_of
 from qdora.rank.allocate import Array
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
-from qdora.files.user_paths import user_path
+from qdora.files.machine import user_path
 from qdora.recipe.section import Flag, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
 
 Strategy = Literal["proportional", "equal", "temperature", "weights"]

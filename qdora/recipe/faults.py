@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from qdora.errors import nearest
-from qdora.files.access_tokens import masked
-from qdora.files.setting_keys import is_below
+from qdora.files.atomic import masked
+from qdora.files.run_directory import is_below
 
 _MAX_SHOWN = 60  # characters of a given value that a fault repeats
 

@@ -23,9 +23,9 @@ import yaml
 from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest, nearest_path
-from qdora.files.access_tokens import masked, token_paths
-from qdora.files.setting_keys import GONE, is_below
-from qdora.files.user_paths import user_path
+from qdora.files.atomic import masked, token_paths
+from qdora.files.machine import user_path
+from qdora.files.run_directory import GONE, is_below
 from qdora.recipe.data_settings import absolute_pattern, is_path, is_pattern, names_files
 from qdora.recipe.faults import dotted, fault_lines, one_line, shown
 from qdora.recipe.rules import faults, ignored, unused

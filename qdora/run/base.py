@@ -34,8 +34,8 @@ from qdora.errors import UserError
 from qdora.evaluate.perplexity import read_texts
 from qdora.files.atomic import atomic_directory
 from qdora.files.console import Progress, bar
+from qdora.files.machine import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
-from qdora.files.user_paths import cache_folder, user_path
 from qdora.memory.offload import ActivationOffload
 from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import HostResidency, keep_embedding_on_host

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import first_line
-from qdora.files.environment import available_memory_bytes, environment
-from qdora.files.nvidia_driver import CAPABILITY_MAJOR, CAPABILITY_MINOR, device_attribute, driver_version, unused_gpu
+from qdora.files.machine import (
+    CAPABILITY_MAJOR,
+    CAPABILITY_MINOR,
+    available_memory_bytes,
+    device_attribute,
+    driver_version,
+    environment,
+    unused_gpu,
+)
 
 GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092

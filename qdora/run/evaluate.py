@@ -20,9 +20,8 @@ from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness
 from qdora.evaluate.perplexity import read_texts, text_perplexity
 from qdora.evaluate.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
-from qdora.files.nvidia_driver import check_gpu
+from qdora.files.machine import check_gpu, user_path
 from qdora.files.run_directory import open_run, unharmed
-from qdora.files.user_paths import user_path
 from qdora.memory.oom import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.options import EvalOptions

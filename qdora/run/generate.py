@@ -20,8 +20,8 @@ from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluate.generation import generate
+from qdora.files.machine import user_path
 from qdora.files.run_directory import is_without_chats
-from qdora.files.user_paths import user_path
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model

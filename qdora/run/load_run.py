@@ -18,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.adapted_linear import drop_scales_without_room
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError, not_one_of
-from qdora.files.atomic import atomic_write_json, atomic_write_text
-from qdora.files.json_file import read_json_object
-from qdora.files.nvidia_driver import check_gpu
+from qdora.files.atomic import atomic_write_json, atomic_write_text, read_json_object
+from qdora.files.machine import check_gpu, user_path
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
-from qdora.files.user_paths import user_path
 from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
 from qdora.model.inject import adapted_layers, adapter_parameters

@@ -15,9 +15,9 @@ import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluate.before_after import LossOrAccuracy, task_changes
-from qdora.files.environment import package_versions
-from qdora.files.json_file import read_json_object
-from qdora.files.markdown_table import markdown_cell, markdown_table
+from qdora.files.atomic import read_json_object
+from qdora.files.machine import package_versions
+from qdora.files.pages import markdown_cell, markdown_table
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header

@@ -22,23 +22,21 @@ from qdora.data.batches import PackedLayout
 from qdora.errors import Interrupted, UserError, first_few
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
-from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.atomic import atomic_write_text, disk_failures, read_json_object
 from qdora.files.console import consoles
-from qdora.files.environment import environment
-from qdora.files.json_file import read_json_object
+from qdora.files.machine import environment
 from qdora.files.run_directory import (
     Checkpoint,
     RunDirectory,
     create_run,
     failures_logged,
+    flat,
     log_to,
     only_process,
     open_run,
     resume_run,
     unharmed,
 )
-from qdora.files.setting_keys import flat
-from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
@@ -113,7 +111,6 @@ def train_run(
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
-        check_text(directory, "choose another --run-dir")
         if resume:
             recipe = with_revisions_of(recipe, load_recipe(open_run(directory).recipe_file))
         prepared = prepare(recipe, directory, processes, where=where, force=force)

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from qdora.errors import UserError, named
 from qdora.files import run_directory
-from qdora.files.access_tokens import masked
-from qdora.files.atomic import atomic_write_text, place_failures
+from qdora.files.atomic import atomic_write_text, masked, place_failures
 from qdora.files.console import consoles, duration
-from qdora.files.html_page import render_page
+from qdora.files.pages import render_page
 from qdora.files.run_directory import RunDirectory, is_without_chats, open_run, unharmed
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from qdora.data.files import files_of
 from qdora.errors import UserError
-from qdora.files.setting_keys import GONE, WITHOUT_EFFECT, flat, is_below
-from qdora.files.user_paths import user_path
+from qdora.files.machine import user_path
+from qdora.files.run_directory import GONE, WITHOUT_EFFECT, flat, is_below
 from qdora.recipe.data_settings import is_path, names_files
 from qdora.recipe.recipe_file import override, recipe_document, recipe_from, settings, with_overrides
 from qdora.recipe.section import with_settings

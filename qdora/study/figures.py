@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qdora.files.svg_figure import new_figure, svg_text
+from qdora.files.pages import new_figure, svg_text
 from qdora.study.grid import CompareConfig
 
 if TYPE_CHECKING:

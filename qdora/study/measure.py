@@ -22,8 +22,7 @@ from qdora.evaluate.hidden_states import hidden_state_errors
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.suite import evaluate, spread
-from qdora.files.atomic import atomic_write_json
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import atomic_write_json, read_json_object
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.model.load import load_config

@@ -15,8 +15,7 @@ from rich.console import Console
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
-from qdora.files.html_page import render_page
-from qdora.files.markdown_table import markdown_table
+from qdora.files.pages import markdown_table, render_page
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import block_of
 from qdora.study.compare import (

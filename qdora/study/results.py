@@ -30,8 +30,7 @@ from qdora.evaluate.example_intervals import (
     Weighting,
     weighted_mean,
 )
-from qdora.files.atomic import atomic_write_json
-from qdora.files.work_lock import lock_if_free
+from qdora.files.atomic import atomic_write_json, lock_if_free
 from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings

@@ -27,13 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
-from qdora.files.access_tokens import masked
-from qdora.files.atomic import atomic_directory, disk_failures
+from qdora.files.atomic import atomic_directory, disk_failures, in_turn, masked, read_json_object
 from qdora.files.console import consoles, duration, shows_bars
-from qdora.files.json_file import read_json_object
-from qdora.files.nvidia_driver import check_gpu
+from qdora.files.machine import check_gpu
 from qdora.files.run_directory import RunDirectory
-from qdora.files.work_lock import in_turn
 from qdora.memory.oom import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of

