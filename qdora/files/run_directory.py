@@ -358,8 +358,8 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
-    now: dict[str, Any] = json.loads(json_bytes(environment))
-    different = {key: value for key, value in now.items() if last.get(key) != value}
+    current: dict[str, Any] = json.loads(json_bytes(environment))
+    different = {key: value for key, value in current.items() if last.get(key) != value}
     if different:
         record["resumed"] = [*record.get("resumed", []), different]
         atomic_write_json(run.environment_file, record)
