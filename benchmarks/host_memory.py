@@ -30,7 +30,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.plan.fit import plan
 from qdora.plan.plan import public_shapes
-from qdora.plan.show import WholePlans, process_plans
+from qdora.plan.show import process_plans
 from qdora.quant.packed import quantize
 from qdora.recipe.recipe_file import recipe_from
 from qdora.train.distributed import mesh_of, processes_of_launch
@@ -235,7 +235,8 @@ def _planned_bytes(directory: Path, size: int) -> int:
     data = {"mix": [{"task": "demo/howto"}], "max_length": 64}
     model = {"source": str(directory), "tokenizer": "builtin", "dtype": "bfloat16"}
     found = plan(recipe_from({"model": model, "data": data, "train": train}), device_kind="cpu")
-    return next(way.base_bytes for way in process_plans(WholePlans(found, found), size) if way.num_sharing == size)
+    ways = process_plans({"replicate": found, "shard": found}, size)
+    return next(way["base_bytes"] for way in ways if way["num_sharing"] == size)
 
 
 @table("sharded_memory")

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +257,7 @@ def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> di
         **found,
         "num_cards": num_cards,
         "parallel": recipe.train.parallel,
-        "ways": [asdict(each) for each in ways],
+        "ways": ways,
         "model": recipe.model.source,
         "budget": budget,
         "residency": recipe.base.residency,

@@ -45,8 +45,7 @@ from qdora.model.source import resolve
 from qdora.model.store import BaseCache
 from qdora.plan.fake_step import empty_model
 from qdora.plan.fit import plan
-from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes
-from qdora.plan.step_plan import streamed_blocks
+from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes, streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from

@@ -112,7 +112,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
     changed, plan = within(whole.peak_bytes - 1)
     assert (same.train.parallel, changed.train.parallel) == ("auto", "shard")
     assert plan.peak_bytes < whole.peak_bytes
-    assert parts.GATHERED in plan.components
+    assert parts.MOVING in plan.components
     assert within(plan.peak_bytes, train__parallel="shard")[1] is not None
     for refused in ({"train__parallel": "replicate"}, {"adapter__init": "loftq"}, {"num_processes": 1}):
         with pytest.raises(UserError, match=r"memory\.budget"):
@@ -274,26 +274,26 @@ def test_time_of_a_step_by_hand():
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
-    seconds = parts.step_seconds(work, shape, 3, rates)
+    seconds = work.step_seconds(shape, 3, rates)
     assert seconds == pytest.approx(3 * (flops / 1e3 + 3 * 4.6 * 1000 / 1e6) + 300 / 1e6, rel=1e-12)
-    few = parts.step_seconds(replace(work, share_met=0.25), shape, 3, rates)  # of the experts a token meets few
+    few = replace(work, share_met=0.25).step_seconds(shape, 3, rates)  # of the experts a token meets few
     assert seconds - few == pytest.approx(3 * 0.75 * 10 * 2 * (3 * 1000 + 4 * 10) / 1e3, rel=1e-9)
     # Causal attention: half of 4 * length a feature and token, again in the recomputation, and 2.5 times that backward
-    wide = parts.step_seconds(replace(work, attention_width=7), shape, 3, rates)
+    wide = replace(work, attention_width=7).step_seconds(shape, 3, rates)
     assert wide - seconds == pytest.approx(3 * 10 * 2 * 5 * 7 * (1 + 1 + 2.5) / 1e3, rel=1e-9)
     # Each of the two passes over the blocks takes as long as its computing or its copies: 30 s are hidden by the
     # backward pass (two forward passes of 20 s and what decodes), not by the forward pass.
     forward = 10 * 2 * 1000 / 1e3 + 4.6 * 1000 / 1e6
-    assert parts.forward_seconds(work, shape, rates) == pytest.approx(forward, rel=1e-12)
+    assert work.forward_seconds(shape, rates) == pytest.approx(forward, rel=1e-12)
     for link, waiting in ((30, 30 - forward), (100, 100 - forward + 100 - 2 * forward)):
-        away = parts.step_seconds(replace(work, streamed_bytes=link * 1000), shape, 3, rates)
+        away = replace(work, streamed_bytes=link * 1000).step_seconds(shape, 3, rates)
         assert away - seconds == pytest.approx(3 * waiting, rel=1e-9)
     # Short chunks of the loss read the head more often: two products of 2 * 10^6 FLOPs a token take 4 ms; two
     # readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
     work = parts.Work(num_linear=0, num_head=10**6, num_trainable=0, checkpointing=False, **options)
     rates, shape = parts.Rates("x", flops=1e9, bytes=1e7), MicroBatchShape(1, 1001, 1000, masked=False)
     for chunk, expected in ((None, 4.0), (100, 4.0), (250, 4.0), (300, 4.0), (64, 16 * 0.4)):
-        assert parts.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
+        assert replace(work, head_chunk=chunk).step_seconds(shape, 1, rates) == pytest.approx(expected)
 
 
 def test_sizes():

@@ -35,21 +35,14 @@ from qdora.plan.plan import (
     MicroBatchShape,
     Moment,
     Plan,
-    divided,
+    StreamedBlocks,
+    division_of,
     of_card,
+    streamed_blocks,
+    with_offloaded,
+    with_streamed,
 )
-from qdora.plan.show import (
-    ACROSS,
-    ProcessPlan,
-    Way,
-    WholePlans,
-    fastest_way,
-    plan_run,
-    process_lines,
-    process_plans,
-    whole_plans,
-)
-from qdora.plan.step_plan import StreamedBlocks, division_of, streamed_blocks, with_offloaded, with_streamed
+from qdora.plan.show import ACROSS, Way, fastest_way, plan_run, process_lines, process_plans, whole_plans
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -130,7 +123,7 @@ def a_plan(**changes: Any) -> Plan:
     moments = [
         Moment("forward", 0, resident | {parts.FORWARD: 70}),
         Moment("loss", None, resident | {parts.LOSS: 500}),
-        Moment("backward", 1, resident | {parts.BACKWARD: 600}),
+        Moment("backward", 1, resident | {parts.WORKSPACE: 600}),
         Moment("update", None, resident),
     ]
     options: dict[str, Any] = {"num_micro_batches": 6, "num_blocks": 2, "num_trainable": 1000, "step_seconds": 36.0}
@@ -140,16 +133,16 @@ def a_plan(**changes: Any) -> Plan:
 
 
 def test_a_divided_card_holds_its_rows_and_what_is_gathered():
-    found = divided(a_plan(), 3).moments
+    found = of_card(a_plan(), 3, 1).moments
     assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
     # The table, and what it is gathered into; three blocks; a block, the head and what it is gathered into; the head
     gathered = [2 * 400, 3 * 1000, 1000 + 2 * 400, 400, 3 * 1000, 0]
-    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == gathered
+    assert [moment.by_component.get(parts.MOVING, 0) for moment in found] == gathered
     kept = {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
     assert all(kept.items() <= moment.by_component.items() for moment in found)
     assert found[2].by_component.get(parts.LOSS) is None
-    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
-    assert divided(a_plan(), 1) == a_plan()
+    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.WORKSPACE]) == (500, 600)
+    assert of_card(a_plan(), 1, 1) == a_plan()
 
 
 def test_each_of_several_gpus_has_buffers_of_nccl():
@@ -159,30 +152,30 @@ def test_each_of_several_gpus_has_buffers_of_nccl():
     assert of_card(alone, 1, 1) == alone
     on_cpus = replace(alone, device_kind="cpu")
     assert of_card(on_cpus, 1, 2).components == on_cpus.components
-    bytes_of = {"replicate": alone, "shard": divided(alone, 4), "hybrid": divided(alone, 2)}
-    ways = process_plans(WholePlans(alone, alone), 4, num_hosts=2)
-    groups = {each.way: (each.peak_bytes - bytes_of[each.way].peak_bytes) / GIB for each in ways}
+    bytes_of = {"replicate": alone, "shard": of_card(alone, 4, 1), "hybrid": of_card(alone, 2, 1)}
+    ways = process_plans({"replicate": alone, "shard": alone}, 4, num_hosts=2)
+    groups = {each["way"]: (each["peak_bytes"] - bytes_of[each["way"]].peak_bytes) / GIB for each in ways}
     assert groups == {"replicate": 1, "shard": 1, "hybrid": 3}
 
 
 def test_bytes_and_times_by_hand():
     given = a_plan(budget_bytes=10**12)
-    found = process_plans(WholePlans(given, given), 4, num_hosts=2)
+    found = process_plans({"replicate": given, "shard": given}, 4, num_hosts=2)
     gradients = 2 * 4 * 1000 * 3 // 4
     # Six micro-batches on four cards: two for some. Each gathers the blocks twice, the table and the head once.
     more = [0, 2 * 3 * (2 * 2000 + 400 + 400) // 4, 2 * 1 * (2 * 2000 + 400 + 400) // 2]
-    assert [each.wire_bytes for each in found] == [gradients + each for each in more]
+    assert [each["wire_bytes"] for each in found] == [gradients + each for each in more]
     slow = "NVLink + 25 Gb/s"
-    assert found[0].step_seconds[slow] == pytest.approx(2 * 6.0 + gradients / ACROSS["25 Gb/s"])
-    assert found[1].step_seconds[slow] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
-    assert process_plans(WholePlans(given, given), 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
+    assert found[0]["step_seconds"][slow] == pytest.approx(2 * 6.0 + gradients / ACROSS["25 Gb/s"])
+    assert found[1]["step_seconds"][slow] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
+    assert process_plans({"replicate": given, "shard": given}, 4)[1]["step_seconds"].keys() == {"NVLink", "PCIe 4"}
     assert "  Fastest that fits: " in process_lines(found, 4, 2)[-1]
     # A hundred seconds to gather all, of which the forward pass hides 20 and the backward pass 40
     blocks = round(100.0 * 2 * ACROSS["25 Gb/s"])  # half of it is received
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
     division = Division({}, blocks // 20, blocks, 0, 0, tied=False)
     given = a_plan(division=division, forward_seconds=20.0, **sizes)
-    seconds = process_plans(WholePlans(given, given), 2, num_hosts=2)[1].step_seconds
+    seconds = process_plans({"replicate": given, "shard": given}, 2, num_hosts=2)[1]["step_seconds"]
     assert seconds["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (100 - 20) + (100 - 40))
     assert seconds["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (25 - 20))
 
@@ -195,29 +188,31 @@ def streaming(recipe: Recipe) -> Plan:
     moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
     limit = CONTEXT_BYTES["cuda"] + NCCL_BYTES + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
     sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_groups": 1}
-    return a_plan(moments=moments, step_seconds=36.0 + streamed, **sizes)
+    return a_plan(moments=moments, step_seconds=36.0 + streamed, num_streamed=streamed, **sizes)
 
 
 def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path):
     plans = whole_plans(support.one_layer_recipe(tmp_path), streaming)
-    assert (plans.replicate.fits, plans.num_streamed) == (False, 5)  # five leave three blocks and two slots
+    assert (plans["replicate"].fits, plans["stream"].num_streamed) == (
+        False,
+        5,
+    )  # which leaves three and two slots
     found = process_plans(plans, 2)
     ways = [("replicate", False, 0), ("shard", False, 0), ("stream", True, 5)]
-    assert [(each.way, each.fits, each.num_streamed) for each in found] == ways
-    assert found[2].step_seconds["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
+    assert [(each["way"], each["fits"], each["num_streamed"]) for each in found] == ways
+    assert found[2]["step_seconds"]["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
     assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
     base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
     plans = whole_plans(support.one_layer_recipe(tmp_path, **base), streaming)
-    assert (plans.num_streamed, plans.replicate.tensor_bytes) == (7, 10 * GIB)
+    assert (plans["stream"].num_streamed, plans["replicate"].tensor_bytes) == (7, 10 * GIB)
 
 
 def test_of_ways_that_are_as_fast_the_first_is_named():
     """The times are predictions, and streaming needs memory of the host."""
-    cards = {"num_sharing": 1, "peak_bytes": 1, "base_bytes": 1, "wire_bytes": 0}
 
     def fastest(**seconds: float) -> Way | None:
         ways: Any = seconds.items()
-        found = [ProcessPlan(way=way, fits=way != "replicate", step_seconds={"P": each}, **cards) for way, each in ways]
+        found = [{"way": way, "fits": way != "replicate", "step_seconds": {"P": each}} for way, each in ways]
         return fastest_way(found, "P")
 
     assert fastest(replicate=1.0, shard=5.04, stream=5.0) == "shard"
@@ -275,7 +270,7 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone():
     expected[parts.KEPT] -= 4 * 4 * (64 * 64 // 64)
     expected[parts.BASE] -= 3 * CODES
     expected[parts.SCALES] -= 3 * SCALES
-    expected[parts.STREAMING] = 2 * whole.block_bytes
+    expected[parts.MOVING] = 2 * whole.block_bytes
     found = dict(streamed.components)
     assert found.pop(parts.SLACK) < expected.pop(parts.SLACK)
     assert found == expected

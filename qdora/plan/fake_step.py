@@ -9,9 +9,11 @@ any number.
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import math
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,31 +30,82 @@ from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.model.adapter_file import selected_modules
 from qdora.model.attention import attention_of
+from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
-from qdora.model.load import Quantization, block_list, chosen_layers, dense_dtype, layers_to_quantize, skeleton
+from qdora.model.inject import (
+    adapted_layers,
+    adapter_parameters,
+    frozen_like,
+    inject,
+    is_linear,
+    linear_layers,
+    replace_module,
+)
+from qdora.model.load import (
+    block_list,
+    chosen_layers,
+    dense_dtype,
+    layers_to_quantize,
+    quantization_of,
+    skeleton,
+)
 from qdora.model.multimodal import not_loaded
-from qdora.model.patches import replaced
+from qdora.model.patches import fast_grouped_attention, keep_inplace_outputs_, replaced
 from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
+from qdora.model.tokens import extend_vocabulary, train_embeddings
 from qdora.plan import plan as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.planned_device import planned_on
 from qdora.quant.tiles import Weight
+from qdora.recipe.settings import Recipe
 from qdora.train.flat_group import OptimizerName, groups_of
 from qdora.train.loss import tapped_routers
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import head_nll, proposed_form, tapped
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
+Step = tuple[list[Moment], Shapes]
+
 # Least number of blocks on either side of the place where repetitions are inserted, rounded up to whole periods. The
 # first block of a model (its input needs no gradient) and the last one (the loss follows) differ from the others and
 # must not be repeated. With a period of 2 or more, one period on each side is enough.
 _KEPT_BLOCKS = 2
+_LONGEST_PREFIX = 8  # most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts)
 
-# Most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts).
-_LONGEST_PREFIX = 8
+
+def run_step(
+    recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind, adapter: AdapterDescription | None
+) -> Step:
+    """Moments of a step, and the shapes of the trainable parameters.
+
+    `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
+    """
+    blocks, pattern = block_list(model), None
+    if blocks is not None:
+        ranks = {} if adapter is None else ranks_of_adapter(adapter, model)
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+        signatures: list[Hashable] = []
+        for index, block in enumerate(blocks[1]):
+            path = f"{blocks[0]}.{index}."
+            own = [(name.removeprefix(path), rank) for name, rank in ranks.items() if name.startswith(path)]
+            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
+            sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
+            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None, tuple(own)))
+        pattern = find_pattern(signatures)
+    if pattern is None or blocks is None:
+        moments, shapes = _measured(recipe, model, None, shape, adapter)
+    else:
+        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape, adapter)
+        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, adapter)
+        moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
+    if shapes:
+        workspace = update_bytes(shapes, recipe.train.optimizer, kind)
+        workspace += moments[-1].by_component.get(parts.WORKSPACE, 0)
+        moments[-1] = moments[-1].changed({parts.WORKSPACE: workspace})
+    return moments, shapes
 
 
 @dataclass(frozen=True)
@@ -72,89 +125,70 @@ class BlockPattern:
     @property
     def num_kept(self) -> int:
         """Repetitions of the shorter model that is measured."""
-        return _num_kept(self.period)
-
-    def kept(self, repetitions: int) -> list[int]:
-        """Numbers of the blocks of a model with this many repetitions, without the others in the middle."""
-        front = self.prefix + (repetitions - self.num_kept // 2) * self.period
-        back = self.suffix + self.num_kept // 2 * self.period
-        return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
+        return 2 * -(-_KEPT_BLOCKS // self.period)
 
     @property
     def insertion(self) -> int:
         """Number of blocks before the place where repetitions are inserted."""
         return self.prefix + self.num_kept // 2 * self.period
 
-
-def _num_kept(period: int) -> int:
-    return 2 * -(-_KEPT_BLOCKS // period)
-
-
-def signature(block: nn.Module, kind: Any) -> Hashable:
-    """Equal for blocks that need the same bytes: classes, shapes and dtypes inside them, and the attention's `kind`."""
-    modules = tuple((name, type(each).__name__) for name, each in block.named_modules())
-    parameters = tuple((name, tuple(each.shape), each.dtype) for name, each in block.named_parameters())
-    return modules, parameters, kind
+    def kept(self, repetitions: int) -> list[int]:
+        """Numbers of the blocks of a model with this many repetitions, without the others in the middle."""
+        front = self.insertion + (repetitions - self.num_kept) * self.period
+        back = self.suffix + self.num_kept // 2 * self.period
+        return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
 
 
 def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
-    """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing."""
-    total = len(signatures)
-    best, cost = None, total
-    for prefix in range(min(total, _LONGEST_PREFIX + 1)):
+    """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing.
+
+    Blocks of equal signatures need the same bytes.
+    """
+    best, cost = None, len(signatures)
+    for prefix in range(min(cost, _LONGEST_PREFIX + 1)):
         rest = signatures[prefix:]
         for period in range(1, len(rest) // 3 + 1):  # two periods are kept at least, and one is inserted
             repetitions, suffix = divmod(len(rest), period)
-            measured = 2 * (prefix + _num_kept(period) * period + suffix) + period
-            if repetitions <= _num_kept(period):
+            pattern = BlockPattern(prefix, period, repetitions, suffix)
+            measured = 2 * (prefix + pattern.num_kept * period + suffix) + period
+            if repetitions <= pattern.num_kept or measured >= cost:
                 continue
-            if measured < cost and all(rest[at] == rest[at - period] for at in range(period, len(rest))):
-                best, cost = BlockPattern(prefix, period, repetitions, suffix), measured
+            if all(rest[at] == rest[at - period] for at in range(period, len(rest))):
+                best, cost = pattern, measured
     return best
 
 
-def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
-    """Keep only these blocks in a model, and their entries in every list of its config with one entry a block."""
-    blocks = model.get_submodule(path)
-    total = len(blocks)
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList([blocks[index] for index in kept]))
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    for config in configs.values():
-        for name, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == total:
-                setattr(config, name, [value[index] for index in kept])
-        if getattr(config, "num_hidden_layers", None) == total:
-            config.num_hidden_layers = len(kept)
-
-
 def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
-    """Extrapolate the moments of the whole model from those with `num_kept` repetitions and one more, in the order of
-    a step.
+    """The moments of the whole model from those with `num_kept` repetitions and one more, in the order of a step.
 
-    The repetitions in between have no moments: their live bytes lie between those of their neighbours. ValueError if
-    the two do not have the same moments.
+    The repetitions in between have no moments: their live bytes lie between those of their neighbours.
     """
     more = pattern.repetitions - pattern.num_kept
-    found = {(moment.phase, moment.block): moment.by_component for moment in longer}
-    drawn = []
+    by_place = {(moment.phase, moment.block): moment.by_component for moment in longer}
+    moments = []
     for moment in short:
-        behind = moment.block is not None and moment.block >= pattern.insertion
-        block = moment.block + pattern.period if behind and moment.block is not None else moment.block
-        if (moment.phase, block) not in found:
-            raise ValueError(f"no {moment.phase} of block {block} in the longer model")
-        other = found[moment.phase, block]
-        names = dict.fromkeys([*moment.by_component, *other])
-        by_component = {
-            name: moment.by_component.get(name, 0) + more * (other.get(name, 0) - moment.by_component.get(name, 0))
-            for name in names
-        }
-        place = moment.block + more * pattern.period if behind and moment.block is not None else moment.block
-        drawn.append(Moment(moment.phase, place, {name: size for name, size in by_component.items() if size}))
-    return drawn
+        block, step = moment.block, 0
+        if block is not None and block >= pattern.insertion:
+            step = pattern.period
+        ours, theirs = moment.by_component, by_place[moment.phase, None if block is None else block + step]
+        sizes = {name: ours.get(name, 0) for name in dict.fromkeys([*ours, *theirs])}
+        sizes = {name: size + more * (theirs.get(name, 0) - size) for name, size in sizes.items()}
+        moments.append(Moment(moment.phase, None if block is None else block + more * step, {}).changed(sizes))
+    return moments
 
 
-_UNMASKED = "sdpa_without_padding"
+def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
+    """Parameters of the whole model, in its order, from those of the shorter one that was measured."""
+    copies = pattern.repetitions - pattern.num_kept
+    rows, is_past = [], False
+    for name, shape in shapes.items():
+        number = name.removeprefix(f"{path}.").partition(".")[0]
+        index = int(number) if name.startswith(f"{path}.") else -1
+        is_past |= index >= pattern.insertion
+        rows.append((copies + 1 if is_past else 0, name, shape))
+        if pattern.insertion - pattern.period <= index < pattern.insertion:
+            rows += [(copy + 1, f"repetition-{copy}.{name}", shape) for copy in range(copies)]
+    return {name: shape for _, name, shape in sorted(rows, key=lambda row: row[0])}
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -166,25 +200,80 @@ def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtyp
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    planned = "auto" if attention == "flash_attention_2" else attention
-    return skeleton(config, source, dtype, planned, torch.device("cpu"))
+    attention = "auto" if attention == "flash_attention_2" else attention
+    return skeleton(config, source, dtype, attention, torch.device("cpu"))
 
 
-def fill_(
-    model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live: LiveBytes, *, pruned: bool = False
-) -> None:
-    """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode.
+def _measured(
+    recipe: Recipe,
+    whole: PreTrainedModel,
+    kept: list[int] | None,
+    shape: MicroBatchShape,
+    adapter: AdapterDescription | None,
+) -> Step:
+    """`run_step` of a model with the blocks `kept` (None: all), every one measured."""
+    gc.collect()
+    model: Any = copy.deepcopy(whole)
+    if kept is not None:
+        _keep_blocks_(model, kept)
+    with FakeTensorMode(), LiveBytes() as live, _without_kernels(model), fast_grouped_attention():
+        fill_(model, recipe, live)
+        if not shape.masked:
+            _set_unmasked_(model)
+        if recipe.adapter.kind == "full":
+            model.requires_grad_(True)
+        if recipe.memory.checkpointing:
+            recompute_activations(model)
+        # How many rows are spare is not known without the tokenizer: as if none were.
+        size = model.config.get_text_config().vocab_size
+        new_tokens = range(size, size + len(recipe.model.add_tokens))
+        with live.label(parts.DENSE):
+            extend_vocabulary(model, new_tokens)
+        with live.label(parts.ADAPTERS):
+            if adapter is None:
+                put_adapters(model, recipe, new_tokens=new_tokens)
+            else:
+                _put_ranks(model, recipe, adapter, kept, new_tokens)
+            for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
+                layer.add_gate()
+        keep_inplace_outputs_(model)
+        live.reset_peak()
+        parameters = adapter_parameters(model)
+        if not parameters:
+            return [Moment("load", None, live.live_by_label)], {}
+        moments = _record(model.train(), parameters, recipe, shape, live)
+    return moments, {path: (tuple(weight.shape), weight.dtype) for path, weight in parameters.items()}
 
-    With `pruned`, every linear layer that is not skipped gets a mask.
-    """
+
+def _keep_blocks_(model: Any, kept: Sequence[int]) -> None:
+    """Keep only these blocks in a model, and their entries in every list of its config with one entry a block."""
+    path, blocks = block_list(model)  # type: ignore[misc]
+    total = len(blocks)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList([blocks[index] for index in kept]))
+    for config in {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == total:
+                setattr(config, name, [value[index] for index in kept])
+        if getattr(config, "num_hidden_layers", None) == total:
+            config.num_hidden_layers = len(kept)
+
+
+def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
+    """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode."""
+    wanted, pruned = quantization_of(recipe.base), recipe.base.prune is not None
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
     linear = {f"{name}.weight" for name in linear_layers(model)} if whole else set()
     head: Any = model.get_output_embeddings()
+    dtype = model.dtype
 
     def empty(name: str, like: Tensor) -> Tensor:
-        kept = dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
-        return torch.empty(like.shape, dtype=kept)
+        return torch.empty(
+            like.shape, dtype=dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
+        )
 
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
@@ -206,13 +295,13 @@ def fill_(
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name in tied:
             continue
-        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
         with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
-            made = empty(name, parameter)
-        setattr(module, leaf, nn.Parameter(made, requires_grad=False))
-    for target, origin in tied.items():
-        module, leaf = model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]
-        setattr(module, leaf, model.get_parameter(origin))
+            setattr(module, leaf, nn.Parameter(empty(name, parameter), requires_grad=False))
+    for name, origin in tied.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not isinstance(module, FrozenLinear):
@@ -220,24 +309,23 @@ def fill_(
                     module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def set_unmasked_(model: PreTrainedModel) -> None:
+def _set_unmasked_(model: PreTrainedModel) -> None:
     """Let sdpa run without a mask. transformers leaves it out if nothing is padded, which fake tensors cannot show.
 
     A sliding window that is shorter than the text keeps its mask. Other attention implementations are not changed.
     """
+
+    def mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
+        if local_size is None or kwargs["kv_length"] < local_size:
+            return None
+        return sdpa_mask(*args, local_size=local_size, **kwargs)
+
     if attention_of(model) == "sdpa":
-        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
-        AttentionMaskInterface.register(_UNMASKED, _mask_of_window)
+        AttentionInterface.register("sdpa_without_padding", sdpa_attention_forward)
+        AttentionMaskInterface.register("sdpa_without_padding", mask_of_window)
         # transformers warns of parts of a config whose module it does not find.
         text: Any = model.get_decoder() if not_loaded(model) else model
-        text.set_attn_implementation(_UNMASKED)
-
-
-def _mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    if local_size is None or kwargs["kv_length"] < local_size:
-        return None
-    mask: Tensor | None = sdpa_mask(*args, local_size=local_size, **kwargs)
-    return mask
+        text.set_attn_implementation("sdpa_without_padding")
 
 
 def ranks_of_adapter(
@@ -259,8 +347,29 @@ def ranks_of_adapter(
     return {path: adapter.rank_of(original(path)) for path, module in selected.items() if is_linear(module)}
 
 
+def _put_ranks(
+    model: Any, recipe: Recipe, adapter: AdapterDescription, kept: list[int] | None, new_tokens: Sequence[int]
+) -> None:
+    """Adapters of the ranks of the one that the run resumes from, whose values are not read."""
+    ranks, settings = ranks_of_adapter(adapter, model, kept), recipe.adapter
+    inject(
+        model,
+        kind=adapter.kind,
+        rank=1,
+        dropout=settings.dropout,
+        targets=list(ranks),
+        rank_pattern=ranks,
+        share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
+        dtype=DTYPES[settings.dtype],
+    )
+    set_kept_scales_(model, recipe)
+    if settings.also_train:
+        ids = None if settings.also_train_rows == "all" else new_tokens
+        train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
+
+
 @contextmanager
-def without_kernels(model: nn.Module) -> Iterator[None]:
+def _without_kernels(model: nn.Module) -> Iterator[None]:
     """Inside, linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors."""
     with ExitStack() as stack:
         for file in {sys.modules[type(module).__module__] for module in model.modules()}:
@@ -268,145 +377,117 @@ def without_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class StepRecorder:
-    """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
+def _record(
+    model: Any, parameters: dict[str, nn.Parameter], recipe: Recipe, shape: MicroBatchShape, live: LiveBytes
+) -> list[Moment]:
+    """Moments of a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
+    moments: list[Moment] = []
+    now: tuple[str, int | None] = ("gains", None)
+    is_forward = False
+    blocks = list((block_list(model) or ("", []))[1])
 
-    `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
-    of the blocks are kept for the backward pass. With `router_loss` the loss includes that of the routers.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        blocks: Sequence[nn.Module],
-        live: LiveBytes,
-        *,
-        checkpointing: bool,
-        router_loss: bool = False,
-    ) -> None:
-        self.model, self.blocks, self.live, self._router_loss = model, blocks, live, router_loss
-        self.parameters = adapter_parameters(model)
-        self.moments: list[Moment] = []
-        self._kept_as = parts.CHECKPOINTS if checkpointing else parts.FORWARD
-        self._now: tuple[str, int | None] = ("forward", None)
-        self._recording = False
-        for parameter in self.parameters.values():
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda each: live.register(each.grad, parts.GRADIENTS)
-            )
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
-
-    def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
-        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
-        layers = adapted_layers(self.model).values()
-        with self.live.label(parts.KEPT):
-            for layer in layers:
-                layer.gain(self.model.dtype)
-                layer.operands(self.model.dtype)
-        # The parameters have just been updated, so that the gains are taken anew.
-        torch.autograd.graph.increment_version(list(self.parameters.values()))
-        self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
-        with self._part("gains", None, parts.KEPT):
-            prepare_gains(layers)
-        if shape.accumulated:
-            self._make_gradients()
-        self._gradient(shape, chunk)
-        with self._part("update", None, parts.UPDATE):
-            pass
-
-    def _make_gradients(self) -> None:
-        """Gradients, as an earlier micro-batch leaves them."""
-        for parameter in self.parameters.values():
-            parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype or parameter.dtype)
-            self.live.register(parameter.grad, parts.GRADIENTS)
-
-    def _gradient(self, shape: MicroBatchShape, chunk: int | None) -> None:
-        """One micro-batch forward and backward."""
-        with self.live.label(parts.OTHER):
-            inputs, rows, columns, targets = fake_batch(shape)
-        head = self.model.get_output_embeddings()
-        with self._part("forward", None, parts.FORWARD), ExitStack() as stack:
-            tap = stack.enter_context(tapped(head, rows, columns, probing=False))
-            router_tap = stack.enter_context(tapped_routers(self.model)) if self._router_loss else None
-            self._recording = True
-            self.model(**inputs, use_cache=False)
-            self._recording = False
-        with self._part("loss", None, parts.LOSS):
-            loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
-            if router_tap is not None:
-                loss = loss + router_tap.loss(torch.ones_like(inputs["input_ids"]))
-                router_tap.logits = ()
-        with self._part("backward", len(self.blocks) - 1 if self.blocks else None, parts.BACKWARD):
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss, tap
+    def note() -> None:
+        moments.append(Moment(*now, dict(live.peak_by_label)))
+        live.reset_peak()
 
     @contextmanager
-    def _part(self, phase: str, block: int | None, label: str) -> Iterator[None]:
-        self.live.reset_peak()
-        self._now = phase, block
-        with self.live.label(label):
+    def part(phase: str, block: int | None, label: str) -> Iterator[None]:
+        nonlocal now
+        live.reset_peak()
+        now = phase, block
+        with live.label(label):
             yield
-        self._note()
+        note()
 
-    def _note(self) -> None:
-        self.moments.append(Moment(*self._now, dict(self.live.peak_by_label)))
-        self.live.reset_peak()
-
-    def _entering(self, index: int) -> Any:
+    def entering(index: int) -> Any:
         """A hook at the start of a block ends the moment before it; the hook of the input ends its backward pass."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._recording:  # a checkpoint is being recomputed
+            nonlocal now
+            if not is_forward:  # a checkpoint is being recomputed
                 return
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            self.live.register(hidden, self._kept_as)
-            self._note()
-            self._now = "forward", index
+            live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
+            note()
+            now = "forward", index
             if hidden.requires_grad and index > 0:
                 hidden.register_hook(lambda _gradient: leave())  # type: ignore[no-untyped-call]
 
         def leave() -> None:
-            self._note()
-            self._now = "backward", index - 1
+            nonlocal now
+            note()
+            now = "backward", index - 1
 
         return enter
 
+    for weight in parameters.values():
+        weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            lambda weight: live.register(weight.grad, parts.GRADIENTS)
+        )
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(entering(index), with_kwargs=True)
+    optimizer = AdapterOptimizer(parameters, name=recipe.train.optimizer)
+    layers = adapted_layers(model).values()
+    with live.label(parts.KEPT):
+        for layer in layers:
+            layer.gain(model.dtype)
+            layer.operands(model.dtype)
+    # The parameters have just been updated, so that the gains are taken anew.
+    torch.autograd.graph.increment_version(list(parameters.values()))
+    live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
+    with part("gains", None, parts.KEPT):
+        prepare_gains(layers)
+    if shape.accumulated:
+        for weight in parameters.values():
+            weight.grad = torch.empty(weight.shape, dtype=weight.grad_dtype or weight.dtype)
+            live.register(weight.grad, parts.GRADIENTS)
+    with live.label(parts.OTHER):
+        ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
+        inputs = {"input_ids": ids}
+        if shape.masked:
+            inputs["position_ids" if shape.packed else "attention_mask"] = torch.zeros_like(ids)
+        rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
+    head, chunk = model.get_output_embeddings(), recipe.memory.loss_chunk
+    with part("forward", None, parts.FORWARD), ExitStack() as stack:
+        tap = stack.enter_context(tapped(head, rows, columns, probing=False))
+        with_routers = recipe.train.router_aux_loss > 0
+        router_tap = stack.enter_context(tapped_routers(model)) if with_routers else None
+        is_forward = True
+        model(**inputs, use_cache=False)
+        is_forward = False
+    with part("loss", None, parts.LOSS):
+        form, size = proposed_form(model.config), None if chunk == "auto" else chunk
+        loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
+        if router_tap is not None:
+            loss = loss + router_tap.loss(torch.ones_like(ids))
+            router_tap.logits = ()
+    with part("backward", len(blocks) - 1 if blocks else None, parts.WORKSPACE):
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss, tap
+    del inputs, ids, rows, columns, targets, router_tap
+    with part("update", None, parts.WORKSPACE):
+        pass
+    return moments
 
-def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """The model's inputs for a micro-batch, and rows, columns and targets of its labelled positions."""
-    ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
-    inputs = {"input_ids": ids}
-    if shape.packed:
-        inputs["position_ids"] = torch.zeros_like(ids)
-    elif shape.masked:
-        inputs["attention_mask"] = torch.zeros_like(ids)
-    rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
-    return inputs, rows, columns, targets
 
-
-def update_bytes(
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, device_type: DeviceKind
-) -> int:
-    """Peak bytes of an update beside parameters, gradients and states.
-
-    `shapes` has the shape and dtype of every trainable parameter of the whole model.
-    """
+def update_bytes(shapes: Shapes, name: OptimizerName, device_kind: DeviceKind) -> int:
+    """Peak bytes of an update of the whole model beside parameters, gradients and states."""
     # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
-    sizes = {path: torch.Size(shape).numel() for path, (shape, _) in shapes.items()}
+    sizes = {path: math.prod(shape) for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
     for keys, kind in groups_of(shapes, name):
         if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(kind.is_matrix, []))):
             largest[kind.is_matrix] = keys
-    chosen = tuple((path, *shapes[path]) for keys in largest.values() for path in keys)
-    return _peak_of_update(chosen, name, device_type)
+    return _peak_of_update(
+        tuple((path, *shapes[path]) for keys in largest.values() for path in keys), name, device_kind
+    )
 
 
 @lru_cache(maxsize=8)  # one update serves all micro-batches and most of the changes that a plan tries
 def _peak_of_update(
-    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_type: DeviceKind
+    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_kind: DeviceKind
 ) -> int:
-    with planned_on(device_type), FakeTensorMode(), LiveBytes() as live:
+    with planned_on(device_kind), FakeTensorMode(), LiveBytes() as live:
         parameters = {path: nn.Parameter(torch.empty(shape, dtype=dtype)) for path, shape, dtype in shapes}
         optimizer = AdapterOptimizer(parameters, name=name)
         for parameter in parameters.values():
@@ -414,5 +495,4 @@ def _peak_of_update(
         live.reset_peak()
         optimizer.scale_gradients_(optimizer.gradient_norm())
         optimizer.step(1e-4)
-        workspace: int = live.peak_bytes - live.live_bytes
-    return workspace
+        return int(live.peak_bytes - live.live_bytes)

@@ -9,29 +9,33 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from qdora.adapter.expert_linear import ExpertLinear
 from qdora.data.batches import IGNORED, MicroBatch, StepLoader
 from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
 from qdora.data.mix import Mix
 from qdora.errors import HubFailure, UserError
-from qdora.files.machine import available_memory_bytes, held_memory_bytes
-from qdora.memory.stream import NUM_SLOTS, check_host_embedding
-from qdora.model.build_model import (
-    Compute,
-    find_source,
-    keeps_scales,
-)
+from qdora.files.console import errors_only
+from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
+from qdora.memory.stream import NUM_SLOTS, check_host_embedding, obstacle
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
+from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
-from qdora.model.load import load_config
+from qdora.model.inject import linear_layers
+from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
+from qdora.plan import plan as parts
+from qdora.plan.fake_step import Step, empty_model, run_step
 from qdora.plan.plan import (
     ASSUMED,
     CONTEXT_BYTES,
@@ -41,31 +45,28 @@ from qdora.plan.plan import (
     DeviceKind,
     MicroBatchShape,
     Plan,
-    PublicShape,
-    Rates,
+    Work,
+    division_of,
     of_card,
     over_budget,
     public_shapes,
+    streamed_blocks,
+    with_offloaded,
+    with_streamed,
 )
-from qdora.plan.step_plan import _known, _StepPlan
+from qdora.quant.planned_device import Routing, planned_on
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
-from qdora.train.loss import check_router_loss
+from qdora.train.loss import auto_chunk, check_router_loss
 
-MOST_STEPS = 20_000
+logger = logging.getLogger("qdora")
 
-"""Steps whose sizes are compared; a plan says so if the run has more."""
-
-_NUM_FIRST, _NUM_LARGE = 100, 50
-
-"""Steps that are made: those at the beginning, and of each kind of large ones."""
-
+MOST_STEPS = 20_000  # steps whose sizes are compared; a plan says so if the run has more
+# workload(recipe) -> its largest micro-batches (at least one), and the most that a step has
 Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
-
-"""workload(recipe) -> its largest micro-batches (at least one), and the most that a step has."""
 
 
 def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
@@ -73,206 +74,261 @@ def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
     longest = recipe.data.max_length
     step_rows = recipe.train.batch or max(1, -(-(recipe.train.tokens_per_step or 1) // longest))
     rows = min(max(1, micro_batch_tokens(recipe) // longest), step_rows)
-    packed = recipe.data.packing
-    count = max(1, -(-step_rows // rows))
-    masked = packed or rows > 1
-    return [MicroBatchShape(rows, longest, rows * (longest - 1), masked, packed, accumulated=count > 1)], count
+    packed, count = recipe.data.packing, max(1, -(-step_rows // rows))
+    return [MicroBatchShape(rows, longest, rows * (longest - 1), packed or rows > 1, packed, count > 1)], count
 
 
 def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
     """The workload of tokenised data. `mix` belongs to `recipe.data`; for a recipe with other data settings, and for
     streamed data, full micro-batches are assumed.
     """
-
-    known: dict[tuple[int, int | None, int | None], list[int]] = {}  # plans differ in other things, mostly
+    positions: dict[tuple[int, int | None, int | None], list[int]] = {}  # plans differ in other things, mostly
 
     def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
         loader = make_loader(changed, mix, tokenizer)
         if changed.data != recipe.data or loader.streams:
             return assumed_workload(changed)
-        steps = num_steps_of(changed, loader), changed.train.batch, changed.train.tokens_per_step
-        if steps not in known:
-            known[steps] = telling_steps(loader, steps[0])
-        return largest_shapes(loader, known[steps])
+        key = num_steps_of(changed, loader), changed.train.batch, changed.train.tokens_per_step
+        if key not in positions:  # the first steps, those with the longest examples, and the fullest
+            steps = loader.step_sizes(min(key[0], MOST_STEPS))
+            longest = nlargest(50, steps, key=lambda step: step.longest)
+            fullest = nlargest(50, steps, key=lambda step: step.num_tokens)
+            positions[key] = sorted({step.position for step in chain(steps[:100], longest, fullest)})
+        return largest_shapes(loader, positions[key])
 
     return workload
 
 
-def telling_steps(loader: StepLoader, num_steps: int) -> list[int]:
-    """Positions of the steps that a plan examines: the first, those with the longest examples, and the fullest."""
-    steps = loader.step_sizes(min(num_steps, MOST_STEPS))
-    longest = nlargest(_NUM_LARGE, steps, key=lambda step: step.longest)
-    fullest = nlargest(_NUM_LARGE, steps, key=lambda step: step.num_tokens)
-    return sorted({step.position for step in chain(steps[:_NUM_FIRST], longest, fullest)})
-
-
 def largest_shapes(loader: StepLoader, positions: Iterable[int]) -> tuple[list[MicroBatchShape], int]:
     """The largest shapes of the steps at these positions (`not_exceeded`), and the most micro-batches of a step."""
-    found: set[MicroBatchShape] = set()
+    shapes: set[MicroBatchShape] = set()
     most = 1
     for position in positions:
         loader.position = position
         batches = loader.next_step().micro_batches
         most = max(most, len(batches))
-        found.update(shape_of(batch, accumulated=index > 0) for index, batch in enumerate(batches))
-    return not_exceeded(found), most
+        shapes.update(_shape_of(batch, index > 0) for index, batch in enumerate(batches))
+    return not_exceeded(shapes), most
 
 
-def shape_of(batch: MicroBatch, *, accumulated: bool) -> MicroBatchShape:
-    """The shape of a micro-batch; `accumulated` if it is not the first of its step."""
-    rows, length = batch.input_ids.shape
-    num_labels = int((batch.labels[:, 1:] != IGNORED).sum())
+def _shape_of(batch: MicroBatch, accumulated: bool) -> MicroBatchShape:
     packed = batch.packing is not None
+    num_labels = max(int((batch.labels[:, 1:] != IGNORED).sum()), 1)
     # An unpadded batch has a mask of ones, which transformers leaves out.
     masked = packed or not bool(batch.attention_mask.all())
-    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed=packed, accumulated=accumulated)
+    rows, length = batch.input_ids.shape
+    return MicroBatchShape(rows, length, num_labels, masked, packed, accumulated)
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
     """The shapes that no other one equals or exceeds in all of tokens, squared lengths, labels, masks and gradients."""
 
     def sizes(shape: MicroBatchShape) -> tuple[int, ...]:
-        return (
-            shape.num_tokens,
-            shape.rows * shape.length**2,  # the scores of eager attention
-            shape.rows * shape.length**2 * shape.masked,  # the mask of sdpa
-            shape.num_labels,
-            int(shape.masked),
-            int(shape.packed),
-            int(shape.accumulated),
-        )
+        scores = shape.rows * shape.length**2  # of eager attention; sdpa has a mask of that size
+        flags = shape.masked, shape.packed, shape.accumulated
+        return shape.num_tokens, scores, scores * shape.masked, shape.num_labels, *flags
 
     kept: list[MicroBatchShape] = []
     for shape in sorted(shapes, key=sizes, reverse=True):
-        mine = sizes(shape)
-        if not any(all(a >= b for a, b in zip(sizes(other), mine, strict=True)) for other in kept):
+        if not any(all(a >= b for a, b in zip(sizes(other), sizes(shape), strict=True)) for other in kept):
             kept.append(shape)
     return kept
 
 
-# A change that saves a smaller share of the tensors' bytes is not proposed.
-_LEAST_SAVING = 0.002
+@dataclass
+class Planner:
+    """Plans a recipe and its changes: models of one config without tensors, and the steps that were run."""
+
+    config: PreTrainedConfig
+    source: ModelSource
+    device_kind: DeviceKind
+    models: dict[tuple[torch.dtype, str], PreTrainedModel] = field(default_factory=dict)
+    steps: dict[tuple[object, ...], Step] = field(default_factory=dict)
+
+    def dtype(self, recipe: Recipe) -> torch.dtype:
+        """Dtype of the activations."""
+        name = recipe.model.dtype
+        if name == "auto":
+            name = "bfloat16" if self.device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+        return DTYPES[name]
+
+    def model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+        """The model on the meta device, not to be changed."""
+        if (dtype, attention) not in self.models:
+            with errors_only():
+                self.models[dtype, attention] = empty_model(self.config, self.source, dtype, attention)
+        return self.models[dtype, attention]
+
+    def plan(
+        self,
+        recipe: Recipe,
+        shape: MicroBatchShape,
+        num_micro_batches: int,
+        dtype: torch.dtype,
+        routing: Routing = "skewed",
+    ) -> Plan:
+        """The plan of a step: one is run on fake tensors, and what is streamed or offloaded is computed from sizes.
+
+        `routing` is how the tokens of a mixture divide among its experts.
+        """
+        base, is_cuda = recipe.base, self.device_kind == "cuda"
+        model, wanted = self.model(dtype, recipe.model.attention), quantization_of(base)
+        num_blocks = len((block_list(model) or ("", []))[1])
+        moments, shapes = self._step(recipe, shape, dtype, routing)
+        work, rates = (
+            self.work(recipe, sum(math.prod(size) for size, _ in shapes.values()), dtype),
+            ASSUMED[self.device_kind],
+        )
+        host_bytes = num_streamed = embedding_bytes = block_bytes = 0
+        if base.residency != "device":
+            streamed = streamed_blocks(model, wanted, base.streamed_blocks)
+            moments, host_bytes, num_streamed = (
+                with_streamed(moments, streamed),
+                streamed.host_bytes,
+                streamed.num_streamed,
+            )
+        if work.row_bytes:
+            embedding_bytes = int(model.get_input_embeddings().weight.numel()) * dtype.itemsize
+            moments = [
+                moment.changed({parts.DENSE: moment.by_component.get(parts.DENSE, 0) - embedding_bytes})
+                for moment in moments
+            ]
+            # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
+            # less than twice the longest.
+            host_bytes += 2 << (shape.num_tokens * work.row_bytes - 1).bit_length()
+        if recipe.memory.offload_activations:
+            moments, pinned = with_offloaded(moments, num_blocks)
+            host_bytes += pinned
+        if is_cuda and num_blocks and base.quant != "none" and base.prune is None:
+            block_bytes = streamed_blocks(model, wanted, None).block_bytes
+        tied = tied_weights(model)  # parameters of their own on the meta device
+        with errors_only():
+            division = division_of(model, wanted, dtype, pruned=base.prune is not None)
+        return Plan(
+            device_kind=self.device_kind,
+            moments=moments,
+            shape=shape,
+            num_micro_batches=num_micro_batches,
+            host_bytes=host_bytes,
+            embedding_bytes=embedding_bytes,
+            block_bytes=block_bytes,
+            num_blocks=num_blocks,
+            num_streamed=num_streamed,
+            num_trainable=work.num_trainable,
+            num_weights=sum(weight.numel() for name, weight in model.named_parameters() if name not in tied),
+            step_seconds=work.step_seconds(shape, num_micro_batches, rates) if shapes else None,
+            forward_seconds=work.forward_seconds(shape, rates),
+            rates=asdict(rates),
+            context=getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            division=division,
+        )
+
+    def _step(self, recipe: Recipe, shape: MicroBatchShape, dtype: torch.dtype, routing: Routing) -> Step:
+        """Run a step, unless one was run already that needs the same of everything."""
+        before = recipe.adapter.resume_from
+        adapter = None if before is None else describe_adapter(Path(before))
+        base = recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"})
+        memory = recipe.memory.checkpointing, recipe.memory.loss_chunk, keeps_scales(recipe)
+        train = recipe.train.optimizer, recipe.train.router_aux_loss > 0, len(recipe.model.add_tokens)
+        model = dtype, recipe.model.attention, shape, routing
+        key = (base, recipe.adapter.model_dump_json(), repr(adapter), memory, train, *model)
+        if key not in self.steps:
+            skeleton = self.model(dtype, recipe.model.attention)
+            with errors_only(), planned_on(self.device_kind, routing), torch.random.fork_rng(devices=[]):
+                self.steps[key] = run_step(recipe, skeleton, shape, self.device_kind, adapter)
+        return self.steps[key]
+
+    def work(self, recipe: Recipe, num_trainable: int, dtype: torch.dtype) -> Work:
+        """What a step with this many trainable parameters computes and moves."""
+        model: Any = self.model(dtype, recipe.model.attention)
+        blocks, base, memory = block_list(model), recipe.base, recipe.memory
+        config = model.config.get_text_config()
+        linear, met, top_k = 0, 0.0, getattr(config, "num_experts_per_tok", 1)
+        for layer in linear_layers(model if blocks is None else blocks[1]).values():
+            size = int(layer.weight.numel())  # type: ignore[operator]
+            linear += size
+            met += size * (top_k / layer.num_experts if isinstance(layer, ExpertLinear) else 1.0)
+        heads = getattr(config, "num_attention_heads", 1)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        streamed_bytes, on_host = 0, memory.host_embeddings and self.device_kind == "cuda" and obstacle(model) is None
+        if base.residency != "device":
+            streamed = streamed_blocks(model, quantization_of(base), base.streamed_blocks)
+            streamed_bytes = streamed.num_streamed * streamed.block_bytes
+        chunk = memory.loss_chunk
+        return Work(
+            num_linear=linear,
+            share_met=met / max(linear, 1),
+            num_head=config.vocab_size * config.hidden_size,
+            head_chunk=auto_chunk(config.vocab_size, dtype.itemsize) if chunk == "auto" else chunk,
+            num_trainable=num_trainable,
+            attention_width=config.num_hidden_layers * heads * head_size,
+            quantised=base.quant != "none",
+            checkpointing=memory.checkpointing,
+            full=recipe.adapter.kind == "full",
+            streamed_bytes=streamed_bytes,
+            row_bytes=config.hidden_size * dtype.itemsize if on_host else 0,
+        )
 
 
-_Overrides = tuple[str, ...]
+_planners: dict[tuple[object, ...], Planner] = {}  # the last one: the cells of a study have one model
 
 
-def with_changes(
-    recipe: Recipe, first: Plan, plan_of: Callable[[Recipe], Plan], seconds_of: Callable[[Recipe], float]
+def fit_recipe(
+    recipe: Recipe,
+    budget: int | None,
+    *,
+    config: PreTrainedConfig | None = None,
+    device_kind: DeviceKind,
+    workload: Workload,
+    num_processes: int = 1,
+    num_sharing: int = 1,
+    may_change: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Recipe, Plan]:
-    """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
+    """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
 
-    A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
-    plans a changed recipe for the same budget, and `seconds_of` estimates the time of its step without a plan.
-
-    Returns:
-        The recipe with the neutral changes that it needed, and `first` with all changes.
+    `dtype` is what the run computes in, if its device is known.
     """
-    found: list[Change] = []
-    changed, now = recipe, first
-    fitting = recipe
-    for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
-        for each in sorted(options, key=lambda option: seconds_of(options[option])):
-            if now.fits:
-                return fitting, replace(first, changes=tuple(found))
-            candidate = _overridden(changed, each)
-            if candidate is None:
-                continue
-            plan = plan_of(candidate)
-            if plan.tensor_bytes >= now.tensor_bytes * (1 - _LEAST_SAVING):
-                continue
-            changed, now = candidate, plan
-            found.append(Change(", ".join(each), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
-            if neutral:
-                fitting = changed
-        if neutral and not now.fits:
-            changed, now, settings = with_streaming(changed, now, plan_of)
-            if settings:
-                fitting = changed
-                found.append(Change(", ".join(settings), now.peak_bytes, now.step_seconds or 0.0, neutral))
-    return fitting, replace(first, changes=tuple(found))
+    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
+    if config is None:
+        source = find_source(recipe, weights=False)
+        config = load_config(source)
+    check_router_loss(recipe, config)
+    key = type(config), config.to_json_string(use_diff=False), source, device_kind
+    if key not in _planners:
+        _planners.clear()
+        _planners[key] = Planner(config, source, device_kind)
+    planner = _planners[key]
+    plain = planner.model(torch.bfloat16, recipe.model.attention)
+    if recipe.memory.host_embeddings and device_kind == "cuda":
+        check_host_embedding(plain)
+    in_dtype = dtype or planner.dtype(recipe)
 
+    def plan_of(changed: Recipe) -> Plan:
+        shapes, count = workload(changed)
 
-def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
-    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it.
+        def card(shape: MicroBatchShape, routing: Routing = "skewed") -> Plan:
+            return of_card(planner.plan(changed, shape, count, in_dtype, routing), num_sharing, num_processes)
 
-    Nothing is changed if the recipe fits, has no budget, or does not go together with streamed blocks.
-    """
-    overrides: _Overrides = ()
-    while plan.fits is False and (more := _streaming(recipe, plan)):
-        streamed = _overridden(recipe, more)
-        if streamed is None:
-            break
-        # The rounding of sizes can leave a little too much; then one more block is streamed
-        overrides, recipe = more, streamed
-        plan = plan_of(recipe)
-    return recipe, plan, overrides
+        plans = [card(shape) for shape in shapes]
+        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
+        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
+        most = max(plans, key=lambda each: each.peak_bytes)
+        even_bytes = None
+        if stacks(plain):
+            even = card(most.shape, "even")
+            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
+        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
 
+    def seconds_of(changed: Recipe) -> float:
+        shapes, count = workload(changed)
+        work = planner.work(changed, first.num_trainable, in_dtype)
+        return max(work.step_seconds(shape, count, ASSUMED[device_kind]) for shape in shapes)
 
-def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
-    """The changed recipe; None if its settings do not go together, such as a rank below the mean rank of its gates."""
-    try:
-        return override(recipe, overrides)
-    except UserError:
-        return None
-
-
-def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
-    """Overrides that stream as many blocks as it takes to fit, or all; empty if that saves nothing."""
-    if not plan.block_bytes:
-        return ()
-    least = plan.block_bytes * (1 + SLACK_SHARE[plan.device_kind])
-    excess = plan.peak_bytes - (plan.budget_bytes or 0)
-    before, slots = (recipe.base.streamed_blocks or plan.num_blocks), 0
-    if recipe.base.residency == "device":
-        before, slots = 0, NUM_SLOTS
-    count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
-    if count <= max(before, slots):
-        return ()
-    checkpointing = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
-    return (*checkpointing, "base.residency=host", f"base.streamed_blocks={count}")
-
-
-def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
-    """Overrides that may need less memory: neutral ones, and others. `_overridden` leaves out invalid ones."""
-    train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
-    asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
-    keeps_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
-    keeps_embedding |= train.divides_base
-    recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
-    neutral: list[tuple[bool, _Overrides]] = [
-        (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
-        for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
-    ]
-    neutral += [
-        (base.quant != "none" and keeps_scales(recipe), ("memory.keep_scales=false",)),
-        (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
-        (not memory.checkpointing, recompute),
-        (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
-        (on_gpu and not memory.host_embeddings and not keeps_embedding, ("memory.host_embeddings=true",)),
-    ]
-    trains_adapter, short = adapter.kind in ("lora", "dora"), data.max_length // 2
-    # Without it a micro-batch could have more of the shorter rows
-    fewer = (f"train.micro_batch_tokens={short}",) if short <= (train.tokens_per_step or short) else ()
-    experts = adapter.experts.rank or 1
-    too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
-    others: list[tuple[bool, _Overrides]] = [
-        (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
-        (train.optimizer == "lion", ("train.optimizer=paged_lion_8bit",)),
-        (trains_adapter and base.quant in ("none", "int8"), ("base.quant=nf4",)),
-        (base.quant in ("nf4", "fp4") and not base.double_quant, ("base.double_quant=true",)),
-        (
-            trains_adapter and adapter.resume_from is None and adapter.rank >= 16,
-            (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}"),
-        ),
-        (
-            trains_adapter and adapter.resume_from is None and experts > 1,
-            (f"adapter.experts.rank={experts // 2}",),
-        ),
-        (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
-    ]
-    return [each for may, each in neutral if may], [each for may, each in others if may]
+    first = plan_of(recipe)
+    if first.fits is not False or not may_change:
+        return recipe, first
+    return with_changes(recipe, first, plan_of, seconds_of)
 
 
 def plan(
@@ -297,85 +353,132 @@ def plan(
         num_processes: Processes of the run, each on a card of its own; the plan is that of one card.
         num_sharing: Processes that divide the base; 1: each holds all of it.
         may_change: Look for changes if the plan is over the budget.
-    Raises UserError for a model or setting that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
-    limit = parse_size(budget) if isinstance(budget, str) else budget
-    shape = _stored_shape(recipe) if config is None else None
+    shape = public_shapes().get(recipe.model.source) if config is None else None
     if shape is not None:
         config = shape.config()
-    options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "config": config}
-    options |= {"num_processes": num_processes, "num_sharing": num_sharing, "may_change": may_change}
-    _, found = fit_recipe(recipe, limit, **options)
+        with suppress(HubFailure):
+            find_source(recipe, weights=False)
+            config = shape = None
+    _, found = fit_recipe(
+        recipe,
+        parse_size(budget) if isinstance(budget, str) else budget,
+        config=config,
+        device_kind=device_kind,
+        workload=workload,
+        num_processes=num_processes,
+        num_sharing=num_sharing,
+        may_change=may_change,
+    )
     return found if shape is None else replace(found, stored_shape=shape.source, context=shape.context)
 
 
-def _stored_shape(recipe: Recipe) -> PublicShape | None:
-    """The stored shape of the recipe's model if there is one and the Hub does not give the model."""
-    shape = public_shapes().get(recipe.model.source)
-    if shape is not None:
-        try:
-            find_source(recipe, weights=False)
-        except HubFailure:
-            return shape
-    return None
+_Overrides = tuple[str, ...]
 
 
-def fit_recipe(
-    recipe: Recipe,
-    budget: int | None,
-    *,
-    config: PreTrainedConfig | None = None,
-    device_kind: DeviceKind,
-    workload: Workload,
-    num_processes: int = 1,
-    num_sharing: int = 1,
-    may_change: bool = True,
-    rates: Rates | None = None,
-    dtype: torch.dtype | None = None,
+def with_changes(
+    recipe: Recipe, first: Plan, plan_of: Callable[[Recipe], Plan], seconds_of: Callable[[Recipe], float]
 ) -> tuple[Recipe, Plan]:
-    """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
+    """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
 
-    Args:
-        rates: Rates of the device (default: the assumed ones).
-        dtype: What the run computes in, if its device is known (default: the recipe's; auto is bfloat16 on a GPU).
+    A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
+    plans a changed recipe for the same budget, and `seconds_of` estimates the time of its step without a plan. Returns
+    the recipe with the neutral changes that it needed, and `first` with all changes.
     """
-    rates = rates or ASSUMED[device_kind]
-    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
-    if config is None:
-        source = find_source(recipe, weights=False)
-        config = load_config(source)
-    check_router_loss(recipe, config)
-    known = _known(config, source, device_kind)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if recipe.memory.host_embeddings and device_kind == "cuda":
-        check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))
+    changes: list[Change] = []
+    changed, now, fitting = recipe, first, recipe
 
-    def step_plans(changed: Recipe) -> list[_StepPlan]:
-        shapes, count = workload(changed)
-        return [_StepPlan(changed, known, shape, count, rates, run_dtype=dtype) for shape in shapes]
+    def take(candidate: Recipe, plan: Plan, overrides: _Overrides, neutral: bool) -> None:
+        nonlocal changed, now, fitting
+        changed, now = candidate, plan
+        changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
+        fitting = changed if neutral else fitting
 
-    def plan_of(changed: Recipe) -> Plan:
-        plans = [of_card(each.plan(), num_sharing, num_processes) for each in step_plans(changed)]
-        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
-        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
-        most = max(plans, key=lambda each: each.peak_bytes)
-        even_bytes = None
-        if stacks(known.model(torch.bfloat16, recipe.model.attention)):
-            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
-            even = of_card(step.plan(), num_sharing, num_processes)
-            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
-        found = replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
-        return replace(found, context=context)
+    for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
+        if now.fits:
+            break
+        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
+        for each in sorted(options, key=lambda option: seconds_of(options[option])):
+            if now.fits or (candidate := _overridden(changed, each)) is None:
+                continue
+            plan = plan_of(candidate)
+            if plan.tensor_bytes < now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
+                take(candidate, plan, each, neutral)
+        if neutral and not now.fits:
+            streamed, plan, settings = with_streaming(changed, now, plan_of)
+            if settings:
+                take(streamed, plan, settings, neutral)
+    return fitting, replace(first, changes=tuple(changes))
 
-    def seconds_of(changed: Recipe) -> float:
-        return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
-    first = plan_of(recipe)
-    if first.fits is not False or not may_change:
-        return recipe, first
-    return with_changes(recipe, first, plan_of, seconds_of)
+def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
+    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it.
+
+    Nothing is changed if the recipe fits, has no budget, or does not go together with streamed blocks.
+    """
+    overrides: _Overrides = ()
+    while plan.fits is False and plan.block_bytes:
+        excess = plan.peak_bytes - (plan.budget_bytes or 0)
+        before, slots = recipe.base.streamed_blocks or plan.num_blocks, 0
+        if recipe.base.residency == "device":
+            before, slots = 0, NUM_SLOTS
+        least = plan.block_bytes * (1 + SLACK_SHARE[plan.device_kind])
+        count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
+        more: _Overrides = ("base.residency=host", f"base.streamed_blocks={count}")
+        if not recipe.memory.checkpointing:
+            more = ("memory.checkpointing=true", *more)
+        if count <= max(before, slots) or (streamed := _overridden(recipe, more)) is None:
+            break
+        # The rounding of sizes can leave a little too much; then one more block is streamed
+        overrides, recipe = more, streamed
+        plan = plan_of(recipe)
+    return recipe, plan, overrides
+
+
+def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
+    """The changed recipe; None if its settings do not go together, such as a rank below the mean rank of its gates."""
+    try:
+        return override(recipe, overrides)
+    except UserError:
+        return None
+
+
+def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
+    """Overrides that may need less memory: neutral ones, and others. `_overridden` leaves out invalid ones."""
+    train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
+    asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
+    keeps_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
+    keeps_embedding |= train.divides_base
+    recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
+    neutral: list[tuple[bool, _Overrides]] = [
+        (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
+        for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
+    ]
+    neutral += [
+        (base.quant != "none" and keeps_scales(recipe), ("memory.keep_scales=false",)),
+        (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
+        (not memory.checkpointing, recompute),
+        (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
+        (on_gpu and not memory.host_embeddings and not keeps_embedding, ("memory.host_embeddings=true",)),
+    ]
+    short, experts = data.max_length // 2, adapter.experts.rank or 1
+    trains_adapter, new = adapter.kind in ("lora", "dora"), adapter.resume_from is None
+    # Without it a micro-batch could have more of the shorter rows
+    fewer = (f"train.micro_batch_tokens={short}",) if short <= (train.tokens_per_step or short) else ()
+    too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
+    halved = (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}")
+    others: list[tuple[bool, _Overrides]] = [
+        (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
+        (train.optimizer == "lion", ("train.optimizer=paged_lion_8bit",)),
+        (trains_adapter and base.quant in ("none", "int8"), ("base.quant=nf4",)),
+        (base.quant in ("nf4", "fp4") and not base.double_quant, ("base.double_quant=true",)),
+        (trains_adapter and new and adapter.rank >= 16, halved),
+        (trains_adapter and new and experts > 1, (f"adapter.experts.rank={experts // 2}",)),
+        (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
+    ]
+    return [each for may, each in neutral if may], [each for may, each in others if may]
 
 
 def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
@@ -385,17 +488,12 @@ def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
 
 def divided_recipe(recipe: Recipe) -> Recipe | None:
     """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
-    try:
-        return override(_all_on_device(recipe), ["memory.host_embeddings=false", "train.parallel=shard"])
-    except UserError:
-        return None
+    return _overridden(all_on_device(recipe), ("memory.host_embeddings=false", "train.parallel=shard"))
 
 
-def _all_on_device(recipe: Recipe) -> Recipe:
+def all_on_device(recipe: Recipe) -> Recipe:
+    """The recipe without streamed blocks."""
     return with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
-
-
-logger = logging.getLogger("qdora")
 
 
 def within_budget(
@@ -405,10 +503,7 @@ def within_budget(
 
     With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto it has the
     neutral changes that it needs to fit. Over the budget: a warning with `force`, else UserError, which says what to
-    change.
-
-    Args:
-        processes: Those of the run, which all call this; budget auto is what the fullest of their devices has free.
+    change. All `processes` of the run call this; budget auto is what the fullest of their devices has free.
     """
     asked, parallel = recipe.memory.budget, recipe.train.parallel
     if asked is None:

@@ -1,4 +1,4 @@
-"""A memory plan: the live bytes of each moment of a step by component, the peak, and an estimate of a step's time.
+"""A memory plan: the live bytes of each moment of a step by component, their peak, and an estimate of a step's time.
 
 A plan is a list of moments. Each has the bytes of every component that are alive at its own peak. The largest moment is
 the peak of the run. The time comes from a roofline: FLOPs, bytes of the device's memory, and bytes over a link.
@@ -6,79 +6,61 @@ the peak of the run. The time comes from a roofline: FLOPs, bytes of the device'
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
+import torch
 import yaml
-from transformers import AutoConfig, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
+from qdora.memory.offload import pages_bytes
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns
+from qdora.model.checkpoint import tied_weights
+from qdora.model.inject import linear_layers
+from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
+from qdora.quant.packed import empty_packed
 from qdora.recipe.byte_size import size_text
 
 GIB, MIB = 2**30, 2**20
-
 DeviceKind = Literal["cuda", "cpu"]
 
 # The components of a plan, in the order of the table
 BASE = "packed base"  # codes of the quantised linear layers, or their 16-bit weights if they are not quantised
-
 SCALES = "block scales"  # scales of the quantised layers
-
 MASKS = "masks"  # masks of a pruned base: a bit for each weight
-
 DENSE = "embeddings, head, norms"  # all other frozen weights
-
 ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and ||W||^2 of each row
-
 KEPT = "kept norms and scales"  # made once a step: norms, gains, s g B, decoded block scales
-
 OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 parameters
-
 GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
-
 CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
-
 FORWARD = "activations"  # other tensors that the forward pass keeps for the backward pass
-
-BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, with its recomputed activations
-
 LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
-
-UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
-
-STREAMING = "streaming slots"  # slots of the streamed blocks
-
-GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
-
+WORKSPACE = "workspace"  # backward pass of one block, with its recomputed activations; a group in float32 in its update
+MOVING = "streamed or gathered blocks"  # slots of streamed blocks; whole blocks of a divided base
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
-
 NCCL = "NCCL buffers"  # what several GPUs communicate through: a constant
-
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
-
 OTHER = "other"  # ids, masks, positions
-
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
+COMPONENTS += (FORWARD, LOSS, WORKSPACE, MOVING, CONTEXT, NCCL, SLACK, OTHER)
 
-COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
-
+# cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
+# beside its tensors when most is resident: the rounded median of the runs in benchmarks/results/plan_accuracy.json,
+# measured_rss_bytes less planned tensors.
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
-
-"""cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
-beside its tensors when most is resident: the interpreter with its libraries, and what they take during the run. It is
-the rounded median of the runs in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors."""
-
+# Of one group of processes on each of its GPUs; a round number, not yet measured. Reported are 544 to 688 MB on A100
+# with NVLink, as often as there are groups (github.com/NVIDIA/nccl/issues/964).
 NCCL_BYTES = GIB
-
-"""Of one group of processes on each of its GPUs; a round number, not yet measured. Reported are 544 to 688 MB on A100
-with NVLink, as often as there are groups (github.com/NVIDIA/nccl/issues/964)."""
-
+# Bytes that the allocator holds beside the tensors at the peak, as a share of them. A GPU's caching allocator rounds
+# blocks up and cannot join all freed ones; an estimate, not yet measured.
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
-
-"""Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
-rounds blocks up and cannot join all freed ones; an estimate, not yet measured."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +74,11 @@ class Moment:
     block: int | None
     by_component: Mapping[str, int]
 
+    def changed(self, sizes: Mapping[str, int]) -> Moment:
+        """The moment with other sizes of some components."""
+        sizes = {**self.by_component, **sizes}
+        return replace(self, by_component={name: size for name, size in sizes.items() if size})
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all components."""
@@ -100,8 +87,8 @@ class Moment:
     @property
     def name(self) -> str:
         """The moment in words, such as 'backward pass of block 79'."""
-        said = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
-        text = said.get(self.phase, f"{self.phase} pass")
+        names = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
+        text = names.get(self.phase, f"{self.phase} pass")
         return text if self.block is None else f"{text} of block {self.block}"
 
 
@@ -139,9 +126,7 @@ class Change:
     neutral: bool
 
 
-Cut = tuple[str, int, int]
-
-"""Component, length of the dimension that is cut, and bytes of one of its entries."""
+Cut = tuple[str, int, int]  # component, length of the dimension that is cut, bytes of one of its entries
 
 
 @dataclass(frozen=True)
@@ -164,10 +149,10 @@ class Division:
 
     def held(self, size: int) -> dict[str, int]:
         """Component -> bytes that each of `size` processes holds: as much as the first, since torch pads the others."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for (component, length, num_bytes), count in self.cuts.items():
-            found[component] = found.get(component, 0) + count * -(-length // size) * num_bytes
-        return found
+            sizes[component] = sizes.get(component, 0) + count * -(-length // size) * num_bytes
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +166,8 @@ class Plan:
         host_bytes: Pinned host memory of streamed blocks, checkpoints and rows of an embedding on the host.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can, as on a CPU.
+        num_streamed: Blocks that are streamed.
         step_seconds: An estimate, as is forward_seconds, of a micro-batch through the blocks.
-        rates: Those that the estimate assumes.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
         even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is
             the worse of this and of nearly all tokens choosing the same ones. None for other models.
@@ -201,6 +186,7 @@ class Plan:
     embedding_bytes: int = 0
     block_bytes: int = 0
     num_blocks: int = 0
+    num_streamed: int = 0
     num_trainable: int = 0
     num_weights: int = 0
     step_seconds: float | None = None
@@ -226,13 +212,13 @@ class Plan:
     @property
     def components(self) -> dict[str, int]:
         """Component -> bytes at the peak, constants included, in the order of `COMPONENTS`."""
-        constants = {
+        sizes = {
+            **self.peak.by_component,
             CONTEXT: CONTEXT_BYTES[self.device_kind],
             NCCL: self.num_groups * NCCL_BYTES if self.device_kind == "cuda" else 0,
             SLACK: round(self.tensor_bytes * SLACK_SHARE[self.device_kind]),
         }
-        found = {**self.peak.by_component, **constants}
-        return {name: found[name] for name in COMPONENTS if found.get(name)}
+        return {name: sizes[name] for name in COMPONENTS if sizes.get(name)}
 
     @property
     def peak_bytes(self) -> int:
@@ -256,22 +242,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        sizes = ("budget_bytes", "fits", "host_bytes", "embedding_bytes", "block_bytes")
-        counts = ("num_micro_batches", "num_blocks", "num_trainable", "num_weights", "step_seconds")
+        computed = ("moments", "division", "device_kind", "shape", "changes", "num_groups", "forward_seconds")
         return {
             "device": self.device_kind,
-            "stored_shape": self.stored_shape,
-            "context": self.context,
             "peak_bytes": self.peak_bytes,
-            "even_routing_bytes": self.even_routing_bytes,
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,
             "components": self.components,
-            **{name: getattr(self, name) for name in sizes},
+            "fits": self.fits,
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
-            **{name: getattr(self, name) for name in counts},
-            "rates": dict(self.rates),
-            "assumptions": list(self.assumptions),
+            **{name: value for name, value in vars(self).items() if name not in computed},
             "changes": [vars(change) for change in self.changes],
         }
 
@@ -283,28 +263,22 @@ def seconds_text(seconds: float) -> str:
 
 def over_budget(plan: Plan, *, forced: bool = False) -> str:
     """The error of a run over its budget, in one line; `forced` if it starts all the same."""
-    parts = sorted(plan.components.items(), key=lambda each: -each[1])[:3]
+    parts = sorted(plan.components.items(), key=lambda item: -item[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
-    changes = "; ".join(change.setting for change in plan.changes)
     fix = "start anyway with --force"
     if plan.changes:
-        change = f"change, cheapest first: {changes}{'' if plan.changes_fit else ' (even all of these are not enough)'}"
-        fix = change if forced else f"{change}; or {fix}"
-    end = f"Fix: {fix}." if plan.changes or not forced else ""
-    end += " It starts all the same (--force)." if forced else ""
+        enough = "" if plan.changes_fit else " (even all of these are not enough)"
+        fix = f"change, cheapest first: {'; '.join(change.setting for change in plan.changes)}{enough}; or {fix}"
+    end = "It starts all the same (--force)." if forced else f"Fix: {fix}."
     return (
         f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
-        f"the {plan.peak.name} ({largest}). {end.lstrip()}"
+        f"the {plan.peak.name} ({largest}). {end}"
     )
 
 
+# Bytes moved for each dequantised weight: read packed (0.5), write and read the dense tile (2 + 2), and scales
 BYTES_PER_DEQUANTISED = 4.6
-
-"""Bytes moved for each dequantised weight: read packed (0.5), write and read the dense tile (2 + 2), and scales."""
-
-PCIE_4 = 25e9
-
-"""Bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes."""
+PCIE_4 = 25e9  # bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes
 
 
 @dataclass(frozen=True)
@@ -330,8 +304,8 @@ class Work:
     """What a step computes and moves.
 
     Attributes:
-        num_linear: Weights of the linear layers inside the blocks.
-        share_met: Share of them that a token meets; less than 1 in a mixture of experts. All are dequantised.
+        num_linear: Weights of the linear layers inside the blocks. All are dequantised in each pass.
+        share_met: Share of them that a token meets; less than 1 in a mixture of experts.
         attention_width: Query features of all blocks together: heads * head size * blocks.
         head_chunk: Labelled tokens whose logits exist at once; None: all.
         full: Whether the base itself is trained.
@@ -351,100 +325,166 @@ class Work:
     streamed_bytes: int = 0
     row_bytes: int = 0
 
-    @property
-    def decoded_bytes(self) -> float:
-        """Bytes that a pass over the blocks moves to have their weights dense."""
-        return self.num_linear * (BYTES_PER_DEQUANTISED if self.quantised else 2.0)
+    def decode_seconds(self, rates: Rates) -> float:
+        """A pass over the blocks has their weights dense."""
+        return self.num_linear * (BYTES_PER_DEQUANTISED if self.quantised else 2.0) / rates.bytes
+
+    def forward_seconds(self, shape: MicroBatchShape, rates: Rates) -> float:
+        """The forward pass of a micro-batch through the blocks, without attention."""
+        return 2.0 * shape.num_tokens * self.num_linear * self.share_met / rates.flops + self.decode_seconds(rates)
+
+    def step_seconds(self, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
+        """Estimated time of an optimizer step.
+
+        FLOPs: 2 per weight and token in each pass: forward, recomputation, gradient of the inputs (and of the weights,
+        if they are trained). Causal attention: half of 4 * length per query feature and token, 2.5 times that backward.
+        Bytes: those of dequantising in each pass, and 30 per trainable parameter in the update. The two times are
+        added, since tiles are dequantised between the products. The loss takes as long as its two products, or as
+        reading the head's 16-bit weights for each chunk of them, whichever is longer.
+        """
+        passes = 2 + self.checkpointing
+        weights = self.num_linear * (passes + self.full) + self.num_trainable * (passes + 1) * (not self.full)
+        products = weights * self.share_met  # of the adapters, too, as if they were in proportion to their layers
+        attention = shape.length * self.attention_width * (1 + self.checkpointing + 2.5)
+        seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * self.decode_seconds(rates)
+        num_chunks = -(-shape.num_labels // (self.head_chunk or max(shape.num_labels, 1)))
+        seconds += 4.0 * self.num_head * max(shape.num_labels / rates.flops, num_chunks / rates.bytes)
+        seconds += waiting_seconds(self.streamed_bytes / rates.link, self.forward_seconds(shape, rates))
+        seconds += shape.num_tokens * self.row_bytes / rates.link
+        return num_micro_batches * seconds + 30.0 * self.num_trainable / rates.bytes
 
 
-def forward_seconds(work: Work, shape: MicroBatchShape, rates: Rates) -> float:
-    """The forward pass of a micro-batch through the blocks, without attention."""
-    products = 2.0 * shape.num_tokens * work.num_linear * work.share_met
-    return products / rates.flops + work.decoded_bytes / rates.bytes
-
-
-def waiting_seconds(link_seconds: float, forward: float) -> float:
-    """What a micro-batch waits for blocks that take so long over a link, in each pass, beside the computing.
+def waiting_seconds(link: float, forward: float) -> float:
+    """What a micro-batch waits in its two passes for blocks that take `link` seconds, beside computing.
 
     The backward pass, with its recomputation, takes as long as two forward passes.
     """
-    return max(0.0, link_seconds - forward) + max(0.0, link_seconds - 2 * forward)
-
-
-def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
-    """Estimated time of an optimizer step.
-
-    FLOPs: 2 per weight and token in each pass: forward, recomputation, gradient of the inputs (and of the weights, if
-    they are trained). Causal attention: half of 4 * length per query feature and token, and 2.5 times that backward.
-    Bytes: those of dequantising in each pass, and 30 per trainable parameter in the update. The two times are added,
-    since tiles are dequantised between the products. The loss takes as long as its two products, or as reading the
-    head's 16-bit weights for each chunk of them, whichever is longer.
-    """
-    passes = 2 + work.checkpointing
-    weights = work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full)
-    products = weights * work.share_met  # of the adapters, too, as if they were in proportion to their layers
-    attention = shape.length * work.attention_width * (1 + work.checkpointing + 2.5)
-    seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * work.decoded_bytes / rates.bytes
-    num_chunks = -(-shape.num_labels // (work.head_chunk or max(shape.num_labels, 1)))
-    seconds += 4.0 * work.num_head * max(shape.num_labels / rates.flops, num_chunks / rates.bytes)
-    seconds += waiting_seconds(work.streamed_bytes / rates.link, forward_seconds(work, shape, rates))
-    seconds += shape.num_tokens * work.row_bytes / rates.link
-    return num_micro_batches * seconds + 30.0 * work.num_trainable / rates.bytes
-
-
-_BUFFERS = 3
-
-"""Blocks that exist whole at a time: the one in use, what it was gathered into, and the next one on its way."""
+    return max(0.0, link - forward) + max(0.0, link - 2 * forward)
 
 
 def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
-    """The plan of one of the cards of a run: with what it holds of a base that some processes divide, and its groups.
+    """The plan of one of the cards of a run whose base `num_sharing` processes divide; 1: each holds all of it.
 
-    There is a group of all processes. A process of a hybrid run is in two more (`mesh_of`): with those that it divides
-    the base with, and with those of other machines.
+    There is a group of all processes. A process of a hybrid run is in two more: with those that it divides the base
+    with, and with those of other machines.
     """
     num_groups = 0 if num_processes == 1 else 3 if 1 < num_sharing < num_processes else 1
-    return replace(divided(plan, num_sharing), num_groups=num_groups)
-
-
-def divided(plan: Plan, size: int) -> Plan:
-    """The plan of a card whose base `size` processes divide; itself for one, or a model without a list of blocks."""
-    division = plan.division
-    if size == 1 or division is None:
+    plan, division = replace(plan, num_groups=num_groups), plan.division
+    if num_sharing == 1 or division is None:
         return plan
-    whole, held, head = division.held(1), division.held(size), division.head_bytes
-    blocks = _BUFFERS * division.block_bytes
+    whole, held, head = division.held(1), division.held(num_sharing), division.head_bytes
+    blocks = 3 * division.block_bytes  # the one in use, what it was gathered into, and the next one on its way
     gathered = {"forward": blocks + division.tied * head, "loss": head, "backward": blocks}
     moments: list[Moment] = []
     for moment in plan.moments:
-        sizes = dict(moment.by_component)
-        for component, num_bytes in whole.items():
-            sizes[component] = max(0, sizes.get(component, 0) - num_bytes) + held[component]
+        less = {name: max(0, moment.by_component.get(name, 0) - whole[name]) + held[name] for name in whole}
+        moment = moment.changed(less)
         # Embedding and head are gathered before they compute, beside what they are gathered into.
         if moment.phase == "forward" and not any(each.phase == "forward" for each in moments):
-            first = head if division.tied else division.table_bytes
-            moments.append(_gathering("forward", moments[-1].by_component if moments else sizes, 2 * first))
+            before = moments[-1] if moments else moment
+            first = 2 * (head if division.tied else division.table_bytes)
+            moments.append(replace(before, phase="forward", block=None).changed({MOVING: first}))
         if moment.phase == "loss":
-            before = {name: size for name, size in sizes.items() if name != LOSS}
-            moments.append(_gathering("loss", before, division.block_bytes + 2 * head))
-        moments.append(_gathering(moment.phase, sizes, gathered.get(moment.phase, 0), moment.block))
+            moments.append(moment.changed({LOSS: 0, MOVING: division.block_bytes + 2 * head}))
+        moments.append(moment.changed({MOVING: gathered.get(moment.phase, 0)}))
     return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
 
 
-def _gathering(phase: str, sizes: Mapping[str, int], gathered: int, block: int | None = None) -> Moment:
-    """A moment with so many bytes of gathered tensors."""
-    found = {**sizes, GATHERED: gathered}
-    return Moment(phase, block, {name: size for name, size in found.items() if size})
+def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
+    """The division of a model on the meta device, whose linear layers are not yet replaced; None without blocks."""
+    found = block_list(model)
+    if found is None:
+        return None
+    chosen, quantised = chosen_layers(model, wanted), layers_to_quantize(model, wanted)
+    shared = {name for pair in tied_weights(model).items() for name in pair}
+    layers = linear_layers(model)
+    cuts: Counter[Cut] = Counter()
+    sizes: dict[str, int] = {}
+    for path in (path for path in layers if f"{path}.weight" not in shared):
+        rows, columns = map(int, layers[path].weight.shape)  # type: ignore[arg-type]
+        form: Any = torch.empty((rows, columns), dtype=dtype, device="meta")
+        if path in quantised:
+            form = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
+        masked = pruned and path in chosen
+        bits = torch.empty(-(-rows * columns // 8), dtype=torch.uint8, device="meta") if masked else None
+        names = {"weight": BASE if path in chosen else DENSE, "packed": BASE, "absmax": SCALES, "keep_bits": MASKS}
+        sizes[path] = 0
+        for name, tensor in divided_tensors(form, bits).items():  # as `ShardedBase` cuts them
+            length = rows if is_cut_by_rows(form, masked=masked) else tensor.numel()
+            cuts[names[name], length, tensor.nbytes // length] += 1
+            sizes[path] += tensor.nbytes // length * length
+    prefixes = [f"{found[0]}.{index}." for index in range(len(found[1]))]
+    blocks = [sum(size for path, size in sizes.items() if path.startswith(prefix)) for prefix in prefixes]
+    tables = [module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)]
+    cuts.update((DENSE, rows, columns * dtype.itemsize) for rows, columns in tables)
+    table = sum(shape.numel() * dtype.itemsize for shape in tables)
+    head = model.get_output_embeddings()
+    head_path = next((path for path, module in layers.items() if module is head), "")
+    is_tied = f"{head_path}.weight" in shared
+    return Division(
+        cuts=dict(cuts),
+        block_bytes=max(blocks, default=0),
+        blocks_bytes=sum(blocks),
+        table_bytes=0 if is_tied else table,
+        head_bytes=table if is_tied else sizes.get(head_path, 0),
+        tied=is_tied,
+    )
+
+
+@dataclass(frozen=True)
+class StreamedBlocks:
+    """Bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece, and of pinned host memory."""
+
+    num_streamed: int
+    codes: int
+    scales: int
+    block_bytes: int
+    host_bytes: int
+
+
+def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: int | None) -> StreamedBlocks:
+    """Sizes of the streamed blocks (None: all) of a model on the meta device, whose layers are not yet replaced."""
+    turns = Turns(model, num_streamed)
+    pieces = [Piece() for _ in range(len(turns))]
+    codes = scales = 0
+    for path in layers_to_quantize(model, wanted):
+        turn = turns.of(path)
+        if turn is not None:
+            rows, columns = model.get_submodule(path).weight.shape
+            packed = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
+            pieces[turn].add(path, packed)
+            codes += packed.packed.nbytes
+            scales += packed.num_bytes - packed.packed.nbytes
+    sizes = [piece.num_bytes for piece in pieces]
+    return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), sum(sizes))
+
+
+def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
+    """The moments with these blocks off the device: without their bytes, but with the slots."""
+    less = {BASE: streamed.codes, SCALES: streamed.scales, MOVING: -NUM_SLOTS * streamed.block_bytes}
+    return [
+        moment.changed({name: moment.by_component.get(name, 0) - size for name, size in less.items()})
+        for moment in moments
+    ]
+
+
+def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
+    """The moments with checkpoints on the host, and the pinned memory that these take.
+
+    Three checkpoints are on the device: that of the block in its backward pass, the next one, which is being copied,
+    and the last one.
+    """
+    sizes = [moment.by_component.get(CHECKPOINTS, 0) for moment in moments]
+    single = max(sizes, default=0) // max(num_blocks, 1)
+    here = [moment.changed({CHECKPOINTS: min(size, 3 * single)}) for moment, size in zip(moments, sizes, strict=True)]
+    return here, pages_bytes(single, max(num_blocks - 1, 0))
 
 
 @dataclass(frozen=True)
 class PublicShape:
-    """The stored shape of a model.
+    """The stored shape of a model: keys of config.json that decide the architecture, and the page they are from.
 
-    Attributes:
-        values: The keys of config.json that decide the architecture, with model_type.
-        source: Address of the page that the values were read from.
-        context: Positions that the model was made for, if the file says so.
+    `context`: positions that the model was made for, if the page says so.
     """
 
     values: dict[str, Any]
@@ -459,8 +499,7 @@ class PublicShape:
 @cache
 def public_shapes() -> dict[str, PublicShape]:
     """Hub id -> shape of every model in the file."""
-    text = resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8")
-    data = yaml.safe_load(text)
+    data = yaml.safe_load(resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8"))
     contexts = {name: length for length, names in data["contexts"].items() for name in names}
     shapes: dict[str, PublicShape] = {}
     for model in data["models"]:

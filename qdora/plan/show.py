@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from qdora.plan import plan as parts
 from qdora.plan.fit import (
     MOST_STEPS,
     Workload,
-    _all_on_device,
+    all_on_device,
     assumed_workload,
     divided_recipe,
     num_sharing,
@@ -66,16 +66,14 @@ def plan_run(
         budget: A size such as 40GiB (default: that of the recipe).
         num_processes, num_hosts: Cards of the run, and machines that have equally many of them.
     Returns:
-        "memory" as `Plan.to_dict`, of one card; with several "processes", a `ProcessPlan.to_dict` for each way; and
-        "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
-    Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
+        "memory" as `Plan.to_dict`, of one card; with several, `process_plans` in "processes"; and "mix" as in
+        mix.json of a run, or null without a tokenizer or the Hub.
     """
     _, results = consoles(console)
     if device_kind == "cuda" and not torch.cuda.is_available():
         card = ASSUMED["cuda"].name
         logger.info("This machine has no GPU: bytes and seconds are those of an %s. --device cpu plans it here.", card)
-    faults = missing_files(recipe, where)
-    if faults:
+    if faults := missing_files(recipe, where):
         raise UserError(*faults)
     try:
         limit = None if budget is None else parse_size(budget)
@@ -88,22 +86,21 @@ def plan_run(
             logger.warning(text)
         for text in mix_plan.mix_facts(mix):
             logger.info(text)
-    planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_processes": num_processes}
-    shared = planning | {"num_sharing": num_sharing(recipe, num_processes, num_processes // num_hosts)}
     if recipe.adapter.gates is not None:
         assumed.append("the gates have removed no component yet")
-    found = replace(plan(recipe, limit, **shared), assumptions=assumed)
-    show_plan(results, found)
-    longest, context = recipe.data.max_length, found.context
+    plan_of = partial(plan, device_kind=device_kind, workload=workload, num_processes=num_processes)
+    card_plan = plan_of(recipe, limit, num_sharing=num_sharing(recipe, num_processes, num_processes // num_hosts))
+    card_plan = replace(card_plan, assumptions=assumed)
+    show_plan(results, card_plan)
+    longest, context = recipe.data.max_length, card_plan.context
     if context is not None and longest > context:
         results.print(f"data.max_length: {longest:,} tokens are more than the model's context of {context:,}.")
-    document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": found.to_dict()}
+    document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": card_plan.to_dict()}
     if num_processes > 1:
-        plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
-        ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
-        for line in process_lines(ways, num_processes, num_hosts):
+        plans = whole_plans(recipe, partial(plan_of, budget=card_plan.budget_bytes, may_change=False))
+        document["processes"] = process_plans(plans, num_processes, num_hosts)
+        for line in process_lines(document["processes"], num_processes, num_hosts):
             results.print(line, soft_wrap=True)
-        document["processes"] = [asdict(each) for each in ways]
     elif recipe.train.divides_base:
         logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
     return document
@@ -112,14 +109,13 @@ def plan_run(
 def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[str]]:
     """The mix and the micro-batches of the data, and what is assumed without a tokenizer or without the Hub."""
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
+    why = "there is no tokenizer"
     try:
         _, tokenizer = find_model(recipe, weights=False)
-    except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
-        return None, assumed_workload, [f"{full}, because there is no tokenizer: {error.faults[0]}"]
-    try:
+        why = "the data cannot be read"
         train, _ = build_data.read_data(recipe.data)
-    except HubFailure as error:
-        return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
+    except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
+        return None, assumed_workload, [f"{full}, because {why}: {error.faults[0]}"]
     mix = build_data.tokenized_mix(recipe, tokenizer, train)
     loader = build_data.make_loader(recipe, mix, tokenizer)
     num_steps = build_data.num_steps_of(recipe, loader)
@@ -128,8 +124,7 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
         assumed = [f"{full}, because the data is streamed"]
     elif num_steps > MOST_STEPS:
         assumed = [f"no micro-batch is larger than the largest of the first {MOST_STEPS:,} steps"]
-    found = mix_plan.plan_mix(mix, loader, num_steps)
-    return found, workload_of_data(recipe, mix, tokenizer), assumed
+    return mix_plan.plan_mix(mix, loader, num_steps), workload_of_data(recipe, mix, tokenizer), assumed
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -141,8 +136,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     largest = max(plan.components.values(), default=1)
     for name, num_bytes in plan.components.items():
         table.add_row(name, size_text(num_bytes), Bar(largest, 0, num_bytes, width=40))
+    verdict = ""
+    if plan.budget_bytes is not None:
+        left = plan.budget_bytes - plan.peak_bytes
+        rest = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
+        verdict = f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {rest}"
     table.add_section()
-    table.add_row("total", size_text(plan.peak_bytes), _verdict(plan))
+    table.add_row("total", size_text(plan.peak_bytes), verdict)
     console.print(table)
     for line in plan_lines(plan):
         console.print(line, soft_wrap=True)
@@ -164,19 +164,14 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.stored_shape is not None:
         lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
     if plan.step_seconds is not None:
-        said = seconds_text(plan.step_seconds)
-        lines.append(f"Estimated time: {said} per step on one card, by a roofline of {plan.rates['name']}.")
-    if plan.host_bytes:
-        lines.append(f"Pinned host memory: {size_text(plan.host_bytes)}.")
-    if plan.embedding_bytes:
-        lines.append(f"Host memory that is not pinned: {size_text(plan.embedding_bytes)} for the embedding.")
+        seconds = seconds_text(plan.step_seconds)
+        lines.append(f"Estimated time: {seconds} per step on one card, by a roofline of {plan.rates['name']}.")
+    if plan.host_bytes or plan.embedding_bytes:
+        lines.append(f"Host memory: {size_text(plan.host_bytes)} pinned, {size_text(plan.embedding_bytes)} not pinned.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
     if plan.fits is False:
-        lines.append(
-            "To fit, change one after the other (cheapest first; times are estimates):"
-            if plan.changes
-            else "No known change makes it smaller."
-        )
+        how = "To fit, change one after the other (cheapest first; times are estimates):"
+        lines.append(how if plan.changes else "No known change makes it smaller.")
         for change in plan.changes:
             neutral = "" if change.neutral else "; changes what is trained"
             options = f"-s {change.setting.replace(', ', ' -s ')}"
@@ -186,111 +181,54 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _verdict(plan: Plan) -> str:
-    if plan.budget_bytes is None:
-        return ""
-    left = plan.budget_bytes - plan.peak_bytes
-    said = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
-    return f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {said}"
-
-
 Way = Literal["replicate", "shard", "hybrid", "stream"]
-
+# Bytes a second of a card's link in each direction within and across machines, 80 % of the stated rate: NVLink 3 (A100:
+# 300 GB/s), PCIe 4.0, and networks (12.5 and 3.1 GB/s)
 WITHIN: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": PCIE_4}
-
 ACROSS: Mapping[str, float] = {"100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
 
-"""Bytes a second of a card's link in each direction within and across machines, 80 % of the stated rate: NVLink 3
-(A100: 300 GB/s), PCIe 4.0, and networks (12.5 and 3.1 GB/s)."""
 
-_AS_FAST = 1.01
-
-"""Times over each other up to which two ways are as fast: the times are estimates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessPlan:
-    """A way to hold the base on several cards.
-
-    Attributes:
-        num_sharing: Cards that divide the base among them.
-        base_bytes: Bytes of frozen tensors that a card holds from step to step.
-        wire_bytes: Bytes that a card receives from other cards in a step.
-        step_seconds: Link within a machine, or "A + B" with the one between machines -> estimated seconds of a step.
-        host_bytes: Pinned host memory of each card.
-        num_streamed: Blocks that are streamed to each card.
-    """
-
-    way: Way
-    num_sharing: int
-    peak_bytes: int
-    base_bytes: int
-    wire_bytes: int
-    fits: bool | None
-    step_seconds: Mapping[str, float]
-    host_bytes: int = 0
-    num_streamed: int = 0
-
-
-@dataclass(frozen=True)
-class WholePlans:
-    """The plans of one card that `process_plans` starts from; None where a recipe cannot be run in that way.
-
-    Attributes:
-        replicate: All blocks on the card.
-        divided: As a divided base needs it, but whole.
-        stream: With `num_streamed` blocks off the card.
-    """
-
-    replicate: Plan
-    divided: Plan | None = None
-    stream: Plan | None = None
-    num_streamed: int = 0
-
-
-def whole_plans(recipe: Recipe, plan_of: Callable[[Recipe], Plan]) -> WholePlans:
-    """The plans of a recipe for each way to hold its base.
+def whole_plans(recipe: Recipe, plan_of: Callable[[Recipe], Plan]) -> dict[Way, Plan]:
+    """The plans of one card with a whole base: as "replicate", as "shard" needs it, and as "stream" where possible.
 
     Blocks are streamed as the recipe says, or else as few as make it fit into the budget.
     """
     shared = divided_recipe(recipe)
     recipe = override(recipe, ["train.parallel=replicate"])
-    bare = _all_on_device(recipe)
-    replicate = found = plan_of(bare)
-    stream: Plan | None
+    bare = all_on_device(recipe)
+    plans: dict[Way, Plan] = {"replicate": plan_of(bare)}
+    if shared is not None:
+        plans["shard"] = plan_of(shared)
     if recipe.base.residency != "device":
-        changed, stream = recipe, plan_of(recipe)
-    else:
-        if replicate.fits is False and replicate.block_bytes and keeps_scales(bare):
-            bare = override(bare, ["memory.keep_scales=false"])  # as with streamed blocks
-            found = plan_of(bare)
-        changed, found, settings = with_streaming(bare, found, plan_of)
-        stream = found if settings else None
-    return WholePlans(
-        replicate=replicate,
-        divided=None if shared is None else plan_of(shared),
-        stream=stream,
-        num_streamed=0 if stream is None else changed.base.streamed_blocks or stream.num_blocks,
-    )
+        return plans | {"stream": plan_of(recipe)}
+    whole = plans["replicate"]
+    if whole.fits is False and whole.block_bytes and keeps_scales(bare):
+        bare = override(bare, ["memory.keep_scales=false"])  # as with streamed blocks
+        whole = plan_of(bare)
+    _, streamed, settings = with_streaming(bare, whole, plan_of)
+    return plans | {"stream": streamed} if settings else plans
 
 
-def process_plans(plans: WholePlans, num_processes: int, num_hosts: int = 1) -> list[ProcessPlan]:
-    """The ways to hold the base on so many cards, each on a machine with equally many of them."""
-    found = [_process_plan(plans.replicate, "replicate", 1, num_processes, num_hosts)]
-    divisible = plans.divided
-    if divisible is not None and divisible.division is not None and num_processes > 1:
-        found.append(_process_plan(divisible, "shard", num_processes, num_processes, num_hosts))
+def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int = 1) -> list[dict[str, Any]]:
+    """The ways to hold the base on so many cards, each on a machine with equally many of them.
+
+    num_sharing: Cards that divide the base. base_bytes: Frozen tensors that a card holds from step to step. wire_bytes:
+    What a card receives from other cards in a step. step_seconds: Link within a machine, or "A + B" with the one
+    between machines -> estimated seconds of a step.
+    """
+    ways: list[tuple[Way, Plan, int]] = [("replicate", plans["replicate"], 1)]
+    if "shard" in plans and plans["shard"].division is not None and num_processes > 1:
+        ways.append(("shard", plans["shard"], num_processes))
         if 1 < num_hosts < num_processes:
-            found.append(_process_plan(divisible, "hybrid", num_processes // num_hosts, num_processes, num_hosts))
-    if plans.stream is not None:
-        streamed = _process_plan(plans.stream, "stream", 1, num_processes, num_hosts)
-        found.append(replace(streamed, num_streamed=plans.num_streamed))
-    return found
+            ways.append(("hybrid", plans["shard"], num_processes // num_hosts))
+    if "stream" in plans:
+        ways.append(("stream", plans["stream"], 1))
+    return [_process_plan(plan, way, size, num_processes, num_hosts) for way, plan, size in ways]
 
 
-def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> ProcessPlan:
-    found = of_card(plan, size, num_processes)
-    division, passes = plan.division, math.ceil(plan.num_micro_batches / num_processes)
+def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> dict[str, Any]:
+    card, division = of_card(plan, size, num_processes), plan.division
+    passes = math.ceil(plan.num_micro_batches / num_processes)
     gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes
     blocks = ends = 0.0
     if division is not None:
@@ -298,8 +236,7 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
         blocks, ends = share * division.blocks_bytes, share * (division.table_bytes + division.head_bytes)
     links = {name: (rate, rate) for name, rate in WITHIN.items()}
     if num_hosts > 1:
-        pairs = [(inner, outer) for inner in WITHIN for outer in ACROSS]
-        links = {f"{a} + {b}": (WITHIN[a], min(WITHIN[a], ACROSS[b])) for a, b in pairs}
+        links = {f"{a} + {b}": (WITHIN[a], min(WITHIN[a], ACROSS[b])) for a in WITHIN for b in ACROSS}
     seconds = {}
     for name, (inner, slowest) in links.items():
         rate = inner if way == "hybrid" else slowest
@@ -307,42 +244,40 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
         single = (plan.step_seconds or 0.0) / plan.num_micro_batches
         seconds[name] = passes * (single + waiting) + gradients / slowest
     frozen = (parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE)
-    return ProcessPlan(
-        way=way,
-        num_sharing=size,
-        peak_bytes=found.peak_bytes,
-        base_bytes=sum(found.moments[-1].by_component.get(each, 0) for each in frozen),
-        wire_bytes=round(passes * (2 * blocks + ends) + gradients),
-        fits=found.fits,
-        step_seconds=seconds,
-        host_bytes=found.host_bytes,
-    )
+    return {
+        "way": way,
+        "num_sharing": size,
+        "base_bytes": sum(card.moments[-1].by_component.get(name, 0) for name in frozen),
+        "wire_bytes": round(passes * (2 * blocks + ends) + gradients),
+        "step_seconds": seconds,
+        **{name: getattr(card, name) for name in ("peak_bytes", "fits", "host_bytes", "num_streamed")},
+    }
 
 
-def fastest_way(found: Sequence[ProcessPlan], link: str) -> Way | None:
+def fastest_way(ways: Sequence[Mapping[str, Any]], link: str) -> Way | None:
     """The fastest way that fits over a link; None if none fits.
 
     Of ways that are as fast within 1 %, it is the first: `stream`, which needs memory of the host, comes last.
     """
-    able = [each for each in found if each.fits is not False]
-    least = min((each.step_seconds[link] for each in able), default=0.0)
-    return next((each.way for each in able if each.step_seconds[link] <= _AS_FAST * least), None)
+    able = [way for way in ways if way["fits"] is not False]
+    least = min((way["step_seconds"][link] for way in able), default=0.0)
+    return next((way["way"] for way in able if way["step_seconds"][link] <= 1.01 * least), None)
 
 
-def process_lines(found: list[ProcessPlan], num_processes: int, num_hosts: int) -> list[str]:
+def process_lines(ways: Sequence[Mapping[str, Any]], num_processes: int, num_hosts: int) -> list[str]:
     """A line for each way, and which one that fits is fastest, in words."""
     where = f"{num_processes} cards" if num_hosts == 1 else f"{num_processes} cards in {num_hosts} machines"
     lines = [f"On {where}, each card (times are estimates):"]
-    for each in found:
-        times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in each.step_seconds.items())
-        verdict = "" if each.fits is None else f" ({'fits' if each.fits else 'does not fit'})"
-        streamed = f", {each.num_streamed} blocks streamed" if each.num_streamed else ""
-        pinned = f"; {size_text(each.host_bytes)} of pinned host memory" if each.host_bytes else ""
+    for way in ways:
+        times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in way["step_seconds"].items())
+        verdict = "" if way["fits"] is None else f" ({'fits' if way['fits'] else 'does not fit'})"
+        streamed = f", {way['num_streamed']} blocks streamed" if way["num_streamed"] else ""
+        pinned = f"; {size_text(way['host_bytes'])} of pinned host memory" if way["host_bytes"] else ""
         lines.append(
-            f"  {each.way}: {size_text(each.peak_bytes)}{verdict}, of which {size_text(each.base_bytes)} base{streamed}"
-            f"{pinned}; {size_text(each.wire_bytes)} received from others in a step, which takes {times}."
+            f"  {way['way']}: {size_text(way['peak_bytes'])}{verdict}, of which {size_text(way['base_bytes'])} base"
+            f"{streamed}{pinned}; {size_text(way['wire_bytes'])} received from others in a step, which takes {times}."
         )
-    best = {link: fastest_way(found, link) for link in found[0].step_seconds}
+    best = {link: fastest_way(ways, link) for link in ways[0]["step_seconds"]}
     if None in best.values():
         return [*lines, "  None of these fits."]
     lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}.")
