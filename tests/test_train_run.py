@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.data.chat_template import prompt_text
+from qdora.data.chats import prompt_text
 from qdora.data.example import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run

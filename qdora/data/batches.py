@@ -29,9 +29,6 @@ ATTENTION_COST = 4096
 """Length of a row at which attention takes as long as all other products. A mask over the row does not reduce what is
 multiplied. An estimate: counting products alone, 3,100 for SmolLM2-135M and 24,700 for a 7B model; attention is slower
 than its count of products says."""
-_MOST_DRAWS = 10**10
-"""Most examples of a run, far beyond any that ends: the order of 10^15 is not exact in float64."""
-_FIX = "Fix: put the old one back, or start with another --run-dir."
 
 
 # Steps
@@ -96,11 +93,8 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        """The tokens of each example of each source; of a stream, which is not read, only their mean."""
-        lengths = (
-            [round(part.mean_length)] if isinstance(part, ExampleStream) else map(len, part.examples)
-            for part in self.tokenised
-        )
+        """The tokens of each example of each source; of a stream they are not known."""
+        lengths = ([0] if isinstance(part, ExampleStream) else map(len, part.examples) for part in self.tokenised)
         return [np.fromiter(each, dtype=np.int64) for each in lengths]
 
     def next_step(self) -> Step:
@@ -133,11 +127,10 @@ class StepLoader:
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
-        Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
-
-        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
+        Steps do not stop at the end of an epoch: the last one may take its first examples from the next. UserError if
+        the order ends before, because all sources have a cap.
         """
-        num_draws = max(1, round(min(epochs * self.order.epoch_length, 2.0**62)))
+        num_draws = max(1, round(epochs * self.order.epoch_length))
         length = self.order.length
         if length is not None and num_draws > length:
             # Each cap is rounded down, the epochs of the whole are not
@@ -147,31 +140,24 @@ class StepLoader:
                     f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
                 )
             num_draws = length
-        _check_draws(num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
-    @property
-    def counts_draws(self) -> bool:
-        """Whether the draws of a step are known beforehand: not for a number of tokens, some of them from a stream."""
-        return self.batch is not None or not self.streams
+    def draws_for_steps(self, num_steps: int) -> int | None:
+        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream.
 
-    def draws_for_steps(self, num_steps: int) -> int:
-        """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
-
-        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
+        UserError if the order ends before, because all sources have a cap.
         """
         length = self.order.length
-        if length is not None and not self.counts_draws:
-            raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps "
-                "is not known. Fix: use train.batch, or remove max_epochs from one source."
-            )
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
+        elif self.streams:
+            if length is not None:
+                raise UserError(
+                    "train.tokens_per_step: with max_epochs for every source and a stream among them the number of "
+                    "steps is not known. Fix: use train.batch, or remove max_epochs from one source."
+                )
+            return None
         else:
-            longest = max(int(lengths.max()) for lengths in self._lengths)
-            at_least = num_steps * -(-(self.tokens_per_step or 1) // longest)
-            _check_draws(at_least if length is None else min(at_least, length))
             num_draws = possible = 0
             for size in islice(self._step_sizes(length), num_steps):
                 possible, num_draws = possible + 1, size.position + size.num_examples
@@ -180,12 +166,10 @@ class StepLoader:
                 f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
                 f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
-        num_draws = num_draws if length is None else min(num_draws, length)
-        _check_draws(num_draws)
-        return num_draws
+        return num_draws if length is None else min(num_draws, length)
 
     def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,); estimated from the first rows of a stream."""
+        """Tokens that the first draws take from each source, (sources,); 0 from a stream."""
         tokens = []
         for source, count in enumerate(self.order.counts(num_draws).tolist()):
             lengths = self._lengths[source]
@@ -195,7 +179,7 @@ class StepLoader:
         return np.array(tokens, dtype=np.int64)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
-        """The first steps of the order, fewer if it ends before. Of a stream's examples the mean length."""
+        """The first steps of the order, fewer if it ends before. Not for streams."""
         return list(islice(self._step_sizes(self.order.length), num_steps))
 
     def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
@@ -218,7 +202,7 @@ class StepLoader:
             lengths = np.empty_like(indices)
             for source, tokens in enumerate(self._lengths):
                 here = sources == source
-                lengths[here] = tokens[indices[here] % len(tokens)]  # the draws of a stream are numbered on and on
+                lengths[here] = tokens[indices[here]]
             yield lengths.tolist()
             start = stop
 
@@ -243,32 +227,24 @@ class StepLoader:
         The data, the mix or the size of a step differ: other examples would follow, and some would be seen twice.
         """
         stored, now = dict(state["fingerprint"]), self.fingerprint
-        faults = []
+        changed: dict[str, str] = {}  # what -> how
         if stored["data"] != now["data"]:
             pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-            changed = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
-            faults.append(
-                f"--resume: {changed} differs from the data of the checkpoint (a file, a setting, the tokenizer or the "
-                f"chat template has changed). {_FIX}"
-            )
+            name = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
+            changed[name] = "a file, a setting, the tokenizer or the chat template has changed"
         elif stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
-            faults.append(
-                "--resume: the mix differs from that of the checkpoint (its strategy, weights, max_epochs or "
-                f"data.seed). {_FIX}"
-            )
+            changed["the mix"] = "its strategy, weights, max_epochs or data.seed"
         if stored["step"] != now["step"]:
-            faults.append(
-                "--resume: train.tokens_per_step or train.batch differs from that of the checkpoint (then "
-                f"{stored['step']} in a step, now {now['step']}). {_FIX}"
-            )
+            changed["train.tokens_per_step or train.batch"] = f"then {stored['step']} in a step, now {now['step']}"
         before = stored.get("streams", {})
-        faults += [
-            f"--resume: source {part.name} differs from the data of the checkpoint ({what}). {_FIX}"
-            for part in self.streams
-            if (what := part.change_since(before.get(part.name))) is not None
-        ]
-        if faults:
-            raise UserError(*faults)
+        streams = {f"source {part.name}": part.change_since(before.get(part.name)) for part in self.streams}
+        changed |= {name: how for name, how in streams.items() if how is not None}
+        if changed:
+            fix = "Fix: put the old one back, or start with another --run-dir."
+            lines = (
+                f"--resume: {what} differs from that of the checkpoint ({how}). {fix}" for what, how in changed.items()
+            )
+            raise UserError(*lines)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -296,14 +272,6 @@ class StepLoader:
             "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
             "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
         }
-
-
-def _check_draws(num_draws: int) -> None:
-    if num_draws > _MOST_DRAWS:
-        raise UserError(
-            f"train: the run would take more than {_MOST_DRAWS:,} examples. Fix: lower train.steps, train.epochs, "
-            "train.batch or train.tokens_per_step."
-        )
 
 
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:

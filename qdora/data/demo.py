@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qdora.data.example import Example
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 
 NUM_EXAMPLES = {"train": 400, "validation": 80, "test": 160}
 SPLITS = tuple(NUM_EXAMPLES)
@@ -44,14 +44,8 @@ def examples(family: str, split: str) -> list[Example]:
     A pure function of the tables: the same list on every machine, Python and hash seed, in a fixed, shuffled order.
     They have 2 or 4 choices, each with its own leading space.
     """
-    faults = []
-    if family not in FAMILIES:
-        names = ", ".join(f"demo/{name}" for name in FAMILIES)
-        faults.append(f"demo/{family}: no such task, must be one of {names}.{nearest(family, FAMILIES)}")
     if split not in SPLITS:
-        faults.append(f"demo/{family}: no split {split!r}, must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    if faults:
-        raise UserError(*faults)
+        raise UserError(not_one_of(f"demo/{family}: split", split, SPLITS))
     return list(_examples(family, split))
 
 

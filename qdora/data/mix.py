@@ -228,15 +228,12 @@ def make_mix(
     most = max_epochs or [None] * len(sets)
     sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     by_size = strategy in ("proportional", "temperature") and len(sets) > 1
-    faults = []
-    for part, size, epochs in zip(sets, sizes, most, strict=True):
-        if size is None and by_size:
-            faults.append(
-                f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not "
-                "known. Fix: give its size (examples), or set data.strategy: weights or equal."
-            )
-        if size is None and epochs is not None:
-            faults.append(f"{part.name}: max_epochs needs the size of the stream. Fix: give its size (examples).")
+    faults = [
+        f"{part.name}: {'max_epochs' if epochs else f'data.strategy {strategy}'} needs the size of the stream. "
+        "Fix: give its size (examples), or set data.strategy: weights or equal without max_epochs."
+        for part, size, epochs in zip(sets, sizes, most, strict=True)
+        if size is None and (by_size or epochs is not None)
+    ]
     if faults:
         raise UserError(*faults)
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)

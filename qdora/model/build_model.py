@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.data.chat_template import set_chat_settings, use_data_settings
+from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.files.nvidia_driver import check_gpu

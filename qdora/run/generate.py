@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from qdora.data.chat_template import prompt_text, require_chat_template
+from qdora.data.chats import prompt_text, require_chat_template
 from qdora.data.example import Messages, Tools, Turn
 from qdora.data.files import read_rows
 from qdora.data.formats import asked_chat

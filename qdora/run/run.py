@@ -58,9 +58,8 @@ from qdora.run.base import (
     keep_residency,
     with_revisions_of,
 )
-from qdora.run.data_checks import token_checks
 from qdora.run.model_card import run_card
-from qdora.run.prepare import PreparedRun, prepare, show_plans
+from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
 from qdora.run.run_page import leave_page
 from qdora.train.checkpoint import unreadable
 from qdora.train.checks import (
