@@ -124,7 +124,7 @@ def test_shared_options_before_and_after_the_verb(root, tmp_path, monkeypatch):
     assert json.loads(before.stdout).keys() == json.loads(invoke(*arguments, "--json").stdout).keys()
     assert before.stderr != ""
     assert invoke("--quiet", *arguments).stderr == ""
-    monkeypatch.setattr("qdora.run.evaluate.load_target", partial(fail, Unforeseen("here")))
+    monkeypatch.setattr("qdora.run.verbs.load_target", partial(fail, Unforeseen("here")))
     for command in (["--debug", *arguments], [*arguments, "--debug"]):
         assert isinstance(invoke(*command).exception, Unforeseen)
 
@@ -158,7 +158,7 @@ def test_guides_and_recipes_are_printed_as_they_stand():
 def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     log = root / "run/log.txt"
     before = log.read_text()
-    monkeypatch.setattr("qdora.run.evaluate.load_target", partial(fail, error))
+    monkeypatch.setattr("qdora.run.verbs.load_target", partial(fail, error))
     found = invoke("--quiet", "eval", root / "run")
     assert found.exit_code == code
     assert found.stderr.startswith(text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +228,7 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
     assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... since split is for")
     fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
-    assert says(fault, "data.too_long: split needs data.max_length 3, got 2.")
+    assert says(fault, "data.too_long: split needs data.max_length 3.")
 
 
 # Tokens as text
@@ -340,8 +338,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[s
     first = made(pairs, tmp_path / "cache")
     [kept] = (tmp_path / "cache").iterdir()
     whole = kept.read_bytes()
-    flipped = whole[:-100] + bytes([whole[-100] ^ 4]) + whole[-99:]
-    for damaged in (whole[:-7], flipped, b"", (2).to_bytes(8, "little") + b"{}"):
+    for damaged in (whole[:-7], b"", (2).to_bytes(8, "little") + b"{}"):
         kept.write_bytes(damaged)
         counted.clear()
         caplog.clear()
@@ -350,23 +347,14 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[s
         assert [says(line, "is damaged ... made anew") for line in caplog.messages if "is damaged" in line] == [True]
 
 
-def test_what_is_not_kept_and_what_is_removed(
+def test_what_is_not_kept(
     tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache, month = tmp_path / "cache", 31 * 24 * 3600
-    made(pairs, cache, max_length=99)
-    found = made(pairs, cache)
-    old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    foreign = cache / "model-00001.safetensors"
-    foreign.touch()
-    for path in (old, young, foreign):
-        os.utime(path, (time.time() - month, time.time() - month))
-    made(pairs, cache)  # used again
-    made(pairs, cache, max_length=98)
-    assert (young.exists(), old.exists(), foreign.exists()) == (True, False, True)
+    found = made(pairs, tmp_path / "cache")
     (tmp_path / "a file").write_text("")  # a disk that takes nothing costs only time
     assert all_of(made(pairs, tmp_path / "a file")) == all_of(found)
-    assert "the tokens of pairs cannot be kept" in caplog.text
+    assert f"{tmp_path}/a file/" in caplog.text
+    assert "was not written: " in caplog.text
     for least, is_kept in ((found.num_tokens, True), (found.num_tokens + 1, False)):
         monkeypatch.setattr(cache_file, "_LEAST_TOKENS", least)
         made(pairs, tmp_path / f"other {is_kept}")

@@ -50,8 +50,8 @@ from qdora.plan.step_plan import streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
-from qdora.run.evaluate import evaluate_target
 from qdora.run.run import train_run
+from qdora.run.verbs import evaluate_target
 from qdora.train.interference import measure
 from tests import support
 from tests.false_gpu import FakeCuda, FakeCudart, is_mapped

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -36,18 +36,11 @@ than its count of products says."""
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from. Counts are those of the whole step, over all processes.
+    """What one optimizer step learns from. Counts are those of the whole step, over all processes."""
 
-    Attributes:
-        micro_batches: This process's share, perhaps none. Longest examples first, so that a step that does not fit into
-            memory fails at once.
-        num_label_tokens: Labels, at least 1: the denominator of the loss.
-        num_tokens: Real tokens, padding not counted.
-    """
-
-    micro_batches: list[MicroBatch]
-    num_label_tokens: int
-    num_tokens: int
+    micro_batches: list[MicroBatch]  # this process's share; longest first, so that too large ones fail at once
+    num_label_tokens: int  # at least 1: the denominator of the loss
+    num_tokens: int  # without padding
     num_examples: int
     task_label_tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -64,12 +57,9 @@ class StepSize(NamedTuple):
 class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
-    Args:
-        tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
-            Exactly one of this and `batch`.
-        batching: How the next step's examples become micro-batches. It has no influence on which examples a step
-            contains, and may be changed between steps.
-        rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
+    A step takes `batch` examples, or examples until it has at least `tokens_per_step` real tokens. `batching` has no
+    influence on which examples these are, and may be changed between steps. All processes draw the same steps; each
+    pads its share.
     """
 
     def __init__(
@@ -127,8 +117,7 @@ class StepLoader:
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
-        Steps do not stop at the end of an epoch: the last one may take its first examples from the next. UserError if
-        the order ends before, because all sources have a cap.
+        Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
         length = self.order.length
@@ -143,10 +132,7 @@ class StepLoader:
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
     def draws_for_steps(self, num_steps: int) -> int | None:
-        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream.
-
-        UserError if the order ends before, because all sources have a cap.
-        """
+        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream."""
         length = self.order.length
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
@@ -185,7 +171,7 @@ class StepLoader:
     def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
         """The steps of the first draws, without an end for None; the last one may be smaller."""
         position = num_examples = num_tokens = longest = 0
-        for length in chain.from_iterable(self._drawn_lengths(num_draws)):
+        for length in islice(self._drawn_lengths(), num_draws):
             num_examples, num_tokens, longest = num_examples + 1, num_tokens + length, max(longest, length)
             if self._is_full(num_examples, num_tokens):
                 yield StepSize(position, num_examples, num_tokens, longest)
@@ -193,17 +179,15 @@ class StepLoader:
         if num_examples:
             yield StepSize(position, num_examples, num_tokens, longest)
 
-    def _drawn_lengths(self, num_draws: int | None) -> Iterator[list[int]]:
-        """Tokens of the first draws, a part at a time, without an end for None."""
-        start = 0
-        while num_draws is None or start < num_draws:
-            stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
+    def _drawn_lengths(self) -> Iterator[int]:
+        start, end = 0, self.order.length
+        while start != end:
+            stop = start + 65536 if end is None else min(start + 65536, end)
             sources, indices = self.order.draws(start, stop)
             lengths = np.empty_like(indices)
             for source, tokens in enumerate(self._lengths):
-                here = sources == source
-                lengths[here] = tokens[indices[here]]
-            yield lengths.tolist()
+                lengths[sources == source] = tokens[indices[sources == source]]
+            yield from lengths.tolist()
             start = stop
 
     # Resuming
@@ -215,17 +199,14 @@ class StepLoader:
         return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. UserError as `check_state`."""
+        """Continue where `state` was taken."""
         self.check_state(state)
         self.position = int(state["position"])
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a UserError if the loader cannot continue where `state` was taken.
-
-        The data, the mix or the size of a step differ: other examples would follow, and some would be seen twice.
-        """
+        """UserError if other examples would follow than where `state` was taken: other data, mix or size of a step."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
         changed: dict[str, str] = {}  # what -> how
         if stored["data"] != now["data"]:
@@ -277,8 +258,8 @@ class StepLoader:
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
     """The share of process `rank` out of `size`, in the step's order.
 
-    Longest first, each example goes to the process with the fewest tokens so far, so that none waits long for another:
-    their sums differ by at most one example. With fewer examples than processes some get none.
+    Longest first, each example goes to the process with the fewest tokens so far: their sums differ by at most one
+    example. With fewer examples than processes some get none.
     """
     tokens, owner = [0] * size, [0] * len(examples)
     for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
@@ -297,20 +278,12 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass
 class Batching:
-    """How the examples of a step become micro-batches.
+    """How the examples of a step become micro-batches."""
 
-    Attributes:
-        max_tokens: Most tokens of a micro-batch, padding counted; a longer example is a micro-batch of its own.
-        pad_id: Token in padded places.
-        packed: Layout of packed rows; None: each row is one example.
-        row_tokens: Most tokens of a packed row in the layout "rows"; never more than `max_tokens`. Rows are shorter
-            where that costs less, see `ATTENTION_COST`.
-    """
-
-    max_tokens: int
+    max_tokens: int  # most tokens of a micro-batch, padding counted; a longer example is one of its own
     pad_id: int
-    packed: PackedLayout | None = None
-    row_tokens: int | None = None
+    packed: PackedLayout | None = None  # None: each row is one example
+    row_tokens: int | None = None  # most tokens of a packed row in "rows"; shorter where that costs less
 
 
 @dataclass(frozen=True)
@@ -398,10 +371,7 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 
     The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
     4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one; groups that are filled
-    one after the other get 0.36 (five groups a step instead of three).
-
-    Args:
-        max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
+    one after the other get 0.36. A group has at most `max_tokens`, padding counted, unless it is a single longer row.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = np.array([len(row) for row in ordered], dtype=np.int64)

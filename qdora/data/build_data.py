@@ -192,14 +192,6 @@ def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> T
     return replace(tokens, unused=tuple(sorted(examples.unused if isinstance(examples, SplitExamples) else ())))
 
 
-def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:
-    """Whether a source of a mix has chats, by the first example of each; `train` is what the mix was made of."""
-    return any(
-        part.has_chats if isinstance(part, ExampleStream) else bool(examples[0].messages)
-        for part, examples in zip(mix.sets, train, strict=True)
-    )
-
-
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
     """The loader of the recipe's steps, or of a process's share of each of them.
 

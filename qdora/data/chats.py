@@ -44,9 +44,9 @@ RENDER_ERRORS = (
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How the chats of a run are rendered: the day that templates print (None: today), their variables, stop tokens."""
+    """How the chats of a run are rendered."""
 
-    day: date | None = None
+    day: date | None = None  # that templates print; None: today
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stop_ids: frozenset[int] | None = None
 
@@ -88,8 +88,8 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
     set_chat_settings(tokenizer, template_kwargs=dict(data.template_kwargs))
 
 
+# What the program or transformers gives a template
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
-"""What the program or transformers gives a template."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
@@ -220,13 +220,11 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether a system prompt is printed."""
         printed = self._probe(Turn("system", "S7probe"), _USER, prompt=True)
         return "S7probe" in printed or not self._probe(_USER, prompt=True)
 
     @cached_property
     def takes_short_ids(self) -> bool:
-        """Whether calls must have ids of nine letters."""
         turns = (_USER, _CALL, _RESULT)
         return not self._probe(*turns) and bool(self._probe(*_with_short_ids(turns)))
 
@@ -313,7 +311,7 @@ class ChatTemplate:
 
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
-    """The tokenizer's template for a chat with these tools (some have one of its own for chats with tools)."""
+    """The tokenizer's template for a chat; some have another one for chats with tools."""
     own = tokenizer.chat_template
     if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
         raise UserError(f"the tokenizer has chat templates named {sorted(own)}. Fix: give one with data.chat_template.")
@@ -375,18 +373,13 @@ def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of an example, and True where they are learnt: what the assistant writes, or the answer.
-
-    Attributes:
-        prefix, start: ids[prefix:start] is a prompt, whose front may be cut; empty in a chat.
-        turn: Index of the only turn of a chat that is learnt, where the chat is one of several texts.
-    """
+    """Tokens of an example, and True where they are learnt: what the assistant writes, or the answer."""
 
     ids: list[int]
     mask: list[bool]
-    prefix: int = 0
+    prefix: int = 0  # ids[prefix:start] is a prompt, whose front may be cut; empty in a chat
     start: int = 0
-    turn: int | None = None
+    turn: int | None = None  # index of the only turn that is learnt, where a chat is several texts
 
 
 class _Text(NamedTuple):
@@ -417,9 +410,8 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
     else what it adds to the generation prompt. Where a template marks the end of a turn by the beginning of the next
     one, that mark counts. What stands behind the last learnt turn is left out.
 
-    Args:
-        loss_on: "answer": all turns of the assistant that are `learnt`; "last": only its last turn; "all": every token.
-    Returns: For each chat one or several `Encoded`, none where nothing is learnt; or what is wrong with it.
+    `loss_on` is "answer": all turns of the assistant that are `learnt`; "last": only its last turn; "all": every token.
+    Returns for each chat one or several `Encoded`, none where nothing is learnt; or what is wrong with it.
     """
     results: list[list[Encoded] | str] = []
     wholes: list[tuple[int, ChatTemplate, _Text]] = []

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from qdora.data.batches import StepLoader
 from qdora.data.mix import Mix
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
 
 logger = logging.getLogger("qdora")
@@ -21,13 +22,13 @@ class SourcePlan:
 
     name: str
     num_examples: int | None
-    num_tokens: int | None
-    num_truncated: int | None  # examples that were cut to data.max_length
-    num_dropped: int | None
+    num_tokens: int | None = None
+    num_truncated: int | None = None  # examples that were cut to data.max_length
+    num_dropped: int | None = None
     share_asked: float  # of the draws, by the strategy
     share_seen: float | None  # less than asked once the source is used up, more once others are
     num_draws: int | None  # examples that the run takes
-    num_tokens_seen: int | None
+    num_tokens_seen: int | None = None
     epochs: float | None  # how often an example is seen on average; below 1, some are never seen
     unused: tuple[str, ...] = ()  # columns that its format does not read; of a stream, those of its first rows
 
@@ -44,26 +45,26 @@ class MixPlan:
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     """What `num_steps` steps from position 0 take from each source; UserError if the sources have fewer steps."""
     num_draws = loader.draws_for_steps(num_steps)
-    counts, tokens = [None] * len(mix.sets), [None] * len(mix.sets)
+    counts: list[int | None] = [None] * len(mix.sets)
+    tokens = counts
     if num_draws is not None:
         counts, tokens = mix.order.counts(num_draws).tolist(), loader.tokens_of_draws(num_draws).tolist()
     sources = []
     for part, share, count, num_tokens in zip(mix.sets, mix.order.shares.tolist(), counts, tokens, strict=True):
-        whole = part if isinstance(part, TokenizedSet) else None
-        size = len(part) if isinstance(part, TokenizedSet) else part.num_examples
+        size, known = part.num_examples if isinstance(part, ExampleStream) else len(part), dict[str, int | None]()
+        if isinstance(part, TokenizedSet):
+            known = {"num_tokens": part.num_tokens, "num_tokens_seen": num_tokens}
+            known |= {"num_truncated": part.num_truncated, "num_dropped": part.num_dropped}
         sources.append(
             SourcePlan(
                 name=part.name,
                 num_examples=size,
-                num_tokens=whole and whole.num_tokens,
-                num_truncated=whole and whole.num_truncated,
-                num_dropped=whole and whole.num_dropped,
                 share_asked=share,
                 share_seen=None if count is None else count / max(num_draws or 0, 1),
                 num_draws=count,
-                num_tokens_seen=whole and num_tokens,
                 epochs=None if size is None or count is None else count / size,
                 unused=tuple(sorted(part.unused)),
+                **known,
             )
         )
     return MixPlan(num_steps, num_draws, tuple(sources))

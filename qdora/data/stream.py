@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qdora.data.example import Example
 from qdora.data.files import PlacedRow, Shards
 from qdora.data.formats import FIRST_ROWS, RowExamples
-from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
+from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault, empty_data_set
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -87,34 +87,23 @@ class ExampleStream:
 
     @property
     def unused(self) -> set[str]:
-        """Columns that rows had so far and that are not read."""
+        """Columns of the rows so far that are not read."""
         return self._make.unused
 
     @property
     def num_examples(self) -> int | None:
-        """`size` of the source, else the number of rows; None where it is not known. Only the mix looks at it.
-
-        Where a chat gives several examples the first rows tell how many.
-        """
+        """`size`, else the number of rows times the examples of one of the first; None where it is not known."""
         if self.source.size or self.shards.num_rows is None:
             return self.source.size
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
-    @property
-    def has_chats(self) -> bool:
-        """Whether there are chats among the first rows."""
-        return any(isinstance(made, Example) and made.messages for made in self._made(self._sample))
-
     def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows of the files; the position stays.
-
-        UserError if no format fits the first rows, or too many of them are faulty.
-        """
+        """Up to so many examples (None: all) from the first rows of the files; the position stays."""
         return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)][:number]
 
     @cached_property
     def first_rows(self) -> list[list[Outcome]]:
-        """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
+        """What became of the first rows of the first shard. UserError if too many of them are faulty."""
         rows = self._tokenized(self._sample, self.first_tally)
         self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
         return rows
@@ -129,7 +118,6 @@ class ExampleStream:
         return list(islice(self.shards.readers[0](0), _SAMPLE))
 
     def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
-        """Raise UserError if of the first `num_rows` rows so many are faulty."""
         most = self._most_bad(num_rows)
         if len(bad) > most or (bad and len(bad) == num_rows):
             raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
@@ -142,17 +130,14 @@ class ExampleStream:
 
     def _too_many(self, num_bad: int, most: int, shown: Sequence[str]) -> str:
         return (
-            f"{self.name}: {num_bad} faulty rows, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
+            f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
             "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
         )
 
     # The next example
 
     def next(self) -> TokenizedExample:
-        """The next example. Faulty rows are skipped and counted.
-
-        UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all.
-        """
+        """The next example. UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all."""
         while True:
             if not self._ready:
                 self._tokenize_more()
@@ -189,7 +174,6 @@ class ExampleStream:
             raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
 
     def _tokenize_more(self) -> None:
-        """Fill `_ready` from the window, or from the next one if it is used up."""
         if not self._window:
             self._read_window()
         if self.position.taken >= len(self._window):
@@ -233,7 +217,6 @@ class ExampleStream:
         return rows
 
     def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
-        """(index of the shard, row of it, row) of this pass, from a row of a shard on."""
         order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
         for shard in range(begin, len(order)):
             first = skip if shard == begin else 0
@@ -250,23 +233,12 @@ class ExampleStream:
     @cached_property
     def _make(self) -> RowExamples:
         """The layout of all rows, found from the first ones that can be read."""
-        faults: list[str] = []
-        first: list[Row] = []
-        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
-            if not isinstance(row, RowFault):
-                first.append(row)
-            elif not first:
-                faults.append(f"{place}: {row}")
-                if len(faults) > self._most_bad(len(faults)):
-                    raise UserError(*faults[:MAX_SHOWN_FAULTS])
-            if len(first) == FIRST_ROWS:
-                break
-        if first:
-            return RowExamples(self.source, first, self.shards.where, named=True)
-        raise UserError(*faults or [empty_data_set(self.shards.where)])
+        first = [row for _, row in self._sample if not isinstance(row, RowFault)][:FIRST_ROWS]
+        if not first:
+            raise UserError(empty_data_set(self.shards.where))
+        return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
-        """The example of each row, or its place and what is wrong with it."""
         made: list[Example | str] = []
         for place, row in rows:
             try:

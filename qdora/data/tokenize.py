@@ -35,10 +35,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     every character of the answer even where a token spans the border. The ids begin with the tokenizer's
     beginning-of-sequence token if it adds one by default; no end-of-sequence token is added.
 
-    Args:
-        pairs: (prompt, answer); the prompt may be empty, the answer starts with its own space.
-    Returns: (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
-        beginning-of-sequence token: nothing predicts the first token then.
+    Returns (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
+    beginning-of-sequence token: nothing predicts the first token then.
     """
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
@@ -110,18 +108,12 @@ def text_parts(text: str, size: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """The token ids of an example, and which of them are learnt.
-
-    Attributes:
-        input_ids: (length,) int32, with the tokenizer's beginning-of-sequence token if it adds one.
-        loss_mask: (length,) bool, True where the token is a label: it is predicted from those before it. The first is
-            always False.
-    """
+    """The token ids of an example, and which of them are learnt."""
 
     task: str
     id: str
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
+    input_ids: NDArray[np.int32]  # (length,)
+    loss_mask: NDArray[np.bool_]  # (length,), True where the token is predicted; the first is always False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -129,16 +121,13 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """The tokenised examples of one source, in their old order; how many were cut to `max_length`, or left out.
-
-    `unused` are columns of the source that its format does not read.
-    """
+    """The tokenised examples of one source, in their old order."""
 
     name: str
     examples: tuple[TokenizedExample, ...]
     num_truncated: int = 0
     num_dropped: int = 0
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # columns of the source that its format does not read
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -174,15 +163,12 @@ def tokenize_all(
     token of its own ends there. A chat has the end marks of its template instead.
 
     Args:
-        max_length: Most tokens of an example, special tokens included.
         loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "last" of a chat only the last of
             these turns, "all" the prompt's tokens as well.
         too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
             prompt, then the end of the answer; a chat behind its last answer that fits as a whole, or within its first
             one. An example that has no token left to learn is dropped. "drop": leave them out. "split": plain text
-            becomes several examples (see `chunks`); prompts with answers and chats, of which a part teaches something
-            else, are an error.
-    Raises: UserError with all faults at once.
+            becomes several examples (see `chunks`); prompts with answers and chats are an error.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
@@ -258,16 +244,18 @@ class ExampleTally:
             if isinstance(parts, str):
                 self._refused.append(f"{self.name}: example {example.id}: {parts}")
                 outcomes.append([(parts, False)])
-            elif self.too_long == "split" and _is_plain(example) and len(parts[0].ids) > self.max_length:
+            elif self._splits(example) and len(parts[0].ids) > self.max_length:
                 outcomes.append(self._split(example, parts[0]))
             else:
                 outcomes.append([self._sort(example, part) for part in parts] or [self._silent(example.id)])
         return outcomes
 
+    def _splits(self, example: Example) -> bool:
+        return self.too_long == "split" and not (example.prompt or example.messages or example.choices)
+
     def _split(self, example: Example, encoded: Encoded) -> list[Outcome]:
-        least = encoded.prefix + 2
-        if self.max_length < least:
-            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {least}, got {self.max_length}.")
+        if self.max_length < encoded.prefix + 2:
+            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {encoded.prefix + 2}.")
         self.lengths.append(len(encoded.ids))
         outcomes: list[Outcome] = []
         for number, (ids, start) in enumerate(chunks(encoded.ids, encoded.prefix, self.max_length)):
@@ -320,10 +308,6 @@ class ExampleTally:
                 "learnt (weight, train) or left out by the chat template. Fix: remove these rows."
             )
         return faults
-
-
-def _is_plain(example: Example) -> bool:
-    return not (example.prompt or example.messages or example.choices)
 
 
 def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) -> list[Encoded]:

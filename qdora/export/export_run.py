@@ -45,7 +45,7 @@ from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run, trained_state
-from qdora.run.model_card import card_files, run_card
+from qdora.run.report import card_files, run_card
 
 logger = logging.getLogger("qdora")
 

@@ -42,7 +42,7 @@ from qdora.model.source import ModelSource
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state
-from qdora.run.model_card import card_files
+from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 

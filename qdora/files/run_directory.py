@@ -318,14 +318,6 @@ def chat_date_of(path: Path) -> str:
         return date.today().isoformat()
 
 
-def is_without_chats(path: Path) -> bool:
-    """Whether a run says that none of its sources has chats."""
-    try:
-        return RunDirectory(path).environment().get("has_chats") is False
-    except UserError:
-        return False
-
-
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 

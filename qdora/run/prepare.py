@@ -22,7 +22,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qdora.data.batches import StepLoader
 from qdora.data.build_data import (
     check_first_rows,
-    has_chats,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
@@ -74,36 +73,25 @@ logger = logging.getLogger("qdora")
 class PreparedRun:
     """A run that passed all checks and can start."""
 
-    given: Recipe
-    """The recipe as it was given, with the commit of a base from the Hub; the run directory keeps it."""
-    recipe: Recipe
-    """The recipe that runs: `memory.budget: auto` may have changed it."""
+    given: Recipe  # with the commit of a base from the Hub; the run directory keeps it
+    recipe: Recipe  # that runs: `memory.budget: auto` may have changed it
     source: ModelSource
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     compute: Compute
     loader: StepLoader
-    validation: dict[str, list[Example]]
-    """Source -> its validation examples."""
+    validation: dict[str, list[Example]]  # by source
     num_steps: int
     mix_plan: MixPlan
-    memory_plan: Plan | None
-    """None without memory.budget."""
-    chat_date: str
-    """The day that chat templates print, YYYY-MM-DD: the run started on it."""
-    has_chats: bool
-    calibration: Tensor | None
-    """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
+    memory_plan: Plan | None  # None without memory.budget
+    chat_date: str  # the day that chat templates print, YYYY-MM-DD: the run started on it
+    calibration: Tensor | None  # token ids on which pruning measures inputs, (sequences, length) int64
 
 
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:
     """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
-    Args:
-        directory: The run directory, for the day on which an earlier start began.
-        where: Name of the recipe in messages.
-        force: Only warn if the plan is over memory.budget.
-    Raises UserError with all faults of the recipe, its data or the plan.
+    UserError has all faults of the recipe, its data or the plan; with `force` a plan over memory.budget is a warning.
     """
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
@@ -118,20 +106,22 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
 
-    def read() -> tuple[Mix, dict[str, list[Example]], bool]:
+    def read() -> tuple[Mix, dict[str, list[Example]]]:
         train, validation = read_data(recipe.data)
-        mix = tokenized_mix(recipe, tokenizer, train)
-        return mix, validation, has_chats(mix, train)
+        return tokenized_mix(recipe, tokenizer, train), validation
 
     # The others wait for the first process, and then find what it has kept.
-    mix, validation, chats = processes.first(read) or read()
+    mix, validation = processes.first(read) or read()
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     scored = scored_examples(recipe, validation, num_steps)
     unscored = processes.from_first(lambda: _scoring_faults(recipe, scored, tokenizer, positions_of(config)))
-    faults = [*_machine_faults(recipe, compute), *unscored]
-    faults += _data_faults(recipe, validation, num_steps, loader, config)
+    faults = [
+        *_machine_faults(recipe, compute),
+        *unscored,
+        *_data_faults(recipe, validation, num_steps, loader, config),
+    ]
     faults += [
         f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
         for name in recipe.trackers
@@ -158,7 +148,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         mix_plan=mix_plan,
         memory_plan=memory_plan,
         chat_date=chat_date,
-        has_chats=chats,
         calibration=calibration_tokens(applied, tokenizer, mix, config),
     )
 
@@ -184,7 +173,6 @@ def _data_faults(
     loader: StepLoader,
     config: PreTrainedConfig,
 ) -> list[str]:
-    """All settings that do not fit the data."""
     faults, asked = [], recipe.eval
     evaluated = {n: validation[n] for n in evaluated_sources(recipe, validation) if n in validation}
     if asked.method == "generate":
@@ -207,10 +195,7 @@ def _data_faults(
 
 
 def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
-    """One line for each source with a token that the embedding has no row for; streams are not looked at.
-
-    `num_added` tokens of `model.add_tokens` get rows.
-    """
+    """Sources with a token that the embedding has no row for; `num_added` new tokens get rows. Not of streams."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     faults = []
     for part in (part for part in sources if isinstance(part, TokenizedSet)):
@@ -348,10 +333,7 @@ def _ends(example: TokenizedExample, stops: Sequence[int], data: DataConfig) -> 
 def repeated_checks(
     sources: Sequence[Source], scored: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
 ) -> list[Check]:
-    """One number for each source with validation examples: those that are training examples, too, of any source.
-
-    Some are looked up, as tokens; of a stream only the first rows are known.
-    """
+    """One number for each source with validation examples: those that are training examples, too, of any source."""
     looked_up = {name: _as_tokens(name, _some(examples), tokenizer, data) for name, examples in scored.items()}
     wanted = {part for found in looked_up.values() for parts in found for part in parts}
     lengths = {len(part) for part in wanted}
@@ -416,11 +398,8 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check some sources as a run does at its start, for `qdora validate`.
-
-    The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
-    tokens, and without a tokenizer a note says that no lengths were checked.
-    """
+    """Check the first rows of some sources as a run does at its start, and with data.too_long: error all their lengths,
+    for `qdora validate`."""
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":
         return

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from itertools import chain, islice, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -42,16 +41,10 @@ _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
     """Tokenise some rows of each source as a run does. Loads the tokenizer and the config of the model, no weights.
 
-    Args:
-        where: Name of the recipe in messages.
-        num_shown: Examples of each source to show.
-    Returns:
-        JSON values: the settings that decide what becomes of the sources, the `sources` (`_preview_source`), and
-        `is_refused`, whether a run would end before its first step.
-    Raises UserError for missing files, no tokenizer, or sources that cannot be read, all at once.
+    Returns JSON values: the settings that decide what becomes of the sources, the `sources` (`_preview_source`) with
+    `num_shown` examples each, and `is_refused`, whether a run would end before its first step.
     """
-    faults = missing_files(recipe, where)
-    if faults:
+    if faults := missing_files(recipe, where):
         raise UserError(*faults)
     _, tokenizer = find_model(recipe, weights=False)
     set_chat_date(tokenizer, date.today().isoformat())
@@ -128,8 +121,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     }
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPiece:
+class TokenPiece(NamedTuple):
     """One token: what it adds to the text before it, whether it is a label, whether the tokenizer calls it special.
 
     `text` is empty for the first tokens of a character that several tokens spell out byte by byte: the last has it.
@@ -142,7 +134,7 @@ class TokenPiece:
 
 def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
     """JSON values: id, numbers of tokens, `pieces` (`TokenPiece`), and how many are `left_out` in their middle."""
-    pieces = [asdict(piece) for piece in token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask)]
+    pieces = [piece._asdict() for piece in token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask)]
     left_out = max(0, len(pieces) - 2 * _HALF)
     return {
         "id": example.id,
@@ -153,7 +145,7 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Sequence[bool]) -> list[TokenPiece]:
+def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Iterable[bool]) -> list[TokenPiece]:
     """The piece of each token; all texts joined are the decoded text, special tokens included."""
     special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)

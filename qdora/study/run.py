@@ -40,8 +40,8 @@ from qdora.model.load import load_config, quantization_of
 from qdora.prune.pruner import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
 from qdora.recipe.settings import Recipe
+from qdora.run.report import PAGE_FILE, leave_page
 from qdora.run.run import train_run
-from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.compare import cannot_decide, never_decided
 from qdora.study.grid import load_study

@@ -1,21 +1,30 @@
-"""qdora eval: score a run, a merged directory or a bare model."""
+"""qdora eval and qdora generate: score a run, an export, an adapter or a bare model, or let it answer."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import TextStreamer
 
 from qdora.data.build_data import run_examples, task_examples, to_score
-from qdora.data.example import Example
+from qdora.data.chats import prompt_text, require_chat_template
+from qdora.data.example import Example, Messages, Tools, Turn
+from qdora.data.files import read_rows
+from qdora.data.formats import asked_chat
+from qdora.data.rows import FaultList, RowFault
 from qdora.data.sources import given_source, has_splits, open_source, place_of, trained_on
-from qdora.errors import UserError, nearest, not_one_of
-from qdora.evaluate.generation import evaluate_generated, generation_faults, generation_table
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
+from qdora.errors import UserError, not_one_of
+from qdora.evaluate.generation import evaluate_generated, generate, generation_faults, generation_table
 from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluate.perplexity import read_texts, text_perplexity
 from qdora.evaluate.suite import compare_table, evaluate
@@ -24,8 +33,10 @@ from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import context_length
+from qdora.model.tokens import stop_ids_of_model
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
-from qdora.recipe.options import EvalOptions
+from qdora.recipe.options import EvalOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, check_target, is_run, load_target, render_chats_like
@@ -34,36 +45,29 @@ from qdora.train.evals import state_step, stored_results
 logger = logging.getLogger("qdora")
 
 SPLITS = ("validation", "test", "train")
+Write = Callable[[str], None]
+
+
+# qdora eval
 
 
 def check_options(options: EvalOptions, target: str) -> None:
     """Raise UserError with all options that do not fit each other or the target."""
     only = None if reads_tasks(options) else "--harness" if options.harness else "--text"
-    rules = [
-        (options.like is not None and is_run(target), f"--like: {target} is a run and has data of its own."),
-        (options.step is not None and options.base, "--step: is not used with --base, which has no steps."),
-        (
-            options.harness_include is not None and not options.harness,
-            "--harness-include: is used only with --harness.",
+    named, path = data_tasks(options), user_path(options.data or ".")
+    rules = {
+        f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
+        "--step: is not used with --base.": options.step is not None and options.base,
+        "--harness-include: is used only with --harness.": options.harness_include is not None and not options.harness,
+        "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
+        f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,
+        f"--data: must be a folder of <task>/<split> files with --tasks {', '.join(named)}, got {path}.": (
+            bool(named) and not path.is_dir()
         ),
-        (only == "--text" and options.limit is not None, "--limit: counts examples of tasks, got only --text."),
-        (only is not None and options.method is not None, f"--method: is for examples of tasks, got only {only}."),
-    ]
-    if options.data is not None:
-        path, named = user_path(options.data), ", ".join(sorted(data_tasks(options)))
-        held = ", ".join(task for task in COMMONSENSE_TASKS if not named and (path / task).is_dir())
-        split_tasks = f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {path}."
-        no_splits, many = (
-            f"--split: {path} has no splits, being one file.",
-            own_data(options) and len(options.tasks) > 1,
-        )
-        rules += [
-            (named != "" and not path.is_dir(), split_tasks),
-            (held != "", f"--data: {path} has a folder for each task. Fix: add --tasks with one of {held}."),
-            (options.split is not None and split_read(options) is None, no_splits),
-            (bool(many), f"--tasks: with --data names one source, got {', '.join(options.tasks)}."),
-        ]
-    faults = [text for is_wrong, text in rules if is_wrong]
+        f"--split: {path} has no splits, being one file.": options.split is not None and split_read(options) is None,
+        "--tasks: with --data names one source.": own_data(options) is not None and len(options.tasks) > 1,
+    }
+    faults = [text for text, is_wrong in rules.items() if is_wrong]
     if own_data(options) is None and options.split not in (None, *SPLITS):
         faults.append(not_one_of("--split", options.split, SPLITS))
     if faults:
@@ -75,9 +79,9 @@ def reads_tasks(options: EvalOptions) -> bool:
     return bool(options.tasks) or options.data is not None or not (options.text or options.harness)
 
 
-def data_tasks(options: EvalOptions) -> set[str]:
+def data_tasks(options: EvalOptions) -> list[str]:
     """The tasks whose folder `data` is; empty if it is own data."""
-    return set() if options.data is None else set(options.tasks) & set(COMMONSENSE_TASKS)
+    return [] if options.data is None else sorted(set(options.tasks) & set(COMMONSENSE_TASKS))
 
 
 def own_data(options: EvalOptions) -> str | None:
@@ -115,9 +119,7 @@ def evaluate_target(
 ) -> dict[str, Any]:
     """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
 
-    A run keeps the results in its eval/.
-
-    `console` gets progress and tables, by default standard error and standard output.
+    A run keeps the results in its eval/. `console` gets progress and tables, by default standard error and output.
 
     Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
     Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
@@ -146,14 +148,8 @@ def evaluate_target(
     scored: dict[str, Any] = {"limit": options.limit, "block": None}
     if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
         scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
-    loaded = load_target(
-        target,
-        step=options.step,
-        base_only=options.base,
-        base_model=options.base_model,
-        quant=options.quant,
-        verb="eval",
-    )
+    which: dict[str, Any] = {"step": options.step, "base_only": options.base}
+    loaded = load_target(target, base_model=options.base_model, quant=options.quant, verb="eval", **which)
     model, tokenizer, label = loaded.model, loaded.tokenizer, loaded.label
     if options.like is not None and recipe is not None:
         render_chats_like(tokenizer, options.like, recipe)
@@ -198,21 +194,17 @@ def _of_places(places: Sequence[str]) -> str:
 
 def _in_a_name(what: Sequence[str]) -> str:
     """Names of tasks or files, as a part of the name of a file."""
-    joined = "+".join(re.sub(r"[^\w.]+", "-", each) for each in what)
+    joined = "+".join(re.sub(r"[^\w.]+", "-", name) for name in what)
     # File systems end at 255 bytes
     return joined if len(joined) <= 100 else hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
-    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing.
-
-    A run that cannot be written keeps nothing either, after a warning: the results are printed all the same.
-    """
+    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
     if loaded.run is not None:
         file = f"eval/{loaded.label}-{name}.json"
         with unharmed(str(loaded.run.path / file)):
-            step = state_step(loaded.run, loaded.label)
-            loaded.run.write_json(file, {"step": step, **document})
+            loaded.run.write_json(file, {"step": state_step(loaded.run, loaded.label), **document})
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
@@ -236,9 +228,10 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
     sources = [] if recipe is None else [source.label for source in recipe.data.mix]
     names = list(dict.fromkeys([*sources, *TASKS]))
     faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
-    lacking = [task for task in own if task in sources and task not in known]
     faults += [
-        f"--tasks: {task} has no {split} examples in this run. Fix: name other data with --data." for task in lacking
+        f"--tasks: {task} has no {split} examples in this run. Fix: name other data with --data."
+        for task in own
+        if task in sources and task not in known
     ]
     if faults:
         raise UserError(*faults)
@@ -255,13 +248,133 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
     labels = [source.label for source in mix if source.source is not None]
     like = next(iter(options.tasks), None)
     if like is not None and like not in labels:
-        raise UserError(
-            f"--tasks: got {like!r}, with --data it must be a source of the run whose format the data has: "
-            f"{', '.join(labels) or 'there is none'}.{nearest(like, labels)}"
-        )
+        raise UserError(not_one_of("--tasks: with --data names a source of the run", like, labels))
     split = split_read(options) or "train"  # a file is all one split
     source = given_source(place, mix, like, split)
     found = open_source(source, split)
     for label in [] if options.base else trained_on(source, split, mix):
         logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
     return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}
+
+
+# qdora generate
+
+
+def nowhere(text: str) -> None:
+    """`write` for a caller that waits for the whole answer."""
+
+
+def generate_from(
+    target: str,
+    prompt: str,
+    sampling: Sampling = Sampling(),
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    write: Write = nowhere,
+    **which: Any,
+) -> dict[str, Any]:
+    """Load a run, an adapter or a model and let it answer a prompt; `raw` skips the chat template.
+
+    `write` gets each piece of text as soon as it is known; `which` are step, base_only, base_model, quant of
+    `load_target`. Returns JSON values: the text, token counts, seconds, why it stopped: "end" of sequence, "length"
+    (`max_new_tokens`), or "context", since prompt and answer fill the model's context.
+    """
+    if not prompt:
+        raise UserError("--prompt: is empty. Fix: give some text.")
+    if system is not None and raw:
+        raise UserError("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
+    keep_freed_memory()
+    loaded = load_target(target, verb="generate", **which)
+    ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
+    found = _answer(loaded, ids, sampling, write, where="--prompt")
+    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
+
+
+def answer_chats(
+    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = nowhere, **which: Any
+) -> dict[str, Any]:
+    """As `generate_from`, for each conversation of a data file of the format messages or sharegpt.
+
+    The last turn of a conversation is not the assistant's. Returns JSON values with `answers` in the order of the file.
+    """
+    chats = read_chats(user_path(file))
+    keep_freed_memory()
+    loaded = load_target(target, verb="generate", **which)
+    asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
+    answers = []
+    for where, ids in asked:
+        write(f"--- {where}\n")
+        answers.append(_answer(loaded, ids, sampling, write, where=where))
+    return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
+
+
+def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
+    """(place, turns, tools) of each row. Raises UserError with all faults."""
+    rows, chats = read_rows(file), []
+    faults = FaultList(rows.where, rows.unit)
+    for place, row in rows:
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            chats.append((f"{rows.where}: {rows.unit} {place}", *asked_chat(row)))
+        except RowFault as fault:
+            faults.add(place, fault)
+    faults.check()
+    return chats
+
+
+def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
+    """The answer to the tokens of a prompt, as JSON values. `where` they come from, for messages."""
+    model, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
+    if context is not None and len(ids) >= context:
+        raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
+    most = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
+    stops = stop_ids_of_model(model, tokenizer)
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: write(text + ("\n" if stream_end else ""))
+    options: dict[str, Any] = {"streamer": streamer, "max_new_tokens": most, "eos_token_id": sorted(stops) or None}
+    options["do_sample"] = sampling.temperature > 0
+    if options["do_sample"]:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    device, tokens = next(model.parameters()).device, torch.tensor([ids])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        began = time.perf_counter()
+        out = generate(model, tokens, torch.ones_like(tokens), **options)
+        seconds = time.perf_counter() - began
+    new = out[0, len(ids) :].tolist()
+    ended = bool(new) and new[-1] in stops
+    is_cut = not ended and most < sampling.max_new_tokens
+    if is_cut:
+        text = "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens."
+        logger.warning(text, most, len(ids), context)
+    return {
+        "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
+        "num_prompt_tokens": len(ids),
+        "num_new_tokens": len(new),
+        "stopped": "end" if ended else "context" if is_cut else "length",
+        "seconds": seconds,
+    }
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
+    """The tokens of a prompt: through the chat template if there is one, unless `raw`."""
+    if raw or (system is None and not tokenizer.chat_template):
+        [ids] = encode_batch(tokenizer, [prompt])
+        return with_prefix(ids, special_prefix(tokenizer))
+    turns = [Turn("system", system)] if system is not None else []
+    return chat_ids(tokenizer, (*turns, Turn("user", prompt)))
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Messages, tools: Tools = (), where: str = "--prompt"
+) -> list[int]:
+    """The tokens that the model sees before it answers these turns. `where` they come from, for messages."""
+    require_chat_template(tokenizer, where)
+    try:
+        text = prompt_text(tokenizer, turns, tools)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    # The template writes the begin-of-text token itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

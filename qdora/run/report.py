@@ -1,38 +1,57 @@
-"""The model card of a run or of an export: README.md with the Hub's front matter, from model_card.md.j2."""
+"""What a run tells others: README.md, the model card of a run or an export, and report.html, the page of a run.
+
+Both are made of the files of the run. The card has the Hub's front matter (model_card.md.j2); the page loads no other
+file (run_page.html.j2).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from pydantic import ByteSize
+from rich.console import Console
 
 import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluate.before_after import LossOrAccuracy, task_changes
+from qdora.files import run_directory
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import atomic_write_text, place_failures
+from qdora.files.console import consoles, duration
 from qdora.files.environment import package_versions
+from qdora.files.html_page import render_page
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import RunDirectory, open_run, unharmed
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
 from qdora.model.peft_config import sizes_in_words
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.options import Form
+from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.train.evals import adapter_in_words, state_step
+from qdora.train.evals import adapter_in_words, adapter_record, adapter_step, state_step
+from qdora.train.logs import draw_figures
 
-"""What the directory of a card holds."""
-
+PAGE_FILE = "report.html"
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
 _METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
-_LARGEST_LICENCE = 1 << 20
+_FIGURES = ("loss_per_task", "validation_nll", "validation_accuracy", "steps")
+_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
+
+
+# The model card
 
 
 def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> dict[str, str]:
@@ -52,7 +71,6 @@ def run_card(
 
     Args:
         run: For its name and the evaluations that it keeps.
-        recipe: The recipe of the run.
         state: "final" or "step-N": the state of the adapter that the card describes.
         check: What the verification of an export returned.
         form: What the directory holds.
@@ -67,21 +85,21 @@ def run_card(
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
     seen = {
-        each["name"]: f" ({each['num_draws']:,} draws of {each['num_examples'] or 'streamed'} examples in all steps)"
-        for each in mix.get("sources", ())
+        part["name"]: f" ({part['num_draws'] or 'unknown'} draws of {part['num_examples'] or 'streamed'} examples)"
+        for part in mix.get("sources", ())
     }
     is_multimodal = "trained part" in training
     metadata = ModelCardData(
         base_model=hub_id,
         base_model_relation=hub_id and ("adapter" if form == "peft" else "finetune"),
-        datasets=sorted({id_ for each in data if (id_ := _data_id(each)) is not None}) or None,
+        datasets=sorted({id_ for part in data if (id_ := _data_id(part)) is not None}) or None,
         library_name=form if form in ("gguf", "peft") else "transformers",
         pipeline_tag="image-text-to-text" if is_multimodal else "text-generation",
         tags=["qdora"],
         **_licence(source),
     )
     has_code = recipe.model.trust_remote_code and source is not None and any(source.path.glob("*.py"))
-    rows = [[each["data"], *row] for each in evaluations(run, step) for row in each["rows"]]
+    rows = [[found["data"], *row] for found in evaluations(run, step) for row in found["rows"]]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
@@ -94,7 +112,7 @@ def run_card(
         model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
         has_own_code=form != "gguf" and has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
-        data=[markdown_cell(_data(each) + seen.get(each.label, "")) for each in data],
+        data=[markdown_cell(_data(part) + seen.get(part.label, "")) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
         texts=[] if form == "run" else [*_licence_files(source)],
@@ -133,13 +151,14 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
     found = []
     for data, *names in named:
         both = [read_record(run, f"eval/{name}.json") for name in names]
-        known = [each if "per_example" in each else dict[str, Any]() for each in both]  # lm-evaluation-harness has none
+        # Records of lm-evaluation-harness have no examples
+        known = [record if "per_example" in record else dict[str, Any]() for record in both]
         before, after = known if step else (known[0], dict[str, Any]())
         for record in (*before.get("per_example", ()), *after.get("per_example", ())):
             if "outcome" in record:  # a generated answer
                 record["acc"] = float(record["outcome"] == "right")
         changes: dict[str, Any] = {
-            metric: [asdict(each) for each in task_changes(before, after, metric)] for metric in _METRICS
+            metric: [asdict(change) for change in task_changes(before, after, metric)] for metric in _METRICS
         }
         rows = [_cells(change, metric) for metric in _METRICS for change in changes[metric]]
         if rows:
@@ -178,10 +197,8 @@ def _licence(source: ModelSource | None) -> dict[str, Any]:
         settings = read_header(source.path).settings
         stated = {key.removeprefix("general.").replace(".", "_"): value for key, value in settings.items()}
     elif source is not None:
-        try:
+        with suppress(OSError, ValueError, yaml.YAMLError):
             stated = metadata_load(source.path / "README.md") or {}
-        except (OSError, ValueError, yaml.YAMLError):
-            stated = {}
     names = ("license", "license_name", "license_link")
     found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
     link = found.get("license_link", "://")
@@ -194,9 +211,8 @@ def _licence_files(source: ModelSource | None) -> dict[str, str]:
     """Name -> text of the licence files in the directory of a base."""
     if source is None or source.is_gguf:
         return {}
-    files = sorted({file for pattern in LICENCE_FILES for file in source.path.glob(pattern)})
-    texts = [file for file in files if file.is_file() and file.stat().st_size <= _LARGEST_LICENCE]
-    return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in texts}
+    files = sorted({file for pattern in LICENCE_FILES for file in source.path.glob(pattern) if file.is_file()})
+    return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
 
 
 def _data_id(source: SourceConfig) -> str | None:
@@ -209,3 +225,102 @@ def _data_id(source: SourceConfig) -> str | None:
 def _data(source: SourceConfig) -> str:
     id_ = _data_id(source)
     return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"
+
+
+# The page
+
+
+def page_of_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
+    """Draw the figures of a run again and write its page to `out`/report.html; default: into the run directory.
+
+    Returns the facts (`run_facts`) and the path of the page.
+    """
+    run, folder = open_run(directory), out or directory
+    draw_figures(run.metrics(), run.inside("figures"))
+    with place_failures(folder, "name another directory with --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = write_page(run, folder / PAGE_FILE)
+    consoles(console)[1].print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
+    return {"page": str(folder / PAGE_FILE), **facts}
+
+
+def leave_page(run: RunDirectory) -> None:
+    """`write_page` for a run that ends, however it ends: a failure is logged and never raises."""
+    with unharmed(PAGE_FILE):
+        write_page(run, run.inside(PAGE_FILE))
+
+
+def write_page(run: RunDirectory, file: Path) -> dict[str, Any]:
+    """Write the page of a run from its files as they are; returns its facts."""
+    facts = run_facts(run)
+    files = [run.path / "figures" / f"{name}.svg" for name in _FIGURES]
+    figures = {each.stem.replace("_", " "): each.read_text(encoding="utf-8") for each in files if each.is_file()}
+    page = render_page("qdora.run", "run_page.html.j2", columns=EVALUATION_COLUMNS, figures=figures, **facts)
+    atomic_write_text(file, page)
+    return facts
+
+
+def run_facts(run: RunDirectory) -> dict[str, Any]:
+    """What the page shows of a run, finished or not, as JSON values."""
+    recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
+    texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
+    warnings = Counter(text.removeprefix(warning) for text in texts if text.startswith(warning))
+    status, step = _status(run, recipe, metrics), max([0, *(line["step"] for line in metrics if "eval" in line)])
+    return {
+        "title": run.path.resolve().name,
+        "run": str(run.path),
+        "status": status,
+        "failure": texts[-1].removeprefix(failure) if texts and texts[-1].startswith(failure) else None,
+        "warnings": [text if number == 1 else f"{text} ({number} times)" for text, number in warnings.items()],
+        "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
+        "evaluations": evaluations(run, status["adapter_step"] or step),
+        "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),
+    }
+
+
+def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`state`: finished, stopped early, unfinished or not trained; the steps done, planned and kept; all as `text`."""
+    kept, num_steps = run.checkpoint_steps(), read_record(run, "mix.json").get("num_steps")
+    done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
+    num_done, newest = max([0, *done, *kept]), max(kept, default=None)
+    best = adapter_record(run)
+    held = adapter_step(run) if run.adapter.is_dir() else None
+    written = held if best is None else best["num_done"]  # the run may have gone on since
+    which = "" if held in (None, num_done) else f" adapter/ holds step {held}{', the best one' if best else ''}."
+    far = f"{num_done} steps" if num_steps is None else f"{num_done} of {num_steps} steps"
+    if recipe.adapter.kind == "none":
+        state, text = "not trained", "Nothing is trained in this run: adapter.kind is none."
+    elif best is not None and num_done <= best["num_done"] < best["num_steps"]:
+        state, text = "stopped early", f"Stopped early: {far}.{which}"
+    elif written is not None and num_steps is not None and written >= num_steps:
+        state, text = "finished", f"Finished: {far}.{which}"
+    else:
+        safe = "no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
+        state, text = "unfinished", f"Not finished: {far}, {safe}.{which}"
+    numbers = {"num_done": num_done, "num_steps": num_steps, "adapter_step": held, "newest_checkpoint": newest}
+    return {"state": state, "text": text, **numbers}
+
+
+def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> loss, speed, time and memory of the logged steps, and the machine."""
+    machine, plan = read_record(run, "environment.json"), read_record(run, run_directory.PLAN_FILE)
+    gpus = [gpu["name"] for gpu in machine.get("devices", [])]
+    found = {"machine": ", ".join(gpus) or machine.get("cpu", "")}
+    steps = [line for line in metrics if "loss" in line]
+    if not steps:
+        return found
+    tenth, losses = max(1, len(steps) // 10), []
+    for part in (steps[:tenth], steps[-tenth:]):
+        num_tokens = sum(line["num_label_tokens"] for line in part)
+        losses.append(sum(line["loss"] * line["num_label_tokens"] for line in part) / max(num_tokens, 1))
+    seconds = [line["time"]["step_seconds"] for line in steps]
+    speed = statistics.median(line["num_tokens"] / line["time"]["step_seconds"] for line in steps)
+    sizes = {"peak memory": max(line["time"]["peak_memory_bytes"] for line in steps)}
+    sizes["planned peak"] = plan.get("tensor_bytes" if gpus else "peak_bytes")  # a GPU's allocator counts tensors
+    return found | {
+        "training loss": "{:.4f} to {:.4f} nats a token (first and last tenth of the steps)".format(*losses),
+        "speed": f"{speed:,.0f} tokens/s, {statistics.median(seconds):.3g} s a step (medians)",
+        "time of the steps": duration(statistics.mean(seconds) * steps[-1]["step"]),
+        **{label: ByteSize(size).human_readable() for label, size in sizes.items() if size is not None},
+    }
