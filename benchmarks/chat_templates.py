@@ -27,7 +27,7 @@ import jinja2
 from byte_tokenizer import byte_tokenizer
 from frame import bench, main, table, tabulated
 
-from qdora.data.encode_chats import encode_chats
+from qdora.data.chats import encode_chats
 from qdora.data.example import Example, parse_messages, parse_tools
 
 TURNS = (1, 2, 5)
@@ -145,11 +145,11 @@ def marked_turns(tokenizer: Any, messages: Chat, tools: Any, form: int) -> list[
     return [{turn(messages, index), turn(messages[: index + 1], index)} for index in said]
 
 
-def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], notes: set[str]) -> str | None:
+def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str]) -> str | None:
     """Count the turns of a chat that pass each check; or why the template does not take the chat."""
     tools = [TOOL] if any("tool_calls" in message for message in messages) else None
     example = Example("t", "0", "", "", messages=parse_messages(messages), tools=parse_tools(tools))
-    [found] = encode_chats(tokenizer, [example], notes=notes)
+    [found] = encode_chats(tokenizer, [example])
     form = form_of(tokenizer, messages, tools)
     if isinstance(found, str) or isinstance(form, str):
         assert isinstance(found, str) == isinstance(form, str), (found, form)
@@ -186,13 +186,12 @@ def measure(template: Path) -> dict[str, Any]:
     texts = [each.read_text(encoding="utf-8") for each in (template, beside) if each.exists()]
     tokenizer, variant = tokenizer_of(*texts), tokenizer_of(*texts[::-1]) if len(texts) > 1 else None
     counts: Counter[str] = Counter()
-    notes: set[str] = set()
     options = itertools.product(TURNS, *3 * [(False, True)])
     chats = [chat_of(turns, system=system, tools=tools, reasoning=thinks) for turns, system, tools, thinks in options]
-    refusals = [reason for chat in chats if (reason := counted(tokenizer, variant, chat, counts, notes)) is not None]
+    refusals = [reason for chat in chats if (reason := counted(tokenizer, variant, chat, counts)) is not None]
     names = ("texts", "turns", "answer_and_end", "others", "served", "marked", "as_marked")
     found = {"chats": len(chats), "refused": dict(Counter(refusals))}
-    return found | {name: counts[name] for name in names} | {"notes": sorted(notes)}
+    return found | {name: counts[name] for name in names}
 
 
 @bench()

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.chat_template import (
+from qdora.data.chats import (
+    Encoded,
     chat_template_of,
+    encode_chats,
     prompt_text,
     set_chat_date,
     set_chat_settings,
-    template_options,
     use_data_settings,
 )
-from qdora.data.encode_chats import Encoded, encode_chats
 from qdora.data.example import Example, Turn, parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
@@ -99,19 +99,6 @@ OTHER_HEADER = (
     "{% endif %}{% endfor %}{% if ns.open %}<|return|>{% elif add_generation_prompt %}<|assistant|>{% endif %}"
 )
 """Answers to results of tools have a header of their own, but for a second call."""
-FIRST_ONLY = (
-    "{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endif %}{% endfor %}" + PROMPT
-)
-"""As gpt-oss's: the first system turn, and the first call of a turn."""
-EVERYTHING = FIRST_ONLY.replace(" or loop.first", " or true").replace(
-    "m.tool_calls[0].function.name", "m.tool_calls | map(attribute='function') | map(attribute='name') | join(' ')"
-)
-ONE_OF_BOTH = LOOP + (
-    "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
-    "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
-)
-FIRST_WORD = CHATML.replace("m['content']", "m['content'].split()[0]")
 CALLS = "{% for c in m.tool_calls %}{{ ARGUMENTS }}{% endfor %}<|im_end|>\n{% endfor"
 AS_OBJECT, AS_TEXT = (
     CHATML.replace("<|im_end|>\n{% endfor", CALLS.replace("ARGUMENTS", form))
@@ -134,12 +121,10 @@ def calling(*calls: dict[str, Any], content: str = "", reasoning: str = "") -> T
     return Turn("assistant", content, calls, reasoning=reasoning)
 
 
-def make(template: str, *, fast: bool = True, **kwargs: Any) -> Any:
+def make(template: str, **kwargs: Any) -> Any:
     tokenizer = support.tokenizer(chat_template=template, more=["\n\n", "a \n", " a"] * 9)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     set_chat_settings(tokenizer, template_kwargs=kwargs)
-    if not fast:  # such a tokenizer does not say where its tokens stand
-        tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
     return tokenizer
 
 
@@ -151,8 +136,8 @@ def chat(*turns: Turn, tools: Any = None) -> Example:
     return Example("t", "7", "", "", messages=turns or CHAT, tools=parse_tools(tools))
 
 
-def encoded(tokenizer: Any, *turns: Turn, notes: set[str] | None = None, **options: Any) -> list[Encoded]:
-    [found] = encode_chats(tokenizer, [chat(*turns)], notes=notes, **options)
+def encoded(tokenizer: Any, *turns: Turn, **options: Any) -> list[Encoded]:
+    [found] = encode_chats(tokenizer, [chat(*turns)], **options)
     assert not isinstance(found, str), found
     return found
 
@@ -231,13 +216,12 @@ def chats(draw: st.DrawFn) -> tuple[Turn, ...]:
     return (*system, *(turn(role) for _ in range(pairs) for role in ("user", "assistant")))
 
 
-@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: str(TEMPLATES.index(template)))
 @settings(max_examples=25, deadline=None)
 @given(turns=chats())
-def test_model_sees_before_each_turn_what_a_server_gives_it(template: str, fast: bool, turns: tuple[Turn, ...]) -> None:
+def test_model_sees_before_each_turn_what_a_server_gives_it(template: str, turns: tuple[Turn, ...]) -> None:
     """The expectation is transformers' own rendering of the chat before the turn, encoded as a text of its own."""
-    tokenizer = kept(template, fast=fast)
+    tokenizer = kept(template)
     messages = [
         {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if template == PARTS else turn.content}
         | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
@@ -257,9 +241,8 @@ def test_model_sees_before_each_turn_what_a_server_gives_it(template: str, fast:
         assert said.rstrip("\n").endswith("|>")
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_the_tokens_of_a_whole_chat_are_those_of_its_text(fast: bool) -> None:
-    tokenizer = kept(CHATML, fast=fast)
+def test_the_tokens_of_a_whole_chat_are_those_of_its_text() -> None:
+    tokenizer = kept(CHATML)
     messages = [{"role": each.role, "content": each.content} for each in CHAT]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     [part] = encoded(tokenizer)
@@ -289,49 +272,12 @@ def test_a_result_gets_the_short_id_of_its_own_call(named: tuple[str, ...], orde
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["no", "drops"])
 def test_system_prompt_goes_into_the_first_turn(template: str) -> None:
-    tokenizer, notes = kept(template), set[str]()
-    [part] = encoded(tokenizer, KIND, *CHAT, notes=notes)
+    tokenizer = kept(template)
+    [part] = encoded(tokenizer, KIND, *CHAT)
     start = "<|im_start|>user\nBe kind\n\nHi<|im_end|>\n"
     assert tokenizer.decode(part.ids).startswith(start)
     assert prompt_text(tokenizer, (KIND, HI)).startswith(start)
     assert prompt_text(tokenizer, (KIND,)).startswith("<|im_start|>user\nBe kind<|im_end|>\n")
-    assert [says(note, "takes no system prompt") for note in notes] == [True]
-
-
-# What is noted
-
-
-LOST, CHANGED = "the chat template does not print", "the chat template leaves out or changes"
-UNPRINTED = [f"{LOST} {what}" for what in ("reasoning_content", "tool_calls", "tools")]
-UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<think>\\n', but answers"
-
-
-@pytest.mark.parametrize(
-    "template, kwargs, turns, tools, expected",
-    [
-        (CHATML, {}, CHAT, None, []),
-        (CHATML, {}, (HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT), [{"name": "f"}], UNPRINTED),
-        (FIRST_ONLY, {}, (KIND, HI, calling(call_of("f")), TOOL), None, []),
-        (FIRST_ONLY, {}, (HI, calling(call_of("f"), call_of("g")), TOOL, CAT), None, [f"{LOST} tool_calls"]),
-        (FIRST_ONLY, {}, (KIND, Turn("system", "Obey"), *CHAT[:2]), None, [f"{LOST} turns of role system"]),
-        (FIRST_ONLY, {}, (HI, KIND, CAT), None, [f"{LOST} turns of role system"]),
-        (EVERYTHING, {}, (KIND, KIND, HI, calling(call_of("f"), call_of("g")), TOOL, KIND, CAT), None, []),
-        (ONE_OF_BOTH, {}, (HI, calling(call_of("f"), content="the cat")), None, [f"{CHANGED} text beside calls"]),
-        (ONE_OF_BOTH, {}, (HI, Turn("assistant", "<think>\nHm:\n</think>\n\nthe cat")), None, [f"{CHANGED} reasoning"]),
-        (ONE_OF_BOTH, {}, (HI, Turn("assistant", " a \n  dog\n")), None, []),
-        (ONE_OF_BOTH, {}, (HI, calling(call_of("f"))), None, []),
-        (FIRST_WORD, {}, CHAT[:2], None, [f"{CHANGED} the content of an answer"]),
-        (CHOOSES, {}, CHAT, None, []),
-        (CHOOSES, {"thinking": True}, CHAT, None, [f"{UNLIKE} ... set data.template_kwargs (it reads thinking)"]),
-        (BEGUN, {}, (CAT,), None, [UNLIKE]),
-    ],
-)
-def test_what_the_template_leaves_out_is_noted(
-    template: str, kwargs: Any, turns: Any, tools: Any, expected: list[str]
-) -> None:
-    notes = set[str]()
-    encode_chats(make(template, **kwargs), [chat(*turns, tools=tools)], notes=notes)
-    assert [says(note, words) for note, words in zip(sorted(notes), expected, strict=True)] == [True] * len(expected)
 
 
 @pytest.mark.parametrize("answer", ["<b>bold</b>", "<th", "<thin air"])
@@ -347,16 +293,6 @@ def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: s
     assert learnt(kept(BEGUN), part) == "the cat<|im_end|>\n"
 
 
-def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
-    tokenizer = make(CHATML)
-    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eos|>"])
-    for stops, is_noted in ((None, False), ({end}, False), ({end, other}, False), ({other}, True)):
-        set_chat_settings(tokenizer, stop_ids=stops and frozenset(stops))
-        notes = tokenize_all([chat()], tokenizer, name="x", max_length=100).notes
-        assert len(notes) == is_noted
-    assert says(notes[0], f"ends with '<|im_end|>' ({end}), which is not among ... ({other}): the model may not stop")
-
-
 # Settings, and what is refused
 
 
@@ -368,7 +304,6 @@ def use(template: str | None, **options: Any) -> Any:
 
 
 def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
-    assert template_options(CHOOSES) == ["thinking"]
     thinking = use(CHOOSES, template_kwargs={"thinking": True})
     assert prompt_text(thinking, CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n")
     file = tmp_path / "mine.jinja"
@@ -385,23 +320,26 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
 
     for call, words in (
         (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
-        (lambda: tokenized(chat(), by=named), "templates named rag, tool_use, and none named default"),
+        (lambda: tokenized(chat(), by=named), "templates named ['rag', 'tool_use']"),
         (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(no_system, (HI, KIND)), "the chat template refuses it: no system"),
-        (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: messages[1]: weight and train are not used"),
-        (lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: 1 example (7) has no token"),
-        (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "'thinkin', it reads thinking. Did you mean 'thinking'"),
-        (lambda: use(CHOOSES, template_kwargs={"messages": []}), "does not read 'messages', it reads thinking."),
-        (lambda: use(None, template_kwargs={"a": 1}), "data.template_kwargs: the tokenizer has no chat template"),
-        (lambda: use(None, chat_template=str(file)), "data.chat_template: ... mine.jinja: line 1: "),
-        (lambda: use(None, chat_template=f"{tmp_path}/no.jinja"), "data.chat_template: ... no.jinja: cannot be read"),
+        (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
+        (
+            lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"),
+            "x: no token in the loss of 7",
+        ),
+        (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "reads ['thinking'], got ['thinkin']"),
+        (lambda: use(CHOOSES, template_kwargs={"messages": []}), "reads ['thinking'], got ['messages']"),
+        (lambda: use(None, template_kwargs={"a": 1}), "data.template_kwargs: ... reads [], got ['a']"),
+        (lambda: use(None, chat_template=str(file)), "data.chat_template: ... mine.jinja: ... line 1"),
+        (lambda: use(None, chat_template=f"{tmp_path}/no.jinja"), "data.chat_template: ... no.jinja: ... No such file"),
     ):
         assert says(fault_of(call), words), words
     assert len(tokenized(chat(tools=[{"name": "f"}]), by=named)) == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
     *three, more = faults_of(tokenized, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]
-    assert more == "x: 2 more chats that do not fit the template"
+    assert more == "x: 2 more that the chat template refuses"
 
 
 DATED = (

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,16 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from qdora.data import demo, files
 from qdora.data.batches import Batching, StepLoader
 from qdora.data.build_data import read_data
 from qdora.data.example import Example, Turn
 from qdora.data.files import files_of, local_shards, read_rows, rows_of_split
-from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
+from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.rows import Rows
 from qdora.data.sources import SplitExamples, draw, has_split, load_source, open_shards, split_off, train_and_validation
-from qdora.data.tokenize import TextNotes
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests.data_rows import content, fault_of, faults_of, mixed, says, write
@@ -407,19 +406,17 @@ def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None
         assert [turn.learnt for turn in held.messages if turn.role == "assistant"] == expected
 
 
-def test_unused_columns_are_facts_unless_they_look_meant(tmp_path: Path) -> None:
-    columns = ("category", "system", "Tools", "promt", "sample_weight", "rating", "split")
+def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    columns = ("category", "system")
     rows = {"pairs": [PAIR | dict.fromkeys(columns, "x")] * 3, "all": [PAIR]}
     files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 1)
-    assert [each.unused for each in plan.sources] == [tuple(sorted(columns)), ()]
-    ended, glued = TextNotes(num_texts=3, num_ended=2, num_glued=1, glued="'a' + 'b'").in_words()
-    plan = replace(plan, sources=(replace(plan.sources[0], notes=(ended, glued)), replace(plan.sources[1], notes=())))
-    meant = "pairs: not used for training: Tools, promt, sample_weight, system."
-    assert mix_warnings(plan) == [meant, f"pairs: {glued}"]
-    assert mix_facts(plan) == ["pairs: not used for training: category, rating, split.", f"pairs: {ended}"]
+    assert [each.unused for each in plan.sources] == [columns, ()]
+    with caplog.at_level("INFO", "qdora"):
+        show_mix(Console(quiet=True), plan)
+    assert caplog.messages == ["pairs: not used for training: category, system."]
 
 
 # The Hub

@@ -34,8 +34,8 @@ from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.model.tokens import train_embeddings, trained_matrices
-from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run import train_run
+from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train.distributed import processes_of_launch
 from qdora.train.evals import evaluate_together
 from tests import support

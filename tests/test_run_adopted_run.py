@@ -23,9 +23,8 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.recipe.options import ExportOptions
-from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_run import load_target
+from qdora.run.verbs import EvalOptions, Sampling, evaluate_target, generate_from
 from tests import reference, support
 
 IDS = torch.arange(5, 45).reshape(2, 20)

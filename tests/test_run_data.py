@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -21,22 +20,19 @@ from typer.testing import CliRunner, Result
 
 from qdora.cli import app
 from qdora.data.build_data import read_data, tokenized_sources
-from qdora.data.chat_template import set_chat_settings
-from qdora.data.mix_plan import MixPlan, SourcePlan
+from qdora.data.chats import set_chat_settings
 from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import prepare
 from qdora.run import preview as preview_file
-from qdora.run.data_checks import context_warnings, data_checks, repeated_checks, vocabulary_faults
+from qdora.run.prepare import context_warnings, example_checks, repeated_checks, vocabulary_faults
 from qdora.run.preview import visible
 from qdora.run.run import train_run
-from qdora.train.distributed import Processes
 from tests import support
-from tests.data_rows import fault_of, says, write
+from tests.data_rows import says, write
 from tests.page_parser import Page
 
 QUIET = Console(quiet=True)
@@ -243,7 +239,7 @@ def tokenizer() -> Any:
     return made
 
 
-def said(tokenizer: Any, *examples: str, cut: int = 0, notes: tuple[str, ...] = (), **data: Any) -> list[str]:
+def said(tokenizer: Any, *examples: str, **data: Any) -> list[str]:
     """state: text of the checks of one source. Every second part of an example is learnt; # is the end of a turn."""
     made = []
     for example in examples:
@@ -253,11 +249,9 @@ def said(tokenizer: Any, *examples: str, cut: int = 0, notes: tuple[str, ...] = 
             ids += tokenizer(text, add_special_tokens=False)["input_ids"]
             mask += [number % 2 == 1] * (len(ids) - len(mask))
         made.append(TokenizedExample("t", "0", np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_)))
-    sizes = {"num_examples": 9, "num_tokens": 90, "num_truncated": 0, "num_dropped": 0, "num_draws": 9}
-    source = SourcePlan(name="s", share_asked=1.0, share_seen=1.0, num_tokens_seen=90, epochs=1.0, **sizes)
-    part = TokenizedSet("s", tuple(made), num_truncated=cut, notes=notes)
+    part = TokenizedSet("s", tuple(made))
     config = DataConfig.model_validate({"mix": [{"source": "x.jsonl"}], **data})
-    checks = data_checks([part], MixPlan(1, 1, True, (source,)), tokenizer, config)
+    checks = example_checks([part], tokenizer, config)
     return [f"{check.state}: {check.text}" for check in checks]
 
 
@@ -265,23 +259,20 @@ def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
     why, ends, cut = "Why did the dog sit?^", "Why?^the three answers#", "Why?^the three answers"
     two = f"{why}yes#\n^{why}a long answer#"
     assert said(tokenizer, ends, two) == [
-        "passed: s: all 3 answers looked at end with a stop token (<|im_end|>).",
+        "passed: s: 0 of 3 answers do not end with a stop token (<|im_end|>).",
         "passed: s: 0 of 2 examples have no token in the loss.",
     ]
-    few = "passed: s: 1 of 3 answers do not end with a stop token (<|im_end|>) in the loss."
+    few = "passed: s: 1 of 3 answers do not end with a stop token (<|im_end|>)."
     assert few in said(tokenizer, ends, ends, cut)
     early, asked = f"{why}no#and then the dog sat on the cat", "Why#^the cat"
-    most = "warning: s: 3 of 4 answers do not end with a stop token (<|im_end|>) in the loss; 2 examples are cut"
-    assert said(tokenizer, ends, cut, early, asked, cut=2)[0].startswith(most)
-    # The note of the template says more, and plain text may end anywhere
-    plain = "^the cat sat on the mat"
-    for found in (said(tokenizer, cut, notes=("x: the model may not stop. Fix: y",)), said(tokenizer, plain)):
-        assert not [text for text in found if "stop token" in text]
+    most = "warning: s: 3 of 4 answers do not end with a stop token (<|im_end|>)."
+    assert said(tokenizer, ends, cut, early, asked)[0] == most
+    plain = "^the cat sat on the mat"  # plain text may end anywhere
+    assert not [text for text in said(tokenizer, plain) if "stop token" in text]
     assert said(tokenizer, plain, loss_on="all")[0].startswith("warning: s: 1 of 1 answers do not end")
     assert "warning: s: 2 of 3 examples have no token in the loss." in said(tokenizer, "Why?", ends, "Why?")
-    first, *others = said(support.tokenizer(), cut)
-    assert first.startswith("warning: neither the model nor the tokenizer")
-    assert not [text for text in others if "stop token" in text]
+    first, *_ = said(support.tokenizer(), cut)
+    assert first == "warning: s: 1 of 1 answers do not end with a stop token (the model names none)."
 
 
 def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) -> None:
@@ -294,8 +285,8 @@ def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) 
     changes: dict[str, Any] = {"data__packing": True, "train__batch": 100}
     log, repeats = train(root, run, train__steps=1, **changes), "An optimizer step takes 100 examples"
     found = kept()
-    starts = ("sums: all", "sums: 0 of", "letters: all", "letters: 0 of", "packed examples stay apart")
-    assert all(log.count(f" Checked: {start}") == 1 for start in starts)
+    starts = ("sums: 0 of", "letters: 0 of", "packed examples stay apart")
+    assert [log.count(f" Checked: {start}") for start in starts] == [2, 2, 1]
     assert [text.startswith(repeats) for state, text in found if state == "warning"] == [True]
     gradients = [text for state, text in found if state == "open"]
     assert gradients == ["whether every trainable tensor gets a gradient: known after 3 updates."]
@@ -322,22 +313,14 @@ def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
     assert told["text"].startswith(text)
 
 
-def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
-    def told(**changes: Any) -> list[str]:
-        recipe = support.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
-        found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
-        caplog.clear()
-        return [*(each.text for each in prepare._evaluation_checks(found)), *caplog.messages]
-
-    [warning] = told()
-    assert warning.startswith("no source has validation data, so nothing is evaluated. Fix: ")
-    assert told(eval__tasks=[], eval__limit=...) == []
-    assert fault_of(told, eval__every=2).startswith("eval.every: got 2, but no source has validation data. Fix: set v")
-    sums, letters = support.write_data(tmp_path / "data")
-    mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
-    assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
+def test_a_run_that_evaluates_nothing_says_so(root: Path, tmp_path: Path) -> None:
+    words = "no source has validation data, so nothing is evaluated. Fix: "
+    for tasks, is_told in ((None, True), ([], False)):
+        changes: dict[str, Any] = {"eval__tasks": tasks, "data__validation_fraction": 0, "train__steps": 1}
+        log = train(root, tmp_path / f"run {tasks}", **changes | ({} if is_told else {"eval__limit": ...}))
+        assert (words in log) == is_told
+    fault = refusal(support.tiny_recipe(root, data__validation_fraction=0, eval__every=2), tmp_path / "other")
+    assert fault[0].startswith("eval.every: got 2, but no source has validation data. Fix: set v")
 
 
 def repeated(
@@ -400,7 +383,7 @@ def test_rows_of_the_embedding_and_positions_are_limits() -> None:
     assert vocabulary_faults(sources, config, 1) == []  # a token of model.add_tokens
     sources = [tokens("fits", [0] * 8), tokens("long", [0] * 9, [0] * 12, [0])]
     (text,) = context_warnings(sources, LlamaConfig(max_position_embeddings=8))
-    assert text.startswith("long: 2 of 3 examples are longer than the model has positions (up to 12 tokens, ")
+    assert text.startswith("long: 2 of 3 examples are longer than the model has positions (8)")
     assert context_warnings(sources, LlamaConfig(max_position_embeddings=12)) == []
     assert context_warnings(sources, MambaConfig()) == []  # no limit
 

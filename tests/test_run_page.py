@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import re
-import shlex
 import shutil
 import sys
 from importlib.util import find_spec
@@ -30,11 +29,10 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import model_card
-from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.model_card import _licence, _licence_files, run_card
+from qdora.run import report as model_card
+from qdora.run.report import _licence, _licence_files, page_of_run, run_card, run_facts, write_page
 from qdora.run.run import train_run
-from qdora.run.run_page import page_of_run, run_facts, write_page
+from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train import logs as experiment_trackers
 from qdora.train.evals import adapter_step
 from qdora.train.logs import flat_numbers, flat_settings, layer_facts, tracking
@@ -91,8 +89,7 @@ def test_training_leaves_a_page_that_needs_nothing_else(whole):
     seconds = median(line["time"]["step_seconds"] for line in steps)
     rate = median(line["num_tokens"] / line["time"]["step_seconds"] for line in steps)
     planned = ByteSize(sum(read(whole, "plan.json")["components"].values())).human_readable()
-    for words in ("Finished: 6 of 6 steps.", f"qdora export {whole} {whole}-merged", "dora, rank 4, alpha 8", planned,
-                  f"--run-dir {whole} --resume -s train.steps=12", (whole / "recipe.yaml").read_text(),
+    for words in ("Finished: 6 of 6 steps.", "dora, rank 4, alpha 8", planned, (whole / "recipe.yaml").read_text(),
                   f"{rate:,.0f} tokens/s, {seconds:.3g} s a step",
                   f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f} nats a token"):  # fmt: skip
         assert words in found.text
@@ -120,8 +117,7 @@ def test_an_interrupted_and_a_failed_run_say_so(root, tmp_path, monkeypatch):
     run, other = tmp_path / "run", tmp_path / "other"
     support.train_until(support.tiny_recipe(root), run, 3)
     text = page(run).text
-    for words in ("Not finished: 3 of 6 steps, the newest checkpoint is of step 3.", "validation, only before training",
-                  f"qdora train {run}/recipe.yaml --run-dir {run} --resume"):  # fmt: skip
+    for words in ("Not finished: 3 of 6 steps, the newest checkpoint is of step 3.", ", only before training"):
         assert words in text
     (run / "report.html").unlink()
     (run / "report.html").mkdir()  # a page that cannot be written is a warning
@@ -139,40 +135,28 @@ def test_an_interrupted_and_a_failed_run_say_so(root, tmp_path, monkeypatch):
     text = page(other).text
     assert "The last start failed" not in text
     assert "The run was not evaluated." in text
-    assert f"qdora eval {other} --base" in text
 
 
-def test_the_commands_on_a_page_are_accepted(root, whole, tmp_path):
-    run, invoke = tmp_path / "run", CliRunner().invoke
-    train(root, run, train__steps=..., train__epochs=0.2, **UNEVALUATED)
-    (words,) = [shlex.split(each["command"]) for each in facts(run)["next"] if "--resume" in each["command"]]
-    found = invoke(app, ["--quiet", *words[1:]])
-    assert found.exit_code == 0, found.output
-    assert "train.epochs=0.4" in words
-    assert "Finished: 5 of 5 steps." in page(run).text
-    found = invoke(app, ["report", str(whole), "--out", str(tmp_path / "out"), "--json"])
+def test_the_page_of_a_run_in_another_place(whole, tmp_path):
+    found = CliRunner().invoke(app, ["report", str(whole), "--out", str(tmp_path / "out"), "--json"])
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert (document["page"], document["status"]["state"]) == (str(tmp_path / "out/report.html"), "finished")
     assert (tmp_path / "out/report.html").is_file()
-    found = invoke(app, ["report", str(tmp_path / "rnu")])
-    assert (found.exit_code, "Did you mean 'run'?" in found.output) == (2, True)
+    found = CliRunner().invoke(app, ["report", str(tmp_path / "otu")])
+    assert (found.exit_code, "Did you mean 'out'?" in found.output) == (2, True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: .* --out"):
         page_of_run(whole, tmp_path / "file", console=QUIET)
 
 
-def test_a_run_that_wrote_nothing_yet_has_a_page_and_a_damaged_file_is_named(whole, tmp_path):
+def test_a_run_that_wrote_nothing_yet_has_a_page(whole, tmp_path):
     (tmp_path / "new").mkdir()
     for name in ("recipe.yaml", "environment.json"):
         shutil.copy(whole / name, tmp_path / "new" / name)
     assert facts(tmp_path / "new")["status"]["state"] == "unfinished"
     found = page(tmp_path / "new")
     assert ("Not finished: 0 steps, no checkpoint yet." in found.text, found.tables) == (True, [])
-    run = copy_of(whole, tmp_path)
-    (run / "eval/step-6.json").write_text('{"per_example": [{}]}')
-    with pytest.raises(UserError, match="does not hold what a run writes"):
-        facts(run)
 
 
 def test_everything_from_the_files_is_escaped(whole, tmp_path):
@@ -255,8 +239,8 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path, monkeypat
         assert _licence(source) == expected
     link = "https://huggingface.co/org/name/blob/abc/LICENSE"
     assert _licence(ModelSource("hub", tmp_path, "org/name", "abc")) == LICENCE | {"license_link": link}
-    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt", "LICENSE.huge"):
-        (tmp_path / name).write_text(name * (200_000 if name.endswith("huge") else 1))
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt"):
+        (tmp_path / name).write_text(name)
     assert _licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
     (tmp_path / "org/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -16,8 +16,8 @@ from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan
-from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run import train_run
+from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train.checkpoint import random_state
 from qdora.train.interference import agreement, measure
 from tests import reference, support
@@ -47,7 +47,7 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     lines = good.splitlines(keepends=True)
     file.write_text("".join([*lines[:20], lines[20][:9] + "\n", *lines[21:]]))
     place = sum(map(len, lines[:20]))
-    said = rf"^step 6: sums: 1 faulty row, .*sums\.jsonl: byte {place}: not JSON.* Safe on disk: .*checkpoints/step-5"
+    said = rf"^step 6: sums: 1 rows .*sums\.jsonl: byte {place}: not JSON.* Safe on disk: .*checkpoints/step-5"
     run = tmp_path / "run"
     for resume in (False, True):  # not mended yet: nothing is lost
         with pytest.raises(RunFailure, match=said):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.data.chat_template import prompt_text
+from qdora.data.chats import prompt_text
 from qdora.data.example import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
@@ -28,9 +28,9 @@ from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run.base import load_base
-from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.run import resumed_recipe, train_run
+from qdora.run.verbs import EvalOptions, evaluate_target
 from tests import support
 from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, train_until, training_lines
 
@@ -178,7 +178,7 @@ def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(tmp_pat
     files = [tmp_path / "run" / name for name in ("recipe.yaml", "mix.json", "environment.json")]
     sums, before = tmp_path / "data/sums.jsonl", [file.read_bytes() for file in files]
     sums.write_text(sums.read_text() + '{"prompt": "9 + 9 =", "completion": " 18"}\n')
-    with pytest.raises(UserError, match=r"^--resume: source sums differs from the data of the checkpoint"):
+    with pytest.raises(UserError, match=r"^--resume: source sums differs from that of the checkpoint"):
         train_run(longer, tmp_path / "run", resume=True)
     assert [file.read_bytes() for file in files] == before
 
@@ -370,7 +370,7 @@ def test_a_run_keeps_its_chat_template_and_the_date_of_its_start(tmp_path: Path,
     monkeypatch.setattr(run_directory, "date", Calendar)
     train_until(recipe, run, 1)
     environment = json.loads((run / "environment.json").read_text())
-    assert (environment["has_chats"], environment["chat_date"]) == (True, "2026-02-28")
+    assert environment["chat_date"] == "2026-02-28"
     Calendar.day = "2026-03-01"
     before = file.read_text()
     file.write_text(support.CHATML + "{% if loud is defined %}{% endif %}")

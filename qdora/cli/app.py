@@ -75,7 +75,7 @@ def evaluate(target: Target, options: EvalOptions) -> None:
     The scores are NLL and accuracy on tasks, perplexity of text files, and tasks of lm-evaluation-harness.
     """
     from qdora.files.run_directory import failures_logged
-    from qdora.run.evaluate import evaluate_target
+    from qdora.run.verbs import evaluate_target
 
     with failures_logged(Path(target), "eval"):
         emit(evaluate_target(target, options))
@@ -129,7 +129,7 @@ def generate(
     It answers a prompt, or each conversation of a file.
     """
     from qdora.files.run_directory import failures_logged
-    from qdora.run.generate import answer_chats, generate_from, nowhere
+    from qdora.run.verbs import answer_chats, generate_from, nowhere
 
     if (prompt is None) == (chats is None):
         given = "neither" if prompt is None else "both"
@@ -286,7 +286,7 @@ def report(
 
         emit(report_run(directory, out))
     elif (directory / "recipe.yaml").is_file():
-        from qdora.run.run_page import page_of_run
+        from qdora.run.report import page_of_run
 
         emit(page_of_run(directory, out))
     else:

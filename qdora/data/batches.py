@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,9 +29,6 @@ ATTENTION_COST = 4096
 """Length of a row at which attention takes as long as all other products. A mask over the row does not reduce what is
 multiplied. An estimate: counting products alone, 3,100 for SmolLM2-135M and 24,700 for a 7B model; attention is slower
 than its count of products says."""
-_MOST_DRAWS = 10**10
-"""Most examples of a run, far beyond any that ends: the order of 10^15 is not exact in float64."""
-_FIX = "Fix: put the old one back, or start with another --run-dir."
 
 
 # Steps
@@ -39,18 +36,11 @@ _FIX = "Fix: put the old one back, or start with another --run-dir."
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from. Counts are those of the whole step, over all processes.
+    """What one optimizer step learns from. Counts are those of the whole step, over all processes."""
 
-    Attributes:
-        micro_batches: This process's share, perhaps none. Longest examples first, so that a step that does not fit into
-            memory fails at once.
-        num_label_tokens: Labels, at least 1: the denominator of the loss.
-        num_tokens: Real tokens, padding not counted.
-    """
-
-    micro_batches: list[MicroBatch]
-    num_label_tokens: int
-    num_tokens: int
+    micro_batches: list[MicroBatch]  # this process's share; longest first, so that too large ones fail at once
+    num_label_tokens: int  # at least 1: the denominator of the loss
+    num_tokens: int  # without padding
     num_examples: int
     task_label_tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -67,12 +57,9 @@ class StepSize(NamedTuple):
 class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
-    Args:
-        tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
-            Exactly one of this and `batch`.
-        batching: How the next step's examples become micro-batches. It has no influence on which examples a step
-            contains, and may be changed between steps.
-        rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
+    A step takes `batch` examples, or examples until it has at least `tokens_per_step` real tokens. `batching` has no
+    influence on which examples these are, and may be changed between steps. All processes draw the same steps; each
+    pads its share.
     """
 
     def __init__(
@@ -96,11 +83,8 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        """The tokens of each example of each source; of a stream, which is not read, only their mean."""
-        lengths = (
-            [round(part.mean_length)] if isinstance(part, ExampleStream) else map(len, part.examples)
-            for part in self.tokenised
-        )
+        """The tokens of each example of each source; of a stream they are not known."""
+        lengths = ([0] if isinstance(part, ExampleStream) else map(len, part.examples) for part in self.tokenised)
         return [np.fromiter(each, dtype=np.int64) for each in lengths]
 
     def next_step(self) -> Step:
@@ -134,10 +118,8 @@ class StepLoader:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
-
-        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
         """
-        num_draws = max(1, round(min(epochs * self.order.epoch_length, 2.0**62)))
+        num_draws = max(1, round(epochs * self.order.epoch_length))
         length = self.order.length
         if length is not None and num_draws > length:
             # Each cap is rounded down, the epochs of the whole are not
@@ -147,31 +129,21 @@ class StepLoader:
                     f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
                 )
             num_draws = length
-        _check_draws(num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
-    @property
-    def counts_draws(self) -> bool:
-        """Whether the draws of a step are known beforehand: not for a number of tokens, some of them from a stream."""
-        return self.batch is not None or not self.streams
-
-    def draws_for_steps(self, num_steps: int) -> int:
-        """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
-
-        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
-        """
+    def draws_for_steps(self, num_steps: int) -> int | None:
+        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream."""
         length = self.order.length
-        if length is not None and not self.counts_draws:
-            raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps "
-                "is not known. Fix: use train.batch, or remove max_epochs from one source."
-            )
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
+        elif self.streams:
+            if length is not None:
+                raise UserError(
+                    "train.tokens_per_step: with max_epochs for every source and a stream among them the number of "
+                    "steps is not known. Fix: use train.batch, or remove max_epochs from one source."
+                )
+            return None
         else:
-            longest = max(int(lengths.max()) for lengths in self._lengths)
-            at_least = num_steps * -(-(self.tokens_per_step or 1) // longest)
-            _check_draws(at_least if length is None else min(at_least, length))
             num_draws = possible = 0
             for size in islice(self._step_sizes(length), num_steps):
                 possible, num_draws = possible + 1, size.position + size.num_examples
@@ -180,12 +152,10 @@ class StepLoader:
                 f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
                 f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
-        num_draws = num_draws if length is None else min(num_draws, length)
-        _check_draws(num_draws)
-        return num_draws
+        return num_draws if length is None else min(num_draws, length)
 
     def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,); estimated from the first rows of a stream."""
+        """Tokens that the first draws take from each source, (sources,); 0 from a stream."""
         tokens = []
         for source, count in enumerate(self.order.counts(num_draws).tolist()):
             lengths = self._lengths[source]
@@ -195,13 +165,13 @@ class StepLoader:
         return np.array(tokens, dtype=np.int64)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
-        """The first steps of the order, fewer if it ends before. Of a stream's examples the mean length."""
+        """The first steps of the order, fewer if it ends before. Not for streams."""
         return list(islice(self._step_sizes(self.order.length), num_steps))
 
     def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
         """The steps of the first draws, without an end for None; the last one may be smaller."""
         position = num_examples = num_tokens = longest = 0
-        for length in chain.from_iterable(self._drawn_lengths(num_draws)):
+        for length in islice(self._drawn_lengths(), num_draws):
             num_examples, num_tokens, longest = num_examples + 1, num_tokens + length, max(longest, length)
             if self._is_full(num_examples, num_tokens):
                 yield StepSize(position, num_examples, num_tokens, longest)
@@ -209,17 +179,15 @@ class StepLoader:
         if num_examples:
             yield StepSize(position, num_examples, num_tokens, longest)
 
-    def _drawn_lengths(self, num_draws: int | None) -> Iterator[list[int]]:
-        """Tokens of the first draws, a part at a time, without an end for None."""
-        start = 0
-        while num_draws is None or start < num_draws:
-            stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
+    def _drawn_lengths(self) -> Iterator[int]:
+        start, end = 0, self.order.length
+        while start != end:
+            stop = start + 65536 if end is None else min(start + 65536, end)
             sources, indices = self.order.draws(start, stop)
             lengths = np.empty_like(indices)
             for source, tokens in enumerate(self._lengths):
-                here = sources == source
-                lengths[here] = tokens[indices[here] % len(tokens)]  # the draws of a stream are numbered on and on
-            yield lengths.tolist()
+                lengths[sources == source] = tokens[indices[sources == source]]
+            yield from lengths.tolist()
             start = stop
 
     # Resuming
@@ -231,44 +199,33 @@ class StepLoader:
         return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. UserError as `check_state`."""
+        """Continue where `state` was taken."""
         self.check_state(state)
         self.position = int(state["position"])
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a UserError if the loader cannot continue where `state` was taken.
-
-        The data, the mix or the size of a step differ: other examples would follow, and some would be seen twice.
-        """
+        """UserError if other examples would follow than where `state` was taken: other data, mix or size of a step."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
-        faults = []
+        changed: dict[str, str] = {}  # what -> how
         if stored["data"] != now["data"]:
             pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-            changed = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
-            faults.append(
-                f"--resume: {changed} differs from the data of the checkpoint (a file, a setting, the tokenizer or the "
-                f"chat template has changed). {_FIX}"
-            )
+            name = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
+            changed[name] = "a file, a setting, the tokenizer or the chat template has changed"
         elif stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
-            faults.append(
-                "--resume: the mix differs from that of the checkpoint (its strategy, weights, max_epochs or "
-                f"data.seed). {_FIX}"
-            )
+            changed["the mix"] = "its strategy, weights, max_epochs or data.seed"
         if stored["step"] != now["step"]:
-            faults.append(
-                "--resume: train.tokens_per_step or train.batch differs from that of the checkpoint (then "
-                f"{stored['step']} in a step, now {now['step']}). {_FIX}"
-            )
+            changed["train.tokens_per_step or train.batch"] = f"then {stored['step']} in a step, now {now['step']}"
         before = stored.get("streams", {})
-        faults += [
-            f"--resume: source {part.name} differs from the data of the checkpoint ({what}). {_FIX}"
-            for part in self.streams
-            if (what := part.change_since(before.get(part.name))) is not None
-        ]
-        if faults:
-            raise UserError(*faults)
+        streams = {f"source {part.name}": part.change_since(before.get(part.name)) for part in self.streams}
+        changed |= {name: how for name, how in streams.items() if how is not None}
+        if changed:
+            fix = "Fix: put the old one back, or start with another --run-dir."
+            lines = (
+                f"--resume: {what} differs from that of the checkpoint ({how}). {fix}" for what, how in changed.items()
+            )
+            raise UserError(*lines)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -298,19 +255,11 @@ class StepLoader:
         }
 
 
-def _check_draws(num_draws: int) -> None:
-    if num_draws > _MOST_DRAWS:
-        raise UserError(
-            f"train: the run would take more than {_MOST_DRAWS:,} examples. Fix: lower train.steps, train.epochs, "
-            "train.batch or train.tokens_per_step."
-        )
-
-
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
     """The share of process `rank` out of `size`, in the step's order.
 
-    Longest first, each example goes to the process with the fewest tokens so far, so that none waits long for another:
-    their sums differ by at most one example. With fewer examples than processes some get none.
+    Longest first, each example goes to the process with the fewest tokens so far: their sums differ by at most one
+    example. With fewer examples than processes some get none.
     """
     tokens, owner = [0] * size, [0] * len(examples)
     for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
@@ -329,20 +278,12 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass
 class Batching:
-    """How the examples of a step become micro-batches.
+    """How the examples of a step become micro-batches."""
 
-    Attributes:
-        max_tokens: Most tokens of a micro-batch, padding counted; a longer example is a micro-batch of its own.
-        pad_id: Token in padded places.
-        packed: Layout of packed rows; None: each row is one example.
-        row_tokens: Most tokens of a packed row in the layout "rows"; never more than `max_tokens`. Rows are shorter
-            where that costs less, see `ATTENTION_COST`.
-    """
-
-    max_tokens: int
+    max_tokens: int  # most tokens of a micro-batch, padding counted; a longer example is one of its own
     pad_id: int
-    packed: PackedLayout | None = None
-    row_tokens: int | None = None
+    packed: PackedLayout | None = None  # None: each row is one example
+    row_tokens: int | None = None  # most tokens of a packed row in "rows"; shorter where that costs less
 
 
 @dataclass(frozen=True)
@@ -430,10 +371,7 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 
     The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
     4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one; groups that are filled
-    one after the other get 0.36 (five groups a step instead of three).
-
-    Args:
-        max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
+    one after the other get 0.36. A group has at most `max_tokens`, padding counted, unless it is a single longer row.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = np.array([len(row) for row in ordered], dtype=np.int64)

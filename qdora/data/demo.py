@@ -9,10 +9,9 @@ The families mirror the answer formats of the usual commonsense tasks, at a size
     demo/howto   which of two things helps to reach a goal
     demo/next    which of four steps comes next in an everyday task
 
-Train, validation and test share no prompt, and the words they are built from are disjoint too: people and values
-(facts), words (odd), nouns (cause), things and goals (howto), whole tasks (next). Chance is 1 / number of choices:
-gold positions are exactly uniform, and a wrong choice is the right one of other examples, so neither the length nor
-the frequency of a choice gives the answer away.
+Train, validation and test share no prompt, and the words they are built from are disjoint too. Chance is 1 / number of
+choices: gold positions are exactly uniform, and a wrong choice is the right one of other examples, so neither the
+length nor the frequency of a choice gives the answer away.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qdora.data.example import Example
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 
 NUM_EXAMPLES = {"train": 400, "validation": 80, "test": 160}
 SPLITS = tuple(NUM_EXAMPLES)
@@ -39,19 +38,12 @@ answer; wrong choices)."""
 
 
 def examples(family: str, split: str) -> list[Example]:
-    """The examples of one split of one family (without the demo/): 400 for train, 80 for validation, 160 for test.
+    """The examples of one split of one family (without the demo/), the same list on every machine and Python.
 
-    A pure function of the tables: the same list on every machine, Python and hash seed, in a fixed, shuffled order.
     They have 2 or 4 choices, each with its own leading space.
     """
-    faults = []
-    if family not in FAMILIES:
-        names = ", ".join(f"demo/{name}" for name in FAMILIES)
-        faults.append(f"demo/{family}: no such task, must be one of {names}.{nearest(family, FAMILIES)}")
     if split not in SPLITS:
-        faults.append(f"demo/{family}: no split {split!r}, must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    if faults:
-        raise UserError(*faults)
+        raise UserError(not_one_of(f"demo/{family}: split", split, SPLITS))
     return list(_examples(family, split))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import StrictUndefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qdora.data.chat_template import RENDER_ERRORS
+from qdora.data.chats import RENDER_ERRORS
 from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
 from qdora.data.example import (
     ROLES,

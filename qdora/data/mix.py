@@ -68,10 +68,8 @@ class MixOrder:
     A source with a cap gives no more draws after it. The others then share the draws in their old proportions. Where
     all have a cap, the order ends. Any position is reached in closed form.
 
-    Args:
-        sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
-        shares: (sources,) from `mix_shares`.
-        caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
+    `sizes` are the examples of each source; None: a stream, whose index is the number of the draw from it. `shares`
+    (sources,) are from `mix_shares`. `caps` are the most draws of each source; None: no end.
     """
 
     def __init__(
@@ -96,13 +94,13 @@ class MixOrder:
     @property
     def length(self) -> int | None:
         """Number of draws; None without an end."""
-        return None if None in self.caps else sum(cap for cap in self.caps if cap is not None)
+        return None if None in self.caps else sum(filter(None, self.caps))
 
     @property
     def epoch_length(self) -> int:
         """Draws of an epoch: the number of all examples."""
         assert None not in self.sizes, "a stream has no known number of examples"
-        return sum(size for size in self.sizes if size is not None)
+        return sum(filter(None, self.sizes))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(source, index) of one draw."""
@@ -217,26 +215,20 @@ def make_mix(
     max_epochs: Sequence[float | None] | None = None,
     seed: int = 0,
 ) -> Mix:
-    """Put sources together.
+    """Put sources together, in the shares of `mix_shares`, with at most `max_epochs` passes over each (None: no end).
 
-    Args:
-        strategy, temperature, weights: See `mix_shares`.
-        max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
-    Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one. A single source has
-        all of the mix, whatever its size.
+    UserError if a stream has no known size and the strategy or its max_epochs needs one. A single source has all of the
+    mix, whatever its size.
     """
     most = max_epochs or [None] * len(sets)
     sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     by_size = strategy in ("proportional", "temperature") and len(sets) > 1
-    faults = []
-    for part, size, epochs in zip(sets, sizes, most, strict=True):
-        if size is None and by_size:
-            faults.append(
-                f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not "
-                "known. Fix: give its size (examples), or set data.strategy: weights or equal."
-            )
-        if size is None and epochs is not None:
-            faults.append(f"{part.name}: max_epochs needs the size of the stream. Fix: give its size (examples).")
+    faults = [
+        f"{part.name}: {'max_epochs' if epochs else f'data.strategy {strategy}'} needs the size of the stream. "
+        "Fix: give its size (examples), or set data.strategy: weights or equal without max_epochs."
+        for part, size, epochs in zip(sets, sizes, most, strict=True)
+        if size is None and (by_size or epochs is not None)
+    ]
     if faults:
         raise UserError(*faults)
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)

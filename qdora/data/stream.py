@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qdora.data.example import Example
 from qdora.data.files import PlacedRow, Shards
 from qdora.data.formats import FIRST_ROWS, RowExamples
-from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
+from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault, empty_data_set
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -24,7 +24,7 @@ from qdora.recipe.data_settings import DataConfig
 _TOKENIZED_AT_ONCE = 64
 """Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
 _SAMPLE = 64
-"""Rows from the beginning that tell one stream from another and give a first guess of the length."""
+"""Rows from the beginning that tell one stream from another."""
 _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
 """data.max_bad_rows by default: so many, and so large a share of the rows."""
 _MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
@@ -80,70 +80,47 @@ class ExampleStream:
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
         self._ready: list[list[Outcome]] = []
-        self._chat_notes: set[str] = set()
-        self.first_tally = ExampleTally(self.name, data.max_length, data.too_long)
         self._logged: set[str] = set()  # faulty rows
+        self.first_tally = self._tally()
 
     # What is known of it
 
     @property
     def unused(self) -> set[str]:
-        """Columns that rows had so far and that are not read."""
+        """Columns of the rows so far that are not read."""
         return self._make.unused
 
     @property
-    def notes(self) -> set[str]:
-        """What the user should know of the chat template, from the rows so far, and of the texts of the first rows."""
-        return {*self._chat_notes, *self.first_tally.notes}
-
-    @property
     def num_examples(self) -> int | None:
-        """`size` of the source, else the number of rows; None where it is not known. Only the mix looks at it.
-
-        Where a chat gives several examples the first rows tell how many.
-        """
+        """`size`, else the number of rows times the examples of one of the first; None where it is not known."""
         if self.source.size or self.shards.num_rows is None:
             return self.source.size
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
-    @property
-    def has_chats(self) -> bool:
-        """Whether there are chats among the first rows."""
-        return bool(self.first_rows) and self.first_tally.has_chats
-
-    @property
-    def mean_length(self) -> float:
-        """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example in self.first()]
-        return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
-
     def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows of the files; the position stays.
-
-        Raises: UserError: If no format fits the first rows, or too many of them are faulty.
-        """
-        return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
+        """Up to so many examples (None: all) from the first rows of the files; the position stays."""
+        return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)][:number]
 
     @cached_property
     def first_rows(self) -> list[list[Outcome]]:
-        """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
-        rows = self._tokenized(self._sample(), self.first_tally)
+        """What became of the first rows of the first shard. UserError if too many of them are faulty."""
+        rows = self._tokenized(self._sample, self.first_tally)
         self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
         return rows
 
     def check_rows(self) -> None:
         """As `first`, without the tokenizer: what only tokens tell is not checked."""
-        rows = self._sample()
+        rows = self._sample
         self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
 
+    @cached_property
     def _sample(self) -> list[PlacedRow]:
-        return [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
+        return list(islice(self.shards.readers[0](0), _SAMPLE))
 
     def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
-        """Raise UserError if of the first `num_rows` rows so many are faulty."""
         most = self._most_bad(num_rows)
         if len(bad) > most or (bad and len(bad) == num_rows):
-            raise UserError(self._too_many(len(bad), most, tuple(bad[:MAX_SHOWN_FAULTS])) + ".")
+            raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
 
     def _most_bad(self, num_rows: int) -> int:
         """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
@@ -151,20 +128,16 @@ class ExampleStream:
         size = self.source.size or self.shards.num_rows or 0
         return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, size))) if asked is None else asked
 
-    def _too_many(self, num_bad: int, most: int, shown: tuple[str, ...]) -> str:
-        rows = "row" if num_bad == 1 else "rows"
+    def _too_many(self, num_bad: int, most: int, shown: Sequence[str]) -> str:
         return (
-            f"{self.name}: {num_bad} faulty {rows}, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
+            f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
             "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
         )
 
     # The next example
 
     def next(self) -> TokenizedExample:
-        """The next example. Faulty rows are skipped and counted.
-
-        Raises: UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all.
-        """
+        """The next example. UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all."""
         while True:
             if not self._ready:
                 self._tokenize_more()
@@ -172,13 +145,13 @@ class ExampleStream:
             here, is_last = self.position, not self._ready[-1]
             if is_last:
                 self._ready.pop()
-            is_given = isinstance(example, TokenizedExample)
+            is_example = isinstance(example, TokenizedExample)
             self.position = replace(
                 here,
                 taken=here.taken + is_last,
                 part=0 if is_last else here.part + 1,
-                num_drawn=here.num_drawn + is_given,
-                num_truncated=here.num_truncated + (cut and is_given),
+                num_drawn=here.num_drawn + is_example,
+                num_truncated=here.num_truncated + (cut and is_example),
                 num_dropped=here.num_dropped + (example is None),
                 num_bad=here.num_bad + isinstance(example, str),
             )
@@ -201,17 +174,15 @@ class ExampleStream:
             raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
 
     def _tokenize_more(self) -> None:
-        """Fill `_ready` from the window, or from the next one if it is used up."""
         if not self._window:
             self._read_window()
-        if self.position.taken >= len(self._window):  # above it where faulty rows were taken out since the checkpoint
+        if self.position.taken >= len(self._window):
             shard, row = self._next_window
             here = self.position
             self.position = replace(here, window=here.window + 1, shard=shard, row=row, taken=0, part=0)
             self._read_window()
         taken = self.position.taken
-        tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
-        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], tally)
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._tally())
         if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
             self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
@@ -240,15 +211,12 @@ class ExampleStream:
         if self._rows is None:
             self._rows = self._pass_from(self.position.shard, self.position.row)
         rows = []
-        for shard, row, placed in self._rows:
+        for shard, row, placed in islice(self._rows, self.source.shuffle_window):
             rows.append(placed)
             self._next_window = (shard, row + 1)
-            if len(rows) == self.source.shuffle_window:
-                break
         return rows
 
     def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
-        """(index of the shard, row of it, row) of this pass, from a row of a shard on."""
         order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
         for shard in range(begin, len(order)):
             first = skip if shard == begin else 0
@@ -265,23 +233,12 @@ class ExampleStream:
     @cached_property
     def _make(self) -> RowExamples:
         """The layout of all rows, found from the first ones that can be read."""
-        faults: list[str] = []
-        first: list[Row] = []
-        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
-            if not isinstance(row, RowFault):
-                first.append(row)
-            elif not first:
-                faults.append(f"{place}: {row}")
-                if len(faults) > self._most_bad(len(faults)):
-                    raise UserError(*faults[:MAX_SHOWN_FAULTS])
-            if len(first) == FIRST_ROWS:
-                break
-        if first:
-            return RowExamples(self.source, first, self.shards.where, named=True)
-        raise UserError(*faults or [empty_data_set(self.shards.where)])
+        first = [row for _, row in self._sample if not isinstance(row, RowFault)][:FIRST_ROWS]
+        if not first:
+            raise UserError(empty_data_set(self.shards.where))
+        return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
-        """The example of each row, or its place and what is wrong with it."""
         made: list[Example | str] = []
         for place, row in rows:
             try:
@@ -292,18 +249,22 @@ class ExampleStream:
                 made.append(f"{place}: {fault}")
         return made
 
+    def _tally(self) -> ExampleTally:
+        return ExampleTally(self.name, self.data.max_length, self.data.too_long)
+
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
         made = self._made(rows)
-        examples = [each for each in made if isinstance(each, Example)]
+        examples = [example for example in made if isinstance(example, Example)]
         done = iter(tally.add(examples, self.tokenizer, self.data.loss_on))
-        self._chat_notes |= tally.chat_notes
         outcomes: list[list[Outcome]] = []
-        for (place, _), each in zip(rows, made, strict=True):
-            parts: list[Outcome] = [(each, False)] if isinstance(each, str) else next(done)
+        for (place, _), example in zip(rows, made, strict=True):
+            if isinstance(example, str):
+                outcomes.append([(example, False)])
+                continue
+            parts = next(done)
             wrong = next((part for part, _ in parts if isinstance(part, str)), None)
-            is_named = wrong is None or isinstance(each, str)
-            outcomes.append(parts if is_named else [(f"{place}: {wrong}", False)])
+            outcomes.append(parts if wrong is None else [(f"{place}: {wrong}", False)])
         return outcomes
 
     # State
@@ -335,35 +296,26 @@ class ExampleStream:
         }
 
     def change_since(self, before: dict[str, Any] | None) -> str | None:
-        """What differs from an earlier `fingerprint`, None if this is the same stream. Mended rows are no difference.
+        """What differs from an earlier `fingerprint`, None if this is the same stream.
 
-        Of the first rows only those count that were not faulty then. They must be where they were, or where they move
-        to if the faulty ones are taken out.
+        Rows that were faulty then and are mended in place are no difference.
         """
         now = self.fingerprint()
         if before is None or before["settings"] != now["settings"]:
             return "its files or settings"
-        then, rows = before["rows"], now["rows"]
-        good = [row for row in then if row is not None]
-        in_place = len(then) == len(rows) and all(row in (None, here) for row, here in zip(then, rows, strict=True))
-        taken_out = len(good) < len(then) and good == rows[: len(good)]
-        if not (in_place or taken_out):
+        pairs = zip(before["rows"], now["rows"], strict=False)
+        if len(before["rows"]) != len(now["rows"]) or any(then not in (None, row) for then, row in pairs):
             return "its first rows"
         difference = now["num_bytes"] - before["num_bytes"]
         if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
             return f"its length, by {difference:+,} bytes"
-        if difference:
-            text = "%s: the files have changed by %+d bytes since the checkpoint. Where rows were mended in place, the "
-            text += "others come as before; where some were taken out, a window of rows may come twice or not at all."
-            logger.warning(text, self.name, difference)
         return None
 
 
 def _row_digest(row: list[Outcome]) -> str | None:
     """8 hex digits of the examples of a row; None for a faulty one."""
-    if any(isinstance(each, str) for each, _ in row):
+    if any(isinstance(part, str) for part, _ in row):
         return None
-    done = [each for each, _ in row if isinstance(each, TokenizedExample)]
-    return hashlib.sha256(b"".join(each.input_ids.tobytes() + each.loss_mask.tobytes() for each in done)).hexdigest()[
-        :8
-    ]
+    done = [part for part, _ in row if isinstance(part, TokenizedExample)]
+    content = b"".join(example.input_ids.tobytes() + example.loss_mask.tobytes() for example in done)
+    return hashlib.sha256(content).hexdigest()[:8]

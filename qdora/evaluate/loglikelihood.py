@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.data.chat_template import require_chat_template
-from qdora.data.encode_chats import encode_chats
+from qdora.data.chats import encode_chats, require_chat_template
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError

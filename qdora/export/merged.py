@@ -75,7 +75,7 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.base import check_base
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
-from qdora.run.model_card import card_files
+from qdora.run.report import card_files
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""

@@ -7,41 +7,54 @@ A checkpoint is whole if its complete.json lists its files and their sizes and c
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from qdora.errors import DiskFull
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.errors import not_there
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import DISK_FULL
+from qdora.files.atomic import PARTIAL
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import atomic_write_bytes
+from qdora.files.atomic import atomic_write_json
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import is_leftover
+from qdora.files.atomic import json_bytes
+from qdora.files.atomic import masked
+from qdora.files.atomic import place_failures
+from qdora.files.atomic import read_json_object
+from qdora.files.atomic import remove_directory
+from qdora.files.atomic import remove_leftovers
+from qdora.files.atomic import work_lock
+from qdora.files.json_file import parse_json
+from qdora.files.json_file import read_json_object
+from qdora.files.setting_keys import MAY_CHANGE
+from qdora.files.setting_keys import MAY_RISE
+from qdora.files.setting_keys import flat
+from qdora.files.setting_keys import is_below
+from qdora.files.work_lock import work_lock
+from typing import Any
 import json
 import logging
 import os
 import re
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
-
 import yaml
-
-from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
-from qdora.files.atomic import (
-    DISK_FULL,
-    PARTIAL,
-    atomic_directory,
-    atomic_write_bytes,
-    atomic_write_json,
-    atomic_write_text,
-    disk_reason,
-    is_leftover,
-    json_bytes,
-    masked,
-    place_failures,
-    read_json_object,
-    remove_directory,
-    remove_leftovers,
-    work_lock,
-)
+import zlib
 
 logger = logging.getLogger("qdora")
 
@@ -319,14 +332,6 @@ def chat_date_of(path: Path) -> str:
         return date.fromisoformat(read_json_object(RunDirectory(path).environment_file)["chat_date"]).isoformat()
     except (ValueError, KeyError, TypeError):  # UserError is a ValueError
         return date.today().isoformat()
-
-
-def is_without_chats(path: Path) -> bool:
-    """Whether a run says that none of its sources has chats."""
-    try:
-        return RunDirectory(path).environment().get("has_chats") is False
-    except UserError:
-        return False
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:

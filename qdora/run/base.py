@@ -8,109 +8,77 @@ the recipe's own.
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Sequence
+from numpy.typing import ArrayLike
+from pathlib import Path
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import PositiveInt
+from qdora.data.mix import Mix
+from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import encode_batch
+from qdora.data.tokenize import special_prefix
+from qdora.errors import UserError
+from qdora.errors import first_few
+from qdora.evaluate.perplexity import read_texts
+from qdora.files.atomic import atomic_directory
+from qdora.files.console import Progress
+from qdora.files.console import bar
+from qdora.files.json_file import read_json_object
+from qdora.files.machine import cache_folder
+from qdora.files.machine import user_path
+from qdora.files.run_directory import RunDirectory
+from qdora.files.user_paths import cache_folder
+from qdora.files.user_paths import user_path
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import HostResidency
+from qdora.memory.stream import keep_embedding_on_host
+from qdora.model.attention import positions_of
+from qdora.model.build_model import Compute
+from qdora.model.build_model import recompute_activations
+from qdora.model.load import Placer
+from qdora.model.load import load_model
+from qdora.model.load import quantization_of
+from qdora.model.source import ModelSource
+from qdora.model.store import BaseCache
+from qdora.model.store import PrunedBase
+from qdora.model.store import fingerprints
+from qdora.model.store import read_record
+from qdora.model.store import save_pruned_base
+from qdora.prune.pruner import Pruner
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import CalibrationConfig
+from qdora.recipe.settings import Recipe
+from qdora.train.distributed import Processes
+from qdora.train.distributed import free_host_bytes
+from qdora.train.distributed import mesh_of
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+from typing import Literal
 import gc
 import hashlib
 import json
 import logging
+import numpy as np
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, PositiveInt
-from rich.console import Console
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from qdora.data.mix import Mix
-from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
-from qdora.errors import UserError
-from qdora.evaluate.perplexity import read_texts
-from qdora.files.atomic import atomic_directory
-from qdora.files.console import Progress, bar
-from qdora.files.machine import cache_folder, user_path
-from qdora.files.run_directory import RunDirectory
-from qdora.memory.offload import ActivationOffload
-from qdora.memory.shard import ShardedBase
-from qdora.memory.stream import HostResidency, keep_embedding_on_host
-from qdora.model.attention import positions_of
-from qdora.model.build_model import Compute, recompute_activations
-from qdora.model.load import Placer, load_model, quantization_of
-from qdora.model.source import ModelSource
-from qdora.model.store import BaseCache, PrunedBase, fingerprints, read_record, save_pruned_base
-from qdora.prune.pruner import Pruner
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.section import with_settings
-from qdora.recipe.settings import CalibrationConfig, Recipe
-from qdora.train.distributed import Processes, free_host_bytes, mesh_of
 
 FOLDER = "base"
 """Folder of a run directory that holds its pruned base."""
 FILE = "residency.json"
 REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
 """Setting of the model section that may name a place on the Hub -> its revision there."""
-SharedBases = Callable[[str, Callable[[Path], None]], Path]
-"""Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
 logger = logging.getLogger("qdora")
-
-
-def base_of_run(
-    recipe: Recipe,
-    source: ModelSource,
-    compute: Compute,
-    calibration: Tensor | None,
-    *,
-    run: RunDirectory,
-    processes: Processes,
-    console: Console,
-    resume: bool,
-    shared: SharedBases | None = None,
-) -> PreTrainedModel:
-    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
-
-    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
-    """
-    mesh = mesh_of(processes, compute.device, recipe.train.parallel)
-    if recipe.base.prune is None:
-        with bar(console, "loading the base") as progress:
-            return load_base(recipe, source, compute, progress, mesh=mesh)
-    directory = run.inside(FOLDER)
-
-    def link_or_copy(made: str, target: str) -> None:
-        try:
-            os.link(made, target)  # takes no room: files of a base are replaced, never changed in place
-        except OSError:  # another file system, or one without links
-            shutil.copy2(made, target)
-
-    def compress() -> None:
-        is_there = resume and directory.is_dir()
-        if is_there and run.checkpoint_steps():  # which belong to the base that is there
-            return
-        key = compression_key(recipe, source, compute, calibration)
-        if is_there and PrunedBase(directory).key == key:  # else an earlier start with another recipe has left it
-            return
-        with bar(console, "pruning the base") as progress:
-
-            def fill(path: Path) -> None:
-                compress_base(recipe, source, compute, calibration, path, key=key, progress=progress)
-
-            if shared is None:
-                fill(directory)
-                return
-            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
-        with atomic_directory(directory) as unfinished:
-            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
-
-    processes.first(compress)
-    with bar(console, "loading the pruned base") as progress:
-        return load_base(recipe, source, compute, progress, placer=PrunedBase(directory), mesh=mesh)
 
 
 def load_base(
@@ -206,7 +174,6 @@ def calibration_tokens(
     """Pieces of the calibration text, (sequences, length) int64; None if nothing is pruned or no inputs are measured.
 
     Of the mix: the training examples of all sources but streams, in a random order so that a piece spans several.
-    UserError for a text that is shorter than a piece, or pieces longer than the model's context.
     """
     prune = recipe.base.prune
     if prune is None or prune.method == "magnitude":
@@ -214,8 +181,7 @@ def calibration_tokens(
     asked = prune.calibration
     context = positions_of(config)
     if context is not None and asked.length > context:
-        need = f"must be at most {context}, the model's context"
-        raise UserError(f"base.prune.calibration.length: got {asked.length}, {need}.")
+        raise UserError(f"base.prune.calibration.length: must be at most {context}, the context, got {asked.length}.")
     if asked.text == "mix":
         examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
         order = np.random.default_rng(asked.seed).permutation(len(examples))
@@ -226,17 +192,11 @@ def calibration_tokens(
 
 
 def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig) -> Tensor:
-    """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin.
-
-    UserError if the text is shorter than a piece.
-    """
+    """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin."""
     ids = np.asarray(ids)
     length = asked.length - len(prefix)
     if length < 1 or len(ids) < length:
-        raise UserError(
-            f"base.prune.calibration.length: got {asked.length}, but the text has only {len(ids)} tokens. "
-            "Fix: lower it, or give more text."
-        )
+        raise UserError(f"base.prune.calibration.length: got {asked.length}, but the text has only {len(ids)} tokens.")
     starts = np.random.default_rng(asked.seed).integers(0, len(ids) - length + 1, asked.sequences)
     return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)
 
@@ -265,32 +225,21 @@ def base_record(source: ModelSource) -> dict[str, Any]:
 
 
 def check_base(run: RunDirectory, source: ModelSource) -> None:
-    """Refuse another base than that of the run. Raises UserError with the files that differ."""
+    """Refuse another base than that of the run. UserError with the files that differ."""
     before = run.environment().get("base") if run.environment_file.is_file() else None
     now = base_record(source)
     if before is None or sorted(map(str, before.values())) == sorted(map(str, now.values())):
         return
     different = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     raise UserError(
-        f"{run.path}: {source.name} is not the base that was trained on: {', '.join(different[:3])} "
-        f"{'differs' if len(different) == 1 else 'differ'}. Fix: restore the base, or train with another --run-dir."
+        f"{run.path}: {source.name} is not the base that was trained on: {first_few(different)} differs. "
+        "Fix: restore the base, or train with another --run-dir."
     )
 
 
-class _Residency(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    residency: Literal["device", "host", "disk"]  # disk: written by earlier versions on a CPU
-    streamed_blocks: PositiveInt | None
-    host_embeddings: bool = False
-
-
-def _residency(recipe: Recipe) -> _Residency:
-    return _Residency(
-        residency=recipe.base.residency,
-        streamed_blocks=recipe.base.streamed_blocks,
-        host_embeddings=recipe.memory.host_embeddings,
-    )
+def _residency(recipe: Recipe) -> dict[str, Any]:
+    base, on_host = recipe.base, recipe.memory.host_embeddings
+    return {"residency": base.residency, "streamed_blocks": base.streamed_blocks, "host_embeddings": on_host}
 
 
 def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
@@ -299,12 +248,11 @@ def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
     If the base is divided only by that choice, the file is not written: a process that later loads all of the base
     takes the residency that was given.
     """
-    file = run.inside(FILE)
     now_divided = applied.train.divides_base and not given.train.divides_base
     if _residency(applied) != _residency(given) and not now_divided:
-        run.write_json(FILE, _residency(applied).model_dump())
-    elif file.exists():  # from an earlier start
-        file.unlink()
+        run.write_json(FILE, _residency(applied))
+    else:
+        run.inside(FILE).unlink(missing_ok=True)  # of an earlier start
 
 
 def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
@@ -313,11 +261,10 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
     A change is logged. With `differentiated` gradients are taken without checkpointing, which host cannot do.
     """
     file = run.inside(FILE)
-    chosen = read_record(file, _Residency) if file.exists() else _residency(recipe)
-    base: dict[str, Any] = {"residency": "device", "streamed_blocks": None}
-    if chosen.residency == "host" and device.type == "cuda" and not differentiated:
-        base = {"residency": "host", "streamed_blocks": chosen.streamed_blocks}
-    elif chosen.residency != "device":
+    chosen = read_json_object(file) if file.exists() else _residency(recipe)
+    on_host, streamed = chosen.pop("host_embeddings"), chosen
+    if streamed["residency"] == "host" and (device.type != "cuda" or differentiated):
         why = "the whole base is needed at once" if differentiated else f"this machine computes on {device.type}"
-        logger.info("base.residency: using device instead of %s, because %s.", chosen.residency, why)
-    return with_settings(recipe, base=base, memory={"host_embeddings": chosen.host_embeddings})
+        logger.info("base.residency: using device instead of host, because %s.", why)
+        streamed = {"residency": "device", "streamed_blocks": None}
+    return with_settings(recipe, base=streamed, memory={"host_embeddings": on_host})

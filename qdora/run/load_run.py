@@ -1,70 +1,100 @@
 """Load a run again with its adapter, or any model that `qdora eval` and `qdora generate` are given."""
 
 from __future__ import annotations
-
-import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from qdora.adapter.adapted_linear import drop_scales_without_room
-from qdora.data.chat_template import set_chat_date, set_chat_settings
-from qdora.errors import UserError, not_one_of
-from qdora.files.atomic import atomic_write_json, atomic_write_text, read_json_object
-from qdora.files.machine import check_gpu, user_path
-from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
-from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
-from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
-from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.model.load import load_config, load_model, skeleton, stored_form
-from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
+from qdora.data.chat_template import set_chat_date
+from qdora.data.chat_template import set_chat_settings
+from qdora.data.chats import set_chat_date
+from qdora.data.chats import set_chat_settings
+from qdora.errors import UserError
+from qdora.errors import not_one_of
+from qdora.files.atomic import atomic_write_json
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import read_json_object
+from qdora.files.json_file import read_json_object
+from qdora.files.machine import check_gpu
+from qdora.files.machine import user_path
+from qdora.files.nvidia_driver import check_gpu
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import chat_date_of
+from qdora.files.run_directory import open_run
+from qdora.files.user_paths import user_path
+from qdora.model.adapter_file import CONFIG_FILE
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import read_adapter
+from qdora.model.build_model import Compute
+from qdora.model.build_model import choose_compute
+from qdora.model.build_model import find_model
+from qdora.model.build_model import set_kept_scales_
+from qdora.model.build_model import token_ids
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.load import load_config
+from qdora.model.load import load_model
+from qdora.model.load import skeleton
+from qdora.model.load import stored_form
+from qdora.model.source import ADAPTER_DIRECTORY
+from qdora.model.source import BUILTIN
+from qdora.model.source import has_tokenizer
+from qdora.model.source import load_tokenizer
+from qdora.model.source import public_name
+from qdora.model.source import resolve
 from qdora.model.store import PrunedBase
 from qdora.model.tokens import extend_vocabulary
-from qdora.recipe.data_settings import DEMO_TASKS, is_path
-from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
+from qdora.recipe.data_settings import DEMO_TASKS
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.recipe_file import override
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_of_run
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import FOLDER, check_base, load_base, residency_here
-from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
+from qdora.run.base import FOLDER
+from qdora.run.base import check_base
+from qdora.run.base import load_base
+from qdora.run.base import residency_here
+from qdora.train.checkpoint import PARAMETERS_FILE
+from qdora.train.checkpoint import copy_parameters
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+from typing import NamedTuple
+import logging
+import os
+import tempfile
+import torch
 
+# What --quant takes for a model in full precision, and for an adapter; -single is without double quantisation
 _QUANTS = ("nf4", "fp4", "int8")
-"""What --quant takes for a model in full precision."""
 _ADAPTER_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")
-"""What --quant takes for an adapter; -single is without double quantisation."""
 
 logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A run and its model in memory."""
+    """A run and its model in memory; `state` is what was loaded: "final", "step-120" or "base"."""
 
     run: RunDirectory
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     state: str
-    """The state that was loaded: "final", "step-120" or "base"."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A run or a model in memory."""
+class LoadedModel(NamedTuple):
+    """A run or a model in memory; the label is the state of a run, or the last part of a model's name."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     label: str
-    """The state of a run, or the last part of a model's name."""
-    run: RunDirectory | None
-    """None for a model."""
+    run: RunDirectory | None = None
 
 
 def load_run(
@@ -72,15 +102,14 @@ def load_run(
 ) -> TrainedRun:
     """Load the base and the adapter of a run.
 
-    No layer keeps decoded scales where the recipe says so, or where a GPU has no room for them.
+    No layer keeps decoded scales where the recipe says so, or where a GPU has no room for them. UserError if there is
+    no such checkpoint, nothing is trained yet, or the base has changed.
 
     Args:
         step: Checkpoint; None: the finished adapter, or the newest checkpoint of an unfinished run.
         original: Put the adapter on the source's own weights, dense in the dtype that its config names.
         widened: Compute in float32 with an attention that supports it, whatever the recipe says. A GPU holds the whole
             base, since second derivatives read any block at any time.
-    Raises:
-        UserError: There is no run, no such checkpoint, or nothing trained yet, or the base has changed.
     """
     run = open_run(path)
     recipe = recipe_of_run(run.recipe_file)
@@ -100,8 +129,7 @@ def load_run(
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)
     pruned = None if recipe.base.prune is None else PrunedBase(run.inside(FOLDER))
     model = load_base(loaded, source, compute, placer=pruned)
-    new_tokens = token_ids(recipe, tokenizer)
-    extend_vocabulary(model, new_tokens)
+    extend_vocabulary(model, token_ids(recipe, tokenizer))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
@@ -120,11 +148,8 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     if step is not None:
         path = run.inside("checkpoints", f"step-{step}")
         if not path.is_dir():
-            steps = ", ".join(map(str, run.checkpoint_steps()))
-            none = f"but {run.path} has no checkpoint. Fix: remove --step."
-            what = f"must be one of {steps} in {run.path}." if steps else none
-            raise UserError(f"--step: got {step}, {what}")
-        return path, f"step-{step}"
+            raise UserError(f"--step: got {step}, must be one of {run.checkpoint_steps()} in {run.path}.")
+        return path, path.name
     if run.adapter.is_dir():
         return run.adapter, "final"
     newest = run.newest_checkpoint()
@@ -145,10 +170,9 @@ def is_adapter(target: str | Path) -> bool:
 
 @contextmanager
 def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Iterator[Path]:
-    """An adapter of any trainer as a run, as long as the block runs, so that it is exported and evaluated as one.
+    """An adapter of any trainer as a run in a temporary directory, which links to the adapter.
 
-    The run directory is temporary, has the adapter's name and links to the adapter, where nothing is written. Nobody
-    knows the data, so qdora's demo tasks are the text on which an export is compared.
+    Nobody knows the data, so qdora's demo tasks are the text on which an export is compared.
     """
     recipe, record = adopted_recipe(adapter, base_model, quant)
     adapter, of = user_path(adapter).resolve(), "adapter" if recipe.model.tokenizer else "base"
@@ -177,23 +201,21 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     adapter = user_path(adapter)
     described, file = describe_adapter(adapter), adapter / CONFIG_FILE
     config, trained_on = read_json_object(file), dict((described.base or {}).get("quant") or {})
-    needed = ["base.prune"] if "prune" in trained_on else []
-    needed += ["model.add_tokens"] if (described.extra or {}).get("add_tokens") else []
-    if needed:
-        raise UserError(f"{adapter}: was trained with {' and '.join(needed)}, which needs its run. Fix: name the run.")
+    if "prune" in trained_on or (described.extra or {}).get("add_tokens"):
+        raise UserError(f"{adapter}: its base is pruned or has new tokens, which only its run has. Fix: name the run.")
     named = config.get("base_model_name_or_path")
     name, where = base_model or named, "--base-model" if base_model else f"{file}: base_model_name_or_path"
     if not name or (not base_model and is_path(name) and not user_path(name).exists()):
-        is_here = "is not on this machine" if name else "is not set"
-        raise UserError(f"{where}: {name} {is_here}. Fix: name the model that was trained on with --base-model.")
+        is_here = f"{name} is not on this machine" if name else "is not set"
+        raise UserError(f"{where}: {is_here}. Fix: name the model that was trained on with --base-model.")
     revision = config.get("revision") if name == named and public_name(name) else None
     source = resolve(name, revision, setting=where)
-    stored = stored_form(source)
-    if quant not in (None, *_ADAPTER_QUANTS):
-        raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
-    if quant is not None and stored["quant"] in ("nf4", "fp4", "int8"):
-        raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}. Fix: remove --quant.")
+    stored, base_config, lora = stored_form(source), load_config(source), described.config
     if quant is not None:
+        if quant not in _ADAPTER_QUANTS:
+            raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
+        if stored["quant"] not in ("none", "mxfp4"):
+            raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}. Fix: remove --quant.")
         kind, _, single = quant.partition("-")
         base, known = {"quant": kind} | ({"double_quant": False} if single else {}), "--quant"
     elif trained_on:
@@ -202,11 +224,10 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         base, known = stored, "as the base is stored"
     else:
         base, known = {"quant": "nf4"}, "assumed; --quant changes it"
-    config_of_base, lora = load_config(source), described.config
     model = {"source": name, "revision": source.revision}
     model["tokenizer"] = str(adapter.resolve()) if has_tokenizer(adapter) else None
     # Weights that are not quantised stay as the checkpoint has them, which may be finer than bfloat16.
-    model["dtype"] = {torch.bfloat16: "auto", torch.float16: "float16"}.get(config_of_base.dtype, "float32")
+    model["dtype"] = {torch.bfloat16: "auto", torch.float16: "float16"}.get(base_config.dtype, "float32")
     sizes = {"rank": lora.r, "alpha": lora.lora_alpha, "rank_stabilized": lora.use_rslora}
     document = {
         "model": {key: value for key, value in model.items() if value is not None},
@@ -216,9 +237,9 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         "train": {"steps": 1, "batch": 1},
     }
     recipe = recipe_from(document, str(adapter))
-    if getattr(config_of_base, "quantization_config", None) is not None:
-        del config_of_base.quantization_config
-    read_adapter(skeleton(config_of_base, source, torch.float32, "auto", torch.device("cpu")), adapter)
+    if getattr(base_config, "quantization_config", None) is not None:
+        del base_config.quantization_config
+    read_adapter(skeleton(base_config, source, torch.float32, "auto", torch.device("cpu")), adapter)
     public = name if name == BUILTIN else public_name(name)
     return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
 
@@ -251,10 +272,9 @@ def load_target(
     its adapter.
 
     Args:
-        step, base_only: For a run, see `load_run`.
-        base_model, quant: For an adapter, see `adopted_recipe`.
-        quant: For a model in full precision: hold its linear layers in nf4, fp4 or int8. None: dense.
-        verb: The command, for messages.
+        step, base_only: Of a run, see `load_run`.
+        base_model, quant: Of an adapter, see `adopted_recipe`. A model in full precision: hold its linear layers in
+            nf4, fp4 or int8; None: dense.
     """
     if base_model is not None and not is_adapter(target):
         raise UserError(f"--base-model: is used only with an adapter, got {target}. Fix: remove it.")
@@ -262,13 +282,13 @@ def load_target(
         if quant is not None:
             raise UserError(f"--quant: is not used with a run, whose recipe says it, got {target}.")
         trained = load_run(Path(target), step=step, base_only=base_only)
-        return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
+        return LoadedModel(trained.model, trained.tokenizer, trained.state, trained.run)
     if step is not None or base_only:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
     if is_adapter(target):
         with adopted_run(Path(target), base_model, quant) as path:
             trained = load_run(path)
-        return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=path.name, run=None)
+        return LoadedModel(trained.model, trained.tokenizer, path.name)
     if quant not in (None, *_QUANTS):
         raise UserError(not_one_of("--quant", quant, _QUANTS))
     check_gpu()  # before a download
@@ -285,7 +305,7 @@ def load_target(
         load_adapter(model, adapter)
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(os.path.abspath(target)).name, run=None)
+    return LoadedModel(model, tokenizer, Path(os.path.abspath(target)).name)
 
 
 def render_chats_like(tokenizer: PreTrainedTokenizerBase, run: Path, recipe: Recipe) -> None:

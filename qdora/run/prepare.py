@@ -1,4 +1,7 @@
-"""What happens before a run loads its model: read the data, plan, and check the recipe against both."""
+"""What happens before a run loads its model: read the data, plan, and check the recipe against both.
+
+The checks at the start of a run are in words: lines of log.txt, and checks.json.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ import hashlib
 import logging
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from torch import Tensor, float16
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.batches import StepLoader
 from qdora.data.build_data import (
     check_first_rows,
-    has_chats,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
@@ -25,11 +29,12 @@ from qdora.data.build_data import (
     tokenized_mix,
     tokenized_sources,
 )
-from qdora.data.chat_template import set_chat_date
+from qdora.data.chats import chat_settings, set_chat_date
 from qdora.data.example import Example
-from qdora.data.mix import Mix
-from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
-from qdora.errors import HubFailure, UserError
+from qdora.data.mix import Mix, Source
+from qdora.data.mix_plan import MixPlan, large_step_warning, plan_mix, show_mix
+from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
+from qdora.errors import HubFailure, UserError, first_few
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
@@ -43,18 +48,18 @@ from qdora.model.build_model import (
     find_source,
     find_tokenizer,
     find_tokenizer_source,
-    token_ids,
 )
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
+from qdora.model.tokens import untrained_rows
 from qdora.plan.fit import within_budget, workload_of_data
 from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
+from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.base import base_record, calibration_tokens, pinned
-from qdora.run.data_checks import begin_checks, context_warnings, data_checks, repeated_checks, vocabulary_faults
-from qdora.train.checks import CHECKS_FILE, Check
+from qdora.train.checks import CHECKS_FILE, DATA, GRADIENTS, Check, kept_checks, tell_checks
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.interference import interference_faults
@@ -68,37 +73,25 @@ logger = logging.getLogger("qdora")
 class PreparedRun:
     """A run that passed all checks and can start."""
 
-    given: Recipe
-    """The recipe as it was given, with the commit of a base from the Hub; the run directory keeps it."""
-    recipe: Recipe
-    """The recipe that runs: `memory.budget: auto` may have changed it."""
+    given: Recipe  # with the commit of a base from the Hub; the run directory keeps it
+    recipe: Recipe  # that runs: `memory.budget: auto` may have changed it
     source: ModelSource
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     compute: Compute
     loader: StepLoader
-    validation: dict[str, list[Example]]
-    """Source -> its validation examples."""
+    validation: dict[str, list[Example]]  # by source
     num_steps: int
     mix_plan: MixPlan
-    memory_plan: Plan | None
-    """None without memory.budget."""
-    chat_date: str
-    """The day that chat templates print, YYYY-MM-DD: the run started on it."""
-    has_chats: bool
-    calibration: Tensor | None
-    """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
+    memory_plan: Plan | None  # None without memory.budget
+    chat_date: str  # the day that chat templates print, YYYY-MM-DD: the run started on it
+    calibration: Tensor | None  # token ids on which pruning measures inputs, (sequences, length) int64
 
 
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:
     """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
-    Args:
-        directory: The run directory, for the day on which an earlier start began.
-        where: Name of the recipe in messages.
-        force: Only warn if the plan is over memory.budget.
-    Raises:
-        UserError: All faults of the recipe, its data or the plan.
+    UserError has all faults of the recipe, its data or the plan; with `force` a plan over memory.budget is a warning.
     """
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
@@ -113,20 +106,22 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
 
-    def read() -> tuple[Mix, dict[str, list[Example]], bool]:
+    def read() -> tuple[Mix, dict[str, list[Example]]]:
         train, validation = read_data(recipe.data)
-        mix = tokenized_mix(recipe, tokenizer, train)
-        return mix, validation, has_chats(mix, train)
+        return tokenized_mix(recipe, tokenizer, train), validation
 
     # The others wait for the first process, and then find what it has kept.
-    mix, validation, chats = processes.first(read) or read()
+    mix, validation = processes.first(read) or read()
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     scored = scored_examples(recipe, validation, num_steps)
     unscored = processes.from_first(lambda: _scoring_faults(recipe, scored, tokenizer, positions_of(config)))
-    faults = [*_machine_faults(recipe, compute), *unscored]
-    faults += _data_faults(recipe, validation, num_steps, loader, config)
+    faults = [
+        *_machine_faults(recipe, compute),
+        *unscored,
+        *_data_faults(recipe, validation, num_steps, loader, config),
+    ]
     faults += [
         f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
         for name in recipe.trackers
@@ -153,7 +148,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         mix_plan=mix_plan,
         memory_plan=memory_plan,
         chat_date=chat_date,
-        has_chats=chats,
         calibration=calibration_tokens(applied, tokenizer, mix, config),
     )
 
@@ -161,16 +155,14 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
     if compute.dtype == float16 and recipe.adapter.kind == "full":
-        need = "must be bfloat16 or float32 with adapter.kind full, which trains the weights"
-        faults.append(f"model.dtype: got float16, {need}.")
+        faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     if compute.device.type != "cuda":
-        if recipe.base.residency == "host":
-            faults.append("base.residency: got host, must be device on a machine without a GPU.")
-        faults += [
-            f"memory.{name}: got true, must be false on a machine without a GPU."
-            for name in ("offload_activations", "host_embeddings")
-            if getattr(recipe.memory, name)
-        ]
+        needs_gpu = {
+            "base.residency: host": recipe.base.residency == "host",
+            "memory.offload_activations": recipe.memory.offload_activations,
+            "memory.host_embeddings": recipe.memory.host_embeddings,
+        }
+        faults += [f"{name}: needs a GPU." for name, asked in needs_gpu.items() if asked]
     return faults
 
 
@@ -181,7 +173,6 @@ def _data_faults(
     loader: StepLoader,
     config: PreTrainedConfig,
 ) -> list[str]:
-    """All settings that do not fit the data."""
     faults, asked = [], recipe.eval
     evaluated = {n: validation[n] for n in evaluated_sources(recipe, validation) if n in validation}
     if asked.method == "generate":
@@ -196,12 +187,25 @@ def _data_faults(
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
-    known = f"must be one of {', '.join(validation)}." if validation else "nor has another source."
     return faults + [
-        f"eval.tasks: {name!r} has no validation data in this mix, {known} Fix: set validation in this source."
+        f"eval.tasks: {name!r} has no validation data in this mix. Fix: set validation in this source."
         for name in asked.tasks or ()
         if name not in validation
     ]
+
+
+def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
+    """Sources with a token that the embedding has no row for; `num_added` new tokens get rows. Not of streams."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    faults = []
+    for part in (part for part in sources if isinstance(part, TokenizedSet)):
+        largest = max((int(example.input_ids.max()) for example in part.examples), default=0)
+        if size is not None and largest >= size + num_added:
+            faults.append(
+                f"model.tokenizer: source {part.name!r} has token id {largest:,}, and the model's embedding has "
+                f"{size:,} rows. Fix: use the tokenizer that belongs to the model."
+            )
+    return faults
 
 
 def scored_examples(
@@ -243,82 +247,159 @@ def _check_alike(
         "number of steps": num_steps,
         "base": base_record(source),
     }
-    per_rank = processes.gather({what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()})
-    others = [rank for rank, theirs in enumerate(per_rank) if theirs != per_rank[0]]
-    if others:
-        different = " and ".join(f"another {what}" for what in mine if per_rank[others[0]][what] != per_rank[0][what])
-        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-        where = processes.gather(socket.gethostname())
-        raise UserError(
-            f"process {others[0]}{more} on {where[others[0]]} has {different} than process 0 on {where[0]}. Fix: give "
-            "all machines the same files, settings and versions."
-        )
+    digests = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()}
+    per_rank = processes.gather((socket.gethostname(), digests))
+    host, first = per_rank[0]
+    for rank, (name, theirs) in enumerate(per_rank):
+        if different := [what for what in first if theirs[what] != first[what]]:
+            raise UserError(
+                f"process {rank} on {name} has another {' and another '.join(different)} than process 0 on {host}. "
+                "Fix: give all machines the same files, settings and versions."
+            )
+
+
+# Checks at the start of a run
+
+
+_NEAR = 4
+"""A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
+_MOST_LOOKED_AT = 1000
 
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
     """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
-    processes.first(lambda: keep_mix(run, mix))
+    processes.first(lambda: run.write_json("mix.json", asdict(mix)))
     processes.first(unharmed(CHECKS_FILE)(lambda: _tell_data_checks(prepared, run)))
-    name = prepared.recipe.train.optimizer
-    if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
-        logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: run.write_json(PLAN_FILE, memory.to_dict()))
 
 
 def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
-    recipe, sources = prepared.recipe, prepared.loader.tokenised
-    checks = data_checks(sources, prepared.mix_plan, prepared.tokenizer, recipe.data)
-    if unseen := unseen_tokens(prepared):
-        names = ", ".join(map(repr, unseen))
-        text = f"model.add_tokens: the training data does not have {names}, so the model learns nothing of it."
-        checks.append(Check("warning", text))
-    checks += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
-    if recipe.adapter.kind != "none":
+    """Log what is known before the model is loaded. A run that goes on keeps what is known of its gradients."""
+    recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
+    trains = recipe.adapter.kind != "none"
+    checks = example_checks(sources, prepared.tokenizer, recipe.data)
+    warnings = context_warnings(sources, prepared.config)
+    if (large := large_step_warning(prepared.mix_plan)) is not None:
+        warnings.append(large)
+    if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
+        fix = "Fix: set validation in a source, or eval.tasks: []."
+        warnings.append(f"no source has validation data, so nothing is evaluated. {fix}")
+    checks += [Check("warning", text) for text in warnings]
+    if trains:
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
-    checks += _evaluation_checks(prepared)
-    for text in mix_facts(prepared.mix_plan):
-        logger.info("%s", text)
-    begin_checks(run, checks, trains=recipe.adapter.kind != "none")
+    unknown = [asdict(Check("open", "whether every trainable tensor gets a gradient: known after 3 updates."))]
+    run.write_json(CHECKS_FILE, {GRADIENTS: kept_checks(run).get(GRADIENTS, unknown)} if trains else {})
+    tell_checks(run, {DATA: checks})
 
 
-def _evaluation_checks(prepared: PreparedRun) -> list[Check]:
-    """A warning if no source can be evaluated though the recipe asks for it; sources that are left out are logged."""
-    data, asked = prepared.recipe.data, prepared.recipe.eval
-    missing = [source.label for source in data.mix if source.label not in prepared.validation]
-    if asked.tasks is not None or not missing or not (asked.every or asked.at_start or asked.at_end):
+def _some(items: Sequence[Any]) -> Sequence[Any]:
+    """At most 1,000 of the items, at even distances."""
+    return items[:: -(-len(items) // _MOST_LOOKED_AT) or 1]
+
+
+def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) -> list[Check]:
+    """Two numbers for each source: answers that teach no end (some are looked at), examples that teach nothing."""
+    stops = sorted(chat_settings(tokenizer).stop_ids or ())
+    names = ", ".join(tokenizer.decode([id]) for id in stops) or "the model names none"
+    checks = []
+    for part in sources:
+        examples = part.first()
+        ends = [end for example in _some(examples) for end in _ends(example, stops, data)]
+        if ends:
+            text = (
+                f"{part.name}: {ends.count(False):,} of {len(ends):,} answers do not end with a stop token ({names})."
+            )
+            checks.append(Check("warning" if 2 * ends.count(False) > len(ends) else "passed", text))
+        empty = sum(not example.loss_mask.any() for example in examples)
+        text = f"{part.name}: {empty:,} of {len(examples):,} examples have no token in the loss."
+        checks.append(Check("warning" if empty else "passed", text))
+    return checks
+
+
+def _ends(example: TokenizedExample, stops: Sequence[int], data: DataConfig) -> list[bool]:
+    """Whether a stop token ends each stretch of labelled tokens; none of plain text, whose pieces end anywhere."""
+    ids, mask = example.input_ids, example.loss_mask
+    if (data.loss_on != "all" or data.too_long == "split") and mask.sum() >= len(mask) - 2:
+        return []  # all but a beginning mark is learnt
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    return [bool(np.isin(ids[max(begin, end - _NEAR) : end], stops).any()) for begin, end in edges]
+
+
+def repeated_checks(
+    sources: Sequence[Source], scored: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
+) -> list[Check]:
+    """One number for each source with validation examples: those that are training examples, too, of any source."""
+    looked_up = {name: _as_tokens(name, _some(examples), tokenizer, data) for name, examples in scored.items()}
+    wanted = {part for found in looked_up.values() for parts in found for part in parts}
+    lengths = {len(part) for part in wanted}
+    trained: set[bytes] = set()
+    for example in (example for source in sources for example in source.first()):
+        if example.input_ids.nbytes in lengths and (part := example.input_ids.tobytes()) in wanted:
+            trained.add(part)
+    numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
+    text = "{}: of {:,} validation examples looked up, {:,} are training examples, too."
+    return [
+        Check("warning", text.format(name, len(looked_up[name]), number)) for name, number in numbers.items() if number
+    ]
+
+
+def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
+    """The token ids of each example that can be encoded as a whole, as int32; of some chats in several parts."""
+    tally = ExampleTally(name, data.max_length, data.too_long)
+    try:
+        found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
+    except UserError:  # such as chats without a chat template, which are an error only where they are scored
         return []
-    if not prepared.validation:
-        fix = "Fix: set validation in a source, or eval.tasks: []."
-        return [Check("warning", f"no source has validation data, so nothing is evaluated. {fix}")]
-    logger.info("Not evaluated, since there is no validation data: %s.", ", ".join(missing))
-    return []
+    whole = ([each for each, cut in parts if isinstance(each, TokenizedExample) and not cut] for parts in found)
+    return [
+        [each.input_ids.tobytes() for each in parts]
+        for parts, outcomes in zip(whole, found, strict=True)
+        if parts and len(parts) == len(outcomes)
+    ]
 
 
-def unseen_tokens(prepared: PreparedRun) -> list[str]:
-    """The new tokens that no training example has; none where a source is streamed."""
-    tokens = prepared.recipe.model.add_tokens
-    names = dict(zip(token_ids(prepared.recipe, prepared.tokenizer), tokens, strict=True))
-    if not names or prepared.loader.streams:
+def context_warnings(sources: Sequence[Source], config: PreTrainedConfig) -> list[str]:
+    """One line for each source with examples that are longer than the model has positions."""
+    positions, warnings = positions_of(config), []
+    for part in (part for part in sources if isinstance(part, TokenizedSet)):
+        long = sum(positions is not None and len(example) > positions for example in part.examples)
+        if long:
+            warnings.append(
+                f"{part.name}: {long:,} of {len(part):,} examples are longer than the model has positions "
+                f"({positions:,}). Fix: set data.max_length: {positions} and data.too_long: truncate."
+            )
+    return warnings
+
+
+def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
+    """A warning that names the tokens of the data that cannot be learnt; some examples of each source are looked at."""
+    examples = [example for part in sources for example in _some(part.first())]
+    if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
-    missing, first = set(names), min(names)
-    for example in (example for part in prepared.loader.tokenised for example in part.first()):
-        missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
-        if not missing:
-            break
-    return [names[id] for id in sorted(missing)]
+    read = np.unique(np.concatenate([example.input_ids for example in examples])).tolist()
+    learnt = np.unique(np.concatenate([example.input_ids[example.loss_mask] for example in examples])).tolist()
+    names = [tokenizer.convert_ids_to_tokens(id) for id in untrained_rows(model, read, learnt)]
+    if not names:
+        return []
+    return [
+        Check(
+            "warning",
+            f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows in the "
+            "embedding or the output head are zero, and an adapter does not change them. Fix: name the instruct "
+            "version of the model in model.source, or set adapter.also_train: [embed_tokens, lm_head] and "
+            "adapter.also_train_rows: all.",
+        )
+    ]
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check some sources as a run does at its start, for `qdora validate`.
-
-    The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
-    tokens, and without a tokenizer a note says that no lengths were checked.
-    """
+    """Check the first rows of some sources as a run does at its start, and with data.too_long: error all their lengths,
+    for `qdora validate`."""
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":
         return

@@ -5,77 +5,102 @@
 """
 
 from __future__ import annotations
-
-import logging
-import os
+from collections.abc import Callable
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from transformers import PreTrainedModel
-
 from qdora.data.batches import PackedLayout
-from qdora.errors import Interrupted, UserError, first_few
+from qdora.errors import Interrupted
+from qdora.errors import UserError
+from qdora.errors import first_few
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
-from qdora.files.atomic import atomic_write_text, disk_failures, read_json_object
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import read_json_object
+from qdora.files.console import bar
 from qdora.files.console import consoles
+from qdora.files.environment import environment
+from qdora.files.json_file import read_json_object
 from qdora.files.machine import environment
-from qdora.files.run_directory import (
-    Checkpoint,
-    RunDirectory,
-    create_run,
-    failures_logged,
-    flat,
-    log_to,
-    only_process,
-    open_run,
-    resume_run,
-    unharmed,
-)
+from qdora.files.run_directory import Checkpoint
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import create_run
+from qdora.files.run_directory import failures_logged
+from qdora.files.run_directory import flat
+from qdora.files.run_directory import log_to
+from qdora.files.run_directory import only_process
+from qdora.files.run_directory import open_run
+from qdora.files.run_directory import resume_run
+from qdora.files.run_directory import unharmed
+from qdora.files.setting_keys import flat
+from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
-from qdora.model.build_model import adapt, describe_adapters
+from qdora.model.build_model import adapt
+from qdora.model.build_model import describe_adapters
 from qdora.model.inject import model_size
-from qdora.model.multimodal import TRAINED_PART, is_multimodal
+from qdora.model.multimodal import TRAINED_PART
+from qdora.model.multimodal import is_multimodal
 from qdora.model.patches import weights_unread
 from qdora.model.source import is_commit
+from qdora.model.store import PrunedBase
 from qdora.recipe.faults import shown
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import (
-    REVISIONS,
-    SharedBases,
-    base_of_run,
-    base_record,
-    check_base,
-    keep_residency,
-    with_revisions_of,
-)
+from qdora.run.base import FOLDER
+from qdora.run.base import REVISIONS
+from qdora.run.base import SharedBases
+from qdora.run.base import base_of_run
+from qdora.run.base import base_record
+from qdora.run.base import check_base
+from qdora.run.base import compress_base
+from qdora.run.base import compression_key
+from qdora.run.base import keep_residency
+from qdora.run.base import load_base
+from qdora.run.base import with_revisions_of
 from qdora.run.data_checks import token_checks
 from qdora.run.model_card import run_card
-from qdora.run.prepare import PreparedRun, prepare, show_plans
+from qdora.run.prepare import PreparedRun
+from qdora.run.prepare import prepare
+from qdora.run.prepare import show_plans
+from qdora.run.prepare import token_checks
+from qdora.run.report import leave_page
+from qdora.run.report import run_card
 from qdora.run.run_page import leave_page
 from qdora.train.checkpoint import unreadable
-from qdora.train.checks import (
-    CHECKS_FILE,
-    DIVISION,
-    PACKING,
-    TOKENS,
-    Check,
-    check_division,
-    packed_layout,
-    tell_checks,
-)
-from qdora.train.distributed import Processes, processes_of_launch, seed_of
-from qdora.train.evals import adapter_record, read_result
+from qdora.train.checks import CHECKS_FILE
+from qdora.train.checks import Check
+from qdora.train.checks import DIVISION
+from qdora.train.checks import PACKING
+from qdora.train.checks import TOKENS
+from qdora.train.checks import check_division
+from qdora.train.checks import packed_layout
+from qdora.train.checks import tell_checks
+from qdora.train.distributed import Processes
+from qdora.train.distributed import mesh_of
+from qdora.train.distributed import processes_of_launch
+from qdora.train.distributed import seed_of
+from qdora.train.evals import adapter_record
+from qdora.train.evals import read_result
 from qdora.train.trainer import Trainer
+from rich.console import Console
+from transformers import PreTrainedModel
+from typing import Any
+import logging
+import os
+import shutil
+import torch
 
 CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
+SharedBases = Callable[[str, Callable[[Path], None]], Path]
+"""Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
 logger = logging.getLogger("qdora")
 
@@ -94,15 +119,11 @@ def train_run(
 
     Args:
         directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
-        where: Name of the recipe in messages.
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
         console: Where progress and results are shown; default: standard error and standard output.
         shared_bases: Keeps pruned bases that several runs share.
-    Returns:
-        JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
-    Raises:
-        UserError, RunFailure, Interrupted: See `qdora.errors`.
+    Returns JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
@@ -124,20 +145,14 @@ def train_run(
 
         recipe, tokenizer, loader = prepared.recipe, prepared.tokenizer, prepared.loader
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
-        checkpoint = newest_checkpoint(run, processes) if resume else None
-        model = base_of_run(
-            recipe,
-            prepared.source,
-            prepared.compute,
-            prepared.calibration,
-            run=run,
-            processes=processes,
-            console=progress,
-            resume=resume,
-            shared=shared_bases,
-        )
+        checkpoint = None
+        if resume and (newest := processes.from_first(run.newest_checkpoint)) is not None:
+            checkpoint = run.checkpoint_path(newest.step)
+        elif resume and processes.is_first:
+            logger.warning("%s has no whole checkpoint: the run begins again at its first step.", run.path)
+        model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
         stack.enter_context(weights_unread(model))
-        adapter = None if checkpoint is None else checkpoint.path / "adapter"
+        adapter = None if checkpoint is None else checkpoint / "adapter"
         adapt(model, recipe, prepared.source, tokenizer, adapter=adapter)
         loader.batching.packed = check_model(model, run, processes, prepared)
         trainer = Trainer(
@@ -152,7 +167,7 @@ def train_run(
             console=progress,
         )
         if checkpoint is not None:
-            trainer.restore(checkpoint.path)
+            trainer.restore(checkpoint)
         step, again = trainer.step, trainer.evaluates_again
         processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))
         try:
@@ -165,6 +180,50 @@ def train_run(
             raise Interrupted(step, path, saved=False) from None
 
 
+def base_of_run(
+    prepared: PreparedRun,
+    run: RunDirectory,
+    processes: Processes,
+    console: Console,
+    *,
+    resume: bool,
+    shared: SharedBases | None,
+) -> PreTrainedModel:
+    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
+
+    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
+    """
+    recipe, directory = prepared.recipe, run.inside(FOLDER)
+    what = recipe, prepared.source, prepared.compute
+    mesh = mesh_of(processes, prepared.compute.device, recipe.train.parallel)
+
+    def compress() -> None:
+        is_there = resume and directory.is_dir()
+        if is_there and run.checkpoint_steps():  # which belong to the base that is there
+            return
+        key = compression_key(*what, prepared.calibration)
+        if is_there and PrunedBase(directory).key == key:  # else an earlier start with another recipe has left it
+            return
+        with bar(console, "pruning the base") as progress:
+
+            def fill(path: Path) -> None:
+                compress_base(*what, prepared.calibration, path, key=key, progress=progress)
+
+            if shared is None:
+                fill(directory)
+                return
+            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
+        with atomic_directory(directory) as unfinished:  # links take no room: files of a base are never changed
+            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=os.link)
+
+    placer = None
+    if recipe.base.prune is not None:
+        processes.first(compress)
+        placer = PrunedBase(directory)
+    with bar(console, "loading the base") as progress:
+        return load_base(*what, progress, placer=placer, mesh=mesh)
+
+
 def check_model(
     model: PreTrainedModel, run: RunDirectory, processes: Processes, prepared: PreparedRun
 ) -> PackedLayout | None:
@@ -173,19 +232,19 @@ def check_model(
     Packed examples must stay apart in its attention, and a divided base must be the same as the whole one. Tokens that
     cannot be learnt are named, unless the base is divided. Returns how micro-batches are packed, None if they are not.
     """
-    layout, text = None, "examples are not packed: none shares a row with another."
+    layout, checks = None, dict[str, list[Check]]()
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
-    checks = {PACKING: [Check("passed", text)]}
-    divided = check_division(model, processes)
-    if divided is not None:
+        checks[PACKING] = [Check("passed", text)]
+    if (divided := check_division(model, processes)) is not None:
         checks[DIVISION] = [Check("passed", divided)]
-    processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(run, checks)))
-    if not processes.shards:
-        # By itself: what fails in it, such as memory, must not lose the others
-        about = unharmed(f"the check of tokens in {CHECKS_FILE}")
-        sources, tokenizer = prepared.loader.tokenised, prepared.tokenizer
-        processes.first(about(lambda: tell_checks(run, {TOKENS: token_checks(model, sources, tokenizer)})))
+
+    def tell() -> None:
+        if not processes.shards:
+            checks[TOKENS] = token_checks(model, prepared.loader.tokenised, prepared.tokenizer)
+        tell_checks(run, checks)
+
+    processes.first(unharmed(CHECKS_FILE)(tell))
     return layout
 
 
@@ -219,14 +278,13 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
     Its recipe.yaml names the run's own copy of a chat template, so a later change of the file has no effect.
     """
-    given, template = prepared.given, None
+    given, template, run = prepared.given, None, RunDirectory(directory)
     if given.data.chat_template is not None:
         template = str(prepared.tokenizer.chat_template)
         given = with_settings(given, data={"chat_template": CHAT_TEMPLATE_FILE})
 
     def record() -> dict[str, Any]:
-        facts = environment() | {"base": base_record(prepared.source)}
-        facts |= {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
+        facts = environment() | {"base": base_record(prepared.source), "chat_date": prepared.chat_date}
         if processes.size > 1:
             facts["num_processes"] = processes.size
         if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
@@ -234,14 +292,12 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         return facts
 
     def opened() -> None:
-        run = RunDirectory(directory)
         if resume:
             before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
             file = run.inside(CHAT_TEMPLATE_FILE)
             if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
-                fix = "with which the run began. Fix: name that file"
-                raise UserError(f"{run.path}: data.chat_template differs from {file}, {fix}.")
+                raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             _check_data(prepared, run)
             if before.data.chat_template is not None:
                 before = with_settings(before, data={"chat_template": CHAT_TEMPLATE_FILE})
@@ -253,7 +309,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         keep_residency(run, given, prepared.recipe)
 
     processes.first(opened)
-    return RunDirectory(directory)
+    return run
 
 
 def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
@@ -267,20 +323,10 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
             prepared.loader.check_state(state)
 
 
-def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
-    """The checkpoint that the first process finds: all processes continue from it. A warning says if there is none."""
-    newest = processes.from_first(run.newest_checkpoint)
-    if newest is None and processes.is_first:
-        logger.warning("%s has no whole checkpoint: the run begins again at its first step.", run.path)
-    return None if newest is None else Checkpoint(newest.step, run.checkpoint_path(newest.step))
-
-
 def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of an earlier run with `overrides`.
+    """The recipe of an earlier run with `overrides`; a warning names the settings that differ from the recipe `where`.
 
-    A warning names the settings in which the recipe `where`, with the same overrides, differs from it. That recipe need
-    not be valid: options of the start that it needs are not given again. UserError if there is no run, an override does
-    not fit, or what the recipe names was moved.
+    That recipe need not be valid: options that it needs are not given again.
     """
     run = open_run(directory)
     own = recipe_of_run(run.recipe_file, overrides, sections=Recipe.model_fields)
@@ -291,18 +337,18 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
         logger.warning(text, directory, where, error.faults[0])
         return own
     mine, other = flat(settings(own)), flat(settings(given))
-    ignored = [f"model.{name}" for name in REVISIONS.values() if not is_commit(getattr(given.model, name))]
+    ignored = {f"model.{name}" for name in REVISIONS.values() if not is_commit(getattr(given.model, name))}
     files = own.data.chat_template, given.data.chat_template
     with suppress(OSError):
         if files[0] and files[1] and Path(files[0]).read_bytes() == Path(files[1]).read_bytes():
-            ignored.append(CHAT_TEMPLATE)  # the run has its own copy
-    keys = (key for key in dict.fromkeys((*mine, *other)) if key not in ignored)
-    different = [key for key in keys if mine.get(key) != other.get(key)]
-    if different and os.environ.get("RANK", "0") == "0":
-        changes = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
-        text = (
-            "%s continues with its own recipe.yaml, which differs from %s in %s. "
-            "`qdora guide runs` names the settings that -s can change."
-        )
+            ignored.add(CHAT_TEMPLATE)  # the run has its own copy
+    keys = dict.fromkeys((*mine, *other))
+    changes = [
+        f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})"
+        for key in keys
+        if key not in ignored and mine.get(key) != other.get(key)
+    ]
+    if changes and os.environ.get("RANK", "0") == "0":
+        text = "%s continues with its own recipe.yaml, which differs from %s in %s. See `qdora guide runs`."
         logger.warning(text, directory, where, first_few(changes, 3))
     return own

@@ -1,0 +1,587 @@
+"""Chats -> token ids, and which of them the assistant writes: each turn as the model sees it when it answers.
+
+The text before a turn is the chat up to it with the generation prompt; the turn is what the template adds to that, with
+its end mark. One text holds all turns of a chat where it shows each of them so. A template that rewrites earlier turns
+(many drop their reasoning) gives a text for each turn instead. What a template takes is found out with short probes.
+"""
+
+from __future__ import annotations
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from datetime import date
+from functools import cached_property
+from functools import lru_cache
+from numpy.typing import NDArray
+from qdora.data.example import Example
+from qdora.data.example import Messages
+from qdora.data.example import Tools
+from qdora.data.example import Turn
+from qdora.data.example import with_last_learnt
+from qdora.errors import UserError
+from qdora.errors import nearest
+from qdora.files.machine import user_path
+from qdora.files.user_paths import user_path
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import LossOn
+from transformers.utils.chat_template_utils import render_jinja_template
+from typing import Any
+from typing import NamedTuple
+import hashlib
+import jinja2
+import jinja2.meta
+import json
+import numpy as np
+import re
+
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template raises for a chat, or a row, that it does not take."""
+
+
+# Settings of a run
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How the chats of a run are rendered."""
+
+    day: date | None = None  # that templates print; None: today
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    stop_ids: frozenset[int] | None = None
+
+
+def chat_settings(tokenizer: Any) -> ChatSettings:
+    """What `set_chat_settings` gave."""
+    settings: ChatSettings = getattr(tokenizer, "qdora_chat", None) or ChatSettings()
+    return settings
+
+
+def set_chat_settings(tokenizer: Any, **changed: Any) -> None:
+    """Change fields of the tokenizer's `ChatSettings`. Only in this process: a saved tokenizer is as before."""
+    tokenizer.qdora_chat = replace(chat_settings(tokenizer), **changed)
+    tokenizer.qdora_chat_templates = {}
+
+
+def set_chat_date(tokenizer: Any, day: str) -> None:
+    """Render chats as on this day (YYYY-MM-DD) from now on, in templates that print the date."""
+    set_chat_settings(tokenizer, day=date.fromisoformat(day))
+
+
+def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
+    """Give the tokenizer `data.chat_template` and `data.template_kwargs`; UserError if it cannot use them."""
+    if data.chat_template is not None:
+        file = user_path(data.chat_template)
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
+            _variables(tokenizer.chat_template)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template: {file}: {error}") from None
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: {file}: line {error.lineno}: {error.message}") from None
+    template = getattr(tokenizer, "chat_template", None) or ""
+    texts = template.values() if isinstance(template, dict) else [template]
+    names = sorted(set().union(*map(_variables, texts)) - _RESERVED)
+    unread = [name for name in data.template_kwargs if name not in names]
+    if unread:  # jinja ignores them
+        raise UserError(f"data.template_kwargs: the chat template reads {names}, got {unread}.")
+    set_chat_settings(tokenizer, template_kwargs=dict(data.template_kwargs))
+
+
+# What the program or transformers gives a template
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+
+
+def _variables(template: str) -> set[str]:
+    """Names that a template reads and does not define."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    return set(jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
+
+
+def require_chat_template(tokenizer: Any, name: str) -> None:
+    """Raise a UserError if the tokenizer cannot render the chats of source `name`."""
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer_name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise UserError(
+            f"{name}: holds chats, but the tokenizer ({tokenizer_name}) has no chat template. Fix: set model.tokenizer "
+            "to one that has it (the instruct version of the model), or give one with data.chat_template."
+        )
+
+
+# A template
+
+
+# transformers lets no function of ours into a template, so a macro takes the place of its own. The line end is dropped.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
+    "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
+    "{{ text.of }}{% endmacro %}\n"
+)
+_DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
+_SHORT_ID = 9
+_ANSWER, _OTHER = "Aq7probe", "\u203bprobe"
+_USER = Turn("user", "Uq7probe")
+_CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
+_RESULT = Turn("tool", _USER.content)
+
+
+class _Rendering(NamedTuple):
+    """The text of a chat, and where the template marks what the assistant writes (`{% generation %}`)."""
+
+    text: str
+    marks: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """One chat template of a tokenizer, with its settings. `chat_template_of` gives it."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokenizer, self.settings = tokenizer, chat_settings(tokenizer)
+        self._source, self._day = text, dict[str, Any]()
+        if self.settings.day is not None and "strftime_now" in text:
+            self._day = {"qdora_day": {part: self.settings.day.strftime(part) for part in _DATE_PARTS}}
+            self._source = _CLOCK + text
+        self._has_marks = bool(_GENERATION.search(text))
+        ids = {**tokenizer.get_added_vocab()}
+        ids |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+        self._names = tuple(sorted((name for name in ids if name.strip()), key=len, reverse=True))
+        self.mark_ids = frozenset(ids[name] for name in self._names)  # tokens that were added, special or not
+        self.mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
+
+    def fitted(self, turns: Messages) -> Messages:
+        """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn.
+
+        Where it wants ids of nine letters for calls (Mistral), they get such ids.
+        """
+        ids = [str(call.get("id", "")) for turn in turns for call in turn.tool_calls]
+        if any(len(id) != _SHORT_ID for id in ids) and self.takes_short_ids:
+            turns = _with_short_ids(turns)
+        if self.takes_system or turns[0].role != "system":
+            return turns
+        system, rest = turns[0].content, turns[1:]
+        if rest and rest[0].role == "user":
+            return (replace(rest[0], content=f"{system}\n\n{rest[0].content}"), *rest[1:])
+        return (Turn("user", system), *rest)
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Tools = (),
+        *,
+        prompt: bool = False,
+        parts: bool | None = None,
+        texts: bool | None = None,
+    ) -> _Rendering:
+        """The text of turns that are `fitted`; `prompt` adds what the model sees before it answers.
+
+        Content is a list of `parts`, and arguments of calls are `texts` of JSON, where the template wants them so.
+        One of `RENDER_ERRORS` where the template does not take the chat.
+        """
+        parts = not self.takes_text if parts is None else parts
+        texts = not self.takes_objects if texts is None else texts
+        messages = []
+        for turn in turns:
+            message: dict[str, Any] = {"role": turn.role, **turn.labels}
+            message["content"] = [{"type": "text", "text": turn.content}] if parts else turn.content
+            if turn.reasoning:  # gpt-oss reads thinking
+                message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
+            if turn.tool_calls:
+                message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
+            messages.append(message)
+        options = {**self.settings.template_kwargs, **self._day, "add_generation_prompt": prompt}
+        functions = [dict(tool) for tool in tools] or None
+        if not self._has_marks:
+            options |= {"chat_template": self._source, "tokenize": False}
+            return _Rendering(str(self.tokenizer.apply_chat_template(messages, tools=functions, **options)), ())
+        options = {**self.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": True}
+        rendered, marks = render_jinja_template([messages], functions, chat_template=self._source, **options)
+        return _Rendering(rendered[0], tuple((start, end) for start, end in marks[0] if end > start))
+
+    def _probe(self, *turns: Turn, **options: Any) -> str:
+        """The text of a few turns; "" where the template does not take them."""
+        try:
+            return self.render(turns, **options).text
+        except RENDER_ERRORS:
+            return ""
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """Whether content may be plain text; else it must be a list of parts (templates of vision models)."""
+        chat = _USER, Turn("assistant", _ANSWER)
+        texts = [self._probe(*chat, parts=parts, texts=False) for parts in (False, True)]
+        return [_USER.content in text and _ANSWER in text for text in texts] != [False, True]
+
+    @cached_property
+    def takes_objects(self) -> bool:
+        """Whether the arguments of a call may be an object, as servers give them; else they must be JSON text."""
+        return bool(self._probe(_USER, _CALL, texts=False)) or not self._probe(_USER, _CALL, texts=True)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        printed = self._probe(Turn("system", "S7probe"), _USER, prompt=True)
+        return "S7probe" in printed or not self._probe(_USER, prompt=True)
+
+    @cached_property
+    def takes_short_ids(self) -> bool:
+        turns = (_USER, _CALL, _RESULT)
+        return not self._probe(*turns) and bool(self._probe(*_with_short_ids(turns)))
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template adds behind a turn of the user before the model answers."""
+        return self._probe(_USER, prompt=True).removeprefix(self._probe(_USER))
+
+    @cached_property
+    def _ending(self) -> tuple[bool, str, str, str]:
+        """How a turn of the assistant ends: (it has an end mark of its own, what stands behind that mark at the end of
+        a chat only, what ends an answer without a mark of its own, what ends such a call of tools).
+
+        Where it has none, the mark of the next turn ends this one (GLM).
+        """
+        answer = Turn("assistant", _ANSWER)
+        chats = ((_USER, answer), (_USER, answer, _USER), (_USER, _CALL), (_USER, _CALL, _RESULT))
+        alone, followed, before, after = (self._probe(*chat).rpartition(_ANSWER)[2] for chat in chats)
+        if not self.mark.search(alone):
+            return False, "", self._end_before(alone, followed), self._end_before(before, after)
+        # Line ends apart, so that one behind the mark is not taken for a part of the trailer
+        pieces = [re.split(rf"({self.mark.pattern}|\n)", text) for text in (alone, followed)]
+        first, second = ([piece for piece in row if piece] for row in pieces)
+        common = "".join(first[: shared_length(first, second)])
+        return True, alone[len(common) :] if self.mark.search(common) else "", "", ""
+
+    def _end_before(self, before: str, after: str) -> str:
+        """The mark with which `after` goes on from `before`, or the end of sequence."""
+        mark = self._first_mark.match(after, len(before)) if after.startswith(before) else None
+        return mark[0] if mark else str(self.tokenizer.eos_token or "")
+
+    def content_start(self, turns: Messages, tools: Tools, text: str) -> int:
+        """Where what the data says of the last turn begins in the text of the turns."""
+        last = turns[-1]
+        calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
+        other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
+        return shared_length(text, self.render((*turns[:-1], other), tools).text)
+
+    def answer_start(self, turns: Messages, tools: Tools, text: str, prompt: str) -> tuple[int, bool]:
+        """Where the last turn begins in the text of the turns; whether that is behind the generation prompt.
+
+        `prompt` is the text that the model sees before that turn. The text of the turns begins otherwise.
+        """
+        first = self.content_start(turns, tools, text)
+        unasked = self.render(turns[:-1], tools).text
+        header = prompt.removeprefix(unasked) if prompt.startswith(unasked) else ""
+        if not header:  # a prompt that only ends with the turn before; 16 characters where that has no mark
+            header = prompt[max((mark.start() for mark in self.mark.finditer(prompt)), default=-16) :]
+        # Not where an earlier turn begins alike: up to there, but for the header, the text is that of the prompt
+        shared = shared_length(prompt, text)
+        begin = text.rfind(header, max(0, shared - len(header)), first)
+        if begin >= 0:
+            return begin + len(header), True
+        is_other_header = shared >= len(prompt) - len(header)
+        return (min(shared, first) if is_other_header else first), False
+
+    def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
+        """The text of a chat up to a turn of the assistant, and the end of the turn with its end mark.
+
+        `end` is where the turn ends as the template marks or prints it; `calls`: the turn calls tools.
+        """
+        is_written, _, next_turn, tool_turn = self._ending
+        if is_written and text[:end].rstrip().endswith(self._names):
+            return text, end
+        if mark := self._first_mark.match(text, end):
+            return text, mark.end()
+        if not is_written and not text[end:].strip():
+            text = text[:end] + (tool_turn if calls else next_turn)
+            return text, len(text)
+        return text, end
+
+    def end_in(self, text: str, part: str, end: int) -> int | None:
+        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat; None if not so."""
+        is_written, trailer, _, _ = self._ending
+        if not text.startswith(part):
+            part = part.removesuffix(trailer)
+            if not trailer or not text.startswith(part):
+                return None
+            end = min(end, len(part))
+        if is_written:
+            return end
+        mark = self._first_mark.match(text, len(part))
+        return mark.end() if mark else None
+
+
+def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
+    """The tokenizer's template for a chat; some have another one for chats with tools."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
+        raise UserError(f"the tokenizer has chat templates named {sorted(own)}. Fix: give one with data.chat_template.")
+    text = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
+    templates: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
+    if text not in templates:
+        templates[text] = ChatTemplate(tokenizer, text)
+    return templates[text]
+
+
+def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
+    """The text that the model sees before it answers these turns; UserError if the template does not take them."""
+    template = chat_template_of(tokenizer, tools)
+    try:
+        return template.render(template.fitted(turns), tools, prompt=True).text
+    except RENDER_ERRORS as error:
+        raise UserError(f"the chat template refuses it: {error}") from None
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of equal characters, or items, at the start of both."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low
+
+
+def _with_short_ids(turns: Messages) -> Messages:
+    """The turns with an id of nine letters for every call, and for its result.
+
+    A result belongs to the call whose id it has in the data, or else to the first call that has no result yet.
+    """
+    fitted: list[Turn] = []
+    waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
+    for number, turn in enumerate(turns):
+        if turn.tool_calls:
+            digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
+            waiting = [(call.get("id"), hex[:_SHORT_ID]) for call, hex in zip(turn.tool_calls, digests, strict=True)]
+            calls = tuple({**call, "id": id} for call, (_, id) in zip(turn.tool_calls, waiting, strict=True))
+            turn = replace(turn, tool_calls=calls)
+        elif turn.role == "tool" and waiting:
+            own, ids = turn.labels.get("tool_call_id"), [id for id, _ in waiting]
+            _, short = waiting.pop(ids.index(own) if own is not None and own in ids else 0)
+            turn = replace(turn, labels={**turn.labels, "tool_call_id": short})
+        fitted.append(turn)
+    return tuple(fitted)
+
+
+def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+# Chats to tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of an example, and True where they are learnt: what the assistant writes, or the answer."""
+
+    ids: list[int]
+    mask: list[bool]
+    prefix: int = 0  # ids[prefix:start] is a prompt, whose front may be cut; empty in a chat
+    start: int = 0
+    turn: int | None = None  # index of the only turn that is learnt, where a chat is several texts
+
+
+class _Text(NamedTuple):
+    """A text, (start, end) of what is learnt in it, and the ends of the texts that the model sees before it answers.
+
+    Of the chat up to one turn of the assistant also its text before an end mark was added, and the turn.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+    prompts: tuple[int, ...] = ()
+    rendered: str = ""
+    turn: int | None = None
+
+
+class _Tokens(NamedTuple):
+    """Ids of a text, and the characters of each: from `starts` to `ends`, without gaps."""
+
+    ids: list[int]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = "answer") -> list[list[Encoded] | str]:
+    """Render and encode each chat, as one text or as one for each turn that is learnt.
+
+    The mask is True on the assistant's turns with their end marks: what the template marks with `{% generation %}`,
+    else what it adds to the generation prompt. Where a template marks the end of a turn by the beginning of the next
+    one, that mark counts. What stands behind the last learnt turn is left out.
+
+    `loss_on` is "answer": all turns of the assistant that are `learnt`; "last": only its last turn; "all": every token.
+    Returns for each chat one or several `Encoded`, none where nothing is learnt; or what is wrong with it.
+    """
+    results: list[list[Encoded] | str] = []
+    wholes: list[tuple[int, ChatTemplate, _Text]] = []
+    parts: list[tuple[int, ChatTemplate, _Text]] = []
+    for number, chat in enumerate(chats):
+        template = chat_template_of(tokenizer, chat.tools)
+        results.append([])
+        whole, own = None, list[_Text]()
+        try:
+            whole, own = _texts_of(template, chat, loss_on)
+        except UserError as error:
+            results[number] = str(error)
+        except RENDER_ERRORS as error:
+            results[number] = f"the chat template refuses it: {error}"
+        wholes += [] if whole is None else [(number, template, whole)]
+        parts += [(number, template, text if len(own) > 1 else text._replace(turn=None)) for text in own]
+    for (number, template, text), tokens in zip(wholes, _encode(tokenizer, [each[2] for each in wholes]), strict=True):
+        if _is_clean(template, text, tokens):
+            results[number] = [_masked(text, tokens)]
+    parts = [part for part in parts if not results[part[0]]]
+    for (number, template, text), tokens in zip(parts, _encode(tokenizer, [each[2] for each in parts]), strict=True):
+        for border in text.prompts:
+            tokens = _seam(template, tokens, text.text, border) or tokens
+        encoded = results[number]
+        assert isinstance(encoded, list)
+        encoded.append(_masked(text, tokens))
+    return results
+
+
+def _texts_of(template: ChatTemplate, chat: Example, loss_on: LossOn) -> tuple[_Text | None, list[_Text]]:
+    """A chat as one text, where one shows every turn as the model sees it, and as a text for each turn."""
+    tools, turns = chat.tools, template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
+    if loss_on == "all":
+        if not all(turn.learnt for turn in chat.messages):
+            raise UserError("weight and train of a turn are not used with data.loss_on all. Fix: set it to answer.")
+        text = template.render(turns, tools).text
+        if turns[-1].role == "assistant":
+            text, _ = template.closed(text, len(text), bool(turns[-1].tool_calls))
+        return _Text(text, ((0, len(text)),)), []
+    parts = []
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant" and turn.learnt and not turn.in_prompt:
+            part = _part(template, turns, tools, index, index + len(chat.messages) - len(turns))
+            said = "".join(part.text[start:end] for start, end in part.spans)
+            content = " ".join(turn.content.split())
+            is_printed = bool(template.mark.sub("", said).strip()) or (content and content in " ".join(said.split()))
+            if is_printed or not (content or turn.tool_calls or turn.reasoning):
+                parts.append(part)
+    return _whole(template, parts) if len(parts) > 1 else None, parts
+
+
+def _part(template: ChatTemplate, turns: Messages, tools: Tools, index: int, number: int) -> _Text:
+    """The chat up to a turn of the assistant, which is learnt; `number` is its index in the data."""
+    text, marks = template.render(turns[: index + 1], tools)
+    if index:
+        before = template.render(turns[:index], tools, prompt=True)
+        marks = marks[len(before.marks) :]
+        start, is_prompt = shared_length(before.text, text), text.startswith(before.text)
+        if not is_prompt and not text.startswith(template.render(turns[:index], tools).text):
+            # With the answer the template shows the turns before it otherwise than it did when the model answered.
+            begin, is_prompt = template.answer_start(turns[: index + 1], tools, text, before.text)
+            if is_prompt:
+                start = len(before.text)
+                text = before.text + text[begin:]
+                marks = tuple((first + start - begin, last + start - begin) for first, last in marks)
+            else:
+                start = begin
+        elif not is_prompt:
+            # The "<think>" of the prompt may share its first letters with an answer such as "<b>".
+            start = min(start, template.content_start(turns[: index + 1], tools, text))
+    else:  # no template takes a chat without turns
+        begin = text.find(template.generation_prompt)
+        is_prompt = begin >= 0
+        start = begin + len(template.generation_prompt) if is_prompt else template.content_start(turns[:1], tools, text)
+    spans = list(marks) or [(start, len(text))]
+    closed, end = template.closed(text, spans[-1][1], bool(turns[index].tool_calls))
+    spans[-1] = (spans[-1][0], end)
+    return _Text(closed, tuple(spans), (start,) if is_prompt else (), text, number)
+
+
+def _whole(template: ChatTemplate, parts: list[_Text]) -> _Text | None:
+    """The text of the last part with the spans of all; None where it shows an earlier turn otherwise."""
+    last = parts[-1]
+    spans: list[tuple[int, int]] = []
+    for part in parts[:-1]:
+        end = template.end_in(last.text, part.rendered, part.spans[-1][1])
+        if end is None:
+            return None
+        cut = [(start, stop) for start, stop in part.spans if start < end]
+        spans += [*cut[:-1], (cut[-1][0], end)]
+    return _Text(last.text, (*spans, *last.spans), tuple(border for part in parts for border in part.prompts))
+
+
+def _encode(tokenizer: Any, texts: Sequence[_Text]) -> list[_Tokens]:
+    """Tokens of each text, no special tokens added; those written out in the text are recognised."""
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True, **options)
+    return [_tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+
+
+def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
+    """Tokens with their characters. Some tokenizers leave the spaces before a token out: they are its own here."""
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    ends = np.maximum.accumulate(ends)
+    before = np.concatenate([np.zeros(1, dtype=np.int64), ends])[: len(ends)]
+    return _Tokens(list(ids), np.minimum(starts, before), ends)
+
+
+def _is_clean(template: ChatTemplate, text: _Text, tokens: _Tokens) -> bool:
+    """Whether the tokens of a whole chat are those that the model sees before each turn, and end where a turn ends."""
+    inner = [end for _, end in text.spans if end < len(text.text)]
+    indices = np.searchsorted(tokens.ends, inner, side="right").tolist()
+    if any(tokens.starts[index] < end for index, end in zip(indices, inner, strict=True)):
+        return False
+    return all(_seam(template, tokens, text.text, border) is None for border in text.prompts)
+
+
+def _seam(template: ChatTemplate, tokens: _Tokens, text: str, border: int) -> _Tokens | None:
+    """The tokens of a text whose first `border` characters the model sees as a text of their own; None if they are so.
+
+    A tokenizer may join the end of the prompt with the beginning of the answer ("\\n" and "\\n" to one token), which
+    the model never sees. Only what follows the last mark of the prompt can differ.
+    """
+    index = int(np.searchsorted(tokens.ends, border, side="right"))
+    mark = next((index for index in range(index - 1, -1, -1) if tokens.ids[index] in template.mark_ids), 0)
+    begin = int(tokens.starts[mark]) if index else 0
+    shown = _plain(template, text[begin:border])
+    crosses = index < len(tokens.ids) and tokens.starts[index] < border
+    if not crosses and tokens.ids[mark:index] == shown.ids:
+        return None
+    rest = int(np.searchsorted(tokens.starts, border, side="left"))
+    between = _inner_tokens(template, text[border : int(tokens.starts[rest]) if rest < len(tokens.ids) else len(text)])
+    return _Tokens(
+        tokens.ids[:mark] + shown.ids + between.ids + tokens.ids[rest:],
+        np.concatenate([tokens.starts[:mark], shown.starts + begin, between.starts + border, tokens.starts[rest:]]),
+        np.concatenate([tokens.ends[:mark], shown.ends + begin, between.ends + border, tokens.ends[rest:]]),
+    )
+
+
+@lru_cache(maxsize=256)
+def _plain(template: ChatTemplate, text: str) -> _Tokens:
+    """Tokens of a text alone. Kept, since a generation prompt is the same in all chats."""
+    return _encode(template.tokenizer, [_Text(text)])[0]
+
+
+def _inner_tokens(template: ChatTemplate, text: str) -> _Tokens:
+    """Tokens of a text that stands inside another: some tokenizers put a space before the first word of a text."""
+    if not text:
+        return _tokens([], [])
+    line, inner = _plain(template, "\n"), _plain(template, "\n" + text)
+    num = len(line.ids)
+    if inner.ids[:num] != line.ids:
+        return _plain(template, text)
+    return _Tokens(inner.ids[num:], inner.starts[num:] - 1, inner.ends[num:] - 1)
+
+
+def _masked(text: _Text, tokens: _Tokens) -> Encoded:
+    """Ids and mask. A token with a character of the answer is the answer's."""
+    mask = np.zeros(len(tokens.ids), dtype=np.bool_)
+    for start, end in text.spans:
+        mask |= (tokens.ends > start) & (tokens.starts < end)
+    return Encoded(tokens.ids, mask.tolist(), turn=text.turn)

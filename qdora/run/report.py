@@ -1,0 +1,345 @@
+"""What a run tells others: README.md, the model card of a run or an export, and report.html, the page of a run.
+
+Both are made of the files of the run. The card has the Hub's front matter (model_card.md.j2); the page loads no other
+file (run_page.html.j2).
+"""
+
+from __future__ import annotations
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
+from huggingface_hub import metadata_load
+from pathlib import Path
+from pydantic import ByteSize
+from qdora.data.commonsense import HUB_TASKS
+from qdora.errors import UserError
+from qdora.evaluate.before_after import LossOrAccuracy
+from qdora.evaluate.before_after import task_changes
+from qdora.files import run_directory
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import place_failures
+from qdora.files.atomic import read_json_object
+from qdora.files.console import consoles
+from qdora.files.console import duration
+from qdora.files.environment import package_versions
+from qdora.files.html_page import render_page
+from qdora.files.json_file import read_json_object
+from qdora.files.machine import package_versions
+from qdora.files.markdown_table import markdown_cell
+from qdora.files.markdown_table import markdown_table
+from qdora.files.pages import markdown_cell
+from qdora.files.pages import markdown_table
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import open_run
+from qdora.files.run_directory import unharmed
+from qdora.model.build_model import find_source
+from qdora.model.gguf import read_header
+from qdora.model.peft_config import sizes_in_words
+from qdora.model.source import BUILTIN
+from qdora.model.source import BUILTIN_HUB_ID
+from qdora.model.source import LICENCE_FILES
+from qdora.model.source import ModelSource
+from qdora.model.source import public_name
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.options import Form
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.settings import Recipe
+from qdora.train.evals import adapter_in_words
+from qdora.train.evals import adapter_record
+from qdora.train.evals import adapter_step
+from qdora.train.evals import state_step
+from qdora.train.logs import draw_figures
+from rich.console import Console
+from typing import Any
+from typing import Literal
+import qdora
+import re
+import statistics
+import yaml
+
+PAGE_FILE = "report.html"
+EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
+_METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
+_FIGURES = ("loss_per_task", "validation_nll", "validation_accuracy", "steps")
+_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
+
+
+# The model card
+
+
+def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> dict[str, str]:
+    """Name -> text of the card of an export before its check, and of the licence files of its base."""
+    return {**_licence_files(_source(recipe)), "README.md": run_card(run, recipe, state, form=form)}
+
+
+def run_card(
+    run: RunDirectory,
+    recipe: Recipe,
+    state: str,
+    check: dict[str, Any] | None = None,
+    *,
+    form: Form | Literal["run"] = "run",
+) -> str:
+    """README.md of a run or of an export.
+
+    Args:
+        run: For its name and the evaluations that it keeps.
+        state: "final" or "step-N": the state of the adapter that the card describes.
+        check: What the verification of an export returned.
+        form: What the directory holds.
+    """
+    source, is_adopted, mix = _source(recipe), bool(run.adopted()), read_record(run, "mix.json")
+    name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
+    hub_id = name if name is not None and "/" in name else None
+    data = () if is_adopted else recipe.data.mix  # nobody knows what an adopted adapter was trained on
+    step, training = state_step(run, state), training_facts(run, recipe)
+    if not is_adopted:
+        training["state"] = adapter_in_words(run) if state == "final" else state
+    if mix:
+        training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
+    seen = {
+        part["name"]: f" ({part['num_draws'] or 'unknown'} draws of {part['num_examples'] or 'streamed'} examples)"
+        for part in mix.get("sources", ())
+    }
+    is_multimodal = "trained part" in training
+    metadata = ModelCardData(
+        base_model=hub_id,
+        base_model_relation=hub_id and ("adapter" if form == "peft" else "finetune"),
+        datasets=sorted({id_ for part in data if (id_ := _data_id(part)) is not None}) or None,
+        library_name=form if form in ("gguf", "peft") else "transformers",
+        pipeline_tag="image-text-to-text" if is_multimodal else "text-generation",
+        tags=["qdora"],
+        **_licence(source),
+    )
+    has_code = recipe.model.trust_remote_code and source is not None and any(source.path.glob("*.py"))
+    rows = [[found["data"], *row] for found in evaluations(run, step) for row in found["rows"]]
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+        title=run.path.resolve().name,
+        base=name or Path(recipe.model.source).name,
+        revision=recipe.model.revision if source is None else source.revision,
+        how=", exported" if is_adopted else "",
+        versions={"qdora": qdora.__version__, **package_versions(("torch", "transformers"))},
+        form=form,
+        model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
+        has_own_code=form != "gguf" and has_code,
+        training=markdown_table(("setting", "value"), [*training.items()]),
+        data=[markdown_cell(_data(part) + seen.get(part.label, "")) for part in data],
+        results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
+        check=check,
+        texts=[] if form == "run" else [*_licence_files(source)],
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def training_facts(run: RunDirectory, recipe: Recipe) -> dict[str, str]:
+    """Setting -> value: what was trained on which base, and how; without what is not known."""
+    adapter, adopted = recipe.adapter, run.adopted().get("adopted")
+    sizes = ", rank {}, alpha {}".format(*sizes_in_words(run.adapter, adapter.rank, adapter.alpha))
+    rows = "rows of the new tokens" if adapter.also_train_rows == "new" else "whole"
+    found = {
+        "adapter": adapter.kind + (sizes if adapter.kind in ("lora", "dora") else ""),
+        "starts from": adapter.start_in_words,
+        "quantisation of the base": recipe.base.quant_in_words + (f" ({adopted['known']})" if adopted else ""),
+        "optimizer": None if adopted else f"{recipe.train.optimizer}, learning rate {recipe.train.lr:g}",
+        "also trained": f"{', '.join(adapter.also_train)} ({rows})" if adapter.also_train else None,
+        "new tokens": ", ".join(f"`{token}`" for token in recipe.model.add_tokens),
+        "trained part": read_record(run, "environment.json").get("trained_part"),
+    }
+    return {setting: value for setting, value in found.items() if value}
+
+
+def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
+    """Each evaluation of the state after `step` steps, with that of the base on the same data, and the changes.
+
+    First that of the run itself, then those of `qdora eval` (eval/final-NAME.json or step-N-NAME.json, and
+    base-NAME.json). Answers in words are evaluations of their own. `rows` are the cells of a table, from "task" on.
+    """
+    named = [(f"validation{end}", f"step-0{end}", f"step-{step}{end}") for end in ("", "-generated")]
+    for file in sorted((run.path / "eval").glob("*.json")):
+        name = re.sub(r"^(final|step-\d+)-(?!generated$)", "", file.stem)
+        if name != file.stem and read_record(run, f"eval/{file.name}").get("step") == step:
+            named.append((name, f"base-{name}", file.stem))
+    found = []
+    for data, *names in named:
+        both = [read_record(run, f"eval/{name}.json") for name in names]
+        # Records of lm-evaluation-harness have no examples
+        known = [record if "per_example" in record else dict[str, Any]() for record in both]
+        before, after = known if step else (known[0], dict[str, Any]())
+        for record in (*before.get("per_example", ()), *after.get("per_example", ())):
+            if "outcome" in record:  # a generated answer
+                record["acc"] = float(record["outcome"] == "right")
+        changes: dict[str, Any] = {
+            metric: [asdict(change) for change in task_changes(before, after, metric)] for metric in _METRICS
+        }
+        rows = [_cells(change, metric) for metric in _METRICS for change in changes[metric]]
+        if rows:
+            found.append({"data": data, "step": step if after else 0, **changes, "rows": rows})
+    return found
+
+
+def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
+    label, factor, digits = ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else ("accuracy, %", 100, 1)
+
+    def shown(key: str, sign: str = "") -> str:
+        return "" if change[key] is None else f"{factor * change[key]:{sign}.{digits}f}"
+
+    ends = " to ".join(filter(None, (shown("lower", "+"), shown("upper", "+"))))
+    values = (shown("before"), shown("after"), shown("difference", "+"), ends)
+    return [change["task"], label, f"{change['num_examples']:,}", *values]
+
+
+def read_record(run: RunDirectory, name: str) -> dict[str, Any]:
+    """A JSON file of the run; empty if there is none."""
+    file = run.inside(name)
+    return read_json_object(file) if file.is_file() else {}
+
+
+def _source(recipe: Recipe) -> ModelSource | None:
+    try:
+        return find_source(recipe, weights=False)
+    except UserError:  # moved or not reachable: the card says less
+        return None
+
+
+def _licence(source: ModelSource | None) -> dict[str, Any]:
+    """license, license_name and license_link, as the card or the GGUF header of the base states them."""
+    stated: Mapping[str, Any] = {}
+    if source is not None and source.is_gguf:
+        settings = read_header(source.path).settings
+        stated = {key.removeprefix("general.").replace(".", "_"): value for key, value in settings.items()}
+    elif source is not None:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            stated = metadata_load(source.path / "README.md") or {}
+    names = ("license", "license_name", "license_link")
+    found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
+    link = found.get("license_link", "://")
+    if source is not None and source.kind == "hub" and "://" not in link:
+        found["license_link"] = f"https://huggingface.co/{source.name}/blob/{source.revision or 'main'}/{link}"
+    return found if "license" in found else {}
+
+
+def _licence_files(source: ModelSource | None) -> dict[str, str]:
+    """Name -> text of the licence files in the directory of a base."""
+    if source is None or source.is_gguf:
+        return {}
+    files = sorted({file for pattern in LICENCE_FILES for file in source.path.glob(pattern) if file.is_file()})
+    return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
+
+
+def _data_id(source: SourceConfig) -> str | None:
+    """The data set's id on the Hub; None for a file or a built-in demo."""
+    if source.task in HUB_TASKS:
+        return HUB_TASKS[source.task].id
+    return None if source.source is None or is_path(source.source) else source.source
+
+
+def _data(source: SourceConfig) -> str:
+    id_ = _data_id(source)
+    return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"
+
+
+# The page
+
+
+def page_of_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
+    """Draw the figures of a run again and write its page to `out`/report.html; default: into the run directory.
+
+    Returns the facts (`run_facts`) and the path of the page.
+    """
+    run, folder = open_run(directory), out or directory
+    draw_figures(run.metrics(), run.inside("figures"))
+    with place_failures(folder, "name another directory with --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = write_page(run, folder / PAGE_FILE)
+    consoles(console)[1].print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
+    return {"page": str(folder / PAGE_FILE), **facts}
+
+
+def leave_page(run: RunDirectory) -> None:
+    """`write_page` for a run that ends, however it ends: a failure is logged and never raises."""
+    with unharmed(PAGE_FILE):
+        write_page(run, run.inside(PAGE_FILE))
+
+
+def write_page(run: RunDirectory, file: Path) -> dict[str, Any]:
+    """Write the page of a run from its files as they are; returns its facts."""
+    facts = run_facts(run)
+    files = [run.path / "figures" / f"{name}.svg" for name in _FIGURES]
+    figures = {each.stem.replace("_", " "): each.read_text(encoding="utf-8") for each in files if each.is_file()}
+    page = render_page("qdora.run", "run_page.html.j2", columns=EVALUATION_COLUMNS, figures=figures, **facts)
+    atomic_write_text(file, page)
+    return facts
+
+
+def run_facts(run: RunDirectory) -> dict[str, Any]:
+    """What the page shows of a run, finished or not, as JSON values."""
+    recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
+    texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
+    warnings = Counter(text.removeprefix(warning) for text in texts if text.startswith(warning))
+    status, step = _status(run, recipe, metrics), max([0, *(line["step"] for line in metrics if "eval" in line)])
+    return {
+        "title": run.path.resolve().name,
+        "run": str(run.path),
+        "status": status,
+        "failure": texts[-1].removeprefix(failure) if texts and texts[-1].startswith(failure) else None,
+        "warnings": [text if number == 1 else f"{text} ({number} times)" for text, number in warnings.items()],
+        "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
+        "evaluations": evaluations(run, status["adapter_step"] or step),
+        "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),
+    }
+
+
+def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`state`: finished, stopped early, unfinished or not trained; the steps done, planned and kept; all as `text`."""
+    kept, num_steps = run.checkpoint_steps(), read_record(run, "mix.json").get("num_steps")
+    done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
+    num_done, newest = max([0, *done, *kept]), max(kept, default=None)
+    best = adapter_record(run)
+    held = adapter_step(run) if run.adapter.is_dir() else None
+    written = held if best is None else best["num_done"]  # the run may have gone on since
+    which = "" if held in (None, num_done) else f" adapter/ holds step {held}{', the best one' if best else ''}."
+    far = f"{num_done} steps" if num_steps is None else f"{num_done} of {num_steps} steps"
+    if recipe.adapter.kind == "none":
+        state, text = "not trained", "Nothing is trained in this run: adapter.kind is none."
+    elif best is not None and num_done <= best["num_done"] < best["num_steps"]:
+        state, text = "stopped early", f"Stopped early: {far}.{which}"
+    elif written is not None and num_steps is not None and written >= num_steps:
+        state, text = "finished", f"Finished: {far}.{which}"
+    else:
+        safe = "no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
+        state, text = "unfinished", f"Not finished: {far}, {safe}.{which}"
+    numbers = {"num_done": num_done, "num_steps": num_steps, "adapter_step": held, "newest_checkpoint": newest}
+    return {"state": state, "text": text, **numbers}
+
+
+def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> loss, speed, time and memory of the logged steps, and the machine."""
+    machine, plan = read_record(run, "environment.json"), read_record(run, run_directory.PLAN_FILE)
+    gpus = [gpu["name"] for gpu in machine.get("devices", [])]
+    found = {"machine": ", ".join(gpus) or machine.get("cpu", "")}
+    steps = [line for line in metrics if "loss" in line]
+    if not steps:
+        return found
+    tenth, losses = max(1, len(steps) // 10), []
+    for part in (steps[:tenth], steps[-tenth:]):
+        num_tokens = sum(line["num_label_tokens"] for line in part)
+        losses.append(sum(line["loss"] * line["num_label_tokens"] for line in part) / max(num_tokens, 1))
+    seconds = [line["time"]["step_seconds"] for line in steps]
+    speed = statistics.median(line["num_tokens"] / line["time"]["step_seconds"] for line in steps)
+    sizes = {"peak memory": max(line["time"]["peak_memory_bytes"] for line in steps)}
+    sizes["planned peak"] = plan.get("tensor_bytes" if gpus else "peak_bytes")  # a GPU's allocator counts tensors
+    return found | {
+        "training loss": "{:.4f} to {:.4f} nats a token (first and last tenth of the steps)".format(*losses),
+        "speed": f"{speed:,.0f} tokens/s, {statistics.median(seconds):.3g} s a step (medians)",
+        "time of the steps": duration(statistics.mean(seconds) * steps[-1]["step"]),
+        **{label: ByteSize(size).human_readable() for label, size in sizes.items() if size is not None},
+    }

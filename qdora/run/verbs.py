@@ -1,0 +1,412 @@
+"""qdora eval and qdora generate: score a run, an export, an adapter or a bare model, or let it answer."""
+
+from __future__ import annotations
+from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from qdora.data.build_data import run_examples
+from qdora.data.build_data import task_examples
+from qdora.data.build_data import to_score
+from qdora.data.chats import prompt_text
+from qdora.data.chats import require_chat_template
+from qdora.data.example import Example
+from qdora.data.example import Messages
+from qdora.data.example import Tools
+from qdora.data.example import Turn
+from qdora.data.files import read_rows
+from qdora.data.formats import asked_chat
+from qdora.data.rows import FaultList
+from qdora.data.rows import RowFault
+from qdora.data.sources import given_source
+from qdora.data.sources import has_splits
+from qdora.data.sources import open_source
+from qdora.data.sources import place_of
+from qdora.data.sources import trained_on
+from qdora.data.tokenize import encode_batch
+from qdora.data.tokenize import special_prefix
+from qdora.data.tokenize import with_prefix
+from qdora.errors import UserError
+from qdora.errors import nearest
+from qdora.errors import not_one_of
+from qdora.evaluate.generation import evaluate_generated
+from qdora.evaluate.generation import generate
+from qdora.evaluate.generation import generation_faults
+from qdora.evaluate.generation import generation_table
+from qdora.evaluate.harness import evaluate_harness
+from qdora.evaluate.harness import find_harness_tasks
+from qdora.evaluate.harness import harness_table
+from qdora.evaluate.perplexity import read_texts
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.suite import compare_table
+from qdora.evaluate.suite import evaluate
+from qdora.files.console import bar
+from qdora.files.console import consoles
+from qdora.files.machine import check_gpu
+from qdora.files.machine import user_path
+from qdora.files.nvidia_driver import check_gpu
+from qdora.files.run_directory import open_run
+from qdora.files.run_directory import unharmed
+from qdora.files.user_paths import user_path
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import context_length
+from qdora.model.tokens import stop_ids_of_model
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.data_settings import TASKS
+from qdora.recipe.options import EvalOptions
+from qdora.recipe.options import Sampling
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
+from qdora.recipe.settings import Recipe
+from qdora.run.load_run import LoadedModel
+from qdora.run.load_run import check_target
+from qdora.run.load_run import is_run
+from qdora.run.load_run import load_target
+from qdora.run.load_run import render_chats_like
+from qdora.train.evals import state_step
+from qdora.train.evals import stored_results
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import TextStreamer
+from typing import Any
+import hashlib
+import logging
+import re
+import time
+import torch
+
+logger = logging.getLogger("qdora")
+
+SPLITS = ("validation", "test", "train")
+Write = Callable[[str], None]
+
+
+# qdora eval
+
+
+def check_options(options: EvalOptions, target: str) -> None:
+    """Raise UserError with all options that do not fit each other or the target."""
+    only = None if reads_tasks(options) else "--harness" if options.harness else "--text"
+    named, path = data_tasks(options), user_path(options.data or ".")
+    rules = {
+        f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
+        "--step: is not used with --base.": options.step is not None and options.base,
+        "--harness-include: is used only with --harness.": options.harness_include is not None and not options.harness,
+        "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
+        f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,
+        f"--data: must be a folder of <task>/<split> files with --tasks {', '.join(named)}, got {path}.": (
+            bool(named) and not path.is_dir()
+        ),
+        f"--split: {path} has no splits, being one file.": options.split is not None and split_read(options) is None,
+        "--tasks: with --data names one source.": own_data(options) is not None and len(options.tasks) > 1,
+    }
+    faults = [text for text, is_wrong in rules.items() if is_wrong]
+    if own_data(options) is None and options.split not in (None, *SPLITS):
+        faults.append(not_one_of("--split", options.split, SPLITS))
+    if faults:
+        raise UserError(*faults)
+
+
+def reads_tasks(options: EvalOptions) -> bool:
+    """Whether examples of tasks are scored, not only texts or tasks of the harness."""
+    return bool(options.tasks) or options.data is not None or not (options.text or options.harness)
+
+
+def data_tasks(options: EvalOptions) -> list[str]:
+    """The tasks whose folder `data` is; empty if it is own data."""
+    return [] if options.data is None else sorted(set(options.tasks) & set(COMMONSENSE_TASKS))
+
+
+def own_data(options: EvalOptions) -> str | None:
+    """The place (`place_of`) of own data."""
+    return None if options.data is None or data_tasks(options) else place_of(options.data)
+
+
+def split_read(options: EvalOptions) -> str | None:
+    """The split that is scored; None for own data without splits."""
+    place = own_data(options)
+    return None if place is not None and not has_splits(place) else options.split or "validation"
+
+
+def kept_as(options: EvalOptions, recipe: Recipe | None) -> str:
+    """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
+
+    An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
+    """
+    split = split_read(options)
+    parts = [] if split is None else [split]
+    own = None if recipe is None else recipe.eval
+    same_tasks = own is not None and options.data is None and set(options.tasks) == set(own.tasks or ())
+    if options.tasks and not same_tasks:
+        parts.append(_in_a_name(options.tasks))
+    if options.data is not None:
+        place = place_of(options.data)
+        parts.append(f"data-{_in_a_name([Path(place).name])}-{_of_places([place])}")
+    if options.limit is not None and (own is None or options.limit != own.limit):
+        parts.append(f"limit-{options.limit}")
+    return "-".join(parts)
+
+
+def evaluate_target(
+    target: str, options: EvalOptions = EvalOptions(), *, console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
+
+    A run keeps the results in its eval/. `console` gets progress and tables, by default standard error and output.
+
+    Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
+    Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
+    """
+    check_options(options, target)
+    texts = read_texts(options.text)
+    check_gpu()
+    # A wrong name is found before the data is read or fetched.
+    check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
+    if not (is_run(target) or options.like or options.tasks or options.data or options.text or options.harness):
+        raise UserError(
+            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
+            "Fix: add --tasks, --data, --text, --harness or --like RUN."
+        )
+    progress, results = consoles(console)
+    keep_freed_memory()
+    data_run = Path(target) if is_run(target) else options.like
+    recipe_in = recipe_of_run if is_run(target) else load_recipe  # of --like only the data is used
+    recipe = None if data_run is None else recipe_in(open_run(data_run).recipe_file)
+    harness = find_harness_tasks(options.harness, options.harness_include) if options.harness else None
+    generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
+    examples = _examples(options, recipe, by_name=generates)
+    if generates and (faults := generation_faults(examples)):
+        raise UserError(*faults)
+    split, name = split_read(options), kept_as(options, recipe)
+    scored: dict[str, Any] = {"limit": options.limit, "block": None}
+    if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
+        scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
+    which: dict[str, Any] = {"step": options.step, "base_only": options.base}
+    loaded = load_target(target, base_model=options.base_model, quant=options.quant, verb="eval", **which)
+    model, tokenizer, label = loaded.model, loaded.tokenizer, loaded.label
+    if options.like is not None and recipe is not None:
+        render_chats_like(tokenizer, options.like, recipe)
+    shown = "adapter" if loaded.run is not None and label == "final" else label
+    document: dict[str, Any] = {"target": target, "label": label, "split": split}
+    if examples:
+        beside = {}
+        if recipe is not None and options.like is not None and options.data is None and split == "validation":
+            beside = stored_results(open_run(options.like), recipe.adapter.start_label)
+        with bar(progress, f"evaluating {label}") as update:
+            found = evaluate(model, tokenizer, examples, **scored, progress=update)
+        results.print(compare_table(beside | {shown: found}))
+        read = {} if options.data is None else {"data": place_of(options.data)}
+        _keep(loaded, name, read | found.to_dict(per_example=True))
+        document["evaluation"] = found.to_dict()
+        document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
+    if examples and generates:
+        with bar(progress, f"answers of {label}") as update:
+            answers = evaluate_generated(model, tokenizer, examples, **scored, progress=update)
+        results.print(generation_table({shown: answers}))
+        _keep(loaded, f"{name}-generated", answers.to_dict(per_example=True))
+        document["generation"] = answers.to_dict()
+    if texts:
+        perplexity = text_perplexity(model, tokenizer, texts)
+        document["perplexity"] = perplexity.to_dict()
+        results.print(f"perplexity {perplexity.perplexity:.3f} over {perplexity.num_tokens:,} tokens")
+        places = _of_places([str(file.resolve()) for file in options.text])
+        text_name = f"perplexity-{_in_a_name([file.name for file in options.text])}-{places}"
+        _keep(loaded, text_name, document["perplexity"] | {"texts": [str(file) for file in options.text]})
+    if harness is not None:
+        document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
+        results.print(harness_table(document["harness"]))
+        limited = "" if options.limit is None else f"-limit-{options.limit}"
+        _keep(loaded, f"harness-{_in_a_name(options.harness)}{limited}", document["harness"] | {"limit": options.limit})
+    return document
+
+
+def _of_places(places: Sequence[str]) -> str:
+    """Tells files apart that have the same name."""
+    return hashlib.sha256("\0".join(places).encode()).hexdigest()[:8]
+
+
+def _in_a_name(what: Sequence[str]) -> str:
+    """Names of tasks or files, as a part of the name of a file."""
+    joined = "+".join(re.sub(r"[^\w.]+", "-", name) for name in what)
+    # File systems end at 255 bytes
+    return joined if len(joined) <= 100 else hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
+    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
+    if loaded.run is not None:
+        file = f"eval/{loaded.label}-{name}.json"
+        with unharmed(str(loaded.run.path / file)):
+            loaded.run.write_json(file, {"step": state_step(loaded.run, loaded.label), **document})
+
+
+def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
+    """Task -> its examples: of own data, or of the run's sources and of the built-in tasks that are named.
+
+    The commonsense tasks come from `options.data` where it is given, whatever the run's sources are called.
+    """
+    if not reads_tasks(options):
+        return {}
+    if (place := own_data(options)) is not None:
+        return _own_examples(options, place, recipe)
+    asked, split, elsewhere = options.tasks, options.split or "validation", data_tasks(options)
+    if not asked:
+        assert recipe is not None  # evaluate_target
+        found = run_examples(recipe, split, recipe.eval.tasks or None)
+        if not found:
+            raise UserError(f"--split: the run has no {split} examples. Fix: name other data with --data.")
+        return found
+    own = [task for task in asked if task not in elsewhere]
+    known = {} if recipe is None else run_examples(recipe, split, own)
+    sources = [] if recipe is None else [source.label for source in recipe.data.mix]
+    names = list(dict.fromkeys([*sources, *TASKS]))
+    faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
+    faults += [
+        f"--tasks: {task} has no {split} examples in this run. Fix: name other data with --data."
+        for task in own
+        if task in sources and task not in known
+    ]
+    if faults:
+        raise UserError(*faults)
+    folder = None if options.data is None else user_path(options.data)
+    return {
+        task: known[task] if task in known else task_examples(task, split=split, data=folder, by_name=by_name)
+        for task in asked
+    }
+
+
+def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> dict[str, list[Example]]:
+    """Examples of own data under its name. A warning says if the run trained on it."""
+    mix = () if recipe is None else recipe.data.mix
+    labels = [source.label for source in mix if source.source is not None]
+    like = next(iter(options.tasks), None)
+    if like is not None and like not in labels:
+        raise UserError(not_one_of("--tasks: with --data names a source of the run", like, labels))
+    split = split_read(options) or "train"  # a file is all one split
+    source = given_source(place, mix, like, split)
+    found = open_source(source, split)
+    for label in [] if options.base else trained_on(source, split, mix):
+        logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
+    return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}
+
+
+# qdora generate
+
+
+def nowhere(text: str) -> None:
+    """`write` for a caller that waits for the whole answer."""
+
+
+def generate_from(
+    target: str,
+    prompt: str,
+    sampling: Sampling = Sampling(),
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    write: Write = nowhere,
+    **which: Any,
+) -> dict[str, Any]:
+    """Load a run, an adapter or a model and let it answer a prompt; `raw` skips the chat template.
+
+    `write` gets each piece of text as soon as it is known; `which` are step, base_only, base_model, quant of
+    `load_target`. Returns JSON values: the text, token counts, seconds, why it stopped: "end" of sequence, "length"
+    (`max_new_tokens`), or "context", since prompt and answer fill the model's context.
+    """
+    if not prompt:
+        raise UserError("--prompt: is empty. Fix: give some text.")
+    if system is not None and raw:
+        raise UserError("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
+    keep_freed_memory()
+    loaded = load_target(target, verb="generate", **which)
+    ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
+    found = _answer(loaded, ids, sampling, write, where="--prompt")
+    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
+
+
+def answer_chats(
+    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = nowhere, **which: Any
+) -> dict[str, Any]:
+    """As `generate_from`, for each conversation of a data file of the format messages or sharegpt.
+
+    The last turn of a conversation is not the assistant's. Returns JSON values with `answers` in the order of the file.
+    """
+    chats = read_chats(user_path(file))
+    keep_freed_memory()
+    loaded = load_target(target, verb="generate", **which)
+    asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
+    answers = []
+    for where, ids in asked:
+        write(f"--- {where}\n")
+        answers.append(_answer(loaded, ids, sampling, write, where=where))
+    return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
+
+
+def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
+    """(place, turns, tools) of each row. Raises UserError with all faults."""
+    rows, chats = read_rows(file), []
+    faults = FaultList(rows.where, rows.unit)
+    for place, row in rows:
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            chats.append((f"{rows.where}: {rows.unit} {place}", *asked_chat(row)))
+        except RowFault as fault:
+            faults.add(place, fault)
+    faults.check()
+    return chats
+
+
+def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
+    """The answer to the tokens of a prompt, as JSON values. `where` they come from, for messages."""
+    model, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
+    if context is not None and len(ids) >= context:
+        raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
+    most = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
+    stops = stop_ids_of_model(model, tokenizer)
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: write(text + ("\n" if stream_end else ""))
+    options: dict[str, Any] = {"streamer": streamer, "max_new_tokens": most, "eos_token_id": sorted(stops) or None}
+    options["do_sample"] = sampling.temperature > 0
+    if options["do_sample"]:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    device, tokens = next(model.parameters()).device, torch.tensor([ids])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        began = time.perf_counter()
+        out = generate(model, tokens, torch.ones_like(tokens), **options)
+        seconds = time.perf_counter() - began
+    new = out[0, len(ids) :].tolist()
+    ended = bool(new) and new[-1] in stops
+    is_cut = not ended and most < sampling.max_new_tokens
+    if is_cut:
+        text = "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens."
+        logger.warning(text, most, len(ids), context)
+    return {
+        "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
+        "num_prompt_tokens": len(ids),
+        "num_new_tokens": len(new),
+        "stopped": "end" if ended else "context" if is_cut else "length",
+        "seconds": seconds,
+    }
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
+    """The tokens of a prompt: through the chat template if there is one, unless `raw`."""
+    if raw or (system is None and not tokenizer.chat_template):
+        [ids] = encode_batch(tokenizer, [prompt])
+        return with_prefix(ids, special_prefix(tokenizer))
+    turns = [Turn("system", system)] if system is not None else []
+    return chat_ids(tokenizer, (*turns, Turn("user", prompt)))
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Messages, tools: Tools = (), where: str = "--prompt"
+) -> list[int]:
+    """The tokens that the model sees before it answers these turns. `where` they come from, for messages."""
+    require_chat_template(tokenizer, where)
+    try:
+        text = prompt_text(tokenizer, turns, tools)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    # The template writes the begin-of-text token itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
