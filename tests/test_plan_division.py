@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.memory import offload
-from qdora.memory.offload import PinnedPages, pages_bytes
-from qdora.memory.stream import HostResidency
+from qdora.memory import stream as offload
+from qdora.memory.stream import HostResidency, PinnedPages, pages_bytes
 from qdora.model.build_model import keeps_scales
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model

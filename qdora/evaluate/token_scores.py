@@ -26,8 +26,7 @@ from qdora.data.chat_template import shared_length
 from qdora.evaluate.batches import length_batches, results_of
 from qdora.evaluate.forward_path import cache_keyword, head_input, scoring, shares_prefix
 from qdora.files.console import Progress
-from qdora.model.attention import vocabulary_size
-from qdora.model.patches import known_masks
+from qdora.model.attention import known_masks, vocabulary_size
 
 # One forward pass never makes more logits than this (256 MiB in bf16), whatever the vocabulary: of 2,730 tokens of a
 # 49k vocabulary, 524 of a 256k one. Only a long span of a model without a shared prefix makes more.

@@ -37,10 +37,9 @@ from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, find_source, write_adapter
-from qdora.model.checkpoint import shorten
+from qdora.model.checkpoint import shorten, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
-from qdora.model.names import taken_for_experts
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run

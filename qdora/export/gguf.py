@@ -33,11 +33,10 @@ from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
 from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
+from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, shorten, stored_rows, tied_weights
 from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
 from qdora.model.multimodal import is_multimodal
-from qdora.model.names import rename_to_model
 from qdora.model.source import ModelSource
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import load_recipe

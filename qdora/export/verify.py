@@ -33,11 +33,10 @@ from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, 
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
-from qdora.model.checkpoint import Stored, gather_packed, open_safetensors
+from qdora.model.checkpoint import Stored, gather_packed, open_safetensors, rename_to_model, to_stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config, load_model, skeleton, tensors_of_source
 from qdora.model.multimodal import auto_class
-from qdora.model.names import rename_to_model, to_stacks
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, resolve
 from qdora.model.tokens import embedding_paths, is_tied, trained_matrices
 from qdora.quant.bnb_state import FOUR_BIT_KINDS

@@ -55,7 +55,7 @@ class NotLoaded(nn.Module):
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Whether the config is that of a model of images and texts whose language part can be loaded alone."""
+    """Whether the language part of a config's model can be loaded alone."""
     return config.model_type in FAMILIES
 
 

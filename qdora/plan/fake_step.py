@@ -26,14 +26,12 @@ from transformers.masking_utils import sdpa_mask
 
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.model.adapter_file import selected_modules
-from qdora.model.attention import attention_of
+from qdora.model.adapter_file import AdapterDescription, selected_modules
+from qdora.model.attention import attention_of, replaced
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.load import Quantization, block_list, chosen_layers, dense_dtype, layers_to_quantize, skeleton
 from qdora.model.multimodal import not_loaded
-from qdora.model.patches import replaced
-from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.live_bytes import LiveBytes

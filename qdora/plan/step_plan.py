@@ -23,9 +23,9 @@ from qdora.adapter.expert_linear import ExpertLinear
 from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
-from qdora.memory.offload import pages_bytes
-from qdora.memory.stream import NUM_SLOTS, Piece, Turns, obstacle
-from qdora.model.adapter_file import describe_adapter
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns, obstacle, pages_bytes
+from qdora.model.adapter_file import AdapterDescription, describe_adapter
+from qdora.model.attention import fast_grouped_attention, keep_inplace_outputs_
 from qdora.model.build_model import (
     DTYPES,
     keeps_scales,
@@ -36,8 +36,6 @@ from qdora.model.build_model import (
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize, quantization_of
-from qdora.model.patches import fast_grouped_attention, keep_inplace_outputs_
-from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.model.tokens import extend_vocabulary, train_embeddings
 from qdora.plan import plan as parts

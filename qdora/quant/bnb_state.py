@@ -75,8 +75,8 @@ def _packed(
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
     """The faults of a 4-bit state, one line each."""
-    if kind not in FOUR_BIT_KINDS:
-        return [f"the kind must be one of {', '.join(FOUR_BIT_KINDS)}, got '{kind}'."]
+    if kind not in codebooks.CODE_BITS:
+        return [f"the kind must be one of {', '.join(codebooks.CODE_BITS)}, got '{kind}'."]
     faults = [f"'{key}' is missing." for key in ("weight.absmax", "weight.quant_map") if key not in state]
     faults += [f"the quantisation state has no '{key}'." for key in ("shape", "blocksize") if key not in stored]
     if stored.get("quant_type", kind) != kind:
@@ -116,10 +116,9 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
 
-    `dtype` is the one that bitsandbytes dequantises to by default. Raises ValueError for a kind that it does not have.
+    `dtype` is the one that bitsandbytes dequantises to by default. Kinds that it does not have (int4, nf3, nf2) are
+    written alike, for bases that qdora keeps for itself.
     """
-    if packed.kind not in (*FOUR_BIT_KINDS, "int8"):
-        raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")
     if packed.kind == "int8":
         return {
             "weight": packed.packed,

@@ -36,9 +36,8 @@ from qdora.files.atomic import atomic_directory
 from qdora.files.console import Progress, bar
 from qdora.files.run_directory import RunDirectory
 from qdora.files.user_paths import cache_folder, user_path
-from qdora.memory.offload import ActivationOffload
 from qdora.memory.shard import ShardedBase
-from qdora.memory.stream import HostResidency, keep_embedding_on_host
+from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
 from qdora.model.attention import positions_of
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, load_model, quantization_of
@@ -132,7 +131,7 @@ def load_base(
     base, cache = recipe.base, None
     if base.quant != "none" and base.cache is not None:
         root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
-        cache = BaseCache(root, quantization_of(base), compute.device, mapped=mesh is not None, progress=progress)
+        cache = BaseCache(root, quantization_of(base), compute.device, progress)
     if mesh is not None:
         assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
         placer = ShardedBase(mesh, placer)

@@ -19,9 +19,9 @@ from qdora.files.environment import package_versions
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import RunDirectory
+from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
-from qdora.model.peft_config import sizes_in_words
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.options import Form

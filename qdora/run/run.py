@@ -40,10 +40,10 @@ from qdora.files.run_directory import (
 from qdora.files.setting_keys import flat
 from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import weights_unread
 from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.model.patches import weights_unread
 from qdora.model.source import is_commit
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings

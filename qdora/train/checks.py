@@ -31,10 +31,9 @@ from qdora.data.batches import PackedLayout
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
-from qdora.model.attention import attention_of
+from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.model.patches import flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.quant.tiles import Weight
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
