@@ -122,7 +122,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
         assert adapter["revision"] == own["base"]["revision"] == OLD
         assert export_run(run, tmp_path / "out", console=QUIET)["verification"]["passed"]
         shutil.rmtree(hub / "models--org--small/snapshots" / OLD)
-        with pytest.raises(UserError, match=f"org/small: its revision '{OLD}' is not in the Hub's cache"):
+        with pytest.raises(UserError, match=f"org/small at {OLD}: .* in the Hub's cache"):
             load_run(run)
 
 
@@ -168,7 +168,7 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     stored = load_file(pruned / "base/model.safetensors")
     for path, layer in adapted_layers(load_run(pruned).model).items():
         packed = layer.base.packed_weight
-        assert torch.equal(packed.packed, stored[f"{path}.packed"])
+        assert torch.equal(packed.packed, stored[f"{path}.weight"].view(-1))
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
     evaluated = evaluate_target(str(pruned), EvalOptions(split="validation"), console=QUIET)["evaluation"]
     at_end = json.loads((pruned / "eval/step-3.json").read_text())
@@ -372,8 +372,8 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_ru
     assert trained_matrices(load_run(tmp_path / "run").model)
     turned = {"model__add_tokens": list(reversed(TOKENS))}
     for changes, words in (
-        (WHOLE, r"adapter.also_train: must be \[embed_tokens.*\] with adapter.also_train_rows new, .* got .* with all"),
-        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] as in the adapter in .*, got \["),
+        (WHOLE, "adapter.also_train_rows: must be new, as in the adapter in"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] and have the rows of the adapter in"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")

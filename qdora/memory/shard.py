@@ -93,7 +93,9 @@ class ShardedBase:
         if isinstance(form, Tensor):
             return share, {"weight": _rows(item, share.rows).to(load.device, dtype, copy=True)}
         if not share.by_rows:
-            return self._kept(load.read(name, item), load.device)
+            rows = item.read_rows().to(load.device)
+            whole = quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            return self._kept(whole, load.device)
         parts = _quantized(_rows(item, share.rows).to(load.device), form, name)
         if form.nested is not None:
             scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)

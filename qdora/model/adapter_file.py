@@ -109,10 +109,11 @@ class AdapterDescription:
         """Path -> recorded s."""
         return {path: layer["scaling"] for path, layer in self.record.get("layers", {}).items()}
 
-    def share_of(self, path: str) -> Share:
-        """The factor that the experts of a stack share."""
-        share: Share = self.record.get("layers", {}).get(path, {}).get("share", "none")
-        return share
+    @property
+    def shares(self) -> dict[str, Share]:
+        """Path of a stack -> the factor that its experts share."""
+        layers = self.record.get("layers", {})
+        return {path: layer["share"] for path, layer in layers.items() if "share" in layer}
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
@@ -393,7 +394,7 @@ def read_adapter(
     stored, names = {}, _peft_paths(linear)
     for path, module in linear.items():
         a_name, b_name, m_name = _names(names[path])
-        a, b, share = tensors[a_name], tensors[b_name], described.share_of(path)
+        a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
         if isinstance(module, BareExperts):
             a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
             a, b = a[:1] if share == "A" else a, b[:1] if share == "B" else b

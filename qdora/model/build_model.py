@@ -67,7 +67,7 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     own = source.path / ADAPTER_DIRECTORY
     if (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
         raise UserError(
-            f"model.source: {source.name} is a 4-bit base whose adapter would be left out. "
+            f"model.source: {source.name} is a 4-bit base whose adapter, in adapter/, would be left out. "
             f"Fix: name a merged export, or go on from it with adapter.resume_from={own}."
         )
     return source

@@ -400,10 +400,10 @@ def settle_stored(
     if not packed and kind is None:
         return dict(stored), layers
     if kinds != [wanted.kind]:
-        held = kinds[0] if kinds else kind
+        stored_as = kinds[0] if kinds else kind
         raise UserError(
-            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {held} and is used "
-            f"as it is. Fix: set base.quant: {held}, or name the model in full precision."
+            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {stored_as} and is used "
+            f"as it is. Fix: set base.quant: {stored_as}, or name the model in full precision."
         )
     return dict(stored), set()
 

@@ -174,7 +174,7 @@ def _download(source: str, revision: str | None, patterns: list[str], setting: s
 
     A full disk, a name that cannot be or a wrong revision is the user's mistake, not the Hub's failure.
     """
-    where = f"{setting}: {source}"
+    where = f"{setting}: {source}" + (f" at {revision}" if revision else "")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except RevisionNotFoundError as error:

@@ -30,7 +30,7 @@ from qdora.files.json_file import read_json_object
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import write_tensors
 from qdora.files.work_lock import in_turn
-from qdora.model.checkpoint import Stored, gather_packed, match_to_model, open_safetensors, shard_files
+from qdora.model.checkpoint import Stored, StoredTensor, gather_packed, match_to_model, open_safetensors, shard_files
 from qdora.model.load import Loading, Quantization, layers_to_quantize, place_all, settle_stored, tensors_of_source
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
@@ -146,10 +146,11 @@ class PrunedBase:
     def __init__(self, directory: Path) -> None:
         record, stored = read_json_object(directory / _PRUNED_RECORD_FILE), _stored_in(directory)
         self.directory, self.key = directory, str(record["key"])
-        self.stored = {
-            f"{path}.weight": replace(stored[f"{path}.weight"], keep_bits=stored[f"{path}.keep_bits"].read)
-            for path in record["layers"]
-        }
+        self.stored = dict[str, Stored]()
+        for path in record["layers"]:
+            bits = stored[f"{path}.keep_bits"]
+            assert isinstance(bits, StoredTensor)
+            self.stored[f"{path}.weight"] = replace(stored[f"{path}.weight"], keep_bits=bits.read)
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
