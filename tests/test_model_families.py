@@ -31,7 +31,7 @@ from qdora.model.checkpoint import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
 from qdora.model.load import DEFAULT_SKIP, Quantization
-from qdora.model.multimodal import carried, in_words
+from qdora.model.multimodal import carried
 from qdora.model.source import load_tokenizer, resolve
 from qdora.model.store import BaseCache
 from qdora.quant.packed import dequantize, quantize
@@ -421,6 +421,6 @@ def test_other_families_a_processors_chat_template_and_a_base_from_the_cache(tmp
         with caplog.at_level(logging.INFO, "qdora"):
             model = load_checkpoint(source.path, quant="nf4", reader=cache)
         assert words in caplog.text
-        assert in_words(model) in caplog.text
+        assert "only its language part" in caplog.text
         # It still knows what an export copies.
         assert carried(model).keys() == {name for name in stored if name.startswith("model.visual.")}

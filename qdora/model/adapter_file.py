@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,41 +79,24 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """The JSON files of an adapter; `record` is qdora.json.
+    """The JSON files of an adapter; the last four are what qdora.json adds.
 
     `all_linear`: of the modules that `config` selects only the linear layers but the head and routers. `masked`: B A
-    keeps the zeros of a pruned base, which PEFT cannot do.
+    keeps the zeros of a pruned base, which PEFT cannot do. `base`: name_or_path, revision and quant of the base.
+    `scalings`: path -> s. `shares`: path of each stack of experts -> the factor that its experts share.
     """
 
     config: LoraConfig
     all_linear: bool = False
     masked: bool = False
-    record: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
         return "dora" if self.config.use_dora else "lora"
-
-    @property
-    def extra(self) -> dict[str, Any]:
-        """More facts of qdora.json: step, data, metrics, new tokens."""
-        return self.record.get("extra") or {}
-
-    @property
-    def base(self) -> dict[str, Any]:
-        """name_or_path, revision and quant of the base."""
-        return self.record.get("base") or {}
-
-    @property
-    def scalings(self) -> dict[str, float]:
-        """Path -> recorded s."""
-        return {path: layer["scaling"] for path, layer in self.record.get("layers", {}).items()}
-
-    @property
-    def shares(self) -> dict[str, Share]:
-        """Path of a stack -> the factor that its experts share."""
-        layers = self.record.get("layers", {})
-        return {path: layer["share"] for path, layer in layers.items() if "share" in layer}
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
@@ -178,12 +161,19 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         config = LoraConfig(**read | ({"target_modules": ".*"} if all_linear else {}))
     except (TypeError, ValueError) as error:  # settings that exclude each other
         raise UserError(f"{where}: {first_line(error)}") from error
-    record: dict[str, Any] = {}
-    if (directory / RECORD_FILE).exists():
-        record = read_json_object(directory / RECORD_FILE)
-        if record.get("format") != _FORMAT:
-            raise UserError(f"{directory / RECORD_FILE}: format: must be {_FORMAT} (got {record.get('format')!r}).")
-    return AdapterDescription(config, all_linear, settings["peft_type"] == MASKED, record)
+    described = AdapterDescription(config, all_linear, settings["peft_type"] == MASKED)
+    if not (directory / RECORD_FILE).exists():
+        return described
+    record = read_json_object(directory / RECORD_FILE)
+    if record.get("format") != _FORMAT:
+        raise UserError(f"{directory / RECORD_FILE}: format: must be {_FORMAT} (got {record.get('format')!r}).")
+    return replace(
+        described,
+        extra=record["extra"],
+        base=record["base"],
+        scalings={path: layer["scaling"] for path, layer in record["layers"].items()},
+        shares={path: layer["share"] for path, layer in record["layers"].items() if "share" in layer},
+    )
 
 
 def adapter_config(
@@ -305,7 +295,8 @@ def save_adapter(
         "extra": extra or {},
     }
     tensors = {_matrix_name(path, matrix.ids): matrix.values.detach() for path, matrix in matrices.items()}
-    tensors |= {copy: tensors[name] for name, copy in _tied_copies(model, whole).items()}
+    if whole and is_tied(model):  # a copy as the head, without which PEFT does not load a tied pair
+        tensors[_matrix_name(embedding_paths(model)[1], None)] = tensors[_matrix_name(whole[0], None)]
     tensors |= factor_tensors(model, AdaptedLinear.stored_B)
     for path, name in _peft_paths(layers).items():
         magnitude = layers[path].magnitude
@@ -380,33 +371,60 @@ def read_adapter(
     if not linear or len(linear) < len(selected):
         others = first_few(sorted(selected.keys() - linear.keys())) or "none of this model"
         raise UserError(f"{where}: target_modules: must select linear layers (got {others}).")
-    swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
+    if described.masked:
+        check_masks(linear, where)
     trained = _trained_shapes(model, described, where)
     for path in set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}:
         raise UserError(f"{where}: target_modules: {path} is trained whole or in rows.")
-    expected = _expected_shapes(linear, described, swapped)
-    expected |= {_matrix_name(path, ids): shape for path, (ids, shape) in trained.items()}
-    whole = [path for path, (ids, _) in trained.items() if ids is None]
-    expected |= {copy: expected[name] for name, copy in _tied_copies(model, whole).items()}
-    tensors = _read_tensors(directory / WEIGHTS_FILE, expected)
-    if described.masked:
-        check_masks(linear, where)
-    stored, names = {}, _peft_paths(linear)
-    for path, module in linear.items():
-        a_name, b_name, m_name = _names(names[path])
-        a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
-        if isinstance(module, BareExperts):
-            a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
-            a, b = a[:1] if share == "A" else a, b[:1] if share == "B" else b
-        stored[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path), share)
-    matrices = {}
-    for path, (ids, _) in trained.items():
-        values = tensors[_matrix_name(path, ids)]
-        if ids is not None:
-            order = sorted(range(len(ids)), key=ids.__getitem__)
-            values, ids = values[order], tuple(ids[index] for index in order)
-        matrices[path] = TrainedMatrix(values, ids)
-    return described, stored, matrices
+    weights, wrong = directory / WEIGHTS_FILE, dict[str, list[str]]()
+    layers, matrices, names = {}, {}, _peft_paths(linear)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
+            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
+
+            def take(name: str, *shape: int) -> Tensor:
+                if name not in stored:
+                    wrong.setdefault("missing", []).append(name)
+                    return torch.empty(shape)
+                tensor: Tensor = file.get_tensor(stored.pop(name))
+                if tuple(tensor.shape) != shape:
+                    what = f"{name} {list(tensor.shape)} instead of {list(shape)}"
+                    wrong.setdefault("of the wrong shape", []).append(what)
+                    return torch.empty(shape)
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    wrong.setdefault("without finite numbers", []).append(name)
+                return tensor
+
+            for path, module in linear.items():
+                assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
+                (a, b, m), rank, share = _names(names[path]), described.rank_of(path), described.shares.get(path)
+                num_experts, out, swapped = 1, (module.out_features,), False
+                if isinstance(module, BareExperts):
+                    num_experts, out = module.num_experts, (module.num_experts, module.expert_features)
+                    swapped = peft_swaps(model, path)
+                rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
+                lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
+                if isinstance(module, BareExperts):
+                    lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
+                    lora_A, lora_B = lora_A[:1] if share == "A" else lora_A, lora_B[:1] if share == "B" else lora_B
+                magnitude = take(m, *out) if described.kind == "dora" else None
+                layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path), share or "none")
+            for path, (ids, shape) in trained.items():
+                values = take(_matrix_name(path, ids), *shape)
+                if ids is None and is_tied(model):  # its copy as the head
+                    take(_matrix_name(embedding_paths(model)[1], None), *shape)
+                if ids is not None:
+                    order = sorted(range(len(ids)), key=ids.__getitem__)
+                    values, ids = values[order], tuple(ids[index] for index in order)
+                matrices[path] = TrainedMatrix(values, ids)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: cannot be read as safetensors: {error}") from error
+    wrong["unexpected"] = sorted(stored.values())
+    faults = [f"{weights}: {len(names)} tensors {what}: {first_few(names)}." for what, names in wrong.items() if names]
+    if faults:
+        raise UserError(*faults)
+    return described, layers, matrices
 
 
 def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) -> dict[str, Tensor]:
@@ -443,13 +461,6 @@ def _names(path: str) -> tuple[str, str, str]:
 
 def _matrix_name(path: str, ids: Sequence[int] | None) -> str:
     return f"{_PREFIX}{path}.{'weight' if ids is None else 'token_adapter.trainable_tokens_delta'}"
-
-
-def _tied_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Name of a whole embedding -> name of its copy as the head, without which PEFT does not load a tied pair."""
-    if not paths or not is_tied(model):
-        return {}
-    return {_matrix_name(path, None): _matrix_name(embedding_paths(model)[1], None) for path in paths}
 
 
 def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -540,51 +551,3 @@ def _trained_shapes(
             raise UserError(f"{where}: {asked[0][0]}: {what}.")
         trained.pop(known[1], None)
     return trained
-
-
-def _expected_shapes(
-    linear: Mapping[str, nn.Module], described: AdapterDescription, swapped: Collection[str]
-) -> dict[str, tuple[int, ...]]:
-    """Name in the file -> shape of each tensor; `swapped` are the stacks of `peft_swaps`."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    names = _peft_paths(linear)
-    for path, module in linear.items():
-        assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-        rows, columns, rank = module.out_features, module.in_features, described.rank_of(path)
-        a, b, m = _names(names[path])
-        shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
-        if isinstance(module, BareExperts):
-            experts, size = module.num_experts, module.expert_features
-            shapes[m] = (experts, size)
-            size, columns = (columns, size) if path in swapped else (size, columns)
-            shapes[a], shapes[b] = (experts * rank, columns), (size, rank * experts)
-        if described.kind != "dora":
-            del shapes[m]
-    return shapes
-
-
-def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of the file on the CPU; one fault for each kind of difference from `expected`."""
-    tensors: dict[str, Tensor] = {}
-    wrong: dict[str, list[str]] = {}
-    end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
-            wrong["missing"] = [name for name in expected if name not in stored]
-            wrong["unexpected"] = sorted(original for name, original in stored.items() if name not in expected)
-            for name, shape in expected.items():
-                if name not in stored:
-                    continue
-                tensors[name] = tensor = file.get_tensor(stored[name])
-                if tuple(tensor.shape) != shape:
-                    what = f"{name} {list(tensor.shape)} instead of {list(shape)}"
-                    wrong.setdefault("of the wrong shape", []).append(what)
-                elif not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                    wrong.setdefault("without finite numbers", []).append(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-    faults = [f"{path}: {len(names)} tensors {what}: {first_few(names)}." for what, names in wrong.items() if names]
-    if faults:
-        raise UserError(*faults)
-    return tensors

@@ -47,8 +47,6 @@ from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
 from qdora.model.multimodal import (
     auto_class,
-    check_family,
-    in_words,
     is_multimodal,
     leave_out_other_parts_,
     not_loaded,
@@ -169,7 +167,7 @@ def load_model(
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
-        log.info("%s", in_words(model))
+        log.info("The model is multimodal, and only its language part is loaded and trained.")
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     stored, layers = settle_stored(stored, kind, wanted, layers)
     if before_reading is not None:
@@ -214,11 +212,11 @@ def skeleton(
 
     Of a multimodal model only the language part has parameters (`model/multimodal.py`).
     """
-    check_family(config, source.name)
+    family = auto_class(config, source.name)
 
     def build(choice: str | None) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto_class(config).from_config(
+            model: PreTrainedModel = family.from_config(
                 config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
             )
         if is_multimodal(config):
