@@ -43,10 +43,10 @@ from qdora.data.batches import IGNORED
 from qdora.errors import USER_MISTAKE
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
+from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
-from qdora.model.patches import keep_inplace_outputs_
 from qdora.run.load_run import load_run
 from qdora.train import passes
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.memory import offload
-from qdora.memory.offload import ActivationOffload, Away, CudaHost
-from qdora.memory.stream import HostResidency, keep_embedding_on_host
+from qdora.memory import stream as offload
+from qdora.memory.stream import ActivationOffload, Away, CudaHost, HostResidency, keep_embedding_on_host
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.quant import bnb_kernels, tiles

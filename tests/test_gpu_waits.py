@@ -21,9 +21,8 @@ from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.token_scores import Span, score_spans
 from qdora.files.run_directory import RunDirectory
-from qdora.memory import offload
-from qdora.memory.offload import ActivationOffload
-from qdora.memory.stream import HostResidency, keep_embedding_on_host
+from qdora.memory import stream as offload
+from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model

@@ -16,6 +16,7 @@ from qdora.memory import stream
 from qdora.memory.offload import ActivationOffload
 from qdora.memory.oom import keep_freed_memory
 from qdora.memory.oom import return_freed_memory
+from qdora.memory.stream import ActivationOffload
 from qdora.memory.stream import CudaCopies
 from qdora.memory.stream import HostResidency
 from qdora.memory.stream import NUM_SLOTS
@@ -284,8 +285,6 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
     """Before anything is read; and where the driver refuses, its answer, which CUDA repeats to the next kernel."""
     with pytest.raises(UserError, match=r"base\.residency: host: 5 blocks need .* GiB are free"):
         on_host(source, free_bytes=lambda: 1000)
-    with pytest.raises(UserError, match=r"5 blocks need .* beside the 0\.0 GiB of the embedding"):
-        on_host(source, free_bytes=lambda: 0, before_reading=keep_embedding_on_host)
     driver = FakeCudart(most=1 << 20).put_in(monkeypatch)
     monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.AcceleratorError("CUDA error: out of memory")))
     with pytest.raises(UserError, match=r"the system refuses them \(out of memory \(2\)\)\. Fix: lower"):
@@ -440,7 +439,7 @@ class LateHost:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_LEAST_BYTES", 16)
+    monkeypatch.setattr(stream, "_LEAST_BYTES", 16)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -474,15 +473,15 @@ def test_pinned_memory_that_is_not_there_is_one_line(free: int, reason: str, mon
         assert free > 16 << 20
         raise RuntimeError("CUDA error: out of memory\nmore lines")
 
-    monkeypatch.setattr(offload, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(stream, "available_memory_bytes", lambda: free)
     monkeypatch.setattr(torch, "empty", refused)
     with pytest.raises(RunFailure, match=rf"refuses 16 MiB of pinned host memory \({reason}\)\.$"):
-        offload.PinnedPages().take(5)
+        stream.PinnedPages().take(5)
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    monkeypatch.setattr(offload, "_PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(stream, "_PAGE_BYTES", 1 << 10)
     return FakeCuda(monkeypatch)
 
 
@@ -505,7 +504,7 @@ def pinned(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(pinned: list[int]) -> None:
     """200 micro-batches of 70 shapes, four blocks each."""
     generator = torch.Generator().manual_seed(0)
-    host = offload.CudaHost(torch.device("cpu"))
+    host = stream.CudaHost(torch.device("cpu"))
     need = 0
     for number in range(200):
         rows, width = 1 + number % 7, 8 * (1 + (number // 7) % 10)  # (rows, 32, width) in bf16
@@ -522,7 +521,7 @@ def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(pinned: l
 def test_copies_wait_for_the_computation_and_the_computation_for_them(cuda: FakeCuda) -> None:
     """In three pages: out once the input is computed and back in call order; what is taken has arrived."""
     kept = torch.arange(600, dtype=torch.float32)
-    away = offload.CudaHost(torch.device("cpu"))(kept)
+    away = stream.CudaHost(torch.device("cpu"))(kept)
     side = "stream 0"
     assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "records", "event 0")]
     away.fetch()
@@ -538,7 +537,7 @@ def test_copies_wait_for_the_computation_and_the_computation_for_them(cuda: Fake
 @pytest.mark.usefixtures("pinned")
 def test_memory_is_given_away_behind_the_copy_that_reads_it(cuda: FakeCuda) -> None:
     """However far the host runs ahead, two inputs are held, and an earlier one is dropped after its copy's end."""
-    host, held, away = offload.CudaHost(torch.device("cpu")), list[Any](), list[Any]()
+    host, held, away = stream.CudaHost(torch.device("cpu")), list[Any](), list[Any]()
     for number in range(5):
         tensor = torch.full((256,), float(number))
         held.append(weakref.ref(tensor.untyped_storage()))
@@ -553,7 +552,7 @@ def test_memory_is_given_away_behind_the_copy_that_reads_it(cuda: FakeCuda) -> N
 
 
 def test_a_pass_that_was_broken_off_gives_its_pages_back(pinned: list[int], cuda: FakeCuda) -> None:
-    host = offload.CudaHost(torch.device("cpu"))
+    host = stream.CudaHost(torch.device("cpu"))
     for _ in range(100):
         away = [host(torch.ones(256)) for _ in range(8)]
         away[-1].fetch()

@@ -27,11 +27,11 @@ from qdora.export.merged import StreamedMerge, export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.checkpoint import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
 from qdora.model.load import DEFAULT_SKIP, Quantization
-from qdora.model.multimodal import carried, in_words
-from qdora.model.names import taken_for_experts
+from qdora.model.multimodal import carried
 from qdora.model.source import load_tokenizer, resolve
 from qdora.model.store import BaseCache
 from qdora.quant.packed import dequantize, quantize
@@ -180,7 +180,7 @@ def test_ranks_of_experts_and_routers_that_stay_as_they_are(tmp_path):
         assert not block.mlp.gate.weight.requires_grad
     with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
         adapted(expert_rank=2, targets=["q_proj"])
-    with pytest.raises(UserError, match=r"v_proj, .*experts, all-linear, a path, .* Did you mean 'experts'\?"):
+    with pytest.raises(UserError, match=r"'expert' matches no linear layer; must be .* v_proj"):
         adapted(targets=["expert"])
 
 
@@ -243,10 +243,10 @@ MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 # Model, what is done to its tensors and its config, quantisation, and words of each fault.
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], dict[str, Any], str, list[str]]] = {
     "NaN": ("mxfp4", lambda t: t[SCALES][2, 5, 1].fill_(255), {}, "mxfp4", [f"^model.source: '{SCALES}' has 1 block"]),
-    "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"config\.json says .* mxfp4, but .* dense\. Fix: remove quant"]),
+    "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"base\.quant: mxfp4 is read from checkpoints that hold it"]),
     "dense": ("gpt_oss", dict, {}, "mxfp4", [r"base\.quant: mxfp4 is read from checkpoints that hold it"]),
-    "one lost": ("qwen3_moe", lambda t: t.pop(LOST[1]), {}, "nf4", [f"the checkpoint has no tensor '{LOST[1]}'"]),
-    "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", LOST),
+    "one lost": ("qwen3_moe", lambda t: t.pop(LOST[1]), {}, "nf4", ["tensors are missing, or must be cut"]),
+    "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", ["gate_up_proj|experts"] * 2),
 }
 
 
@@ -421,6 +421,6 @@ def test_other_families_a_processors_chat_template_and_a_base_from_the_cache(tmp
         with caplog.at_level(logging.INFO, "qdora"):
             model = load_checkpoint(source.path, quant="nf4", reader=cache)
         assert words in caplog.text
-        assert in_words(model) in caplog.text
+        assert "only its language part" in caplog.text
         # It still knows what an export copies.
         assert carried(model).keys() == {name for name in stored if name.startswith("model.visual.")}

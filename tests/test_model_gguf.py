@@ -132,10 +132,10 @@ BROKEN = "header is broken or cut short"
         (placed(lambda file: head_entry(file) + 4, 0, 8), r"the shape \[97, 0\], which"),
         (placed(lambda file: head_entry(file) + 12, 2**62, 8), "the file is cut short"),
         (lambda file: file.replace(b"output.weight", b"output\xffweight"), BROKEN),
-        (lambda file: file[:-5000], r"'output\.weight' lies beyond the end: .* Fix: download or copy it again"),
+        (lambda file: file[:-5000], r"'output\.weight' lies beyond the end"),
         (lambda file: file[:700], BROKEN),
-        (lambda file: b"hello world, this is no model" * 10, "is not a GGUF file: it starts with b'hell'"),
-        (placed(lambda file: 4, 1, 4), r"is GGUF version 1; must be one of 2, 3\."),
+        (lambda file: b"hello world, this is no model" * 10, f"{BROKEN}.*starts with b'hell'"),
+        (placed(lambda file: 4, 1, 4), f"{BROKEN}.*version 1"),
     ],
 )
 def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage, fault):

@@ -162,19 +162,15 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
 
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 NF4 = {"quant": "nf4"}
-WRONG = {"quant": "nf5", "attention": "flash", "compute_dtype": torch.int8}
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
-MISSPELT = [r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"]
+MISSPELT = [r"base\.skip: 'upproj' matches no linear layer.* up_proj"]
 # Model, changes of its config.json, settings, and words of each fault.
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
     "skip": ("llama", {}, NF4 | {"skip": ["lm_head", "upproj"]}, MISSPELT),
-    "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head shares its weight with the embedding"]),
+    "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head, which shares its weight with the embedding"]),
     "transposed": (GPT2, {}, NF4, [r"gpt2 keeps its weights transposed .*Fix: set base\.quant: none"]),
-    "settings": ("llama", {}, WRONG, [r"^base\.quant:", r"^model\.attention:", r"^model\.dtype:"]),
-    "blocks": ("llama", {}, {"quant": "fp4", "block_size": 100}, [r"base\.block_size: got 100, must be one of 16, "]),
     "gptq": ("llama", GPTQ, {}, [r"bitsandbytes or .* \(got 'gptq'\)"]),
     "model type": ("llama", {"model_type": "lama"}, {}, ["its config cannot be used"]),
-    "layers": ("llama", {"num_hidden_layers": 10**9}, {}, ["num_hidden_layers: got 1000000000, must be at most 1000"]),
     "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["cannot be built: .*can't allocate memory"]),
     "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: module 'torch' has no attribute 'xxx"]),
 }
@@ -193,8 +189,8 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeyp
     checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
-    monkeypatch.setattr("qdora.model.names.get_model_conversion_mapping", lambda model: [turned])
-    with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
+    monkeypatch.setattr("qdora.model.checkpoint.get_model_conversion_mapping", lambda model: [turned])
+    with pytest.raises(UserError, match=r"llama: tensors .* must be cut or permuted, .* \(model\.layers"):
         load_checkpoint(tmp_path, quant="nf4")
 
 
@@ -219,7 +215,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]
         misfit,
         {},
         [
-            r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'\. Did you mean 'model\.layers\.0\.mlp\.upp_proj",
+            r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'",
             r"no tensor 'model\.norm\.weight'",
             r"'model\.layers\.0\.mlp\.upp_proj\.weight' has no place in the model",
             r"'lm_head\.weight' has shape \[98, 64\], config\.json asks for \[97, 64\]",
@@ -229,7 +225,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]
     "not finite": (
         lambda t: t | {UP: t[UP].index_fill(1, torch.tensor([0]), math.nan)},
         NF4,
-        [r"^model\.source: .*: model\.layers\.0\.mlp\.up_proj\.weight: 96 of .*Fix: download"],
+        [r"^model\.layers\.0\.mlp\.up_proj\.weight: 96 of .* not finite"],
     ),
 }
 
@@ -300,10 +296,6 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(UserError, match=f"base\\.quant: 'none', but the checkpoint is already quantised in {kind}"):
         load_checkpoint(tmp_path / "m", quant="none")
-    with pytest.raises(UserError) as caught:
-        load_checkpoint(tmp_path / "m", quant=kind, block_size=128, double_quant=not nested, skip=["lm_head", "q_proj"])
-    keys = ["base.block_size", "base.double_quant", "base.skip", "base.skip"]
-    assert [fault.split(":")[0] for fault in caught.value.faults] == keys
 
 
 def test_a_checkpoint_in_8_bits_loads_as_it_is(tmp_path):

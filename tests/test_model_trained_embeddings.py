@@ -189,7 +189,7 @@ def test_an_adapter_of_peft_loads(tmp_path, architecture, rows):
     torch.testing.assert_close(support.logits_of(ours, IDS), wanted, rtol=1e-4, atol=1e-4)
 
 
-DENSE_HEAD = r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"
+DENSE_HEAD = "the head must be dense, .* got AdaptedLinear"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_adapters_that_do_not_fit_are_refused_and_one_with_the_head_fits(tmp_pat
     saved(trained("llama", NEW), tmp_path / "rows")
     for name, fault in (
         ("untied", "modules_to_save: the adapter unties the model's head"),
-        ("rows", r"trainable_token_indices: the model has 336 rows, got token 338\. Fix"),
+        ("rows", r"trainable_token_indices: the model has 336 rows, got token 338"),
     ):
         with pytest.raises(UserError, match=fault):
             load_adapter(support.base_model(), tmp_path / name)
@@ -254,7 +254,7 @@ def test_added_tokens_get_the_next_ids_and_are_never_split():
     ids = tokenizer("x<tool>ab cd</tool>y", add_special_tokens=False)["input_ids"]
     assert ids[1:4] == [size, size + 1, size + 2]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "x<tool>ab cd</tool>y"
-    fault = rf"add_tokens: '<tool>' is token {size} of this tokenizer already\. Fix: remove"
+    fault = rf"add_tokens: '<tool>' is token {size} of this tokenizer already"
     with pytest.raises(UserError, match=fault):
         add_tokens(tokenizer, ("<new>", "<tool>"))
 

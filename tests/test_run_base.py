@@ -1,41 +1,60 @@
 """The base of a run: recorded, pruned once, streamed, or with new tokens; the same one in all that follows."""
 
 from __future__ import annotations
-
-import json
-import logging
-import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.build_model import choose_compute
+from qdora.model.build_model import find_model
+from qdora.model.build_model import token_ids
 from qdora.model.inject import adapted_layers
-from qdora.model.tokens import extend_vocabulary, trained_matrices
+from qdora.model.tokens import extend_vocabulary
+from qdora.model.tokens import trained_matrices
 from qdora.plan import plan as parts
-from qdora.plan.fit import divided_recipe, plan
+from qdora.plan.fit import divided_recipe
+from qdora.plan.fit import plan
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import override
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.section import with_settings
-from qdora.recipe.settings import CalibrationConfig, Recipe
+from qdora.recipe.settings import CalibrationConfig
+from qdora.recipe.settings import Recipe
+from qdora.run import base
 from qdora.run import base as calibration
-from qdora.run.base import FILE, keep_residency, load_base, residency_here
+from qdora.run.base import FILE
+from qdora.run.base import keep_residency
+from qdora.run.base import load_base
+from qdora.run.base import residency_here
+from qdora.run.evaluate import EvalOptions
+from qdora.run.evaluate import evaluate_target
+from qdora.run.generate import Sampling
+from qdora.run.generate import generate_from
 from qdora.run.load_run import load_run
-from qdora.run.run import resumed_recipe, train_run
-from qdora.run.verbs import EvalOptions, Sampling, evaluate_target, generate_from
+from qdora.run.run import resumed_recipe
+from qdora.run.run import train_run
+from qdora.run.verbs import EvalOptions
+from qdora.run.verbs import Sampling
+from qdora.run.verbs import evaluate_target
+from qdora.run.verbs import generate_from
+from rich.console import Console
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tests import support
 from tests.support import assert_same_run
-from tests.test_plan_memory import a_config, a_recipe
+from tests.test_plan_memory import a_config
+from tests.test_plan_memory import a_recipe
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from typing import Any
+import json
+import logging
+import pytest
+import shutil
+import torch
 
 QUIET = Console(quiet=True)
 OLD, NEW = "a" * 40, "b" * 40
@@ -120,7 +139,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
         assert adapter["revision"] == own["base"]["revision"] == OLD
         assert export_run(run, tmp_path / "out", console=QUIET)["verification"]["passed"]
         shutil.rmtree(hub / "models--org--small/snapshots" / OLD)
-        with pytest.raises(UserError, match=f"org/small: its revision '{OLD}' is not in the Hub's cache"):
+        with pytest.raises(UserError, match=f"org/small at {OLD}: .* in the Hub's cache"):
             load_run(run)
 
 
@@ -166,7 +185,7 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     stored = load_file(pruned / "base/model.safetensors")
     for path, layer in adapted_layers(load_run(pruned).model).items():
         packed = layer.base.packed_weight
-        assert torch.equal(packed.packed, stored[f"{path}.packed"])
+        assert torch.equal(packed.packed, stored[f"{path}.weight"].view(-1))
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
     evaluated = evaluate_target(str(pruned), EvalOptions(split="validation"), console=QUIET)["evaluation"]
     at_end = json.loads((pruned / "eval/step-3.json").read_text())
@@ -359,8 +378,8 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_ru
     assert trained_matrices(load_run(tmp_path / "run").model)
     turned = {"model__add_tokens": list(reversed(TOKENS))}
     for changes, words in (
-        (WHOLE, r"adapter.also_train: must be \[embed_tokens.*\] with adapter.also_train_rows new, .* got .* with all"),
-        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] as in the adapter in .*, got \["),
+        (WHOLE, "adapter.also_train_rows: must be new, as in the adapter in"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] and have the rows of the adapter in"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")

@@ -16,8 +16,7 @@ from gpu import device as on
 from gpu.models import Weights, random_checkpoint
 from gpu.plan import Part, Plan
 from gpu.steps import make_model, make_step, peak_and_time, planned
-from qdora.memory.offload import ActivationOffload
-from qdora.memory.stream import CudaCopies, HostResidency
+from qdora.memory.stream import ActivationOffload, CudaCopies, HostResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model

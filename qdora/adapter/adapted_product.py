@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 WRITTEN = (
     "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
-    "call qdora.model.patches.keep_inplace_outputs_(model) before training."
+    "call qdora.model.attention.keep_inplace_outputs_(model) before training."
 )
 
 

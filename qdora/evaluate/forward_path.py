@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.model.patches import fast_grouped_attention
+from qdora.model.attention import fast_grouped_attention
 
 
 def shares_prefix(model: nn.Module) -> bool:

@@ -32,11 +32,10 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
-from qdora.model.checkpoint import INDEX_FILE, shorten, tied_weights
+from qdora.model.checkpoint import INDEX_FILE, Published, published_pieces, shorten, tied_weights
 from qdora.model.experts import library_names, stacks
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, processor_files
-from qdora.model.names import Published, published_pieces
 
 MAX_SHARD_BYTES = 5 * 2**30
 UNFINISHED = ".unfinished"

@@ -42,6 +42,7 @@ from qdora.model.build_model import DTYPES
 from qdora.model.build_model import find_source
 from qdora.model.build_model import write_adapter
 from qdora.model.checkpoint import shorten
+from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_config

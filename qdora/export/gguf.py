@@ -30,6 +30,7 @@ from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
 from qdora.model.checkpoint import StoredTensor
 from qdora.model.checkpoint import open_safetensors
+from qdora.model.checkpoint import rename_to_model
 from qdora.model.checkpoint import shorten
 from qdora.model.checkpoint import stored_rows
 from qdora.model.checkpoint import tied_weights

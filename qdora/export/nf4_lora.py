@@ -30,12 +30,10 @@ from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
-from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
-from qdora.model.checkpoint import load_faults, quantization_config, shorten
+from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
+from qdora.model.checkpoint import load_faults, quantization_config, shorten, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.multimodal import all_paths, linear_not_loaded
-from qdora.model.names import taken_for_experts
-from qdora.model.peft_config import adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.quant.bnb_state import FOUR_BIT_KINDS, to_bnb_state
 from qdora.quant.packed import PackedWeight, block_scales, with_nested_scales

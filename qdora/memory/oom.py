@@ -54,10 +54,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEEP_BYTES = 1 << 30
-
-
 def keep_freed_memory() -> None:
     """Stop glibc from returning blocks below 1 GiB to the system at every free. Nothing happens without glibc.
 
@@ -65,9 +61,10 @@ def keep_freed_memory() -> None:
     faults: dequantising a 4096 x 4096 weight then takes several times as long. Peak memory does not change; after the
     peak the memory stays with the process.
     """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
     mallopt = _of_glibc("mallopt")
-    if mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES):
-        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+    if mallopt is not None and mallopt(mmap_threshold, 1 << 30):
+        mallopt(trim_threshold, 1 << 30)
 
 
 def return_freed_memory() -> None:
@@ -78,5 +75,4 @@ def return_freed_memory() -> None:
 
 
 def _of_glibc(name: str) -> Any:
-    """A function of glibc, or None on systems without it."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -27,7 +27,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
 from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
+from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
 from qdora.model.store import PrunedBase
 from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
@@ -43,9 +43,8 @@ _Parts = dict[str, Tensor]
 class ShardedBase:
     """A `Placer` that keeps in each process its rows of the weights.
 
-    Args:
-        mesh: The processes: one dimension, or two, of which the last one divides the weights and the first repeats it.
-        pruned: The layers of a pruned base, read instead of the model's own; None for a base that is not pruned.
+    `mesh` has one dimension, or two, of which the last one divides the weights and the first repeats it. `pruned` is
+    read instead of the model's own layers.
     """
 
     def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None) -> None:
@@ -54,50 +53,41 @@ class ShardedBase:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Read the weights one after the other, keep this process's rows, and shard the model.
-
-        Raises UserError: A model without a list of blocks; as `PrunedBase`.
-        """
-        model, device = load.model, load.device
+        """Read the weights one after the other, keep this process's rows, and shard the model."""
+        model = load.model
         if block_list(model) is None:
             what = f"must be replicate, since {model.config.model_type} has no list of blocks to divide"
             raise UserError(f"train.parallel: {what}.")
-        tied = tie_(model)
-        placed: list[_Placed] = []
-        stored = load.stored if self.pruned is None else self.pruned.others(load)
-        for done, (name, item) in enumerate(stored.items(), start=1):
+        tied, placed = tie_(model), list[_Placed]()
+
+        def place_rows(load: Loading, name: str, item: Stored) -> None:
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            dtype = load.dtype_of(name)
             if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
-                placed += self._place_layer(load, path, *self._read_layer(load, name, item, dtype))
+                placed.extend(self._place_layer(load, path, *self._read_layer(load, name, item)))
             elif isinstance(module, nn.Embedding) or name in tied:
                 assert isinstance(item, StoredTensor)
-                placed.append(self._place_matrix(module, leaf, item, dtype, device))
+                placed.append(self._place_matrix(module, leaf, item, load.dtype_of(name), load.device))
             else:
-                assert isinstance(item, StoredTensor)
-                place_dense(module, leaf, item.read(), device, dtype)
-            if load.progress is not None:
-                load.progress(done, len(load.stored))
-        for path in () if self.pruned is None else self.pruned.layers:
-            weight, keep_bits = self.pruned.read(path)  # type: ignore[union-attr]
-            dense = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
-            placed += self._place_layer(load, path, *self._kept(dense, device, keep_bits))
-            del weight, dense
+                place(load, name, item)
+
+        place_all(load if self.pruned is None else self.pruned.added_to(load), place_rows)
         self._shard(model, placed)
         return_freed_memory()  # what loading took besides; the processes of a machine share its memory
 
-    def _read_layer(self, load: Loading, name: str, item: Stored, dtype: torch.dtype) -> tuple[RowShare, _Parts]:
+    def _read_layer(self, load: Loading, name: str, item: Stored) -> tuple[RowShare, _Parts]:
         """The share of a layer, and what this process keeps: of a dense matrix it reads and quantises its rows alone.
 
         Double quantised scales depend on those of all rows, which all processes exchange.
         """
-        wanted, quantised = load.wanted, name.removesuffix(".weight") in load.layers and load.wanted.kind != "none"
-        if isinstance(item, StoredPacked):
-            return self._kept(item.read(), load.device)
+        wanted, dtype = load.wanted, load.dtype_of(name)
+        if isinstance(item, StoredPacked) or item.keep_bits is not None:
+            weight = item.read()
+            weight = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
+            return self._kept(weight, load.device, None if item.keep_bits is None else item.keep_bits())
         shape = (item.shape[0], item.shape[1])
         form: Weight = torch.empty(shape, dtype=dtype, device="meta")
-        if quantised:
+        if load.quantizes(name, item):
             form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
         share = RowShare(form, None, self.group)
         if isinstance(form, Tensor):
@@ -159,9 +149,17 @@ class ShardedBase:
         divided = {id(module._parameters[name]) for module, name, _ in placed}
         options: dict[str, Any] = {"mesh": self.mesh}
         options["ignored_params"] = {each for each in model.parameters() if id(each) not in divided}
-        for unit in _ends(model, divided):
+        # The units outside of the blocks: each embedding, and the head, together if they share their weight.
+        head = model.get_output_embeddings()
+        shared = id(head._parameters.get("weight")) if head is not None else None
+        tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided]
+        units: list[Any] = [[table, head] if id(table.weight) == shared else table for table in tables]
+        if isinstance(head, FrozenLinear) and head.share is not None:
+            units.append(head)
+        for unit in units:
             # What needs the head's weight after its forward pass says when it no longer does (`release`).
-            made: Any = fully_shard(unit, reshard_after_forward=not _holds_head(model, unit), **options)
+            holds_head = unit is head or isinstance(unit, list)
+            made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)
             if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
                 made.set_unshard_in_backward(False)
         sharded = [fully_shard(block, **options) for block in found[1]]
@@ -177,25 +175,6 @@ def release(module: nn.Module) -> None:
     """Drop the gathered weight of an output head, which is held after its forward pass."""
     if isinstance(module, FSDPModule):
         module.reshard()
-
-
-def _ends(model: PreTrainedModel, divided: set[int]) -> list[Any]:
-    """The units outside of the blocks: each embedding, and the head, together if they share their weight.
-
-    A unit is a module, or a list of modules. `divided` are the ids of the parameters that are sharded.
-    """
-    head = model.get_output_embeddings()
-    shared = id(head._parameters.get("weight")) if head is not None else None
-    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided]
-    units: list[Any] = [[table, head] if id(table.weight) == shared else table for table in tables]
-    if isinstance(head, FrozenLinear) and head.share is not None:
-        units.append(head)
-    return units
-
-
-def _holds_head(model: PreTrainedModel, unit: Any) -> bool:
-    head = model.get_output_embeddings()
-    return unit is head or (isinstance(unit, list) and head in unit)
 
 
 def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:
@@ -257,7 +236,7 @@ class _Views:
         if packed.untyped_storage().nbytes() == 0:
             raise RunFailure(
                 "train.parallel: shard: the weight of a block was read outside of its forward pass, where this process "
-                "holds a part of it only. Fix: train with train.parallel: replicate, and report it."
+                "holds a part of it only."
             )
 
 

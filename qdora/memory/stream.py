@@ -1,4 +1,4 @@
-"""Frozen weights in the host's memory: streamed blocks, and the input embedding.
+"""What a GPU keeps in the host's memory: frozen blocks, the input embedding, and the inputs of checkpointed blocks.
 
 A step uses the blocks in one order forward and in the reverse order backward, where the recomputation of a checkpoint
 and the backward pass of a block come one after the other and need one load. Two slots on the device take turns: one
@@ -7,32 +7,54 @@ memory, so a block is one copy. A layer's tensors are views of its block's slot,
 is in no slot. Nothing is ever copied back.
 
 The embedding of 128,256 words by 8,192 features takes 2.0 GiB; a micro-batch of 2,048 tokens reads 32 MiB of it.
+
+A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back during the
+backward pass of the block behind it; the device holds the last two or three.
 """
 
 from __future__ import annotations
-
-import mmap
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.errors import RunFailure, UserError, first_line
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.files.environment import available_memory_bytes
 from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
+from qdora.model.checkpoint import Stored
+from qdora.model.checkpoint import StoredPacked
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
-from qdora.model.load import Loading, Quantization, block_list, iterate_quantized, place_dense, place_frozen
-from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
+from qdora.model.load import Loading
+from qdora.model.load import Quantization
+from qdora.model.load import block_list
+from qdora.model.load import iterate_quantized
+from qdora.model.load import place
+from qdora.model.load import place_all
+from qdora.model.load import place_dense
+from qdora.model.load import place_frozen
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import empty_packed
+from qdora.quant.packed import from_tensors
+from torch import Tensor
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+from typing import Any
+import math
+import mmap
+import sys
+import torch
 
 NUM_SLOTS = 2
 """Streamed blocks that are on the device at a time: one is read while the other is filled."""
@@ -92,12 +114,7 @@ class Ring:
 
 
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
-    """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work.
-
-    Raises ValueError if there are more of them than blocks.
-    """
-    if not 0 <= num_streamed <= num_blocks:
-        raise ValueError(f"the streamed blocks must be 0 to {num_blocks}, got {num_streamed}.")
+    """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work."""
     return [(2 * index + 1) * num_blocks // (2 * num_streamed) for index in range(num_streamed)]
 
 
@@ -106,17 +123,12 @@ class Turns:
 
     It is the `residency` of these layers: it brings the block of a layer before the layer is read. `num_streamed`
     blocks are spread evenly among the others; None for all.
-
-    Raises UserError: A model without a list of blocks, more blocks than it has.
     """
 
     def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
         found = block_list(model)
         if found is None:
-            raise UserError(
-                f"base.residency: must be device, since {model.config.model_type} has no list of blocks that can be "
-                "checkpointed."
-            )
+            raise UserError(f"base.residency: must be device, since {model.config.model_type} has no list of blocks.")
         self._path, blocks = found
         self._blocks = list(blocks)
         count = len(blocks) if num_streamed is None else num_streamed
@@ -220,12 +232,9 @@ class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
     Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the recomputation
-    brings it back. `sample` is the first block's piece and the first slot, (bytes,) uint8 each, for measurements.
-
-    Args:
-        num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
-        free_bytes: Returns the host memory that this process may take.
-        copies: Makes the copies from the device and the slots.
+    brings it back. `num_streamed` blocks are spread evenly among those on the device; None streams all. `free_bytes`
+    returns the host memory that this process may take. `sample` is the first block's piece and the first slot, (bytes,)
+    uint8 each, for measurements.
     """
 
     def __init__(
@@ -242,33 +251,39 @@ class HostResidency:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Put the weights into the model; the device never holds more of the blocks than in training.
-
-        Raises UserError: A model without a list of blocks, more blocks than it has, too little host memory.
-        """
-        model, stored, layers, wanted, device = load.model, load.stored, load.layers, load.wanted, load.device
+        """Put the weights into the model; the device never holds more of the blocks than in training."""
+        model, device = load.model, load.device
         turns = Turns(model, self.num_streamed)
-        pieces = _pieces(stored, layers, wanted, turns)
+        pieces = [Piece() for _ in range(len(turns))]
+        for name, item in load.stored.items():
+            path, turn = name.removesuffix(".weight"), turns.of(name)
+            if turn is None:
+                continue
+            if load.quantizes(name, item):
+                kind, block_size, double_quant = load.wanted.kind, load.wanted.block_size, load.wanted.double_quant
+            elif isinstance(item, StoredPacked):
+                kind, block_size, double_quant = item.kind, item.block_size, item.double_quant
+            else:
+                continue
+            shape = (item.shape[0], item.shape[1])
+            pieces[turn].add(path, empty_packed(kind, shape, block_size, double_quant, "meta"))
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
-        for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
-            path, _, leaf = name.rpartition(".")
-            turn = turns.of(name)
-            if isinstance(value, PackedWeight) and turn is not None:
-                piece = pieces[turn]
-                held = piece.tensors(piece.host, path)
-                for part, tensor in value.tensors().items():
-                    held[part].copy_(tensor)
-                layer = place_frozen(model, path, from_tensors(value.kind, value.shape, value.block_size, held))
-                piece.layers[path] = layer
-                turns.add(layer, turn)
-            elif isinstance(value, PackedWeight):
-                place_frozen(model, path, value.to(device))
-            else:
-                place_dense(model.get_submodule(path), leaf, value, device, load.dtype_of(name))
-            del value
-            if load.progress is not None:
-                load.progress(done, len(stored))
+
+        def place_in_turn(load: Loading, name: str, item: Stored) -> None:
+            path, turn = name.removesuffix(".weight"), turns.of(name)
+            if turn is None or path not in pieces[turn].layout:
+                place(load, name, item)
+                return
+            value, held = load.read(name, item), pieces[turn].tensors(pieces[turn].host, path)
+            assert isinstance(value, PackedWeight)
+            for part, tensor in value.tensors().items():
+                held[part].copy_(tensor)
+            layer = place_frozen(model, path, from_tensors(value.kind, value.shape, value.block_size, held))
+            pieces[turn].layers[path] = layer
+            turns.add(layer, turn)
+
+        place_all(load, place_in_turn)
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
@@ -299,32 +314,13 @@ class SlotCopies:
                 layer._buffers.update(piece.tensors(memory, path))
 
 
-def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization, turns: Turns) -> list[Piece]:
-    """The layout of each streamed block, before any weight is read."""
-    pieces = [Piece() for _ in range(len(turns))]
-    for name, item in stored.items():
-        path, _, leaf = name.rpartition(".")
-        turn = turns.of(name)
-        if turn is None or leaf != "weight":
-            continue
-        if isinstance(item, StoredPacked):
-            form = (item.kind, (item.shape[0], item.shape[1]), item.block_size, item.double_quant)
-        elif path in layers:
-            form = (wanted.kind, (item.shape[0], item.shape[1]), wanted.block_size, wanted.double_quant)
-        else:
-            continue
-        pieces[turn].add(path, empty_packed(*form, device="meta"))
-    return pieces
-
-
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int, embedding_bytes: int) -> None:
-    """Give every block its piece of host memory, of which the embedding takes bytes later. Raises UserError."""
+    """Give every block its piece of host memory, of which the embedding takes bytes later."""
     sizes = [piece.num_bytes for piece in pieces]
     short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, "
-    fix = ". Fix: lower base.streamed_blocks, or take a machine with more memory."
+    fix = ". Fix: lower base.streamed_blocks."
     if free < sum(sizes) + embedding_bytes:
-        beside = f" beside the {embedding_bytes / 2**30:.1f} GiB of the embedding" if embedding_bytes else ""
-        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{fix}")
+        raise UserError(f"{short}and {(free - embedding_bytes) / 2**30:.1f} GiB are free for this process{fix}")
     try:
         memory = page_locked(sum(sizes), device)
     except (RuntimeError, OSError) as error:
@@ -371,7 +367,7 @@ def _before_block(block: nn.Module, _args: Any) -> None:
     if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
         raise RunFailure(
             "base.residency: host: gradients without checkpointing would use another block's weights. Fix: train with "
-            "memory.checkpointing, or compute without gradients."
+            "memory.checkpointing."
         )
     prepare_gains(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
@@ -389,11 +385,11 @@ def check_host_embedding(model: PreTrainedModel) -> None:
     """Raise UserError if the embedding of `model` cannot stay in the host's memory."""
     if (why := obstacle(model)) is not None:
         what = f"the embedding of {model.config.model_type} {why}"
-        raise UserError(f"memory.host_embeddings: must be false, since {what}, got true.")
+        raise UserError(f"memory.host_embeddings: must be false, since {what}.")
 
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace the input embedding of a model before its weights are read. Raises as `check_host_embedding`."""
+    """Replace the input embedding of a model before its weights are read."""
     check_host_embedding(model)
     embedding: Any = model.get_input_embeddings()
     replace_module(model, _path(model), HostEmbedding(embedding.weight.detach(), device))
@@ -403,3 +399,189 @@ def _path(model: PreTrainedModel) -> str:
     embedding = model.get_input_embeddings()
     path: str = next(name for name, module in model.named_modules() if module is embedding)
     return path
+
+
+# Smaller inputs are masks and positions.
+_LEAST_BYTES = 1 << 16
+# Small beside a block's input (16 MiB at 2,048 tokens of width 4,096), and 80 microseconds of copying.
+_PAGE_BYTES = 1 << 21
+_PAGES_AT_ONCE = 8
+# Tensors that are being copied out: copies have as long as two blocks compute.
+_MOST_LEAVING = 2
+
+
+class PinnedPages:
+    """Pinned host memory in pages of one size, which serve tensors of any shape.
+
+    A pool per shape would hold the need of every length of micro-batch at once, and torch's pinned allocator rounds a
+    size up to a power of 2. Here the memory is the largest need there was, and at most a page more for each tensor.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, num_bytes: int) -> list[Tensor]:
+        """Pages (_PAGE_BYTES,) uint8 that hold `num_bytes` together. RunFailure if the system has no more."""
+        count = math.ceil(num_bytes / _PAGE_BYTES)
+        while len(self._free) < count:
+            self._free += torch.split(_pinned(_PAGE_BYTES * _PAGES_AT_ONCE), _PAGE_BYTES)
+        pages = self._free[-count:]
+        del self._free[-count:]
+        return pages
+
+    def give(self, pages: list[Tensor]) -> None:
+        """Take pages back, for other tensors."""
+        self._free += pages
+
+
+def pages_bytes(num_bytes: int, count: int) -> int:
+    """Pinned memory that `PinnedPages` takes for `count` tensors of `num_bytes` at once."""
+    pages = count * math.ceil(num_bytes / _PAGE_BYTES)
+    return math.ceil(pages / _PAGES_AT_ONCE) * _PAGES_AT_ONCE * _PAGE_BYTES
+
+
+def _pinned(num_bytes: int) -> Tensor:
+    reason = "too little is free"  # beyond its limit, a container's process would be ended by SIGKILL
+    if available_memory_bytes() >= num_bytes:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            reason = first_line(error)
+    size = num_bytes / 2**20
+    raise RunFailure(f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason}).")
+
+
+def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    """Begin to copy pieces of bytes into pieces; a page may be longer than the last one."""
+    for into, out_of in zip(target, source, strict=True):
+        size = min(into.numel(), out_of.numel())
+        into[:size].copy_(out_of[:size], non_blocking=True)
+
+
+class CudaHost:
+    """Pinned pages for tensors of `device`, and a stream on which tensors go out and come back in call order.
+
+    All tensors belong to the stream that computes, and it waits for a copy before it gives memory away that the copy
+    uses. With `record_stream` in place of that, memory would be free only once the GPU has got there, and a host that
+    runs ahead would take new memory for each block meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pages = PinnedPages()
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        """Tensors that are being copied out, and the ends of their copies."""
+
+    @property
+    def computing(self) -> torch.cuda.Stream:
+        """The stream that computes."""
+        return torch.cuda.current_stream(self.device)
+
+    def __call__(self, tensor: Tensor) -> Away:
+        """Begin to copy a tensor out."""
+        flat = tensor.reshape(-1)  # a copy if it is not contiguous
+        pages = self.pages.take(flat.nbytes)
+        self.stream.wait_stream(self.computing)
+        left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.stream):
+            _copy(pages, torch.split(flat.view(torch.uint8), _PAGE_BYTES))
+            left.record(self.stream)
+        self.leaving.append((flat, left))
+        self.let_go(_MOST_LEAVING)
+        return Away(self, pages, tensor.shape, tensor.dtype)
+
+    def let_go(self, most: int) -> None:
+        """Free the memory of all but the last tensors that are being copied out, for what is computed after them."""
+        while len(self.leaving) > most:
+            self.computing.wait_event(self.leaving.popleft()[1])
+
+
+class Away:
+    """A tensor on its way to the host, there, or on its way back."""
+
+    def __init__(self, host: CudaHost, pages: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        self.host, self.pages, self.shape, self.dtype = host, pages, shape, dtype
+        self.back: Tensor | None = None
+        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def fetch(self) -> None:
+        """Begin to bring it back, unless that has begun."""
+        if self.back is None:
+            self.back = torch.empty(self.shape, dtype=self.dtype, device=self.host.device)
+            self.host.stream.wait_stream(self.host.computing)  # it may still use what was in this memory
+            with torch.cuda.stream(self.host.stream):
+                _copy(torch.split(self.back.view(-1).view(torch.uint8), _PAGE_BYTES), self.pages)
+                self.arrived.record(self.host.stream)
+
+    def take(self) -> Tensor:
+        """The tensor on the device, for later work; only once."""
+        self.fetch()
+        back = self.back
+        assert back is not None
+        self._end()
+        return back
+
+    def _end(self) -> None:
+        """Give the pages back: the next tensor is copied into them on the same stream, behind this one."""
+        if self.back is not None:
+            self.host.computing.wait_event(self.arrived)
+            self.host.let_go(0)
+            self.back = None
+        self.host.pages.give(self.pages)
+        self.pages = []
+
+    def __del__(self) -> None:
+        """A pass that was broken off takes nothing back."""
+        if self.pages:
+            self._end()
+
+
+class ActivationOffload:
+    """Keeps the checkpoints of a model's blocks in the host's memory, all but the last one, which is read at once.
+
+    The checkpointing must not be reentrant. `send` begins to copy a tensor out (default: a `CudaHost` of the model's
+    device).
+    """
+
+    def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:
+        blocks = block_list(model)
+        if blocks is None:
+            why = f"{model.config.model_type} has no list of blocks"
+            raise UserError(f"memory.offload_activations: must be false, since {why}.")
+        self._send = send or CudaHost(model.device)
+        self._inputs: dict[int, _Input] = {}
+        for index, block in enumerate(list(blocks[1])[:-1]):
+            plain: Any = block._gradient_checkpointing_func
+            block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
+
+    def _checkpoint(self, block: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block's checkpoint with its inputs saved on the host; the checkpoint's own hooks apply inside the block."""
+        with saved_tensors_hooks(partial(self._out, block), self._back):
+            return plain(*args, **kwargs)
+
+    def _out(self, block: int, tensor: Tensor) -> Tensor | _Input:
+        if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
+            return tensor
+        self._inputs.pop(block, None)  # gives its pages back if its pass was broken off
+        packed = self._inputs[block] = _Input(block, self._send(tensor.detach()))
+        return packed
+
+    def _back(self, packed: Tensor | _Input) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if packed.away is None:
+            raise RunFailure("memory.offload_activations: a graph allows only one backward pass.")
+        tensor, packed.away = packed.away.take(), None
+        before = self._inputs.get(packed.block - 1)
+        if before is not None and before.away is not None:
+            before.away.fetch()
+        return tensor
+
+
+@dataclass
+class _Input:
+    """A block's input between its passes; `away` is None after it was taken."""
+
+    block: int
+    away: Away | None

@@ -5,7 +5,7 @@
                                  <path>.weight, or <path>.token_adapter.trainable_tokens_delta (rows, features)
                                  of experts <owner>.lora_A.weight (experts * rank, in) and .lora_B.weight (out, rank *
                                  experts), as PEFT has them for target_parameters, .lora_magnitude_vector (experts, out)
-    adapter_config.json          PEFT's settings
+    adapter_config.json          PEFT's settings, read by `peft.LoraConfig`
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
 The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts
@@ -16,47 +16,262 @@ tensors (not for DoRA).
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
 from qdora import __version__
 from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
+from qdora.adapter.adapted_linear import Kind
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.expert_linear import BareExperts
+from qdora.adapter.expert_linear import ExpertLinear
+from qdora.adapter.expert_linear import Share
+from qdora.adapter.expert_linear import Stack
 from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.errors import UserError, first_few
-from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
+from qdora.errors import UserError
+from qdora.errors import first_few
+from qdora.errors import first_line
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import json_bytes
+from qdora.files.atomic import read_json_object
+from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.experts import peft_swaps, routers
-from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
+from qdora.model.checkpoint import taken_for_experts
+from qdora.model.experts import peft_swaps
+from qdora.model.experts import routers
+from qdora.model.inject import ALL_LINEAR
+from qdora.model.inject import adapted_layer
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import check_masks
+from qdora.model.inject import is_linear
+from qdora.model.inject import most_rank
+from qdora.model.inject import put_layers
 from qdora.model.multimodal import all_paths
 from qdora.model.names import taken_for_experts
-from qdora.model.peft_config import AdapterDescription, adapter_config, parse_adapter_config
+from qdora.model.peft_config import AdapterDescription
+from qdora.model.peft_config import adapter_config
+from qdora.model.peft_config import parse_adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.tokens import (
-    TrainedMatrix,
-    embedding_paths,
-    is_tied,
-    put_trained,
-    trainable_faults,
-    trained_matrices,
-)
+from qdora.model.tokens import TrainedMatrix
+from qdora.model.tokens import embedding_paths
+from qdora.model.tokens import is_tied
+from qdora.model.tokens import put_trained
+from qdora.model.tokens import trainable_faults
+from qdora.model.tokens import trained_matrices
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
+from torch import nn
+from typing import Any
+from typing import TYPE_CHECKING
+import math
+import re
+import torch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # whose import takes a second
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
-PICKLE_FILE = "adapter_model.bin"
-FORMAT = 1
+MASKED = "QDORA_MASKED_LORA"
+"""peft_type of an adapter that keeps the zeros of its base. PEFT refuses it; it would compute something else."""
+_FORMAT = 1
 _PREFIX = "base_model.model."
 _MAGNITUDE_NOTE = (
     "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
     "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
 )
+
+_COMPUTED = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "target_parameters"}
+_COMPUTED |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
+_COMPUTED |= {"modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
+# Who wrote the file, what it is for, how training started, run-time options. LoraConfig would import what
+# auto_mapping names.
+_WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config"}
+_WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config", "task_type"}
+_WITHOUT_EFFECT |= {"base_model_name_or_path", "revision"}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA", MASKED),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of W into the adapter.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """The JSON files of an adapter; the last four are what qdora.json adds.
+
+    `all_linear`: of the modules that `config` selects only the linear layers but the head and routers. `masked`: B A
+    keeps the zeros of a pruned base, which PEFT cannot do. `base`: name_or_path, revision and quant of the base.
+    `scalings`: path -> s. `shares`: path of each stack of experts -> the factor that its experts share.
+    """
+
+    config: LoraConfig
+    all_linear: bool = False
+    masked: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        return "dora" if self.config.use_dora else "lora"
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the layer at `path`."""
+        return int(self._match(self.config.rank_pattern, path, self.config.r))
+
+    def alpha_of(self, path: str) -> float:
+        """Alpha of the layer at `path`."""
+        return float(self._match(self.config.alpha_pattern, path, self.config.lora_alpha))
+
+    def scaling_of(self, path: str) -> float:
+        """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def _match(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+        from peft.utils.other import get_pattern_key
+
+        name = f"{path}.weight" if self.selects_parameter(f"{path}.weight") else path
+        return patterns.get(get_pattern_key(patterns, name), default)
+
+    def selects_parameter(self, name: str) -> bool:
+        """Whether a parameter carries an adapter: a stack of experts by its path, a linear layer as <path>.weight."""
+        return f".{name}".endswith(tuple(f".{target}" for target in self.config.target_parameters or ()))
+
+    def selects(self, path: str, *, in_all_linear: bool) -> bool:
+        """Whether the module at `path` carries an adapter, if it is no stack of experts."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        if self.selects_parameter(f"{path}.weight"):
+            return True
+        return (in_all_linear or not self.all_linear) and bool(check_target_module_exists(self.config, path))
+
+
+def describe_adapter(directory: Path) -> AdapterDescription:
+    """The two JSON files of an adapter. A setting that is neither computed here nor at PEFT's default is refused.
+
+    No code that the file names is imported, nothing is downloaded.
+    """
+    from peft import LoraConfig
+
+    where, settings = str(directory / CONFIG_FILE), read_json_object(directory / CONFIG_FILE)
+    defaults = {each.name: each.default for each in fields(LoraConfig)}
+    faults = []
+    for name, value in {"peft_type": None, **settings}.items():
+        if name in _ALLOWED:
+            is_right = value in _ALLOWED[name]
+        else:  # of releases to come, too, whatever is off
+            is_off = value is False or value in (defaults.get(name), None, [], {}, "")
+            is_right = is_off or name in _COMPUTED | _WITHOUT_EFFECT
+        if not is_right:
+            faults.append(f"{name}: {value!r} is not supported; it may change what the adapter computes.")
+    read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}
+    if not read.get("target_modules") and not read.get("target_parameters"):
+        # PEFT has a table of layers for some types of models where it is null.
+        faults.append("target_modules: must name layers.")
+    if read.get("ensure_weight_tying") and not (read.get("modules_to_save") or read.get("trainable_token_indices")):
+        faults.append("ensure_weight_tying: is not supported: it ties adapters of the embedding and the head.")
+    if faults:
+        raise UserError(*(f"{where}: {fault}" for fault in faults))
+    all_linear = str(read.get("target_modules")).lower() == ALL_LINEAR  # PEFT needs a live model for it
+    try:
+        config = LoraConfig(**read | ({"target_modules": ".*"} if all_linear else {}))
+    except (TypeError, ValueError) as error:  # settings that exclude each other
+        raise UserError(f"{where}: {first_line(error)}") from error
+    described = AdapterDescription(config, all_linear, settings["peft_type"] == MASKED)
+    if not (directory / RECORD_FILE).exists():
+        return described
+    record = read_json_object(directory / RECORD_FILE)
+    if record.get("format") != _FORMAT:
+        raise UserError(f"{directory / RECORD_FILE}: format: must be {_FORMAT} (got {record.get('format')!r}).")
+    return replace(
+        described,
+        extra=record["extra"],
+        base=record["base"],
+        scalings={path: layer["scaling"] for path, layer in record["layers"].items()},
+        shares={path: layer["share"] for path, layer in record["layers"].items() if "share" in layer},
+    )
+
+
+def adapter_config(
+    layers: Mapping[str, AdaptedLinear],
+    all_paths: Collection[str],
+    *,
+    base_name_or_path: str | None,
+    revision: str | None,
+    as_parameters: Collection[str] = (),
+) -> dict[str, Any]:
+    """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
+
+    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. A setting
+    that older releases of PEFT do not know is written only where it is used. Linear layers in `as_parameters` are named
+    by their weights, as stacks of experts are. `all_paths`: of all modules of the model.
+    """
+    first = next(iter(layers.values()))
+    names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}
+    parameters = [
+        names[path] for path, layer in layers.items() if isinstance(layer, AdaptedExperts) or path in as_parameters
+    ]
+    ranks = {names[path]: layer.rank for path, layer in layers.items()}
+    alphas = {names[path]: float(layer.alpha) for path, layer in layers.items()}
+    alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
+    rank, alpha = (max(sorted(set(each.values())), key=list(each.values()).count) for each in (ranks, alphas))
+    targets = {path for path in layers if names[path] not in parameters}
+    last_parts = {path.rpartition(".")[2] for path in targets}
+    if {path for path in all_paths if path.rpartition(".")[2] in last_parts} <= targets:
+        targets = last_parts
+    return {
+        "peft_type": MASKED if first.masked else "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name_or_path,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT refuses any other with parameters
+        "use_dora": first.kind == "dora",
+        "use_rslora": first.rank_stabilized,
+        "target_modules": sorted(targets),
+        "exclude_modules": None,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "auto_mapping": None,
+        **({"target_parameters": parameters} if parameters else {}),
+    }
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """One entry for each value but the default, since PEFT tries every key on every layer."""
+    paths: dict[Any, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})" if len(group) > 1 else f"^{group[0]}": value for value, group in paths.items()}
+
+
+def sizes_in_words(directory: Path, rank: int, alpha: float) -> tuple[str, str]:
+    """Rank and alpha of an adapter on disk, such as ("2 to 8", "16"), or those given if there is none."""
+    path = directory / CONFIG_FILE
+    config: Any = read_json_object(path) if path.exists() else {"r": rank, "lora_alpha": alpha}
+    pairs = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+    sizes = [sorted({config[name], *config.get(pattern, {}).values()}) for name, pattern in pairs]
+    ranks, alphas = (f"{each[0]:g}" + (f" to {each[-1]:g}" if len(each) > 1 else "") for each in sizes)
+    return ranks, alphas
 
 
 def save_adapter(
@@ -79,7 +294,7 @@ def save_adapter(
     if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
         raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
     matrices = trained_matrices(model)
-    saved = [path for path, matrix in matrices.items() if matrix.ids is None]
+    whole = [path for path, matrix in matrices.items() if matrix.ids is None]
     config = adapter_config(
         layers,
         all_paths(model),
@@ -87,13 +302,13 @@ def save_adapter(
         revision=revision,
         as_parameters=() if next(iter(layers.values())).kind == "dora" else taken_for_experts(model, layers),
     )
-    if saved:
-        config |= {"modules_to_save": sorted(saved)} | ({"ensure_weight_tying": True} if is_tied(model) else {})
-    if len(saved) < len(matrices):
+    if whole:
+        config |= {"modules_to_save": sorted(whole)} | ({"ensure_weight_tying": True} if is_tied(model) else {})
+    if len(whole) < len(matrices):
         rows = {path: list(matrix.ids) for path, matrix in matrices.items() if matrix.ids is not None}
         config["trainable_token_indices"] = rows
     record = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "qdora_version": __version__,
         "kind": "dora" if config["use_dora"] else "lora",
         "formula": _MAGNITUDE_NOTE,
@@ -106,44 +321,17 @@ def save_adapter(
         "extra": extra or {},
     }
     tensors = {_matrix_name(path, matrix.ids): matrix.values.detach() for path, matrix in matrices.items()}
-    tensors |= {copy: tensors[name] for name, copy in _tied_copies(model, saved).items()}
+    if whole and is_tied(model):  # a copy as the head, without which PEFT does not load a tied pair
+        tensors[_matrix_name(embedding_paths(model)[1], None)] = tensors[_matrix_name(whole[0], None)]
     tensors |= factor_tensors(model, AdaptedLinear.stored_B)
-    for path, place in _places(layers).items():
+    for path, name in _peft_paths(layers).items():
         magnitude = layers[path].magnitude
         if magnitude is not None:
-            tensors[_names(place)[2]] = magnitude.detach().float()
+            tensors[_names(name)[2]] = magnitude.detach().float()
     with atomic_directory(directory) as partial:
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))
-        for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
-            (partial / name).write_bytes(json_bytes(content, indent=2))
-
-
-def describe_adapter(directory: Path) -> AdapterDescription:
-    """Read and check the two JSON files of an adapter."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    inside = directory / ADAPTER_DIRECTORY
-    if not (directory / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file():
-        raise UserError(f"adapter.resume_from: {directory} is not an adapter but holds one. Fix: name {inside}.")
-    if not (directory / WEIGHTS_FILE).is_file():
-        advice = " A pickle can run code when it is read. Fix: load it in PEFT and save it again."
-        raise UserError(f"{directory / WEIGHTS_FILE}: missing.{advice if (directory / PICKLE_FILE).exists() else ''}")
-    described = parse_adapter_config(read_json_object(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-    if not (directory / RECORD_FILE).exists():
-        return described
-    record = read_json_object(directory / RECORD_FILE)
-    if record.get("format") != FORMAT:
-        what = f"must be {FORMAT} (got {record.get('format')!r}): another version of qdora wrote it."
-        raise UserError(f"{directory / RECORD_FILE}: format: {what}")
-    listed = record.get("layers")
-    layers = {path: each for path, each in listed.items() if isinstance(each, dict)} if isinstance(listed, dict) else {}
-    return replace(
-        described,
-        extra=record.get("extra"),
-        scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
-        shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
-        base=record["base"] if isinstance(record.get("base"), dict) else None,
-    )
+        for file, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
+            (partial / file).write_bytes(json_bytes(content, indent=2))
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
@@ -156,24 +344,24 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
         raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
     described, stored, matrices = read_adapter(model, directory)
     adapted = {}
-    for path, found in stored.items():
+    for path, tensors in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
-            share=found.share,
+            share=tensors.share,
             kind=described.kind,
             rank=described.rank_of(path),
             alpha=described.alpha_of(path),
             rank_stabilized=described.config.use_rslora,
             dropout=described.config.lora_dropout,
-            dtype=torch.promote_types(found.lora_A.dtype, found.lora_B.dtype) if dtype is None else dtype,
+            dtype=torch.promote_types(tensors.lora_A.dtype, tensors.lora_B.dtype) if dtype is None else dtype,
             masked=described.masked,
             generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
-            layer.lora_A.copy_(found.lora_A)
-            layer.lora_B.copy_(found.lora_B)
-            if layer.magnitude is not None and found.magnitude is not None:
-                layer.magnitude.copy_(found.magnitude)
+            layer.lora_A.copy_(tensors.lora_A)
+            layer.lora_B.copy_(tensors.lora_B)
+            if layer.magnitude is not None and tensors.magnitude is not None:
+                layer.magnitude.copy_(tensors.magnitude)
         adapted[path] = layer
     put_layers(model, adapted)
     if matrices:
@@ -200,88 +388,100 @@ def read_adapter(
 ) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
     """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
 
-    UserError names all settings that are not supported, and all tensors that do not fit. A tied head is not listed.
-    Only names and shapes of `model` are used; it may be on "meta".
+    Settings that are not supported and tensors that do not fit are refused. A tied head is not listed. Only names and
+    shapes of `model` are used; it may be on "meta".
     """
     described, where = describe_adapter(directory), str(directory / CONFIG_FILE)
     selected = selected_modules(model, described)
     linear = {path: module for path, module in selected.items() if is_linear(module)}
-    others = [f"{path} ({type(selected[path]).__name__})" for path in selected.keys() - linear.keys()]
-    faults = []
-    if others:
-        faults.append(f"{where}: target_modules: must select linear layers (got {first_few(sorted(others))}).")
-    if not linear:
-        faults.append(f"{where}: target_modules: matches no linear layer of this model.")
-    swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
-    expected, layer_faults = _expected_shapes(linear, described, directory, swapped)
-    trained, matrix_faults = _trained_shapes(model, described, where)
-    both = set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}
-    faults += layer_faults + matrix_faults
-    faults += [f"{where}: target_modules: {path} is trained whole or in rows." for path in both]
-    expected |= {_matrix_name(path, ids): shape for path, (ids, shape) in trained.items()}
-    whole = [path for path, (ids, _) in trained.items() if ids is None]
-    expected |= {copy: expected[name] for name, copy in _tied_copies(model, whole).items()}
-    tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
-    if faults or tensor_faults:
-        raise UserError(*faults, *tensor_faults)
-    for name, copy in _tied_copies(model, whole).items():
-        if not torch.equal(tensors[name], tensors[copy]):
-            raise UserError(f"{directory / WEIGHTS_FILE}: {copy} differs from {name}, to which it is tied.")
+    if not linear or len(linear) < len(selected):
+        others = first_few(sorted(selected.keys() - linear.keys())) or "none of this model"
+        raise UserError(f"{where}: target_modules: must select linear layers (got {others}).")
     if described.masked:
         check_masks(linear, where)
-    found, places = {}, _places(linear)
-    for path, module in linear.items():
-        a_name, b_name, m_name = _names(places[path])
-        a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
-        if isinstance(module, BareExperts):
-            a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
-            factors = {"A": a, "B": b}
-            if share != "none":
-                where = f"{directory / WEIGHTS_FILE}: {path}"
-                if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
-                    raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
-                factors[share] = factors[share][:1]
-            a, b = factors["A"], factors["B"]
-        found[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path), share)
-    matrices = {}
-    for path, (ids, _) in trained.items():
-        values = tensors[_matrix_name(path, ids)]
-        if ids is not None:
-            order = sorted(range(len(ids)), key=ids.__getitem__)
-            values, ids = values[order], tuple(ids[index] for index in order)
-        matrices[path] = TrainedMatrix(values, ids)
-    return described, found, matrices
+    trained = _trained_shapes(model, described, where)
+    for path in set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}:
+        raise UserError(f"{where}: target_modules: {path} is trained whole or in rows.")
+    weights, wrong = directory / WEIGHTS_FILE, dict[str, list[str]]()
+    layers, matrices, names = {}, {}, _peft_paths(linear)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
+            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
+
+            def take(name: str, *shape: int) -> Tensor:
+                if name not in stored:
+                    wrong.setdefault("missing", []).append(name)
+                    return torch.empty(shape)
+                tensor: Tensor = file.get_tensor(stored.pop(name))
+                if tuple(tensor.shape) != shape:
+                    what = f"{name} {list(tensor.shape)} instead of {list(shape)}"
+                    wrong.setdefault("of the wrong shape", []).append(what)
+                    return torch.empty(shape)
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    wrong.setdefault("without finite numbers", []).append(name)
+                return tensor
+
+            for path, module in linear.items():
+                assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
+                (a, b, m), rank, share = _names(names[path]), described.rank_of(path), described.shares.get(path)
+                num_experts, out, swapped = 1, (module.out_features,), False
+                if isinstance(module, BareExperts):
+                    num_experts, out = module.num_experts, (module.num_experts, module.expert_features)
+                    swapped = peft_swaps(model, path)
+                rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
+                lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
+                if isinstance(module, BareExperts):
+                    lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
+                    lora_A, lora_B = lora_A[:1] if share == "A" else lora_A, lora_B[:1] if share == "B" else lora_B
+                magnitude = take(m, *out) if described.kind == "dora" else None
+                layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path), share or "none")
+            for path, (ids, shape) in trained.items():
+                values = take(_matrix_name(path, ids), *shape)
+                if ids is None and is_tied(model):  # its copy as the head
+                    take(_matrix_name(embedding_paths(model)[1], None), *shape)
+                if ids is not None:
+                    order = sorted(range(len(ids)), key=ids.__getitem__)
+                    values, ids = values[order], tuple(ids[index] for index in order)
+                matrices[path] = TrainedMatrix(values, ids)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: cannot be read as safetensors: {error}") from error
+    wrong["unexpected"] = sorted(stored.values())
+    faults = [f"{weights}: {len(names)} tensors {what}: {first_few(names)}." for what, names in wrong.items() if names]
+    if faults:
+        raise UserError(*faults)
+    return described, layers, matrices
 
 
 def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) -> dict[str, Tensor]:
     """lora_A and lora_B of all adapted layers as PEFT names and shapes them; `b_of` gives the B of a layer."""
     layers = adapted_layers(model)
     tensors: dict[str, Tensor] = {}
-    for path, place in _places(layers).items():
+    for path, name in _peft_paths(layers).items():
         layer = layers[path]
         a, b = layer.lora_A.detach(), b_of(layer)
         if isinstance(layer, AdaptedExperts):
             a, b = _as_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
-        a_name, b_name, _ = _names(place)
+        a_name, b_name, _ = _names(name)
         tensors |= {a_name: a, b_name: b}
     return tensors
 
 
 def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """The inverse of `factor_tensors`: path -> A and B, those of experts without sharing, of layers that have both."""
-    found, layers = {}, adapted_layers(model)
-    for path, place in _places(layers).items():
-        layer, (a, b, _) = layers[path], (tensors.get(name) for name in _names(place))
+    factors, layers = {}, adapted_layers(model)
+    for path, name in _peft_paths(layers).items():
+        layer, (a, b, _) = layers[path], (tensors.get(each) for each in _names(name))
         if a is not None and b is not None:
             if isinstance(layer, AdaptedExperts):
                 a, b = _from_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
-            found[path] = a, b
-    return found
+            factors[path] = a, b
+    return factors
 
 
-def _names(place: str) -> tuple[str, str, str]:
+def _names(path: str) -> tuple[str, str, str]:
     """Names in the file of a layer's lora_A, lora_B and magnitude."""
-    start = f"{_PREFIX}{place}.lora_"
+    start = f"{_PREFIX}{path}.lora_"
     return f"{start}A.weight", f"{start}B.weight", f"{start}magnitude_vector"
 
 
@@ -289,28 +489,21 @@ def _matrix_name(path: str, ids: Sequence[int] | None) -> str:
     return f"{_PREFIX}{path}.{'weight' if ids is None else 'token_adapter.trainable_tokens_delta'}"
 
 
-def _tied_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Name of a whole embedding -> name of its copy as the head, without which PEFT does not load a tied pair."""
-    if not paths or not is_tied(model):
-        return {}
-    return {_matrix_name(path, None): _matrix_name(embedding_paths(model)[1], None) for path in paths}
-
-
-def _places(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Path of a layer -> where PEFT has its tensors: those of experts at the module that owns the parameter.
 
     PEFT wraps that module once for each parameter, so the first of two is inside.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     last: dict[str, str] = {}
     for path, layer in layers.items():
-        found[path] = path
+        paths[path] = path
         if isinstance(layer, Stack):
             owner = path.rpartition(".")[0]
             if owner in last:
-                found[last[owner]] += ".base_layer"
-            found[path], last[owner] = owner, path
-    return found
+                paths[last[owner]] += ".base_layer"
+            paths[path], last[owner] = owner, path
+    return paths
 
 
 def _as_peft(lora_A: Tensor, lora_B: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
@@ -341,7 +534,7 @@ def selected_modules(
     `original` maps a path in a shortened model to that in the whole one.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    left_out, found = routers(model), {}
+    left_out, modules = routers(model), {}
     for path, module in model.named_modules():
         in_all_linear = is_linear(module) and path not in left_out and module is not head
         if isinstance(module, BareExperts):
@@ -349,121 +542,38 @@ def selected_modules(
         else:
             selected = bool(path) and described.selects(original(path), in_all_linear=in_all_linear)
         if selected:
-            found[path] = module
-    return found
+            modules[path] = module
+    return modules
 
 
 def _trained_shapes(
     model: nn.Module, described: AdapterDescription, where: str
-) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]], list[str]]:
-    """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads, and faults.
-
-    PEFT unties a tied head that it does not train in the same way, which is not supported.
-    """
-    found: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
-    config, faults = described.config, []
+) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]:
+    """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads."""
+    config, trained = described.config, dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]()
     rows = config.trainable_token_indices or {}  # a list is of the input embedding
     rows = rows if isinstance(rows, dict) else {"": rows}
     asked: list[tuple[str, str, tuple[int, ...] | None]]
     asked = [("modules_to_save", name, None) for name in config.modules_to_save or ()]
     asked += [("trainable_token_indices", name, tuple(ids)) for name, ids in rows.items()]
-    if not asked:
-        return found, []
-    known = embedding_paths(model)
+    known = embedding_paths(model) if asked else ("", "")
     for setting, name, ids in asked:
-        where_ = f"{where}: {setting}"
         path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
         if not path:
-            faults.append(f"{where_}: {name!r} must be the input embedding or the output head ({', '.join(known)}).")
-            continue
-        if obstacles := trainable_faults(model, [path]):
-            faults += obstacles
-            continue
+            raise UserError(f"{where}: {setting}: {name!r} must be the input embedding or the output head.")
+        if faults := trainable_faults(model, [path]):
+            raise UserError(*faults)
         weight = model.get_submodule(path).weight
         assert isinstance(weight, Tensor)
         size, width = weight.shape
-        if found.get(path, (ids,))[0] != ids or (ids is not None and len(set(ids)) < len(ids)):
-            faults.append(f"{where_}: rows of {path} are named twice.")
         if ids is not None and max(ids, default=0) >= size:
-            what = f"the model has {size} rows, got token {max(ids)}"
-            faults.append(f"{where_}: {what}. Fix: load it with qdora's recipe, which has model.add_tokens.")
-        found[path] = ids, (size if ids is None else len(ids), width)
-    if is_tied(model) and found:
-        settings = {ids for ids, _ in found.values()}
-        if known[0] not in found or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
+            raise UserError(f"{where}: {setting}: the model has {size} rows, got token {max(ids)}.")
+        trained[path] = ids, (size if ids is None else len(ids), width)
+    if trained and is_tied(model):
+        settings = {ids for ids, _ in trained.values()}
+        # PEFT unties a tied head that it does not train in the same way.
+        if known[0] not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
             what = "the adapter unties the model's head from its embedding, which is not supported"
-            faults.append(f"{where}: {asked[0][0]}: {what}.")
-        found.pop(known[1], None)
-    return ({} if faults else found), faults
-
-
-def _expected_shapes(
-    linear: Mapping[str, nn.Module], described: AdapterDescription, directory: Path, swapped: Collection[str]
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shape of each tensor, and faults: layers with too large a rank or with another scaling than recorded.
-
-    `swapped` are the stacks of `peft_swaps`. qdora.json repeats the scaling that follows from PEFT's settings, which
-    reveals edited or mixed-up files.
-    """
-    recorded = described.scalings
-    shapes: dict[str, tuple[int, ...]] = {}
-    too_large, differ = [], []
-    places = _places(linear)
-    for path, module in linear.items():
-        assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-        rows, columns, rank = module.out_features, module.in_features, described.rank_of(path)
-        a, b, m = _names(places[path])
-        shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
-        if isinstance(module, BareExperts):
-            experts, size = module.num_experts, module.expert_features
-            shapes[m] = (experts, size)
-            size, columns = (columns, size) if path in swapped else (size, columns)
-            shapes[a], shapes[b] = (experts * rank, columns), (size, rank * experts)
-        if described.kind != "dora":
-            del shapes[m]
-        if rank > most_rank(module):
-            too_large.append(f"{path} (rank {rank}, at most {most_rank(module)})")
-        scaling = described.scaling_of(path)
-        if recorded is not None and not math.isclose(recorded.get(path, math.nan), scaling, rel_tol=1e-12):
-            differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")
-    faults = []
-    if too_large:
-        faults.append(f"{directory / CONFIG_FILE}: r or rank_pattern: too large for {first_few(too_large)}.")
-    if differ:
-        faults.append(f"{directory / RECORD_FILE}: layers: scaling differs for {first_few(differ)}.")
-    return shapes, faults
-
-
-def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the file on the CPU, and one line for each kind of difference from `expected`."""
-    tensors: dict[str, Tensor] = {}
-    wrong: dict[str, list[str]] = {"missing": [], "unexpected (no adapted layer of this model has them)": []}
-    missing, unexpected = wrong.values()
-    try:
-        with safe_open(path, framework="pt") as file:
-            end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
-            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
-            unexpected += sorted(original for name, original in stored.items() if name not in expected)
-            for name, shape in expected.items():
-                if name not in stored:
-                    missing.append(name)
-                    continue
-                found = list(file.get_slice(stored[name]).get_shape())
-                if found != list(shape):
-                    wrong.setdefault("of the wrong shape", []).append(f"{name} {found} instead of {list(shape)}")
-                    continue
-                tensors[name] = tensor = file.get_tensor(stored[name])
-                if not tensor.is_floating_point():
-                    wrong.setdefault("not of a float dtype", []).append(f"{name} ({tensor.dtype})")
-                elif not bool(torch.isfinite(tensor).all()):
-                    wrong.setdefault("holding NaN or infinity", []).append(name)
-    except (OSError, SafetensorError) as error:
-        return {}, [f"{path}: cannot be read as safetensors: {error}"]
-    faults = [
-        f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {first_few(names)}."
-        for what, names in wrong.items()
-        if names
-    ]
-    if any(name.endswith(".lora_magnitude_vector") for name in missing):
-        faults.append(f"{path}: {CONFIG_FILE} has use_dora: true, but the magnitudes of DoRA are missing.")
-    return tensors, faults
+            raise UserError(f"{where}: {asked[0][0]}: {what}.")
+        trained.pop(known[1], None)
+    return trained

@@ -18,6 +18,7 @@ from qdora.files.nvidia_driver import check_gpu
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.adapter_file import load_adapter
 from qdora.model.adapter_file import save_adapter
+from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD
 from qdora.model.inject import adapted_layers
@@ -64,31 +65,23 @@ class Compute:
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32."""
     check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
-    chosen = torch.bfloat16 if native else torch.float32
-    _tell(device.type, str(chosen).removeprefix("torch."))
-    return Compute(device, chosen)
-
-
-@cache
-def _tell(device: str, dtype: str) -> None:
-    """Log the choice, once in a process: an export makes it for the merge, for its check and for its audit."""
-    logger.info("Computing on %s in %s.", device, dtype)
+    return Compute(device, torch.bfloat16 if native else torch.float32)
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     """The source of the recipe's model; `weights` False does not download the weights of a model on the Hub."""
     model = recipe.model
     source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
-    own = None if source.is_gguf else source.path / ADAPTER_DIRECTORY
-    if own is not None and (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
+    own = source.path / ADAPTER_DIRECTORY
+    if (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
         raise UserError(
-            f"model.source: {source.name} is a 4-bit base whose adapter, in {ADAPTER_DIRECTORY}/, would be left out. "
+            f"model.source: {source.name} is a 4-bit base whose adapter, in adapter/, would be left out. "
             f"Fix: name a merged export, or go on from it with adapter.resume_from={own}."
         )
     return source
@@ -148,8 +141,7 @@ def adapt(
     if isinstance(head, AdaptedLinear) and head.base.share is not None:
         raise UserError(
             f"adapter.targets: must not have the output head with train.parallel {recipe.train.parallel}: its loss "
-            "reads it in chunks, whose number differs between processes. Fix: leave it out, or set train.parallel: "
-            "replicate."
+            "reads it in chunks, whose number differs between processes."
         )
     if adapter is None:
         start_adapters(model, recipe, source)
@@ -168,8 +160,6 @@ def put_adapters(
     if settings.kind in ("none", "full"):
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
-    if adapter is None and directory is not None:
-        _warn_of_other_base(recipe, directory)
     _put_layers(model, recipe, directory)
     set_kept_scales_(model, recipe)
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
@@ -195,30 +185,18 @@ def keeps_scales(recipe: Recipe) -> bool:
 
 def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:
     """Refuse an adapter with other trained rows, or rows of other tokens, than the recipe has."""
-    found = trained_matrices(model)
-    embedding, head = embedding_paths(model)
-    paths = {EMBEDDING: embedding, HEAD: head}
+    trained = trained_matrices(model)
+    paths = dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
     named = {paths[name] for name in recipe.adapter.also_train}
-    wanted = {embedding} if is_tied(model) and named else named
-    if set(found) != wanted or any((each.ids is None) != (ids is None) for each in found.values()):
-        held = ", ".join(name for name, path in paths.items() if path in found)
-        rows = "all" if any(each.ids is None for each in found.values()) else "new"
-        raise UserError(
-            f"adapter.also_train: must be [{held}] with adapter.also_train_rows {rows}, as in the adapter in "
-            f"{directory}, got [{', '.join(recipe.adapter.also_train)}] with {recipe.adapter.also_train_rows}."
-        )
+    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
+        held = ", ".join(name for name, path in paths.items() if path in trained)
+        raise UserError(f"adapter.also_train: must be [{held}], as in the adapter in {directory}.")
+    if any((each.ids is None) != (ids is None) for each in trained.values()):
+        rows = "new" if ids is None else "all"
+        raise UserError(f"adapter.also_train_rows: must be {rows}, as in the adapter in {directory}.")
     before = (describe_adapter(directory).extra or {}).get("add_tokens", [])
-    if before != list(recipe.model.add_tokens):
-        raise UserError(
-            f"model.add_tokens: must be {in_yaml(before)} as in the adapter in {directory}, got "
-            f"{in_yaml(recipe.model.add_tokens)}."
-        )
-    if any(each.ids != ids for each in found.values()):
-        held = ", ".join(str(each.ids) for each in found.values())
-        raise UserError(
-            f"model.add_tokens: have the rows {ids} of this model, but {held} in the adapter in {directory}. "
-            "Fix: name the base that the adapter was trained on."
-        )
+    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
+        raise UserError(f"model.add_tokens: must be {before} and have the rows of the adapter in {directory}.")
 
 
 def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:
@@ -257,13 +235,9 @@ def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) 
         )
         return
     layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
-    kinds = {layer.kind for layer in layers.values()}
-    if kinds != {settings.kind}:
-        held = ", ".join(sorted(kinds))
-        raise UserError(
-            f"adapter.kind: got {settings.kind}, but the adapter in {directory} is a {held}. "
-            f"Fix: set adapter.kind: {held}."
-        )
+    held = next(iter(layers.values())).kind
+    if held != settings.kind:
+        raise UserError(f"adapter.kind: must be {held}, as the adapter in {directory} (got {settings.kind}).")
     for layer in layers.values():
         layer.dropout = settings.dropout
 
@@ -282,34 +256,19 @@ def write_adapter(
     """
     if recipe.model.add_tokens:
         extra = {"add_tokens": list(recipe.model.add_tokens), **(extra or {})}
+    base, quant = recipe.base, dict[str, Any](quant=recipe.base.quant)
+    if base.quant not in ("int8", "mxfp4", "none"):
+        quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.prune is not None:
+        quant["prune"] = settings(recipe)["base"]["prune"]
     save_adapter(
         model,
         directory,
         base_name_or_path=public_name(recipe.model.source) if shipped else recipe.model.source,
         revision=recipe.model.revision,
-        base_quant=_quantization(recipe),
+        base_quant=quant,
         extra=extra,
     )
-
-
-def _quantization(recipe: Recipe) -> dict[str, Any]:
-    """How the base is compressed, for qdora.json."""
-    base = recipe.base
-    quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant not in ("int8", "mxfp4", "none"):
-        quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
-    if base.prune is not None:
-        quant["prune"] = settings(recipe)["base"]["prune"]
-    return quant
-
-
-def _warn_of_other_base(recipe: Recipe, directory: Path) -> None:
-    now = {"name_or_path": recipe.model.source, "revision": recipe.model.revision, "quant": _quantization(recipe)}
-    before = describe_adapter(directory).base or {}
-    if all(before.get(key) in (None, value) for key, value in now.items() if value is not None):
-        return
-    text = "adapter.resume_from: the adapter in %s was trained on %s, and this run puts it on %s. It may not fit."
-    logger.warning(text, directory, before, now)
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
@@ -366,9 +325,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
         name = f"{path}.weight"
         weight = stored[name if name in stored else tied[name]].read()  # a tied head is stored as the embedding
         if not isinstance(weight, Tensor):
-            raise UserError(
-                f"adapter.init: loftq: {path} is quantised in the source. Fix: name a full-precision source."
-            )
+            raise UserError(f"adapter.init: loftq: {path} is quantised in the source.")
         base = layer.base.dequantized()
         error = weight.to(base.device).float() - base
         keep = layer.base.keep_mask() if layer.masked else None

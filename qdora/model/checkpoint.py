@@ -1,35 +1,68 @@
-"""Safetensors checkpoints, read one tensor at a time, and their names in the model.
+"""Safetensors checkpoints, read one tensor at a time, as the tensors of the model: other names, other pieces.
 
 A shard is opened again for every tensor. That costs 30 microseconds; closing it gives the mapped pages back, so that
 memory holds one tensor of the file and not all that was read so far.
+
+transformers says how to convert pieces (experts one by one), by operations on whole tensors. Here these operations run
+once on the numbers of the rows instead of on weights. The result maps each weight to row ranges of stored tensors.
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from qdora.errors import UserError
+from qdora.errors import nearest
+from qdora.files.json_file import parse_json
+from qdora.files.json_file import read_json_object
+from qdora.model.experts import is_transposed
+from qdora.model.experts import library_names
+from qdora.model.experts import replaced_in_4_bits
+from qdora.model.experts import stacks
+from qdora.quant.bnb_state import STATE_NAME
+from qdora.quant.bnb_state import from_bnb_state
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.codebooks import MXFP4_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import RowParts
+from qdora.quant.packed import from_tensors
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers import PreTrainedModel
+from transformers import conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import dot_natural_key
+from transformers.core_model_loading import rename_source_key
+from transformers.core_model_loading import revert_weight_conversion
+from typing import Any
+from typing import NamedTuple
+import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-
-from qdora.errors import UserError, nearest
-from qdora.model.experts import replaced_in_4_bits
-from qdora.quant.bnb_state import STATE_NAME, from_bnb_state
-from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight, RowParts, from_tensors
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MOST_FAULTS = 10
+_PART = re.compile(
+    r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
+)
+_E8M0_NAN = 255
+"""The exponent of a block scale of MXFP4 that is not a number."""
 
 
 class StoredRows(NamedTuple):
@@ -45,6 +78,7 @@ class StoredTensor:
 
     `read` returns a tensor of this shape on the CPU. It may be a read-only view of a mapped file: copy it before it is
     written to or kept. `parts` gives a matrix in parts of whole rows, if the file has it so; `key` is the first's.
+    `keep_bits` reads the pruning mask of a weight.
     """
 
     key: str
@@ -53,6 +87,7 @@ class StoredTensor:
     itemsize: int = 4
     dtype: str = "F32"
     parts: tuple[StoredRows, ...] | None = None
+    keep_bits: Callable[[], Tensor] | None = None
 
     def read_rows(self) -> Tensor | RowParts:
         """The weight, in parts if the file has it so."""
@@ -69,7 +104,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in)."""
+    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in), `keep_bits` as in `StoredTensor`."""
 
     key: str
     shape: tuple[int, ...]
@@ -77,6 +112,7 @@ class StoredPacked:
     block_size: int
     double_quant: bool
     read: Callable[[], PackedWeight]
+    keep_bits: Callable[[], Tensor] | None = None
 
 
 Stored = StoredTensor | StoredPacked
@@ -87,61 +123,39 @@ def shard_files(directory: Path) -> list[Path]:
 
     An index may only name plain files in the directory, since it comes with the download and must not point elsewhere.
     """
-    single = directory / "model.safetensors"
+    single, index = directory / "model.safetensors", directory / INDEX_FILE
     if single.is_file():
         return [single]
-    index = directory / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
-    others = sorted(file.name for file in directory.glob("*.safetensors"))
-    found = f" It has {', '.join(others[:3])}." if others else ""
-    raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.{found}")
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        content = json.loads(index.read_bytes())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{index}: is not JSON: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not index.is_file():
+        raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: must be a non-empty table of tensor name -> shard file.")
-    faults = []
-    shards: dict[str, None] = {}
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or _SHARD_NAME.fullmatch(name) is None:
-            faults.append(f"{index}: weight_map['{key}']: {name!r} is not a plain .safetensors file name.")
-        else:
-            shards[name] = None
-    present = [entry.name for entry in index.parent.iterdir()]
-    faults.extend(
-        f"{index}: weight_map: the shard {name} is not in the directory.{nearest(name, present)}"
-        for name in shards
-        if not (index.parent / name).is_file()
-    )
+    faults, names = [], list(dict.fromkeys(map(str, weight_map.values())))
+    for name in names:
+        if _SHARD_NAME.fullmatch(name) is None:
+            faults.append(f"{index}: weight_map: {name!r} is not a plain .safetensors file name.")
+        elif not (directory / name).is_file():
+            faults.append(f"{index}: weight_map: the shard {name} is not in the directory.")
     if faults:
         raise UserError(*shorten(faults))
-    return [index.parent / name for name in shards]
+    return [directory / name for name in names]
 
 
-def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor; only headers are read."""
+def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> dict[str, StoredTensor]:
+    """Checkpoint key -> tensor; only headers are read. `files` default to `shard_files`."""
     stored: dict[str, StoredTensor] = {}
-    faults = []
-    for file in shard_files(directory):
+    for file in shard_files(directory) if files is None else files:
         try:
             with safe_open(str(file), framework="pt", device="cpu") as shard:
                 for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
-                    if key in stored:
-                        faults.append(f"{file}: tensor '{key}' is in two shards.")
                     piece = shard.get_slice(key)
-                    shape = tuple(int(size) for size in piece.get_shape())
-                    dtype = piece.get_dtype()
-                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), _itemsize(dtype), dtype)
+                    shape, dtype = tuple(map(int, piece.get_shape())), piece.get_dtype()
+                    bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
+                    itemsize = 1 if bits is None else max(1, int(bits.group()) // 8)
+                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), itemsize, dtype)
         except (SafetensorError, OSError) as error:
-            faults.append(f"{file}: cannot be read: {error}. It may be cut short. Fix: download or copy it again.")
-    if faults:
-        raise UserError(*shorten(faults))
+            raise UserError(f"{file}: cannot be read: {error}. Fix: download or copy it again.") from error
     return stored
 
 
@@ -149,12 +163,6 @@ def _read(file: Path, key: str) -> Tensor:
     with safe_open(str(file), framework="pt", device="cpu") as shard:
         tensor: Tensor = shard.get_tensor(key)
         return tensor
-
-
-def _itemsize(dtype: str) -> int:
-    """Bytes of an element of a dtype of a header, such as BF16, F8_E4M3 or BOOL."""
-    bits = re.search(r"\d+", dtype)
-    return 1 if bits is None else max(1, int(bits.group()) // 8)
 
 
 def in_parts(
@@ -173,13 +181,13 @@ def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
     """Some rows of a stored matrix; of one in parts only the parts that have them are read."""
     if item.parts is None:
         return item.read()[rows]
-    found, first = [], 0
+    pieces, first = [], 0
     for part in item.parts:
         start, stop = max(rows.start, first), min(rows.stop, first + part.rows)
         if start < stop:
-            found.append(part.read()[start - first : stop - first])
+            pieces.append(part.read()[start - first : stop - first])
         first += part.rows
-    return torch.cat(found)
+    return torch.cat(pieces)
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
@@ -188,8 +196,21 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
     and `model.config.tie_word_embeddings` becomes False.
     """
+    redundant = set()
+    for target, origin in tied_weights(model).items():
+        first, second = stored.get(target), stored.get(origin)
+        if first is None or second is None:
+            continue
+        both_dense = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
+        if both_dense and first.shape == second.shape and torch.equal(first.read(), second.read()):  # type: ignore[arg-type]
+            redundant.add(target)
+            continue
+        text = "%s and %s differ in the checkpoint although config.json ties them, so they are not tied."
+        log.warning(text, target, origin)
+        model.all_tied_weights_keys.pop(target)
+        model.config.tie_word_embeddings = False
     expected: dict[str, Tensor] = model.state_dict()
-    redundant, tied = _settle_tied_weights(stored, model), tied_weights(model)
+    tied = tied_weights(model)
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -199,22 +220,17 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
             continue
         partners = {tied.get(name), *(target for target, origin in tied.items() if origin in (name, tied.get(name)))}
         if not partners & stored.keys() and (tensor.is_meta or not _matches_any(name, may_lack)):
-            faults.append(f"model.source: the checkpoint has no tensor '{name}'.{nearest(name, stored)}")
+            faults.append(f"model.source: the checkpoint has no tensor '{name}'.")
     for name, item in stored.items():
+        where = f"model.source: the checkpoint's tensor '{item.key}'"
         if name not in expected:
             if not _matches_any(name, may_hold):
-                faults.append(f"model.source: the checkpoint's tensor '{item.key}' has no place in the model.")
+                faults.append(f"{where} has no place in the model.")
         elif item.shape != tuple(expected[name].shape):
-            faults.append(
-                f"model.source: tensor '{item.key}' has shape {list(item.shape)}, "
-                f"config.json asks for {list(expected[name].shape)}."
-            )
-        elif (
-            isinstance(item, StoredTensor)
-            and expected[name].is_floating_point()
-            and not item.dtype.startswith(("F", "BF"))
-        ):
-            faults.append(f"model.source: tensor '{item.key}' has dtype {item.dtype}, must be of floating point.")
+            asked = list(expected[name].shape)
+            faults.append(f"{where} has shape {list(item.shape)}, config.json asks for {asked}.")
+        elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
+            faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
     if faults:
         raise UserError(*shorten(faults))
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
@@ -225,42 +241,15 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def shorten(faults: object) -> list[str]:
+def shorten(faults: Iterable[object]) -> list[str]:
     """The first faults and the number of the others; a wrong config has one for every tensor."""
-    lines = [str(fault) for fault in faults]  # type: ignore[attr-defined]
+    lines = [str(fault) for fault in faults]
     more = len(lines) - _MOST_FAULTS
     return lines if more <= 0 else [*lines[:_MOST_FAULTS], f"... and {more} more like these."]
 
 
 def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -> set[str]:
-    """Names of stored copies that need not be read; unties weights whose copies differ."""
-    redundant = set()
-    for target, origin in tied_weights(model).items():
-        if target not in stored or origin not in stored:
-            continue
-        items = [item for item in (stored[target], stored[origin]) if isinstance(item, StoredTensor)]
-        if len(items) == 2 and items[0].shape == items[1].shape and torch.equal(items[0].read(), items[1].read()):
-            redundant.add(target)
-            continue
-        log.warning(
-            "%s and %s differ in the checkpoint although config.json ties them, so they are not tied.", target, origin
-        )
-        model.all_tied_weights_keys.pop(target)
-        model.config.tie_word_embeddings = False
-    return redundant
-
-
-_PART = re.compile(
-    r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
-    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
-)
-_SCALES_8BIT = "SCB"
-_E8M0_NAN = 255
-"""The exponent of a block scale of MXFP4 that is not a number."""
 
 
 def stored_kind(settings: object) -> str | None:
@@ -302,7 +291,7 @@ def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> li
 
     `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
     """
-    others = dict.fromkeys(replaced_in_4_bits(model), "ExpertLinear")
+    others = dict.fromkeys(replaced_in_4_bits(model), "stack of experts")
     others |= {path: name for path, name in classes.items() if name != "Linear"}
     if not others:
         return []
@@ -330,9 +319,7 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
         else:
             dense[key] = item
     if lone := parts.keys() - dense.keys():
-        raise UserError(
-            *(f"model.source: the checkpoint has block scales for '{key}', but not the weight." for key in sorted(lone))
-        )
+        raise UserError(f"model.source: the checkpoint has block scales for '{min(lone)}', but not the weight.")
     return blocks | {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
 
 
@@ -347,25 +334,14 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
     shape = (experts * rows, groups * MXFP4_BLOCK_SIZE)
 
     def read() -> PackedWeight:
-        codes = blocks.read()
+        codes, exponents = blocks.read(), scales.read().clone()
+        if num_nan := int((exponents == _E8M0_NAN).sum()):
+            raise UserError(f"model.source: '{scales.key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN.")
         # The first of two weights is in the low half there, and in the high half here.
-        return mxfp4_weight(scales.key, (codes << 4) | (codes >> 4), scales.read().clone(), shape)
+        tensors = {"packed": ((codes << 4) | (codes >> 4)).reshape(-1), "absmax": exponents.reshape(-1)}
+        return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
 
     return StoredPacked(blocks.key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
-
-
-def mxfp4_weight(key: str, codes: Tensor, exponents: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """A weight of uint8 codes, first of two weights in the high half, and uint8 exponents, each in any shape."""
-    if num_nan := int((exponents == _E8M0_NAN).sum()):
-        raise UserError(
-            f"model.source: '{key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: download the "
-            "checkpoint again, or name another one."
-        )
-    try:
-        tensors = {"packed": codes.reshape(-1), "absmax": exponents.reshape(-1)}
-        return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
-    except ValueError as error:
-        raise UserError(f"model.source: '{key}': {error}") from error
 
 
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:
@@ -374,15 +350,200 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
         # A copy, since the mapped file may be replaced while the model is in use.
         return from_bnb_state(state, name=f"model.source: {weight.key}").clone()
 
-    if _SCALES_8BIT in parts:
+    if "SCB" in parts:
         return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], double_quant=False, read=read)
-    state_part = next((part for part in parts if part.startswith(STATE_NAME)), None)
-    if state_part is None:
-        raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {STATE_NAME}* entry.")
     try:
-        state = json.loads(bytes(parts[state_part].read().tolist()))
-        shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
-    except (ValueError, KeyError, TypeError) as error:
+        name = next(part for part in parts if part.startswith(STATE_NAME))
+        state = json.loads(bytes(parts[name].read().tolist()))
+        shape, block_size = tuple(map(int, state["shape"])), int(state["blocksize"])
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
-    kind, nested = state_part.removeprefix(STATE_NAME), "weight.nested_absmax" in parts
-    return StoredPacked(weight.key, shape, kind, block_size, double_quant=nested, read=read)
+    nested = "weight.nested_absmax" in parts
+    return StoredPacked(weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read)
+
+
+# A conversion that cuts a tensor into more pieces permutes its rows.
+_MOST_PIECES = 8
+
+
+class _NotInRows(Exception):
+    """A conversion does more than to put rows together."""
+
+
+def _numbered(shape: Sequence[int], first: int) -> Tensor:
+    """Row numbers from `first` on in the place of a weight, whose columns are one; of a vector each entry is a row."""
+    rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else shape[0]
+    numbers = torch.arange(first, first + rows)
+    return numbers.view(*shape[:-1], 1) if len(shape) > 1 else numbers
+
+
+def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tuple[str, slice]]:
+    """Key and rows of each run of consecutive numbers. `first_rows`: (first number, key) of each tensor, ascending."""
+    flat = numbers.reshape(-1)
+    starts = torch.tensor([first for first, _ in first_rows])
+    owner = torch.bucketize(flat, starts, right=True) - 1
+    jumps = (flat.diff() != 1) | (owner.diff() != 0)
+    bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
+    if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
+        raise _NotInRows
+    pieces = []
+    for start, stop in pairwise(bounds):
+        first, key = first_rows[int(owner[start])]
+        row = int(flat[start]) - first
+        pieces.append((key, slice(row, row + stop - start)))
+    return pieces
+
+
+def _convert(
+    name: str, items: Mapping[str, tuple[str, StoredTensor]], converter: WeightConverter, model: PreTrainedModel
+) -> dict[str, StoredTensor]:
+    """The model's tensors that a conversion makes from some of the checkpoint's, by their names in transformers' model.
+
+    `items` is key -> pattern of the converter that it matches, and the tensor; `name` is their name after transformers'
+    renaming. _NotInRows if the conversion permutes columns, cuts rows, or reorders single rows.
+    """
+    run = copy.deepcopy(converter)
+    first, first_rows = 0, []
+    for key in sorted(items, key=dot_natural_key):
+        pattern, item = items[key]
+        numbers = _numbered(item.shape, first)
+        run.add_tensor(name, key, pattern, numbers)
+        first_rows.append((first, key))
+        first += numbers.numel()
+    try:
+        converted: dict[str, Any] = run.convert(name, model=model, config=model.config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Operations on columns meet columns of length 1, and fail in many ways.
+        raise _NotInRows from error
+    stored = {key: item for key, (_, item) in items.items()}
+    columns = {item.shape[-1] if len(item.shape) > 1 else 1 for item in stored.values()}
+    if len(columns) != 1:
+        raise _NotInRows
+    made = {}
+    for target, numbers in converted.items():
+        numbers = numbers[0] if isinstance(numbers, list) else numbers
+        if numbers.ndim > 1 and numbers.shape[-1] != 1:
+            raise _NotInRows
+        is_matrix = len(next(iter(stored.values())).shape) > 1
+        shape = (numbers.numel(), *columns) if is_matrix else tuple(numbers.shape)
+        pieces = _pieces(numbers, first_rows)
+        parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, stored[key], rows)) for key, rows in pieces]
+        some = stored[pieces[0][0]]
+        made[target] = in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
+    return made
+
+
+def _read_rows(item: StoredTensor, rows: slice) -> Tensor:
+    value = item.read()
+    return (value.flatten(0, -2) if value.ndim > 2 else value)[rows]
+
+
+def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
+    """Model name -> tensor, by transformers' renames and conversions for this model; each weight of whole rows."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected = model.state_dict()
+    # Only which names there are is asked of it.
+    expected |= dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
+    renamed: dict[str, Stored] = {}
+    groups: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
+    refused: dict[str, str] = {}
+    for key, item in stored.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if pattern is None:
+            renamed[name] = replace(item, key=key)
+        elif isinstance(item, StoredTensor):
+            groups.setdefault(name, {})[key] = (pattern, item)
+        else:
+            refused.setdefault(pattern, f"{key} -> {name}")
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    for name, items in groups.items():
+        key, (pattern, _) = next(iter(items.items()))
+        try:
+            renamed |= _convert(name, items, by_pattern[pattern], model)
+        except _NotInRows:
+            refused.setdefault(pattern, f"{key} -> {name}")
+    if refused:
+        what = "tensors are missing, or must be cut or permuted, which is not supported"
+        lines = (f"model.source: {model.config.model_type}: {what} ({example})." for example in refused.values())
+        raise UserError(*shorten(lines))
+    return to_stacks(renamed, model)
+
+
+def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Tensors under their names in qdora's model: the weight of a stack is a matrix, (experts * out, in)."""
+    ours = {theirs: name for name, theirs in library_names(model).items()}
+    turned = {path for path in stacks(model) if is_transposed(model, path)}
+    placed = {}
+    for name, item in stored.items():
+        is_stack = name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3
+        placed[ours.get(name, name)] = _as_matrix(item, transposed=name in turned) if is_stack else item
+    return placed
+
+
+def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
+    """A stored stack, (experts, out, in) or transposed, as (experts * out, in), read expert by expert."""
+    experts, rows, columns = item.shape
+    if transposed:
+        rows, columns = columns, rows
+
+    def turned() -> Tensor:
+        return item.read().mT if transposed else item.read()
+
+    def read_expert(expert: int) -> Tensor:
+        return turned()[expert].contiguous()
+
+    shape = (experts * rows, columns)
+    parts = tuple(StoredRows(rows, partial(read_expert, expert)) for expert in range(experts))
+    return replace(item, shape=shape, read=lambda: turned().reshape(shape), parts=parts)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor of a published checkpoint: consecutive rows of a stack, of its shape, transposed if it is."""
+
+    shape: tuple[int, ...]
+    rows: slice
+    transposed: bool
+
+
+def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
+    """Key in published checkpoints -> the rows of a stack that it holds, by transformers' reverse conversion."""
+    stack, transposed = stacks(model)[path], is_transposed(model, path)
+    num_experts, rows, columns = stack.num_experts, stack.expert_features, stack.in_features
+    if transposed:
+        (key,) = revert_weight_conversion(model, {path: torch.empty(0, device="meta")})
+        return {str(key): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
+    numbers = _numbered((num_experts, rows, columns), 0)
+    found = {}
+    for key, held in revert_weight_conversion(model, {path: numbers}).items():
+        flat = held.reshape(-1)
+        start = int(flat[0])
+        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
+        sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
+        found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
+    return found
+
+
+# transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.
+_CHANGED_BY_PEFT = ("mixtral", "qwen2_moe")
+
+
+def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Those of some linear layers that PEFT takes for experts: their names end as those of single experts do.
+
+    transformers has stacks where older releases had single experts. So PEFT reads `gate_proj` in `target_modules`, even
+    at the end of a whole path, as the stack of all `gate_proj`, and drops a shared expert or a first dense layer with
+    no more than a warning.
+    """
+    experts = stacks(model)
+    if not experts or not isinstance(model, PreTrainedModel):
+        return set()
+    patterns: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    if patterns.get(model.config.model_type) not in _CHANGED_BY_PEFT:
+        return set()
+    one_of_each = {path.rpartition(".")[2]: path for path in experts}
+    pieces = [list(published_pieces(model, path)) for path in one_of_each.values()]
+    names = {key.removesuffix(".weight").rpartition(".")[2] for keys in pieces if len(keys) > 1 for key in keys}
+    return {path for path in paths if path.rpartition(".")[2] in names and path not in experts}

@@ -10,44 +10,58 @@ up together, one expert after the other, and is read expert by expert.
 """
 
 from __future__ import annotations
-
-import hashlib
-import logging
-import math
-import mmap
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-)
-
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory, disk_reason, in_turn
-from qdora.files.machine import cache_folder, package_versions
-from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts, shorten
-from qdora.model.experts import library_names, stacks
+from qdora.errors import first_line
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import in_turn
+from qdora.files.environment import package_versions
+from qdora.files.machine import cache_folder
+from qdora.files.machine import package_versions
+from qdora.files.user_paths import cache_folder
+from qdora.files.work_lock import in_turn
+from qdora.model.checkpoint import StoredRows
+from qdora.model.checkpoint import StoredTensor
+from qdora.model.checkpoint import in_parts
+from qdora.model.checkpoint import shorten
+from qdora.model.experts import library_names
+from qdora.model.experts import stacks
 from qdora.model.inject import block_of
 from qdora.recipe.faults import one_line
+from torch import Tensor
+from torch import nn
+from transformers import AutoConfig
+from transformers import AutoTokenizer
+from transformers import MixtralConfig
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import rename_source_key
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor
+from typing import Any
+import hashlib
+import importlib.util
+import logging
+import math
+import mmap
+import numpy as np
+import struct
+import torch
 
 log = logging.getLogger("qdora")
 Values = np.ndarray[Any, np.dtype[Any]]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_ALIGNMENT = 32
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 # Computed by the converter from the config; transformers does not take them from a GGUF file.
 _ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -117,15 +131,13 @@ class _Cursor:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. UserError if it is none, has an unknown version, or is cut short."""
+    """Read the header of a GGUF file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             cursor = _Cursor(content)
             magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
-            if magic != b"GGUF":
-                raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
-            if version not in (2, 3):
-                raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError(f"it starts with {magic!r} and version {version}")
             settings: dict[str, Any] = {}
             for _ in range(num_settings):
                 key, (kind,) = cursor.string(), cursor.take("I")
@@ -137,26 +149,20 @@ def read_header(path: Path) -> GgufHeader:
             for _ in range(num_tensors):
                 name, (num_dims,) = cursor.string(), cursor.take("I")
                 entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
-            alignment = settings.get("general.alignment", _ALIGNMENT)
+            alignment = settings.get("general.alignment", 32)
             data = -(-cursor.at // alignment) * alignment
-    except UserError:  # a ValueError
-        raise
-    except OSError as error:
-        raise UserError(f"model.source: {path} cannot be read: {error}") from error
-    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        reason = one_line(str(error))
-        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
+    except Exception as error:  # of a damaged header, in many ways
+        reason = f"its GGUF header is broken or cut short: {first_line(error)}"
+        raise UserError(f"model.source: {path}: {reason}") from error
     tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
 
 def require_gguf() -> None:
     """Raise UserError, with the command to run, if the package `gguf` is missing."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("gguf") is None:
         fix = 'pip install "qdora[gguf]"'
-        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {fix}") from None
+        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {fix}")
 
 
 def check_gguf(path: Path) -> None:
@@ -165,20 +171,18 @@ def check_gguf(path: Path) -> None:
     import gguf
 
     header = read_header(path)
-    architecture, use = header.architecture, "Fix: use the safetensors checkpoint of the model."
+    architecture, where = header.architecture, f"model.source: {path}:"
     if architecture not in {*LAYOUTS, *GGUF_SUPPORTED_ARCHITECTURES}:
-        raise UserError(f"model.source: {path}: the layout of {architecture!r} in GGUF files is not known. {use}")
+        raise UserError(f"{where} the layout of {architecture!r} in GGUF files is not known.")
     if (architecture, header.settings.get(f"{architecture}.block_count")) in _SCALE_NOT_STORED:
-        raise UserError(f"model.source: {path}: the attention scale of this {architecture} is not in GGUF files. {use}")
-    size, blocks = path.stat().st_size, gguf.GGML_QUANT_SIZES
+        raise UserError(f"{where} the attention scale of this {architecture} is not in GGUF files.")
     for tensor in header.tensors:
-        where = f"model.source: {path}: tensor '{tensor.name}'"
-        known = tensor.type in blocks and min(tensor.shape, default=0) > 0
-        if not known or tensor.shape[-1] % blocks[tensor.type][0]:
+        block = gguf.GGML_QUANT_SIZES.get(tensor.type, (0, 0))[0]
+        if not block or min(tensor.shape, default=0) < 1 or tensor.shape[-1] % block:
             what = f"has the type {tensor.type} and the shape {list(tensor.shape)}"
-            raise UserError(f"{where} {what}, which the installed package gguf does not know.")
-        if tensor.offset + math.prod(_byte_shape(tensor)) > size:
-            raise UserError(f"{where} lies beyond the end: the file is cut short. Fix: download or copy it again.")
+            raise UserError(f"{where} tensor '{tensor.name}' {what}, which the package gguf does not know.")
+        if tensor.offset + math.prod(_byte_shape(tensor)) > path.stat().st_size:
+            raise UserError(f"{where} tensor '{tensor.name}' lies beyond the end: the file is cut short.")
 
 
 def settle_head(path: Path, config: PreTrainedConfig) -> None:
@@ -201,8 +205,7 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """`gguf_tensors` of a base; the user is told of rotary factors, which are not read."""
     header = read_header(path)
     if factors := next((tensor.name for tensor in header.tensors if tensor.name in _ROTARY_FACTORS), None):
-        text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original, above all "
-        text += "in long texts. Fix: use the safetensors model."
+        text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original in long texts."
         log.warning(text, path, factors)
     return gguf_tensors(header, model)
 
@@ -216,7 +219,6 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, StoredTensor] = {}
     experts: dict[str, list[tuple[GgufTensor, _ExpertRows]]] = {}
-    faults = []
     for tensor in header.tensors:
         name, place = names.get(tensor.name), places.get(tensor.name)
         if tensor.name in _ROTARY_FACTORS or (tensor.name == _HEAD and model.config.tie_word_embeddings):
@@ -228,20 +230,18 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
             shape = (*rows, *shapes[name][1:])
             stored[name] = StoredTensor(tensor.name, shape, partial(_read_tensor, path, tensor, processor, shape))
         else:
-            faults.append(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
+            raise UserError(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
     for name, held in experts.items():
         first = held[0][1]
         num_experts = first.shape[0]
         fits = all(tensor.shape == place.shape for tensor, place in held)
         if not fits or sum(place.shape[1] for _, place in held) != first.features:
             found = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor, _ in held)
-            wanted = f"{num_experts} experts of {first.features} rows"
-            faults.append(f"model.source: the file has {found}, the config asks for {wanted}.")
+            asked = f"{num_experts} experts of {first.features} rows"
+            raise UserError(f"model.source: the file has {found}, the config asks for {asked}.")
         readers = (partial(_expert_weight, path, held, expert) for expert in range(num_experts))
         parts = [StoredRows(first.features, reader) for reader in readers]
         stored[name] = in_parts(held[0][0].name, shapes[name], parts, itemsize=4, dtype="F32")
-    if faults:
-        raise UserError(*shorten(faults))
     return stored
 
 
@@ -249,10 +249,7 @@ def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPr
     """Name in the file -> name in the model, by the tables of the package gguf."""
     import gguf
 
-    known = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)
-    if known is None:
-        what = f"the installed package gguf does not know {header.architecture!r}"
-        raise UserError(f"model.source: {what}. Fix: pip install -U gguf")
+    known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
     table = gguf.get_tensor_name_map(known, int(model.config.num_hidden_layers))
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     back = [each.reverse_transform() for each in reversed(renamings)]
@@ -333,8 +330,8 @@ def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, sha
     # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:
-        found = f"tensor '{tensor.name}' has shape {list(result.shape)}"
-        raise UserError(f"model.source: {found}, the config asks for {list(shape)}.")
+        what = f"has shape {list(result.shape)}, the config asks for {list(shape)}"
+        raise UserError(f"model.source: tensor '{tensor.name}' {what}.")
     return result
 
 
@@ -347,21 +344,15 @@ def _dequantized(path: Path, tensor: GgufTensor, rows: slice = slice(None)) -> V
     values = np.empty((stored.shape[0], tensor.shape[-1]), dtype=np.float32)
     for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        try:
-            values[part] = gguf.dequantize(stored[part], kind)
-        except NotImplementedError as error:
-            raise UserError(f"model.source: tensor '{tensor.name}': {error}") from error
+        values[part] = gguf.dequantize(stored[part], kind)
     return values
-
-
-_PACKAGES = ("transformers", "tokenizers", "gguf")
 
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
     """The config, with what a file says of its experts and transformers does not read.
 
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
-    family for that of its experts. Raises what transformers raises for a header that it cannot use.
+    family for that of its experts.
     """
     header = read_header(path)
     config = _kept(header, "config", AutoConfig.from_pretrained)
@@ -387,7 +378,8 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
 
 
 def tokenizer_of_gguf(path: Path) -> Any:
-    """The tokenizer. Raises what transformers raises for a header that it cannot use."""
+    """The tokenizer."""
+    require_gguf()
     return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
 
 
@@ -402,7 +394,7 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     start = min((tensor.offset for tensor in header.tensors), default=path.stat().st_size)
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(start))
-    digest.update(repr(package_versions(_PACKAGES)).encode())
+    digest.update(repr(package_versions(("transformers", "tokenizers", "gguf"))).encode())
     folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
     if not folder.is_dir():
         with in_turn(folder):

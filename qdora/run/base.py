@@ -33,6 +33,7 @@ from qdora.files.user_paths import cache_folder
 from qdora.files.user_paths import user_path
 from qdora.memory.offload import ActivationOffload
 from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import ActivationOffload
 from qdora.memory.stream import HostResidency
 from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.attention import positions_of
@@ -100,7 +101,7 @@ def load_base(
     base, cache = recipe.base, None
     if base.quant != "none" and base.cache is not None:
         root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
-        cache = BaseCache(root, quantization_of(base), compute.device, mapped=mesh is not None, progress=progress)
+        cache = BaseCache(root, quantization_of(base), compute.device, progress)
     if mesh is not None:
         assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
         placer = ShardedBase(mesh, placer)

@@ -37,6 +37,7 @@ from qdora.files.pages import markdown_table
 from qdora.files.run_directory import RunDirectory
 from qdora.files.run_directory import open_run
 from qdora.files.run_directory import unharmed
+from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
 from qdora.model.peft_config import sizes_in_words

@@ -39,6 +39,7 @@ from qdora.files.run_directory import unharmed
 from qdora.files.setting_keys import flat
 from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import weights_unread
 from qdora.model.build_model import adapt
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import model_size

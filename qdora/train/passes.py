@@ -21,8 +21,8 @@ from qdora.adapter.host_embedding import ids_on_host
 from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
+from qdora.model.attention import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.model.inject import adapted_layers
-from qdora.model.patches import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qdora.data.batches import IGNORED, MicroBatch, Packing
-from qdora.model.patches import flash_lengths
+from qdora.model.attention import flash_lengths
 
 # Each tensor of a copy begins at a multiple of so many bytes, so that its part can be read in its dtype.
 _UNIT = 8
