@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.cli import app
 from qdora.data.batches import IGNORED
 from qdora.errors import USER_MISTAKE

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdora.adapter import shared_norms
-from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.adapter.shared_norms import prepare_shared_gains
+from qdora.adapter import norms
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.norms import refresh
 from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.token_scores import Span, score_spans
@@ -169,7 +169,7 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
-        norms = {} if case == "lora" else {"adapter/dora.py": len(adapted_layers(model))}
+        norms = {} if case == "lora" else {"adapter/algebra.py": len(adapted_layers(model))}
         assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
@@ -213,9 +213,9 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
             layer.parameters_changed()
             (layer.base.share,) = shares(layer.base.stored_weight, 1)
         gpu.clear()
-        with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
-            assert prepare_shared_gains(layers) == len(layers)
-        assert files(gpu.lines("wait")) == {"adapter/shared_norms.py": 1} | ({"adapter/dora.py": 1} if removed else {})
+        with patch.object(norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
+            assert refresh(layers) == len(layers)
+        assert files(gpu.lines("wait")) == {"adapter/norms.py": 1} | ({"adapter/algebra.py": 1} if removed else {})
         for layer, each in zip(layers, wanted, strict=True):
             torch.testing.assert_close(layer.gain(torch.float32).value.cpu(), each)
 
@@ -252,7 +252,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
             numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
         assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
-        assert all(line.startswith(("adapter/prepared_gains.py: answers", "adapter/dora.py")) for line in lines)
+        assert all(line.startswith(("adapter/norms.py: answers", "adapter/algebra.py")) for line in lines)
         gain: Any = layer.gain(torch.float32)
         found.append((numbers, [gain.value, *(each.grad for each in adapter_parameters(model).values())]))
     assert found[0][0] == found[1][0]

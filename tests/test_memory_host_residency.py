@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.rows import HostEmbedding
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run

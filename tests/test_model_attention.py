@@ -41,7 +41,7 @@ from qdora.errors import UserError
 from qdora.evaluate.forward_path import scoring
 from qdora.model.attention import with_attention
 from qdora.model.patches import fast_grouped_attention, known_masks, packed_mask_is_known, takes_flash_lengths
-from qdora.quant.planned_device import planned_on
+from qdora.quant.kernels import planned_on
 from qdora.train.passes import batch_loss
 from tests import support
 from tests.false_gpu import on_false_gpu

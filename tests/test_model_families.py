@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner
 
-from qdora.adapter import expert_product, expert_tokens
-from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.adapter import expert_product
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.merged import StreamedMerge, export_merged
@@ -87,7 +87,7 @@ def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("options", [{"gated": True}, {"kind": "lora", "share": "B"}], ids=str)
+@pytest.mark.parametrize("options", [{"gated": True}, {"kind": "lora"}], ids=str)
 def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path, monkeypatch, name, options):
     """Outputs and gradients, in float64."""
     options = dict(options)
@@ -104,8 +104,8 @@ def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path,
 
     plain, spread = results(), list[Tensor]()
     monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
-    monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
-    monkeypatch.setattr(expert_tokens, "_WORTH_COPIES", -1)
+    monkeypatch.setattr(expert_product, "_MOST_PADDING", 1.0)
+    monkeypatch.setattr(expert_product, "_WORTH_COPIES", -1)
     apply = experts._Spread.apply
     monkeypatch.setattr(experts._Spread, "apply", lambda x, *rest: (spread.append(x), apply(x, *rest))[1])
     for one, other in zip(plain, results(), strict=True):
@@ -122,11 +122,11 @@ def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path,
 # --- adapters
 
 
-@pytest.mark.parametrize(("kind", "share"), [("dora", "none"), ("lora", "A"), ("dora", "B")])
-def test_an_adapter_file_holds_the_layers(tmp_path, kind, share):
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_an_adapter_file_holds_the_layers(tmp_path, kind):
     support.write_mixture(tmp_path / "model", "mixtral")
     model, again = (load_checkpoint(tmp_path / "model", quant="nf4") for _ in range(2))
-    layers = inject(model, kind=kind, rank=4, expert_rank=2, share=share, targets=["q_proj", "experts"])
+    layers = inject(model, kind=kind, rank=4, expert_rank=2, targets=["q_proj", "experts"])
     assert sum(isinstance(layer, AdaptedExperts) for layer in layers.values()) == 4
     support.move_adapters_(layers)
     directory = saved(model, tmp_path / "adapter", "nf4")

@@ -154,15 +154,15 @@ def test_nearest_low_rank(rows, columns, rank, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "masked", "share", "kind"),
+    ("name", "masked", "kind"),
     [
-        ("llama-tied-biased", True, "none", "dora"),
-        ("llama-tied-biased", False, "none", "lora"),
-        *(("gpt_oss", False, share, "dora") for share in ("none", "A", "B")),
+        ("llama-tied-biased", True, "dora"),
+        ("llama-tied-biased", False, "lora"),
+        ("gpt_oss", False, "dora"),
     ],
 )
-def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
-    """Each expert has a start of its own; those that share a factor have the nearest of all together."""
+def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
+    """Each expert has a start of its own."""
     if name == "gpt_oss":
         support.write_mixture(tmp_path, name)
     else:
@@ -170,7 +170,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
     placer = Pruner(PruneConfig(method="magnitude", pattern="2:4")) if masked else None
     model, original = support.load_checkpoint(tmp_path, quant="nf2", placer=placer), support.load_checkpoint(tmp_path)
     targets: Any = "experts" if name == "gpt_oss" else "all-linear"
-    options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked, "share": share}
+    options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked}
     layers = inject(model, kind=kind, targets=targets, **options)
     left = start_from_error_(model, resolve(str(tmp_path)))
     assert left.keys() == layers.keys()
@@ -178,7 +178,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         keep = layer.base.keep_mask().numpy() if masked else 1.0
         error = (weight - base) * keep
-        parts = support.parts_of_experts(torch.from_numpy(error), 4 if name == "gpt_oss" else 1, share)
+        parts = support.parts_of_experts(torch.from_numpy(error), 4 if name == "gpt_oss" else 1)
         squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
         update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
         assert np.linalg.norm(error - update) ** 2 == pytest.approx(np.sum(squares), rel=1e-3)

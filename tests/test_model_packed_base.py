@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qdora.adapter.expert_tokens import padded_tokens
+from qdora.adapter.expert_product import padded_tokens
 from qdora.errors import DiskFull, UserError
 from qdora.model import store
 from qdora.model.inject import frozen_layers

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
+from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter

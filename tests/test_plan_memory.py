@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.norms import refresh
 from qdora.data.batches import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
@@ -31,7 +31,7 @@ from qdora.plan.fake_step import BlockPattern, extrapolated, find_pattern
 from qdora.plan.fit import assumed_workload, fit_recipe, largest_shapes, not_exceeded, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan, public_shapes
-from qdora.quant.planned_device import planned_counts, planned_on
+from qdora.quant.kernels import planned_counts, planned_on
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.base import load_base
@@ -374,7 +374,7 @@ def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
         model.train()
         for _ in range(2):
             live.reset_peak()
-            prepare_gains(adapted_layers(model).values())
+            refresh(adapted_layers(model).values())
             for _ in range(2):
                 routers = recipe.train.router_aux_loss > 0
                 loss = batch_loss(model, ids, torch.ones_like(ids), ids.clone(), chunk=64, routers=routers)
@@ -390,7 +390,6 @@ def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 256, "num_experts": 16}
 LATENT = {"hidden_size": 128, "moe_intermediate_size": 256, "n_routed_experts": 16}
-SHARED_B = {"adapter__experts": {"rank": 2, "share": "B"}}
 OSS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_local_experts": 16}
 
 
@@ -399,9 +398,9 @@ OSS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_local_
     [
         ("mixtral", 512, {"num_local_experts": 8, "intermediate_size": 256, "num_hidden_layers": 1}, {}),
         pytest.param("qwen3_moe", 768, WIDE, {"adapter__dropout": 0.1, "memory__checkpointing": False}, marks=slow),
-        pytest.param("qwen3_moe", 768, WIDE, {"base__quant": "int8", **SHARED_B}, marks=slow),
+        pytest.param("qwen3_moe", 768, WIDE, {"base__quant": "int8", "adapter__experts": {"rank": 2}}, marks=slow),
         pytest.param("gpt_oss", 768, OSS, {"adapter__kind": "lora"}, marks=slow),
-        pytest.param("deepseek_v3", 768, LATENT, {"adapter__experts": {"rank": 4, "share": "A"}}, marks=slow),
+        pytest.param("deepseek_v3", 768, LATENT, {"adapter__experts": {"rank": 4}}, marks=slow),
         # Linear attention
         pytest.param("qwen3_next", 1100, {"moe_intermediate_size": 256, "num_experts": 16}, {}, marks=slow),
     ],

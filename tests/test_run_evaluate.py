@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from transformers import GenerationConfig
 
-from qdora.adapter import adapted_linear, frozen_product
+from qdora.adapter import layer
 from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.token_scores import Span, score_spans
@@ -23,7 +23,7 @@ from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
-from qdora.quant import bnb_kernels
+from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.options import ExportOptions
 from qdora.run import generate
@@ -210,15 +210,15 @@ def test_the_most_likely_tokens_are_streamed(run: Path) -> None:
 
 def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose scores would else depend on how many tokens a batch has."""
-    product, calls = bnb_kernels.product_4bit, list[int]()
+    product, calls = kernels.product_4bit, list[int]()
 
     def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         calls.append(len(x))
         return product(x, *args, **options)
 
-    monkeypatch.setattr(frozen_product, "device_kind", lambda _device: "cuda")
-    monkeypatch.setattr(bnb_kernels, "has_product", lambda _kind: True)
-    monkeypatch.setattr(bnb_kernels, "product_4bit", counted)
+    monkeypatch.setattr(product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(kernels, "has_product", lambda _kind: True)
+    monkeypatch.setattr(kernels, "product_4bit", counted)
     loaded = load_target(str(run), verb="test")
     score_spans(loaded.model, [Span((1, 2, 3, 4), 1)], max_batch_tokens=64)
     text_perplexity(loaded.model, loaded.tokenizer, ["3 + 4 = 7"], window=16, stride=8)
@@ -266,7 +266,7 @@ def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.M
     expected = scores(target, **options)
     for task, of_run in scores(run, limit=4).items():
         assert expected[task]["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.03)
-    monkeypatch.setattr(adapted_linear, "_free_bytes", lambda _device: 0)
+    monkeypatch.setattr(layer, "_free_bytes", lambda _device: 0)
     layers = adapted_layers(load_target(str(target), verb="eval").model).values()
     assert [layer.keeps_scales for layer in layers] == [False] * 14
     assert scores(target, **options) == expected

@@ -18,7 +18,7 @@ from measure import PACKAGES
 from gpu import device as on
 from gpu.plan import ERROR_LINES, Part, Plan
 from qdora.files.environment import environment, package_versions
-from qdora.quant import bnb_kernels
+from qdora.quant import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def card(part: Part, plan: Plan, device: torch.device) -> None:
     part.attempt("memory_bytes", lambda: torch.cuda.mem_get_info() if device.type == "cuda" else None)
     matmul = torch.backends.cuda.matmul
     part.put("reduced_precision", [str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_tf32)])
-    part.attempt("bnb_runs_here", bnb_kernels.is_available, device.type)
+    part.attempt("bnb_runs_here", kernels.is_available, device.type)
     part.attempt("floors", floors, device, 8192 if device.type == "cuda" else 128)
 
 

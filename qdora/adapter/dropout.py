@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.quant.planned_device import device_kind, is_planning
+from qdora.quant.kernels import device_kind, is_planning
 
 # Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. On a
 # GPU 32 MiB of mask and 64 MiB of 16-bit inputs: one slice for 2,048 tokens of 14336.

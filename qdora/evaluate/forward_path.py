@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.layer import evaluation_mode
 from qdora.model.patches import fast_grouped_attention
 
 

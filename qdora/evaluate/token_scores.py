@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from qdora.adapter.host_embedding import ids_on_host
+from qdora.adapter.rows import ids_on_host
 from qdora.data.chat_template import shared_length
 from qdora.evaluate.batches import length_batches, results_of
 from qdora.evaluate.forward_path import cache_keyword, head_input, scoring, shares_prefix

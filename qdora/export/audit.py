@@ -16,8 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluate.metrics import mean_stderr
@@ -28,7 +27,7 @@ from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layer, adapted_layers, frozen_layers, frozen_like, replace_module
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.bnb import FOUR_BIT_KINDS
 from qdora.quant.packed import block_scales, quantize
 from qdora.quant.tiles import Weight
 

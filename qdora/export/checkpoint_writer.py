@@ -24,10 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.trained_rows import RowEmbedding, RowHead, merged_rows
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.rows import RowEmbedding, RowHead, merged_rows
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.export.audit import audit, audit_table
 from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory, save_tokenizer

@@ -24,9 +24,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.dora import merged_weight
-from qdora.adapter.expert_product import dense_rows, merged_rows
-from qdora.adapter.trained_rows import with_rows
+from qdora.adapter.algebra import merged_weight
+from qdora.adapter.experts import dense_rows, merged_rows
+from qdora.adapter.rows import with_rows
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import (
     CheckpointPlan,
@@ -67,7 +67,7 @@ from qdora.model.load import (
 from qdora.model.multimodal import carried, linear_not_loaded
 from qdora.model.source import ModelSource
 from qdora.model.tokens import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
-from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
+from qdora.quant.bnb import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.trained_rows import RowHead
+from qdora.adapter.experts import FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.rows import RowHead
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.files.atomic import json_bytes
@@ -37,7 +36,7 @@ from qdora.model.multimodal import all_paths, linear_not_loaded
 from qdora.model.names import taken_for_experts
 from qdora.model.peft_config import adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.quant.bnb_state import FOUR_BIT_KINDS, to_bnb_state
+from qdora.quant.bnb import FOUR_BIT_KINDS, to_bnb_state
 from qdora.quant.packed import PackedWeight, block_scales, with_nested_scales
 
 

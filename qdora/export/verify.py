@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
@@ -40,7 +40,7 @@ from qdora.model.multimodal import auto_class
 from qdora.model.names import rename_to_model, to_stacks
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, resolve
 from qdora.model.tokens import embedding_paths, is_tied, trained_matrices
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.bnb import FOUR_BIT_KINDS
 from qdora.quant.packed import PackedWeight, dequantize
 
 logger = logging.getLogger("qdora")
@@ -211,7 +211,7 @@ def _rows_of(layer: AdaptedLinear, step: int) -> tuple[Tensor, Tensor]:
     for row in range(0, layer.out_features, step):
         expert, inside = divmod(row, layer.expert_features)
         rows.append(layer.base.dequantized_rows(slice(row, row + 1), wide))  # one expert at a time
-        updates.append(b[expert % len(b), inside] @ a[expert % len(a)])
+        updates.append(b[expert, inside] @ a[expert])
     return torch.cat(rows).double(), torch.stack(updates)
 
 

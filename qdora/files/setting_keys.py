@@ -17,7 +17,7 @@ MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips",
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
 
-GONE: Mapping[str, Any] = {"train.compile": False}
+GONE: Mapping[str, Any] = {"train.compile": False, "adapter.experts.share": "none"}
 """Settings that have left -> the value that changed nothing. Recipes of earlier versions may hold them at this value,
 and keys of kept cells do."""
 

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.row_share import RowShare, divided_tensors, gather_runs, span
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.rows import RowShare, divided_tensors, gather_runs, span
 from qdora.errors import RunFailure, UserError
 from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.norms import refresh
+from qdora.adapter.rows import HostEmbedding
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
@@ -373,7 +372,7 @@ def _before_block(block: nn.Module, _args: Any) -> None:
             "base.residency: host: gradients without checkpointing would use another block's weights. Fix: train with "
             "memory.checkpointing, or compute without gradients."
         )
-    prepare_gains(module for module in block.modules() if isinstance(module, AdaptedLinear))
+    refresh(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

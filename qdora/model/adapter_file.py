@@ -28,9 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdora import __version__
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_directory, json_bytes
 from qdora.files.json_file import read_json_object
@@ -100,9 +99,7 @@ def save_adapter(
         "formula": _MAGNITUDE_NOTE,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
-            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
-            | ({"share": layer.share} if isinstance(layer, AdaptedExperts) else {})
-            for path, layer in layers.items()
+            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
         },
         "extra": extra or {},
     }
@@ -142,7 +139,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         described,
         extra=record.get("extra"),
         scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
-        shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
         base=record["base"] if isinstance(record.get("base"), dict) else None,
     )
 
@@ -160,7 +156,6 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     for path, found in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
-            share=found.share,
             kind=described.kind,
             rank=described.rank_of(path),
             alpha=described.alpha_of(path),
@@ -193,7 +188,6 @@ class StoredLayer:
     lora_B: Tensor
     magnitude: Tensor | None
     scaling: float
-    share: Share = "none"
 
 
 def read_adapter(
@@ -233,17 +227,10 @@ def read_adapter(
     found, places = {}, _places(linear)
     for path, module in linear.items():
         a_name, b_name, m_name = _names(places[path])
-        a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
+        a, b = tensors[a_name], tensors[b_name]
         if isinstance(module, BareExperts):
             a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
-            factors = {"A": a, "B": b}
-            if share != "none":
-                where = f"{directory / WEIGHTS_FILE}: {path}"
-                if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
-                    raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
-                factors[share] = factors[share][:1]
-            a, b = factors["A"], factors["B"]
-        found[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path), share)
+        found[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path))
     matrices = {}
     for path, (ids, _) in trained.items():
         values = tensors[_matrix_name(path, ids)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
@@ -238,7 +238,6 @@ def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) 
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
             expert_rank=settings.experts.rank,
-            share=settings.experts.share,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",

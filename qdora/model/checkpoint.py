@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qdora.errors import UserError, nearest
 from qdora.files.json_file import parse_json
 from qdora.model.experts import replaced_in_4_bits
-from qdora.quant.bnb_state import STATE_NAME, from_bnb_state
+from qdora.quant.bnb import STATE_NAME, from_bnb_state
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
 from qdora.quant.packed import PackedWeight, RowParts, from_tensors
 

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.rows import HostEmbedding
 from qdora.errors import NotFinite, UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention

@@ -20,15 +20,12 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.plain_linear import own_class
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.model.attention import FLASH_CAPABILITY, FLASH_DTYPES, attention_of
 from qdora.model.inject import adapted_layers
-from qdora.quant.planned_device import device_kind
+from qdora.quant.kernels import device_kind
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from qdora.adapter.adapted_linear import AdaptedLinear, Kind
-from qdora.adapter.expert_linear import AdaptedExperts, Share
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear, Kind
 from qdora.errors import UserError, first_line, nearest
 from qdora.files.json_file import read_json_object
 
@@ -59,11 +59,10 @@ _WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runti
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDescription:
-    """The JSON files of an adapter; the last four are what qdora.json adds.
+    """The JSON files of an adapter; the last three are what qdora.json adds.
 
     `all_linear`: of the modules that `config` selects only the linear layers but the head and routers. `masked`: B A
-    keeps the zeros of a pruned base, which PEFT cannot do. `shares`: path of each stack of experts -> the factor that
-    its experts share. `base`: name_or_path, revision and quant of the base.
+    keeps the zeros of a pruned base, which PEFT cannot do. `base`: name_or_path, revision and quant of the base.
     """
 
     config: LoraConfig
@@ -71,7 +70,6 @@ class AdapterDescription:
     masked: bool = False
     extra: dict[str, Any] | None = None
     scalings: dict[str, float] | None = None
-    shares: Mapping[str, Share] = field(default_factory=dict)
     base: Mapping[str, Any] | None = None
 
     @property

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
+from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, replace_module

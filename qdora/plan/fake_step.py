@@ -24,8 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
 from qdora.model.adapter_file import selected_modules
 from qdora.model.attention import attention_of
 from qdora.model.checkpoint import tied_weights
@@ -38,8 +38,8 @@ from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
+from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight, empty_packed
-from qdora.quant.planned_device import planned_on
 from qdora.quant.tiles import Weight
 from qdora.train.flat_group import OptimizerName, groups_of
 from qdora.train.loss import tapped_routers
@@ -303,12 +303,11 @@ class StepRecorder:
         with self.live.label(parts.KEPT):
             for layer in layers:
                 layer.gain(self.model.dtype)
-                layer.operands(self.model.dtype)
         # The parameters have just been updated, so that the gains are taken anew.
         torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
         with self._part("gains", None, parts.KEPT):
-            prepare_gains(layers)
+            refresh(layers)
         if shape.accumulated:
             self._make_gradients()
         self._gradient(shape, chunk)

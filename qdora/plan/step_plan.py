@@ -19,8 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.adapter.expert_linear import ExpertLinear
-from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
+from qdora.adapter.experts import ExpertLinear
+from qdora.adapter.rows import divided_tensors, is_cut_by_rows
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.memory.offload import pages_bytes
@@ -68,8 +68,8 @@ from qdora.plan.plan import (
     forward_seconds,
     step_seconds,
 )
+from qdora.quant.kernels import Routing, planned_on
 from qdora.quant.packed import empty_packed
-from qdora.quant.planned_device import Routing, planned_on
 from qdora.recipe.settings import Recipe
 from qdora.train.loss import auto_chunk
 from qdora.train.optimizer import AdapterOptimizer
@@ -365,7 +365,6 @@ class _StepPlan:
             dropout=settings.dropout,
             targets=list(ranks),
             rank_pattern=ranks,
-            share=next(iter(self.adapter.shares.values()), "none"),  # a run has one for all stacks
             dtype=DTYPES[settings.dtype],
         )
         set_kept_scales_(model, self.recipe)

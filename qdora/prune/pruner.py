@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import BareExperts
-from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.experts import BareExperts
+from qdora.adapter.layer import evaluation_mode
 from qdora.errors import UserError, first_few, first_line
 from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
@@ -38,9 +38,8 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.store import PrunedLayer, layer_record
-from qdora.prune.scores import InputStatistics, mask_by_scores, prune_weight
-from qdora.quant.packed import dequantize, quantize, zero_packed
-from qdora.quant.sparsity import check_shape, mask_bits, pattern_from
+from qdora.prune.scores import InputStatistics, check_shape, mask_by_scores, pattern_from, prune_weight
+from qdora.quant.packed import dequantize, mask_bits, quantize, zero_packed
 from qdora.quant.tiles import Weight, dense_weight
 from qdora.recipe.settings import PruneConfig
 

@@ -9,13 +9,13 @@ Squares order the weights as the magnitudes of the papers do, and add up to the 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.quant.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
@@ -23,6 +23,89 @@ BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
+
+
+PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
+Group = Literal["tensor", "row"]
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """The zeros of a pruned weight: any weights, m - n of every m neighbours in a row, or whole outputs or inputs."""
+
+    kind: PatternKind
+    sparsity: float  # share of zeros, in [0, 1)
+    keep: int = 0  # n of "n:m"
+    of: int = 0  # m of "n:m"
+
+
+def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
+    """A pattern by its name in `base.prune.pattern`; n:m (n of m kept) implies its sparsity."""
+    if ":" in name:
+        keep, of = map(int, name.split(":"))
+        return SparsityPattern("n:m", 1 - keep / of, keep, of)
+    assert sparsity is not None, "only n:m implies its sparsity"
+    return SparsityPattern(cast(PatternKind, name), sparsity)
+
+
+def num_pruned(sparsity: float, size: int) -> int:
+    """Entries to prune in a group of `size`: sparsity * size, rounded to the nearest whole number."""
+    return round(sparsity * size)
+
+
+def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
+    """Raise ValueError if a weight (out, in) cannot have the pattern."""
+    if pattern.kind == "n:m" and shape[1] % pattern.of:
+        raise ValueError(
+            f"{name}: pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}."
+        )
+
+
+@torch.no_grad()
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count` lowest entries of each group; of equal entries the first.
+
+    `scores` is (groups, size), float32 or float64, finite. The result, bool, has exactly `count` True in every row.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    chosen = scores <= threshold
+    surplus = chosen.sum(dim=1) - count
+    tied_groups = surplus.nonzero().squeeze(1)
+    if len(tied_groups):
+        some, limit = scores[tied_groups], threshold[tied_groups]
+        below, tied = some < limit, some == limit
+        wanted = count - below.sum(dim=1, keepdim=True)
+        chosen[tied_groups] = below | (tied & (tied.cumsum(dim=1) <= wanted))
+    return chosen
+
+
+@torch.no_grad()
+def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
+    """The mask (out, in) of a pattern that keeps the highest scores.
+
+    Args:
+        scores: Cost of removing each weight, (out, in), finite, not negative. The cost of a row or column is the sum
+            over its weights.
+        pattern: Its counts are exact: round(sparsity * size) per group are pruned, and m - n of every m.
+        group: Of an unstructured pattern: the whole tensor, or each row.
+    Raises ValueError: If in_features is no multiple of m.
+    """
+    rows, columns = scores.shape
+    check_shape(pattern, (rows, columns))
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if pattern.kind == "n:m":
+        groups = scores.reshape(-1, pattern.of)
+        return ~lowest(groups, pattern.of - pattern.keep).view(rows, columns)
+    if pattern.kind == "rows":
+        pruned = lowest(scores.sum(dim=1)[None], num_pruned(pattern.sparsity, rows))
+        return (~pruned).T.expand(rows, columns).contiguous()
+    if pattern.kind == "columns":
+        pruned = lowest(scores.sum(dim=0)[None], num_pruned(pattern.sparsity, columns))
+        return (~pruned).expand(rows, columns).contiguous()
+    groups = scores if group == "row" else scores.reshape(1, -1)
+    return ~lowest(groups, num_pruned(pattern.sparsity, groups.shape[1])).view(rows, columns)
 
 
 class Pruned(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import drop_scales_without_room
+from qdora.adapter.layer import drop_scales_without_room
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError, not_one_of
 from qdora.files.atomic import atomic_write_json, atomic_write_text

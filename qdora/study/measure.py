@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs

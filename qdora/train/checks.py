@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.row_share import divided_tensors
-from qdora.adapter.shared_norms import prepare_shared_gains
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
+from qdora.adapter.norms import refresh
+from qdora.adapter.rows import divided_tensors
 from qdora.data.batches import PackedLayout
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
@@ -261,7 +260,7 @@ def _loss(model: PreTrainedModel) -> float:
     model.eval()
     for layer in layers:
         layer.parameters_changed()
-    prepare_shared_gains(layers)
+    refresh(layer for layer in layers if layer.base.share is not None)
     given = ids.to(model.device)
     loss = batch_loss(model, given, torch.ones_like(given), ids).nll_sum / _NUM_TOKENS
     model.train(training)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qdora.errors import first_line
 from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, device_attribute
 from qdora.memory.oom import is_out_of_memory
-from qdora.quant.planned_device import is_planning
+from qdora.quant.kernels import is_planning
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 

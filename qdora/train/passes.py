@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.host_embedding import ids_on_host
-from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
-from qdora.adapter.shared_norms import prepare_shared_gains
+from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
+from qdora.adapter.rows import ids_on_host
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
 from qdora.model.inject import adapted_layers
 from qdora.model.patches import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
@@ -167,8 +166,7 @@ def over_processes(metrics: Metrics, fault: str | None, processes: Processes) ->
 def prepare_model_gains(model: nn.Module) -> None:
     """Compute the gains of the coming passes; for their norms alone no block is fetched that is not resident."""
     layers = adapted_layers(model).values()
-    prepare_gains(layer for layer in layers if layer.base.residency is None)
-    prepare_shared_gains(layers)
+    refresh(layer for layer in layers if layer.base.residency is None or layer.base.share is not None)
 
 
 def _accumulate(

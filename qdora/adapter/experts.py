@@ -6,29 +6,39 @@ divide (`ExpertTokens`), and gives (tokens, out) (`model.experts` sorts the toke
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.dora import Gain, gain, gain_of_sum
+from qdora.adapter.algebra import (
+    FactoredNorm,
+    Gain,
+    factored_norms,
+    full_precision,
+    gain,
+    gain_of_sum,
+    measure_cancelled_,
+    merged_weight,
+    norms_of_products,
+    rounded,
+    row_norm,
+)
 from qdora.adapter.expert_product import (
+    ExpertTokens,
     adapted_stack,
     add_expert_bias,
-    dense_rows,
+    expert_bits,
+    expert_rows,
+    experts_together,
     frozen_stack,
-    merged_rows,
-    stack_norm,
     wants_padding,
 )
-from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.frozen_product import product_dtype
-from qdora.quant.tiles import Weight
-
-Share = Literal["none", "A", "B"]
-"""Which factor all experts of a stack share."""
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.product import product_dtype
+from qdora.errors import UserError
+from qdora.quant.kernels import is_planning
+from qdora.quant.packed import PackedWeight
+from qdora.quant.tiles import Weight, dense_weight, row_tiles
 
 
 class ExpertLinear(nn.Module):
@@ -65,6 +75,9 @@ class FrozenExperts(FrozenLinear):
     ) -> None:
         super().__init__(weight, bias, keep_bits)
         self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
+        if isinstance(weight, PackedWeight) and self.expert_features * self.in_features % weight.block_size:
+            shape = self.expert_features, self.in_features
+            raise UserError(f"base.block_size: {weight.block_size} does not divide the weights of an expert, {shape}.")
 
     def dequantized_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of the dense weight; only their experts are dequantised."""
@@ -87,17 +100,12 @@ BareExperts = ExpertLinear | FrozenExperts
 class AdaptedExperts(AdaptedLinear):
     """`AdaptedLinear` for each expert of a stack: y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e.
 
-    lora_A is (experts, rank, in), lora_B (experts, out, rank), magnitude (experts, out). With `share` "A" or "B" that
-    factor is (1, ...) and serves all experts. A gate belongs to one rank component of all experts.
-
-    The row norms of an expert are computed when tokens reach it, once for each state of the parameters.
+    lora_A is (experts, rank, in), lora_B (experts, out, rank), magnitude (experts, out). A gate belongs to one rank
+    component of all experts. The row norms of an expert are computed when tokens reach it, once for each state of the
+    parameters.
     """
 
     base: FrozenExperts
-
-    def __init__(self, base: FrozenExperts, *, share: Share = "none", **options: Any) -> None:
-        self.share = share  # before the constructor, which asks for the shapes
-        super().__init__(base, **options)
 
     @property
     def num_experts(self) -> int:
@@ -110,34 +118,16 @@ class AdaptedExperts(AdaptedLinear):
         return self.base.expert_features
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        of_a, of_b = (1 if self.share == factor else self.num_experts for factor in ("A", "B"))
-        rows = self.expert_features
-        return (of_a, self.rank, self.in_features), (of_b, rows, self.rank), (self.num_experts, rows)
+        experts, rows = self.num_experts, self.expert_features
+        return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
-        """As in `AdaptedLinear`, of (experts * out, in): each expert's matrix, or where the experts share a factor, one
-        of all: (experts * out, in) for A, (out, experts * in) for B."""
-        stacked = matrix.view(self.num_experts, self.expert_features, self.in_features)
-        if self.share == "A":
-            return [matrix]
-        return [stacked.transpose(0, 1).flatten(1)] if self.share == "B" else list(stacked)
+        """As in `AdaptedLinear`, of (experts * out, in): each expert's matrix."""
+        return list(matrix.view(self.num_experts, self.expert_features, self.in_features))
 
     def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
         """As in `AdaptedLinear`."""
-        if self.share == "A":
-            return [(lora_B.flatten(0, 1), lora_A[0])]
-        if self.share == "B":
-            return [(lora_B[0], lora_A.transpose(0, 1).flatten(1))]
         return list(zip(lora_B, lora_A, strict=True))
-
-    @torch.no_grad()
-    def set_factors_(self, factors: list[tuple[Tensor, Tensor]]) -> None:
-        """As in `AdaptedLinear`."""
-        lora_B, lora_A = (torch.stack([pair[index] for pair in factors]) for index in (0, 1))
-        if self.share == "B":
-            lora_A = lora_A.view(self.rank, self.num_experts, self.in_features).transpose(0, 1)
-        self.lora_B.copy_(lora_B.view(self.lora_B.shape))
-        self.lora_A.copy_(lora_A)
 
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
@@ -158,11 +148,9 @@ class AdaptedExperts(AdaptedLinear):
         )
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
-        """The gain of all experts, (experts, out); see `AdaptedLinear.gain`."""
+        """The gain of all experts, (experts, out); see `AdaptedLinear.gain`. A stack has no operands: those of each run
+        of experts are made for it."""
         return self._gain_of(self._all, dtype)
-
-    def operands(self, dtype: torch.dtype) -> None:
-        """None: those of each run of experts are made for it."""
 
     @property
     def _all(self) -> ExpertTokens:
@@ -174,19 +162,18 @@ class AdaptedExperts(AdaptedLinear):
         if magnitude is None:
             return None
         settings = (dtype, self.scaling)
-        known = self._cache.get("row_norm", self._factors(), settings, lambda: _KnownNorms(torch.ones_like(magnitude)))
+        known = self.kept_norm.get(self.factors, settings, lambda: _KnownNorms(torch.ones_like(magnitude)))
         missing = [expert for expert in tokens.experts if expert not in known.experts]
         if missing:
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
                 tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                known.add(tokens, self._norm_of(tokens, self.lora_A, self.gated_B(), dtype))
-        count = len(known.experts)
-        return self._cache.get(
-            "gain", (*self._factors(), magnitude), (*settings, count), lambda: gain(magnitude, known.norm)
-        )
+                known.add(tokens, self._norms(tokens, self.lora_A, self.gated_B(), dtype))
+        state = (*settings, len(known.experts))
+        found: Gain = self.kept_operands.get(self.own_parameters, state, lambda: gain(magnitude, known.norm))
+        return found
 
-    def _norm_of(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.base_squared is not None, "a norm belongs to a DoRA layer"
         return stack_norm(
             self.base.stored_weight,
@@ -199,8 +186,8 @@ class AdaptedExperts(AdaptedLinear):
             keep_bits=self._mask_bits,
         )
 
-    def _norm(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._norm_of(self._all, lora_A, lora_B, dtype)
+    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._norms(self._all, lora_A, lora_B, dtype)
 
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
@@ -232,15 +219,13 @@ class AdaptedExperts(AdaptedLinear):
 Stack = BareExperts | AdaptedExperts
 
 
-def is_one_by_one(stack: Stack) -> bool:
-    """Whether each expert of a stack has launches of its own on every device: a trainable or a masked one."""
-    return isinstance(stack, ExpertLinear) or (isinstance(stack, AdaptedExperts) and stack.masked)
-
-
 def needs_padding(stack: Stack, x: Tensor) -> bool:
-    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
+    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`.
+
+    Each expert of a trainable or a masked stack has launches of its own on every device.
+    """
     base = stack.base if isinstance(stack, AdaptedExperts) else stack
-    if not isinstance(base, FrozenExperts) or is_one_by_one(stack):
+    if not isinstance(base, FrozenExperts) or (isinstance(stack, AdaptedExperts) and stack.masked):
         return False
     return wants_padding(x.new_empty(0, dtype=product_dtype(x)), base.stored_weight, base.num_experts)
 
@@ -255,3 +240,111 @@ class _KnownNorms:
     def add(self, tokens: ExpertTokens, norm: Tensor) -> None:
         self.norm.index_copy_(0, tokens.on(self.norm.device).experts, norm.to(self.norm.dtype))
         self.experts.update(tokens.experts)
+
+
+# ------------------------------------------------------------------------------------------------ norms and merges
+
+
+@torch.no_grad()
+def stack_norm(
+    weight: Weight,
+    tokens: ExpertTokens,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+    keep_bits: Tensor | None = None,
+) -> Tensor:
+    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `algebra.factored_norms`.
+
+    A GPU's host waits once, to know which experts have cancelled rows.
+
+    Args:
+        lora_A, lora_B: (experts, rank, in), (experts, out, rank).
+        base_squared: ||w||^2 of each row, (experts, out).
+        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
+        keep_bits: As in `adapted_stack`; the rows are then formed.
+    """
+    num_experts, count = len(tokens.counts), len(tokens.experts)
+    together = experts_together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
+    norms: list[Tensor] = []
+    cancelled: list[Tensor] = []
+    for run in tokens.all_runs(1 if keep_bits is not None else together):
+        squared = run.pick(base_squared)
+        if is_planning() and len(norms) > 1 and run.first + 2 * together < count:
+            # Like the run before it. The last ones are run, when the norms of the others are there.
+            norms.append(base_squared.new_empty(squared.shape))
+            continue
+        a, b = (rounded(run.pick(each), dtype) for each in (lora_A, lora_B))
+        part = expert_rows(weight, num_experts, run)
+        if keep_bits is None:
+            found = _norms_of_run(part, a, b, scaling, base_squared=squared, dtype=dtype)
+            norms.append(found.norm)
+            cancelled.append(found.cancelled)
+        else:
+            bits = expert_bits(keep_bits, num_experts, run.experts[0])
+            own = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=bits)
+            norms.append(own.unsqueeze(0))
+    whole = torch.cat(norms)
+    if keep_bits is not None or isinstance(whole, FakeTensor):
+        return whole
+    lost = torch.cat(cancelled)
+    for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
+        if has_some:
+            a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
+            measure_cancelled_(norm, rows, expert_rows(weight, num_experts, run), a, b, scaling, dtype=dtype)
+    return whole
+
+
+@full_precision()
+def _norms_of_run(
+    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
+) -> FactoredNorm:
+    """The norms of a run's experts with shared launches, (n, out)."""
+    if len(base_squared) == 1:
+        return factored_norms([part], lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
+    ((_, tile),) = row_tiles(part, dtype)
+    products = tile.view(*base_squared.shape, -1) @ lora_A.mT
+    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=base_squared)
+
+
+@torch.no_grad()
+def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some rows of a stack, dense; only their experts are dequantised."""
+    size = stack.shape[0] // num_experts
+    experts = range(rows.start // size, -(-rows.stop // size))
+    runs = ExpertTokens.one_for_each(experts, num_experts).reached
+    parts = [dense_weight(expert_rows(stack, num_experts, run), dtype) for run in runs]
+    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dense[rows.start - experts.start * size : rows.stop - experts.start * size]
+
+
+@torch.no_grad()
+def merged_rows(
+    weight: Tensor,
+    first: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """Some rows of the dense stack that equals base and adapter, by `adapter.algebra.merged_weight` expert by expert.
+
+    Args:
+        weight: Rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
+        lora_A, lora_B, scaling, magnitude: As in `adapted_stack`.
+        keep_mask: (rows, in) bool; B A counts only where it is True.
+    """
+    size, done, merged = lora_B.shape[1], 0, []
+    while done < len(weight):
+        expert, row = divmod(first + done, size)
+        count = min(size - row, len(weight) - done)
+        here, inside = slice(done, done + count), slice(row, row + count)
+        own = None if magnitude is None else magnitude[expert, inside]
+        keep = None if keep_mask is None else keep_mask[here]
+        merged.append(merged_weight(weight[here], lora_A[expert], lora_B[expert, inside], scaling, own, keep))
+        done += count
+    return merged[0] if len(merged) == 1 else torch.cat(merged)

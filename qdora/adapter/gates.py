@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.adapter.low_rank_factors import rounded
+from qdora.adapter.algebra import rounded
 
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = BETA * math.log(-GAMMA / ZETA)

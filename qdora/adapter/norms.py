@@ -1,7 +1,8 @@
-"""Norms, gains and operands of many layers, made before a step's first forward pass.
+"""Norms, gains and operands of all layers, once per optimizer step, before its first forward pass.
 
 Layers alike (of one shape, rank and kind of base) share their operations. One by one, the some 20 small operations of a
-layer take longer to send than to compute: with SmolLM2's 210 layers on a CPU, most of the time of all norms.
+layer take longer to send than to compute: with SmolLM2's 210 layers on a CPU, most of the time of all norms. Of a base
+that is divided among processes, each computes the norms of its rows.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.adapted_product import Operands
-from qdora.adapter.dora import FactoredNorm, Gain, factored_norms, gain, measure_cancelled_
-from qdora.adapter.low_rank_factors import entries_at_a_time, row_factor, scaled_B
+from qdora.adapter.algebra import (
+    Gain,
+    entries_at_a_time,
+    factored_norms,
+    gain,
+    measure_cancelled_,
+    rounded,
+    row_factor,
+    row_norm,
+    scaled_B,
+)
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.product import Operands
+from qdora.adapter.rows import gather_runs
+from qdora.quant.kernels import is_planning
 from qdora.quant.packed import PackedWeight
-from qdora.quant.planned_device import is_planning
 from qdora.quant.tiles import Weight, own_scales, with_scales
 
 _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
@@ -27,8 +38,8 @@ _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default
 
 @contextmanager
 def norms_checked_later(later: bool) -> Iterator[None]:
-    """With `later`, `prepare_gains` does not wait for a GPU in the block. Whoever opened the block then reads the flags
-    of the `unchecked` layers, and if `settle_norms` returns True, drops what came of their norms."""
+    """With `later`, `refresh` does not wait for a GPU in the block. The caller must check `unchecked` afterwards, and
+    repeat the step if a norm was wrong (`settle_norms`)."""
     before = _CHECKED_LATER.set(later)
     try:
         yield
@@ -43,30 +54,34 @@ def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
 
 def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
     """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
-    there are any. From then on `prepare_gains` reads the flags of their layers at once, until they are 0."""
+    there are any. From then on `refresh` reads the flags of their layers at once, until they are 0."""
     for layer, flag in zip(layers, flags, strict=True):
         layer.has_cancelled = None
         if flag:
-            layer._is_asked = True
+            layer.asks_at_once = True
             layer.parameters_changed()
     return any(flags)
 
 
-def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
-    """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
+def refresh(layers: Iterable[AdaptedLinear]) -> int:
+    """Compute what the coming forward pass reads of the parameters, so that a GPU's host waits once, not once a layer.
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
-    one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
-    Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
-    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. The weights of all layers
-    are read together, so streamed ones must be of one block. Returns how many norms were computed.
+    one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
+    whose parameters have not changed, that are masked (a masked norm asks nothing), and stacks of experts: the forward
+    pass computes the rest. The weights of all layers are read together, so streamed ones must be of one block.
+
+    If bases are divided among processes, all must call this together, in the same state: norms are gathered in one
+    collective. Weights that are not divided by rows are left to the forward pass. Returns how many norms were computed.
     """
-    known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
+    known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
-    changed = [(layer, dtype) for layer, dtype in ready if layer.kind == "dora" and not layer.knows_norm(dtype)]
-    for layer, _ in changed:
+    changed = [(layer, dtype) for layer, dtype in known if layer.kind == "dora" and not _knows_norm(layer, dtype)]
+    whole = [(layer, dtype) for layer, dtype in changed if not layer.masked and layer.base.share is None]
+    divided = [(layer, dtype) for layer, dtype in changed if layer.base.share is not None and layer.base.share.by_rows]
+    for layer, _ in whole:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
-    groups = _alike(changed)
+    groups = _alike(whole)
     device = changed[0][0].lora_A.device.type if changed else "cpu"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         for each in groups:
@@ -74,9 +89,19 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
         _check(groups)
         while groups:
             groups.pop().keep()  # and frees what is not kept
+        if divided:
+            _refresh_divided(divided)
     for layer, dtype in ready:
         layer.operands(dtype)
-    return len(changed)
+    return len(whole) + len(divided)
+
+
+def _knows_norm(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
+    return layer.kept_norm.knows(layer.factors, (dtype, layer.scaling))
+
+
+def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rounded(layer.lora_A.detach(), dtype), rounded(layer.gated_B().detach(), dtype)
 
 
 def _check(groups: Sequence[_Alike]) -> None:
@@ -85,7 +110,7 @@ def _check(groups: Sequence[_Alike]) -> None:
     for each in groups:
         for number, flag in enumerate(each.cancelled.any(dim=1)):
             layer = each.layers[number]
-            asks_later = _CHECKED_LATER.get() and not layer._is_asked
+            asks_later = _CHECKED_LATER.get() and not layer.asks_at_once
             layer.has_cancelled = flag if asks_later else None
             if not asks_later:
                 asked.append((each, number, flag))
@@ -94,7 +119,7 @@ def _check(groups: Sequence[_Alike]) -> None:
         device = asked[0][2].device
         answers = torch.stack([flag.to(device) for _, _, flag in asked]).tolist()
     for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
-        each.layers[number]._is_asked = has_cancelled
+        each.layers[number].asks_at_once = has_cancelled
         if has_cancelled:
             each.measure_again(number)
 
@@ -118,8 +143,7 @@ class _Alike:
     cancelled: Tensor = field(init=False)
 
     def compute_norms(self) -> None:
-        """Set all fields."""
-        factors = [layer._rounded_factors(self.dtype) for layer in self.layers]
+        factors = [_rounded_factors(layer, self.dtype) for layer in self.layers]
         self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
         self.weights = [_with_decoded_scales(layer) for layer in self.layers]
         squared = _stacked([layer.base_squared for layer in self.layers if layer.base_squared is not None])
@@ -128,13 +152,12 @@ class _Alike:
         self.norm, self.cancelled = found
 
     def measure_again(self, number: int) -> None:
-        """Measure the cancelled rows of a layer."""
-        found = FactoredNorm(self.norm[number], self.cancelled[number])
+        found = self.norm[number], self.cancelled[number], self.weights[number]
         factors, scaling = (self.lora_A[number], self.lora_B[number]), self.layers[number].scaling
-        measure_cancelled_(found, self.weights[number], *factors, scaling, dtype=self.dtype)
+        measure_cancelled_(*found, *factors, scaling, dtype=self.dtype)
 
     def keep(self) -> None:
-        """Keep norms, gains and operands in the layers; nothing is left here."""
+        """Keep norms and operands in the layers; nothing is left here."""
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
         value, inverse = gain(magnitude, self.norm)
@@ -146,7 +169,8 @@ class _Alike:
             scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
             a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
             operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
-            layer.keep_prepared(self.dtype, self.norm[i], operands)
+            layer.kept_norm.put(layer.factors, (self.dtype, layer.scaling), self.norm[i])
+            layer.kept_operands.put(layer.own_parameters, layer.settings(self.dtype), operands)
 
 
 def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> list[_Alike]:
@@ -177,3 +201,41 @@ def _with_decoded_scales(layer: AdaptedLinear) -> Weight:
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """(n, ...) of n tensors (...); of one without a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> None:
+    """Norms of this process's rows of each layer, as the layer itself computes them from the whole weight; one question
+    tells which have cancelled, one collective gathers all."""
+    norms: list[Tensor] = []
+    asked: list[tuple[AdaptedLinear, torch.dtype, Tensor, Tensor]] = []
+    for layer, dtype in divided:
+        (weight, a, b, s), share, squared = _my_rows(layer, dtype), layer.base.share, layer.base_squared
+        assert share is not None
+        assert squared is not None
+        squared = squared[share.rows]
+        if not len(squared):
+            norms.append(squared)
+        elif layer.masked:
+            bits = share.keep_bits()
+            norms.append(row_norm(weight, a, b, s, base_squared=squared, dtype=dtype, keep_bits=bits))
+        else:
+            found = factored_norms([weight], a[None], b[None], s, base_squared=squared[None], dtype=dtype)
+            norms.append(found.norm[0])
+            asked.append((layer, dtype, found.norm[0], found.cancelled[0]))
+    answers = torch.stack([cancelled.any() for *_, cancelled in asked]).tolist() if asked else []
+    for (layer, dtype, norm, cancelled), has_cancelled in zip(asked, answers, strict=True):
+        if has_cancelled:
+            measure_cancelled_(norm, cancelled, *_my_rows(layer, dtype), dtype=dtype)
+    group = divided[0][0].base.share.group  # type: ignore[union-attr]
+    whole = gather_runs(norms, [layer.out_features for layer, _ in divided], group)
+    for (layer, dtype), norm in zip(divided, whole, strict=True):
+        layer.kept_norm.put(layer.factors, (dtype, layer.scaling), norm)
+        layer.operands(dtype)
+
+
+def _my_rows(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Weight, Tensor, Tensor, float]:
+    """W, A, B and s of the rows that this process has."""
+    share = layer.base.share
+    assert share is not None
+    a, b = _rounded_factors(layer, dtype)
+    return share.weight(), a, b[share.rows], layer.scaling

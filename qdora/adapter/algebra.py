@@ -1,8 +1,9 @@
-"""The DoRA algebra: row norm, gain and merge.
+"""The DoRA algebra: low-rank factors as the products take them, row norm, gain and merge.
 
     y = g * (x W^T + s (drop(x) A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
-Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward pass (sec. 4.3). LoRA is g = 1.
+Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward pass (sec. 4.3). LoRA is g = 1. With a
+keep mask M of a pruned W, M o (B A) takes the place of B A.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qdora.quant.planned_device import device_kind, is_planning
+from qdora.quant.kernels import device_kind, is_planning
+from qdora.quant.packed import mask_from_bits
 from qdora.quant.tiles import Weight, row_tiles, spans, wide_dtype
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
@@ -25,6 +27,11 @@ CANCELLATION = 0.25
 # Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
 # digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
+# In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
+_ENTRIES_PER_SLICE = 1 << 20
+_GPU_ENTRIES_PER_SLICE = 1 << 23
+# Rows of M o (B A) that are formed at a time: 16 MiB of float32 for 4096 columns.
+_ROWS = 1024
 
 
 @contextmanager
@@ -53,6 +60,69 @@ def full_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+# ------------------------------------------------------------------------------------------------ low-rank factors
+
+
+def entries_at_a_time(device: torch.device) -> int:
+    """Entries of low-rank factors that are computed with at a time on a device."""
+    return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+
+
+def nearest_bfloat16(master: Tensor) -> Tensor:
+    """float32, finite -> the nearest bfloat16, ties away from zero."""
+    # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
+    # is right there too, since float bit patterns of one sign are ordered.
+    bits = master.contiguous().view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the products.
+
+    float32 goes to bfloat16 as the optimizer splits it. So an adapter stored in float32 and one stored in bfloat16 with
+    its low bits beside it multiply with the same numbers and train alike, bit for bit.
+    """
+    if factor.dtype == torch.float32 and dtype == torch.bfloat16:
+        return nearest_bfloat16(factor)
+    return factor.to(dtype)
+
+
+def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
+    """s g, the factor of each row of B: (..., out, 1) for gains (..., out), or a number for LoRA."""
+    return scaling if gain is None else (gain * scaling).unsqueeze(-1)
+
+
+def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
+    entries = entries_at_a_time(lora_B.device)
+    if lora_B.numel() <= entries:
+        return scaled_rows(rounded(lora_B, dtype), factor, dtype)
+    scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    step = max(1, entries // lora_B.shape[1])
+    for start in range(0, lora_B.shape[0], step):
+        rows = slice(start, start + step)
+        some = factor if isinstance(factor, float) else factor[rows]
+        scaled[rows] = scaled_rows(rounded(lora_B[rows], dtype), some, dtype)
+    return scaled
+
+
+def scaled_rows(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` (..., out, rank) times a `row_factor`, rounded to `dtype`; unlike `scaled_B` all at a time."""
+    if isinstance(factor, float):
+        return (values * factor).to(dtype)
+    # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.
+    return (values.to(factor.dtype) * factor).to(dtype)
+
+
+def row_blocks(stop: int, start: int = 0) -> Iterator[slice]:
+    """Blocks of rows of M o (B A) that are formed together: it does not factor, and is never formed whole."""
+    for first in range(start, stop, _ROWS):
+        yield slice(first, min(first + _ROWS, stop))
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
     """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
@@ -67,45 +137,11 @@ def squared_row_norm(weight: Weight) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def row_norm(
-    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Euclidean norm of each row of W + s B A, without forming B A: (out,) float32 (float64 for a float64 weight).
-
-    Calls `factored_norm`, with its arguments and errors, and `measure_cancelled_` where a row has cancelled; a GPU's
-    host waits once to know that.
-    """
-    found = factored_norm(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
-    # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
-    if not isinstance(found.cancelled, FakeTensor) and bool(found.cancelled.any()):
-        measure_cancelled_(found, weight, lora_A, lora_B, scaling, dtype=dtype)
-    return found.norm
-
-
 class FactoredNorm(NamedTuple):
     """Row norms from the factored sum."""
 
-    norm: Tensor  # (out,), wrong in the cancelled rows
-    cancelled: Tensor  # (out,) bool: rows whose sum has cancelled
-
-
-@torch.no_grad()
-def factored_norm(
-    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
-) -> FactoredNorm:
-    """`factored_norms` of one layer: factors (rank, in) and (out, rank), squares and norms (out,).
-
-    Raises ValueError: If an inner size differs.
-    """
-    if lora_A.shape != (lora_B.shape[1], weight.shape[1]) or lora_B.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"weight, lora_A and lora_B must be (out, in), (rank, in) and (out, rank), got {tuple(weight.shape)}, "
-            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-        )
-    a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
-    found = factored_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)
-    return FactoredNorm(found.norm[0], found.cancelled[0])
+    norm: Tensor  # (n, out), wrong in the cancelled rows
+    cancelled: Tensor  # (n, out) bool: rows whose sum has cancelled
 
 
 @torch.no_grad()
@@ -125,17 +161,13 @@ def factored_norms(
 
     The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
     Each weight is read on its own; all else is one operation for all layers, since its launches would cost more than
-    its arithmetic.
-
-    Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
+    its arithmetic. Source: DoRA, arXiv 2402.09353, eq. 5.
 
     Args:
         weights: Bases W, (out, in), packed or dense, of one kind; read tile by tile.
         lora_A, lora_B: (n, rank, in) and (n, out, rank), any float dtype.
-        scaling: s = alpha / rank.
         base_squared: ||w||^2 of each row, (n, out), constant since W is frozen.
         dtype: Of the tiles of W and of the products W A^T; all else is summed in float32 or wider.
-    Returns: Norms and flags, (n, out).
     """
     narrow = lora_A.to(dtype)
     products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
@@ -149,13 +181,10 @@ def factored_norms(
 def norms_of_products(
     products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
 ) -> FactoredNorm:
-    """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype.
-
-    Factors that all share may be (1, ...).
-    """
+    """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype."""
     wide = base_squared.dtype
-    a, b = lora_A.to(wide), lora_B.to(wide).expand_as(products)
-    gram = (torch.bmm(a, a.mT) * scaling).expand(len(products), -1, -1)  # (n, rank, rank)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
     # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
     inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
     squared = torch.add(base_squared, inner.mul_(b).sum(dim=-1), alpha=scaling)
@@ -166,47 +195,67 @@ def norms_of_products(
 @torch.no_grad()
 @full_precision()
 def measure_cancelled_(
-    found: FactoredNorm, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
+    norm: Tensor,
+    cancelled: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype,
 ) -> None:
-    """Form the cancelled rows of W + s B A and write their norms over the factored ones.
+    """Form the cancelled rows of W + s B A of one layer and write their norms over the factored ones, (out,).
 
-    So the norm of a row that the adapter removes is not rounding noise. Arguments are those of `factored_norm`.
+    So the norm of a row that the adapter removes is not rounding noise.
     """
     a = lora_A.to(wide_dtype(weight))
     for span, tile in row_tiles(weight, dtype):
-        rows = found.cancelled[span].nonzero().squeeze(1)
+        rows = cancelled[span].nonzero().squeeze(1)
         if len(rows):
             direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
-            found.norm[span][rows] = direct.square().sum(dim=1).sqrt_()
+            norm[span][rows] = direct.square().sum(dim=1).sqrt_()
         del tile
 
 
 @torch.no_grad()
 @full_precision()
-def masked_row_norm(
-    weight: Weight, keep_bits: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
+def row_norm(
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+    keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Euclidean norm of each row of W + s M o (B A), formed block by block of rows: (out,) float32 or float64.
+    """Euclidean norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight); of W + s M o (B A) where
+    `keep_bits` are `quant.packed.mask_bits` of M.
 
-    Args:
-        keep_bits: The mask M in the form of `quant.sparsity.mask_bits`.
-        dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
+    Without a mask by `factored_norms`, and a GPU's host waits once to know whether a row has cancelled. With one the
+    rows are formed, block by block.
     """
-    from qdora.adapter.masked_update import row_blocks
-    from qdora.quant.sparsity import mask_from_bits
-
-    wide = torch.promote_types(dtype, torch.float32)
-    norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
-    shape = (weight.shape[0], weight.shape[1])
-    a = lora_A.to(wide)
+    if keep_bits is None:
+        a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
+        (norm,), (cancelled,) = factored_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)
+        # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
+        if not isinstance(cancelled, FakeTensor) and bool(cancelled.any()):
+            measure_cancelled_(norm, cancelled, weight, lora_A, lora_B, scaling, dtype=dtype)
+        return norm  # type: ignore[no-any-return]
+    norm = torch.empty(weight.shape[0], dtype=torch.promote_types(dtype, torch.float32), device=lora_A.device)
+    a = lora_A.to(norm.dtype)
     for rows, tile in row_tiles(weight, dtype):
         for some in row_blocks(rows.stop, rows.start):
-            delta = (lora_B[some].to(wide) @ a).mul_(mask_from_bits(keep_bits, shape, some))
+            mask = mask_from_bits(keep_bits, (weight.shape[0], weight.shape[1]), some)
+            delta = (lora_B[some].to(a.dtype) @ a).mul_(mask)
             adapted = delta.mul_(scaling).add_(tile[some.start - rows.start : some.stop - rows.start])
             norm[some] = adapted.square_().sum(dim=1).sqrt_()
             del delta, adapted
         del tile
     return norm
+
+
+# ------------------------------------------------------------------------------------------------ gain and merge
 
 
 class Gain(NamedTuple):
@@ -218,13 +267,9 @@ class Gain(NamedTuple):
 
 @torch.no_grad()
 def gain(magnitude: Tensor, norm: Tensor) -> Gain:
-    """g = m / n per row, and g = 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
+    """g = m / n per row, (out,), and 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
 
     A live row with m = 0 gets m = 2^-100: its output counts as zero everywhere but in its own gradient.
-
-    Args:
-        magnitude: m, (out,), float32 or float64, which is the dtype of the result.
-        norm: ||W + s B A||_row, (out,).
     """
     floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
     return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
