@@ -63,10 +63,8 @@ from qdora.adapter.product import (
     Kept,
     Operands,
     adapted_linear,
-    adapted_product,
     operands_of,
     product_dtype,
-    without_graph_or_autocast,
 )
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
@@ -426,8 +424,6 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     else:
         parameters, settings = (a, b, magnitude.weight), (alike, weight)
         operands = magnitude.operands.get(parameters, settings, lambda: _operands(layer, name, alike))
-    if dropout == 0.0 and without_graph_or_autocast(x):
-        return adapted_product(x.to(dtype), weight, base.bias, operands).to(out_dtype)
     y = adapted_linear(
         x.to(dtype).contiguous(),
         weight,

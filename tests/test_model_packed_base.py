@@ -275,10 +275,8 @@ def test_a_pruned_base_comes_back_bit_for_bit(tmp_path, monkeypatch, name, metho
 
 def test_what_is_wrong_is_named(tmp_path):
     write(tmp_path / "model", "llama")
-    with pytest.raises(ValueError, match="pruning by wanda needs calibration text"):
-        Pruner(PruneConfig(method="wanda", sparsity=0.5))
     said = r"^base\.prune\.pattern: model\.layers\.0\..*_proj: pattern 3:7 needs in_features divisible by 7, got \d+\. "
-    with pytest.raises(UserError, match=said + r"\d+ layers do not fit\. Fix: .* base\.skip\.$"):
+    with pytest.raises(UserError, match=said + r"Fix: .* base\.skip\.$"):
         pruned(tmp_path / "model", "magnitude", "3:7", quant="nf4")
     with pytest.raises(UserError, match=r"holds no packed base \(compressed\.json is missing"):
         PrunedBase(tmp_path / "model")

@@ -229,7 +229,7 @@ def test_what_cannot_be_pruned_is_named():
     negative.sums = -negative.sums
     for kind, message, call in (
         (ValueError, "up_proj: .*2:5 .*24", lambda n: prune_weight(weight, "magnitude", pattern_of("2:5"), name=n)),
-        (UserError, "up_proj: 1 of 288 .*finite", lambda n: prune_weight(broken, "magnitude", half, name=n)),
+        (UserError, "up_proj: .*finite", lambda n: prune_weight(broken, "magnitude", half, name=n)),
         (UserError, "up_proj: .*inputs", lambda n: prune_weight(weight, "wanda", half, statistics=infinite, name=n)),
         (UserError, "up_proj: .*0.01", lambda n: prune_weight(weight, "sparsegpt", half, statistics=negative, name=n)),
         (ValueError, r"2 bytes, got \(1,\)", lambda _: mask_from_bits(torch.zeros(1, dtype=torch.uint8), (3, 4))),

@@ -36,10 +36,9 @@ _ROWS = 1024
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32 in the block (or in the function that it decorates), whatever the caller lets
-    torch do with them; then the caller's settings are back.
+    """Compute float32 products in float32 in the block, or in the function that it decorates.
 
-    `torch.set_float32_matmul_precision("high")` and its relatives let a GPU round the factors to TF32, and a CPU to
+    `torch.set_float32_matmul_precision("high")` of a caller lets a GPU round the factors to TF32, and a CPU to
     bfloat16. In a row norm or a merged weight that is an error of 5e-4 and more.
     """
     backends: Any = torch.backends
@@ -58,9 +57,6 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(named)
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-
-
-# ------------------------------------------------------------------------------------------------ low-rank factors
 
 
 def entries_at_a_time(device: torch.device) -> int:
@@ -120,9 +116,6 @@ def row_blocks(stop: int, start: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + _ROWS, stop))
 
 
-# ------------------------------------------------------------------------------------------------ norms
-
-
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
     """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
@@ -159,15 +152,12 @@ def factored_norms(
 
         ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
-    The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
-    Each weight is read on its own; all else is one operation for all layers, since its launches would cost more than
-    its arithmetic. Source: DoRA, arXiv 2402.09353, eq. 5.
+    Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked. Each weight is read on its own; all else is one
+    operation for all layers, since its launches would cost more than its arithmetic. Source: DoRA, arXiv 2402.09353,
+    eq. 5.
 
-    Args:
-        weights: Bases W, (out, in), packed or dense, of one kind; read tile by tile.
-        lora_A, lora_B: (n, rank, in) and (n, out, rank), any float dtype.
-        base_squared: ||w||^2 of each row, (n, out), constant since W is frozen.
-        dtype: Of the tiles of W and of the products W A^T; all else is summed in float32 or wider.
+    Bases (out, in) are of one kind; A is (n, rank, in), B (n, out, rank), and `base_squared`, ||w||^2, (n, out).
+    The tiles of W and W A^T are in `dtype`; all else is summed in float32 or wider.
     """
     narrow = lora_A.to(dtype)
     products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
@@ -204,10 +194,8 @@ def measure_cancelled_(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Form the cancelled rows of W + s B A of one layer and write their norms over the factored ones, (out,).
-
-    So the norm of a row that the adapter removes is not rounding noise.
-    """
+    """Form the cancelled rows of W + s B A of one layer and write their norms over the factored ones, (out,), which are
+    rounding noise."""
     a = lora_A.to(wide_dtype(weight))
     for span, tile in row_tiles(weight, dtype):
         rows = cancelled[span].nonzero().squeeze(1)
@@ -255,9 +243,6 @@ def row_norm(
     return norm
 
 
-# ------------------------------------------------------------------------------------------------ gain and merge
-
-
 class Gain(NamedTuple):
     """The gain of a DoRA layer in one state of its parameters."""
 
@@ -287,12 +272,8 @@ def merged_weight(
 ) -> Tensor:
     """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA; a new tensor.
 
-    The norm is that of the dense sum, which is at hand here, not the factored one.
-
-    Args:
-        weight: Dequantised base, (out, in), float32 or float64, in which the merge runs and which the result has.
-        magnitude: m, (out,), or None for LoRA.
-        keep_mask: (out, in) bool; B A counts only where it is True (default: everywhere).
+    The norm is that of the dense sum, which is at hand here, not the factored one. The merge runs in the dtype of
+    `weight`, float32 or float64. B A counts only where `keep_mask`, (out, in) bool, is True (default: everywhere).
     """
     dtype = weight.dtype
     if keep_mask is None:
@@ -307,9 +288,7 @@ def merged_weight(
 
 @torch.no_grad()
 def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
-    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero.
-
-    Unlike `gain` it leaves a row with m = 0 exactly zero: no gradient is read from the result.
-    """
+    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero, and,
+    unlike in `gain`, where m = 0: no gradient is read from the result."""
     norm = squared_row_norm(total).sqrt()
     return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qdora.adapter.algebra import Gain, rounded, row_factor, scaled_rows
-from qdora.adapter.dropout import draw_seed, drop_, dropped
+from qdora.adapter.dropout import drop_, dropped
 from qdora.adapter.product import (
     WRITTEN,
     FrozenMap,
@@ -49,9 +49,6 @@ _MOST_PADDING = 0.25
 _WORTH_COPIES = 16
 
 
-# ------------------------------------------------------------------------------------------------ whose tokens
-
-
 class CountsOnDevice(NamedTuple):
     """The numbers of an `ExpertTokens` on a device, of the experts with tokens, in the order of these."""
 
@@ -64,9 +61,8 @@ class CountsOnDevice(NamedTuple):
 class ExpertTokens:
     """How tokens divide among the experts: `counts[e]` of them, which lie together, belong to expert e.
 
-    `routed` are these counts without padding. `experts` are those that have tokens, in the order of these: ascending if
-    it is not given. `shifts` is how many places the tokens of each expert lie behind those that they have in ascending
-    order and without padding.
+    `routed` are these counts without padding. `experts` are those that have tokens, in the order of these (default:
+    ascending). `shifts` is how far the tokens of each lie behind their places in ascending order without padding.
     """
 
     def __init__(
@@ -220,9 +216,6 @@ def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-# ------------------------------------------------------------------------------------------------ weights of experts
-
-
 def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     """The weights of a run's experts, in this order, as one weight (n * out, in).
 
@@ -244,29 +237,12 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested=nested)
 
 
-def _dense_experts(stack: Weight, num_experts: int, run: Run, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(g_e) W_e of a run's experts, (n, out, in); `gain` is of all experts."""
-    factor = None if gain is None else run.pick(gain).reshape(-1)
-    # Experts that share a launch are one tile.
-    ((_, tile),) = row_tiles(expert_rows(stack, num_experts, run), dtype, factor)
-    return tile.view(len(run.experts), -1, tile.shape[1])
-
-
-# ------------------------------------------------------------------------------------------------ shared launches
-
-
 def experts_together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
     """How many experts share the launches of a product."""
     return 1 if device_kind(device) == "cpu" else max(1, _RUN_BYTES // (rows * columns * itemsize))
 
 
-def wants_padding(x: Tensor, stack: Weight, num_experts: int) -> bool:
-    """Whether the experts of a stack share more launches if their tokens are padded; x has these in its dtype."""
-    rows, columns = stack.shape[0] // num_experts, stack.shape[1]
-    return experts_together(rows, columns, x.itemsize, x.device) > 1 and not _has_kernel(x, rows, columns)
-
-
-def _has_kernel(x: Tensor, *sizes: int) -> bool:
+def has_kernel(x: Tensor, *sizes: int) -> bool:
     """Whether torch's grouped product has a kernel for these: bf16 on a GPU, features that are multiples of 16 bytes.
 
     That kernel is for compute capability 9 and 10. For other GPUs torch has a loop, which first makes the host wait.
@@ -282,7 +258,7 @@ def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
     """x (tokens, k) times (n, k, m) for the tokens and experts of a run: (tokens, m)."""
     if len(matrices) == 1:
         return x @ matrices[0]
-    if _has_kernel(x, *matrices.shape[1:]):
+    if has_kernel(x, *matrices.shape[1:]):
         return torch.nn.functional.grouped_mm(x, matrices, offs=run.ends(x.device))
     out = x.new_empty(x.shape[0], matrices.shape[2])
     for experts, tokens in run.groups:
@@ -295,7 +271,7 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run) -> Tensor:
     """left^T right of each expert's tokens, (n, k, m)."""
     if len(run.counts) == 1:
         return (left.T @ right).unsqueeze(0)
-    if _has_kernel(left, left.shape[1], right.shape[1]):
+    if has_kernel(left, left.shape[1], right.shape[1]):
         return torch.nn.functional.grouped_mm(left.T, right, offs=run.ends(left.device))
     out = left.new_empty(len(run.counts), left.shape[1], right.shape[1])
     for experts, tokens in run.groups:
@@ -322,14 +298,10 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
     return total
 
 
-# ------------------------------------------------------------------------------------------------ products
-
-
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
     """y = x W_e^T + bias_e with frozen W and bias, differentiable any number of times with respect to x.
 
-    x is (tokens, in), sorted by expert; the product runs in its dtype, or in that of an active autocast. The stack is
-    (experts * out, in), the bias (experts, out), the result (tokens, out).
+    x is (tokens, in), sorted by expert, the stack (experts * out, in), the bias (experts, out).
     """
 
     def product(of: Tensor, transposed: bool) -> Tensor:
@@ -358,57 +330,17 @@ def _add_run_(
     """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; `stack` and g, (experts, out),
     are of all experts."""
     into, of, num_experts = out[run.tokens], x[run.tokens], len(run.every.counts)
+    weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain).reshape(-1)
     if len(run.experts) == 1:
-        weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain).reshape(-1)
         (add_transposed_product_ if transposed else add_product_)(into, of, weight, factor)
         return
-    matrices = _dense_experts(stack, num_experts, run, gain, x.dtype)
+    ((_, tile),) = row_tiles(weight, x.dtype, factor)  # experts that share a launch are one tile
+    matrices = tile.view(len(run.experts), -1, tile.shape[1])
     into += grouped_product(of, matrices if transposed else matrices.mT, run)
 
 
 def _expert_shape(weight: Weight, tokens: ExpertTokens) -> tuple[int, int]:
     return weight.shape[0] // len(tokens.counts), weight.shape[1]
-
-
-def adapted_stack(
-    x: Tensor,
-    weight: Weight,
-    tokens: ExpertTokens,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    bias: Tensor | None = None,
-    magnitude: Tensor | None = None,
-    gain: Gain | None = None,
-    dropout: float = 0.0,
-    keep_bits: Tensor | None = None,
-    keeps_copy: bool = False,
-) -> Tensor:
-    """y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e for a token of expert e; g = 1 where magnitude is None.
-
-    Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3, for each expert (norm detached).
-
-    Args:
-        x: (tokens, in), sorted by expert; the products run in its dtype, or in that of an active autocast.
-        weight: Frozen stack W, (experts * out, in), dense or packed.
-        lora_A, lora_B: (experts, rank, in) and (experts, out, rank), trainable.
-        scaling: s = alpha / rank.
-        bias: Frozen, (experts, out).
-        magnitude: m, (experts, out), float32 (float64 for float64 x), trainable; None for LoRA.
-        gain: `adapter.algebra.gain` of the present values, (experts, out), right for the experts that have tokens.
-        dropout, keeps_copy: As in `adapted_linear`.
-        keep_bits: `quant.packed.mask_bits` of a mask M of the stack: M o (B A) replaces B A.
-    Returns: (tokens, out) in the dtype of the products. An expert without tokens has gradients of 0.
-    """
-    seed = draw_seed() if dropout > 0.0 else 0
-    keeps_copy = keeps_copy and bias is None  # a bias makes another tensor
-    scaling = scaling / (1.0 - dropout)
-    call = _StackCall(weight, tokens, keep_bits, gain, scaling, dropout=dropout, seed=seed, keeps_copy=keeps_copy)
-    out: Tensor = _AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        x.to(product_dtype(x)).contiguous(), lora_A, lora_B, magnitude, call
-    )
-    return out if bias is None else add_expert_bias(out, bias, tokens)
 
 
 def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
@@ -417,8 +349,12 @@ def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
     return keep_bits.view(num_experts, -1)[expert]
 
 
-class _StackCall(NamedTuple):
-    """The arguments of a product that have no gradient; `scaling` includes dropout's 1 / (1 - p)."""
+class StackCall(NamedTuple):
+    """The arguments of a product that have no gradient.
+
+    `weight` and `keep_bits` are of the whole stack, as is `gain`, (experts, out), right for the experts that have
+    tokens. `scaling` includes dropout's 1 / (1 - p).
+    """
 
     weight: Weight
     tokens: ExpertTokens
@@ -431,9 +367,11 @@ class _StackCall(NamedTuple):
 
     @property
     def gain_value(self) -> Tensor | None:
+        """g, (experts, out); None for LoRA."""
         return None if self.gain is None else self.gain.value
 
     def runs(self, x: Tensor) -> Iterator[Run]:
+        """The experts with tokens, as many at a time as share launches."""
         together = experts_together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
         return self.tokens.runs(1 if self.keep_bits is not None else together)
 
@@ -452,11 +390,19 @@ class _StackCall(NamedTuple):
         return expert_bits(self.keep_bits, len(self.tokens.counts), run.experts[0])
 
 
-class _AdaptedStack(torch.autograd.Function):
+class AdaptedStack(torch.autograd.Function):
+    """g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) for a token of expert e; g = 1 without a magnitude.
+
+    x is (tokens, in), contiguous, sorted by expert, A (experts, rank, in), B (experts, out, rank), magnitude (experts,
+    out). An expert without tokens has gradients of 0. Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3, for each
+    expert (norm detached).
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, call: _StackCall
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, call: StackCall
     ) -> Tensor:
+        """(tokens, out)."""
         out = x.new_empty(x.shape[0], lora_B.shape[1])
         low = x.new_empty(x.shape[0], lora_A.shape[1]) if call.keep_bits is None else None
         with without_autocast(x.device):
@@ -481,11 +427,12 @@ class _AdaptedStack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The formulas of `product`, expert by expert."""
         dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
             raise RuntimeError(WRITTEN)
-        call: _StackCall = ctx.call
+        call: StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None
         if need_m:

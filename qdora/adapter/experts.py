@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qdora.adapter.algebra import (
-    FactoredNorm,
     Gain,
     factored_norms,
     full_precision,
@@ -23,15 +22,17 @@ from qdora.adapter.algebra import (
     rounded,
     row_norm,
 )
+from qdora.adapter.dropout import draw_seed
 from qdora.adapter.expert_product import (
+    AdaptedStack,
     ExpertTokens,
-    adapted_stack,
+    StackCall,
     add_expert_bias,
     expert_bits,
     expert_rows,
     experts_together,
     frozen_stack,
-    wants_padding,
+    has_kernel,
 )
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.adapter.product import product_dtype
@@ -59,10 +60,6 @@ class ExpertLinear(nn.Module):
         out = torch.cat([nn.functional.linear(part, weights[expert]) for part, expert in pairs])
         return out if self.bias is None else add_expert_bias(out, self.bias, tokens)
 
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        return f"{self.num_experts} experts, {self.in_features}, {self.expert_features}, bias={self.bias is not None}"
-
 
 class FrozenExperts(FrozenLinear):
     """y = x W_e^T + bias_e with W, (experts * out, in), packed or dense, and bias, (experts, out), frozen.
@@ -87,10 +84,6 @@ class FrozenExperts(FrozenLinear):
         """(tokens, in), sorted by expert -> (tokens, out)."""
         assert tokens is not None, "a stack of experts needs to know whose tokens these are"
         return frozen_stack(x, self.stored_weight, tokens, self.bias)
-
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        return f"{self.num_experts} experts, {super().extra_repr()}"
 
 
 BareExperts = ExpertLinear | FrozenExperts
@@ -132,20 +125,21 @@ class AdaptedExperts(AdaptedLinear):
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
         assert tokens is not None, "a stack of experts needs to know whose tokens these are"
-        return adapted_stack(
-            x,
+        bias, dropout = self.base.bias, self.present_dropout
+        call = StackCall(
             self.base.stored_weight,
             tokens,
-            self.lora_A,
-            self.gated_B(),
-            scaling=self.scaling,
-            bias=self.base.bias,
-            magnitude=self.magnitude,
+            self._mask_bits,
             gain=self._gain_of(tokens, product_dtype(x)),
-            dropout=self.present_dropout,
-            keep_bits=self._mask_bits,
-            keeps_copy=self.keeps_copy,
+            scaling=self.scaling / (1.0 - dropout),
+            dropout=dropout,
+            seed=draw_seed() if dropout > 0.0 else 0,
+            keeps_copy=self.keeps_copy and bias is None,  # a bias makes another tensor
         )
+        out: Tensor = AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            x.to(product_dtype(x)).contiguous(), self.lora_A, self.gated_B(), self.magnitude, call
+        )
+        return out if bias is None else add_expert_bias(out, bias, tokens)
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """The gain of all experts, (experts, out); see `AdaptedLinear.gain`. A stack has no operands: those of each run
@@ -161,33 +155,62 @@ class AdaptedExperts(AdaptedLinear):
         magnitude = self.magnitude
         if magnitude is None:
             return None
-        settings = (dtype, self.scaling)
-        known = self.kept_norm.get(self.factors, settings, lambda: _KnownNorms(torch.ones_like(magnitude)))
-        missing = [expert for expert in tokens.experts if expert not in known.experts]
+        factors, settings = self.norm_state(dtype)
+        norm, known = self.kept_norm.get(factors, settings, lambda: (torch.ones_like(magnitude), set()))
+        missing = [expert for expert in tokens.experts if expert not in known]
         if missing:
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
                 tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                known.add(tokens, self._norms(tokens, self.lora_A, self.gated_B(), dtype))
-        state = (*settings, len(known.experts))
-        found: Gain = self.kept_operands.get(self.own_parameters, state, lambda: gain(magnitude, known.norm))
-        return found
+                found = self._norms(tokens, self.lora_A.detach(), self.gated_B().detach(), dtype)
+                norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
+                known.update(tokens.experts)
+        parameters, settings = (*factors, magnitude), (*settings, len(known))
+        result: Gain = self.kept_operands.get(parameters, settings, lambda: gain(magnitude, norm))
+        return result
 
+    @torch.no_grad()
     def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self.base_squared is not None, "a norm belongs to a DoRA layer"
-        return stack_norm(
-            self.base.stored_weight,
-            tokens,
-            lora_A.detach(),
-            lora_B.detach(),
-            self.scaling,
-            base_squared=self.base_squared,
-            dtype=dtype,
-            keep_bits=self._mask_bits,
-        )
+        """The row norms of the experts that have tokens, (n, out). A GPU's host waits once: have rows cancelled?"""
+        weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
+        shape = self.expert_features, self.in_features
+        together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)
+        norms: list[Tensor] = []
+        cancelled: list[Tensor] = []
+        for run in tokens.all_runs(together):
+            squared = run.pick(self.base_squared)  # type: ignore[arg-type]
+            if is_planning() and len(norms) > 1 and run.first + 2 * together < len(tokens.experts):
+                # Like the run before it. The last ones are run, when the norms of the others are there.
+                norms.append(squared.new_empty(squared.shape))
+                continue
+            a, b = (rounded(run.pick(each), dtype) for each in (lora_A, lora_B))
+            part = expert_rows(weight, every, run)
+            if bits is not None:
+                own = expert_bits(bits, every, run.experts[0])
+                norm = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=own)
+                norms.append(norm.unsqueeze(0))
+                continue
+            if len(squared) == 1:
+                found = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
+            else:
+                ((_, tile),) = row_tiles(part, dtype)
+                with full_precision():
+                    products = tile.view(*squared.shape, -1) @ a.mT
+                    found = norms_of_products(products, a, b, scaling, base_squared=squared)
+            norms.append(found.norm)
+            cancelled.append(found.cancelled)
+        whole = torch.cat(norms)
+        if bits is not None or isinstance(whole, FakeTensor):
+            return whole
+        lost = torch.cat(cancelled)
+        for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
+            if has_some:
+                a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
+                measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
+        return whole
 
     def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._norms(self._all, lora_A, lora_B, dtype)
+        return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
 
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
@@ -227,87 +250,8 @@ def needs_padding(stack: Stack, x: Tensor) -> bool:
     base = stack.base if isinstance(stack, AdaptedExperts) else stack
     if not isinstance(base, FrozenExperts) or (isinstance(stack, AdaptedExperts) and stack.masked):
         return False
-    return wants_padding(x.new_empty(0, dtype=product_dtype(x)), base.stored_weight, base.num_experts)
-
-
-class _KnownNorms:
-    """The row norms of the experts that tokens have reached in one state of the parameters."""
-
-    def __init__(self, norm: Tensor) -> None:
-        self.norm = norm  # (experts, out); 1 where it is not known
-        self.experts: set[int] = set()
-
-    def add(self, tokens: ExpertTokens, norm: Tensor) -> None:
-        self.norm.index_copy_(0, tokens.on(self.norm.device).experts, norm.to(self.norm.dtype))
-        self.experts.update(tokens.experts)
-
-
-# ------------------------------------------------------------------------------------------------ norms and merges
-
-
-@torch.no_grad()
-def stack_norm(
-    weight: Weight,
-    tokens: ExpertTokens,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
-    keep_bits: Tensor | None = None,
-) -> Tensor:
-    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `algebra.factored_norms`.
-
-    A GPU's host waits once, to know which experts have cancelled rows.
-
-    Args:
-        lora_A, lora_B: (experts, rank, in), (experts, out, rank).
-        base_squared: ||w||^2 of each row, (experts, out).
-        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
-        keep_bits: As in `adapted_stack`; the rows are then formed.
-    """
-    num_experts, count = len(tokens.counts), len(tokens.experts)
-    together = experts_together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
-    norms: list[Tensor] = []
-    cancelled: list[Tensor] = []
-    for run in tokens.all_runs(1 if keep_bits is not None else together):
-        squared = run.pick(base_squared)
-        if is_planning() and len(norms) > 1 and run.first + 2 * together < count:
-            # Like the run before it. The last ones are run, when the norms of the others are there.
-            norms.append(base_squared.new_empty(squared.shape))
-            continue
-        a, b = (rounded(run.pick(each), dtype) for each in (lora_A, lora_B))
-        part = expert_rows(weight, num_experts, run)
-        if keep_bits is None:
-            found = _norms_of_run(part, a, b, scaling, base_squared=squared, dtype=dtype)
-            norms.append(found.norm)
-            cancelled.append(found.cancelled)
-        else:
-            bits = expert_bits(keep_bits, num_experts, run.experts[0])
-            own = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=bits)
-            norms.append(own.unsqueeze(0))
-    whole = torch.cat(norms)
-    if keep_bits is not None or isinstance(whole, FakeTensor):
-        return whole
-    lost = torch.cat(cancelled)
-    for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
-        if has_some:
-            a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
-            measure_cancelled_(norm, rows, expert_rows(weight, num_experts, run), a, b, scaling, dtype=dtype)
-    return whole
-
-
-@full_precision()
-def _norms_of_run(
-    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
-) -> FactoredNorm:
-    """The norms of a run's experts with shared launches, (n, out)."""
-    if len(base_squared) == 1:
-        return factored_norms([part], lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
-    ((_, tile),) = row_tiles(part, dtype)
-    products = tile.view(*base_squared.shape, -1) @ lora_A.mT
-    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=base_squared)
+    shape, x = (base.expert_features, base.in_features), x.new_empty(0, dtype=product_dtype(x))
+    return experts_together(*shape, x.itemsize, x.device) > 1 and not has_kernel(x, *shape)
 
 
 @torch.no_grad()
@@ -333,10 +277,8 @@ def merged_rows(
 ) -> Tensor:
     """Some rows of the dense stack that equals base and adapter, by `adapter.algebra.merged_weight` expert by expert.
 
-    Args:
-        weight: Rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
-        lora_A, lora_B, scaling, magnitude: As in `adapted_stack`.
-        keep_mask: (rows, in) bool; B A counts only where it is True.
+    `weight` are rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
+    B A counts only where `keep_mask`, (rows, in) bool, is True.
     """
     size, done, merged = lora_B.shape[1], 0, []
     while done < len(weight):

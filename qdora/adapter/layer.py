@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.adapter.algebra import Gain, gain, gain_of_sum, merged_weight, rounded, row_norm, squared_row_norm
 from qdora.adapter.gates import fold_gate
@@ -18,11 +16,9 @@ from qdora.adapter.product import (
     Kept,
     Operands,
     adapted_linear,
-    adapted_product,
     frozen_linear,
     operands_of,
     product_dtype,
-    without_graph_or_autocast,
 )
 from qdora.adapter.rows import RowShare, never_narrowed
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, from_tensors, mask_from_bits
@@ -34,25 +30,13 @@ Init = Literal["kaiming", "gaussian"]
 _SCALES = TENSOR_NAMES[1:]
 
 
-class Residency(Protocol):
-    """Keeps the weights of some layers elsewhere while nothing computes with them."""
-
-    def use(self, layer: FrozenLinear) -> None:
-        """Bring a layer's packed tensors before they are read; they stay until a layer of another block is used."""
-
-
 class FrozenLinear(nn.Module):
     """y = x W^T + bias, W (out, in), packed or dense, and bias (out,) frozen.
 
-    The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it. Its tensors are never
-    repacked for a kernel: `dequantized` returns the same before and after any number of forwards.
-
-    Attributes:
-        keep_bits: `quant.packed.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
-            False); None for a weight that was not pruned.
-        residency: Brings the weight before it is read; None if it is always there.
-        share: What this process holds of a weight that is divided among processes; None for a weight that is not.
-        replaces: Name of the class of the model's own layer.
+    The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it.
+    `keep_bits` are `quant.packed.mask_bits` of the mask by which the weight was pruned, or None. `residency.use(layer)`
+    brings the weight before it is read; None if it is always there. `share` is what this process holds of a weight that
+    is divided among processes, or None. `replaces` names the class of the model's own layer.
     """
 
     keep_bits: Tensor | None
@@ -61,7 +45,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, weight: Weight, bias: Tensor | None = None, keep_bits: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.residency: Residency | None = None
+        self.residency: Any = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
         self._packed: PackedWeight | None = None
@@ -118,8 +102,7 @@ class FrozenLinear(nn.Module):
         return self.get_buffer(self._names[0]).device
 
     def squared_row_norm(self) -> Tensor:
-        """||w||^2 of each row, (out,) float32 (float64 for a float64 weight). If the weight is divided among processes,
-        all must call this together."""
+        """||w||^2 of each row, (out,). If the weight is divided among processes, all must call this together."""
         return squared_row_norm(self.stored_weight) if self.share is None else self.share.squared_row_norm()
 
     @property
@@ -166,24 +149,12 @@ class AdaptedLinear(nn.Module):
     1e-4 would be rounded away every time and the layer would silently train as LoRA.
 
     Args:
-        rank: Rows of lora_A, 1 to min(in, out).
         alpha: Adapter scale; s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
         dropout: On the adapter's input while training, in [0, 1).
         init: lora_A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5) or N(0, 0.01^2).
         dtype: Storage of lora_A and lora_B. bfloat16 only for `AdapterOptimizer`, which keeps the bits that it drops:
             other optimizers lose small updates of bf16 factors to rounding.
-        masked: Keep the zeros of the base, which must be a pruned one.
         generator: Source of the initial values (CPU generator; values do not depend on the device).
-    Attributes:
-        keeps_scales: The base's block scales, decoded and times g, are made once for each state of the parameters, not
-            for every product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64.
-            It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
-        keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
-            the output (`model.patches`).
-        dtype: Of the latest products, for which `norms.refresh` computes; None before the first ones.
-        has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
-            has read yet (`norms.norms_checked_later`); None if the norm is right.
-        asks_at_once: `norms.refresh` reads that flag at once, since a norm was wrong before.
     """
 
     base_squared: Tensor | None
@@ -217,11 +188,15 @@ class AdaptedLinear(nn.Module):
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
+        # The base's block scales, decoded and times g, are made once for each state of the parameters, not for every
+        # product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64. It saves a
+        # GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
         self.keeps_scales = True
-        self.keeps_copy = False
-        self.dtype: torch.dtype | None = None
+        self.keeps_copy = False  # of the output, since the model writes into it (`model.patches`)
+        self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
+        # On the device, not read yet: a factored norm lost its digits (`norms.norms_checked_later`). None once checked.
         self.has_cancelled: Tensor | None = None
-        self.asks_at_once = False
+        self.asks_at_once = False  # `norms.refresh` reads that flag at once, since a norm was wrong before
         device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
@@ -264,23 +239,18 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        operands = self.operands(product_dtype(x))
-        if not self.training and not self.masked and without_graph_or_autocast(x):
-            return adapted_product(x, self.base.stored_weight, self.base.bias, operands)
         return adapted_linear(
             x,
             self.base.stored_weight,
             self.lora_A,
-            self.gated_B(),
-            operands,
+            self.gated_B() if torch.is_grad_enabled() else self.lora_B,  # without a graph only the operands are read
+            self.operands(product_dtype(x)),
             bias=self.base.bias,
             magnitude=self.magnitude,
             dropout=self.present_dropout,
             keep_bits=self._mask_bits,
             keeps_copy=self.keeps_copy,
         )
-
-    # -------------------------------------------------------------------------------------------- norm and operands
 
     def operands(self, dtype: torch.dtype) -> Operands:
         """What the products in `dtype` read, made once for each state of the parameters."""
@@ -291,7 +261,7 @@ class AdaptedLinear(nn.Module):
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), self._gain(dtype), scaling, dtype, kept_of=base)
 
-        found: Operands = self.kept_operands.get(self.own_parameters, self.settings(dtype), made)
+        found: Operands = self.kept_operands.get(*self.state(dtype), made)
         return found
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
@@ -306,21 +276,18 @@ class AdaptedLinear(nn.Module):
             a, b = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
             return self._norm_of(a, b, dtype)
 
-        return gain(self.magnitude, self.kept_norm.get(self.factors, (dtype, self.scaling), made))
+        return gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), made))
 
-    def settings(self, dtype: torch.dtype) -> tuple[object, ...]:
-        """What the operands depend on beside the parameters."""
-        return dtype, self.scaling, self.present_dropout, self.may_keep_scales
+    def norm_state(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+        """The parameters, and all else, that the row norm depends on."""
+        factors = (self.lora_A, self.lora_B) if self.gate is None else (self.lora_A, self.lora_B, self.gate)
+        return factors, (dtype, self.scaling)
 
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """The parameters that the row norm depends on."""
-        return (self.lora_A, self.lora_B) if self.gate is None else (self.lora_A, self.lora_B, self.gate)
-
-    @property
-    def own_parameters(self) -> tuple[Tensor, ...]:
-        """The parameters that the operands depend on."""
-        return self.factors if self.magnitude is None else (*self.factors, self.magnitude)
+    def state(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+        """The parameters, and all else, that the operands depend on."""
+        factors, settings = self.norm_state(dtype)
+        parameters = factors if self.magnitude is None else (*factors, self.magnitude)
+        return parameters, (*settings, self.present_dropout, self.may_keep_scales)
 
     @property
     def may_keep_scales(self) -> bool:
@@ -359,8 +326,6 @@ class AdaptedLinear(nn.Module):
         self.parameters_changed()
         return self
 
-    # -------------------------------------------------------------------------------------------- rank components
-
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
         wide = torch.promote_types(self.lora_B.dtype, torch.float32)
@@ -376,11 +341,10 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def keep_components_(self, kept: Tensor) -> None:
-        """Keep these rank components, one or more: (n,) int64, ascending, on the layer's device.
+        """Keep these rank components, one or more: (n,) int64, ascending, on the layer's device; between steps.
 
         The parameters and the scaling stay the same. Removing components with a gate of 0 changes the layer's output by
-        rounding only. For use between steps: torch raises an error in a later backward pass if the graph of an earlier
-        forward pass is still alive.
+        rounding only.
         """
         assert 0 < len(kept) <= self.rank, "a layer keeps one component or more"
         fraction = len(kept) / self.rank
@@ -393,12 +357,11 @@ class AdaptedLinear(nn.Module):
         self.parameters_changed()
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
-        """The matrices that B A of this layer approximates, each by one of `rank`, for a B A that shall be `matrix`."""
+        """The matrices that B A of this layer approximates, each by one of `rank`, if it is to be `matrix`."""
         return [matrix]
 
     def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Factors (rows, rank), (rank, columns) of each of `approximated_parts`, from tensors in the shapes of lora_B
-        and lora_A."""
+        """Factors (rows, rank), (rank, columns) of each of `approximated_parts`."""
         return [(lora_B, lora_A)]
 
     @torch.no_grad()
@@ -407,14 +370,9 @@ class AdaptedLinear(nn.Module):
         for parameter, parts in zip((self.lora_B, self.lora_A), zip(*factors, strict=True), strict=True):
             parameter.copy_(torch.stack(parts).view(parameter.shape))
 
-    # -------------------------------------------------------------------------------------------- merge
-
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
-        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is not part of it.
-
-        float64 also merges in float64. `base`, (out, in), takes the place of the layer's own weight, in the norm as
-        well.
-        """
+        """The dense weight (out, in) that equals this layer without its bias: merged in float32 (float64 for float64),
+        cast once. `base`, (out, in), takes the place of the layer's own weight, in the norm as well."""
         wide = torch.promote_types(dtype, torch.float32)
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
         keep = self.base.keep_mask() if self.masked else None
@@ -444,8 +402,8 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 
 
 def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let no layer keep its decoded scales (`AdaptedLinear.keeps_scales`) if together they would take more than half of
-    a GPU's free memory. Returns whether that is so."""
+    """Let no layer keep its decoded scales if together they would take more than half of a GPU's free memory. Returns
+    whether that is so."""
     layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
@@ -464,15 +422,10 @@ def _free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-# ------------------------------------------------------------------------------------------------ modules of a model
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in.
-
-    `model.train(was_training)` would not do: it puts every module into the mode of the outermost one.
-    """
+    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in, unlike with
+    `model.train(was_training)`."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -485,34 +438,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is an nn.Linear and computes x W^T + bias, so that a frozen layer can take its place.
 
-    Of subclasses (Falcon's FalconLinear) only their code is judged, by a trial. bitsandbytes' layers, routers and
-    layers with a state of their own compute something else.
+    bitsandbytes' layers, routers and layers with a state of their own have a forward of their own and compute something
+    else; only Falcon's writes out the same.
     """
-    return isinstance(module, nn.Linear) and _computes_linear(own_class(module))
+    kind = own_class(module)
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear")
 
 
 def own_class(module: nn.Module) -> Any:
     """The class of a module; that of a sharded one without the class that torch has made from it."""
     return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed"))
-
-
-@cache
-def _computes_linear(kind: Any) -> bool:
-    if kind is nn.Linear:
-        return True
-    # Its own constructor may want other arguments; a state that it would set is missing then, which is an answer, too.
-    trial: Any = kind.__new__(kind)
-    generator = torch.Generator().manual_seed(0)
-    with _disable_current_modes():  # the fake tensors of a plan have no values
-        weight, bias, x = (torch.randn(size, generator=generator) for size in ((3, 5), (3,), (2, 4, 5)))
-        try:
-            nn.Linear.__init__(trial, 5, 3, device="meta")
-            trial.weight, trial.bias = nn.Parameter(weight), nn.Parameter(bias)
-            out = trial(x)
-            trial.bias = None
-            without = trial(x)
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            return False
-        expected = x @ weight.T
-        results = ((out, expected + bias), (without, expected))
-        return all(isinstance(found, Tensor) and torch.allclose(found, right) for found, right in results)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -75,29 +74,26 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     collective. Weights that are not divided by rows are left to the forward pass. Returns how many norms were computed.
     """
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
-    ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
-    changed = [(layer, dtype) for layer, dtype in known if layer.kind == "dora" and not _knows_norm(layer, dtype)]
-    whole = [(layer, dtype) for layer, dtype in changed if not layer.masked and layer.base.share is None]
-    divided = [(layer, dtype) for layer, dtype in changed if layer.base.share is not None and layer.base.share.by_rows]
-    for layer, _ in whole:
+    whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
+    divided = [(layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows]
+    changed, divided = ([pair for pair in some if _has_changed(*pair)] for some in (whole, divided))
+    for layer, _ in changed:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
-    groups = _alike(whole)
-    device = changed[0][0].lora_A.device.type if changed else "cpu"
+    device = known[0][0].lora_A.device.type if known else "cpu"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        for each in groups:
-            each.compute_norms()
+        groups = [_Alike(*some) for some in _alike(changed)]
         _check(groups)
         while groups:
             groups.pop().keep()  # and frees what is not kept
         if divided:
             _refresh_divided(divided)
-    for layer, dtype in ready:
+    for layer, dtype in whole:
         layer.operands(dtype)
-    return len(whole) + len(divided)
+    return len(changed) + len(divided)
 
 
-def _knows_norm(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
-    return layer.kept_norm.knows(layer.factors, (dtype, layer.scaling))
+def _has_changed(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
+    return layer.kind == "dora" and not layer.kept_norm.knows(*layer.norm_state(dtype))
 
 
 def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -124,32 +120,23 @@ def _check(groups: Sequence[_Alike]) -> None:
             each.measure_again(number)
 
 
-@dataclass
 class _Alike:
-    """Layers whose tensors can be stacked, and what follows from their parameters for products in `dtype`.
+    """Layers whose tensors can be stacked, with their norms for products in `dtype`, (n, out); A, (n, rank, in), and
+    gated B, (n, out, rank), are as the products take them."""
 
-    Attributes:
-        lora_A, lora_B: (n, rank, in) and (n, out, rank), as the products take them; the gates are in B.
-        weights: The bases, with decoded block scales where the layers keep them.
-        norm, cancelled: (n, out), once they are computed.
-    """
-
-    layers: list[AdaptedLinear]
-    dtype: torch.dtype
-    lora_A: Tensor = field(init=False)
-    lora_B: Tensor = field(init=False)
-    weights: list[Weight] = field(init=False)
-    norm: Tensor = field(init=False)
-    cancelled: Tensor = field(init=False)
-
-    def compute_norms(self) -> None:
-        factors = [_rounded_factors(layer, self.dtype) for layer in self.layers]
+    def __init__(self, layers: list[AdaptedLinear], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
+        factors = [_rounded_factors(layer, dtype) for layer in layers]
         self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
-        self.weights = [_with_decoded_scales(layer) for layer in self.layers]
-        squared = _stacked([layer.base_squared for layer in self.layers if layer.base_squared is not None])
-        scaling = self.layers[0].scaling
-        found = factored_norms(self.weights, self.lora_A, self.lora_B, scaling, base_squared=squared, dtype=self.dtype)
-        self.norm, self.cancelled = found
+        # Where the layers keep scales, with decoded ones, which the norm and the operands share.
+        scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
+        weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
+        self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
+        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])
+        s = layers[0].scaling
+        self.norm, self.cancelled = factored_norms(
+            self.weights, self.lora_A, self.lora_B, s, base_squared=squared, dtype=dtype
+        )
 
     def measure_again(self, number: int) -> None:
         found = self.norm[number], self.cancelled[number], self.weights[number]
@@ -169,11 +156,11 @@ class _Alike:
             scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
             a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
             operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
-            layer.kept_norm.put(layer.factors, (self.dtype, layer.scaling), self.norm[i])
-            layer.kept_operands.put(layer.own_parameters, layer.settings(self.dtype), operands)
+            layer.kept_norm.put(*layer.norm_state(self.dtype), self.norm[i])
+            layer.kept_operands.put(*layer.state(self.dtype), operands)
 
 
-def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> list[_Alike]:
+def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:
     """Groups of layers alike, each of as many as may be stacked at a time."""
     groups: dict[tuple[torch.dtype, tuple[object, ...]], list[AdaptedLinear]] = {}
     for layer, dtype in layers:
@@ -182,20 +169,12 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> list[_Alike]:
         shape = layer.out_features, layer.in_features, layer.rank, layer.scaling, layer.present_dropout
         kept = layer.lora_A.dtype, layer.lora_B.dtype, layer.lora_A.device, layer.may_keep_scales
         groups.setdefault((dtype, (base, shape, kept)), []).append(layer)
-    found = []
     for (dtype, _), some in groups.items():
         first = some[0]
         entries = first.rank * max(first.out_features, first.in_features)
         number = max(1, entries_at_a_time(first.lora_A.device) // entries)
-        found += [_Alike(some[start : start + number], dtype) for start in range(0, len(some), number)]
-    return found
-
-
-def _with_decoded_scales(layer: AdaptedLinear) -> Weight:
-    """The base of a layer; where it keeps scales, with decoded ones, which the norm and the operands share."""
-    weight = layer.base.stored_weight
-    scales = own_scales(weight) if layer.may_keep_scales else None
-    return weight if scales is None else with_scales(weight, scales)
+        for start in range(0, len(some), number):
+            yield some[start : start + number], dtype
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -229,7 +208,7 @@ def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> No
     group = divided[0][0].base.share.group  # type: ignore[union-attr]
     whole = gather_runs(norms, [layer.out_features for layer, _ in divided], group)
     for (layer, dtype), norm in zip(divided, whole, strict=True):
-        layer.kept_norm.put(layer.factors, (dtype, layer.scaling), norm)
+        layer.kept_norm.put(*layer.norm_state(dtype), norm)
         layer.operands(dtype)
 
 

@@ -55,15 +55,9 @@ _DECODING = ContextVar("decoding", default=False)
 Value = TypeVar("Value")
 
 
-# ------------------------------------------------------------------------------------------------ the frozen base
-
-
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias with a frozen W, (out, in), dense or packed, and a frozen bias, (out,).
-
-    The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has. It can be
-    differentiated any number of times with respect to x.
-    """
+    """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen, in the dtype of x, (..., in), or that of
+    an active autocast; differentiable any number of times with respect to x."""
     if without_graph_or_autocast(x):
         out = _tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
     else:
@@ -121,22 +115,16 @@ def add_transposed_product_(dx: Tensor, dy: Tensor, weight: Weight, gain: Tensor
 
 
 def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
-    """The output plus its bias: in place, unless `out` is kept.
-
-    The gradient of the magnitude needs the output without its bias. Subtracting the bias again would leave the rounding
-    of the sum (Qwen's key biases are hundreds of times the rest).
-    """
+    """The output plus its bias: in place, unless `out` is kept for the gradient of the magnitude."""
     if bias is None:
         return out
+    # Subtracting it again would leave the rounding of the sum: Qwen's key biases are hundreds of times the rest.
     return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
 
 
 class FrozenMap(torch.autograd.Function):
-    """x -> product(x, transposed=False), a linear map whose backward pass is dy -> product(dy, transposed=True).
-
-    It can be differentiated any number of times: no graph keeps a dequantised weight, not even that of a curvature
-    product.
-    """
+    """x -> product(x, transposed=False), a linear map whose backward pass is dy -> product(dy, transposed=True), any
+    number of times: no graph keeps a dequantised weight, not even that of a curvature product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Callable[..., Tensor], transposed: bool) -> Tensor:
@@ -197,20 +185,12 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
     return kernels.product_4bit(x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape)
 
 
-# ------------------------------------------------------------------------------------------------ what a step keeps
-
-
 class Kept(Generic[Value]):
-    """A value that follows from the parameters of a layer, kept until one of them changes.
+    """A value that follows from the parameters of a layer, kept until one of them changes: once per optimizer step.
 
-    A, B, gates and m change once per optimizer step. The micro-batches of a step, the recompute of a checkpoint and an
-    evaluation share one row norm and one set of operands.
-
-    A state of the parameters is known by their identity and address and by torch's version counters. Every in-place
-    change raises these: a step of an optimizer, `load_state_dict`, `copy_`. bitsandbytes' kernels and writes through
-    `.data` raise none. So after the step of any `torch.optim.Optimizer`, bitsandbytes' included, a hook raises the
-    counters of its parameters. Whoever writes through `.data` outside an optimizer calls `clear` (a layer's
-    `parameters_changed`).
+    A state of the parameters is known by their identity, address and version counters, which every in-place change
+    raises (a step, `load_state_dict`, `copy_`), but not bitsandbytes' kernels and writes through `.data`. So a hook
+    raises them after the step of any `torch.optim.Optimizer`. Whoever writes through `.data` elsewhere calls `clear`.
     """
 
     def __init__(self) -> None:
@@ -301,9 +281,6 @@ def operands_of(
     return Operands(rounded(lora_A, dtype), scaled_B(lora_B, factor, dtype), factor, gain, scales)
 
 
-# ------------------------------------------------------------------------------------------------ the adapted layer
-
-
 def adapted_linear(
     x: Tensor,
     weight: Weight,
@@ -323,11 +300,10 @@ def adapted_linear(
 
     Args:
         x: (..., in); the products run in its dtype, or in the dtype of an active autocast, which the result has.
-        weight: Frozen base W, (out, in), dense or packed.
-        lora_A, lora_B: (rank, in) and (out, rank), trainable.
-        operands: `operands_of` their present values for the dtype of the products and s / (1 - dropout).
-        bias: Frozen, (out,).
-        magnitude: m, (out,), float32 (float64 for float64 x), trainable; None for LoRA.
+        weight, bias: Frozen base W, (out, in), dense or packed, and (out,).
+        lora_A, lora_B, magnitude: Trainable (rank, in), (out, rank) and (out,) float32 (float64 for float64 x).
+        operands: `operands_of` their present values for the dtype of the products and s / (1 - dropout). Without a
+            graph nothing else of them is read.
         dropout: Probability of zeroing an element of the adapter's input, in [0, 1). Each call draws one seed from
             torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
             elements; only the seed is kept.
@@ -335,29 +311,16 @@ def adapted_linear(
         keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
     """
     call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0, keeps_copy)
+    if without_graph_or_autocast(x):
+        out, _ = call.product(x.reshape(-1, x.shape[-1]), may_fuse=True)
+        return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
     # A flat copy is made here, where the graph keeps it in the place of x, and not in both passes.
     rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
-    out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
+    y: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         rows, lora_A, lora_B, magnitude, call
     )
-    return out if rows is x else out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Operands) -> Tensor:
-    """The result of `adapted_linear` without dropout and mask, without a graph: bit for bit, or in `decoding` on a GPU
-    by `fused_product`, which rounds the base's product before the sum. For x, (..., in), `without_graph_or_autocast`
-    holds."""
-    flat = x.reshape(-1, x.shape[-1])
-    low = flat @ operands.a.T
-    base, factor = operands.of_base(weight)
-    fused = fused_product(flat, base) if factor is None else None
-    if fused is None:
-        out = low @ operands.scaled_b.T
-        add_product_(out, flat, base, factor)
-    else:
-        out = fused.addmm_(low, operands.scaled_b.T)
-    return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
+    return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class _Call(NamedTuple):
@@ -371,17 +334,21 @@ class _Call(NamedTuple):
     seed: int
     keeps_copy: bool
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def product(self, x: Tensor, *, may_fuse: bool = False) -> tuple[Tensor, Tensor | None]:
         """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None masked."""
-        low, operands = None, self.operands
+        low, a, b = None, self.operands.a, self.operands.scaled_b
         with without_autocast(x.device):
+            base, factor = self.operands.of_base(self.weight)
             # The small term first: the sum is then rounded once, when the base's product is added to it.
-            if self.keep_bits is None:
-                low = self._low_rank_input(x)
-                out = low @ operands.scaled_b.T
+            if self.keep_bits is not None:
+                out = masked_product(dropped(x, self.dropout, self.seed), self.keep_bits, a, b)
             else:
-                out = masked_product(dropped(x, self.dropout, self.seed), self.keep_bits, operands.a, operands.scaled_b)
-            add_product_(out, x, *operands.of_base(self.weight))
+                low = self._low_rank_input(x)
+                fused = fused_product(x, base) if may_fuse and factor is None else None
+                if fused is not None:  # rounded before the sum
+                    return fused.addmm_(low, b.T), low
+                out = low @ b.T
+            add_product_(out, x, base, factor)
         return out, low
 
     def _low_rank_input(self, x: Tensor) -> Tensor:
@@ -492,10 +459,8 @@ _gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-un
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, (tokens, m) and (tokens, n) -> (m, n), in float32 or wider, in which gradients accumulate.
-
-    A GPU's product of 16-bit numbers writes the float32 sums themselves; a CPU's has none such, and they are rounded.
-    """
+    """left^T right, (tokens, m) and (tokens, n) -> (m, n), in float32 or wider, in which gradients accumulate."""
+    # A GPU's product of 16-bit numbers writes the float32 sums themselves; a CPU's has none such, and they are rounded.
     if device_kind(left.device) != "cpu" and left.dtype.itemsize == 2:
         summed: Tensor = torch.mm(left.T, right, out_dtype=torch.float32)
         return summed
@@ -504,13 +469,11 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
-    """factor_i sum_t left[t, i] right[t, i] for each column i, in one pass and without a temporary of token size.
+    """factor_i sum_t left[t, i] right[t, i] for each column i of (tokens, out); `factor`, (out,), gives the dtype.
 
-    torch has one kernel that forms these sums: the gradient of the weight of a batch normalisation with mean 0 and
-    deviation 1 / factor. On a CPU it reads bf16 and sums in float32, takes 0.4 to 0.6 of the time of `(left *
-    right).sum(0)`, and has a relative error of 2e-7 where the rounded products of that have 2e-3.
-
-    `left` and `right` are (tokens, out) in one float dtype; `factor`, (out,) float32 or float64, gives the result's.
+    torch has one kernel that forms these sums in one pass, without a temporary of token size: the gradient of the
+    weight of a batch normalisation with mean 0 and deviation 1 / factor. On a CPU it reads bf16 and sums in float32,
+    takes 0.4 to 0.6 of the time of `(left * right).sum(0)`, and has a relative error of 2e-7 where that has 2e-3.
     """
     zero = torch.zeros_like(factor)
     if left.shape[0] == 0:
@@ -522,9 +485,6 @@ def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
         left.contiguous(), right.contiguous(), factor, None, None, zero, factor, True, 0.0, [False, True, False]
     )[1]
     return total
-
-
-# ------------------------------------------------------------------------------------------------ the masked update
 
 
 def _masked_rows(rows: slice, keep_bits: Tensor, a: Tensor, scaled_b: Tensor) -> Tensor:

@@ -33,18 +33,13 @@ def never_narrowed(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             tensor.data = values.to(tensor.device)
 
 
-# ------------------------------------------------------------------------------------------------ trained rows
-
-
 class TrainedRows(nn.Module):
     """The trained rows of an embedding or an output head; a tied head shares them with the embedding.
 
     A masked gradient on the whole matrix would take its size again in gradients and optimizer states, and decay or
-    rounding could move the other rows. Here they are not trainable at all.
-
-    `rows`, (len(ids), features), is float32 whatever the dtype of the matrix, and stays so when the model is cast: in
-    bf16 small updates would be rounded away. They are in a module of their own, behind the base: transformers takes a
-    model's dtype from its first parameter. `ids` are ascending token ids, in the order of `rows`.
+    rounding could move the other rows. `rows`, (len(ids), features), in the order of the ascending token `ids`, is
+    float32 whatever the dtype of the matrix, and stays so when the model is cast: in bf16 small updates would be
+    rounded away. They are in a module behind the base: transformers takes a model's dtype from its first parameter.
     """
 
     ids: Tensor
@@ -61,11 +56,8 @@ class TrainedRows(nn.Module):
 
 
 class RowEmbedding(nn.Module):
-    """An embedding that takes some rows from `trained`, and all others from its frozen base.
-
-    Only the rows that a batch asks for are cast. A base that scales its output by `embed_scale` (Gemma) scales the
-    trained rows, too. `base` is nn.Embedding, a subclass with `embed_scale`, or HostEmbedding.
-    """
+    """An embedding that takes some rows from `trained`, and all others from its frozen base: nn.Embedding, a subclass
+    with `embed_scale` (Gemma), which scales the trained rows, too, or HostEmbedding."""
 
     def __init__(self, base: nn.Module, trained: TrainedRows) -> None:
         super().__init__()
@@ -130,17 +122,12 @@ def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
     return merged
 
 
-# ------------------------------------------------------------------------------------------------ rows from the host
-
-
 class HostEmbedding(nn.Module):
     """A frozen embedding whose table stays on the CPU and whose rows go to `device`.
 
-    Attributes:
-        weight: The table (words, features): a buffer, which `model.to` casts but does not move; on "meta" until it is
-            read.
-        rows: An empty parameter, (0,), with the dtype and the device of the rows. transformers reads the dtype and the
-            device of a model from its first parameter, which would be the table. It is in no file.
+    The table, `weight` (words, features), is a buffer, which `model.to` casts but does not move; it is on "meta" until
+    it is read. `rows` is an empty parameter with the dtype and the device of the rows, in no file: transformers reads
+    the dtype and the device of a model from its first parameter.
     """
 
     weight: Tensor
@@ -157,10 +144,7 @@ class HostEmbedding(nn.Module):
         return self.rows.device
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) token ids, on any device, to (..., features) on `device`.
-
-        The host waits for ids of a GPU, which `ids_on_host` avoids. The rows leave from pinned memory, without a wait.
-        """
+        """(...) token ids to (..., features) on `device`. For ids of a GPU the host waits (`ids_on_host` avoids it)."""
         rows = functional.embedding(ids.to(self.weight.device), self.weight)
         if self.device.type in ("cpu", "meta"):
             return rows.to(self.device)
@@ -193,9 +177,6 @@ def ids_on_host(model: Any, ids: Tensor) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------ rows of a process
-
-
 class RowShare:
     """What this process holds of a frozen weight that is divided among processes.
 
@@ -203,14 +184,9 @@ class RowShare:
     last equally long, as torch's `fully_shard` does it. Where block scales do not cross rows, that dimension counts
     rows, so that a process can compute what belongs to its rows alone, such as their norms.
 
-    Args:
-        form: The weight, of which only the double quantised scales' own tensors are read (`PackedWeight.nested`);
-            the others may be on the meta device.
-        keep_bits: The mask by which it was pruned, or None; only its shape is read.
-        group: The processes among which the weight is divided.
-    Attributes:
-        by_rows: Whether each process holds whole rows. If not, a process can compute nothing from its part.
-        parts: Name -> this process's part of the tensor, cut along its first dimension; a DTensor once it is sharded.
+    Of `form`, the weight, and `keep_bits`, its mask, only shapes are read, and the scales of double quantised scales;
+    the rest may be on the meta device. If not `by_rows`, a process can compute nothing from its part. `parts` are name
+    -> this process's part of the tensor, cut along its first dimension; a DTensor once it is sharded.
     """
 
     def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:
@@ -300,10 +276,8 @@ def span(length: int, rank: int, size: int) -> slice:
 
 @torch.no_grad()
 def gather_runs(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Join the parts of some tensors that all processes hold, in one collective: the whole tensors.
-
-    `parts` are this process's `span` of each tensor, of one dtype and device: (n,) or (n, columns). `lengths` are the
-    first dimensions of the whole tensors.
+    """Join the parts of some tensors that all processes hold, in one collective: the whole tensors, whose first
+    dimensions are `lengths`. `parts` are this process's `span` of each, of one dtype and device: (n,) or (n, columns).
     """
     size = group.size()
     columns = [part.shape[1:].numel() for part in parts]

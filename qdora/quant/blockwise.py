@@ -1,11 +1,9 @@
 """Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
 On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
-quantisation: its float32 mean depends on the number of threads, this one does not. Its CUDA kernels differ in details:
-they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
-magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block: NF4 then
-stores the block as -1 times 0, which double quantisation turns into small non-zero weights. This definition holds on
-every device: a zero weight always decodes to zero.
+quantisation: its float32 mean depends on the number of threads. Its CUDA kernels differ in details (ties, constants off
+by an ulp), and store a zero block of NF4 as -1 times 0, which double quantisation turns into small non-zero weights.
+This definition holds on every device: a zero weight always decodes to zero.
 """
 
 from __future__ import annotations
@@ -71,11 +69,8 @@ def _refuse_not_finite(scales: Tensor, name: str) -> None:
 
 
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
-
-    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided, which round
-    apart.
-    """
+    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32)."""
+    # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)
     scale = blocks.abs().amax(dim=1)
@@ -86,7 +81,6 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         scale = torch.cat([scale, last])
     if part.numel() % 2:
         units.append(part.new_zeros(1))
-    # One block list in nearly every chunk, and then no copy.
     return (units[0] if len(units) == 1 else torch.cat(units)), scale
 
 
@@ -100,8 +94,7 @@ def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32.
     """
-    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device. The scales of a
-    # layer lie within a few powers of 2 and have 24 bits, so this sum is exact, or its error is far below float32's.
+    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
     return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
 

@@ -147,7 +147,7 @@ def empty_packed(
 
 @dataclass(frozen=True)
 class RowParts:
-    """A dense weight, (out, in), that is read in parts of whole rows, so that it is never in memory as a whole."""
+    """A dense weight, (out, in), that is read in parts of whole rows, so that it is never in memory whole."""
 
     shape: tuple[int, int]
     parts: Callable[[], Iterator[Tensor]]  # (rows, in) each, in order; all have one dtype and device
@@ -168,12 +168,8 @@ def quantize(
 
     A base does not depend on the device that quantised it. The peak beside the weight is about twice the result (266
     MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous. Parts give the bits of the whole, and each
-    is quantised when it is read, unless its rows are no whole blocks.
-
-    Args:
-        block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
-        double_quant: Store the block scales in 8 bits; not used by int8.
-        name: The weight's name in an error.
+    is quantised when it is read, unless its rows are no whole blocks. int8 has one scale a row: blocks and double
+    quantisation are for the other kinds. `name` is the weight's in an error.
     """
     if isinstance(weight, RowParts):
         plain = _quantize_parts(weight, kind, block_size, name)
@@ -219,9 +215,8 @@ def choose_backend(
     """Which code dequantises: bitsandbytes if its kernel gives the bits of the definition, else plain torch.
 
     Measured with bitsandbytes 0.50.2 on a CPU with AVX512: its 4-bit kernel starts each row at a new block. A row that
-    begins inside a block decodes with a wrong scale, off by up to 88 % of the largest weight, without an error. So on
-    any CPU a row must be a whole number of blocks here. From block size 2048 on, and for odd rows, the kernel falls
-    back to slow code of its own. On a CPU with AVX2 alone the zeros of fp4 may have the other sign.
+    begins inside a block decodes with a wrong scale, off by up to 88 % of the largest weight, without an error. From
+    block size 2048 on the kernel falls back to slow code. With AVX2 alone the zeros of fp4 may have the other sign.
     """
     if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"
@@ -255,10 +250,8 @@ def decode_4bit(
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
 
-    With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
-    weights stay zero all the same: their value is 0 whatever the scale. Shares memory with `packed` unless nested.
-
-    `blocks` are those wanted (default: all), without a step; only their groups of 256 are decoded.
+    Double quantised, the scale of a zero block can come out as not 0, or slightly negative. Shares memory with `packed`
+    unless nested. Of `blocks`, a slice without a step, only the groups of 256 are decoded.
     """
     nested = packed.nested
     if packed.kind == MXFP4 and packed.absmax.dtype == torch.uint8:
@@ -275,10 +268,7 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
 
 
 def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
-    """Some rows as a weight of their own, which shares the codes and has decoded block scales.
-
-    The rows begin and end at blocks: any rows, if `in` is a multiple of the block size.
-    """
+    """Some rows, which begin and end at blocks, as a weight that shares the codes and has decoded block scales."""
     shape = (rows.stop - rows.start, packed.shape[1])
     if packed.kind == "int8":
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])

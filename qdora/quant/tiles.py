@@ -86,28 +86,45 @@ def _round_up(length: int, align: int) -> int:
 def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles (rows, in) of whole rows of diag(row_factor) W, in order, in any float dtype.
 
-    Products of codes, scales and factors, (out,) float32 (float64 for float64 weights), are float32, then cast once.
-    Read a tile before taking the next one; it may share memory with the weight. A loop that ends with `del tile` holds
-    one at a time; else each tile lives until the next one is made. A weight whose blocks cross rows comes as one tile;
-    with blocks of 64 no common model has one.
+    Products of codes, scales and factors, (out,) float32 (float64 for float64 weights), are float32, then cast once. A
+    tile may share memory with the weight. A loop that ends with `del tile` holds one at a time. A weight whose blocks
+    cross rows comes as one tile; with blocks of 64 no common model has one.
     """
+    return _tiles(weight, dtype, row_factor, 0)
+
+
+def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
+    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`."""
+    return _tiles(weight, dtype, row_factor, 1)
+
+
+def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: int) -> Iterator[Tile]:
+    total, other, kind = weight.shape[dim], weight.shape[1 - dim], device_kind(weight.device)
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
-            yield slice(0, weight.shape[0]), weight  # costs nothing, so it needs no budget
+            yield slice(0, total), weight  # costs nothing, so it needs no budget
             return
-        for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, device_kind(weight.device)):
-            yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
+        for run in spans(total, other, dtype.itemsize, kind):
+            factor = row_factor if row_factor is None or dim == 1 else row_factor[run]
+            yield run, _scaled_rows(weight[run] if dim == 0 else weight[:, run], factor, dtype)
         return
-    out_features, in_features = weight.shape
-    runs = spans(out_features, in_features, dtype.itemsize, device_kind(weight.device))
+    block = 1 if weight.kind == "int8" else weight.block_size
+    runs = spans(total, other, dtype.itemsize, kind, 1 if dim == 0 else block)
     if len(runs) == 1 and row_factor is None:  # spares the host some ten views
         yield runs[0], dequantize(weight, dtype)
-    elif in_features % weight.block_size:
-        yield slice(0, out_features), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
-    else:
-        codes, scales = _codes(weight), _row_scales(weight, row_factor)
-        for rows in runs:
-            yield rows, _decode(weight, codes[rows], scales[rows], dtype)
+        return
+    if weight.shape[1] % weight.block_size:
+        yield slice(0, total), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
+        return
+    codes, scales = _codes(weight), _row_scales(weight, row_factor)
+    per_byte = 1 if weight.kind == "int8" else 2
+    for run in runs:
+        if dim == 0:
+            some, blocks = codes[run], scales[run]
+        else:
+            some = codes[:, run.start // per_byte : run.stop // per_byte]
+            blocks = scales if weight.kind == "int8" else scales[:, run.start // block : run.stop // block]
+        yield run, _decode(weight, some, blocks, dtype)
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
@@ -127,32 +144,6 @@ def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
     """
     assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
-
-
-def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`."""
-    out_features, in_features = weight.shape
-    if isinstance(weight, PackedWeight) and in_features % weight.block_size:
-        yield slice(0, in_features), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
-        return
-    if isinstance(weight, Tensor):
-        if row_factor is None and weight.dtype == dtype:
-            yield slice(0, in_features), weight
-            return
-        for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device)):
-            yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
-        return
-    block = 1 if weight.kind == "int8" else weight.block_size
-    runs = spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block)
-    if len(runs) == 1 and row_factor is None:
-        yield runs[0], dequantize(weight, dtype)
-        return
-    scales, codes = _row_scales(weight, row_factor), _codes(weight)
-    per_byte = 1 if weight.kind == "int8" else 2
-    for columns in runs:
-        some = codes[:, columns.start // per_byte : columns.stop // per_byte]
-        blocks = scales if weight.kind == "int8" else scales[:, columns.start // block : columns.stop // block]
-        yield columns, _decode(weight, some, blocks, dtype)
 
 
 def _codes(weight: PackedWeight) -> Tensor:
