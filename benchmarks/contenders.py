@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
 import qdora.peft
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.data.batches import IGNORED, Batching, MicroBatch, Step
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.files.run_directory import RunDirectory

@@ -46,21 +46,26 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.adapted_product import Operands, adapted_linear, adapted_product, operands_of
-from qdora.adapter.dora import (
-    FactoredNorm,
+from qdora.adapter.algebra import (
     Gain,
+    entries_at_a_time,
     factored_norms,
     gain,
     gain_of_sum,
     measure_cancelled_,
     merged_weight,
+    rounded,
     row_norm,
+    scaled_B,
     squared_row_norm,
 )
-from qdora.adapter.frozen_product import product_dtype, without_graph_or_autocast
-from qdora.adapter.low_rank_factors import entries_at_a_time, rounded, scaled_B
-from qdora.adapter.parameter_cache import ParameterCache
+from qdora.adapter.product import (
+    Kept,
+    Operands,
+    adapted_linear,
+    operands_of,
+    product_dtype,
+)
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
 try:
@@ -82,7 +87,7 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
     """PEFT's magnitudes of a layer, (out,) float32, with the products' operands of their present values."""
 
     weight: nn.Parameter
-    operands: ParameterCache
+    operands: Kept[Operands]
     latest: Tensor | None = None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
@@ -272,7 +277,7 @@ def _adopt(layer: Any, name: str) -> Any:
     magnitude: Any = magnitudes[name] if name in magnitudes else None  # noqa: SIM401
     if type(magnitude) is DoraLinearLayer:
         magnitude.__class__ = Magnitude
-        magnitude.operands = ParameterCache()
+        magnitude.operands = Kept()
     if isinstance(magnitude, Magnitude):
         magnitude.widen()
     return magnitude
@@ -348,7 +353,7 @@ def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
     weight = layer.get_base_layer().weight if weight is None else weight
     cache = layer.__dict__.get("_qdora_base")
     if cache is None:
-        cache = layer.__dict__["_qdora_base"] = ParameterCache()
+        cache = layer.__dict__["_qdora_base"] = Kept()
     state = weight.quant_state
 
     def made() -> tuple[PackedWeight, Tensor]:
@@ -359,7 +364,7 @@ def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
         packed = from_tensors(state.quant_type, tuple(state.shape), state.blocksize, tensors)
         return packed, squared_row_norm(packed)
 
-    found: tuple[PackedWeight, Tensor] = cache.get("base", (weight, state.absmax), (state,), made)
+    found: tuple[PackedWeight, Tensor] = cache.get((weight, state.absmax), (state,), made)
     return found
 
 
@@ -418,20 +423,16 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
             operands = operands_of(a, b, None, s / (1.0 - dropout), dtype)
     else:
         parameters, settings = (a, b, magnitude.weight), (alike, weight)
-        operands = magnitude.operands.get("operands", parameters, settings, lambda: _operands(layer, name, alike))
-    if dropout == 0.0 and without_graph_or_autocast(x):
-        return adapted_product(x.to(dtype), weight, base.bias, operands).to(out_dtype)
+        operands = magnitude.operands.get(parameters, settings, lambda: _operands(layer, name, alike))
     y = adapted_linear(
         x.to(dtype).contiguous(),
         weight,
         a,
         b,
-        s,
+        operands,
         bias=base.bias,
         magnitude=None if magnitude is None else magnitude.weight,
-        gain=operands.gain,
         dropout=dropout,
-        operands=operands,
     )
     if magnitude is not None and y.grad_fn is not None:
 
@@ -464,8 +465,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
     norm, cancelled = factored_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
     for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
         if has_cancelled:
-            own = FactoredNorm(norm[i], cancelled[i]), weights[i]
-            measure_cancelled_(*own, lora_A=a[i], lora_B=b[i], scaling=s, dtype=dtype)
+            measure_cancelled_(norm[i], cancelled[i], weights[i], a[i], b[i], s, dtype=dtype)
     value, inverse = gain(m, norm)
     factor = value.unsqueeze(-1) * (s / (1.0 - alike.dropout))
     scaled = scaled_B(b.flatten(0, 1), factor.flatten(0, 1), dtype).view_as(b)
@@ -476,7 +476,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
         _keep_32_bit_states(magnitude.weight)
         factors = present[0].detach() if a_dtype == dtype else a[i], scaled[i], factor[i]
         made.append(Operands(*factors, Gain(value[i], inverse[i]), None))
-        magnitude.operands.put("operands", present, (alike, weights[i]), made[-1])
+        magnitude.operands.put(present, (alike, weights[i]), made[-1])
     return made[0]
 
 

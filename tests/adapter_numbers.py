@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from qdora.adapter import masked_update
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter import algebra
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.quant import tiles
-from qdora.quant.packed import quantize
-from qdora.quant.sparsity import mask_bits
+from qdora.quant.packed import mask_bits, quantize
 from tests import reference, support
 
 GATE = (0.7, 0.0, -1.3, 0.4, 1.1)
@@ -78,7 +76,7 @@ def cut_tiles(patch: pytest.MonkeyPatch, num_bytes: int = 4096, long: int = 8, s
     patch.setattr(tiles, "_CPU_TILE_BYTES", num_bytes)
     patch.setattr(tiles, "_LONG", long)
     patch.setattr(tiles, "_SHORT", short)
-    patch.setattr(masked_update, "_ROWS", 5)
+    patch.setattr(algebra, "_ROWS", 5)
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Any:
@@ -86,8 +84,8 @@ def to_numpy(tensor: torch.Tensor | None) -> Any:
 
 
 def own(values: Any, expert: int | None) -> Any:
-    """The part of an expert; a factor that all experts share is (1, ...)."""
-    return values if expert is None or values is None else values[expert % len(values)]
+    """The part of an expert."""
+    return values if expert is None or values is None else values[expert]
 
 
 def experts_of(layer: Any) -> list[int | None]:

@@ -51,7 +51,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from qdora.quant import bnb_kernels
+from qdora.quant import kernels
 from tests import support
 
 
@@ -252,9 +252,9 @@ class FalseGpu(TorchDispatchMode):
         self._patches: list[ExitStack] = []
 
     def __enter__(self) -> FalseGpu:
-        patches, has_kernels = ExitStack(), bnb_kernels.is_available
+        patches, has_kernels = ExitStack(), kernels.is_available
         for owner, name, ours in (
-            (bnb_kernels, "is_available", lambda kind: has_kernels("cpu" if kind == TYPE else kind)),
+            (kernels, "is_available", lambda kind: has_kernels("cpu" if kind == TYPE else kind)),
             (torch, "Generator", _Generator),
             (torch, "tensor", _tensor),
             (torch.nn.functional, "scaled_dot_product_attention", _attention(self.device)),

@@ -47,10 +47,9 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.experts import FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, UserError
@@ -60,8 +59,7 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import ModelSource, resolve
-from qdora.quant.packed import quantize
-from qdora.quant.sparsity import mask_bits
+from qdora.quant.packed import mask_bits, quantize
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import base as load_base
@@ -601,10 +599,9 @@ def adapted_mixture(
     return model.eval(), layers
 
 
-def parts_of_experts(matrix: torch.Tensor, num_experts: int, share: str) -> list[torch.Tensor]:
+def parts_of_experts(matrix: torch.Tensor, num_experts: int) -> list[torch.Tensor]:
     """(experts * out, in) as the matrices that have components of their own."""
-    experts = list(matrix.view(num_experts, -1, matrix.shape[1]))
-    return {"none": experts, "A": [torch.cat(experts, dim=0)], "B": [torch.cat(experts, dim=1)]}[share]
+    return list(matrix.view(num_experts, -1, matrix.shape[1]))
 
 
 TEXT: dict[str, Any] = EXPERT_SIZES | {"intermediate_size": 128, "max_position_embeddings": 256, "eos_token_id": 3}
@@ -789,12 +786,12 @@ def train_plainly(
 def norm_counts(processes: Processes, model: PreTrainedModel, num_steps: int = 3) -> tuple[list[int], Any]:
     """How many norms each step computed from the rows of each process, and what `train` returns."""
     counts: list[int] = []
-    before = passes.prepare_shared_gains
-    passes.prepare_shared_gains = lambda layers: counts.append(before(layers))  # type: ignore[assignment,func-returns-value]
+    before = passes.refresh
+    passes.refresh = lambda layers: counts.append(before(layers))  # type: ignore[assignment,func-returns-value]
     try:
         found = train_plainly(model, processes, num_steps=num_steps)
     finally:
-        passes.prepare_shared_gains = before
+        passes.refresh = before
     return counts, found
 
 
@@ -887,7 +884,7 @@ def streamed_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """Of a step of three micro-batches, and under "logits" what the model says in evaluation."""
     torch.manual_seed(3)
     model.train()
-    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    refresh(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
     for ids in STREAMED_IDS.to(model.device):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
@@ -1079,20 +1076,20 @@ def plain_mixture() -> Any:
     return model.requires_grad_(False)
 
 
-def curved_mixture(directory: Path, *, kind: Any, share: Any = "none", masked: bool = False) -> Any:
+def curved_mixture(directory: Path, *, kind: Any, masked: bool = False) -> Any:
     """The same with adapters of rank 2 on `STACKS`, off their start, pruned there if masked."""
     if not (directory / "config.json").exists():
         mixture("qwen3_moe", torch.float64, **SIZES).save_pretrained(directory)
     model = load_model(resolve(str(directory)), quant="none", compute_dtype=torch.float64)
     widen_norms(model)
-    return _curved(model, STACKS, kind=kind, share=share, masked=masked).eval()
+    return _curved(model, STACKS, kind=kind, masked=masked).eval()
 
 
 # ------------------------------------------------------------------------------------------------ by whole updates
 def update_of(layer: Any, **changed: Tensor) -> Tensor:
     """s B A from the present factors or others, (out, in), or (experts * out, in) of a stack."""
     a, b = (changed.get(name, layer.get_parameter(name).detach()) for name in ("lora_A", "lora_B"))
-    product = layer.alpha / layer.rank * (b @ a)  # of each expert; a factor that all share is (1, ...)
+    product = layer.alpha / layer.rank * (b @ a)
     return product.flatten(0, -2)
 
 

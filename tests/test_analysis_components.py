@@ -124,13 +124,13 @@ def test_held_components_are_the_singular_directions_of_the_update():
 # ------------------------------------------------------------------------------------------------ by the definition
 
 KINDS = [("lora", "none"), ("dora", "attached"), ("dora", "held")]
-# (kind, norm, masked, moved, share): a share is that of stacks of experts.
-LAYER_CASES = [(*kind, masked, True, None) for kind in KINDS for masked in (False, True)]
-LAYER_CASES += [(*kind, False, False, None) for kind in KINDS]
-STACK_CASES = [("dora", "attached", False, True, "none"), ("lora", "none", False, True, "B")]
-STACK_CASES += [("dora", "held", True, True, "A")]
+# (kind, norm, masked, moved, whether it is a stack of experts)
+LAYER_CASES = [(*kind, masked, True, False) for kind in KINDS for masked in (False, True)]
+LAYER_CASES += [(*kind, False, False, False) for kind in KINDS]
+STACK_CASES = [("dora", "attached", False, True, True), ("lora", "none", False, True, True)]
+STACK_CASES += [("dora", "held", True, True, True)]
 # Draws are exact in the tests of every label and of micro-batches: a few cases are enough.
-DRAWN = [("dora", "attached", True, True, None), ("lora", "none", False, False, None)]
+DRAWN = [("dora", "attached", True, True, False), ("lora", "none", False, False, False)]
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +138,10 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("mixture")
 
 
-def stacked(part: int, matrix: Tensor, share: str | None, rows: int) -> Tensor:
+def stacked(part: int, matrix: Tensor, is_stack: bool, rows: int) -> Tensor:
     """A matrix of one part in the layout of the layer, (experts * out, in) of a stack; zero in other parts."""
-    if share in (None, "A"):
+    if not is_stack:
         return matrix
-    if share == "B":
-        return torch.cat(list(matrix.split(matrix.shape[1] // EXPERTS, dim=1)), dim=0)
     whole = torch.zeros(EXPERTS, *matrix.shape, dtype=matrix.dtype)
     whole[part] = matrix
     assert whole.shape[0] * whole.shape[1] == rows
@@ -152,13 +150,13 @@ def stacked(part: int, matrix: Tensor, share: str | None, rows: int) -> Tensor:
 
 @pytest.mark.parametrize("case", [*LAYER_CASES, *STACK_CASES], ids=str)
 def test_of_a_model_against_the_definition(directory, case):
-    kind, norm, masked, moved, share = case
-    if share is None:
+    kind, norm, masked, moved, is_stack = case
+    if not is_stack:
         name, num_new, tolerance = CURVED_LAYERS[0], 6, 1e-6
         model = support.float64_adapted(kind=kind, moved=moved, masked=masked)
     else:
         name, num_new, tolerance = STACKS[0], 2, 1e-4
-        model = support.curved_mixture(directory, kind=kind, share=share, masked=masked)
+        model = support.curved_mixture(directory, kind=kind, masked=masked)
     batches, rank = support.curved_batches(), 2 if moved else 0
     own = layer_directions(model, {name: num_new}, batches, norm=norm)
     exact = exact_curvatures(model, own, batches, norm=norm)[name]
@@ -174,7 +172,7 @@ def test_of_a_model_against_the_definition(directory, case):
         _, along = torch.autograd.functional.jvp(lambda value: logits({name: value}), update, direction)
         return float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean())
 
-    parts = [[each] if share is None else support.parts_of_experts(each, EXPERTS, share) for each in (update, gradient)]
+    parts = [support.parts_of_experts(each, EXPERTS) if is_stack else [each] for each in (update, gradient)]
     found, num_compared, all_forms = own[name], 0, []
     sizes_of, slopes_of, curvatures_of = map(np.atleast_2d, (found.sizes, found.slopes, exact.curvatures))
     for part, (mine, slope) in enumerate(zip(*parts, strict=True)):
@@ -188,7 +186,7 @@ def test_of_a_model_against_the_definition(directory, case):
         some = int((slopes[:num_new] > 1e-6 * slopes[0]).sum())
         pairs = [*zip(left.T, right.T, strict=True), *zip(u.T[:some], vh[:some], strict=True)]
         matrices = [torch.outer(a, b) for a, b in pairs]
-        forms, count = [form(stacked(part, each, share, len(update))) for each in matrices], len(matrices)
+        forms, count = [form(stacked(part, each, is_stack, len(update))) for each in matrices], len(matrices)
         np.testing.assert_allclose(sizes_of[part][:count], [*sizes, *[0.0] * some], rtol=1e-9, atol=1e-15)
         assert not sizes_of[part][count:].any()
         wanted = [float((slope * each).sum()) for each in matrices]
@@ -257,20 +255,18 @@ def a_model(kind: Any, variant: str) -> Any:
 
 FEW = {"none": ("llama", "qwen2", "sequence first"), "held": ("llama", "dead rows")}
 EXACT = [
-    pytest.param(*kind, variant, False, None, id=f"{kind}-{variant}")
+    pytest.param(*kind, variant, False, False, id=f"{kind}-{variant}")
     for kind in KINDS
     for variant in FEW.get(kind[1], VARIANTS)
 ]
-EXACT += [pytest.param(kind, norm, "mixture", masked, share) for kind, norm, masked, _, share in STACK_CASES]
+EXACT += [pytest.param(kind, norm, "mixture", masked, True) for kind, norm, masked, _, _ in STACK_CASES]
 
 
-@pytest.mark.parametrize("kind, norm, variant, masked, share", EXACT)
-def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, variant, masked, share):
+@pytest.mark.parametrize("kind, norm, variant, masked, is_stack", EXACT)
+def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, variant, masked, is_stack):
     """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
-    is_stack, num_new = share is not None, 3 if share is None else 2
-    model = (
-        support.curved_mixture(directory, kind=kind, share=share, masked=masked) if is_stack else a_model(kind, variant)
-    )
+    num_new = 2 if is_stack else 3
+    model = support.curved_mixture(directory, kind=kind, masked=masked) if is_stack else a_model(kind, variant)
     layers, batch = adapted_layers(model), support.curved_batches()[0]
     batch.labels[:, :-1] = -100
     found = layer_directions(model, dict.fromkeys(layers, num_new), support.curved_batches(), norm=norm)

@@ -2,30 +2,34 @@
 torch has a GPU, with torch's answers faked."""
 
 from __future__ import annotations
-
-import logging
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from qdora.adapter import adapted_linear
+from qdora.adapter import layer
+from qdora.files.environment import environment
 from qdora.files.machine import environment
 from qdora.memory.oom import free_memory
 from qdora.memory.stream import HostResidency
 from qdora.model import build_model
 from qdora.quant import bnb_kernels
+from qdora.quant import kernels
 from qdora.run import base as load_base
 from qdora.run import prepare
 from qdora.train import optimizer
-from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
 from tests import support
-from tests.adapter_numbers import make, results
-from tests.false_gpu import TYPE, on_false_gpu
+from tests.adapter_numbers import make
+from tests.adapter_numbers import results
+from tests.false_gpu import TYPE
+from tests.false_gpu import on_false_gpu
+from torch import Tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from types import SimpleNamespace
+from typing import Any
+import logging
+import pytest
+import torch
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -159,8 +163,8 @@ def test_a_run_computes_on_the_gpu_and_its_checkpoints_have_its_generator(calls,
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=is_native: answer)
         assert build_model.choose_compute("auto") == build_model.Compute(CUDA, dtype)
     assert environment()["devices"] == [{"name": "A100", "capability": "8.0", "memory_bytes": 40 << 30}]
-    assert adapted_linear._free_bytes(CUDA) == 5
-    assert adapted_linear._free_bytes(torch.device("cpu")) is None
+    assert layer._free_bytes(CUDA) == 5
+    assert layer._free_bytes(torch.device("cpu")) is None
     states = random_state()
     assert int(states["cuda"]) == 7
     set_random_state(states)
@@ -174,7 +178,7 @@ def test_a_run_computes_on_the_gpu_and_its_checkpoints_have_its_generator(calls,
 @pytest.mark.parametrize("compiled", [True, False])
 def test_kernels_of_bitsandbytes_need_a_library_for_cuda(monkeypatch, compiled):
     monkeypatch.setattr("bitsandbytes.cextension.lib", SimpleNamespace(compiled_with_cuda=compiled))
-    assert bnb_kernels.is_available.__wrapped__("cuda") is compiled
+    assert kernels.is_available.__wrapped__("cuda") is compiled
 
 
 def test_a_base_goes_where_the_recipe_says(tmp_path, monkeypatch):

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import expert_product
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.adapter.expert_tokens import padded_tokens
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.frozen_product import decoding
-from qdora.quant import bnb_kernels, tiles
+from qdora.adapter.expert_product import padded_tokens
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.product import decoding
+from qdora.quant import kernels, tiles
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference
@@ -143,7 +142,7 @@ def test_decoding_reads_codes_where_a_kernel_does(gpu):
         tile_bytes = options.get("tile_bytes", tiles._GPU_TILE_BYTES)
         with (
             patch.object(tiles, "_GPU_TILE_BYTES", tile_bytes),
-            patch.object(bnb_kernels, "has_product", lambda _kind, has=options.get("has_product", True): has),
+            patch.object(kernels, "has_product", lambda _kind, has=options.get("has_product", True): has),
             decoding() if options.get("decodes", True) else nullcontext(),
             torch.set_grad_enabled(options.get("grad", False)),
         ):

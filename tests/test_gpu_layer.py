@@ -4,27 +4,40 @@ Run with -m gpu. Numbers come from `reference` (float64, plain loops), from the 
 """
 
 from __future__ import annotations
-
-import gc
-import warnings
+from qdora.adapter.norms import refresh
+from qdora.adapter.prepared_gains import prepare_gains
+from qdora.memory import offload
+from qdora.memory import stream as offload
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.offload import Away
+from qdora.memory.offload import CudaHost
+from qdora.memory.stream import ActivationOffload
+from qdora.memory.stream import Away
+from qdora.memory.stream import CudaHost
+from qdora.memory.stream import HostResidency
+from qdora.memory.stream import keep_embedding_on_host
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.quant import bnb_kernels
+from qdora.quant import kernels
+from qdora.quant import tiles
+from qdora.quant.packed import quantize
+from qdora.train.optimizer import AdapterOptimizer
+from tests import reference
+from tests import support
+from tests.adapter_numbers import expected
+from tests.adapter_numbers import expected_norm
+from tests.adapter_numbers import make
+from tests.adapter_numbers import results
+from tests.adapter_numbers import to_numpy
+from tests.test_ops_quantize import by_backends
+from torch import Tensor
 from typing import Any
-
+import gc
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from qdora.adapter.prepared_gains import prepare_gains
-from qdora.memory import stream as offload
-from qdora.memory.stream import ActivationOffload, Away, CudaHost, HostResidency, keep_embedding_on_host
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.quant import bnb_kernels, tiles
-from qdora.quant.packed import quantize
-from qdora.train.optimizer import AdapterOptimizer
-from tests import reference, support
-from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
-from tests.test_ops_quantize import by_backends
+import warnings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -41,7 +54,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(128, 256), (33, 96), (7, 101)])
 def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode_it(kind, shape):
-    assert bnb_kernels.is_available("cuda")
+    assert kernels.is_available("cuda")
     weight = random(*shape, seed=1) * 0.05
     weight[1] = 0.0
     here, there = quantize(weight, kind, 64, False), quantize(weight.to(DEVICE), kind, 64, False)
@@ -92,7 +105,7 @@ def test_norms_of_all_layers_make_it_wait_once():
         layer(x)
         with torch.no_grad():
             layer.lora_B.mul_(1.5)
-    assert len(waits_of(lambda: prepare_gains(layers))) == 1
+    assert len(waits_of(lambda: refresh(layers))) == 1
     assert waits_of(lambda: [layer(x) for layer in layers]) == []
     for layer in layers:
         gains = to_numpy(layer.gain(torch.bfloat16).value)

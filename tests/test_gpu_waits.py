@@ -1,30 +1,33 @@
 """Where the host waits for a GPU in an optimizer step of eight micro-batches, seen on the false GPU."""
 
 from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
-
-import pytest
-import torch
-from torch import Tensor
-
+from qdora.adapter import norms
 from qdora.adapter import shared_norms
+from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.norms import refresh
 from qdora.adapter.shared_norms import prepare_shared_gains
-from qdora.data.batches import Batching, Step, micro_batches
+from qdora.data.batches import Batching
+from qdora.data.batches import Step
+from qdora.data.batches import micro_batches
 from qdora.evaluate.generation import decode_greedily
-from qdora.evaluate.token_scores import Span, score_spans
+from qdora.evaluate.token_scores import Span
+from qdora.evaluate.token_scores import score_spans
 from qdora.files.run_directory import RunDirectory
+from qdora.memory import offload
 from qdora.memory import stream as offload
-from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.stream import ActivationOffload
+from qdora.memory.stream import HostResidency
+from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
@@ -36,8 +39,15 @@ from qdora.train.passes import step_gradient
 from qdora.train.trainer import Trainer
 from tests import support
 from tests.adapter_numbers import make
-from tests.false_gpu import Event, on_false_gpu
+from tests.false_gpu import Event
+from tests.false_gpu import on_false_gpu
 from tests.test_nn_adapted_linear import shares
+from torch import Tensor
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+import pytest
+import torch
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")
@@ -168,7 +178,7 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
-        norms = {} if case == "lora" else {"adapter/dora.py": len(adapted_layers(model))}
+        norms = {} if case == "lora" else {"adapter/algebra.py": len(adapted_layers(model))}
         assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
@@ -212,9 +222,9 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
             layer.parameters_changed()
             (layer.base.share,) = shares(layer.base.stored_weight, 1)
         gpu.clear()
-        with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
-            assert prepare_shared_gains(layers) == len(layers)
-        assert files(gpu.lines("wait")) == {"adapter/shared_norms.py": 1} | ({"adapter/dora.py": 1} if removed else {})
+        with patch.object(norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
+            assert refresh(layers) == len(layers)
+        assert files(gpu.lines("wait")) == {"adapter/norms.py": 1} | ({"adapter/algebra.py": 1} if removed else {})
         for layer, each in zip(layers, wanted, strict=True):
             torch.testing.assert_close(layer.gain(torch.float32).value.cpu(), each)
 
@@ -251,7 +261,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
             numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
         assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
-        assert all(line.startswith(("adapter/prepared_gains.py: answers", "adapter/dora.py")) for line in lines)
+        assert all(line.startswith(("adapter/norms.py: answers", "adapter/algebra.py")) for line in lines)
         gain: Any = layer.gain(torch.float32)
         found.append((numbers, [gain.value, *(each.grad for each in adapter_parameters(model).values())]))
     assert found[0][0] == found[1][0]

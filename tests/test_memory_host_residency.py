@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pathlib import Path
 from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.rows import HostEmbedding
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure
 from qdora.errors import UserError

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qdora.adapter.row_share import span
+from qdora.adapter.rows import span
 from qdora.errors import Diverged, RunFailure, UserError
 from qdora.memory import shard
 from qdora.model.inject import adapted_layers, frozen_layers

@@ -1,37 +1,45 @@
 """Which layers get adapters, how these start, and models that write into their outputs or read their weights."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-import torch.distributed
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    OlmoConfig,
-    OlmoForCausalLM,
-)
-
 from qdora.errors import UserError
-from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.attention import keep_inplace_outputs_, weights_unread
-from qdora.model.build_model import nearest_low_rank, recompute_activations, start_adapters, start_from_error_
-from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
+from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import save_adapter
+from qdora.model.attention import keep_inplace_outputs_
+from qdora.model.attention import weights_unread
+from qdora.model.build_model import nearest_low_rank
+from qdora.model.build_model import recompute_activations
+from qdora.model.build_model import start_adapters
+from qdora.model.build_model import start_from_error_
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.inject import frozen_layers
+from qdora.model.inject import inject
+from qdora.model.inject import matches
+from qdora.model.patches import keep_inplace_outputs_
+from qdora.model.patches import weights_unread
 from qdora.model.source import resolve
 from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import PruneConfig
 from tests import support
+from torch import Tensor
+from torch import nn
+from transformers import FalconConfig
+from transformers import FalconForCausalLM
+from transformers import GPTNeoXConfig
+from transformers import GPTNeoXForCausalLM
+from transformers import MambaConfig
+from transformers import MambaForCausalLM
+from transformers import OlmoConfig
+from transformers import OlmoForCausalLM
+from typing import Any
+import copy
+import numpy as np
+import pytest
+import torch
+import torch.distributed
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -152,15 +160,15 @@ def test_nearest_low_rank(rows, columns, rank, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "masked", "share", "kind"),
+    ("name", "masked", "kind"),
     [
-        ("llama-tied-biased", True, "none", "dora"),
-        ("llama-tied-biased", False, "none", "lora"),
-        *(("gpt_oss", False, share, "dora") for share in ("none", "A", "B")),
+        ("llama-tied-biased", True, "dora"),
+        ("llama-tied-biased", False, "lora"),
+        ("gpt_oss", False, "dora"),
     ],
 )
-def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
-    """Each expert has a start of its own; those that share a factor have the nearest of all together."""
+def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
+    """Each expert has a start of its own."""
     if name == "gpt_oss":
         support.write_mixture(tmp_path, name)
     else:
@@ -168,7 +176,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
     placer = Pruner(PruneConfig(method="magnitude", pattern="2:4")) if masked else None
     model, original = support.load_checkpoint(tmp_path, quant="nf2", placer=placer), support.load_checkpoint(tmp_path)
     targets: Any = "experts" if name == "gpt_oss" else "all-linear"
-    options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked, "share": share}
+    options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked}
     layers = inject(model, kind=kind, targets=targets, **options)
     left = start_from_error_(model, resolve(str(tmp_path)))
     assert left.keys() == layers.keys()
@@ -176,7 +184,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         keep = layer.base.keep_mask().numpy() if masked else 1.0
         error = (weight - base) * keep
-        parts = support.parts_of_experts(torch.from_numpy(error), 4 if name == "gpt_oss" else 1, share)
+        parts = support.parts_of_experts(torch.from_numpy(error), 4 if name == "gpt_oss" else 1)
         squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
         update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
         assert np.linalg.norm(error - update) ** 2 == pytest.approx(np.sum(squares), rel=1e-3)

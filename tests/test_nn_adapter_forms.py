@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import dropout
-from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.expert_product import ExpertTokens
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.quant.sparsity import mask_bits, mask_from_bits
+from qdora.quant.packed import mask_bits, mask_from_bits
 from qdora.rank.differentiable import plain_model
 from qdora.rank.update_gradient import update_spectrum
 from qdora.recipe.options import ExportOptions
@@ -45,31 +45,29 @@ from tests.adapter_numbers import (
 
 COUNTS = (0, 1, 9, 4)
 """Tokens of each expert: none, one and many."""
-SHARES = (None, "none", "A", "B")
-"""Without experts, and the factor that experts share."""
-ALL = [(kind, *rest) for kind in ("lora", "dora") for rest in itertools.product((False, True), (False, True), SHARES)]
-ALL += [("magnitude", False, False, share) for share in (None, "none")]
+ALL = [(kind, *rest) for kind in ("lora", "dora") for rest in itertools.product(*3 * [(False, True)])]
+ALL += [("magnitude", False, False, stacked) for stacked in (False, True)]
 SOME = [
-    ("lora", False, True, "A"),
-    ("dora", True, False, "none"),
-    ("lora", True, True, None),
-    ("dora", True, True, "B"),
+    ("lora", False, True, True),
+    ("dora", True, False, True),
+    ("lora", True, True, False),
+    ("dora", True, True, True),
 ]
-SOME += [("dora", False, False, share) for share in SHARES]
+SOME += [("dora", False, False, stacked) for stacked in (False, True)]
 EXACT, SINGLE = (None, torch.float64), ("nf4 nested", torch.float32)
 OTHERS = [(quant, torch.float32) for quant in (None, "nf4", "fp4", "int8", "int4", "nf3 nested")]
 MATRIX = [(*form, *how) for how in (EXACT, SINGLE) for form in ALL] + [(*form, *how) for how in OTHERS for form in SOME]
 
 
-def layer_of(kind: str, masked: bool, gated: bool, share: Any, **options: Any) -> Any:
-    experts = {} if share is None else {"num_experts": len(COUNTS), "share": share}
+def layer_of(kind: str, masked: bool, gated: bool, stacked: bool, **options: Any) -> Any:
+    experts = {"num_experts": len(COUNTS)} if stacked else {}
     return make(kind=kind, masked=masked, gated=gated, **experts, **options)
 
 
-def inputs(layer: Any, dtype: torch.dtype, share: Any) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...], Any]:
+def inputs(layer: Any, dtype: torch.dtype, stacked: bool) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...], Any]:
     """x in a layout of its own, dy, how the tokens divide, and the counts."""
     generator = torch.Generator().manual_seed(1)
-    if share is None:
+    if not stacked:
         x = torch.randn(2, layer.in_features, 7, generator=generator, dtype=dtype).transpose(1, 2)
         return x, torch.randn(2, 7, layer.out_features, generator=generator, dtype=dtype), (), None
     x = torch.randn(14, 2 * layer.in_features, generator=generator, dtype=dtype)[:, ::2]
@@ -77,23 +75,23 @@ def inputs(layer: Any, dtype: torch.dtype, share: Any) -> tuple[torch.Tensor, to
     return x, dy, (ExpertTokens(COUNTS),), COUNTS
 
 
-@pytest.mark.parametrize(("kind", "masked", "gated", "share", "quant", "dtype"), MATRIX)
-def test_all_numbers_are_those_of_the_definition(kind, masked, gated, share, quant, dtype, monkeypatch):
+@pytest.mark.parametrize(("kind", "masked", "gated", "stacked", "quant", "dtype"), MATRIX)
+def test_all_numbers_are_those_of_the_definition(kind, masked, gated, stacked, quant, dtype, monkeypatch):
     if dtype == torch.float32:
         cut_tiles(monkeypatch)
-    layer = layer_of(kind, masked, gated, share, quant=quant, dtype=dtype)
+    layer = layer_of(kind, masked, gated, stacked, quant=quant, dtype=dtype)
     with torch.no_grad():
         layer.lora_B[..., 1, :] = 0.0  # row 1 of the base is zero, so g = 0; not where m = 0
         if layer.magnitude is not None:
             layer.magnitude[..., 3] = 0.0
     layer.parameters_changed()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    x, dy, tokens, counts = inputs(layer, dtype, share)
+    x, dy, tokens, counts = inputs(layer, dtype, stacked)
     assert not x.is_contiguous()
     found = results(layer, x, dy, *tokens)
     assert_close(found, expected(layer, x, dy, counts=counts), tolerance)
     ours, theirs = {"merged": layer.merged_weight(dtype)}, {"merged": expected_weight(layer)}
-    if kind != "lora" or share is None:
+    if kind != "lora" or not stacked:
         ours["norm"], theirs["norm"] = layer.row_norm().flatten(), expected_norm(layer)
     if layer.magnitude is not None:
         ours["gain"] = layer.merged_gain().flatten()
@@ -104,10 +102,12 @@ def test_all_numbers_are_those_of_the_definition(kind, masked, gated, share, qua
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "masked", "gated", "share"), ALL)
-def test_step_zero_is_the_quantised_base(kind: str, masked: bool, gated: bool, share: Any, dtype: torch.dtype) -> None:
-    layer = layer_of(kind, masked, gated, share, quant="nf4 nested", dtype=dtype, moved=False)
-    x, _, tokens, _ = inputs(layer, dtype, share)
+@pytest.mark.parametrize(("kind", "masked", "gated", "stacked"), ALL)
+def test_step_zero_is_the_quantised_base(
+    kind: str, masked: bool, gated: bool, stacked: bool, dtype: torch.dtype
+) -> None:
+    layer = layer_of(kind, masked, gated, stacked, quant="nf4 nested", dtype=dtype, moved=False)
+    x, _, tokens, _ = inputs(layer, dtype, stacked)
     out, base = layer(x, *tokens), layer.base(x, *tokens)
     if masked:  # its norm is summed in another order
         torch.testing.assert_close(out, base, rtol=0.0, atol=1e-5 if dtype == torch.float32 else 0.02)
@@ -260,12 +260,12 @@ def test_in_bf16_the_gates_products_norm_and_merge_have_the_same_numbers() -> No
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_without_its_dead_components_a_layer_is_the_same(kind: str, share: Any, rank_stabilized: bool) -> None:
-    layer = layer_of(kind, False, True, share, rank=5, rank_stabilized=rank_stabilized)
+def test_without_its_dead_components_a_layer_is_the_same(kind: str, stacked: bool, rank_stabilized: bool) -> None:
+    layer = layer_of(kind, False, True, stacked, rank=5, rank_stabilized=rank_stabilized)
     layer.gate.data.copy_(torch.tensor([0.7, 0.0, -1.3, 0.0, 0.1]))
-    x, dy, tokens, counts = inputs(layer, torch.float64, share)
+    x, dy, tokens, counts = inputs(layer, torch.float64, stacked)
     wanted, merged, scaling = expected(layer, x, dy, counts=counts), layer.merged_weight(torch.float64), layer.scaling
     parameters, per_rank = list(layer.parameters()), layer.parameters_per_rank
     assert_close(results(layer, x, dy, *tokens), wanted, 1e-10)

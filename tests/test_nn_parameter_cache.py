@@ -14,13 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qdora.adapter import prepared_gains
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
+from qdora.adapter import norms
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
 from qdora.plan.live_bytes import LiveBytes
+from qdora.quant.kernels import planned_on
 from qdora.quant.packed import empty_packed
-from qdora.quant.planned_device import planned_on
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference
 from tests.adapter_numbers import arrays, expected_norm, make, to_numpy
@@ -132,7 +131,7 @@ def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations():
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
 
     def made() -> tuple[Any, Any]:
-        return layer._cache._entries["row_norm"].value, layer._cache._entries["operands"].value
+        return layer.kept_norm.value, layer.kept_operands.value
 
     layer(X)
     before = made()
@@ -154,7 +153,7 @@ def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations():
     assert made()[0].dtype == torch.float32
     assert made()[0] is not before[0]
     layer.train()
-    assert not layer._cache._entries
+    assert layer.kept_norm.value is layer.kept_operands.value is None
 
 
 def test_dropout_changes_the_factor_of_training_alone():
@@ -172,9 +171,9 @@ def test_fake_tensors_leave_nothing_behind():
     with FakeTensorMode() as mode:
         factors = tuple(mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B"))
         norm = mode.from_tensor(torch.ones(24))
-        kept = layer._cache.get("row_norm", factors, (torch.float32, 1.0), lambda: norm)
+        kept = layer.kept_norm.get(factors, (torch.float32, 1.0), lambda: norm)
         assert isinstance(kept, FakeTensor)
-    assert not layer._cache._entries
+    assert layer.kept_norm.value is None
     assert_fresh(layer)
 
 
@@ -188,11 +187,11 @@ LAYERS += [{"in_": 128, "seed": 5}, {"in_": 128, "seed": 6, "dtype": torch.float
 def layers_of(quant: str | None = "nf4", compute: torch.dtype = torch.bfloat16, **options: Any) -> list[AdaptedLinear]:
     """Layers that have run once and then have other parameters."""
     layers = [layer_of(**{"quant": quant, "dtype": torch.bfloat16} | each | options) for each in LAYERS]
-    assert prepare_gains(layers) == 0  # none has run: in which dtype is not known
+    assert refresh(layers) == 0  # none has run: in which dtype is not known
     for layer in layers:
         layer = layer.double() if compute == torch.float64 else layer
         layer(torch.ones(2, layer.in_features, dtype=compute))
-        assert prepare_gains([layer]) == 0
+        assert refresh([layer]) == 0
         in_place(layer)
     return layers
 
@@ -208,15 +207,15 @@ def tensors(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("case", ["plain", "gated", "dropout", "one at a time", "float64"])
 def test_what_is_prepared_is_what_each_layer_makes_and_no_layer_asks_again(monkeypatch, quant, case):
     if case == "one at a time":
-        monkeypatch.setattr(prepared_gains, "entries_at_a_time", lambda _: 1)
+        monkeypatch.setattr(norms, "entries_at_a_time", lambda _: 1)
     dtype = torch.float64 if case == "float64" else torch.bfloat16
     layers = layers_of(quant, dtype, gated=case == "gated", dropout=0.25 if case == "dropout" else 0.0)
-    assert prepare_gains(layers) == len(layers)
-    together = [layer._cache._entries["operands"].value for layer in layers]
+    assert refresh(layers) == len(layers)
+    together = [layer.kept_operands.value for layer in layers]
     assert all(layer.operands(dtype) is each for layer, each in zip(layers, together, strict=True))
     for layer, found in zip(layers, together, strict=True):
         assert found.gain is layer.gain(dtype)
-        assert layer.knows_norm(dtype)
+        assert layer.kept_norm.value is not None
         layer.parameters_changed()
         alone = layer.operands(dtype)
         assert [each.shape for each in tensors(found)] == [each.shape for each in tensors(alone)]
@@ -243,12 +242,12 @@ def gain_of(layer: AdaptedLinear) -> Any:
 
 def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_checked_later():
     layers, wanted = nearly_removed()
-    assert prepare_gains(layers) == len(layers)
+    assert refresh(layers) == len(layers)
     np.testing.assert_allclose(gain_of(layers[1]), wanted, rtol=2e-2)
 
     layers, wanted = nearly_removed()
     with norms_checked_later(True):
-        assert prepare_gains(layers) == len(layers)
+        assert refresh(layers) == len(layers)
     flags = unchecked(layers)
     assert list(flags) == layers
     assert [bool(flag) for flag in flags.values()] == [number == 1 for number in range(len(layers))]
@@ -256,13 +255,13 @@ def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_ch
     assert settle_norms(flags, [float(flag) for flag in flags.values()])
     assert not unchecked(layers)
     with norms_checked_later(True):
-        assert prepare_gains(layers) == 1
+        assert refresh(layers) == 1
         assert not unchecked(layers), "the layer that was wrong is asked at once"
     np.testing.assert_allclose(gain_of(layers[1]), wanted, rtol=2e-2)
     for layer in layers:
         in_place(layer)
     with norms_checked_later(True):
-        prepare_gains(layers)
+        refresh(layers)
     assert not settle_norms(layers[:1], [0.0])
 
 
@@ -271,17 +270,17 @@ def test_lora_and_masked_layers_have_no_norms_to_prepare():
         layer = layer_of(**options)
         layer(X)
         in_place(layer)
-        assert prepare_gains([layer]) == 0
+        assert refresh([layer]) == 0
         assert_fresh(layer)
 
 
 def test_layers_alike_are_computed_together(monkeypatch):
     def sizes() -> list[int]:
-        groups = prepared_gains._alike([(layer, torch.bfloat16) for layer in layers_of()])
-        return sorted(len(each.layers) for each in groups)
+        groups = norms._alike([(layer, torch.bfloat16) for layer in layers_of()])
+        return sorted(len(some) for some, _ in groups)
 
     assert sizes() == [1, 2, 3]
-    monkeypatch.setattr(prepared_gains, "entries_at_a_time", lambda _: 2 * 64 * 3)
+    monkeypatch.setattr(norms, "entries_at_a_time", lambda _: 2 * 64 * 3)
     assert sizes() == [1, 1, 1, 1, 2]  # 3 as 2 and 1, the larger ones one by one
 
 
@@ -297,6 +296,6 @@ def test_what_is_made_takes_the_place_of_what_it_follows():
             torch.autograd.graph.increment_version(list(layer.parameters()))
         kept = live.live_bytes - before
         live.reset_peak()
-        assert prepare_gains(layers) == len(layers)
+        assert refresh(layers) == len(layers)
         assert live.live_bytes == before + kept
         assert live.peak_bytes < before + kept + 1.5 * 2 * size * size

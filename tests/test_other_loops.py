@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.data.batches import IGNORED, Batching, StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet

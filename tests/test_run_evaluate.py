@@ -1,37 +1,56 @@
 """qdora eval --data and qdora generate: own data scored as the run's, and the same tokens as a plain loop."""
 
 from __future__ import annotations
-
-import io
-import json
-import logging
-import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-import yaml
-from rich.console import Console
-from transformers import GenerationConfig
-
-from qdora.adapter import adapted_linear, frozen_product
-from qdora.data.sources import given_source, trained_on
+from qdora.adapter import adapted_linear
+from qdora.adapter import frozen_product
+from qdora.adapter import layer
+from qdora.data.sources import given_source
+from qdora.data.sources import trained_on
 from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.token_scores import Span, score_spans
+from qdora.evaluate.token_scores import Span
+from qdora.evaluate.token_scores import score_spans
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import bnb_kernels
+from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.options import ExportOptions
+from qdora.run import generate
+from qdora.run.evaluate import EvalOptions
+from qdora.run.evaluate import evaluate_target
+from qdora.run.generate import Sampling
+from qdora.run.generate import answer_chats
+from qdora.run.generate import generate_from
+from qdora.run.generate import prompt_ids
 from qdora.run.load_run import load_target
 from qdora.run.report import run_facts
 from qdora.run.run import train_run
-from qdora.run.verbs import EvalOptions, Sampling, answer_chats, evaluate_target, generate_from, prompt_ids, read_chats
+from qdora.run.run_page import run_facts
+from qdora.run.verbs import EvalOptions
+from qdora.run.verbs import Sampling
+from qdora.run.verbs import answer_chats
+from qdora.run.verbs import evaluate_target
+from qdora.run.verbs import generate_from
+from qdora.run.verbs import prompt_ids
+from qdora.run.verbs import read_chats
+from rich.console import Console
 from tests import support
-from tests.data_rows import fault_of, faults_of, says, write
+from tests.data_rows import fault_of
+from tests.data_rows import faults_of
+from tests.data_rows import says
+from tests.data_rows import write
+from transformers import GenerationConfig
+from typing import Any
+import io
+import json
+import logging
+import pytest
+import shutil
+import torch
+import yaml
 
 QUIET = Console(quiet=True)
 
@@ -207,15 +226,15 @@ def test_the_most_likely_tokens_are_streamed(run: Path) -> None:
 
 def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose scores would else depend on how many tokens a batch has."""
-    product, calls = bnb_kernels.product_4bit, list[int]()
+    product, calls = kernels.product_4bit, list[int]()
 
     def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         calls.append(len(x))
         return product(x, *args, **options)
 
-    monkeypatch.setattr(frozen_product, "device_kind", lambda _device: "cuda")
-    monkeypatch.setattr(bnb_kernels, "has_product", lambda _kind: True)
-    monkeypatch.setattr(bnb_kernels, "product_4bit", counted)
+    monkeypatch.setattr(product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(kernels, "has_product", lambda _kind: True)
+    monkeypatch.setattr(kernels, "product_4bit", counted)
     loaded = load_target(str(run), verb="test")
     score_spans(loaded.model, [Span((1, 2, 3, 4), 1)], max_batch_tokens=64)
     text_perplexity(loaded.model, loaded.tokenizer, ["3 + 4 = 7"], window=16, stride=8)
@@ -263,7 +282,7 @@ def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.M
     expected = scores(target, **options)
     for task, of_run in scores(run, limit=4).items():
         assert expected[task]["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.03)
-    monkeypatch.setattr(adapted_linear, "_free_bytes", lambda _device: 0)
+    monkeypatch.setattr(layer, "_free_bytes", lambda _device: 0)
     layers = adapted_layers(load_target(str(target), verb="eval").model).values()
     assert [layer.keeps_scales for layer in layers] == [False] * 14
     assert scores(target, **options) == expected

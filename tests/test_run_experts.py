@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.adapter import expert_tokens
-from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter import expert_product
+from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.model import experts
@@ -134,10 +134,9 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
         export_run(run, tmp_path / "out", ExportOptions(format="nf4-lora"), console=QUIET)
 
 
-@pytest.mark.parametrize("share", ["none", "A", "B"])
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
-def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm, share):
-    model, layers = support.adapted_mixture(tmp_path, kind=kind, share=share)
+def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm):
+    model, layers = support.adapted_mixture(tmp_path, kind=kind)
     plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
     gains = {}
     for name, layer in layers.items():
@@ -148,8 +147,8 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm
         gains[name] = magnitude / length
         plain.get_submodule(name).weight = torch.nn.Parameter(gains[name][:, None] * (base + update))
         if isinstance(layer, AdaptedExperts):
-            shown = update if share == "B" else gains[name][:, None] * update
-            values = [torch.linalg.svdvals(part).square()[:3] for part in support.parts_of_experts(shown, 4, share)]
+            shown = gains[name][:, None] * update
+            values = [torch.linalg.svdvals(part).square()[:3] for part in support.parts_of_experts(shown, 4)]
             np.testing.assert_allclose(update_spectrum(layer).energies, torch.stack(values).sum(0).numpy(), rtol=1e-8)
     batches = support.curved_batches()
     found = gradient_spectra(model, list(layers), batches, 5, norm=norm)
@@ -163,7 +162,7 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm
     for name, gradient in zip(layers, torch.autograd.grad(total / count, weights), strict=True):
         gradient = gains[name][:, None] * gradient
         is_stack = isinstance(layers[name], AdaptedExperts)
-        parts = support.parts_of_experts(gradient, 4, share) if is_stack else [gradient]
+        parts = support.parts_of_experts(gradient, 4) if is_stack else [gradient]
         values = torch.stack([torch.linalg.svdvals(part).square() for part in parts]).sum(0)
         np.testing.assert_allclose(found[name].energies, values[:5].numpy(), rtol=1e-4, atol=1e-9 * float(values[0]))
         assert found[name].cost * 3 == layers[name].lora_A.numel() + layers[name].lora_B.numel()
@@ -193,7 +192,7 @@ def test_dense_experts_leave_with_a_base_in_4_bits(root, tmp_path):
 
     Beside a linear layer that weighs the shared expert, which stays dense where others are quantised again.
     """
-    run, experts = tmp_path / "dense", {"rank": 2, "share": "B"}
+    run, experts = tmp_path / "dense", {"rank": 2}
     changes: dict[str, Any] = {"base__skip": ["lm_head", "experts"], "train__lr": 0.03, "adapter__experts": experts}
     train_run(recipe(root, "qwen2_moe", **changes), run, console=QUIET)
     with pytest.raises(UserError, match=r"is a DoRA layer on a dense weight, .* Fix: use --dtype float32"):
@@ -228,7 +227,7 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root, tmp_path, name):
 @pytest.mark.parametrize("padded", [False, True])
 def test_shares_are_those_of_the_router(monkeypatch, padded):
     monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
-    monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
+    monkeypatch.setattr(expert_product, "_MOST_PADDING", 1.0)
     model = support.mixture("olmoe")
     routed: list[np.ndarray] = []  # tokens of each expert, block by block
     for block in model.model.layers:

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.cli import app
 from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from torch import nn
 
-from qdora.adapter import gate as hard_concrete
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter import gates as hard_concrete
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters

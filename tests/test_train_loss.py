@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.data.batches import Batching, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qdora.adapter.low_rank_factors import nearest_bfloat16
+from qdora.adapter.algebra import nearest_bfloat16
 from qdora.errors import RunFailure
 from qdora.train import flat_group
 from qdora.train import optimizer as optimizer_module

@@ -14,7 +14,7 @@ from contenders import TARGETS, linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import replace_module
 from qdora.model.load import Quantization, layers_to_quantize

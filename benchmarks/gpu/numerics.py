@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu.plan import Part, Plan
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.quant.packed import quantize
 
 _NAMES = ("out", "dx", "dA", "dB", "dm")

@@ -1,24 +1,27 @@
 """What is the card, and do a user's programs run on it? Its floors, the tests with the mark `gpu`, the quick start."""
 
 from __future__ import annotations
-
+from gpu import device as on
+from gpu.plan import ERROR_LINES
+from gpu.plan import Part
+from gpu.plan import Plan
+from measure import PACKAGES
+from pathlib import Path
+from qdora.files.environment import environment
+from qdora.files.environment import package_versions
+from qdora.files.machine import environment
+from qdora.files.machine import package_versions
+from qdora.quant import bnb_kernels
+from qdora.quant import kernels
+from typing import Any
+from xml.etree import ElementTree
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
-
 import torch
-from measure import PACKAGES
-
-from gpu import device as on
-from gpu.plan import ERROR_LINES, Part, Plan
-from qdora.files.machine import environment, package_versions
-from qdora.quant import bnb_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +34,7 @@ def card(part: Part, plan: Plan, device: torch.device) -> None:
     part.attempt("memory_bytes", lambda: torch.cuda.mem_get_info() if device.type == "cuda" else None)
     matmul = torch.backends.cuda.matmul
     part.put("reduced_precision", [str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_tf32)])
-    part.attempt("bnb_runs_here", bnb_kernels.is_available, device.type)
+    part.attempt("bnb_runs_here", kernels.is_available, device.type)
     part.attempt("floors", floors, device, 8192 if device.type == "cuda" else 128)
 
 

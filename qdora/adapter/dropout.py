@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.quant.planned_device import device_kind, is_planning
+from qdora.quant.kernels import device_kind, is_planning
 
 # Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. On a
 # GPU 32 MiB of mask and 64 MiB of 16-bit inputs: one slice for 2,048 tokens of 14336.
@@ -35,15 +35,9 @@ def tokens_per_slice(in_features: int, device_type: str) -> int:
 
 
 def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of tokens with what to zero in them; the same seed gives the same for the same shape and device.
-
-    Args:
-        x: (tokens, features). The zeros are drawn on its device; their number on a CPU alone, so a GPU never waits.
-        dropout: Probability that an element is zeroed, in (0, 1).
-        seed: From `draw_seed`.
-    Yields: (tokens, zeros): on a CPU positions in the flattened run, int64, some of them twice; on a GPU the mask of
-        what stays, (run, features) bool.
-    """
+    """Runs of tokens of x, (tokens, features), with what to zero in them: on a CPU positions in the flattened run,
+    int64, some of them twice; on a GPU the mask of what stays, (run, features) bool. The same seed gives the same for
+    the same shape and device."""
     num_tokens, in_features = x.shape
     generator = torch.Generator(x.device).manual_seed(seed)
     kind = device_kind(x.device)

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from qdora.adapter.frozen_product import decoding
+from qdora.adapter.product import decoding
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.layer import evaluation_mode
 from qdora.model.attention import context_length
 
 

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from numpy.typing import NDArray
 from qdora.adapter.host_embedding import ids_on_host
+from qdora.adapter.rows import ids_on_host
 from qdora.data.chat_template import shared_length
 from qdora.data.chats import shared_length
 from qdora.evaluate.batches import length_batches

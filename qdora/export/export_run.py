@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from contextlib import contextmanager
 from pathlib import Path
 from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import DiskFull
 from qdora.errors import RunFailure
 from qdora.errors import UserError

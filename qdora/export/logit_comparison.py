@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.errors import UserError

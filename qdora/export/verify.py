@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import Comparison
@@ -49,6 +51,7 @@ from qdora.model.source import resolve
 from qdora.model.tokens import embedding_paths
 from qdora.model.tokens import is_tied
 from qdora.model.tokens import trained_matrices
+from qdora.quant.bnb import FOUR_BIT_KINDS
 from qdora.quant.bnb_state import FOUR_BIT_KINDS
 from qdora.quant.packed import PackedWeight
 from qdora.quant.packed import dequantize
@@ -234,7 +237,7 @@ def _rows_of(layer: AdaptedLinear, step: int) -> tuple[Tensor, Tensor]:
     for row in range(0, layer.out_features, step):
         expert, inside = divmod(row, layer.expert_features)
         rows.append(layer.base.dequantized_rows(slice(row, row + 1), wide))  # one expert at a time
-        updates.append(b[expert % len(b), inside] @ a[expert % len(a)])
+        updates.append(b[expert, inside] @ a[expert])
     return torch.cat(rows).double(), torch.stack(updates)
 
 

@@ -25,7 +25,11 @@ from functools import partial
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
 from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.rows import HostEmbedding
 from qdora.errors import RunFailure
 from qdora.errors import UserError
 from qdora.errors import first_line
@@ -369,7 +373,7 @@ def _before_block(block: nn.Module, _args: Any) -> None:
             "base.residency: host: gradients without checkpointing would use another block's weights. Fix: train with "
             "memory.checkpointing."
         )
-    prepare_gains(module for module in block.modules() if isinstance(module, AdaptedLinear))
+    refresh(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

@@ -34,7 +34,13 @@ from qdora.adapter.expert_linear import BareExperts
 from qdora.adapter.expert_linear import ExpertLinear
 from qdora.adapter.expert_linear import Share
 from qdora.adapter.expert_linear import Stack
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import BareExperts
+from qdora.adapter.experts import ExpertLinear
+from qdora.adapter.experts import Stack
 from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.errors import UserError
 from qdora.errors import first_few
 from qdora.errors import first_line
@@ -109,7 +115,7 @@ class AdapterDescription:
 
     `all_linear`: of the modules that `config` selects only the linear layers but the head and routers. `masked`: B A
     keeps the zeros of a pruned base, which PEFT cannot do. `base`: name_or_path, revision and quant of the base.
-    `scalings`: path -> s. `shares`: path of each stack of experts -> the factor that its experts share.
+    `scalings`: path -> s.
     """
 
     config: LoraConfig
@@ -118,7 +124,6 @@ class AdapterDescription:
     extra: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     scalings: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, Share] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -198,7 +203,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         extra=record["extra"],
         base=record["base"],
         scalings={path: layer["scaling"] for path, layer in record["layers"].items()},
-        shares={path: layer["share"] for path, layer in record["layers"].items() if "share" in layer},
     )
 
 
@@ -314,9 +318,7 @@ def save_adapter(
         "formula": _MAGNITUDE_NOTE,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
-            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
-            | ({"share": layer.share} if isinstance(layer, AdaptedExperts) else {})
-            for path, layer in layers.items()
+            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
         },
         "extra": extra or {},
     }
@@ -347,7 +349,6 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     for path, tensors in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
-            share=tensors.share,
             kind=described.kind,
             rank=described.rank_of(path),
             alpha=described.alpha_of(path),
@@ -380,7 +381,6 @@ class StoredLayer:
     lora_B: Tensor
     magnitude: Tensor | None
     scaling: float
-    share: Share = "none"
 
 
 def read_adapter(
@@ -424,7 +424,7 @@ def read_adapter(
 
             for path, module in linear.items():
                 assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-                (a, b, m), rank, share = _names(names[path]), described.rank_of(path), described.shares.get(path)
+                (a, b, m), rank = _names(names[path]), described.rank_of(path)
                 num_experts, out, swapped = 1, (module.out_features,), False
                 if isinstance(module, BareExperts):
                     num_experts, out = module.num_experts, (module.num_experts, module.expert_features)
@@ -433,9 +433,8 @@ def read_adapter(
                 lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
                 if isinstance(module, BareExperts):
                     lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
-                    lora_A, lora_B = lora_A[:1] if share == "A" else lora_A, lora_B[:1] if share == "B" else lora_B
                 magnitude = take(m, *out) if described.kind == "dora" else None
-                layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path), share or "none")
+                layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path))
             for path, (ids, shape) in trained.items():
                 values = take(_matrix_name(path, ids), *shape)
                 if ids is None and is_tied(model):  # its copy as the head

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.chat_template import use_data_settings
 from qdora.data.chats import set_chat_settings
@@ -227,7 +228,6 @@ def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) 
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
             expert_rank=settings.experts.rank,
-            share=settings.experts.share,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",

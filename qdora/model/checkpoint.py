@@ -25,6 +25,8 @@ from qdora.model.experts import is_transposed
 from qdora.model.experts import library_names
 from qdora.model.experts import replaced_in_4_bits
 from qdora.model.experts import stacks
+from qdora.quant.bnb import STATE_NAME
+from qdora.quant.bnb import from_bnb_state
 from qdora.quant.bnb_state import STATE_NAME
 from qdora.quant.bnb_state import from_bnb_state
 from qdora.quant.codebooks import MXFP4

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qdora.adapter.expert_linear import AdaptedExperts, ExpertLinear, Stack, needs_padding
-from qdora.adapter.expert_tokens import ExpertTokens, padded_tokens
-from qdora.quant.planned_device import is_planning, planned_counts
+from qdora.adapter.expert_product import ExpertTokens, padded_tokens
+from qdora.adapter.experts import AdaptedExperts, ExpertLinear, Stack, needs_padding
+from qdora.quant.kernels import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
 """The name of `routed_forward` among transformers' implementations of experts."""

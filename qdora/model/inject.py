@@ -1,26 +1,45 @@
 """Putting adapters on the linear layers of a model, and finding adapted and frozen layers."""
 
 from __future__ import annotations
-
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.adapted_linear import Init
+from qdora.adapter.adapted_linear import Kind
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.expert_linear import BareExperts
+from qdora.adapter.expert_linear import ExpertLinear
+from qdora.adapter.expert_linear import FrozenExperts
+from qdora.adapter.expert_linear import Share
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import BareExperts
+from qdora.adapter.experts import ExpertLinear
+from qdora.adapter.experts import FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.layer import Init
+from qdora.adapter.layer import Kind
+from qdora.adapter.layer import is_plain_linear
+from qdora.adapter.plain_linear import is_plain_linear
+from qdora.adapter.rows import HostEmbedding
+from qdora.adapter.rows import RowHead
+from qdora.adapter.trained_rows import RowHead
+from qdora.errors import UserError
+from qdora.errors import nearest
+from qdora.model.experts import routers
+from qdora.model.peft_config import ALL_LINEAR
+from qdora.quant.tiles import Weight
+from torch import Tensor
+from torch import nn
+from typing import Any
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-
-from qdora.adapter.adapted_linear import AdaptedLinear, Init, Kind
-from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts, Share
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.plain_linear import is_plain_linear
-from qdora.adapter.trained_rows import RowHead
-from qdora.errors import UserError
-from qdora.model.experts import routers
-from qdora.quant.tiles import Weight
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
@@ -41,7 +60,6 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     same_scaling: bool = False,
     expert_rank: int | None = None,
-    share: Share = "none",
     init: Init = "kaiming",
     dtype: torch.dtype = torch.float32,
     masked: bool = False,
@@ -52,8 +70,8 @@ def inject(
     `targets`: "all-linear" (all but the output head and routers), or names: the last part of a module's path
     ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path ("model.layers.3.*.q_proj").
     `rank_pattern`: name or pattern -> rank instead of `rank`; the longest matching key wins. `expert_rank` is that of
-    the stacks that no pattern matches, `share` the factor that the experts of a stack share. With `same_scaling` layers
-    of another rank get the alpha that gives them the scaling of `rank`. The rest as in AdaptedLinear.
+    the stacks that no pattern matches. With `same_scaling` layers of another rank get the alpha that gives them the
+    scaling of `rank`. The rest as in AdaptedLinear.
 
     Returns path -> layer, in model order.
     """
@@ -72,14 +90,13 @@ def inject(
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
-    if (expert_rank or share != "none") and not any(isinstance(each, BareExperts) for each in chosen.values()):
+    if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
         raise UserError("adapter.experts: no target is an expert of this model.")
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0
         adapted[name] = adapted_layer(
             module,
-            share=share,
             kind=kind,
             rank=ranks[name],
             alpha=alpha * (math.sqrt(ratio) if rank_stabilized else ratio),
@@ -94,7 +111,7 @@ def inject(
     return adapted
 
 
-def adapted_layer(module: nn.Module, *, share: Share = "none", **options: Any) -> AdaptedLinear:
+def adapted_layer(module: nn.Module, **options: Any) -> AdaptedLinear:
     """The adapted layer of a linear layer or a stack of experts; `options` are those of AdaptedLinear."""
     base: FrozenLinear
     if isinstance(module, FrozenLinear):
@@ -103,7 +120,7 @@ def adapted_layer(module: nn.Module, *, share: Share = "none", **options: Any) -
         assert isinstance(module, nn.Linear | ExpertLinear)
         base = frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
     if isinstance(base, FrozenExperts):
-        return AdaptedExperts(base, share=share, **options)
+        return AdaptedExperts(base, **options)
     return AdaptedLinear(base, **options)
 
 

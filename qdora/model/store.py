@@ -22,6 +22,7 @@ from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import ValidationError
 from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.errors import DiskFull
 from qdora.errors import UserError
 from qdora.files.atomic import DISK_FULL

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.model.adapter_file import AdapterDescription
 from qdora.model.adapter_file import selected_modules
@@ -53,6 +55,7 @@ from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import DeviceKind
 from qdora.plan.plan import MicroBatchShape
 from qdora.plan.plan import Moment
+from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight
 from qdora.quant.packed import empty_packed
 from qdora.quant.planned_device import planned_on
@@ -375,7 +378,6 @@ def _put_ranks(
         dropout=settings.dropout,
         targets=list(ranks),
         rank_pattern=ranks,
-        share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
         dtype=DTYPES[settings.dtype],
     )
     set_kept_scales_(model, recipe)
@@ -452,7 +454,7 @@ def _record(
     torch.autograd.graph.increment_version(list(parameters.values()))
     live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
     with part("gains", None, parts.KEPT):
-        prepare_gains(layers)
+        refresh(layers)
     if shape.accumulated:
         for weight in parameters.values():
             weight.grad = torch.empty(weight.shape, dtype=weight.grad_dtype or weight.dtype)

@@ -13,17 +13,17 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import BareExperts
-from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.errors import UserError, first_few, first_line
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.experts import BareExperts
+from qdora.adapter.layer import evaluation_mode
+from qdora.errors import UserError, first_few
 from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
     Loading,
@@ -38,9 +38,8 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.store import PrunedLayer, layer_record
-from qdora.prune.scores import InputStatistics, mask_by_scores, prune_weight
-from qdora.quant.packed import dequantize, quantize, zero_packed
-from qdora.quant.sparsity import check_shape, mask_bits, pattern_from
+from qdora.prune.scores import InputStatistics, check_shape, mask_by_scores, pattern_from, prune_weight
+from qdora.quant.packed import dequantize, mask_bits, quantize, zero_packed
 from qdora.quant.tiles import Weight, dense_weight
 from qdora.recipe.settings import PruneConfig
 
@@ -48,6 +47,8 @@ log = logging.getLogger("qdora")
 
 # Calibration tokens per forward pass of a block; bounds its activations.
 _TOKENS_AT_ONCE = 4096
+_Statistics = list[InputStatistics | None]
+"""Of a layer, one for each of its experts; None where no calibration token came."""
 
 
 class Pruner:
@@ -58,19 +59,14 @@ class Pruner:
     """
 
     def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
-        if (calibration is None) != (settings.method == "magnitude"):
-            need = "takes no" if settings.method == "magnitude" else "needs"
-            raise ValueError(f"pruning by {settings.method} {need} calibration text.")
+        assert (calibration is None) == (settings.method == "magnitude"), "only magnitude measures no text"
         self.settings, self.calibration = settings, calibration
+        self.pattern = pattern_from(settings.pattern, settings.sparsity)
         self.layers: dict[str, PrunedLayer] = {}
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Read every stored tensor and put it into the model.
-
-        Raises UserError if the checkpoint is quantised, the model's blocks are not found, or a weight's shape does not
-        fit the pattern.
-        """
+        """Read every stored tensor and put it into the model."""
         packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
         if packed:
             raise UserError(
@@ -78,46 +74,108 @@ class Pruner:
                 "Fix: name the model in full precision."
             )
         path, blocks = _decoder_blocks(load.model)
-        self._check_shapes(load, path)
+        for name in sorted(load.layers):  # before anything is read
+            item = load.stored.get(f"{name}.weight")
+            if item is not None and name.startswith(f"{path}."):
+                check_shape(self.pattern, (item.shape[0], item.shape[-1]), name)
         # The tensors are read in several passes, whose counts are added up.
         count, total, progress = itertools.count(1), len(load.stored), load.progress or (lambda _done, _total: None)
         load = replace(load, progress=lambda _done, _total: progress(next(count), total))
         outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
         place_all(replace(load, stored=outside))
         tie_and_move_buffers(load.model, load.device)
-        task = _PruningTask(self, load)
         of_block = [
             {name: item for name, item in load.stored.items() if name.startswith(f"{path}.{index}.")}
             for index in range(len(blocks))
         ]
         if self.calibration is None:
             for tensors in of_block:
-                task.place_unpruned(tensors)
-                task.prune(tensors, {})
+                self._place_others(load, tensors)
+                self._prune(load, tensors, {})
             return
         for block, tensors in zip(blocks, of_block, strict=True):
-            block.forward = functools.partial(task.through_block, block, tensors)
+            block.forward = functools.partial(self._through_block, load, block, tensors)
         inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
         with evaluation_mode(load.model):
             inner(input_ids=self.calibration.to(load.device), use_cache=False)
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
 
-    def _check_shapes(self, load: Loading, blocks: str) -> None:
-        """Raise UserError, before anything is read, if layers of the blocks cannot have the pattern."""
-        pattern = pattern_from(self.settings.pattern, self.settings.sparsity)
-        faults = []
-        for path in sorted(load.layers):
-            item = load.stored.get(f"{path}.weight")
-            if item is not None and path.startswith(f"{blocks}."):
-                try:
-                    check_shape(pattern, (item.shape[0], item.shape[-1]), path)
-                except ValueError as error:
-                    faults.append(first_line(error))
-        if faults:
-            more = f" {len(faults)} layers do not fit." if len(faults) > 1 else ""
-            fix = "Fix: choose another pattern, or leave such layers out with base.skip."
-            raise UserError(f"base.prune.pattern: {faults[0]}{more} {fix}")
+    def _through_block(
+        self, load: Loading, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Replaces a block's forward once: prunes the block, then runs it."""
+        del block.forward  # back to the class's own
+        self._place_others(load, tensors)
+        weights = _weights(load, tensors)
+        dense = replace(load.wanted, kind="none")
+        wanted = load.wanted if self.settings.order == "quantize_first" else dense
+        place_all(replace(load, stored=weights, wanted=wanted, progress=None))
+        paths = [name.removesuffix(".weight") for name in weights]
+        layers = {path: load.model.get_submodule(path) for path in paths}
+        method = cast(Literal["wanda", "sparsegpt"], self.settings.method)
+        with _measured(layers, method) as statistics:
+            for part in _parts(args, kwargs):
+                block(*part[0], **part[1])
+        self._prune(load, tensors, statistics)
+        outputs = [block(*part[0], **part[1]) for part in _parts(args, kwargs)]
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs)
+        return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+
+    def _place_others(self, load: Loading, tensors: Mapping[str, Stored]) -> None:
+        """Put the tensors of a block in that are not pruned."""
+        pruned = _weights(load, tensors)
+        place_all(replace(load, stored={name: item for name, item in tensors.items() if name not in pruned}))
+
+    def _prune(self, load: Loading, tensors: Mapping[str, Stored], statistics: Mapping[str, _Statistics]) -> None:
+        """Prune and quantise the linear layers of a block and put them in."""
+        assert load.progress is not None
+        for name, item in _weights(load, tensors).items():
+            path = name.removesuffix(".weight")
+            value = item.read()
+            assert isinstance(value, Tensor)
+            layer, value = load.model.get_submodule(path), value.to(load.device)
+            num_parts = layer.num_experts if isinstance(layer, BareExperts) else 1
+            weight, mask = self._pruned(load, value, statistics.get(path, [None] * num_parts), name)
+            place_frozen(load.model, path, weight, mask_bits(mask))
+            self.layers[path] = _report(value, weight, mask)
+            del value, weight, mask
+            load.progress(1, 1)
+
+    def _pruned(self, load: Loading, value: Tensor, measured: _Statistics, name: str) -> tuple[Weight, Tensor]:
+        """The pruned weight and its mask; each expert of a stack is pruned by the tokens that it got."""
+        settings, wanted = self.settings, load.wanted
+        group = None if settings.group == "auto" else settings.group
+        method = settings.method
+        if method != "magnitude":
+            missing = [str(index) for index, found in enumerate(measured) if found is None]
+            if missing:
+                experts = f"experts {first_few(missing, 8)} ({len(missing)} of {len(measured)})"
+                which = experts if len(measured) > 1 else "the inputs"
+                log.warning("%s: no calibration token reached %s; they are pruned by magnitude.", name, which)
+            # Equal statistics prune by magnitude.
+            measured = [found or InputStatistics(value.shape[1], method, load.device) for found in measured]
+        pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
+        if settings.order == "quantize_first":
+            packed = pack(value, double_quant=wanted.double_quant)
+            parts = zip(dequantize(packed).chunk(len(measured)), measured, strict=True)
+            mask = torch.cat([mask_by_scores(dense, found, self.pattern, group) for dense, found in parts])
+            return zero_packed(packed, mask), mask
+        # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
+        wide = value.float() if method == "sparsegpt" else value
+        options: dict[str, Any] = {"group": group, "damping": settings.damping, "name": name}
+        parts = zip(wide.chunk(len(measured)), measured, strict=True)
+        done = [prune_weight(part, method, self.pattern, statistics=found, **options) for part, found in parts]
+        pruned, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
+        if wanted.kind == "none":
+            return pruned.to(load.compute_dtype), mask
+        return pack(pruned, double_quant=wanted.double_quant), mask
+
+
+def _weights(load: Loading, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights to prune."""
+    return {name: item for name, item in tensors.items() if name in {f"{path}.weight" for path in load.layers}}
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -126,111 +184,16 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return path, module
-    raise UserError(
-        f"base.prune: {model.config.model_type} has no list of its {count} blocks. Fix: name a model that is one list "
-        "of decoder blocks (Llama, Qwen, Gemma, Mistral, Phi, ...)."
-    )
-
-
-@dataclass
-class _PruningTask:
-    """The work in each block; `tensors` are the stored tensors of the block."""
-
-    pruner: Pruner
-    load: Loading
-
-    def weights(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-        """The weights to prune."""
-        names = {f"{path}.weight" for path in self.load.layers}
-        return {name: item for name, item in tensors.items() if name in names}
-
-    def place_unpruned(self, tensors: Mapping[str, Stored]) -> None:
-        """Put all other tensors in."""
-        pruned = self.weights(tensors)
-        place_all(replace(self.load, stored={name: item for name, item in tensors.items() if name not in pruned}))
-
-    def through_block(self, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any) -> Any:
-        """Replaces a block's forward once: prunes the block, then runs it."""
-        del block.forward  # back to the class's own
-        self.place_unpruned(tensors)
-        weights, load = self.weights(tensors), self.load
-        dense = replace(load.wanted, kind="none")
-        wanted = load.wanted if self.pruner.settings.order == "quantize_first" else dense
-        place_all(replace(load, stored=weights, wanted=wanted, progress=None))
-        method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
-        paths = [name.rpartition(".")[0] for name in weights]
-        with _measured({path: load.model.get_submodule(path) for path in paths}, method) as statistics:
-            for part in _parts(args, kwargs):
-                block(*part[0], **part[1])
-        self.prune(tensors, statistics)
-        return _joined([block(*part[0], **part[1]) for part in _parts(args, kwargs)])
-
-    def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, list[InputStatistics | None]]) -> None:
-        """Prune and quantise the linear layers of a block and put them in."""
-        assert self.load.progress is not None
-        for name, item in self.weights(tensors).items():
-            path = name.rpartition(".")[0]
-            value = item.read()
-            assert isinstance(value, Tensor)
-            layer = self.load.model.get_submodule(path)
-            num_parts = layer.num_experts if isinstance(layer, BareExperts) else 1
-            measured = statistics.get(path, [None] * num_parts)
-            weight, mask = self._pruned(value.to(self.load.device), measured, name)
-            place_frozen(self.load.model, path, weight, mask_bits(mask))
-            self.pruner.layers[path] = _report(value.to(self.load.device), weight, mask)
-            del value, weight, mask
-            self.load.progress(1, 1)
-
-    def _pruned(self, value: Tensor, measured: Sequence[InputStatistics | None], name: str) -> tuple[Weight, Tensor]:
-        """The pruned weight and its mask; each expert of a stack is pruned by the tokens that it got."""
-        settings, wanted = self.pruner.settings, self.load.wanted
-        pattern = pattern_from(settings.pattern, settings.sparsity)
-        group = None if settings.group == "auto" else settings.group
-        if settings.method != "magnitude":
-            measured = self._without_gaps(measured, value, name)
-        pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
-        if settings.order == "quantize_first":
-            packed = pack(value, double_quant=wanted.double_quant)
-            parts = zip(dequantize(packed).chunk(len(measured)), measured, strict=True)
-            mask = torch.cat([mask_by_scores(dense, found, pattern, group) for dense, found in parts])
-            return zero_packed(packed, mask), mask
-        # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
-        wide = value.float() if settings.method == "sparsegpt" else value
-        done = [
-            prune_weight(
-                part, settings.method, pattern, statistics=found, group=group, damping=settings.damping, name=name
-            )
-            for part, found in zip(wide.chunk(len(measured)), measured, strict=True)
-        ]
-        pruned, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
-        if wanted.kind == "none":
-            return pruned.to(self.load.compute_dtype), mask
-        return pack(pruned, double_quant=wanted.double_quant), mask
-
-    def _without_gaps(
-        self, measured: Sequence[InputStatistics | None], value: Tensor, name: str
-    ) -> list[InputStatistics]:
-        """Equal statistics, which prune by magnitude, for a layer or expert that no calibration token reached."""
-        missing = [index for index, found in enumerate(measured) if found is None]
-        if missing and len(measured) == 1:
-            log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
-        elif missing:
-            text = "%s: no calibration token reached experts %s (%d of %d); they are pruned by magnitude."
-            log.warning(text, name, first_few([*map(str, missing)], 8), len(missing), len(measured))
-        method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
-        return [found or InputStatistics(value.shape[1], method, self.load.device) for found in measured]
+    raise UserError(f"base.prune: {model.config.model_type} has no list of its {count} blocks.")
 
 
 @contextmanager
 def _measured(
     layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
-) -> Iterator[dict[str, list[InputStatistics | None]]]:
-    """Measure the inputs of linear layers within a `with`: one set of statistics, or one for each expert of a stack.
-
-    Layers that share an input share its statistics; None is an expert without tokens.
-    """
-    statistics: dict[str, list[InputStatistics | None]] = {}
-    last: tuple[Tensor, list[InputStatistics | None]] | None = None
+) -> Iterator[dict[str, _Statistics]]:
+    """Measure the inputs of linear layers within a `with`. Layers that share an input share its statistics."""
+    statistics: dict[str, _Statistics] = {}
+    last: tuple[Tensor, _Statistics] | None = None
 
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal last
@@ -277,17 +240,10 @@ def _cut(value: Any, *, count: int, some: slice) -> Any:
     return value
 
 
-def _joined(outputs: list[Any]) -> Any:
-    """Join the outputs of `_parts`: tensors, or tuples that begin with one."""
-    if isinstance(outputs[0], Tensor):
-        return torch.cat(outputs)
-    return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
-
-
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
     """Path -> `layer_record` of each linear layer that is quantised without pruning; one weight is in memory at a time.
 
-    Empty for kind "none" and for a quantised checkpoint. Raises UserError as `load_model`.
+    Empty for kind "none" and for a quantised checkpoint.
     """
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:

@@ -4,32 +4,102 @@
     Wanda       w_ij^2 ||x_j||^2           inputs x measured on calibration text
     SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sparsegpt`
 
-Squares order the weights as the magnitudes of the papers do, and add up to the cost of a row or column.
+Squares order the weights as the magnitudes of the papers do, and add up to the cost of a row or column. A pattern cuts
+the costs into comparison groups. In each the same number of weights is pruned, the cheapest ones; of equal ones the
+first in the group is pruned first.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.quant.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
 
 DAMPING = 0.01
-"""Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
+"""Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
 BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
+PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
+Group = Literal["tensor", "row"]
 
 
-class Pruned(NamedTuple):
-    """A pruned weight: (out, in) in its dtype, exactly 0 where `keep_mask` (out, in) is False."""
+@dataclass(frozen=True)
+class SparsityPattern:
+    """The zeros of a pruned weight: any weights, m - n of every m neighbours in a row, or whole outputs or inputs."""
 
-    weight: Tensor
-    keep_mask: Tensor
+    kind: PatternKind
+    sparsity: float  # fraction of zeros, in [0, 1)
+    keep: int = 0  # n of "n:m"
+    of: int = 0  # m of "n:m"
+
+
+def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
+    """A pattern by its name in `base.prune.pattern`; n:m (n of m kept) implies its sparsity."""
+    if ":" in name:
+        keep, of = map(int, name.split(":"))
+        return SparsityPattern("n:m", 1 - keep / of, keep, of)
+    assert sparsity is not None, "only n:m implies its sparsity"
+    return SparsityPattern(cast(PatternKind, name), sparsity)
+
+
+def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
+    """Refuse a weight (out, in) that cannot have the pattern."""
+    if pattern.kind == "n:m" and shape[1] % pattern.of:
+        what = f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
+        raise UserError(f"base.prune.pattern: {name}: {what}. Fix: leave such layers out with base.skip.")
+
+
+def num_pruned(sparsity: float, size: int) -> int:
+    """Entries to prune in a group of `size`: sparsity * size, rounded to the nearest whole number."""
+    return round(sparsity * size)
+
+
+@torch.no_grad()
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count` lowest entries of each group, (groups, size) float32 or float64, finite; of equal entries the first.
+    The result, bool, has exactly `count` True in every row."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    chosen = scores <= threshold
+    surplus = chosen.sum(dim=1) - count
+    tied_groups = surplus.nonzero().squeeze(1)
+    if len(tied_groups):
+        some, limit = scores[tied_groups], threshold[tied_groups]
+        below, tied = some < limit, some == limit
+        wanted = count - below.sum(dim=1, keepdim=True)
+        chosen[tied_groups] = below | (tied & (tied.cumsum(dim=1) <= wanted))
+    return chosen
+
+
+@torch.no_grad()
+def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
+    """The mask (out, in) of a pattern that keeps the highest scores.
+
+    `scores` are the costs of removing each weight, (out, in), finite, not negative; that of a row or column is the sum
+    over its weights. Counts are exact: round(sparsity * size) per group are pruned, and m - n of every m. `group` is
+    that of an unstructured pattern: the whole tensor, or each row.
+    """
+    rows, columns = scores.shape
+    check_shape(pattern, (rows, columns))
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if pattern.kind == "n:m":
+        groups = scores.reshape(-1, pattern.of)
+        return ~lowest(groups, pattern.of - pattern.keep).view(rows, columns)
+    if pattern.kind == "rows":
+        pruned = lowest(scores.sum(dim=1)[None], num_pruned(pattern.sparsity, rows))
+        return (~pruned).T.expand(rows, columns).contiguous()
+    if pattern.kind == "columns":
+        pruned = lowest(scores.sum(dim=0)[None], num_pruned(pattern.sparsity, columns))
+        return (~pruned).expand(rows, columns).contiguous()
+    groups = scores if group == "row" else scores.reshape(1, -1)
+    return ~lowest(groups, num_pruned(pattern.sparsity, groups.shape[1])).view(rows, columns)
 
 
 class InputStatistics:
@@ -60,6 +130,13 @@ class InputStatistics:
         return self.sums if self.sums.ndim == 1 else self.sums.diagonal()
 
 
+class Pruned(NamedTuple):
+    """A pruned weight: (out, in) in its dtype, exactly 0 where `keep_mask` (out, in) is False."""
+
+    weight: Tensor
+    keep_mask: Tensor
+
+
 @torch.no_grad()
 def prune_weight(
     weight: Tensor,
@@ -73,26 +150,17 @@ def prune_weight(
 ) -> Pruned:
     """Prune a dense weight, (out, in) in any float dtype, which does not change.
 
-    Args:
-        statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
-        group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
-            Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
-        damping: See `sparsegpt`.
-        name: The weight's name in an error.
-    Raises ValueError: Weights that are not finite, or a pattern that does not fit.
+    Wanda and SparseGPT need the statistics of the layer's inputs. `group` are the weights that an unstructured pattern
+    compares (default: the whole tensor for magnitude, each row for Wanda, its paper, sec. 3); sparsegpt compares within
+    blocks of columns and takes none.
     """
-    assert (statistics is None) == (method == "magnitude"), "only magnitude takes no statistics"
-    num_bad = weight.numel() - int(weight.isfinite().sum())
-    if num_bad:
-        raise UserError(
-            f"{name}: {num_bad} of {weight.numel()} weights are not finite (NaN or infinite) and cannot be pruned."
-        )
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned.")
     if statistics is not None and not bool(statistics.sums.isfinite().all()):
         raise UserError(f"{name}: the inputs measured on the calibration text are not finite (NaN or infinite).")
     check_shape(pattern, (weight.shape[0], weight.shape[1]), name)
     if method == "sparsegpt":
         assert statistics is not None
-        assert group is None
         return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
     keep = mask_by_scores(weight, statistics, pattern, group)
     return Pruned(weight.masked_fill(~keep, 0), keep)
@@ -104,32 +172,18 @@ def mask_by_scores(
 ) -> Tensor:
     """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude.
 
-    `group` as in `prune_weight`.
+    Source: Wanda, arXiv 2306.11695, eq. 1. If all inputs are 0 (an expert without tokens), every column counts the
+    same.
     """
+    scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
     if statistics is None:
-        return keep_mask(magnitude_scores(weight), pattern, group or "tensor")
-    return keep_mask(wanda_scores(weight, statistics.column_squares), pattern, group or "row")
-
-
-@torch.no_grad()
-def magnitude_scores(weight: Tensor) -> Tensor:
-    """w_ij^2, (out, in) float32 (float64 for float64 weights)."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-
-
-@torch.no_grad()
-def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
-    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights). Source: Wanda, arXiv 2306.11695, eq. 1.
-
-    `column_squares` is ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
-    column counts the same.
-    """
-    scores = magnitude_scores(weight)
-    largest = column_squares.max()
-    if largest == 0:
-        return scores
-    # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
-    return scores.mul_(column_squares.to(scores.dtype) / largest)
+        return keep_mask(scores, pattern, group or "tensor")
+    squares = statistics.column_squares
+    largest = squares.max()
+    if largest != 0:
+        # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
+        scores.mul_(squares.to(scores.dtype) / largest)
+    return keep_mask(scores, pattern, group or "row")
 
 
 @torch.no_grad()
@@ -140,19 +194,13 @@ def sparsegpt(
 
     With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
     -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and later.
-    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its order
-    reversed and one triangular inverse; H itself is never inverted.
+    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1.
 
     An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
-    so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
-    leave nothing to correct. A column whose inputs were all zero costs nothing, so it goes first; weights of it that
-    stay do not change.
+    so far; an n:m mask for m columns at a time; whole columns before the first one is removed. Whole rows leave nothing
+    to correct. A column whose inputs were all zero costs nothing, so it goes first.
 
-    Args:
-        weight: (out, in), any float dtype; not changed.
-        input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
-        damping: Added to the diagonal, as a share of its mean; above 0.
-    Raises UserError: If the damped H is not positive definite.
+    `input_products` are X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
     """
     factor = _inverse_factor(input_products, damping, name)
     work = weight.to(input_products.dtype, copy=True)
@@ -172,9 +220,19 @@ def sparsegpt(
         block_columns = -(-block_columns // pattern.of) * pattern.of
     for start in range(0, num_columns, block_columns):
         columns = slice(start, min(start + block_columns, num_columns))
-        if pattern.kind == "unstructured":
-            mask[:, columns] = _block_mask(work, cost, pattern.sparsity, columns)
-        errors = _remove_columns(work, factor, cost, mask, columns=columns, pattern=pattern)
+        if pattern.kind == "unstructured":  # the counts of all blocks add up to that of the tensor
+            before, after = (num_pruned(pattern.sparsity, len(work) * end) for end in (columns.start, columns.stop))
+            scores = work[:, columns].square() * cost[columns]
+            mask[:, columns] = ~lowest(scores.reshape(1, -1), after - before).view(scores.shape)
+        errors = torch.empty_like(work[:, columns])  # w / V_jj of every removed weight at its removal
+        for column in range(columns.start, columns.stop):
+            if pattern.kind == "n:m" and column % pattern.of == 0:
+                group = slice(column, column + pattern.of)
+                mask[:, group] = ~lowest(work[:, group].square() * cost[group], pattern.of - pattern.keep)
+            error = (work[:, column] / factor[column, column]).masked_fill_(mask[:, column], 0)
+            rest = slice(column, columns.stop)
+            work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
+            errors[:, column - columns.start] = error
         work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
     return Pruned(work.masked_fill_(~mask, 0).to(weight.dtype), mask)
 
@@ -201,30 +259,3 @@ def _cost(inverse_diagonal: Tensor, input_products: Tensor) -> Tensor:
     """The cost of a squared weight of each column, (in,): 0 in a dead column, unless all are dead."""
     dead = input_products.diagonal() == 0
     return inverse_diagonal.reciprocal().masked_fill_(dead & ~dead.all(), 0)
-
-
-def _block_mask(work: Tensor, cost: Tensor, sparsity: float, columns: slice) -> Tensor:
-    """The keep mask of a block of columns over all rows; the counts of all blocks add up to that of the tensor."""
-    rows = work.shape[0]
-    count = num_pruned(sparsity, rows * columns.stop) - num_pruned(sparsity, rows * columns.start)
-    scores = work[:, columns].square() * cost[columns]
-    return ~lowest(scores.reshape(1, -1), count).view(scores.shape)
-
-
-def _remove_columns(
-    work: Tensor, factor: Tensor, cost: Tensor, mask: Tensor, *, columns: slice, pattern: SparsityPattern
-) -> Tensor:
-    """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
-
-    Returns: w / V_jj of every removed weight at its removal, (out, columns); it corrects the columns behind the block.
-    """
-    errors = torch.empty_like(work[:, columns])
-    for column in range(columns.start, columns.stop):
-        if pattern.kind == "n:m" and column % pattern.of == 0:
-            group = slice(column, column + pattern.of)
-            mask[:, group] = ~lowest(work[:, group].square() * cost[group], pattern.of - pattern.keep)
-        error = (work[:, column] / factor[column, column]).masked_fill_(mask[:, column], 0)
-        rest = slice(column, columns.stop)
-        work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
-        errors[:, column - columns.start] = error
-    return errors

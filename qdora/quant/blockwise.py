@@ -1,23 +1,19 @@
 """Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
 On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
-quantisation: its float32 mean depends on the number of threads, this one does not. Its CUDA kernels differ in details:
-they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
-magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block: NF4 then
-stores the block as -1 times 0, which double quantisation turns into small non-zero weights. This definition holds on
-every device: a zero weight always decodes to zero.
+quantisation: its float32 mean depends on the number of threads. Its CUDA kernels differ in details (ties, constants off
+by an ulp), and store a zero block of NF4 as -1 times 0, which double quantisation turns into small non-zero weights.
+This definition holds on every device: a zero weight always decodes to zero.
 """
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
-from qdora.quant.planned_device import device_kind
+from qdora.quant.kernels import device_kind
 
 # Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
 # block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
@@ -42,17 +38,11 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
-    Blocks run along the flattened rows and may cross them; the last one may be short. Source: QLoRA, arXiv 2305.14314,
-    sec. 3.
+    Blocks run along the flattened rows and may cross them; the last one may be short. The weight may have any float
+    dtype and is rounded to float32 first. Source: QLoRA, arXiv 2305.14314, sec. 3.
 
-    Args:
-        weight: Any shape and float dtype; rounded to float32 first.
-        kind: One of `codebooks.CODE_BITS`.
-        block_size: Weights per block, a power of two up to 4096.
-        name: The weight's name in an error.
     Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
         absmax of a zero block is 0 (1e-38 in a short last block).
-    Raises NotFinite: If a weight is not finite.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -62,9 +52,7 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
-        # Before the look-up: NaN has no cell, and on a GPU an index out of range ends the process.
-        if not bool(scale.isfinite().all()):
-            raise_not_finite(flat, name)
+        _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
         cell = codebooks.cell(unit)
         rank = table.rank.index_select(0, cell).add_(unit > table.bound.index_select(0, cell))
         codes = rank if kind == "nf4" else table.code.index_select(0, rank.int())
@@ -73,21 +61,16 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
     return packed, absmax
 
 
-def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
-    """Raise the error for a flat weight with NaN or infinite entries."""
-    from qdora.errors import NotFinite
+def _refuse_not_finite(scales: Tensor, name: str) -> None:
+    if not bool(scales.isfinite().all()):
+        from qdora.errors import NotFinite  # only for a fault: qdora.peft loads few files
 
-    numel, chunk = flat.numel(), _chunk(flat.device)
-    count = numel - sum(int(flat[at : at + chunk].float().isfinite().sum()) for at in range(0, numel, chunk))
-    raise NotFinite(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
+        raise NotFinite(f"{name}: has weights that are not finite (NaN or infinite) and cannot be quantised.")
 
 
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
-
-    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided, which round
-    apart.
-    """
+    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32)."""
+    # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)
     scale = blocks.abs().amax(dim=1)
@@ -98,7 +81,6 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         scale = torch.cat([scale, last])
     if part.numel() % 2:
         units.append(part.new_zeros(1))
-    # One block list in nearly every chunk, and then no copy.
     return (units[0] if len(units) == 1 else torch.cat(units)), scale
 
 
@@ -112,22 +94,18 @@ def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32.
     """
-    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device. The scales of a
-    # layer lie within a few powers of 2 and have 24 bits, so this sum is exact, or its error is far below float32's.
+    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
     return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
 
 
 @torch.no_grad()
 def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Blockwise 8-bit codes of float32 values.
+    """Blockwise 8-bit codes of float32 values (n,), by the values `code`, (256,) float32, ascending, within [-1, 1].
 
     A value divided by the absmax of its block is rounded to a 16-bit grid over [-1, 1], and the grid point to the
     nearest value of `code`: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 farther off than the nearest value.
 
-    Args:
-        values: (n,) float32.
-        code: (256,) float32, ascending, within [-1, 1].
     Returns: Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
@@ -151,10 +129,7 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast.
-
-    `packed`, `absmax`, `kind` and `block_size` are those of `quantize_4bit`.
-    """
+    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast."""
     numel = shape[0] * shape[1]
     pairs = codebooks.resident_code_pairs(kind, packed)
     out = torch.empty(numel, dtype=dtype, device=packed.device)
@@ -183,10 +158,9 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
 
     This is the format of bitsandbytes' LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1). Products are in
-    float32. `name` is the weight's in an error.
+    float32.
 
     Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
-    Raises UserError: If a weight is not finite.
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -199,8 +173,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
         # The rounded reciprocal times 127, as bitsandbytes forms it.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
         packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
-    if not bool(absmax.isfinite().all()):
-        raise_not_finite(weight.reshape(-1), name)
+    _refuse_not_finite(absmax, name)
     return packed, absmax
 
 

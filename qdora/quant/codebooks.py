@@ -1,7 +1,6 @@
 """The value tables of the low-bit formats: NF4, FP4, MXFP4, the research formats NF3, NF2 and INT4, the dynamic map.
 
 NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all formats.
-`CODE_BITS` has the bits that they need.
 """
 
 from __future__ import annotations
@@ -16,6 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 NESTED_BLOCK_SIZE = 256
 """Block scales per nested scale. Source: QLoRA, arXiv 2305.14314, sec. 3."""
+MXFP4 = "mxfp4"
+"""A kind that is read from checkpoints and never made here: blocks of 32, whose scales are powers of 2 in 8 bits."""
+MXFP4_BLOCK_SIZE = 32
+CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
+"""Kinds whose weights are codes of a table -> bits of a tightly packed code."""
+SIMULATED = ("nf3", "nf2")
+"""Kinds that are held in more bits than they need."""
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -23,7 +29,6 @@ _NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
@@ -32,52 +37,20 @@ _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 # The magnitudes of MXFP4's codes 0 to 7 (two exponent bits, one fraction bit); a fourth bit in front is the sign.
 # Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-MXFP4 = "mxfp4"
-"""A kind that is read from checkpoints and never made here: blocks of 32, whose scales are powers of 2 in 8 bits."""
-MXFP4_BLOCK_SIZE = 32
-CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
-"""Kinds whose weights are codes of a table -> bits of a tightly packed code."""
-SIMULATED = ("nf3", "nf2")
-"""Kinds that are held in more bits than they need."""
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
 
-class DecisionTable(NamedTuple):
-    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison.
-
-    [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
-    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
-    as torch.bucketize.
-    """
-
-    rank: Tensor  # (cells,) uint8: bounds in lower cells
-    bound: Tensor  # (cells,) float32: the bound in the cell, or 2 without one
-    code: Tensor  # (values,) uint8: the code of each rank
-
-
-# (kind, device) -> its `code_pairs`. One made under FakeTensorMode or inference mode would break every later call.
-_RESIDENT: dict[tuple[str, torch.device], Tensor] = {}
-
-
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values), with a 0.
-
-    Those of MXFP4 are in [-6, 6]. Raises ValueError: If `kind` is neither in `CODE_BITS` nor MXFP4.
-    """
+    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; mxfp4: [-6, 6])."""
     if kind == MXFP4:
         magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=device)
         return torch.cat([magnitudes, -magnitudes])
-    if kind == "nf4":
-        return torch.tensor(_NF4, dtype=torch.float32, device=device)
-    if kind in SIMULATED:
-        return torch.tensor(normal_quantiles(CODE_BITS[kind]), dtype=torch.float32, device=device)
-    if kind == "int4":
-        return torch.tensor(_INT4, dtype=torch.float32, device=device)
     if kind == "fp4":
         positive = [value / 12 for value in _FP4_TIMES_12]
         return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
-    raise ValueError(f"the kind of a code book must be one of {', '.join(CODE_BITS)}, got '{kind}'.")
+    values = {"nf4": _NF4, "int4": _INT4}.get(kind) or normal_quantiles(CODE_BITS[kind])
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -98,36 +71,39 @@ def normal_quantiles(bits: int) -> tuple[float, ...]:
 
     positive, negative = side(half), side(half - 1)
     largest = positive[0]
-    values = [-value / largest for value in negative] + [0.0] + [value / largest for value in reversed(positive)]
-    return tuple(values)
+    return (*(-value / largest for value in negative), 0.0, *(value / largest for value in reversed(positive)))
 
 
-def sixteen_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """`code_values`, with 0 for the codes that no weight has: (16,) float32."""
-    known = code_values(kind, device)
-    return torch.nn.functional.pad(known, (0, 16 - len(known)))
-
-
-def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """The two values of each byte: (256,) int64, each the bits of two float32, high nibble first.
-
-    Gathering 64-bit scalars is 4 times as fast as gathering rows of two float32.
-    """
-    values = sixteen_values(kind, device)
-    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
-    return pairs.view(torch.int64).view(256)
+# (kind, device) -> the two values of each byte. A table made under FakeTensorMode would break every later call.
+_RESIDENT: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def resident_code_pairs(kind: str, codes: Tensor) -> Tensor:
-    """`code_pairs` on the device of `codes`, made there once in a process: copying a table makes a GPU's host wait."""
+    """The two values of each byte: (256,) int64, each the bits of two float32, high nibble first, 4 times as fast to
+    gather as those. Made once on the device of `codes`: copying a table makes a GPU's host wait."""
     key = kind, codes.device
     if isinstance(codes, FakeTensor) or key not in _RESIDENT:
         with torch.inference_mode(False):
-            pairs = code_pairs(kind, codes.device)
+            values = code_values(kind, codes.device)
+            values = torch.nn.functional.pad(values, (0, 16 - len(values)))  # codes that no weight has
+            pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.int64).view(256)
         if isinstance(pairs, FakeTensor):
             return pairs
         _RESIDENT[key] = pairs
     return _RESIDENT[key]
+
+
+class DecisionTable(NamedTuple):
+    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison.
+
+    [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
+    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
+    as torch.bucketize.
+    """
+
+    rank: Tensor  # (cells,) uint8: bounds in lower cells
+    bound: Tensor  # (cells,) float32: the bound in the cell, or 2 without one
+    code: Tensor  # (values,) uint8: the code of each rank
 
 
 def cell(unit: Tensor) -> Tensor:
@@ -137,10 +113,7 @@ def cell(unit: Tensor) -> Tensor:
 
 def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring values, ascending, (values - 1,) float32, and each rank's code, (values,) uint8.
-
-    A value equal to a midpoint takes the lower rank. FP4's two zeros stay apart: up to and including 0 the code is 0,
-    above it 8.
-    """
+    A value equal to a midpoint takes the lower rank. FP4's two zeros stay apart: above 0 the code is 8."""
     values = code_values(kind)
     order = torch.argsort(values, stable=True)
     ascending = values[order]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qdora.quant import blockwise
+from qdora.quant.kernels import device_kind
 from qdora.quant.packed import PackedWeight, block_scales, decode_4bit, dequantize
-from qdora.quant.planned_device import device_kind
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
@@ -49,17 +49,18 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
     """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
 
-    Args:
-        other: Length of the other dimension of a tile.
-        itemsize: Bytes of an element of a tile.
-        align: Every run but the last starts and ends at a multiple of this.
+    `other` is the length of the other dimension of a tile, `itemsize` the bytes of an element. Every run but the last
+    starts and ends at a multiple of `align`.
     """
     budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
     fits = budget // (other * itemsize)
     if total <= fits:
         return [slice(0, total)]
-    if device_type != "cpu":
-        return _equal_runs(total, fits, math.lcm(align, _GPU_STEP) if fits >= _GPU_STEP else align)
+    if device_type != "cpu":  # the fewest runs that fit, all but the last equally long
+        step = math.lcm(align, _GPU_STEP) if fits >= _GPU_STEP else align
+        longest = max(fits // step, 1) * step
+        length = _round_up(-(-total // -(-total // longest)), step)
+        return [slice(start, min(start + length, total)) for start in range(0, total, length)]
     long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
     # At least one long run where it fits at all; more of them together up to the size of a cut.
     long *= min(fits // long, max(1, _CPU_CUT_BYTES // (other * itemsize * long)))
@@ -70,13 +71,6 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
         runs.append(slice(start, min(start + length, total)))
         start += length
     return runs
-
-
-def _equal_runs(total: int, fits: int, step: int) -> list[slice]:
-    """The fewest runs of at most `fits`; all but the last have one length, a multiple of `step`."""
-    longest = max(fits // step, 1) * step
-    length = _round_up(-(-total // -(-total // longest)), step)
-    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
 def is_one_tile(weight: Weight, dtype: torch.dtype) -> bool:
@@ -90,34 +84,47 @@ def _round_up(length: int, align: int) -> int:
 
 
 def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles of whole rows of diag(row_factor) W, in order.
+    """Dense tiles (rows, in) of whole rows of diag(row_factor) W, in order, in any float dtype.
 
-    Args:
-        dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
-        row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
-    Yields: (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A
-        loop that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
+    Products of codes, scales and factors, (out,) float32 (float64 for float64 weights), are float32, then cast once. A
+    tile may share memory with the weight. A loop that ends with `del tile` holds one at a time. A weight whose blocks
+    cross rows comes as one tile; with blocks of 64 no common model has one.
     """
+    return _tiles(weight, dtype, row_factor, 0)
+
+
+def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
+    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`."""
+    return _tiles(weight, dtype, row_factor, 1)
+
+
+def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: int) -> Iterator[Tile]:
+    total, other, kind = weight.shape[dim], weight.shape[1 - dim], device_kind(weight.device)
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
-            yield slice(0, weight.shape[0]), weight  # costs nothing, so it needs no budget
+            yield slice(0, total), weight  # costs nothing, so it needs no budget
             return
-        for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, device_kind(weight.device)):
-            yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
+        for run in spans(total, other, dtype.itemsize, kind):
+            factor = row_factor if row_factor is None or dim == 1 else row_factor[run]
+            yield run, _scaled_rows(weight[run] if dim == 0 else weight[:, run], factor, dtype)
         return
-    out_features, in_features = weight.shape
-    aligned = in_features % weight.block_size == 0
-    align = 1 if aligned else weight.block_size // math.gcd(in_features, weight.block_size)
-    runs = spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align)
+    block = 1 if weight.kind == "int8" else weight.block_size
+    runs = spans(total, other, dtype.itemsize, kind, 1 if dim == 0 else block)
     if len(runs) == 1 and row_factor is None:  # spares the host some ten views
         yield runs[0], dequantize(weight, dtype)
         return
-    scales = _row_scales(weight, row_factor) if aligned else block_scales(weight)
-    for rows in runs:
-        if aligned:
-            yield rows, _decode(weight, _codes(weight)[rows], scales[rows], dtype)
+    if weight.shape[1] % weight.block_size:
+        yield slice(0, total), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
+        return
+    codes, scales = _codes(weight), _row_scales(weight, row_factor)
+    per_byte = 1 if weight.kind == "int8" else 2
+    for run in runs:
+        if dim == 0:
+            some, blocks = codes[run], scales[run]
         else:
-            yield rows, _crossing_rows(weight, scales, rows, row_factor, dtype)
+            some = codes[:, run.start // per_byte : run.stop // per_byte]
+            blocks = scales if weight.kind == "int8" else scales[:, run.start // block : run.stop // block]
+        yield run, _decode(weight, some, blocks, dtype)
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
@@ -137,35 +144,6 @@ def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
     """
     assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
-
-
-def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`.
-
-    A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
-    """
-    out_features, in_features = weight.shape
-    if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
-        yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
-        return
-    if isinstance(weight, Tensor):
-        if row_factor is None and weight.dtype == dtype:
-            yield slice(0, in_features), weight
-            return
-        for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device)):
-            yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
-        return
-    block = 1 if weight.kind == "int8" else weight.block_size
-    runs = spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block)
-    if len(runs) == 1 and row_factor is None:
-        yield runs[0], dequantize(weight, dtype)
-        return
-    scales, codes = _row_scales(weight, row_factor), _codes(weight)
-    per_byte = 1 if weight.kind == "int8" else 2
-    for columns in runs:
-        some = codes[:, columns.start // per_byte : columns.stop // per_byte]
-        blocks = scales if weight.kind == "int8" else scales[:, columns.start // block : columns.stop // block]
-        yield columns, _decode(weight, some, blocks, dtype)
 
 
 def _codes(weight: PackedWeight) -> Tensor:
@@ -190,20 +168,6 @@ def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dt
     shape = (codes.shape[0], 2 * codes.shape[1])
     flat = codes.reshape(-1), scales.reshape(-1)
     return decode_4bit(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
-
-
-def _crossing_rows(
-    weight: PackedWeight, scales: Tensor, rows: slice, row_factor: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Rows of a weight whose blocks cross rows; the first row starts a block."""
-    in_features = weight.shape[1]
-    start, stop = rows.start * in_features, rows.stop * in_features
-    codes = weight.packed[start // 2 : (stop + 1) // 2]
-    some = scales[start // weight.block_size : -(-stop // weight.block_size)]
-    shape = (rows.stop - rows.start, in_features)
-    wide = dtype if row_factor is None else torch.promote_types(dtype, torch.float32)
-    tile = blockwise.dequantize_4bit(codes, some, weight.kind, weight.block_size, shape=shape, dtype=wide)
-    return _scaled_rows(tile, None if row_factor is None else row_factor[rows], dtype)
 
 
 def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:

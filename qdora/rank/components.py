@@ -41,8 +41,8 @@ and each X, and a component of rank 1, u v^T, needs no matrix:
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-A stack of experts has such components of each expert, or of one matrix for all that share a factor: the parts of
-`AdaptedExperts.approximated_parts`. One rank more is one component more of every part, so the i-th worth of a stack is
+A stack of experts has such components of each expert: the parts of `AdaptedExperts.approximated_parts`.
+One rank more is one component more of every part, so the i-th worth of a stack is
 the sum of the i-th ones of its parts. An expert without tokens has q_i = 0, and its components are worth 0.
 
 The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
@@ -65,10 +65,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
@@ -91,7 +90,7 @@ class Directions:
 
     Attributes:
         left, right: U, (out, components), and V, (in, components), columns of length 1. Of a stack (experts, out,
-            components) and (experts, in, components), (1, ...) where the experts share it.
+            components) and (experts, in, components).
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
         tail: (), squared Frobenius norm of the gradient across held and new components.
@@ -411,7 +410,7 @@ class StackProbe(_Probe):
             for run in tokens.reached:
                 (expert,) = run.experts
                 upstream, inputs = dy[run.tokens], x[run.tokens]
-                left, right = (each[expert % len(each)] for each in (self._left, self._right))
+                left, right = (each[expert] for each in (self._left, self._right))
                 if self._keep is None:
                     slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
                 else:

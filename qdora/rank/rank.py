@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.data.batches import Batching, MicroBatch, StepLoader
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError

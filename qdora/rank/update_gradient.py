@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.dora import merged_weight
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_product import merged_rows
-from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.algebra import merged_weight
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.experts import AdaptedExperts, merged_rows
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
@@ -173,8 +171,7 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases. For a stack of
-    experts a component has one of each expert, and its energy is their sum; experts that share a factor are one matrix
-    (`AdaptedExperts.approximated_parts`), without g where they share B, since g differs between them.
+    experts a component has one of each expert, and its energy is their sum.
 
     Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
         of rank components.
@@ -183,7 +180,7 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
         raise ValueError("update_spectrum must be given an adapter without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
-    if layer.magnitude is not None and not (isinstance(layer, AdaptedExperts) and layer.share == "B"):
+    if layer.magnitude is not None:
         norm = layer.row_norm().to(wide)
         b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
     energies = np.zeros(layer.rank)

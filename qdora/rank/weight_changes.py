@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear
 from qdora.quant.tiles import dense_weight
 
 

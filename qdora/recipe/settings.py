@@ -171,8 +171,6 @@ class ExpertConfig(Section):
 
     rank: Whole | None = None
     """Rank of the adapters of experts that no rank_pattern names (null: that of the other layers)."""
-    share: Literal["none", "A", "B"] = "none"
-    """Let all experts of a stack share lora_A or lora_B. A shared lora_A is (rank, in), not (experts, rank, in)."""
 
 
 class AdapterConfig(Section):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from qdora.adapter.adapted_linear import drop_scales_without_room
+from qdora.adapter.layer import drop_scales_without_room
 from qdora.data.chat_template import set_chat_date
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.chats import set_chat_date

@@ -18,7 +18,11 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.layer import evaluation_mode
+from qdora.adapter.norms import refresh
 from qdora.adapter.row_share import divided_tensors
+from qdora.adapter.rows import divided_tensors
 from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import PackedLayout
 from qdora.errors import RunFailure
@@ -270,7 +274,7 @@ def _loss(model: PreTrainedModel) -> float:
     model.eval()
     for layer in layers:
         layer.parameters_changed()
-    prepare_shared_gains(layers)
+    refresh(layer for layer in layers if layer.base.share is not None)
     given = ids.to(model.device)
     loss = batch_loss(model, given, torch.ones_like(given), ids).nll_sum / _NUM_TOKENS
     model.train(training)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.expert_product import ExpertTokens
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.experts import stacks
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.gate import gate_slope, gate_value, probability_on
+from qdora.adapter.gates import gate_slope, gate_value, probability_on
+from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.files.tensor_file import write_tensors
 from qdora.recipe.settings import GateConfig

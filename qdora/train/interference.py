@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.layer import evaluation_mode
 from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample, tokenize_all

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
 from qdora.errors import UserError
-from qdora.quant.planned_device import device_kind
+from qdora.quant.kernels import device_kind
 from qdora.quant.tiles import Weight, dense_weight
 from qdora.recipe.settings import Recipe
 

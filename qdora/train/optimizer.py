@@ -25,7 +25,7 @@ from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
-from qdora.quant.planned_device import is_planning
+from qdora.quant.kernels import is_planning
 from qdora.recipe.settings import Recipe
 from qdora.train.flat_group import (
     MOMENTS,

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.plain_linear import is_plain_linear
+from qdora.adapter.layer import FrozenLinear, is_plain_linear
 from qdora.memory.shard import release
 from qdora.model.attention import text_config
 from qdora.train.checkpoint import random_state, set_random_state

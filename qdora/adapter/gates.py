@@ -20,21 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.adapter.low_rank_factors import rounded
+from qdora.adapter.algebra import rounded
 
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
 
 
 def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
-    """B' = B diag(gate), rounded to B's dtype and held in float32 or wider; B itself with gate 1.
+    """B' = B diag(gate), (..., out, rank), rounded to B's dtype and held in float32 or wider; B itself with gate 1.
 
     The rounding gives the products, the norm, the merge and the stored adapter the same numbers. The wide dtype keeps
     the gradient from being rounded. Differentiable with respect to both, as if the rounding were the identity.
-
-    Args:
-        lora_B: (out, rank), or (experts, out, rank).
-        gate: (rank,), float32 or wider.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded

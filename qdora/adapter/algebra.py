@@ -1,0 +1,294 @@
+"""The DoRA algebra: low-rank factors as the products take them, row norm, gain and merge.
+
+    y = g * (x W^T + s (drop(x) A^T) B^T) + bias,        g = m / ||W + s B A||_row
+
+Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward pass (sec. 4.3). LoRA is g = 1. With a
+keep mask M of a pruned W, M o (B A) takes the place of B A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qdora.quant.kernels import device_kind, is_planning
+from qdora.quant.packed import mask_from_bits
+from qdora.quant.tiles import Weight, row_tiles, spans, wide_dtype
+
+# Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
+# product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
+# bf16's own rounding.
+CANCELLATION = 0.25
+# Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
+# digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
+_SMALLEST_MAGNITUDE = 2.0**-100
+# In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
+_ENTRIES_PER_SLICE = 1 << 20
+_GPU_ENTRIES_PER_SLICE = 1 << 23
+# Rows of M o (B A) that are formed at a time: 16 MiB of float32 for 4096 columns.
+_ROWS = 1024
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 in the block, or in the function that it decorates.
+
+    `torch.set_float32_matmul_precision("high")` of a caller lets a GPU round the factors to TF32, and a CPU to
+    bfloat16. In a row norm or a merged weight that is an error of 5e-4 and more.
+    """
+    backends: Any = torch.backends
+    backends = backends.cuda.matmul, backends.mkldnn.matmul
+    before = [each.fp32_precision for each in backends]
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch.backends alone, about which torch refuses to answer here
+        named = None
+    # It sets all backends and the older flags: torch refuses to compute where the two disagree.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if named is not None:
+            torch.set_float32_matmul_precision(named)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def entries_at_a_time(device: torch.device) -> int:
+    """Entries of low-rank factors that are computed with at a time on a device."""
+    return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+
+
+def nearest_bfloat16(master: Tensor) -> Tensor:
+    """float32, finite -> the nearest bfloat16, ties away from zero."""
+    # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
+    # is right there too, since float bit patterns of one sign are ordered.
+    bits = master.contiguous().view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the products.
+
+    float32 goes to bfloat16 as the optimizer splits it. So an adapter stored in float32 and one stored in bfloat16 with
+    its low bits beside it multiply with the same numbers and train alike, bit for bit.
+    """
+    if factor.dtype == torch.float32 and dtype == torch.bfloat16:
+        return nearest_bfloat16(factor)
+    return factor.to(dtype)
+
+
+def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
+    """s g, the factor of each row of B: (..., out, 1) for gains (..., out), or a number for LoRA."""
+    return scaling if gain is None else (gain * scaling).unsqueeze(-1)
+
+
+def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
+    entries = entries_at_a_time(lora_B.device)
+    if lora_B.numel() <= entries:
+        return scaled_rows(rounded(lora_B, dtype), factor, dtype)
+    scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    step = max(1, entries // lora_B.shape[1])
+    for start in range(0, lora_B.shape[0], step):
+        rows = slice(start, start + step)
+        some = factor if isinstance(factor, float) else factor[rows]
+        scaled[rows] = scaled_rows(rounded(lora_B[rows], dtype), some, dtype)
+    return scaled
+
+
+def scaled_rows(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` (..., out, rank) times a `row_factor`, rounded to `dtype`; unlike `scaled_B` all at a time."""
+    if isinstance(factor, float):
+        return (values * factor).to(dtype)
+    # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.
+    return (values.to(factor.dtype) * factor).to(dtype)
+
+
+def row_blocks(stop: int, start: int = 0) -> Iterator[slice]:
+    """Blocks of rows of M o (B A) that are formed together: it does not factor, and is never formed whole."""
+    for first in range(start, stop, _ROWS):
+        yield slice(first, min(first + _ROWS, stop))
+
+
+@torch.no_grad()
+def squared_row_norm(weight: Weight) -> Tensor:
+    """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
+    wide = wide_dtype(weight)
+    if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
+        return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
+    parts = []
+    for _, tile in row_tiles(weight, wide):
+        # A dense weight comes as one tile; its squares must not take as much again.
+        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
+        parts += [tile[rows].square().sum(dim=1) for rows in runs]
+    return torch.cat(parts)
+
+
+class FactoredNorm(NamedTuple):
+    """Row norms from the factored sum."""
+
+    norm: Tensor  # (n, out), wrong in the cancelled rows
+    cancelled: Tensor  # (n, out) bool: rows whose sum has cancelled
+
+
+@torch.no_grad()
+@full_precision()
+def factored_norms(
+    weights: Sequence[Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+) -> FactoredNorm:
+    """Euclidean norm of each row of W + s B A of n layers alike, from three terms; no host waits for its GPU.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
+
+    Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked. Each weight is read on its own; all else is one
+    operation for all layers, since its launches would cost more than its arithmetic. Source: DoRA, arXiv 2402.09353,
+    eq. 5.
+
+    Bases (out, in) are of one kind; A is (n, rank, in), B (n, out, rank), and `base_squared`, ||w||^2, (n, out).
+    The tiles of W and W A^T are in `dtype`; all else is summed in float32 or wider.
+    """
+    narrow = lora_A.to(dtype)
+    products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    for weight, a, product in zip(weights, narrow, products, strict=True):
+        for rows, tile in row_tiles(weight, dtype):
+            torch.mm(tile, a.T, out=product[rows])
+            del tile
+    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=base_squared)
+
+
+def norms_of_products(
+    products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
+) -> FactoredNorm:
+    """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype."""
+    wide = base_squared.dtype
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
+    # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
+    inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
+    squared = torch.add(base_squared, inner.mul_(b).sum(dim=-1), alpha=scaling)
+    cancelled = squared < CANCELLATION * base_squared
+    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
+
+
+@torch.no_grad()
+@full_precision()
+def measure_cancelled_(
+    norm: Tensor,
+    cancelled: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Form the cancelled rows of W + s B A of one layer and write their norms over the factored ones, (out,), which are
+    rounding noise."""
+    a = lora_A.to(wide_dtype(weight))
+    for span, tile in row_tiles(weight, dtype):
+        rows = cancelled[span].nonzero().squeeze(1)
+        if len(rows):
+            direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
+            norm[span][rows] = direct.square().sum(dim=1).sqrt_()
+        del tile
+
+
+@torch.no_grad()
+@full_precision()
+def row_norm(
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+    keep_bits: Tensor | None = None,
+) -> Tensor:
+    """Euclidean norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight); of W + s M o (B A) where
+    `keep_bits` are `quant.packed.mask_bits` of M.
+
+    Without a mask by `factored_norms`, and a GPU's host waits once to know whether a row has cancelled. With one the
+    rows are formed, block by block.
+    """
+    if keep_bits is None:
+        a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
+        (norm,), (cancelled,) = factored_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)
+        # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
+        if not isinstance(cancelled, FakeTensor) and bool(cancelled.any()):
+            measure_cancelled_(norm, cancelled, weight, lora_A, lora_B, scaling, dtype=dtype)
+        return norm  # type: ignore[no-any-return]
+    norm = torch.empty(weight.shape[0], dtype=torch.promote_types(dtype, torch.float32), device=lora_A.device)
+    a = lora_A.to(norm.dtype)
+    for rows, tile in row_tiles(weight, dtype):
+        for some in row_blocks(rows.stop, rows.start):
+            mask = mask_from_bits(keep_bits, (weight.shape[0], weight.shape[1]), some)
+            delta = (lora_B[some].to(a.dtype) @ a).mul_(mask)
+            adapted = delta.mul_(scaling).add_(tile[some.start - rows.start : some.stop - rows.start])
+            norm[some] = adapted.square_().sum(dim=1).sqrt_()
+            del delta, adapted
+        del tile
+    return norm
+
+
+class Gain(NamedTuple):
+    """The gain of a DoRA layer in one state of its parameters."""
+
+    value: Tensor  # g = m / ||W + s B A||_row, (out,), 0 where the row is zero
+    inverse_magnitude: Tensor  # 1 / m, (out,), finite
+
+
+@torch.no_grad()
+def gain(magnitude: Tensor, norm: Tensor) -> Gain:
+    """g = m / n per row, (out,), and 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
+
+    A live row with m = 0 gets m = 2^-100: its output counts as zero everywhere but in its own gradient.
+    """
+    floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
+    return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
+
+
+@torch.no_grad()
+@full_precision()
+def merged_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA; a new tensor.
+
+    The norm is that of the dense sum, which is at hand here, not the factored one. The merge runs in the dtype of
+    `weight`, float32 or float64. B A counts only where `keep_mask`, (out, in) bool, is True (default: everywhere).
+    """
+    dtype = weight.dtype
+    if keep_mask is None:
+        merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    else:
+        masked = (lora_B.to(dtype) @ lora_A.to(dtype)).masked_fill_(~keep_mask, 0)
+        merged = torch.add(weight, masked, alpha=scaling)
+    if magnitude is None:
+        return merged
+    return merged.mul_(gain_of_sum(merged, magnitude).unsqueeze(1))
+
+
+@torch.no_grad()
+def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
+    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero, and,
+    unlike in `gain`, where m = 0: no gradient is read from the result."""
+    norm = squared_row_norm(total).sqrt()
+    return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

@@ -1,0 +1,292 @@
+"""The layers of a stack of experts: dense, frozen, and adapted by LoRA or DoRA.
+
+A stack is one projection of all experts of a block. Each layer takes (tokens, in), sorted by expert, and how the tokens
+divide (`ExpertTokens`), and gives (tokens, out) (`model.experts` sorts the tokens and puts the outputs together).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qdora.adapter.algebra import (
+    Gain,
+    factored_norms,
+    full_precision,
+    gain,
+    gain_of_sum,
+    measure_cancelled_,
+    merged_weight,
+    norms_of_products,
+    rounded,
+    row_norm,
+)
+from qdora.adapter.dropout import draw_seed
+from qdora.adapter.expert_product import (
+    AdaptedStack,
+    ExpertTokens,
+    StackCall,
+    add_expert_bias,
+    expert_bits,
+    expert_rows,
+    experts_together,
+    frozen_stack,
+    has_kernel,
+)
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.product import product_dtype
+from qdora.errors import UserError
+from qdora.quant.kernels import is_planning
+from qdora.quant.packed import PackedWeight
+from qdora.quant.tiles import Weight, dense_weight, row_tiles
+
+
+class ExpertLinear(nn.Module):
+    """y = x W_e^T + bias_e with a dense, trainable W, (experts * out, in), and bias, (experts, out) or None."""
+
+    def __init__(self, weight: nn.Parameter, num_experts: int, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.out_features, self.in_features = weight.shape
+        self.expert_features = self.out_features // num_experts
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        weights = self.weight.view(self.num_experts, self.expert_features, self.in_features).unbind(0)
+        parts = torch.split(x, [tokens.counts[expert] for expert in tokens.experts])
+        pairs = zip(parts, tokens.experts, strict=True)
+        out = torch.cat([nn.functional.linear(part, weights[expert]) for part, expert in pairs])
+        return out if self.bias is None else add_expert_bias(out, self.bias, tokens)
+
+
+class FrozenExperts(FrozenLinear):
+    """y = x W_e^T + bias_e with W, (experts * out, in), packed or dense, and bias, (experts, out), frozen.
+
+    To everything that reads weights it is a frozen layer of experts * out rows.
+    """
+
+    def __init__(
+        self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
+    ) -> None:
+        super().__init__(weight, bias, keep_bits)
+        self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
+        if isinstance(weight, PackedWeight) and self.expert_features * self.in_features % weight.block_size:
+            shape = self.expert_features, self.in_features
+            raise UserError(f"base.block_size: {weight.block_size} does not divide the weights of an expert, {shape}.")
+
+    def dequantized_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows of the dense weight; only their experts are dequantised."""
+        return dense_rows(self.stored_weight, self.num_experts, rows, dtype)
+
+    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
+        return frozen_stack(x, self.stored_weight, tokens, self.bias)
+
+
+BareExperts = ExpertLinear | FrozenExperts
+"""A stack of experts without an adapter."""
+
+
+class AdaptedExperts(AdaptedLinear):
+    """`AdaptedLinear` for each expert of a stack: y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e.
+
+    lora_A is (experts, rank, in), lora_B (experts, out, rank), magnitude (experts, out). A gate belongs to one rank
+    component of all experts. The row norms of an expert are computed when tokens reach it, once for each state of the
+    parameters.
+    """
+
+    base: FrozenExperts
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the stack."""
+        return self.base.num_experts
+
+    @property
+    def expert_features(self) -> int:
+        """Output features of one expert."""
+        return self.base.expert_features
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        experts, rows = self.num_experts, self.expert_features
+        return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
+
+    def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
+        """As in `AdaptedLinear`, of (experts * out, in): each expert's matrix."""
+        return list(matrix.view(self.num_experts, self.expert_features, self.in_features))
+
+    def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As in `AdaptedLinear`."""
+        return list(zip(lora_B, lora_A, strict=True))
+
+    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
+        bias, dropout = self.base.bias, self.present_dropout
+        call = StackCall(
+            self.base.stored_weight,
+            tokens,
+            self._mask_bits,
+            gain=self._gain_of(tokens, product_dtype(x)),
+            scaling=self.scaling / (1.0 - dropout),
+            dropout=dropout,
+            seed=draw_seed() if dropout > 0.0 else 0,
+            keeps_copy=self.keeps_copy and bias is None,  # a bias makes another tensor
+        )
+        out: Tensor = AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            x.to(product_dtype(x)).contiguous(), self.lora_A, self.gated_B(), self.magnitude, call
+        )
+        return out if bias is None else add_expert_bias(out, bias, tokens)
+
+    def gain(self, dtype: torch.dtype) -> Gain | None:
+        """The gain of all experts, (experts, out); see `AdaptedLinear.gain`. A stack has no operands: those of each run
+        of experts are made for it."""
+        return self._gain_of(self._all, dtype)
+
+    @property
+    def _all(self) -> ExpertTokens:
+        return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
+
+    def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
+        """The gain, right for the experts that have tokens: of the others no norm is computed."""
+        magnitude = self.magnitude
+        if magnitude is None:
+            return None
+        factors, settings = self.norm_state(dtype)
+        norm, known = self.kept_norm.get(factors, settings, lambda: (torch.ones_like(magnitude), set()))
+        missing = [expert for expert in tokens.experts if expert not in known]
+        if missing:
+            if len(missing) < len(tokens.experts):  # else their numbers are on the device already
+                tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
+                found = self._norms(tokens, self.lora_A.detach(), self.gated_B().detach(), dtype)
+                norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
+                known.update(tokens.experts)
+        parameters, settings = (*factors, magnitude), (*settings, len(known))
+        result: Gain = self.kept_operands.get(parameters, settings, lambda: gain(magnitude, norm))
+        return result
+
+    @torch.no_grad()
+    def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """The row norms of the experts that have tokens, (n, out). A GPU's host waits once: have rows cancelled?"""
+        weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
+        shape = self.expert_features, self.in_features
+        together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)
+        norms: list[Tensor] = []
+        cancelled: list[Tensor] = []
+        for run in tokens.all_runs(together):
+            squared = run.pick(self.base_squared)  # type: ignore[arg-type]
+            if is_planning() and len(norms) > 1 and run.first + 2 * together < len(tokens.experts):
+                # Like the run before it. The last ones are run, when the norms of the others are there.
+                norms.append(squared.new_empty(squared.shape))
+                continue
+            a, b = (rounded(run.pick(each), dtype) for each in (lora_A, lora_B))
+            part = expert_rows(weight, every, run)
+            if bits is not None:
+                own = expert_bits(bits, every, run.experts[0])
+                norm = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=own)
+                norms.append(norm.unsqueeze(0))
+                continue
+            if len(squared) == 1:
+                found = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
+            else:
+                ((_, tile),) = row_tiles(part, dtype)
+                with full_precision():
+                    products = tile.view(*squared.shape, -1) @ a.mT
+                    found = norms_of_products(products, a, b, scaling, base_squared=squared)
+            norms.append(found.norm)
+            cancelled.append(found.cancelled)
+        whole = torch.cat(norms)
+        if bits is not None or isinstance(whole, FakeTensor):
+            return whole
+        lost = torch.cat(cancelled)
+        for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
+            if has_some:
+                a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
+                measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
+        return whole
+
+    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
+
+    def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
+        return self.merged_rows(slice(0, self.out_features), dtype, base=base)
+
+    def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """Some rows of `merged_weight`; only their experts are dequantised."""
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
+        keep = self.base.keep_mask(rows) if self.masked else None
+        factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
+        return merged_rows(weight, rows.start, *factors, keep_mask=keep).to(dtype)
+
+    def merged_gain(self) -> Tensor | None:
+        """The gain of `merged_weight`, (experts, out); None for LoRA."""
+        magnitude = self.magnitude
+        if magnitude is None:
+            return None
+        found = []
+        for expert in range(self.num_experts):
+            rows = slice(expert * self.expert_features, (expert + 1) * self.expert_features)
+            weight = self.base.dequantized_rows(rows, self.base.wide_dtype)
+            keep = self.base.keep_mask(rows) if self.masked else None
+            adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, keep_mask=keep)
+            found.append(gain_of_sum(adapted, magnitude[expert]))
+        return torch.stack(found)
+
+
+Stack = BareExperts | AdaptedExperts
+
+
+def needs_padding(stack: Stack, x: Tensor) -> bool:
+    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`.
+
+    Each expert of a trainable or a masked stack has launches of its own on every device.
+    """
+    base = stack.base if isinstance(stack, AdaptedExperts) else stack
+    if not isinstance(base, FrozenExperts) or (isinstance(stack, AdaptedExperts) and stack.masked):
+        return False
+    shape, x = (base.expert_features, base.in_features), x.new_empty(0, dtype=product_dtype(x))
+    return experts_together(*shape, x.itemsize, x.device) > 1 and not has_kernel(x, *shape)
+
+
+@torch.no_grad()
+def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some rows of a stack, dense; only their experts are dequantised."""
+    size = stack.shape[0] // num_experts
+    experts = range(rows.start // size, -(-rows.stop // size))
+    runs = ExpertTokens.one_for_each(experts, num_experts).reached
+    parts = [dense_weight(expert_rows(stack, num_experts, run), dtype) for run in runs]
+    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dense[rows.start - experts.start * size : rows.stop - experts.start * size]
+
+
+@torch.no_grad()
+def merged_rows(
+    weight: Tensor,
+    first: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """Some rows of the dense stack that equals base and adapter, by `adapter.algebra.merged_weight` expert by expert.
+
+    `weight` are rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
+    B A counts only where `keep_mask`, (rows, in) bool, is True.
+    """
+    size, done, merged = lora_B.shape[1], 0, []
+    while done < len(weight):
+        expert, row = divmod(first + done, size)
+        count = min(size - row, len(weight) - done)
+        here, inside = slice(done, done + count), slice(row, row + count)
+        own = None if magnitude is None else magnitude[expert, inside]
+        keep = None if keep_mask is None else keep_mask[here]
+        merged.append(merged_weight(weight[here], lora_A[expert], lora_B[expert, inside], scaling, own, keep))
+        done += count
+    return merged[0] if len(merged) == 1 else torch.cat(merged)

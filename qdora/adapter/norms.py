@@ -1,0 +1,220 @@
+"""Norms, gains and operands of all layers, once per optimizer step, before its first forward pass.
+
+Layers alike (of one shape, rank and kind of base) share their operations. One by one, the some 20 small operations of a
+layer take longer to send than to compute: with SmolLM2's 210 layers on a CPU, most of the time of all norms. Of a base
+that is divided among processes, each computes the norms of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from qdora.adapter.algebra import (
+    Gain,
+    entries_at_a_time,
+    factored_norms,
+    gain,
+    measure_cancelled_,
+    rounded,
+    row_factor,
+    row_norm,
+    scaled_B,
+)
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.product import Operands
+from qdora.adapter.rows import gather_runs
+from qdora.quant.kernels import is_planning
+from qdora.quant.packed import PackedWeight
+from qdora.quant.tiles import Weight, own_scales, with_scales
+
+_CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
+
+
+@contextmanager
+def norms_checked_later(later: bool) -> Iterator[None]:
+    """With `later`, `refresh` does not wait for a GPU in the block. The caller must check `unchecked` afterwards, and
+    repeat the step if a norm was wrong (`settle_norms`)."""
+    before = _CHECKED_LATER.set(later)
+    try:
+        yield
+    finally:
+        _CHECKED_LATER.reset(before)
+
+
+def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
+    """The layers whose norms may be wrong, and `has_cancelled` of each."""
+    return {layer: layer.has_cancelled for layer in layers if layer.has_cancelled is not None}
+
+
+def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
+    """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
+    there are any. From then on `refresh` reads the flags of their layers at once, until they are 0."""
+    for layer, flag in zip(layers, flags, strict=True):
+        layer.has_cancelled = None
+        if flag:
+            layer.asks_at_once = True
+            layer.parameters_changed()
+    return any(flags)
+
+
+def refresh(layers: Iterable[AdaptedLinear]) -> int:
+    """Compute what the coming forward pass reads of the parameters, so that a GPU's host waits once, not once a layer.
+
+    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
+    one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
+    whose parameters have not changed, that are masked (a masked norm asks nothing), and stacks of experts: the forward
+    pass computes the rest. The weights of all layers are read together, so streamed ones must be of one block.
+
+    If bases are divided among processes, all must call this together, in the same state: norms are gathered in one
+    collective. Weights that are not divided by rows are left to the forward pass. Returns how many norms were computed.
+    """
+    known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
+    whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
+    divided = [(layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows]
+    changed, divided = ([pair for pair in some if _has_changed(*pair)] for some in (whole, divided))
+    for layer, _ in changed:
+        layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
+    device = known[0][0].lora_A.device.type if known else "cpu"
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        groups = [_Alike(*some) for some in _alike(changed)]
+        _check(groups)
+        while groups:
+            groups.pop().keep()  # and frees what is not kept
+        if divided:
+            _refresh_divided(divided)
+    for layer, dtype in whole:
+        layer.operands(dtype)
+    return len(changed) + len(divided)
+
+
+def _has_changed(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
+    return layer.kind == "dora" and not layer.kept_norm.knows(*layer.norm_state(dtype))
+
+
+def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rounded(layer.lora_A.detach(), dtype), rounded(layer.gated_B().detach(), dtype)
+
+
+def _check(groups: Sequence[_Alike]) -> None:
+    """Ask which norms have cancelled, and measure those again; or note that nobody has asked yet."""
+    asked: list[tuple[_Alike, int, Tensor]] = []
+    for each in groups:
+        for number, flag in enumerate(each.cancelled.any(dim=1)):
+            layer = each.layers[number]
+            asks_later = _CHECKED_LATER.get() and not layer.asks_at_once
+            layer.has_cancelled = flag if asks_later else None
+            if not asks_later:
+                asked.append((each, number, flag))
+    answers = [False] * len(asked)
+    if asked and not is_planning():
+        device = asked[0][2].device
+        answers = torch.stack([flag.to(device) for _, _, flag in asked]).tolist()
+    for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
+        each.layers[number].asks_at_once = has_cancelled
+        if has_cancelled:
+            each.measure_again(number)
+
+
+class _Alike:
+    """Layers whose tensors can be stacked, with their norms for products in `dtype`, (n, out); A, (n, rank, in), and
+    gated B, (n, out, rank), are as the products take them."""
+
+    def __init__(self, layers: list[AdaptedLinear], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
+        factors = [_rounded_factors(layer, dtype) for layer in layers]
+        self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
+        # Where the layers keep scales, with decoded ones, which the norm and the operands share.
+        scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
+        weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
+        self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
+        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])
+        s = layers[0].scaling
+        self.norm, self.cancelled = factored_norms(
+            self.weights, self.lora_A, self.lora_B, s, base_squared=squared, dtype=dtype
+        )
+
+    def measure_again(self, number: int) -> None:
+        found = self.norm[number], self.cancelled[number], self.weights[number]
+        factors, scaling = (self.lora_A[number], self.lora_B[number]), self.layers[number].scaling
+        measure_cancelled_(*found, *factors, scaling, dtype=self.dtype)
+
+    def keep(self) -> None:
+        """Keep norms and operands in the layers; nothing is left here."""
+        first = self.layers[0]
+        magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
+        value, inverse = gain(magnitude, self.norm)
+        factor = row_factor(value, first.scaling / (1.0 - first.present_dropout))
+        assert isinstance(factor, Tensor), "DoRA has gains"
+        scaled = scaled_B(self.lora_B.flatten(0, 1), factor.flatten(0, 1), self.dtype).view_as(self.lora_B)
+        for i, layer in enumerate(self.layers):
+            weight = self.weights.pop(0)  # its decoded scales go with it
+            scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
+            a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
+            operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
+            layer.kept_norm.put(*layer.norm_state(self.dtype), self.norm[i])
+            layer.kept_operands.put(*layer.state(self.dtype), operands)
+
+
+def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:
+    """Groups of layers alike, each of as many as may be stacked at a time."""
+    groups: dict[tuple[torch.dtype, tuple[object, ...]], list[AdaptedLinear]] = {}
+    for layer, dtype in layers:
+        weight = layer.base.stored_weight
+        base = (weight.kind, weight.block_size) if isinstance(weight, PackedWeight) else weight.dtype
+        shape = layer.out_features, layer.in_features, layer.rank, layer.scaling, layer.present_dropout
+        kept = layer.lora_A.dtype, layer.lora_B.dtype, layer.lora_A.device, layer.may_keep_scales
+        groups.setdefault((dtype, (base, shape, kept)), []).append(layer)
+    for (dtype, _), some in groups.items():
+        first = some[0]
+        entries = first.rank * max(first.out_features, first.in_features)
+        number = max(1, entries_at_a_time(first.lora_A.device) // entries)
+        for start in range(0, len(some), number):
+            yield some[start : start + number], dtype
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(n, ...) of n tensors (...); of one without a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> None:
+    """Norms of this process's rows of each layer, as the layer itself computes them from the whole weight; one question
+    tells which have cancelled, one collective gathers all."""
+    norms: list[Tensor] = []
+    asked: list[tuple[AdaptedLinear, torch.dtype, Tensor, Tensor]] = []
+    for layer, dtype in divided:
+        (weight, a, b, s), share, squared = _my_rows(layer, dtype), layer.base.share, layer.base_squared
+        assert share is not None
+        assert squared is not None
+        squared = squared[share.rows]
+        if not len(squared):
+            norms.append(squared)
+        elif layer.masked:
+            bits = share.keep_bits()
+            norms.append(row_norm(weight, a, b, s, base_squared=squared, dtype=dtype, keep_bits=bits))
+        else:
+            found = factored_norms([weight], a[None], b[None], s, base_squared=squared[None], dtype=dtype)
+            norms.append(found.norm[0])
+            asked.append((layer, dtype, found.norm[0], found.cancelled[0]))
+    answers = torch.stack([cancelled.any() for *_, cancelled in asked]).tolist() if asked else []
+    for (layer, dtype, norm, cancelled), has_cancelled in zip(asked, answers, strict=True):
+        if has_cancelled:
+            measure_cancelled_(norm, cancelled, *_my_rows(layer, dtype), dtype=dtype)
+    group = divided[0][0].base.share.group  # type: ignore[union-attr]
+    whole = gather_runs(norms, [layer.out_features for layer, _ in divided], group)
+    for (layer, dtype), norm in zip(divided, whole, strict=True):
+        layer.kept_norm.put(*layer.norm_state(dtype), norm)
+        layer.operands(dtype)
+
+
+def _my_rows(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Weight, Tensor, Tensor, float]:
+    """W, A, B and s of the rows that this process has."""
+    share = layer.base.share
+    assert share is not None
+    a, b = _rounded_factors(layer, dtype)
+    return share.weight(), a, b[share.rows], layer.scaling

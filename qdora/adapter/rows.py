@@ -1,0 +1,294 @@
+"""Rows of a matrix: those of an embedding that are trained, or that go from the host to a GPU, and those of a frozen
+weight that this process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from qdora.adapter.algebra import squared_row_norm
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, block_scales
+from qdora.quant.tiles import Weight, wide_dtype
+
+
+@contextmanager
+def never_narrowed(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Around a module's `_apply`: these of its tensors, those that are not None, may move and widen, but a cast to
+    fewer bits does not reach them."""
+    tensors: dict[str, Tensor | None] = {name: getattr(module, name) for name in names}
+    before = {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
+    yield
+    for name, values in before.items():
+        tensor = getattr(module, name)
+        if tensor.dtype.itemsize < values.dtype.itemsize:
+            tensor.data = values.to(tensor.device)
+
+
+class TrainedRows(nn.Module):
+    """The trained rows of an embedding or an output head; a tied head shares them with the embedding.
+
+    A masked gradient on the whole matrix would take its size again in gradients and optimizer states, and decay or
+    rounding could move the other rows. `rows`, (len(ids), features), in the order of the ascending token `ids`, is
+    float32 whatever the dtype of the matrix, and stays so when the model is cast: in bf16 small updates would be
+    rounded away. They are in a module behind the base: transformers takes a model's dtype from its first parameter.
+    """
+
+    ids: Tensor
+
+    def __init__(self, ids: Sequence[int], rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainedRows:
+        with never_narrowed(self, ("rows",)):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class RowEmbedding(nn.Module):
+    """An embedding that takes some rows from `trained`, and all others from its frozen base: nn.Embedding, a subclass
+    with `embed_scale` (Gemma), which scales the trained rows, too, or HostEmbedding."""
+
+    def __init__(self, base: nn.Module, trained: TrainedRows) -> None:
+        super().__init__()
+        self.base, self.trained = base, trained
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows go."""
+        return self.trained.rows.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        return merged_rows(self).to(self.base.weight.dtype)  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) token ids to (..., features) in the base's dtype."""
+        found: Tensor = self.base(ids)
+        known, ids = self.trained.ids, ids.to(self.trained.ids.device)
+        index = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
+        # Summed in float32 in the backward pass: a token may be in a batch hundreds of times.
+        mine = functional.embedding(index, self.trained.rows).to(found.dtype)
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is not None:
+            mine = mine * torch.as_tensor(scale, device=mine.device).to(mine.dtype)
+        return torch.where((known[index] == ids).unsqueeze(-1), mine, found)
+
+
+class RowHead(nn.Module):
+    """An output head without bias that takes some logits from the rows `trained`, and all others from its base."""
+
+    def __init__(self, base: nn.Linear, trained: TrainedRows) -> None:
+        super().__init__()
+        self.base, self.trained = base, trained
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        return merged_rows(self).to(self.base.weight.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., features) to (..., vocabulary) in the dtype of `hidden`."""
+        logits: Tensor = self.base(hidden)
+        mine = functional.linear(hidden, self.trained.rows.to(hidden.dtype))
+        # In place: another copy of the logits would be the largest tensor of a step.
+        return logits.index_copy_(-1, self.trained.ids, mine)
+
+
+@torch.no_grad()
+def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
+    """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
+    base: nn.Embedding | nn.Linear | HostEmbedding = module.base  # type: ignore[assignment]
+    return with_rows(base.weight, module.trained.ids.tolist(), module.trained.rows)
+
+
+@torch.no_grad()
+def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
+    """A float32 copy of `weight` (vocabulary, features), in which the rows `ids` are `rows`."""
+    merged = weight.detach().to(torch.float32, copy=True)
+    merged[list(ids)] = rows.detach().to(merged)
+    return merged
+
+
+class HostEmbedding(nn.Module):
+    """A frozen embedding whose table stays on the CPU and whose rows go to `device`.
+
+    The table, `weight` (words, features), is a buffer, which `model.to` casts but does not move; it is on "meta" until
+    it is read. `rows` is an empty parameter with the dtype and the device of the rows, in no file: transformers reads
+    the dtype and the device of a model from its first parameter.
+    """
+
+    weight: Tensor
+    away = ("weight",)
+
+    def __init__(self, weight: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.rows = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows go."""
+        return self.rows.device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) token ids to (..., features) on `device`. For ids of a GPU the host waits (`ids_on_host` avoids it)."""
+        rows = functional.embedding(ids.to(self.weight.device), self.weight)
+        if self.device.type in ("cpu", "meta"):
+            return rows.to(self.device)
+        return rows.pin_memory().to(self.device, non_blocking=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostEmbedding:
+        weight = self._buffers.pop("weight")
+        assert weight is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["weight"] = weight.to(self.rows.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}rows"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows.detach()}, prefix, *args)
+
+
+@contextmanager
+def ids_on_host(model: Any, ids: Tensor) -> Iterator[None]:
+    """Inside, an input embedding on the host looks up these ids, of the CPU, in place of the same ones of a GPU."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(embedding, "base", embedding)
+    if not isinstance(embedding, HostEmbedding):
+        yield
+        return
+    with embedding.register_forward_pre_hook(lambda _module, _args: (ids,)):
+        yield
+
+
+class RowShare:
+    """What this process holds of a frozen weight that is divided among processes.
+
+    Each tensor of the weight is cut along its first dimension into as many runs as there are processes, all but the
+    last equally long, as torch's `fully_shard` does it. Where block scales do not cross rows, that dimension counts
+    rows, so that a process can compute what belongs to its rows alone, such as their norms.
+
+    Of `form`, the weight, and `keep_bits`, its mask, only shapes are read, and the scales of double quantised scales;
+    the rest may be on the meta device. If not `by_rows`, a process can compute nothing from its part. `parts` are name
+    -> this process's part of the tensor, cut along its first dimension; a DTensor once it is sharded.
+    """
+
+    def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:
+        self.form, self.keep_bits_form, self.group = form, keep_bits, group
+        self.rank, self.size = group.rank(), group.size()
+        self.by_rows = is_cut_by_rows(form, masked=keep_bits is not None)
+        self.out_features = int(form.shape[0])
+        self.parts: dict[str, Tensor] = {}
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        """Name -> this process's part of the tensor; perhaps without elements."""
+        with torch.no_grad():
+            return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in self.parts.items()}
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A view of a tensor of the weight whose first dimension is cut: its rows, or the flat tensor."""
+        return tensor.reshape(self.out_features, -1) if self.by_rows else tensor.reshape(-1)
+
+    def mine(self, tensor: Tensor) -> Tensor:
+        """This process's part of a `cut` tensor, a view; perhaps empty."""
+        return tensor[span(len(tensor), self.rank, self.size)]
+
+    @property
+    def rows(self) -> slice:
+        """The rows of this process, perhaps none."""
+        assert self.by_rows, "the parts of this weight are not rows"
+        return span(self.out_features, self.rank, self.size)
+
+    def weight(self) -> Weight:
+        """The rows of this process as a weight of their own, with decoded block scales."""
+        if isinstance(self.form, Tensor):
+            return self.local["weight"]
+        form, rows = self.form, self.rows
+        packed, absmax = self.local["packed"], self.local["absmax"].reshape(-1)
+        if form.nested is not None:
+            # A group of 256 scales may begin in another process's rows.
+            first = rows.start * (form.shape[1] // form.block_size)
+            skipped = first % NESTED_BLOCK_SIZE
+            nested = replace(form.nested, absmax=form.nested.absmax[first // NESTED_BLOCK_SIZE :])
+            codes = functional.pad(absmax, (skipped, 0))
+            absmax = block_scales(replace(form, absmax=codes, nested=nested), slice(skipped, None))
+        shape, packed = (rows.stop - rows.start, form.shape[1]), packed if form.kind == "int8" else packed.reshape(-1)
+        return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
+
+    def keep_bits(self) -> Tensor | None:
+        """`quant.packed.mask_bits` of the rows of this process; None for a weight without a mask."""
+        return self.local["keep_bits"].reshape(-1) if "keep_bits" in self.parts else None
+
+    def whole(self) -> tuple[Weight, Tensor | None]:
+        """The weight and its mask, gathered from all processes, which must all call this; new tensors."""
+        forms = divided_tensors(self.form, self.keep_bits_form)
+        found: dict[str, Any] = {
+            name: gather_runs([part], [len(self.cut(forms[name]))], self.group)[0].view(forms[name].shape)
+            for name, part in self.local.items()
+        }
+        bits = found.pop("keep_bits", None)
+        return found["weight"] if isinstance(self.form, Tensor) else replace(self.form, **found), bits
+
+    def squared_row_norm(self) -> Tensor:
+        """`adapter.algebra.squared_row_norm` of the whole weight, which all processes must ask for together."""
+        if not self.by_rows:
+            return squared_row_norm(self.whole()[0])
+        weight = self.weight()
+        empty = torch.empty(0, dtype=wide_dtype(weight), device=weight.device)
+        mine = squared_row_norm(weight) if weight.shape[0] else empty
+        return gather_runs([mine], [self.out_features], self.group)[0]
+
+
+def is_cut_by_rows(form: Weight, *, masked: bool) -> bool:
+    """Whether block scales and bits of a mask end with each row, so that a process can hold whole rows."""
+    whole_blocks = isinstance(form, Tensor) or form.kind == "int8" or form.shape[1] % form.block_size == 0
+    return whole_blocks and (not masked or form.shape[1] % 8 == 0)
+
+
+def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
+    """Name -> tensor that processes divide, of a weight and its mask; scales of double quantised scales stay whole."""
+    found = {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
+    return found if keep_bits is None else found | {"keep_bits": keep_bits}
+
+
+def span(length: int, rank: int, size: int) -> slice:
+    """The run of process `rank` where `length` things are divided among `size`; torch.chunk cuts the same way."""
+    step = -(-length // size)
+    return slice(min(rank * step, length), min((rank + 1) * step, length))
+
+
+@torch.no_grad()
+def gather_runs(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Join the parts of some tensors that all processes hold, in one collective: the whole tensors, whose first
+    dimensions are `lengths`. `parts` are this process's `span` of each, of one dtype and device: (n,) or (n, columns).
+    """
+    size = group.size()
+    columns = [part.shape[1:].numel() for part in parts]
+    steps = [-(-length // size) * width for length, width in zip(lengths, columns, strict=True)]
+    mine = parts[0].new_zeros(sum(steps))
+    for part, room in zip(parts, torch.split(mine, steps), strict=True):
+        room[: part.numel()] = part.reshape(-1)
+    every = mine.new_empty(size, len(mine))
+    dist.all_gather(list(every.unbind(0)), mine, group=group)
+    found = []
+    for part, length, run in zip(parts, lengths, torch.split(every, steps, dim=1), strict=True):
+        whole = run.reshape(-1)[: length * part.shape[1:].numel()]
+        found.append(whole.view(length, *part.shape[1:]))
+    return found

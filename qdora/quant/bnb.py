@@ -1,0 +1,94 @@
+"""Packed weights in the layout of bitsandbytes' checkpoints, as transformers writes them to safetensors.
+
+nf4, fp4:   weight (ceil(out * in / 2), 1) uint8, or the same bytes under another dtype
+            weight.absmax, weight.quant_map, and nested: weight.nested_absmax, weight.nested_quant_map
+            weight.quant_state.bitsandbytes__nf4 (or __fp4): JSON as uint8, with the shape and the block size
+int8:       weight (out, in) int8, SCB (out,) float32, and often weight_format () or (1,) uint8, 0 for rows
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdora.errors import UserError
+from qdora.quant import codebooks
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, from_tensors
+
+FOUR_BIT_KINDS = ("nf4", "fp4")
+"""Kinds that bitsandbytes stores in 4 bits."""
+STATE_NAME = "weight.quant_state.bitsandbytes__"
+
+
+def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:
+    """Read a weight that bitsandbytes quantised. Nothing is quantised again, and large tensors share memory.
+
+    `state` has the layer's tensors, named without the layer's prefix ("weight", "weight.absmax", ..., "SCB"); others,
+    such as "bias", are ignored. `name` is the layer's in an error.
+    """
+    try:
+        return _int8(state) if "SCB" in state else _four_bits(state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{name}: not a weight that bitsandbytes stored: {error!r}") from error
+
+
+def _int8(state: Mapping[str, Tensor]) -> PackedWeight:
+    weight, layout = state["weight"], state.get("weight_format")
+    if layout is not None and bool((layout != 0).any()):
+        raise ValueError(f"weight_format must be 0, by rows, got {layout.tolist()}, which is tiled.")
+    rows, columns = weight.shape
+    return from_tensors("int8", (rows, columns), columns, {"packed": weight, "absmax": state["SCB"].float().view(-1)})
+
+
+def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
+    (key,) = (key for key in state if key.startswith(STATE_NAME))
+    kind, stored = key.removeprefix(STATE_NAME), json.loads(bytes(state[key].cpu().tolist()))
+    table = state["weight.quant_map"].float()
+    if not torch.allclose(table, codebooks.code_values(kind, table.device), rtol=0, atol=1e-4):
+        raise ValueError(f"weight.quant_map is not the code book of {kind}.")
+    rows, columns = stored["shape"]
+    weight = state["weight"].contiguous()
+    tensors = {"packed": weight.reshape(-1).view(torch.uint8), "absmax": state["weight.absmax"]}
+    if "weight.nested_absmax" in state:
+        if stored["nested_blocksize"] != NESTED_BLOCK_SIZE:
+            raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {stored['nested_blocksize']}.")
+        tensors["nested_absmax"] = state["weight.nested_absmax"]
+        tensors["nested_code"] = state["weight.nested_quant_map"]
+        # Stored as decimal digits of a float32, so this is exact.
+        tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
+    return from_tensors(kind, (rows, columns), stored["blocksize"], tensors)
+
+
+def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
+
+    `dtype` is the one that bitsandbytes dequantises to by default. Kinds that it does not have (int4, nf3, nf2) are
+    written alike, for bases that qdora keeps for itself.
+    """
+    if packed.kind == "int8":
+        layout = torch.zeros((), dtype=torch.uint8, device=packed.device)
+        return {"weight": packed.packed, "SCB": packed.absmax, "weight_format": layout}
+    stored: dict[str, Any] = {
+        "quant_type": packed.kind,
+        "blocksize": packed.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(packed.shape),
+    }
+    state = {
+        "weight": packed.packed.view(-1, 1),
+        "weight.absmax": packed.absmax,
+        "weight.quant_map": codebooks.code_values(packed.kind, packed.device),
+    }
+    if packed.nested is not None:
+        state["weight.nested_absmax"] = packed.nested.absmax
+        state["weight.nested_quant_map"] = packed.nested.code
+        stored["nested_blocksize"] = NESTED_BLOCK_SIZE
+        stored["nested_dtype"] = "float32"
+        stored["nested_offset"] = packed.nested.offset.item()
+    state[f"{STATE_NAME}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
+    return state

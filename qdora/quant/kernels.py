@@ -1,0 +1,112 @@
+"""What computes on a device: bitsandbytes' kernels, and the device that fake tensors of a plan stand for.
+
+Of bitsandbytes only ops are called, which do not write into their arguments. On CPUs with AVX512-BF16 its `Linear4bit`
+repacks its weight in the first eval-mode forward, and dequantising then gives garbage without an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+
+# Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live.
+_PLANNED: ContextVar[str | None] = ContextVar("planned_device_type", default=None)
+
+Routing = Literal["even", "skewed"]
+"""How a plan divides tokens among the experts of a mixture: evenly, or nearly all of them to the same experts."""
+_ROUTING: ContextVar[Routing] = ContextVar("planned_routing", default="even")
+
+
+@contextmanager
+def planned_on(device_type: str, routing: Routing = "even") -> Iterator[None]:
+    """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda")."""
+    tokens = _PLANNED.set(device_type), _ROUTING.set(routing)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(tokens[0])
+        _ROUTING.reset(tokens[1])
+
+
+def is_planning() -> bool:
+    """Whether tensors are fake: a number that depends on their values must be replaced by its expectation."""
+    return _PLANNED.get() is not None
+
+
+def device_kind(device: torch.device) -> str:
+    """The type of the device that a tensor is on, or that a fake one stands for: it decides tiles and kernels."""
+    return _PLANNED.get() or device.type
+
+
+def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
+    """How many tokens each expert of a mixture gets in a plan, (num_experts,), where each token chooses `top_k`.
+
+    Skewed, `top_k` experts get nearly all tokens. Every other expert gets one, where that leaves enough of them: as
+    many experts as may be share a launch with the busy ones, and their weights do not lie together.
+    """
+    if _ROUTING.get() == "even":
+        each, more = divmod(num_tokens * top_k, num_experts)
+        return [each + (expert < more) for expert in range(num_experts)]
+    step = 2 if (num_experts + 1) // 2 >= top_k else 1
+    reached = list(range(0, num_experts, step))[: top_k * num_tokens]
+    counts = [0] * num_experts
+    for expert in reached:
+        counts[expert] = 1
+    each, more = divmod(num_tokens * top_k - len(reached), top_k)
+    for index, expert in enumerate(reached[:top_k]):
+        counts[expert] += each + (index < more)
+    return counts
+
+
+@functools.cache
+def is_available(device_type: str) -> bool:
+    """Whether bitsandbytes' compiled library runs on this device type ("cpu" or "cuda")."""
+    if device_type not in ("cpu", "cuda"):
+        return False
+    # Without the optional package `kernels`, which only its layers use, it logs a warning at import.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except ImportError:
+        return False
+    missing = isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+    return not missing and (device_type == "cpu" or bool(getattr(lib, "compiled_with_cuda", False)))
+
+
+def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor) -> Tensor:
+    """As `blockwise.dequantize_scales`."""
+    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
+    scales: Tensor = decode(codes, absmax, code, NESTED_BLOCK_SIZE, torch.float32)
+    return scales.add_(offset)
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """As `blockwise.dequantize_4bit`, to float32, bfloat16 or float16."""
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed.contiguous(), absmax.contiguous(), block_size, kind, list(shape), dtype
+    )
+    return dense
+
+
+def has_product(device_type: str) -> bool:
+    """Whether `product_4bit` runs on this device type."""
+    return is_available(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+def product_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int]
+) -> Tensor:
+    """x W^T, (tokens, out) in x's dtype, which is float32, bfloat16 or float16, from the codes of W, (out, in)."""
+    out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(x, packed.view(-1, 1), list(shape), absmax, block_size, kind)
+    return out
