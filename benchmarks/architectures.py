@@ -8,51 +8,7 @@ DoRA PEFT does not compute, they take the place of PEFT. A later call with --fam
 """
 
 from __future__ import annotations
-from byte_tokenizer import byte_tokenizer
-from collections.abc import Iterator
-from contenders import on_linear4bit
-from contenders import plain
-from contenders import put_weight_
-from export_exactness import bnb_weights
-from export_exactness import dense
-from export_exactness import merged_by_numpy
-from export_exactness import on_bnb
-from export_exactness import with_peft
-from frame import bench
-from frame import main
-from functools import cached_property
-from pathlib import Path
-from peft import PeftModel
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.layer import AdaptedLinear
-from qdora.cli import app
-from qdora.data.batches import IGNORED
-from qdora.errors import USER_MISTAKE
-from qdora.files.run_directory import RunDirectory
-from qdora.model.adapter_file import load_adapter
-from qdora.model.attention import keep_inplace_outputs_
-from qdora.model.build_model import recompute_activations
-from qdora.model.experts import is_transposed
-from qdora.model.experts import peft_swaps
-from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
-from qdora.model.patches import keep_inplace_outputs_
-from qdora.run.load_run import load_run
-from qdora.train import passes
-from tiny_families import MIXTURES
-from tiny_families import MODEL_TYPES
-from tiny_families import MXFP4
-from tiny_families import NUM_SUMS
-from tiny_families import write_family
-from tiny_families import write_random_sums
-from torch import Tensor
-from torch import nn
-from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
-from typer.testing import CliRunner
-from typing import Any
-from unittest.mock import patch
+
 import json
 import logging
 import multiprocessing
@@ -61,8 +17,38 @@ import signal
 import tempfile
 import textwrap
 import time
-import torch
 import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from byte_tokenizer import byte_tokenizer
+from contenders import on_linear4bit, plain, put_weight_
+from export_exactness import bnb_weights, dense, merged_by_numpy, on_bnb, with_peft
+from frame import bench, main
+from peft import PeftModel
+from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_random_sums
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
+
+from qdora.adapter.layer import AdaptedLinear
+from qdora.cli import app
+from qdora.data.batches import IGNORED
+from qdora.errors import USER_MISTAKE
+from qdora.files.run_directory import RunDirectory
+from qdora.model.adapter_file import load_adapter
+from qdora.model.attention import keep_inplace_outputs_
+from qdora.model.build_model import recompute_activations
+from qdora.model.experts import is_transposed, peft_swaps, stacks
+from qdora.model.inject import adapted_layers
+from qdora.run.load_run import load_run
+from qdora.train import passes
 
 ASKED = dict.fromkeys(("evaluated", "packing"), 1e-5)
 ASKED |= dict.fromkeys(("merged", "nf4_lora", "gradients", "nf4_skip", "peft", "peft_again"), 1e-4)

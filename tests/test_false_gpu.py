@@ -2,34 +2,30 @@
 torch has a GPU, with torch's answers faked."""
 
 from __future__ import annotations
+
+import logging
 from collections.abc import Callable
-from qdora.adapter import adapted_linear
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from qdora.adapter import layer
-from qdora.files.environment import environment
 from qdora.files.machine import environment
 from qdora.memory.oom import free_memory
 from qdora.memory.stream import HostResidency
 from qdora.model import build_model
-from qdora.quant import bnb_kernels
 from qdora.quant import kernels
 from qdora.run import base as load_base
 from qdora.run import prepare
 from qdora.train import optimizer
-from qdora.train.checkpoint import random_state
-from qdora.train.checkpoint import set_random_state
+from qdora.train.checkpoint import random_state, set_random_state
 from tests import support
-from tests.adapter_numbers import make
-from tests.adapter_numbers import results
-from tests.false_gpu import TYPE
-from tests.false_gpu import on_false_gpu
-from torch import Tensor
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from types import SimpleNamespace
-from typing import Any
-import logging
-import pytest
-import torch
+from tests.adapter_numbers import make, results
+from tests.false_gpu import TYPE, on_false_gpu
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 

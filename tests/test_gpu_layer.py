@@ -4,40 +4,27 @@ Run with -m gpu. Numbers come from `reference` (float64, plain loops), from the 
 """
 
 from __future__ import annotations
-from qdora.adapter.norms import refresh
-from qdora.adapter.prepared_gains import prepare_gains
-from qdora.memory import offload
-from qdora.memory import stream as offload
-from qdora.memory.offload import ActivationOffload
-from qdora.memory.offload import Away
-from qdora.memory.offload import CudaHost
-from qdora.memory.stream import ActivationOffload
-from qdora.memory.stream import Away
-from qdora.memory.stream import CudaHost
-from qdora.memory.stream import HostResidency
-from qdora.memory.stream import keep_embedding_on_host
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.quant import bnb_kernels
-from qdora.quant import kernels
-from qdora.quant import tiles
-from qdora.quant.packed import quantize
-from qdora.train.optimizer import AdapterOptimizer
-from tests import reference
-from tests import support
-from tests.adapter_numbers import expected
-from tests.adapter_numbers import expected_norm
-from tests.adapter_numbers import make
-from tests.adapter_numbers import results
-from tests.adapter_numbers import to_numpy
-from tests.test_ops_quantize import by_backends
-from torch import Tensor
-from typing import Any
+
 import gc
+import warnings
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-import warnings
+from torch import Tensor
+
+from qdora.adapter.norms import refresh
+from qdora.memory import stream as offload
+from qdora.memory.stream import ActivationOffload, Away, CudaHost, HostResidency, keep_embedding_on_host
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.quant import kernels, tiles
+from qdora.quant.packed import quantize
+from qdora.train.optimizer import AdapterOptimizer
+from tests import reference, support
+from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
+from tests.test_ops_quantize import by_backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)

@@ -1,42 +1,44 @@
 """Loading: the weights are those of transformers, quantised where asked, and every fault of a checkpoint is named."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from pathlib import Path
-from qdora.errors import UserError
-from qdora.export.nf4_lora import check_foldable
-from qdora.model.inject import frozen_layers
-from qdora.model.inject import inject
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import quantize
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from tests.support import CHECKPOINT_CONFIGS
-from tests.support import assert_refused
-from tests.support import checkpoint
-from tests.support import checkpoint_logits
-from tests.support import load_checkpoint
-from tests.support import one_file_checkpoint
-from torch import Tensor
-from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers import BitsAndBytesConfig
-from transformers import FalconConfig
-from transformers import FalconForCausalLM
-from transformers import GPT2Config
-from transformers import GPTNeoXJapaneseConfig
-from transformers import GenerationConfig
-from transformers import Lfm2Config
-from transformers import PreTrainedModel
-from transformers.core_model_loading import Transpose
-from transformers.core_model_loading import WeightConverter
-from typing import Any
-import bitsandbytes
+
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXJapaneseConfig,
+    Lfm2Config,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import Transpose, WeightConverter
+
+from qdora.errors import UserError
+from qdora.export.nf4_lora import check_foldable
+from qdora.model.inject import frozen_layers, inject
+from qdora.quant.packed import dequantize, quantize
+from tests.support import (
+    CHECKPOINT_CONFIGS,
+    assert_refused,
+    checkpoint,
+    checkpoint_logits,
+    load_checkpoint,
+    one_file_checkpoint,
+)
 
 UP = "model.layers.0.mlp.up_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -1,36 +1,31 @@
 """New tokens, and embeddings and heads that are trained whole or in some rows, against float64 formulas and PEFT."""
 
 from __future__ import annotations
+
 from pathlib import Path
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.rows import HostEmbedding
-from qdora.adapter.rows import RowEmbedding
-from qdora.adapter.rows import RowHead
-from qdora.adapter.rows import TrainedRows
-from qdora.adapter.trained_rows import RowEmbedding
-from qdora.adapter.trained_rows import RowHead
-from qdora.adapter.trained_rows import TrainedRows
-from qdora.errors import UserError
-from qdora.memory.stream import keep_embedding_on_host
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import save_adapter
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import inject
-from qdora.model.tokens import add_tokens
-from qdora.model.tokens import extend_vocabulary
-from qdora.model.tokens import new_token_ids
-from qdora.model.tokens import train_embeddings
-from qdora.model.tokens import trained_matrices
-from qdora.model.tokens import untrained_rows
-from qdora.train.passes import batch_loss
-from tests import reference
-from tests import support
-from torch import nn
 from typing import Any
+
 import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
+
+from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
+from qdora.errors import UserError
+from qdora.memory.stream import keep_embedding_on_host
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.inject import adapter_parameters, inject
+from qdora.model.tokens import (
+    add_tokens,
+    extend_vocabulary,
+    new_token_ids,
+    train_embeddings,
+    trained_matrices,
+    untrained_rows,
+)
+from qdora.train.passes import batch_loss
+from tests import reference, support
 
 BOTH = ("embed_tokens", "lm_head")
 NEW = (336, 337, 338)

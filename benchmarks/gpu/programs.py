@@ -1,27 +1,24 @@
 """What is the card, and do a user's programs run on it? Its floors, the tests with the mark `gpu`, the quick start."""
 
 from __future__ import annotations
-from gpu import device as on
-from gpu.plan import ERROR_LINES
-from gpu.plan import Part
-from gpu.plan import Plan
-from measure import PACKAGES
-from pathlib import Path
-from qdora.files.environment import environment
-from qdora.files.environment import package_versions
-from qdora.files.machine import environment
-from qdora.files.machine import package_versions
-from qdora.quant import bnb_kernels
-from qdora.quant import kernels
-from typing import Any
-from xml.etree import ElementTree
+
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
 import torch
+from measure import PACKAGES
+
+from gpu import device as on
+from gpu.plan import ERROR_LINES, Part, Plan
+from qdora.files.machine import environment, package_versions
+from qdora.quant import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,40 +1,25 @@
 """The data of a recipe: its examples, the tokenised mix, and the loader of its steps."""
 
 from __future__ import annotations
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Sequence
+
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from qdora.data.batches import Batching
-from qdora.data.batches import StepLoader
-from qdora.data.cache import TokenCache
-from qdora.data.example import Example
-from qdora.data.example import with_last_learnt
-from qdora.data.formats import FIRST_ROWS
-from qdora.data.mix import Mix
-from qdora.data.mix import make_mix
-from qdora.data.sources import SplitExamples
-from qdora.data.sources import check_rows
-from qdora.data.sources import has_split
-from qdora.data.sources import load_source
-from qdora.data.sources import open_shards
-from qdora.data.sources import train_and_validation
-from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedSet
-from qdora.data.tokenize import tokenize_all
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.files.machine import cache_folder
-from qdora.files.machine import user_path
-from qdora.files.user_paths import cache_folder
-from qdora.files.user_paths import user_path
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.settings import Recipe
 from typing import Any
+
+from qdora.data.batches import Batching, StepLoader
+from qdora.data.cache import TokenCache
+from qdora.data.example import Example, with_last_learnt
+from qdora.data.formats import FIRST_ROWS
+from qdora.data.mix import Mix, make_mix
+from qdora.data.sources import SplitExamples, check_rows, has_split, load_source, open_shards, train_and_validation
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedSet, tokenize_all
+from qdora.errors import HubFailure, UserError
+from qdora.files.machine import cache_folder, user_path
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
+from qdora.recipe.settings import Recipe
 
 AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""

@@ -8,38 +8,26 @@ settings, the tokenizer and the versions of the program. A damaged file is made 
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from contextlib import suppress
-from datetime import date
-from functools import cached_property
-from pathlib import Path
-from qdora import __version__
-from qdora.data.chat_template import chat_settings
-from qdora.data.chats import chat_settings
-from qdora.data.tokenize import TokenizedExample
-from qdora.data.tokenize import TokenizedSet
-from qdora.files.atomic import atomic_file
-from qdora.files.atomic import disk_reason
-from qdora.files.atomic import json_text
-from qdora.files.console import OF_THIS_PROCESS
-from qdora.files.environment import package_versions
-from qdora.files.machine import package_versions
-from qdora.files.run_directory import unharmed
-from qdora.files.tensor_file import write_tensors
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.numpy import save_file
-from typing import Any
+
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-import os
-import re
-import time
-import torch
-import zlib
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from qdora import __version__
+from qdora.data.chats import chat_settings
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.files.atomic import atomic_file, json_text
+from qdora.files.console import OF_THIS_PROCESS
+from qdora.files.machine import package_versions
+from qdora.files.run_directory import unharmed
 
 _FORMAT = 6
 _LEAST_TOKENS = 2**18

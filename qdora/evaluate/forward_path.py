@@ -1,21 +1,19 @@
 """How a causal language model is called for scoring: its mode, its cache, and the input of its head."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
+
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from qdora.adapter.evaluation_mode import evaluation_mode
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
 from qdora.adapter.layer import evaluation_mode
 from qdora.model.attention import fast_grouped_attention
-from qdora.model.patches import fast_grouped_attention
-from torch import Tensor
-from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer
-from typing import Any
-import inspect
-import torch
 
 
 def shares_prefix(model: nn.Module) -> bool:

@@ -8,31 +8,25 @@ This file knows token ids and a model, nothing of text or tasks.
 """
 
 from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from numpy.typing import NDArray
-from qdora.adapter.host_embedding import ids_on_host
-from qdora.adapter.rows import ids_on_host
-from qdora.data.chat_template import shared_length
-from qdora.data.chats import shared_length
-from qdora.evaluate.batches import length_batches
-from qdora.evaluate.batches import results_of
-from qdora.evaluate.forward_path import cache_keyword
-from qdora.evaluate.forward_path import head_input
-from qdora.evaluate.forward_path import scoring
-from qdora.evaluate.forward_path import shares_prefix
-from qdora.files.console import Progress
-from qdora.model.attention import known_masks
-from qdora.model.attention import vocabulary_size
-from qdora.model.patches import known_masks
-from torch import Tensor
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from qdora.adapter.rows import ids_on_host
+from qdora.data.chats import shared_length
+from qdora.evaluate.batches import length_batches, results_of
+from qdora.evaluate.forward_path import cache_keyword, head_input, scoring, shares_prefix
+from qdora.files.console import Progress
+from qdora.model.attention import known_masks, vocabulary_size
 
 # One forward pass never makes more logits than this (256 MiB in bf16), whatever the vocabulary: of 2,730 tokens of a
 # 49k vocabulary, 524 of a 256k one. Only a long span of a model without a shared prefix makes more.

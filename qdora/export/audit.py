@@ -4,48 +4,32 @@ No form is written: each adapted layer gives its place to the layer that the for
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluate.metrics import mean_stderr
-from qdora.evaluate.suite import EvaluationResult
-from qdora.evaluate.suite import evaluate
-from qdora.export.logit_comparison import LogitDifference
-from qdora.export.logit_comparison import comparison_text
-from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.logit_comparison import logits_of
-from qdora.export.merged import OpenedMerge
-from qdora.export.merged import check_merge
+from qdora.evaluate.suite import EvaluationResult, evaluate
+from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
+from qdora.export.merged import OpenedMerge, check_merge
 from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
-from qdora.files.markdown_table import markdown_table
 from qdora.files.pages import markdown_table
-from qdora.model.inject import adapted_layer
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
-from qdora.model.inject import frozen_like
-from qdora.model.inject import replace_module
+from qdora.model.inject import adapted_layer, adapted_layers, frozen_layers, frozen_like, replace_module
 from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
-from qdora.quant.packed import block_scales
-from qdora.quant.packed import quantize
+from qdora.quant.packed import block_scales, quantize
 from qdora.quant.tiles import Weight
-from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-import math
-import torch
 
 _NUM_EXAMPLES = 32
 """Most examples of a task. Differences between forms are paired, so few examples are enough."""

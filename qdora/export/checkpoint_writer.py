@@ -5,67 +5,36 @@ Every export that writes weights goes through `checkpoint_directory`. One tensor
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from functools import partial
-from pathlib import Path
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_linear import FrozenExperts
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.rows import RowEmbedding
-from qdora.adapter.rows import RowHead
-from qdora.adapter.rows import merged_rows
-from qdora.adapter.trained_rows import RowEmbedding
-from qdora.adapter.trained_rows import RowHead
-from qdora.adapter.trained_rows import merged_rows
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import disk_reason
-from qdora.files.atomic import json_bytes
-from qdora.files.console import Progress
-from qdora.files.tensor_file import TensorSpec
-from qdora.files.tensor_file import plan_shards
-from qdora.files.tensor_file import shard_index
-from qdora.files.tensor_file import torch_dtype
-from qdora.files.tensor_file import write_safetensors
-from qdora.model.checkpoint import INDEX_FILE
-from qdora.model.checkpoint import Published
-from qdora.model.checkpoint import published_pieces
-from qdora.model.checkpoint import shorten
-from qdora.model.checkpoint import tied_weights
-from qdora.model.experts import library_names
-from qdora.model.experts import stacks
-from qdora.model.load import dense_dtype
-from qdora.model.multimodal import carried
-from qdora.model.multimodal import processor_files
-from qdora.model.names import Published
-from qdora.model.names import published_pieces
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.dynamic_module_utils import custom_object_save
-from typing import Any
-from typing import TypedDict
+
 import copy
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.rows import RowEmbedding, RowHead, merged_rows
+from qdora.errors import RunFailure, UserError
+from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
+from qdora.files.console import Progress
+from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
+from qdora.model.checkpoint import INDEX_FILE, Published, published_pieces, shorten, tied_weights
+from qdora.model.experts import library_names, stacks
+from qdora.model.load import dense_dtype
+from qdora.model.multimodal import carried, processor_files
 
 MAX_SHARD_BYTES = 5 * 2**30
 UNFINISHED = ".unfinished"

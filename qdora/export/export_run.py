@@ -1,72 +1,50 @@
 """Export a run's model in a form that can be deployed, and check it against the running model."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from contextlib import ExitStack
-from contextlib import contextmanager
-from pathlib import Path
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.experts import AdaptedExperts
-from qdora.errors import DiskFull
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.export.audit import audit
-from qdora.export.audit import audit_table
-from qdora.export.checkpoint_writer import UNFINISHED
-from qdora.export.checkpoint_writer import check_new_directory
-from qdora.export.checkpoint_writer import save_tokenizer
-from qdora.export.gguf import export_gguf
-from qdora.export.hub_push import push
-from qdora.export.logit_comparison import comparison_text
-from qdora.export.logit_comparison import validation_examples
-from qdora.export.merged import merge_of
-from qdora.export.merged import open_merge
-from qdora.export.merged import write_merge
-from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.verify import verify_merged
-from qdora.export.verify import verify_nf4_lora
-from qdora.export.verify import verify_requantized
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import atomic_write_json
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import place_failures
-from qdora.files.atomic import remove_directory
-from qdora.files.atomic import sync
-from qdora.files.atomic import work_lock
-from qdora.files.console import bar
-from qdora.files.console import consoles
-from qdora.files.run_directory import open_run
-from qdora.files.work_lock import work_lock
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.build_model import DTYPES
-from qdora.model.build_model import find_source
-from qdora.model.build_model import write_adapter
-from qdora.model.checkpoint import shorten
-from qdora.model.checkpoint import taken_for_experts
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
-from qdora.model.load import load_config
-from qdora.model.names import taken_for_experts
-from qdora.recipe.byte_size import parse_size
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.run.load_run import TrainedRun
-from qdora.run.load_run import adopted_run
-from qdora.run.load_run import is_adapter
-from qdora.run.load_run import load_run
-from qdora.run.load_run import trained_state
-from qdora.run.model_card import card_files
-from qdora.run.model_card import run_card
-from qdora.run.report import card_files
-from qdora.run.report import run_card
-from rich.console import Console
-from transformers import PreTrainedModel
-from typing import Any
+
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qdora.adapter.experts import AdaptedExperts
+from qdora.errors import DiskFull, RunFailure, UserError
+from qdora.export.audit import audit, audit_table
+from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory, save_tokenizer
+from qdora.export.gguf import export_gguf
+from qdora.export.hub_push import push
+from qdora.export.logit_comparison import comparison_text, validation_examples
+from qdora.export.merged import merge_of, open_merge, write_merge
+from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
+from qdora.files.atomic import (
+    atomic_directory,
+    atomic_write_json,
+    atomic_write_text,
+    disk_failures,
+    place_failures,
+    remove_directory,
+    sync,
+    work_lock,
+)
+from qdora.files.console import bar, consoles
+from qdora.files.run_directory import open_run
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.build_model import DTYPES, find_source, write_adapter
+from qdora.model.checkpoint import shorten, taken_for_experts
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import load_config
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run, trained_state
+from qdora.run.report import card_files, run_card
 
 logger = logging.getLogger("qdora")
 

@@ -11,98 +11,71 @@ slices of it. Besides the merge on the dequantised base, which is the model that
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from functools import cache
-from functools import cached_property
-from functools import partial
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qdora.adapter.algebra import merged_weight
-from qdora.adapter.dora import merged_weight
-from qdora.adapter.expert_product import dense_rows
-from qdora.adapter.expert_product import merged_rows
-from qdora.adapter.experts import dense_rows
-from qdora.adapter.experts import merged_rows
+from qdora.adapter.experts import dense_rows, merged_rows
 from qdora.adapter.rows import with_rows
-from qdora.adapter.trained_rows import with_rows
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import CheckpointPlan
-from qdora.export.checkpoint_writer import Source
-from qdora.export.checkpoint_writer import WriteOptions
-from qdora.export.checkpoint_writer import checkpoint_directory
-from qdora.export.checkpoint_writer import held
-from qdora.export.checkpoint_writer import plan_export
-from qdora.export.checkpoint_writer import plan_sources
+from qdora.export.checkpoint_writer import (
+    CheckpointPlan,
+    Source,
+    WriteOptions,
+    checkpoint_directory,
+    held,
+    plan_export,
+    plan_sources,
+)
 from qdora.files.console import bar
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import open_run
-from qdora.model.adapter_file import StoredLayer
-from qdora.model.adapter_file import read_adapter
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import token_ids
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredPacked
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import load_faults
-from qdora.model.checkpoint import quantization_config
-from qdora.model.checkpoint import stored_kind
-from qdora.model.checkpoint import stored_rows
-from qdora.model.checkpoint import tied_weights
-from qdora.model.experts import routers
-from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import linear_layers
-from qdora.model.load import Quantization
-from qdora.model.load import dense_dtype
-from qdora.model.load import layers_to_quantize
-from qdora.model.load import load_config
-from qdora.model.load import published_generation
-from qdora.model.load import quantization_of
-from qdora.model.load import settle_stored
-from qdora.model.load import skeleton
-from qdora.model.load import tensors_of_source
-from qdora.model.multimodal import carried
-from qdora.model.multimodal import linear_not_loaded
+from qdora.files.run_directory import RunDirectory, open_run
+from qdora.model.adapter_file import StoredLayer, read_adapter
+from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.checkpoint import (
+    Stored,
+    StoredPacked,
+    StoredTensor,
+    load_faults,
+    quantization_config,
+    stored_kind,
+    stored_rows,
+    tied_weights,
+)
+from qdora.model.experts import routers, stacks
+from qdora.model.inject import adapted_layers, linear_layers
+from qdora.model.load import (
+    Quantization,
+    dense_dtype,
+    layers_to_quantize,
+    load_config,
+    published_generation,
+    quantization_of,
+    settle_stored,
+    skeleton,
+    tensors_of_source,
+)
+from qdora.model.multimodal import carried, linear_not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.tokens import TrainedMatrix
-from qdora.model.tokens import embedding_paths
-from qdora.model.tokens import extend_vocabulary
-from qdora.model.tokens import is_tied
-from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.bnb import STATE_NAME
-from qdora.quant.bnb import to_bnb_state
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
-from qdora.quant.bnb_state import STATE_NAME
-from qdora.quant.bnb_state import to_bnb_state
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import RowParts
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import empty_packed
-from qdora.quant.packed import quantize
+from qdora.model.tokens import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
+from qdora.quant.bnb import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
+from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.base import check_base
-from qdora.run.load_run import TrainedRun
-from qdora.run.load_run import adapter_of
-from qdora.run.load_run import load_run
-from qdora.run.load_run import trained_state
-from qdora.run.model_card import card_files
+from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.report import card_files
-from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-from typing import Literal
-from typing import Unpack
-import time
-import torch
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""

@@ -16,70 +16,29 @@ tensors (not for DoRA).
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
-from dataclasses import replace
-from pathlib import Path
-from qdora import __version__
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.adapted_linear import Kind
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_linear import BareExperts
-from qdora.adapter.expert_linear import ExpertLinear
-from qdora.adapter.expert_linear import Share
-from qdora.adapter.expert_linear import Stack
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import BareExperts
-from qdora.adapter.experts import ExpertLinear
-from qdora.adapter.experts import Stack
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.errors import UserError
-from qdora.errors import first_few
-from qdora.errors import first_line
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import json_bytes
-from qdora.files.atomic import read_json_object
-from qdora.files.json_file import read_json_object
-from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import taken_for_experts
-from qdora.model.experts import peft_swaps
-from qdora.model.experts import routers
-from qdora.model.inject import ALL_LINEAR
-from qdora.model.inject import adapted_layer
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import check_masks
-from qdora.model.inject import is_linear
-from qdora.model.inject import most_rank
-from qdora.model.inject import put_layers
-from qdora.model.multimodal import all_paths
-from qdora.model.names import taken_for_experts
-from qdora.model.peft_config import AdapterDescription
-from qdora.model.peft_config import adapter_config
-from qdora.model.peft_config import parse_adapter_config
-from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.tokens import TrainedMatrix
-from qdora.model.tokens import embedding_paths
-from qdora.model.tokens import is_tied
-from qdora.model.tokens import put_trained
-from qdora.model.tokens import trainable_faults
-from qdora.model.tokens import trained_matrices
-from safetensors import SafetensorError
-from safetensors import safe_open
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import TYPE_CHECKING
+
 import math
 import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qdora import __version__
+from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Kind
+from qdora.errors import UserError, first_few, first_line
+from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
+from qdora.files.tensor_file import write_tensors
+from qdora.model.checkpoint import taken_for_experts
+from qdora.model.experts import peft_swaps, routers
+from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_masks, is_linear, put_layers
+from qdora.model.multimodal import all_paths
+from qdora.model.tokens import TrainedMatrix, embedding_paths, is_tied, put_trained, trainable_faults, trained_matrices
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # whose import takes a second
@@ -425,9 +384,9 @@ def read_adapter(
             for path, module in linear.items():
                 assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
                 (a, b, m), rank = _names(names[path]), described.rank_of(path)
-                num_experts, out, swapped = 1, (module.out_features,), False
+                num_experts, out, swapped = 1, [module.out_features], False
                 if isinstance(module, BareExperts):
-                    num_experts, out = module.num_experts, (module.num_experts, module.expert_features)
+                    num_experts, out = module.num_experts, [module.num_experts, module.expert_features]
                     swapped = peft_swaps(model, path)
                 rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
                 lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)

@@ -27,15 +27,12 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.plain_linear import own_class
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.model.source import library_reason
-from qdora.quant.planned_device import device_kind
+from qdora.quant.kernels import device_kind
 
 log = logging.getLogger("qdora")
 

@@ -1,45 +1,23 @@
 """Putting adapters on the linear layers of a model, and finding adapted and frozen layers."""
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.adapted_linear import Init
-from qdora.adapter.adapted_linear import Kind
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_linear import BareExperts
-from qdora.adapter.expert_linear import ExpertLinear
-from qdora.adapter.expert_linear import FrozenExperts
-from qdora.adapter.expert_linear import Share
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import BareExperts
-from qdora.adapter.experts import ExpertLinear
-from qdora.adapter.experts import FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.host_embedding import HostEmbedding
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.layer import Init
-from qdora.adapter.layer import Kind
-from qdora.adapter.layer import is_plain_linear
-from qdora.adapter.plain_linear import is_plain_linear
-from qdora.adapter.rows import HostEmbedding
-from qdora.adapter.rows import RowHead
-from qdora.adapter.trained_rows import RowHead
-from qdora.errors import UserError
-from qdora.errors import nearest
-from qdora.model.experts import routers
-from qdora.model.peft_config import ALL_LINEAR
-from qdora.quant.tiles import Weight
-from torch import Tensor
-from torch import nn
-from typing import Any
+
 import fnmatch
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+
+from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Init, Kind, is_plain_linear
+from qdora.adapter.rows import HostEmbedding, RowHead
+from qdora.errors import UserError
+from qdora.model.experts import routers
+from qdora.quant.tiles import Weight
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"

@@ -6,22 +6,24 @@ an empty `NotLoaded`.
 """
 
 from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
 from qdora.errors import UserError
 from qdora.files.atomic import read_json_object
-from qdora.files.json_file import read_json_object
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredPacked
-from qdora.model.checkpoint import StoredTensor
-from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers import AutoModelForImageTextToText
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from typing import Any
+from qdora.model.checkpoint import Stored, StoredTensor
 
 _FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""

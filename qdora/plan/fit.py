@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.adapter.expert_linear import ExpertLinear
+from qdora.adapter.experts import ExpertLinear
 from qdora.data.batches import IGNORED, MicroBatch, StepLoader
 from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
 from qdora.data.mix import Mix
@@ -54,7 +54,7 @@ from qdora.plan.plan import (
     with_offloaded,
     with_streamed,
 )
-from qdora.quant.planned_device import Routing, planned_on
+from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import with_settings

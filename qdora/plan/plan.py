@@ -18,9 +18,8 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
-from qdora.memory.offload import pages_bytes
-from qdora.memory.stream import NUM_SLOTS, Piece, Turns
+from qdora.adapter.rows import divided_tensors, is_cut_by_rows
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns, pages_bytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize

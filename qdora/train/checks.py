@@ -10,48 +10,33 @@ loss. So the loss is also computed with some blocks gathered by a plain collecti
 """
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from dataclasses import dataclass
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.layer import evaluation_mode
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.adapter.norms import refresh
-from qdora.adapter.row_share import divided_tensors
 from qdora.adapter.rows import divided_tensors
-from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import PackedLayout
-from qdora.errors import RunFailure
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import read_json_object
-from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
-from qdora.model.attention import attention_of
-from qdora.model.attention import flash_inputs
-from qdora.model.attention import flash_lengths
-from qdora.model.attention import takes_flash_lengths
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
+from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.model.patches import flash_inputs
-from qdora.model.patches import flash_lengths
-from qdora.model.patches import takes_flash_lengths
 from qdora.quant.tiles import Weight
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import batch_loss
-from torch import Tensor
-from transformers import PreTrainedModel
-from typing import Any
-from typing import Literal
-import inspect
-import logging
-import math
-import torch
 
 CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"

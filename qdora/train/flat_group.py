@@ -15,29 +15,23 @@ split again trains exactly as with float32 parameters, at 4 bytes a parameter; a
 """
 
 from __future__ import annotations
-from collections.abc import Collection
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import math
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from qdora.errors import first_line
-from qdora.files.machine import CONCURRENT_MANAGED_ACCESS
-from qdora.files.machine import device_attribute
-from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS
-from qdora.files.nvidia_driver import device_attribute
-from qdora.memory.oom import is_out_of_memory
-from qdora.quant.kernels import is_planning
-from qdora.quant.planned_device import is_planning
-from torch import Tensor
-from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
-import math
 import torch
-import weakref
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qdora.errors import first_line
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
+from qdora.memory.oom import is_out_of_memory
+from qdora.quant.kernels import is_planning
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
