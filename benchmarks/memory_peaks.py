@@ -24,8 +24,8 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.plan.live_bytes import LiveBytes
 from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.train.loss import LogitForm, head_nll, tapped
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.output_head import LogitForm, head_nll, tapped
 
 RANK, STEP_TOKENS = 16, 2048
 LEAN = ("own_lora", "own_dora", "peft_lora", "peft_dora")

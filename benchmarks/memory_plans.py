@@ -35,7 +35,7 @@ from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, wit
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.base import compress_base, compression_key, load_base
-from qdora.train.checks import packed_layout
+from qdora.train.guards import packed_layout
 from qdora.train.optimizer import AdapterOptimizer
 
 NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}

@@ -170,13 +170,13 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
         norms = {} if case == "lora" else {"adapter/dora.py": len(adapted_layers(model))}
-        assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
+        assert files((waits(first) - ONCE).elements()) == {"train/loss.py": 2} | norms
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
     if case not in ("streamed", "gates"):
         assert len(copies) == NUM_MICRO_BATCHES * (1 + MORE_COPIES.get(case, 0))
     if gates is None:
-        assert sum(line.startswith("train/sent_batch.py") for line in copies) == NUM_MICRO_BATCHES
+        assert sum(line.startswith("train/passes.py") for line in copies) == NUM_MICRO_BATCHES
     if case != "dropout":  # other positions are drawn for a GPU
         for name in ("streamed", "offload"):
             options.pop(name, None)

@@ -52,7 +52,7 @@ from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.evaluate import evaluate_target
 from qdora.run.run import train_run
-from qdora.train.interference import measure
+from qdora.train.logs import measure
 from tests import support
 from tests.false_gpu import FakeCuda, FakeCudart, is_mapped
 from tests.support import CHECKPOINT_SIZES, LateCopies, assert_same_run, stream_on_cpu

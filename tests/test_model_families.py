@@ -36,7 +36,7 @@ from qdora.model.source import load_tokenizer, resolve
 from qdora.model.store import BaseCache
 from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.train.checks import packed_layout
+from qdora.train.guards import packed_layout
 from tests import support
 from tests.support import load_checkpoint
 

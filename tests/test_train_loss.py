@@ -24,10 +24,10 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject, replace_module
 from qdora.quant.packed import quantize
-from qdora.train import checks as packed_attention
-from qdora.train import output_head
-from qdora.train.checks import packed_layout
-from qdora.train.output_head import LogitForm
+from qdora.train import guards as packed_attention
+from qdora.train import loss as output_head
+from qdora.train.guards import packed_layout
+from qdora.train.loss import LogitForm
 from qdora.train.passes import batch_loss
 from tests import reference, support
 from tests.support import examples

@@ -19,7 +19,7 @@ from qdora.plan.fit import plan
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run import train_run
 from qdora.train.checkpoint import random_state
-from qdora.train.interference import agreement, measure
+from qdora.train.logs import agreement, measure
 from tests import reference, support
 from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, training_lines
 

@@ -159,7 +159,7 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
 
     A signal that is ignored stays so. A process of a launch keeps the defaults: its launcher ends it after another one
     has failed, and that one's reason is to be told, not this end. While a run takes steps it handles signals itself
-    (`train/interrupt.py`).
+    (`train/distributed.py`).
     """
     if "WORLD_SIZE" in environment:
         return

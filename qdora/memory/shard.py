@@ -266,7 +266,7 @@ def _view(layers: list[FrozenLinear], _module: nn.Module, _args: Any) -> None:
     # Outside of inference mode, whose tensors a training step could not use.
     with torch.inference_mode(False), torch.no_grad():
         for layer in layers:
-            if layer.residency is None:  # it reads a weight of its own (train/checks.py)
+            if layer.residency is None:  # it reads a weight of its own (train/guards.py)
                 continue
             for name in ("packed", "absmax", "weight", "keep_bits"):
                 whole, buffer = layer._parameters.get(f"{name}{_SUFFIX}"), layer._buffers.get(name)

@@ -41,10 +41,8 @@ from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.planned_device import planned_on
 from qdora.quant.tiles import Weight
-from qdora.train.flat_group import OptimizerName, groups_of
-from qdora.train.loss import tapped_routers
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.output_head import head_nll, proposed_form, tapped
+from qdora.train.loss import head_nll, proposed_form, tapped, tapped_routers
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 # Least number of blocks on either side of the place where repetitions are inserted, rounded up to whole periods. The
 # first block of a model (its input needs no gradient) and the last one (the loss follows) differ from the others and

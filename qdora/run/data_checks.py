@@ -21,7 +21,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.attention import positions_of
 from qdora.model.tokens import untrained_rows
 from qdora.recipe.data_settings import DataConfig
-from qdora.train.checks import CHECKS_FILE, DATA, GRADIENTS, Check, kept_checks, tell_checks
+from qdora.train.guards import CHECKS_FILE, DATA, GRADIENTS, Check, kept_checks, tell_checks
 
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""

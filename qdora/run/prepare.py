@@ -54,10 +54,10 @@ from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.base import base_record, calibration_tokens, pinned
 from qdora.run.data_checks import begin_checks, context_warnings, data_checks, repeated_checks, vocabulary_faults
-from qdora.train.checks import CHECKS_FILE, Check
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
-from qdora.train.interference import interference_faults
+from qdora.train.guards import CHECKS_FILE, Check
+from qdora.train.logs import interference_faults
 from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
 

@@ -63,7 +63,9 @@ from qdora.run.model_card import run_card
 from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.run_page import leave_page
 from qdora.train.checkpoint import unreadable
-from qdora.train.checks import (
+from qdora.train.distributed import Processes, processes_of_launch, seed_of
+from qdora.train.evals import adapter_record, read_result
+from qdora.train.guards import (
     CHECKS_FILE,
     DIVISION,
     PACKING,
@@ -73,8 +75,6 @@ from qdora.train.checks import (
     packed_layout,
     tell_checks,
 )
-from qdora.train.distributed import Processes, processes_of_launch, seed_of
-from qdora.train.evals import adapter_record, read_result
 from qdora.train.trainer import Trainer
 
 CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
@@ -159,8 +159,7 @@ def train_run(
         step, again = trainer.step, trainer.evaluates_again
         processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))
         try:
-            with trainer.recorded():
-                trainer.run()
+            trainer.run()
             return processes.first(lambda: conclude(trainer, results)) or {}
         except KeyboardInterrupt:
             newest = run.newest_checkpoint()

@@ -44,19 +44,15 @@ def write_state(
     step: int,
     optimizer: AdapterOptimizer,
     loader_state: Mapping[str, Any],
-    random: Sequence[Mapping[str, str]],
+    random: Sequence[Mapping[str, Tensor]],
     policies: Mapping[str, Any],
 ) -> None:
     """Write everything but the parameters into an existing directory; `step` steps are done.
 
-    `random` is the `random_text` of every process, in the order of ranks; `policies` are JSON values by name.
+    `random` is the `random_state` of every process, in the order of ranks; `policies` are JSON values by name.
     """
     write_tensors(directory / "optimizer.safetensors", optimizer.state_tensors())
-    tensors = {
-        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-        for rank, states in enumerate(random)
-        for kind, text in states.items()
-    }
+    tensors = {_numbered(kind, rank): state for rank, states in enumerate(random) for kind, state in states.items()}
     write_tensors(directory / "random.safetensors", tensors)
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
@@ -65,14 +61,9 @@ def write_state(
 @torch.no_grad()
 def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
     """Copy tensors into the trainable parameters of the same path. UserError if they do not fit."""
-    faults = [f"{where}: parameter {key} is missing" for key in parameters if key not in tensors]
-    faults += [f"{where}: {key} belongs to no trainable parameter" for key in tensors if key not in parameters]
-    for key in tensors.keys() & parameters.keys():
-        if tensors[key].shape != parameters[key].shape:
-            got, wanted = tuple(tensors[key].shape), tuple(parameters[key].shape)
-            faults.append(f"{where}: {key} is {got}, this run has {wanted}")
-    if faults:
-        raise UserError(*sorted(faults)[:10])
+    shapes = [{key: tuple(tensor.shape) for key, tensor in group.items()} for group in (tensors, parameters)]
+    if wrong := [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]:
+        raise UserError(f"{where}: {min(wrong)} does not fit the parameters of this run.")
     for key, parameter in parameters.items():
         parameter.copy_(tensors[key])
 
@@ -84,16 +75,12 @@ def read_state(
 
     A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
     `draws`: whether the steps draw random numbers, as dropout does; another number of processes draws others.
-    UserError if the checkpoint belongs to another run or format.
     """
     state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:
         raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
     loader.load_state_dict(state["loader"])
-    try:
-        optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
-    except ValueError as error:
-        raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
+    optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     step = int(state["step"])
     tensors = load_file(directory / "random.safetensors")
     before = sum(name.startswith("cpu") for name in tensors)
@@ -132,14 +119,13 @@ def unreadable(directory: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        reason = reason_of(error)
-        raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason}.") from error
+        raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason_of(error)}.") from error
 
 
 def best_step_in(directory: Path) -> int | None:
     """The best step that a checkpoint records, or None: a run that continues from it may end with that step."""
-    found: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")
-    return found
+    step: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")
+    return step
 
 
 def random_state() -> dict[str, Tensor]:
@@ -155,11 +141,6 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def random_text() -> dict[str, str]:
-    """The state of this process's generators in hexadecimal, as JSON for the process that writes the checkpoint."""
-    return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
 
 
 def _numbered(kind: str, rank: int) -> str:

@@ -27,7 +27,7 @@ from qdora.files.tensor_file import write_tensors
 from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.sent_batch import send
+from qdora.train.passes import send
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0
@@ -73,12 +73,12 @@ class Gates:
 
     def check_budget(self) -> None:
         """Raise UserError for a budget that all components keep already, or that one component a layer exceeds."""
-        least = sum(each.min().item() for each in torch.split(self._costs(), self._ranks()))
+        least = sum(costs.min().item() for costs in torch.split(self._costs(), self._ranks()))
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
-            low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
+            low, high, value = (f"{cost / unit:,.10g}" for cost in (least, self.full, self.target))
             text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
-            raise UserError(f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}, {text}")
+            raise UserError(f"adapter.gates.{name}: got {value}, {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -102,11 +102,11 @@ class Gates:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
             generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
-            first = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
+            first = list(itertools.accumulate(map(len, self.died.values()), initial=0))
             noise = torch.rand(first.pop(), generator=generator, dtype=torch.float64)
             # Indexed by the component's number at the start, so that a removal changes no other component's draws.
-            place = self._origin + torch.tensor(first)[self._layer_numbers()]
-            self._noise = noise[place].clamp(1e-6, 1 - 1e-6)
+            index = self._origin + torch.tensor(first)[self._layer_numbers()]
+            self._noise = noise[index].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
 
     def gradient(self) -> Tensor:
@@ -175,8 +175,7 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
-        state = {name: getattr(self, name) for name in _STATE}
-        return {**state, "died": {path: list(each) for path, each in self.died.items()}}
+        return {name: getattr(self, name) for name in (*_STATE, "died")}
 
     def record(self) -> dict[str, Any]:
         """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
@@ -199,16 +198,11 @@ class Gates:
             layer.gate = None
             layer.parameters_changed()
         tensors = load_file(directory / GATES_FILE)
-        factors = self._raw_factors()
-        wanted = {**{name: getattr(self, f"_{name}") for name in _VECTORS}, **factors}
-        wrong = [n for n, t in wanted.items() if n not in tensors or tensors[n].shape != t.shape]
-        if wrong or len(tensors) != len(wanted):
-            raise UserError(f"{directory / GATES_FILE}: does not fit the adapter beside it ({', '.join(wrong[:3])}).")
         for name in _VECTORS:
             setattr(self, f"_{name}", tensors[name])
-        for name, factor in factors.items():
+        for name, factor in self._raw_factors().items():
             factor.copy_(tensors[name])
-        self.died = {path: list(each) for path, each in state["died"].items()}
+        self.died = {path: list(steps) for path, steps in state["died"].items()}
         self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 
@@ -271,12 +265,10 @@ class Gates:
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
-        gates: list[Tensor] = [*self.parameters]
-        if not gates:
-            return
-        (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
-        # In place, which raises the versions, so that cached norms are computed again.
-        torch._foreach_copy_(gates, torch.split(living, self._ranks()))
+        if gates := [*self.parameters]:
+            (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
+            # In place, which raises the versions, so that cached norms are computed again.
+            torch._foreach_copy_(gates, torch.split(living, self._ranks()))  # type: ignore[arg-type]
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers.values()]
@@ -330,11 +322,11 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
 def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
     """(n,) bool: the highest living component of each layer, the first one in a tie."""
     down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    place = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
+    order_of = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
         0, layer[down], torch.arange(len(order)), "amin"
     )
     best = torch.zeros_like(alive)
-    best[down[place[place < len(order)]]] = True
+    best[down[order_of[order_of < len(order)]]] = True
     return best & alive
 
 

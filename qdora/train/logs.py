@@ -1,9 +1,12 @@
-"""What a run shows of its training: progress, experiment trackers, figures, and what training did to each layer."""
+"""What a run shows of its training: progress, experiment trackers, figures, what training did to each layer, how a
+router divides tokens among experts, and which data sets pull the adapter in different directions.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import secrets
@@ -26,24 +29,42 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
+from qdora.data.example import Example
 from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError, named
+from qdora.evaluate.suite import spread
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import duration, plain_console, shows_bars
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.files.setting_keys import flat
 from qdora.files.svg_figure import svg_file
+from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers
+from qdora.recipe.settings import Recipe
+from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
+from qdora.train.passes import LossScale, step_gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PROJECT = "qdora"
 TRAINED_FILE = "trained.json"
+EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
+Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
+# Most optimizer steps at the start and at the end whose division of tokens among experts is compared.
+_WINDOW = 10
+_Counts = dict[str, NDArray[np.int64]]
+"""Block of experts -> tokens of each expert."""
+_LEAST_PROBED = 2  # examples of a task, one for each half
+_PIECE = 2**24  # entries of a gradient that exist in float64
 
 logger = logging.getLogger("qdora")
 
@@ -316,3 +337,254 @@ def _steps(steps: Lines, figure: Figure) -> None:
         axes.plot([line["step"] for line in steps], values, gid=name)
         if name == "gradient norm":  # spikes are decades above the rest
             axes.set_yscale("log")
+
+
+class ExpertLoad:
+    """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
+
+    The adapters start as the base, so the first steps show the base's division and the last ones what training made of
+    it. The two differ by chance, too, since they saw other tokens; how much follows from the spread between steps.
+    False for a model without experts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
+        self._now: _Counts = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
+        self._first: list[_Counts] = []
+        self._recent: deque[_Counts] = deque(maxlen=_WINDOW)
+        self.num_steps = 0
+        for owner, stack in last.items():
+            stack.register_forward_pre_hook(partial(self._add, owner))
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+    def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tokens: ExpertTokens = inputs[1]
+        if module.training:  # a checkpoint's recompute counts again, which changes no share
+            self._now[owner] += np.array(tokens.routed)
+
+    def begin(self) -> None:
+        """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
+        for counts in self._now.values():
+            counts[:] = 0
+
+    def step(self) -> None:
+        """The update of an optimizer step was made."""
+        done = {owner: counts.copy() for owner, counts in self._now.items()}
+        self.num_steps += 1
+        if len(self._first) < _WINDOW:
+            self._first.append(done)
+        self._recent.append(done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values with which a resumed run goes on counting.
+
+        A line for each block: as lists, a checkpoint's indented JSON would have a line for each number.
+        """
+        first, recent = (
+            [{owner: " ".join(map(str, each.tolist())) for owner, each in counts.items()} for counts in steps]
+            for steps in (self._first, self._recent)
+        )
+        return {"num_steps": self.num_steps, "first": first, "recent": recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.num_steps = state["num_steps"]
+        self._first, recent = (
+            [{owner: np.array(line.split(), np.int64) for owner, line in text.items()} for text in state[name]]
+            for name in ("first", "recent")
+        )
+        self._recent = deque(recent, maxlen=_WINDOW)
+
+    def record(self) -> dict[str, Any]:
+        """JSON values: the number of steps, and `window`, how many at each end are compared: at most half, at least 1.
+
+        Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
+        went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
+        changed (`_noise`). `moved` is None with one step, `noise` with fewer than 4.
+        """
+        window = min(_WINDOW, max(1, self.num_steps // 2))
+        starts, ends = self._first[:window], list(self._recent)[-window:]
+        blocks = {}
+        for owner in self._now:
+            first, last = ([step[owner] for step in steps] for steps in (starts, ends))
+            shares = _shares(np.sum(first, axis=0)), _shares(np.sum(last, axis=0))
+            blocks[owner] = {
+                "first": shares[0].tolist(),
+                "last": shares[1].tolist(),
+                "moved": float(np.abs(shares[1] - shares[0]).sum() / 2) if self.num_steps > 1 else None,
+                "noise": _noise(first, last) if window > 1 else None,
+            }
+        return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
+
+    def write(self, run: RunDirectory) -> None:
+        """Write the record. Nothing without experts or steps."""
+        if self._now and self.num_steps:
+            with unharmed(EXPERT_LOAD_FILE):
+                run.write_json(EXPERT_LOAD_FILE, self.record())
+
+
+def _shares(counts: NDArray[np.int64]) -> Array:
+    shares: Array = counts / max(1, int(counts.sum()))
+    return shares
+
+
+def _noise(first: Sequence[NDArray[np.int64]], last: Sequence[NDArray[np.int64]]) -> float:
+    """Expected half of the sum of |differences| between the mean shares of two groups of n steps from one router.
+
+    The difference of an expert's two means is normal with the variance 2 v / n, v the variance of its share between
+    steps, and the mean of its absolute value is sqrt(4 v / (pi n)). v is taken within each group, so that a router that
+    does change from one group to the other does not raise it.
+    """
+    groups = [np.stack([_shares(counts) for counts in steps]) for steps in (first, last)]
+    variance = np.mean([group.var(axis=0, ddof=1) for group in groups], axis=0)
+    return float(np.sqrt(variance / (math.pi * len(first))).sum())
+
+
+def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
+    """What is missing for a measurement: two tasks with validation examples, and evaluations at its steps."""
+    every, evaluated = recipe.interference.every, recipe.eval.every
+    if every is None:
+        return []
+    faults = []
+    if evaluated is None or every % evaluated:
+        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
+    if len(recipe.data.mix) < 2:
+        faults.append("interference.every: needs at least two sources in data.mix, got 1.")
+    return faults + _too_few({source.label: len(validation.get(source.label, ())) for source in recipe.data.mix})
+
+
+def _too_few(counts: Mapping[str, int]) -> list[str]:
+    few = [(name, count) for name, count in counts.items() if count < _LEAST_PROBED]
+    need = f"validation examples with labels, must be at least {_LEAST_PROBED}"
+    return [f"interference.every: {name} has {count} {need}." for name, count in few]
+
+
+def probe_examples(
+    recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequence[Example]]
+) -> dict[str, list[TokenizedExample]]:
+    """Validation examples of every task, evenly spread over its data, tokenised as in training; none without
+    `interference.every`."""
+    data = recipe.data
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": "truncate"}
+    examples = {}
+    for source in data.mix if recipe.interference.every is not None else ():
+        chosen = spread(validation[source.label], recipe.interference.examples)
+        examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
+    if faults := _too_few({name: len(tokenized) for name, tokenized in examples.items()}):
+        raise UserError(*faults)
+    return examples
+
+
+def halves_of(
+    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
+) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
+    """The micro-batches of the two halves of each task's examples."""
+
+    def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
+        return micro_batches(examples, batching, list({example.task: None for example in examples}))
+
+    return {name: (batches(examples[0::2]), batches(examples[1::2])) for name, examples in probed.items()}
+
+
+def measure(
+    model: nn.Module,
+    halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    device: torch.device,
+    loss_chunk: int | None = None,
+    loss_scale: LossScale | None = None,
+) -> dict[str, Any]:
+    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise.
+
+    A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
+    training examples no longer show whether learning one task helps another. The difference between two `halves` of the
+    examples shows how far chance alone moves a cosine. Training is not affected: random generators are restored, and no
+    gradients are left. Two gradients of each task are held on the host, in bf16, which moves a cosine by less than
+    1e-3.
+
+    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
+    the number of cosines more than twice their noise below 0.
+    """
+    names, random = list(halves), random_state()
+    batches = [half for name in names for half in halves[name]]
+    num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
+    num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
+    gradients = []
+    model.train()
+    try:
+        torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
+        with evaluation_mode(model):
+            for module in model.modules():  # blocks recompute their activations only in training mode
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+            for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
+                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+                step_gradient(model, step, device=device, loss_chunk=loss_chunk, loss_scale=loss_scale)
+                parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+                gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
+                model.zero_grad()
+    finally:
+        model.zero_grad()
+        set_random_state(random)
+    gram = np.zeros((len(gradients), len(gradients)))
+    for start in range(0, len(gradients[0]), _PIECE):
+        piece = torch.stack([gradient[start : start + _PIECE] for gradient in gradients]).double()
+        gram += (piece @ piece.T).numpy()
+    result = agreement(gram, np.array(num_tokens, dtype=np.float64).reshape(len(names), 2))
+    pairs = np.triu_indices(len(names), 1)
+    cosines = result["cosines"][pairs]
+    return {
+        "tasks": names,
+        "num_examples": dict(zip(names, np.reshape(num_examples, (-1, 2)).tolist(), strict=True)),
+        "num_label_tokens": dict(zip(names, np.reshape(num_tokens, (-1, 2)).sum(axis=1).tolist(), strict=True)),
+        **{name: _plain(values) for name, values in result.items()},
+        "mean_cosine": _plain(cosines.mean()),
+        "lowest_cosine": _plain(cosines.min()),
+        "num_conflicts": int((cosines < -2.0 * result["noise"][pairs]).sum()),
+    }
+
+
+def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
+    """Cosines and their noise, from the inner products of half gradients.
+
+    With h1, h2 the gradients of a task's halves (means over n1 and n2 tokens) and w = n1 / (n1 + n2), the task's
+    gradient is g = w h1 + (1 - w) h2, and e = sqrt(w (1 - w)) (h1 - h2) is a draw of its error: E |e|^2 is its
+    variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
+    Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
+
+    `gram` are the inner products, (2 tasks, 2 tasks): both halves of the first task, both of the second, and so on;
+    `num_tokens`, (tasks, 2), the answer tokens of each half. Returns `cosines` (tasks, tasks); `noise`, the standard
+    error of each from the choice of examples, nan on the diagonal; `own_cosines` (tasks,) between the halves of a task:
+    near 0 its examples are too few, and its cosines to other tasks are drawn towards 0; `norms` (tasks,).
+    """
+    num_tasks = len(num_tokens)
+    weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
+    mean, error = np.zeros((num_tasks, 2 * num_tasks)), np.zeros((num_tasks, 2 * num_tasks))
+    for task in range(num_tasks):
+        mean[task, 2 * task : 2 * task + 2] = weights[task]
+        error[task, 2 * task : 2 * task + 2] = np.array([1.0, -1.0]) * np.sqrt(weights[task].prod())
+    products = mean @ gram @ mean.T
+    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    scale = np.outer(norms, norms)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = products / scale
+        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i is task i's error along each g_j
+        errors = along - cosines * along.diagonal()[:, None]
+        halves = gram.diagonal().reshape(num_tasks, 2)
+        own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
+    np.fill_diagonal(errors, 0.0)
+    # A task whose gradient is zero has no cosine with the others; it says nothing of their noise.
+    num_others = (~np.isnan(errors)).sum(axis=1) - 1
+    squares = np.nansum(errors**2, axis=1) / np.maximum(num_others, 1)
+    noise = np.sqrt(squares[:, None] + squares[None, :])
+    np.fill_diagonal(noise, np.nan)
+    return {"cosines": cosines, "noise": noise, "own_cosines": own, "norms": norms}
+
+
+def _plain(values: Any) -> Any:
+    """JSON values of an array or a number: nested lists with six digits, None for nan."""
+    if np.ndim(values) > 0:
+        return [_plain(each) for each in values]
+    return None if np.isnan(values) else float(f"{values:.6g}")
