@@ -29,7 +29,8 @@ from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
-from qdora.train.logs import FILE, ExpertLoad
+from qdora.train.logs import EXPERT_LOAD_FILE as FILE
+from qdora.train.logs import ExpertLoad
 from tests import support
 from tests.support import assert_close_runs, assert_same_run
 

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from qdora.data.example import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.files import run_directory
-from qdora.files.run_directory import open_run, write_complete
+from qdora.files.run_directory import open_run
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
@@ -148,28 +147,6 @@ def test_a_run_is_extended_by_epochs_and_what_began_it_stays(root: Path, whole: 
     ):
         with pytest.raises(UserError, match=rf"train\.{said}"):
             train_run(recipe, run, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "fault"),
-    [
-        ("state.json", lambda text: text.replace(b'"schedule"', b'"schedules"'), "KeyError: 'schedule'"),
-        ("optimizer.safetensors", lambda content: b"\xff" * 64, "SafetensorError: "),
-    ],
-)
-def test_a_checkpoint_that_another_program_wrote_is_one_line(
-    root: Path, whole: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], fault: str
-) -> None:
-    """Its check sums are right."""
-    shutil.copytree(whole, tmp_path / "run")
-    newest = tmp_path / "run/checkpoints/step-6"
-    (newest / file).write_bytes(damage((newest / file).read_bytes()))
-    (newest / "complete.json").unlink()
-    write_complete(newest, 6)
-    with pytest.raises(UserError, match=fault) as raised:
-        train_run(support.tiny_recipe(root), tmp_path / "run", resume=True)
-    assert str(newest) in str(raised.value)
-    assert len(raised.value.faults) == 1
 
 
 def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def load_run(
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
-        copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
+        copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model))
     else:
         load_adapter(model, adapter_of(run, trained))
         set_kept_scales_(model, recipe)

@@ -62,7 +62,6 @@ from qdora.run.data_checks import token_checks
 from qdora.run.model_card import run_card
 from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.run_page import leave_page
-from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.evals import adapter_record, read_result
 from qdora.train.guards import (
@@ -265,8 +264,7 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
         state = read_json_object(newest / "state.json")["loader"]
     if state is not None:
-        with unreadable(newest):
-            prepared.loader.check_state(state)
+        prepared.loader.check_state(state)
 
 
 def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:

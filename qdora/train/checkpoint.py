@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qdora.data.batches import StepLoader
-from qdora.errors import RunFailure, UserError
+from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.memory.oom import is_out_of_memory
-from qdora.recipe.faults import reason_of
-from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -59,32 +53,28 @@ def write_state(
 
 
 @torch.no_grad()
-def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
-    """Copy tensors into the trainable parameters of the same path. UserError if they do not fit."""
-    shapes = [{key: tuple(tensor.shape) for key, tensor in group.items()} for group in (tensors, parameters)]
-    if wrong := [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]:
-        raise UserError(f"{where}: {min(wrong)} does not fit the parameters of this run.")
+def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy tensors into the trainable parameters of the same path."""
     for key, parameter in parameters.items():
         parameter.copy_(tensors[key])
 
 
 def read_state(
-    directory: Path, *, optimizer: AdapterOptimizer, loader: StepLoader, processes: Processes, seed: int, draws: bool
+    directory: Path, *, optimizer: AdapterOptimizer, loader: StepLoader, processes: Processes, seed: int
 ) -> tuple[int, dict[str, Any]]:
     """Restore `write_state`, after the parameters; returns the number of steps done, and the policies.
 
     A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
-    `draws`: whether the steps draw random numbers, as dropout does; another number of processes draws others.
     """
     state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:
-        raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
+        raise UserError(f"{directory}: is no checkpoint of this version of qdora (format {state.get('format')}).")
     loader.load_state_dict(state["loader"])
     optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     step = int(state["step"])
     tensors = load_file(directory / "random.safetensors")
     before = sum(name.startswith("cpu") for name in tensors)
-    if draws and before != processes.size:
+    if before != processes.size:
         text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
         logger.warning(text, before, processes.size)
     names = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
@@ -94,32 +84,6 @@ def read_state(
     else:
         torch.manual_seed(seed_of(seed, processes.rank, step))
     return step, dict(state["policies"])
-
-
-def draws_numbers(recipe: Recipe, model: PreTrainedModel) -> bool:
-    """Whether a step draws random numbers, for the adapter or in a base with dropout of its own."""
-    adapter = recipe.adapter
-    of_base = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
-    of_gates = adapter.gates is not None and adapter.gates.mode == "hard_concrete"
-    return bool(adapter.dropout > 0 or of_gates or of_base)
-
-
-@contextmanager
-def unreadable(directory: Path) -> Iterator[None]:
-    """Turn what restoring a checkpoint raises into a UserError of one line.
-
-    The check sums of its files were right, so it is not damaged: another version or another program wrote it.
-    """
-    try:
-        yield
-    except (UserError, RunFailure):
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason_of(error)}.") from error
 
 
 def best_step_in(directory: Path) -> int | None:

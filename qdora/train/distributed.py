@@ -186,14 +186,8 @@ def processes_of_launch() -> Iterator[Processes]:
         yield Processes()
         return
     on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        here, num_gpus = Processes(size=size).num_here, torch.cuda.device_count()
-        if here > num_gpus > 1:  # a job may show each process its own GPU alone
-            raise UserError(
-                f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs). "
-                f"Fix: start with torchrun --nproc-per-node {num_gpus}."
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
+    if on_gpus:  # a job may show each process its own GPU alone
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0)
     dist.init_process_group("gloo")
     try:
         gpus = dist.new_group(backend="nccl") if on_gpus else None

@@ -59,8 +59,7 @@ class StepEvaluations:
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics.
 
-        With eval.method generate the model also answers in words. A warning names the tasks that are worse than before
-        training although the average is better.
+        A warning names the tasks that are worse than before training although the average is better.
         """
         asked = self._settings
         chosen: dict[str, Any] = {"limit": asked.limit, "block": asked.block}
@@ -148,7 +147,7 @@ def evaluated_sources(recipe: Recipe, validation: Mapping[str, Any]) -> Sequence
 
 
 def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> BestSoFar | None:
-    """The choice of the best step by the recipe's eval.best_by, from these examples of each task; None without it."""
+    """The choice of the best step by the recipe's eval.best_by, from these examples of each task."""
     asked = recipe.eval
     if asked.best_by is None:
         return None
@@ -156,13 +155,8 @@ def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> B
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(repr(spread(evaluated[task], asked.limit, asked.block)).encode("utf-8", "backslashreplace"))
-    question = {
-        "best_by": asked.best_by,
-        "best_metric": asked.best_metric,
-        "tasks": tasks,
-        "limit": asked.limit,
-        "examples": digest.hexdigest()[:16],
-    }
+    question = {name: getattr(asked, name) for name in ("best_by", "best_metric", "limit")}
+    question |= {"tasks": tasks, "examples": digest.hexdigest()[:16]}
     question |= {} if asked.block is None else {"block": asked.block}
     return BestSoFar(question, higher=asked.best_metric != "nll_per_token", patience=asked.patience)
 
@@ -263,10 +257,8 @@ def adapter_in_words(run: RunDirectory) -> str:
 
 
 def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept: before step 1, called `start` (`adapter.start_label`), and of "adapter".
-
-    Only "adapter" if the two have different tasks or examples, since they cannot be compared.
-    """
+    """The evaluations that a run kept: before step 1, called `start`, and of "adapter"; only the latter if the two have
+    different tasks or examples."""
     files = {start: run.evaluation_file(0)}
     if step := adapter_step(run):
         files["adapter"] = run.evaluation_file(step)

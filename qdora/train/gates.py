@@ -1,10 +1,10 @@
 """Trainable gates on rank components: their own Adam, a falling budget, and the removal of dead components.
 
-Between steps every gate has its deterministic value, so evaluations and files do not depend on draws. The values are
-float64 on the CPU, one flat vector over all layers; the gates of the layers are copies.
+Between steps every gate has its deterministic value. The values are float64 on the CPU, one flat vector over all
+layers; the gates of the layers are copies.
 
-The functions at the end are pure. Their vectors, (n,), have one entry for each component that still exists, over all
-layers: `cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
+The functions at the end have vectors, (n,), with one entry for each component that still exists, over all layers:
+`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal"
 
 
 class Gates:
-    """The gates of a model's adapted layers (path -> layer) while it trains; each layer gets a gate of ones."""
+    """The gates of a model's adapted layers (path -> layer) while it trains."""
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
@@ -87,7 +87,7 @@ class Gates:
 
     @property
     def mean_rank(self) -> float:
-        """Average number of living components of a layer."""
+        """Living components per layer."""
         return int(self._alive.sum()) / len(self.layers)
 
     @property
@@ -110,7 +110,7 @@ class Gates:
             self._write(gate_value(self._value, self._noise))
 
     def gradient(self) -> Tensor:
-        """(n,) float64, of all gates on their device; empty after the budget is reached."""
+        """(n,) float64, on the device; empty after the budget is reached."""
         parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
         return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
 
@@ -121,8 +121,7 @@ class Gates:
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
 
-        The last step of a run keeps the budget even if its update was not `applied`, since no step follows. Returns
-        numbers for the step's line of metrics.
+        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics.
         """
         if not self.is_over:
             is_last = step + 1 == self.num_steps
@@ -335,8 +334,7 @@ def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
 
     The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
     size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
-    the loss when the component is removed. It stays the same if a component is scaled and its gate divided by the
-    scale.
+    the loss when the component is removed.
     """
     return values.abs() / (step_size * cost)
 

@@ -1,12 +1,6 @@
 """What a run decides from its steps (rate, smaller micro-batches, bad steps), and tries with its model before them.
 
-Each policy has a `state_dict` of JSON values, with which a resumed run goes on. Checks are in log.txt and checks.json,
-in words.
-
-Packed rows: transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row
-(sdpa, eager, flex; any number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models
-with a state that runs through the row (Mamba, linear attention), or with positions of their own, do not support that,
-so each model is tried.
+Each policy has a `state_dict` of JSON values, with which a resumed run goes on. Checks are in log.txt and checks.json.
 """
 
 from __future__ import annotations
@@ -54,8 +48,7 @@ _WINDOW, _LEAST_LOSSES = 32, 8
 # differ between the rows, so that a model that reads the positions of the first row only fails, too.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
 # Largest root mean square between a packed example and the same one alone, in units of measured rounding (SmolLM2-135M
-# in bf16: 1.5). Root mean squares vary less than the largest of many differences. Other neighbours in rows of the same
-# shape should change no bit, except perhaps in mixtures of experts, and may change a logit by one unit.
+# in bf16: 1.5). Other neighbours in rows of the same shape may change a logit by one unit.
 _SPREAD = 8.0
 # Rounding in units of the logits, at least: in float32 a row of another length may take other kernels (1e-6), and
 # an example that sees its neighbour moves logits by more than 0.1.
@@ -198,7 +191,7 @@ class BadSteps:
     """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`).
 
     A step is bad if its loss or gradient is not finite, or if its loss is more than `spike` times the median of the
-    last 32 applied steps. All processes decide alike, since they see the same numbers.
+    last 32 applied steps.
     """
 
     def __init__(self, train: TrainConfig) -> None:
@@ -277,10 +270,8 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
 
 
 class MissingGradientCheck:
-    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run.
-
-    It reads gradients, not parameters: a healthy update can be too small to show in float32.
-    """
+    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run. It reads
+    gradients, not parameters: a healthy update can be too small to show in float32."""
 
     num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
 
@@ -292,9 +283,7 @@ class MissingGradientCheck:
 
     def updated(self, lr: float) -> list[str] | None:
         """After the last update that is looked at, the tensors that had no gradient in any of them; otherwise None.
-
-        Must be called after each update, while its gradients exist. An update with `lr` 0 does not count.
-        """
+        Called after each update, while its gradients exist; one with `lr` 0 does not count."""
         if lr == 0.0 or self._num_seen == self.num_updates:
             return None
         self._num_seen += 1
@@ -324,10 +313,12 @@ def layout_for(attention: str) -> PackedLayout:
 
 @torch.no_grad()
 def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
-    """The layout of packed rows for the model, after a check that its examples do not see each other; both in words.
+    """The layout of packed rows for the model, and in words that their examples do not see each other; else UserError.
 
-    Four forward passes (six with flash attention) of at most 44 tokens, without a draw from the global generators.
-    UserError if an example's outputs depend on its neighbours, or differ from the example alone beyond rounding.
+    transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (any
+    number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with a state that
+    runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so each model
+    is tried, in four forward passes (six with flash attention) of at most 44 tokens.
     """
     name, config = model.config.model_type, model.config.get_text_config()
     attention = attention_of(model) or "its own code"

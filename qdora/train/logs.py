@@ -89,10 +89,7 @@ def peaks(processes: Processes) -> dict[str, int]:
 
 
 class TrainingProgress:
-    """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end.
-
-    After a resume, `start` steps are done already. The console is standard error by default: results go to stdout.
-    """
+    """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end."""
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or plain_console(stderr=True)
@@ -159,8 +156,7 @@ def tracking(
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them.
 
-    `settings`, the recipe, are stored with the metrics. Raises UserError if a tracker does not start. One that fails
-    later gets nothing more, with a warning: a chart is not worth a run of hours.
+    A tracker that fails later gets nothing more, with a warning: a chart is not worth a run of hours.
     """
     if names:
         PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
@@ -217,9 +213,9 @@ def keep_trained(run: RunDirectory, model: nn.Module, step: int) -> None:
 def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     """Rank, and how far a layer has moved from its base; nothing is dequantised.
 
-    Returns: JSON values. `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w
-        of the base that are not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which
-        does not know the norms of its base.
+    `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
+    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which does not know the norms
+    of its base.
     """
     facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     squared, magnitude = layer.base_squared, layer.magnitude
@@ -254,10 +250,9 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> NDArray[np.float64]:
-    """Running ratio of exponentially faded sums, sum(values) / sum(weights): a mean over tokens, not over steps.
+    """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps,): a mean over tokens, not steps.
 
-    `values` are summed NLL and `weights` numbers of tokens, (steps,). After `half_life` steps a contribution counts
-    half. Returns (steps,), NaN before the first token; a step without tokens keeps the last value.
+    `values` are summed NLL and `weights` numbers of tokens. After `half_life` steps a contribution counts half.
     """
     import pandas as pd
 
@@ -266,10 +261,8 @@ def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> NDArray[n
 
 
 def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
-    """Draw the lines of metrics.jsonl as SVG: loss_per_task, steps, validation_nll and validation_accuracy.
-
-    Returns the files. One that cannot be drawn is logged and never raises. validation_* need two evaluations.
-    """
+    """Draw the lines of metrics.jsonl as SVG: loss_per_task, steps, and with two evaluations validation_nll and
+    validation_accuracy. Returns the files. One that cannot be drawn is logged and never raises."""
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
     plots: dict[str, Callable[[Figure], None]] = {}
@@ -342,9 +335,8 @@ def _steps(steps: Lines, figure: Figure) -> None:
 class ExpertLoad:
     """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
 
-    The adapters start as the base, so the first steps show the base's division and the last ones what training made of
-    it. The two differ by chance, too, since they saw other tokens; how much follows from the spread between steps.
-    False for a model without experts.
+    The first steps show the base's division and the last ones what training made of it. The two differ by chance, too;
+    how much follows from the spread between steps. False for a model without experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -378,12 +370,9 @@ class ExpertLoad:
         self._recent.append(done)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values with which a resumed run goes on counting.
-
-        A line for each block: as lists, a checkpoint's indented JSON would have a line for each number.
-        """
+        """JSON values for a checkpoint, a line for each block: as lists, indented JSON has a line for each number."""
         first, recent = (
-            [{owner: " ".join(map(str, each.tolist())) for owner, each in counts.items()} for counts in steps]
+            [{owner: " ".join(map(str, values.tolist())) for owner, values in counts.items()} for counts in steps]
             for steps in (self._first, self._recent)
         )
         return {"num_steps": self.num_steps, "first": first, "recent": recent}
@@ -398,11 +387,10 @@ class ExpertLoad:
         self._recent = deque(recent, maxlen=_WINDOW)
 
     def record(self) -> dict[str, Any]:
-        """JSON values: the number of steps, and `window`, how many at each end are compared: at most half, at least 1.
+        """JSON values: the number of steps, and `window`, how many at each end are compared.
 
         Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
-        went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
-        changed (`_noise`). `moved` is None with one step, `noise` with fewer than 4.
+        went to other experts than at the start; and `noise`, what `moved` would be if the router had not changed.
         """
         window = min(_WINDOW, max(1, self.num_steps // 2))
         starts, ends = self._first[:window], list(self._recent)[-window:]
@@ -433,9 +421,8 @@ def _shares(counts: NDArray[np.int64]) -> Array:
 def _noise(first: Sequence[NDArray[np.int64]], last: Sequence[NDArray[np.int64]]) -> float:
     """Expected half of the sum of |differences| between the mean shares of two groups of n steps from one router.
 
-    The difference of an expert's two means is normal with the variance 2 v / n, v the variance of its share between
-    steps, and the mean of its absolute value is sqrt(4 v / (pi n)). v is taken within each group, so that a router that
-    does change from one group to the other does not raise it.
+    The difference of an expert's two means is normal with the variance 2 v / n, v the variance of its share between the
+    steps of a group, and the mean of its absolute value is sqrt(4 v / (pi n)).
     """
     groups = [np.stack([_shares(counts) for counts in steps]) for steps in (first, last)]
     variance = np.mean([group.var(axis=0, ddof=1) for group in groups], axis=0)
@@ -447,33 +434,30 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
     every, evaluated = recipe.interference.every, recipe.eval.every
     if every is None:
         return []
-    faults = []
+    faults = [
+        f"interference.every: {source.label} has too few validation examples, needs {_LEAST_PROBED}."
+        for source in recipe.data.mix
+        if len(validation.get(source.label, ())) < _LEAST_PROBED
+    ]
     if evaluated is None or every % evaluated:
         faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
     if len(recipe.data.mix) < 2:
         faults.append("interference.every: needs at least two sources in data.mix, got 1.")
-    return faults + _too_few({source.label: len(validation.get(source.label, ())) for source in recipe.data.mix})
-
-
-def _too_few(counts: Mapping[str, int]) -> list[str]:
-    few = [(name, count) for name, count in counts.items() if count < _LEAST_PROBED]
-    need = f"validation examples with labels, must be at least {_LEAST_PROBED}"
-    return [f"interference.every: {name} has {count} {need}." for name, count in few]
+    return faults
 
 
 def probe_examples(
     recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequence[Example]]
 ) -> dict[str, list[TokenizedExample]]:
-    """Validation examples of every task, evenly spread over its data, tokenised as in training; none without
-    `interference.every`."""
+    """Validation examples of every task, evenly spread over its data, tokenised as in training."""
     data = recipe.data
     options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": "truncate"}
     examples = {}
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
-    if faults := _too_few({name: len(tokenized) for name, tokenized in examples.items()}):
-        raise UserError(*faults)
+        if len(examples[source.label]) < _LEAST_PROBED:
+            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
@@ -501,12 +485,11 @@ def measure(
 
     A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
     training examples no longer show whether learning one task helps another. The difference between two `halves` of the
-    examples shows how far chance alone moves a cosine. Training is not affected: random generators are restored, and no
-    gradients are left. Two gradients of each task are held on the host, in bf16, which moves a cosine by less than
-    1e-3.
+    examples shows how far chance alone moves a cosine. Training is not affected. The gradients are held on the host, in
+    bf16, which moves a cosine by less than 1e-3.
 
     Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
-    the number of cosines more than twice their noise below 0.
+    `num_conflicts`, the cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
     batches = [half for name in names for half in halves[name]]
@@ -584,7 +567,7 @@ def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
 
 
 def _plain(values: Any) -> Any:
-    """JSON values of an array or a number: nested lists with six digits, None for nan."""
+    """JSON values: nested lists with six digits, None for nan."""
     if np.ndim(values) > 0:
         return [_plain(each) for each in values]
     return None if np.isnan(values) else float(f"{values:.6g}")

@@ -2,14 +2,11 @@
 
 The loss of a step is a ratio of sums, never a mean of means, so nothing is averaged here.
 
-The logits of all tokens never exist at once. Loss and gradient come from one pass: the logits of a chunk are made,
-turned in place into their own gradient, and multiplied with the head again. One gradient of the size of the hidden
-states remains for the backward pass.
+The logits of all tokens never exist at once: those of a chunk are made, turned in place into their own gradient, and
+multiplied with the head again. One gradient of the size of the hidden states remains for the backward pass.
 
 Models differ in what follows the output head: Gemma caps its logits, Granite divides them, Cohere multiplies them. The
 config proposes forms, and a comparison with the model's own logits decides.
-
-At the end: the auxiliary loss of a mixture's routers.
 """
 
 from __future__ import annotations
@@ -93,10 +90,9 @@ def chunked_nll(
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
     `hidden` is (num_tokens, in) of any float dtype; both products run in it, the softmax in float32 (float64 for
-    float64). Its gradient is rounded once per token to this dtype, and again after the product with the upstream
-    gradient. The frozen head W, (vocabulary, in), is dense or packed; a packed one is dequantised whole, once a call.
-    `softcap` is c (Gemma 2, arXiv 2408.00118, sec. 2). Returns (num_tokens,) float32 (float64 for float64), nats,
-    differentiable once, with respect to `hidden` only.
+    float64). Its gradient is rounded once per token to this dtype. The frozen head W, (vocabulary, in), is dense or
+    packed; a packed one is dequantised whole, once a call. `softcap` is c (Gemma 2, arXiv 2408.00118, sec. 2). Returns
+    (num_tokens,) float32 (float64 for float64), nats, differentiable once, with respect to `hidden` only.
 
     Peak beside the result: the logits of `chunk` tokens in hidden's dtype (their gradient overwrites them), and 32 MiB
     (4 MiB on a CPU; twice that with a softcap) of them in float32.
@@ -207,12 +203,8 @@ class LogitForm:
 class Tap:
     """Inputs and output of the head in one forward pass, which calls it `num_calls` times."""
 
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(num_labelled, hidden) states of all labelled positions, with their graph."""
-    probe: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(num_probed, hidden) states that the head got instead; detached, unless it got all."""
-    raw: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(num_probed, vocabulary) output of the head for `probe`, before the model changes it; detached."""
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_labelled, hidden), with their graph
+    raw: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_probed, vocabulary), before the model changes it
     num_calls: int = 0
 
 
@@ -220,20 +212,17 @@ class Tap:
 def tapped(
     head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool = False, whole: bool = False
 ) -> Iterator[Tap]:
-    """Record the head's inputs at (rows[i], columns[i]), (num_labelled,) int64 on the model's device.
-
-    The head itself computes the first position only, (1, 1, hidden); with `probing` those that `learn_form` needs, with
-    `whole` all of them, with their graph.
-    """
+    """Record the head's inputs at (rows[i], columns[i]), (num_labelled,) int64 on the model's device. The head itself
+    computes the first of them; with `probing` those that `learn_form` needs, with `whole` all, with their graph."""
     tap = Tap()
 
     def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         tap.num_calls += 1
         tap.hidden = args[0][rows, columns]
-        tap.probe = tap.hidden if whole else tap.hidden.detach()[: _PROBED if probing else 1]
+        probe = tap.hidden if whole else tap.hidden.detach()[: _PROBED if probing else 1]
         if probing:
-            tap.probe = torch.cat([tap.probe * factor for factor in _PROBE_FACTORS])
-        return (tap.probe.unsqueeze(0), *args[1:])
+            probe = torch.cat([probe * factor for factor in _PROBE_FACTORS])
+        return (probe.unsqueeze(0), *args[1:])
 
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         tap.raw = output.detach()[0]
@@ -243,12 +232,9 @@ def tapped(
 
 
 @torch.no_grad()
-def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targets: Tensor) -> LogitForm | None:
-    """The form of the model's own `logits` in a `probing` pass, or None if no known form reproduces them.
-
-    The form whose logits are nearest to the model's must differ by no more than rounding, and so must the loss that
-    `head_nll` computes for the same positions. `logits` are (1, num_probed, vocabulary), `targets` (num_labelled,).
-    """
+def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
+    """The form whose logits differ from the model's own, (1, num_probed, vocabulary), in a `probing` pass by no more
+    than rounding, or None."""
     if tap.num_calls != 1 or logits.shape != (1, *tap.raw.shape):
         return None
     own = logits[0]
@@ -261,14 +247,7 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
 
     errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
     form = min(errors, key=errors.__getitem__)
-    if not errors[form] <= rounding:
-        return None
-    labels = targets[: len(tap.probe) // len(_PROBE_FACTORS)].repeat(len(_PROBE_FACTORS))
-    if not _is_frozen_linear(head):
-        return form  # head_nll calls the module itself
-    ours = head_nll(head, tap.probe, labels, form, None)
-    allowed = max(rounding, 1e-4) * largest  # 1e-4: other order of sums
-    return form if bool(((ours - token_nll(own, labels)).abs() <= allowed).all()) else None
+    return form if errors[form] <= rounding else None
 
 
 def _proposals(config: Any) -> list[LogitForm]:
@@ -292,13 +271,11 @@ def proposed_form(config: Any) -> LogitForm:
 def labelled_nll(
     model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
 ) -> Tensor:
-    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those.
+    """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
 
     The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
-    The result for a model's first batch is compared with the model's own logits. If they differ, the batch is run
-    again, and from then on the model itself computes all logits at once, with a warning.
-
-    `labelled` are the row and the column of each position, `targets` the tokens behind them: (num_labelled,) int64.
+    If no known form reproduces the logits of a model's first batch, the batch is run again, and from then on the model
+    itself computes all logits at once, with a warning.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
@@ -307,7 +284,7 @@ def labelled_nll(
         with tapped(head, *labelled, probing=not known) as tap:
             logits = model(**inputs).logits
         if not known and len(targets):
-            form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
+            form = _FORMS[model] = learn_form(model, tap, logits)
         if form is not None:
             nll = head_nll(head, tap.hidden, targets, form, chunk)
             release(head)
@@ -322,11 +299,10 @@ def labelled_nll(
 
 
 def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
-    """NLL of each token from its last hidden state, (num_tokens,) float32, with the logits of a chunk at a time.
+    """NLL of each token, (num_tokens,) float32, from its last hidden state, (num_tokens, hidden).
 
-    A frozen linear head uses `chunked_nll`, which reads it once. Any other head (adapted, trained, of its own class)
-    runs under a checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
-    `hidden` is (num_tokens, hidden), `targets` (num_tokens,) int64.
+    A frozen linear head uses `chunked_nll`. Any other head (adapted, trained, of its own class) runs under a
+    checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
     """
     if _is_frozen_linear(head):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
@@ -352,11 +328,9 @@ def _is_frozen_linear(head: nn.Module) -> bool:
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
     """E sum_e f_e P_e over the real tokens of all routers together; f is counted and has no gradient.
 
-    f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability. It is
-    `top_k` where all experts have the same probability, and E where all tokens choose the same experts for certain.
+    f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability.
     `router_logits` are (tokens, E) of each router, any float dtype, `real` (tokens,) True for tokens that are not
     padding. Returns a scalar, float32 (float64 for float64).
-
     Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for several choices as in transformers.
     """
     num_experts = router_logits[0].shape[-1]
@@ -375,10 +349,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
 
 
 def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss.
-
-    The model of the config, its text model, or the whole of images and texts may have one.
-    """
+    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss."""
     asked, text = recipe.train.router_aux_loss, config.get_text_config()
     if not asked:
         return
@@ -409,7 +380,7 @@ class RouterTap:
 
 @contextmanager
 def tapped_routers(model: Any) -> Iterator[RouterTap]:
-    """Record what the routers of a model compute inside the block; for models that pass `check_router_loss`.
+    """Record what the routers of a model compute inside the block.
 
     The decoder is asked, not the model, which would also compute the loss itself and count the padding of packed rows.
     """

@@ -1,21 +1,18 @@
 """AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-A parameter stored in bf16 is the upper half of a float32 number whose other 16 bits, an int16, lie beside it. The bf16
-is the float32 rounded to nearest, and the layers multiply with it; the int16 is the distance of the two bit patterns,
-and joining them gives the float32 back, bit for bit. To join, update in float32 and split again trains exactly as with
-float32 parameters, at 4 bytes a parameter; a copy and a float32 master take 6. Gradients arrive and accumulate in
-float32 (`Tensor.grad_dtype`).
+A parameter stored in bf16 is the upper half of a float32 number whose other 16 bits, an int16, lie beside it: the
+distance of the two bit patterns. To join, update in float32 and split again trains exactly as with float32 parameters,
+at 4 bytes a parameter; a copy and a float32 master take 6. Gradients accumulate in float32 (`Tensor.grad_dtype`).
 
 Parameters are updated together, so that a GPU gets a few launches for all of them. They stay tensors of their own;
-their averages and low bits lie behind each other in flat tensors, of which each parameter has a view. An update joins
-parameters and gradients to flat float32 tensors and writes the result back. Each parameter begins at a whole block of
-the 8-bit format, or of a vectorised loop, and zeros fill up its last one: its update is the same bit for bit whatever
-its neighbours.
+their averages and low bits lie behind each other in flat tensors, of which each has a view. An update joins parameters
+and gradients to flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit
+format, or of a vectorised loop, and zeros fill up its last one: its update is the same bit for bit whatever its
+neighbours.
 
 The averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its 8-bit states. A
-paged state is a CPU tensor over memory that a GPU can read; its block scales are on the GPU. States of at least 100,000
-elements are paged, as by bitsandbytes, and flat states are nearly always that large. But nothing waits for the GPU
-after each tensor: `AdapterOptimizer` waits before the host reads pages.
+paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after each
+tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
@@ -45,8 +42,7 @@ from qdora.recipe.settings import Recipe
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
-# Averages in a parameter's state, of the parameter's shape: torch's names, then bitsandbytes'. The power of the
-# gradient that each is of.
+# Averages in a parameter's state: torch's names, then bitsandbytes', and the power of the gradient that each is of.
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
 # Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
 _NOT_STORED = ("qmap1", "qmap2")
@@ -66,10 +62,9 @@ logger = logging.getLogger("qdora")
 
 
 def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
-    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, the int16 remainder of the bit pattern.
+    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, bits(master) - bits(high), int16.
 
-    The remainder is bits(master) - bits(high) in units of the last float32 bit; that of a tie is -2^15. No memory is
-    allocated: `master` is contiguous and loses its values.
+    No memory is allocated: `master` is contiguous and loses its values.
     """
     # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
     # remainder plus 2^15, and flipping the sign bit subtracts that.
@@ -87,8 +82,7 @@ def join_float32(high: Tensor, low: Tensor) -> Tensor:
 class GroupKind(NamedTuple):
     """What the parameters of a group have in common."""
 
-    is_matrix: bool
-    """They get the states of the named optimizer; all others get float32 ones, never paged."""
+    is_matrix: bool  # these get the states of the named optimizer; all others get float32 ones, never paged
     is_8bit: bool
     lr_ratio: float
     decays: bool
@@ -102,11 +96,8 @@ def groups_of(
     ratios: Mapping[str, float] | None = None,
     undecayed: Collection[str] = (),
 ) -> list[tuple[list[str], GroupKind]]:
-    """The parameters (key -> shape and dtype) that are updated together, in order.
-
-    A group has at most _GROUP_ELEMENTS elements, or one key, one rate (key -> its `ratios`), and decays or not. Trained
-    rows of an embedding count as vectors. The grouping changes no number.
-    """
+    """The parameters (key -> shape and dtype) that are updated together: one kind, and at most _GROUP_ELEMENTS elements
+    or one key. The grouping changes no number."""
     groups: list[tuple[list[str], GroupKind]] = []
     newest: dict[GroupKind, list[str]] = {}
     sizes: dict[GroupKind, int] = {}
@@ -204,7 +195,7 @@ class FlatGroup:
         return None if self._low is None else self._low[self._spans[key]].view(self._shapes[key])
 
     def state_of(self, key: str) -> dict[str, Any]:
-        """The state of a parameter, its averages as views of its shape; "step" as optimizers store it."""
+        """The state of a parameter, its averages as views of its shape."""
         dtype = torch.float32 if isinstance(self.inner, torch.optim.AdamW) else torch.int64
         state = self._state_at(self._spans[key]) | {"step": torch.tensor(self.steps[key], dtype=dtype)}
         for name in state.keys() & MOMENTS.keys():
@@ -212,15 +203,12 @@ class FlatGroup:
         return state
 
     def _whole(self, size: int) -> int:
-        """The size rounded up to whole units."""
         return -(-size // self._unit) * self._unit
 
     def _span(self, run: Sequence[str]) -> slice:
-        """Where a run lies, in whole units."""
         return slice(self._spans[run[0]].start, self._whole(self._spans[run[-1]].stop))
 
     def _state_at(self, span: slice) -> dict[str, Any]:
-        """The part of the flat state that lies there."""
         blocks = slice(span.start // _BLOCK, -(-span.stop // _BLOCK))
         state: dict[str, Any] = {}
         for name, value in self.state.items():
@@ -298,19 +286,15 @@ def _inner_optimizer(
 
 
 def can_page(parameter: Tensor) -> bool:
-    """Whether the states of a parameter can be paged: bitsandbytes ends the process where they cannot.
-
-    Assumed where no driver answers: a plan on a machine without a GPU.
-    """
+    """Whether the states of a parameter can be paged: bitsandbytes ends the process where they cannot. Assumed where no
+    driver answers, as in a plan on a machine without a GPU."""
     device = parameter.device
     return device.type == "cuda" and device_attribute(CONCURRENT_MANAGED_ACCESS, device.index or 0) != 0
 
 
 def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back.
-
-    bitsandbytes never frees a page. So those of this process are used again, once no tensor lies in them any more.
-    """
+    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back. bitsandbytes never frees a
+    page, so those of this process are used again, once no tensor lies in them any more."""
     size = master.numel() * dtype.itemsize
     fitting = [(page.nbytes, index) for index, page in enumerate(_FREE_PAGES) if page.nbytes >= size]
     if fitting:
@@ -387,16 +371,12 @@ class AdapterOptimizer:
     smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
     update, and applied here: bitsandbytes' kernels differ between devices (its issues 1992 and 2010).
 
-    `name` is paged_adamw_8bit, paged_adamw_32bit, paged_lion_8bit (bitsandbytes; paged on CUDA, the same arithmetic
-    unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused). Matrices use it. Vectors (magnitudes,
-    biases, norms) use the same one with float32 states, never paged, without weight decay: bitsandbytes would give
-    vectors of 4,096 elements or more 8-bit states, which are too coarse for a magnitude. So do trained rows of an
-    embedding, which are few. Matrices that are `undecayed`, such as embeddings, have no weight decay either: a row
-    whose token does not occur would shrink.
-
-    `lr_ratios`: last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354).
-    `betas`: None for 0.9, 0.999 of AdamW and 0.9, 0.99 of Lion, as in their papers. All states are made here, so that a
-    later update needs no more memory than a float32 copy of some parameters.
+    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding, which are few, use the
+    same rule with float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude.
+    Matrices that are `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would
+    shrink. `lr_ratios`: last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv
+    2402.12354). `betas`: by default those of the papers. All states are made here, so that a later update needs no more
+    memory than a float32 copy of some parameters.
     """
 
     def __init__(
@@ -440,8 +420,8 @@ class AdapterOptimizer:
     def step(self, lr: float) -> None:
         """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter.
 
-        A group that does not fit into memory is updated again one parameter after the other. If one does not fit by
-        itself, its error is raised; others may be updated already.
+        A group that does not fit is updated one parameter after the other. If one does not fit by itself, its error is
+        raised; others may be updated already.
         """
         for group in self._groups:
             rate = lr * group.kind.lr_ratio
@@ -494,10 +474,7 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def cut_(self, cuts: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Cut low bits and states of parameters that were themselves cut already: key -> the indices kept of a dim.
-
-        8-bit states of these parameters are quantised again.
-        """
+        """Cut low bits and states of parameters that were themselves cut already: key -> the indices kept of a dim."""
         self._wait_for_pages()
         # One after the other: the old states of a group are freed before the next one's copies are made.
         for _ in range(len(self._groups)):
@@ -531,11 +508,8 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Multiply a parameter, as the layer reads it, by `factor`, which is broadcast and nowhere 0.
-
-        Its gradient is then the old one divided by the factor, so the averages are divided by it, too (by its square,
-        for squares).
-        """
+        """Multiply a parameter, as the layer reads it, by `factor`, broadcast and nowhere 0, and divide its averages by
+        the factor, or its square for those of squares, as its gradient is."""
         parameter, state = self.parameters[key].detach(), self.state(key)
         folded, low = parameter.float() * factor, self._group_of(key).low(key)
         if low is None:
@@ -560,18 +534,8 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state_tensors`, by copying into states that bitsandbytes has made itself, so that they stay paged.
-        ValueError if a tensor is missing, unknown or of another shape or dtype."""
-        targets = self.state_tensors()
-        faults = [f"{name} is missing" for name in targets.keys() - tensors.keys()]
-        faults += [f"{name} is unknown" for name in tensors.keys() - targets.keys()]
-        for name in tensors.keys() & targets.keys():
-            forms = [f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensors[name], targets[name])]
-            if forms[0] != forms[1]:
-                faults.append(f"{name} is {forms[0]}, not {forms[1]}")
-        if faults:
-            raise ValueError(f"optimizer state does not fit these parameters: {min(faults)}")
-        for name, target in targets.items():
+        """Restore `state_tensors`, by copying into states that bitsandbytes has made, so that they stay paged."""
+        for name, target in self.state_tensors().items():
             target.copy_(tensors[name])
         for key in self.parameters:
             self._group_of(key).steps[key] = int(tensors[f"state/{key}/step"])

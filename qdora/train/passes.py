@@ -70,10 +70,8 @@ class OutOfMemory(RunFailure):
 class LossScale:
     """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
 
-    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both. The sum is not divided by the
-    step's tokens before the backward pass: of 32,768 tokens each would have a gradient that underflows. A step whose
-    gradients overflow is computed again with half the factor, so no step is lost.
-    Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
+    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both. A step whose gradients overflow
+    is computed again with half the factor. Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
     def __init__(self) -> None:
@@ -119,14 +117,12 @@ def step_gradient(
     The host waits for a GPU once, at the end. There it learns, too, whether a row norm was wrong (`unchecked`); the
     gradient is then computed again.
 
-    `loss_chunk` is the number of labelled tokens whose logits exist at once; None: as many as make 128 MiB.
     `router_aux_loss` is the factor of the routers' auxiliary loss; that of a step is the mean over the micro-batches of
-    all processes, each weighted by its tokens without padding. `reads` gives numbers that depend on the gradient and
-    are read with the step's own, by their names: its norm, the gradient of gates.
+    all processes, each weighted by its tokens without padding. `reads` are numbers of the gradient that are read with
+    the step's own, by name: its norm, the gradient of gates.
 
-    Returns the step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has
-    one; and the NLL of each micro-batch's examples, (examples,), on the device, so that nothing waits for it.
-    OutOfMemory if a micro-batch does not fit.
+    Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
+    of each micro-batch's examples, (examples,), on the device, so that nothing waits for it.
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
@@ -216,22 +212,15 @@ def prepare_model_gains(model: nn.Module) -> None:
 class SentLabels:
     """The labelled positions of a micro-batch on the model's device, row by row."""
 
-    rows: Tensor
+    rows: Tensor  # (num_labelled,) int64, like the next three: the positions whose next token counts,
     columns: Tensor
-    """(num_labelled,) int64, like `rows`: the positions whose next token counts."""
-    targets: Tensor
-    """(num_labelled,) int64, that token."""
-    owners: Tensor
-    """(num_labelled,) int64, its example."""
-    starts: Tensor
-    """(examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty."""
+    targets: Tensor  # that token,
+    owners: Tensor  # and its example
+    starts: Tensor  # (examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty
     packing: Packing | None
-    weights: Tensor | None
-    """(examples,) float32."""
-    longest: int
-    """Tokens of the longest example of a single packed row."""
-    example_tokens: Tensor
-    """(examples,) int64 on the CPU, labelled tokens of each example."""
+    weights: Tensor | None  # (examples,) float32
+    longest: int  # tokens of the longest example of a single packed row
+    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
 
 
 def send_labels(
@@ -257,8 +246,13 @@ def send_labels(
     tensors = [rows, columns, labels[:, 1:][is_labelled[:, :-1]], owner, starts, *others, *optional]
     sent = send(tensors, device)
     rest = sent[5 + len(others) :]
+    rows, columns, targets, owners, starts = sent[:5]
     made = SentLabels(
-        *sent[:5],
+        rows,
+        columns,
+        targets,
+        owners,
+        starts,
         packing=None if packing is None else Packing(*rest[-2:]),
         weights=None if weights is None else rest[0],
         longest=longest,
@@ -270,8 +264,7 @@ def send_labels(
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of any dtypes and shapes, from the CPU to `device`.
 
-    For a GPU they are joined in pinned memory, from which a copy needs no wait of the host. torch keeps that memory
-    until the copy is done.
+    For a GPU they are joined in pinned memory, from which a copy needs no wait of the host.
     """
     if device.type == "cpu":
         return list(tensors)
@@ -287,14 +280,10 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 class BatchLoss:
     """Losses of a micro-batch, float32 nats."""
 
-    nll_sum: Tensor
-    """Scalar, summed over the labelled tokens, times their weights; differentiable."""
-    example_nll: Tensor
-    """(examples,) unweighted sum of each example; detached."""
-    example_tokens: Tensor
-    """(examples,) int64, labelled tokens per example, on the labels' device."""
-    router_loss: Tensor | None = None
-    """Scalar, the routers' auxiliary loss; differentiable. None if it was not asked for."""
+    nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
+    example_nll: Tensor  # (examples,) unweighted sum of each example; detached
+    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
+    router_loss: Tensor | None = None  # scalar, the routers' auxiliary loss; differentiable
 
 
 def batch_loss(
@@ -311,15 +300,14 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Logits are computed at labelled positions only, a chunk at a time (`loss.labelled_nll`): an answer of 5 tokens after
-    a prompt of 200 takes 5 rows of logits. A batch without a labelled token gives a zero sum.
+    Logits are computed at labelled positions only, a chunk at a time (`loss.labelled_nll`). A batch without a labelled
+    token gives a zero sum.
 
-    `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing`, the
-    example of each token, the model gets no mask: transformers then keeps attention inside each run of positions (if
-    `guards.packed_layout` has found so). `labels`, (rows, length) int64, are on the CPU, where positions are looked up;
-    -100 where a token does not count, such as the first of an example. `weights`, (examples,), are those of each
-    example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss, over all tokens but padding.
-    `sent` is what `send_labels` makes of labels, packing and weights, if it is at hand.
+    `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
+    model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
+    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights`, (examples,), are those
+    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` is what
+    `send_labels` makes of labels, packing and weights, if it is at hand.
     """
     sent = sent or send_labels(labels, packing, weights, input_ids.device)[0]
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
@@ -341,8 +329,8 @@ def batch_loss(
 def even_passes(batch: Step, processes: Processes) -> Step:
     """The step with empty micro-batches behind this process's own, up to the most that a process has.
 
-    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has two tokens, no
-    label and no example, so all its gradients are zero.
+    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has no label, so
+    all its gradients are zero.
     """
     if not processes.shards:
         return batch

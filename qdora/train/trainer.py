@@ -35,31 +35,11 @@ from qdora.model.build_model import write_adapter
 from qdora.model.inject import adapted_layers
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
-from qdora.train import checkpoint, evals, logs
+from qdora.train import checkpoint, evals, guards, logs, passes
 from qdora.train.distributed import Processes, StopRequest, stop_on_signal
 from qdora.train.gates import Gates
-from qdora.train.guards import (
-    CHECKS_FILE,
-    GRADIENTS,
-    Backoff,
-    BadStep,
-    BadSteps,
-    Check,
-    MissingGradientCheck,
-    Schedule,
-    tell_checks,
-)
 from qdora.train.optimizer import AdapterOptimizer, optimizer_of
-from qdora.train.passes import (
-    LossScale,
-    Metrics,
-    OutOfMemory,
-    Shortage,
-    even_passes,
-    over_processes,
-    step_gradient,
-    task_weights,
-)
+from qdora.train.passes import Metrics
 
 _UNKNOWN: Metrics = {"loss": math.nan, "gradient_norm": math.nan}
 
@@ -72,12 +52,9 @@ class _Gradient:
 
     batch: Step
     metrics: Metrics = field(default_factory=dict)
-    example_nll: list[Tensor] = field(default_factory=list)
-    """(examples,) of each of this process's micro-batches."""
-    fault: str | None = None
-    """Why it could not be computed."""
-    shortage: Shortage | None = None
-    """The micro-batch that did not fit into memory."""
+    example_nll: list[Tensor] = field(default_factory=list)  # (examples,) of each of this process's micro-batches
+    fault: str | None = None  # why it could not be computed
+    shortage: passes.Shortage | None = None  # the micro-batch that did not fit into memory
 
 
 class Trainer:
@@ -112,9 +89,9 @@ class Trainer:
             self.gates = Gates(adapted_layers(model), recipe.adapter.gates, num_steps, recipe.train.seed)
         self.optimizer = optimizer or optimizer_of(recipe, model)
         processes.share_first_(list(self.optimizer.parameters.values()))
-        self.schedule, self.backoff = Schedule(recipe.train, num_steps), Backoff(loader)
-        self.bad_steps = BadSteps(recipe.train)
-        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
+        self.schedule, self.backoff = guards.Schedule(recipe.train, num_steps), guards.Backoff(loader)
+        self.bad_steps = guards.BadSteps(recipe.train)
+        self.loss_scale = passes.LossScale() if model.dtype == torch.float16 else None
         self.expert_load = logs.ExpertLoad(model)
         validation = validation or {}
         evaluated = {name: validation[name] for name in evals.evaluated_sources(recipe, validation)}
@@ -122,20 +99,17 @@ class Trainer:
         written = directory if processes.is_first else None
         self.evaluations = evals.StepEvaluations(recipe, written, model, tokenizer, evaluated, self.console)
         self._probed = logs.probe_examples(recipe, tokenizer, validation)
-        self._missing_gradients = MissingGradientCheck(self.optimizer)
-        self._task_weights = task_weights(recipe, loader)
+        self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
+        self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
+        # The states of the loader and of the random generators before the present step.
         self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
-        """The states of the loader and of the random generators before the present step."""
         self._tell_trackers: Callable[[Metrics], None] | None = None
-
-    # The run
 
     def run(self) -> None:
         """Take the steps that are left, evaluate and save. Draw the figures, however the run ends.
 
-        The model before its first step is evaluated, too, if the recipe asks for it. adapter/ gets the best step, or by
-        default the last one.
+        adapter/ gets the best step, or by default the last one.
         """
         asked = self.recipe.eval
         if self.gates is not None and self.step == 0:
@@ -148,8 +122,7 @@ class Trainer:
                 stack.callback(self._conclude)
             if self.step == 0 and asked.at_start and self.evaluations.examples:
                 start = partial(self.evaluations.measure, 0, self.evaluations.start)
-                line = evals.evaluate_together(self.processes, start)
-                self.write_metrics({"step": 0, **line})
+                self.write_metrics({"step": 0, **evals.evaluate_together(self.processes, start)})
             if self.trains and self.step < self.num_steps and not self.is_over:
                 self._take_steps()
             if self.trains and self.best is None:
@@ -190,14 +163,19 @@ class Trainer:
     @property
     def _evaluates(self) -> bool:
         """Whether an evaluation follows the present step, other than the one after training."""
-        every = self.recipe.eval.every
-        is_due = every is not None and self.step % every == 0 and self.step < self.num_steps
-        return is_due and bool(self.evaluations.examples)
+        every, is_last = self.recipe.eval.every, self.step == self.num_steps
+        return every is not None and self.due(every) and not is_last and bool(self.evaluations.examples)
 
     @property
     def is_over(self) -> bool:
         """Whether the evaluations ended the run before its last step."""
         return self.best is not None and self.best.is_over and self.step < self.num_steps
+
+    @property
+    def evaluates_again(self) -> bool:
+        """Whether a run that goes on here evaluates the present step, which it may have done before."""
+        asked = self.recipe.eval
+        return (self.step == 0 and asked.at_start) or (self.step == self.num_steps and asked.at_end)
 
     def evaluate_and_save(self) -> None:
         """Evaluate and save when due; Interrupted after a requested stop.
@@ -225,13 +203,15 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Measure the present state and write its line of metrics; returns whether it is the best so far."""
-        step, every = self.step, self.recipe.interference.every
+        step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began = time.perf_counter()
-            line["interference"] = self.processes.first_or_all(self._interference)
+            began, halves = time.perf_counter(), logs.halves_of(self._probed, self.loader.batching)
+            options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
+            options["device"] = self.model.device
+            cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
+            line["interference"] = self.processes.first_or_all(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
-        is_better = False
         if self.best is not None:
             results = self.evaluations.results
             value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
@@ -241,13 +221,6 @@ class Trainer:
         self.write_metrics({"step": step, **line})
         self.model.train()
         return is_better
-
-    def _interference(self) -> dict[str, Any]:
-        halves = logs.halves_of(self._probed, self.loader.batching)
-        options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
-        return logs.measure(self.model, halves, self.optimizer.parameters, device=self.model.device, **options)
-
-    # One step
 
     def one_step(self) -> Metrics:
         """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
@@ -261,8 +234,8 @@ class Trainer:
         lr = self.schedule.rate(self.step)
         metrics = {"step": number, "lr": lr, **gradient.metrics}
         loss, norm = metrics["loss"], metrics["gradient_norm"]
-        reason = gradient.fault or self.bad_steps.fault(loss, norm)
-        if reason is None:
+        fault = gradient.fault or self.bad_steps.fault(loss, norm)
+        if fault is None:
             clip = self.recipe.train.clip
             if clip is not None and norm > clip:
                 self.optimizer.scale_gradients_(clip / norm)
@@ -274,18 +247,18 @@ class Trainer:
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         else:
-            bad = BadStep(number, reason, gradient.batch, loss, norm, gradient.example_nll)
+            bad = guards.BadStep(number, fault, gradient.batch, loss, norm, gradient.example_nll)
             if gradient.fault is not None or not self.bad_steps.skip():
                 raise self._failure(bad, Diverged if gradient.fault is None else RunFailure)
-            metrics["skipped"] = {"reason": reason, "loss": loss, "gradient_norm": norm}
-            metrics["skipped"]["num_examples"] = gradient.batch.num_examples
+            numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
+            metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
             kept = self._keep_batch(bad)
             self.write_metrics({"step": number, "skipped": metrics["skipped"]})
-            logger.warning("Step %d is skipped: %s. Its examples: %s", number, reason, kept)
+            logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
         self.optimizer.zero_grad()
         if self.gates is not None:
-            metrics |= self.gates.end(number - 1, reason is None, self.optimizer, self.processes)
+            metrics |= self.gates.end(number - 1, fault is None, self.optimizer, self.processes)
         metrics["time"] = {"step_seconds": time.perf_counter() - began, **logs.peaks(self.processes)}
         return metrics
 
@@ -300,12 +273,11 @@ class Trainer:
             gradient = self._gradient()
             if gradient.shortage is not None:
                 self._restore()
-                shrunk = self.backoff.shrink(gradient.shortage)
-                if shrunk is None:
+                if (shrunk := self.backoff.shrink(gradient.shortage)) is None:
                     return gradient
                 self.write_metrics({"step": self.step + 1, "out_of_memory": shrunk})
-                text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their "
-                logger.warning(f"{text}examples. (%s)", self.step + 1, *shrunk.values())
+                text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens. (%s)"
+                logger.warning(text, self.step + 1, *shrunk.values())
                 continue
             if self.loss_scale is None or scale is None:
                 return gradient
@@ -320,7 +292,7 @@ class Trainer:
 
     def _gradient(self) -> _Gradient:
         """The gradient of the next step's examples, summed over all processes in the parameters' `grad`."""
-        processes, alone, gates = self.processes, self.processes.size == 1, self.gates
+        processes, alone = self.processes, self.processes.size == 1
         try:
             gradient = _Gradient(self.loader.next_step())
         except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
@@ -330,12 +302,12 @@ class Trainer:
             safe = [self.save()] if alone else []
             raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.{fix}", safe=safe) from error
         reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
-        if alone and gates is not None:
-            reads["gates"] = gates.gradient
+        if alone and self.gates is not None:
+            reads["gates"] = self.gates.gradient
         try:
-            gradient.metrics, gradient.example_nll = step_gradient(
+            gradient.metrics, gradient.example_nll = passes.step_gradient(
                 self.model,
-                even_passes(gradient.batch, processes),
+                passes.even_passes(gradient.batch, processes),
                 device=self.model.device,
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
@@ -346,7 +318,7 @@ class Trainer:
         except RuntimeError as error:
             if processes.shards:
                 raise  # the others wait for a part of the base, and cannot be told
-            if isinstance(error, OutOfMemory):
+            if isinstance(error, passes.OutOfMemory):
                 gradient.shortage = error.shortage
             else:
                 what = f"cannot be computed: {first_line(error)} The update was not applied."
@@ -362,12 +334,12 @@ class Trainer:
             gradient.fault, gradient.metrics = fault if alone else f"process {rank}: {fault}", dict(_UNKNOWN)
         elif alone:
             gradient.metrics["gradient_norm"] = gradient.metrics["gradient_norm"][0]
-            if gates is not None:
-                gates.take_gradient(gradient.metrics.pop("gates"))
+            if self.gates is not None:
+                self.gates.take_gradient(gradient.metrics.pop("gates"))
         else:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
-            norm = float(self.optimizer.gradient_norm())
-            gradient.metrics = {"gradient_norm": norm, **over_processes([metrics for _, _, metrics in per_rank])}
+            summed = passes.over_processes([metrics for _, _, metrics in per_rank])
+            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
         return gradient
 
     def _check_gradients(self, lr: float) -> None:
@@ -381,10 +353,11 @@ class Trainer:
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         usual = " That is usual only for experts that no token has chosen yet."
-        check = Check("warning", f"{text}{usual}") if missing else Check("passed", text)
-        self.processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(self.directory, {GRADIENTS: [check]})))
+        checks = [guards.Check("warning", f"{text}{usual}") if missing else guards.Check("passed", text)]
+        tell = partial(guards.tell_checks, self.directory, {guards.GRADIENTS: checks})
+        self.processes.first(unharmed(guards.CHECKS_FILE)(tell))
 
-    def _failure(self, bad: BadStep, kind: type[RunFailure]) -> RunFailure:
+    def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
         """Keep the batch that broke the step and the state before it; the parameters have not been changed.
 
         After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
@@ -404,8 +377,6 @@ class Trainer:
         self.loader.load_state_dict(self._before[0])
         checkpoint.set_random_state(self._before[1])
 
-    # What it writes
-
     def _conclude(self) -> None:
         with suppress(RunFailure):  # a full disk, which must not hide why the run ends
             logs.report_streams(self.directory, self.loader.streams)
@@ -419,31 +390,29 @@ class Trainer:
             self._tell_trackers(metrics)
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state and remove the oldest ones. Returns its directory.
-
-        RunFailure if the processes have different parameters, or the disk cannot be written.
-        """
+        """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
         self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
         random = self.processes.gather(checkpoint.random_state())
-        self._write(lambda: self._write_checkpoint(random))
+
+        def write() -> None:
+            with self.directory.checkpoint_directory(self.step) as directory:
+                self._write_trained(directory, directory / "adapter")
+                if self.gates is not None:
+                    self.gates.save(directory)
+                checkpoint.write_state(
+                    directory,
+                    step=self.step,
+                    optimizer=self.optimizer,
+                    loader_state=self.loader.state_dict(),
+                    random=random,
+                    policies={name: policy.state_dict() for name, policy in self._policies().items()},
+                )
+
+        self._write(write)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
-
-    def _write_checkpoint(self, random: list[dict[str, Tensor]]) -> None:
-        with self.directory.checkpoint_directory(self.step) as directory:
-            self._write_trained(directory, directory / "adapter")
-            if self.gates is not None:
-                self.gates.save(directory)
-            checkpoint.write_state(
-                directory,
-                step=self.step,
-                optimizer=self.optimizer,
-                loader_state=self.loader.state_dict(),
-                random=random,
-                policies={name: policy.state_dict() for name, policy in self._policies().items()},
-            )
 
     def _policies(self) -> dict[str, Any]:
         """Name in state.json -> the policies of this run."""
@@ -470,27 +439,28 @@ class Trainer:
 
     def _save_final(self) -> None:
         """Write adapter/, from the best checkpoint or from the model if none was chosen, and trained.json."""
-        self._write(self._write_final)
-        about = unharmed(logs.TRAINED_FILE)
-        self.processes.first(about(lambda: logs.keep_trained(self.directory, self.model, self.step)))
 
-    def _write_final(self) -> None:
-        if self.best is None or self.best.step is None:
+        def write() -> None:
+            if self.best is None or self.best.step is None:
+                with self.directory.result_directory("adapter") as directory:
+                    self._write_trained(directory, directory)
+                return
+            best = self.directory.checkpoint_path(self.best.step)
+            if fault := checkpoint_fault(best):
+                raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
+            is_full = self.recipe.adapter.kind == "full"
+            files = [best / checkpoint.PARAMETERS_FILE] if is_full else sorted((best / "adapter").iterdir())
             with self.directory.result_directory("adapter") as directory:
-                self._write_trained(directory, directory)
-            return
-        best = self.directory.checkpoint_path(self.best.step)
-        if fault := checkpoint_fault(best):
-            raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
-        is_full = self.recipe.adapter.kind == "full"
-        files = [best / checkpoint.PARAMETERS_FILE] if is_full else sorted((best / "adapter").iterdir())
-        with self.directory.result_directory("adapter") as directory:
-            for file in files:
-                shutil.copyfile(file, directory / file.name)
-            record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
-            (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
+                for file in files:
+                    shutil.copyfile(file, directory / file.name)
+                record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
+                (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
 
-    def _keep_batch(self, bad: BadStep) -> Path:
+        self._write(write)
+        keep_trained = partial(logs.keep_trained, self.directory, self.model, self.step)
+        self.processes.first(unharmed(logs.TRAINED_FILE)(keep_trained))
+
+    def _keep_batch(self, bad: guards.BadStep) -> Path:
         """Write all processes' examples of a step that was not applied. Returns the directory."""
         examples = [example for mine in self.processes.gather(bad.examples()) for example in mine]
         parts = "bad-steps", f"step-{bad.step}"
@@ -516,40 +486,30 @@ class Trainer:
 
         self.processes.first(again)
 
-    # A run that goes on
-
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
-        with checkpoint.unreadable(path):
-            if self.recipe.adapter.kind == "full":
-                tensors = load_file(path / checkpoint.PARAMETERS_FILE)
-                checkpoint.copy_parameters(tensors, self.optimizer.parameters, path)
-            self.step, states = checkpoint.read_state(
-                path,
-                optimizer=self.optimizer,
-                loader=self.loader,
-                processes=self.processes,
-                seed=self.recipe.train.seed,
-                draws=checkpoint.draws_numbers(self.recipe, self.model),
-            )
-            for name, policy in self._policies().items():
-                if name == "best":
-                    evals.restore_best(policy, states.get(name), self.directory, self.processes)
-                elif name == "schedule":
-                    self.schedule.load_state_dict(states[name], self.step)
-                elif name == "gates":
-                    policy.load(path, states[name])
-                elif name in states:
-                    policy.load_state_dict(states[name])
+        if self.recipe.adapter.kind == "full":
+            tensors = load_file(path / checkpoint.PARAMETERS_FILE)
+            checkpoint.copy_parameters(tensors, self.optimizer.parameters)
+        self.step, states = checkpoint.read_state(
+            path,
+            optimizer=self.optimizer,
+            loader=self.loader,
+            processes=self.processes,
+            seed=self.recipe.train.seed,
+        )
+        for name, policy in self._policies().items():
+            if name == "best":
+                evals.restore_best(policy, states.get(name), self.directory, self.processes)
+            elif name == "schedule":
+                self.schedule.load_state_dict(states[name], self.step)
+            elif name == "gates":
+                policy.load(path, states[name])
+            elif name in states:
+                policy.load_state_dict(states[name])
         logger.info("Continuing from %s.", path)
         start = self.directory.evaluation_file(0)
         if start.is_file():
             self.evaluations.results[self.evaluations.start] = evals.read_result(start)
         if self.best is not None and not self.evaluates_again:
             evals.judge_former_end(self.best, self.recipe, self.directory, self.processes, self.step)
-
-    @property
-    def evaluates_again(self) -> bool:
-        """Whether a run that goes on here evaluates the present step, which it may have done before."""
-        asked = self.recipe.eval
-        return (self.step == 0 and asked.at_start) or (self.step == self.num_steps and asked.at_end)
