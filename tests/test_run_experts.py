@@ -127,7 +127,6 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
     assert layers[name]["update"] == pytest.approx(expected, rel=1e-3)
     record = json.loads((run / FILE).read_text())
     assert (record["num_steps"], record["window"], len(record["blocks"])) == (4, 2, 2)
-    assert "Experts: between the first and the last 2 steps" in (run / "log.txt").read_text()
     console = Console(file=io.StringIO(), width=130)
     export_run(run, tmp_path / "peft", ExportOptions(format="peft"), console=console)
     assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()

@@ -49,7 +49,7 @@ def write_state(
     tensors = {_numbered(kind, rank): state for rank, states in enumerate(random) for kind, state in states.items()}
     write_tensors(directory / "random.safetensors", tensors)
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
-    (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
+    (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
 
 @torch.no_grad()

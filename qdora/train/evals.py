@@ -173,32 +173,25 @@ def was_measured(run: RunDirectory, step: int) -> bool:
     return any("eval" in line for line in run.metrics() if line["step"] == step)
 
 
-def restore_best(best: BestSoFar, state: Mapping[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
-    """Go on choosing the best step, unless it was chosen in another way before, or its checkpoint is gone."""
+def former_best(
+    best: BestSoFar, recipe: Recipe, run: RunDirectory, state: Mapping[str, Any] | None, step: int
+) -> dict[str, Any]:
+    """The state with which a run that goes on after `step` steps chooses its best one; for the first process.
 
-    def fault() -> str | None:
-        if state is None or state["question"] != best.question:
-            return "The run chose the best step in another way before, or by other examples"
-        lost = None if state["step"] is None else checkpoint_fault(run.checkpoint_path(state["step"]))
-        return None if lost is None else f"The best checkpoint, step-{state['step']}, is not whole ({lost})"
-
-    text = processes.from_first(fault)
-    if state is not None and text is None:
-        best.load_state_dict(state)
+    It begins anew if the run chose in another way before, or if the best checkpoint is gone.
+    """
+    if state is None or state["question"] != best.question:
+        fault = "The run chose the best step in another way before, or by other examples"
+    elif state["step"] is not None and (lost := checkpoint_fault(run.checkpoint_path(state["step"]))):
+        fault = f"The best checkpoint, step-{state['step']}, is not whole ({lost})"
     else:
-        logger.warning("%s. The best step is chosen from the evaluations that follow.", text)
-
-
-def judge_former_end(best: BestSoFar, recipe: Recipe, run: RunDirectory, processes: Processes, step: int) -> None:
-    """Judge the evaluation after the last step of a run that is extended: it followed that step's checkpoint."""
-    file = run.evaluation_file(step)
-
-    def value() -> float | None:
-        is_whole = file.is_file() and was_measured(run, step)
-        return selection_value(recipe, read_result(file)) if is_whole else None
-
-    if best.judged is not None and best.judged < step and (last := processes.from_first(value)) is not None:
-        best.judge(step, last)
+        best.load_state_dict(state)
+        if best.judged is not None and best.judged < step and was_measured(run, step):
+            # The evaluation after the last step of a run that is extended followed that step's checkpoint.
+            best.judge(step, selection_value(recipe, read_result(run.evaluation_file(step))))
+        return best.state_dict()
+    logger.warning("%s. The best step is chosen from the evaluations that follow.", fault)
+    return best.state_dict()
 
 
 def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]], num_steps: int) -> list[str]:

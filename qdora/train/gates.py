@@ -310,23 +310,18 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
     excess = float(cost[alive].sum()) - allowed
     if excess <= 0:
         return going
-    candidates = (alive & ~_best_of_layers(order, layer, alive)).nonzero().squeeze(1)
+    # The highest living component of each layer stays, the first one in a tie.
+    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
+    place = torch.full((int(layer.max()) + 1,), len(order))
+    place = place.scatter_reduce(0, layer[down], torch.arange(len(order)), "amin")
+    best = torch.zeros_like(alive)
+    best[down[place[place < len(order)]]] = True
+    candidates = (alive & ~best).nonzero().squeeze(1)
     lowest = candidates[order[candidates].argsort(stable=True)]
     before = cost[lowest].cumsum(0) - cost[lowest]
     # Exact: sums of whole numbers.
     going[lowest[before < excess]] = True
     return going
-
-
-def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
-    """(n,) bool: the highest living component of each layer, the first one in a tie."""
-    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    order_of = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
-        0, layer[down], torch.arange(len(order)), "amin"
-    )
-    best = torch.zeros_like(alive)
-    best[down[order_of[order_of < len(order)]]] = True
-    return best & alive
 
 
 def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:

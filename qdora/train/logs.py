@@ -61,31 +61,26 @@ Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
 # Most optimizer steps at the start and at the end whose division of tokens among experts is compared.
 _WINDOW = 10
-_Counts = dict[str, NDArray[np.int64]]
-"""Block of experts -> tokens of each expert."""
 _LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
 logger = logging.getLogger("qdora")
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory: allocated on the GPU since this training began, or without a GPU resident in this process."""
+def memory_peaks() -> dict[str, int]:
+    """Peak memory: allocated on the GPU since this training began, and what torch's allocator reserved for it; without
+    a GPU resident in this process."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        reserved = int(torch.cuda.max_memory_reserved())
+        return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def reserved_bytes() -> int | None:
-    """As `peak_memory_bytes`, with the pieces that torch's allocator held and could not use; None without a GPU."""
-    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
 
 
 def peaks(processes: Processes) -> dict[str, int]:
-    """The largest peaks of all processes: memory in use, and on GPUs what the allocator reserved for it."""
-    per_rank = processes.gather({"peak_memory_bytes": peak_memory_bytes(), "peak_reserved_bytes": reserved_bytes()})
-    return {name: max(each[name] for each in per_rank) for name in per_rank[0] if per_rank[0][name] is not None}
+    """The largest `memory_peaks` of all processes."""
+    per_rank = processes.gather(memory_peaks())
+    return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
 
 
 class TrainingProgress:
@@ -115,14 +110,13 @@ class TrainingProgress:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
-        step, reserved = metrics["step"], reserved_bytes()
-        self._seconds.append(metrics["time"]["step_seconds"])
+        step, (used, *reserved) = metrics["step"], [peak / 2**30 for peak in memory_peaks().values()]
+        self._seconds.append(seconds := metrics["time"]["step_seconds"])
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
-        held = "" if reserved is None else f" (reserved {reserved / 2**30:.2f})"
+        held = f" (reserved {reserved[0]:.2f})" if reserved else ""
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  memory {peak_memory_bytes() / 2**30:.2f}{held} "
-            f"GiB  left {duration(left)}"
+            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
@@ -192,10 +186,7 @@ def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """{"train": {"lr": 1e-3, "betas": [0.9, 0.99]}} -> {"train.lr": 1e-3, "train.betas": "[0.9, 0.99]"}.
-
-    Leaves out null, which trackers refuse, and access tokens.
-    """
+    """{"train": {"betas": [0.9, 0.99]}} -> {"train.betas": "[0.9, 0.99]"}, without null and access tokens."""
     return {
         key: value if isinstance(value, bool | int | float) else masked(str(value))
         for key, value in flat(values).items()
@@ -237,27 +228,27 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
     seen = {}
     for part in streams:
         here = part.position
-        counts = (here.num_drawn, here.num_truncated, here.num_dropped, here.epoch)
-        logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts)
+        counts = {"num_examples": here.num_drawn, "num_truncated": here.num_truncated}
+        counts |= {"num_dropped": here.num_dropped, "num_passes": here.epoch}
+        logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts.values())
         if here.num_bad:
             text = "%s: %d faulty rows were skipped. The first: %s"
             logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
-        names = ("num_examples", "num_truncated", "num_dropped", "num_passes")
         faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
-        seen[part.name] = dict(zip(names, counts, strict=True)) | faulty
+        seen[part.name] = counts | faulty
     if seen:
         run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})
 
 
-def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> NDArray[np.float64]:
-    """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps,): a mean over tokens, not steps.
+def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
+    """Running ratio of exponentially faded sums, sum(values) / sum(weights), of the shape of both: (steps, ...).
 
-    `values` are summed NLL and `weights` numbers of tokens. After `half_life` steps a contribution counts half.
+    A mean over tokens, not steps. After `half_life` steps a contribution counts half.
     """
     import pandas as pd
 
-    both = pd.DataFrame({"values": values, "weights": weights}, dtype=float).ewm(halflife=half_life).mean()
-    return (both["values"] / both["weights"]).to_numpy()
+    sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
+    return (sums / counts).to_numpy().reshape(np.shape(values))
 
 
 def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
@@ -284,39 +275,34 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
 
 
 def _loss_per_task(steps: Lines, figure: Figure) -> None:
-    half_life, numbers = max(1.0, len(steps) / 20), [line["step"] for line in steps]
-    curves = {}
-    for name in sorted({name for line in steps for name in line["tasks"]}):
-        tasks = [line["tasks"].get(name, {"nll_sum": 0.0, "num_tokens": 0}) for line in steps]
-        sums, tokens = ([task[key] for task in tasks] for key in ("nll_sum", "num_tokens"))
-        curves[name] = smooth(sums, tokens, half_life)
-    tokens = [line["num_label_tokens"] for line in steps]
-    sums = [line["loss"] * line["num_label_tokens"] for line in steps]
-    _plot(figure, "training loss, nats per answer token", numbers, curves, smooth(sums, tokens, half_life))
+    names = sorted({name for line in steps for name in line["tasks"]})
+    sums = [[line["tasks"].get(name, {"nll_sum": 0.0})["nll_sum"] for name in names] for line in steps]
+    tokens = [[line["tasks"].get(name, {"num_tokens": 0})["num_tokens"] for name in names] for line in steps]
+    for line, row, counts in zip(steps, sums, tokens, strict=True):
+        row.append(line["loss"] * line["num_label_tokens"])
+        counts.append(line["num_label_tokens"])
+    values = smooth(sums, tokens, max(1.0, len(steps) / 20))
+    _plot(figure, "training loss, nats per answer token", steps, names, values)
 
 
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
-    def values(scores: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        return np.array([score.get(metric) for score in scores], dtype=float)  # None becomes NaN
-
     names = sorted({name for line in evaluations for name in line["eval"]})
-    curves = {name: values([line["eval"].get(name, {}) for line in evaluations]) for name in names}
+    rows = [[line["eval"].get(name, {}).get(metric) for name in names] for line in evaluations]
+    rows = [[*row, line["average"].get(metric)] for row, line in zip(rows, evaluations, strict=True)]
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
-    steps, average = [line["step"] for line in evaluations], values([line["average"] for line in evaluations])
-    _plot(figure, label, steps, curves, average)
+    _plot(figure, label, evaluations, names, np.array(rows, dtype=float))  # None becomes NaN
 
 
-def _plot(figure: Figure, label: str, steps: Sequence[int], curves: Mapping[str, ArrayLike], whole: ArrayLike) -> None:
-    """A line per task, which has one colour in all figures, and one of all tasks."""
-    axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(steps) < 50 else "-"
-    for name, values in curves.items():
-        axes.plot(steps, values, style, label=name, gid=name)
-    axes.plot(steps, whole, style, color="black", linewidth=2, label="all", gid="all")
+def _plot(figure: Figure, label: str, lines: Lines, names: Sequence[str], values: Array) -> None:
+    """A curve per task, which has one colour in all figures, and one of all tasks, the last column."""
+    axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(lines) < 50 else "-"
+    for name, curve in zip([*names, "all"], values.T, strict=True):
+        whole: Any = {"color": "black", "linewidth": 2} if name == "all" else {}
+        axes.plot([line["step"] for line in lines], curve, style, label=name, gid=name, **whole)
     axes.legend(fontsize="small", ncols=2)
 
 
 def _steps(steps: Lines, figure: Figure) -> None:
-    """A panel for each other number of a step; tokens without padding, memory up to the step."""
     panels = {
         "learning rate": [line["lr"] for line in steps],
         "gradient norm": [line["gradient_norm"] for line in steps],
@@ -341,9 +327,9 @@ class ExpertLoad:
 
     def __init__(self, model: nn.Module) -> None:
         last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
-        self._now: _Counts = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
-        self._first: list[_Counts] = []
-        self._recent: deque[_Counts] = deque(maxlen=_WINDOW)
+        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
+        self._first: dict[str, list[list[int]]] = {}
+        self._recent: dict[str, list[list[int]]] = {}
         self.num_steps = 0
         for owner, stack in last.items():
             stack.register_forward_pre_hook(partial(self._add, owner))
@@ -363,47 +349,41 @@ class ExpertLoad:
 
     def step(self) -> None:
         """The update of an optimizer step was made."""
-        done = {owner: counts.copy() for owner, counts in self._now.items()}
+        for owner, counts in self._now.items():
+            first, recent = self._first.setdefault(owner, []), self._recent.get(owner, [])
+            self._recent[owner] = [*recent, counts.tolist()][-_WINDOW:]
+            if self.num_steps < _WINDOW:
+                first.append(counts.tolist())
         self.num_steps += 1
-        if len(self._first) < _WINDOW:
-            self._first.append(done)
-        self._recent.append(done)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint, a line for each block: as lists, indented JSON has a line for each number."""
-        first, recent = (
-            [{owner: " ".join(map(str, values.tolist())) for owner, values in counts.items()} for counts in steps]
-            for steps in (self._first, self._recent)
-        )
-        return {"num_steps": self.num_steps, "first": first, "recent": recent}
+        """JSON values for a checkpoint."""
+        return {"num_steps": self.num_steps, "first": self._first, "recent": self._recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.num_steps = state["num_steps"]
-        self._first, recent = (
-            [{owner: np.array(line.split(), np.int64) for owner, line in text.items()} for text in state[name]]
-            for name in ("first", "recent")
-        )
-        self._recent = deque(recent, maxlen=_WINDOW)
+        """Go on from a checkpoint."""
+        self.num_steps, self._first, self._recent = state["num_steps"], state["first"], state["recent"]
 
     def record(self) -> dict[str, Any]:
         """JSON values: the number of steps, and `window`, how many at each end are compared.
 
         Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
-        went to other experts than at the start; and `noise`, what `moved` would be if the router had not changed.
+        went to other experts than at the start; and `noise`, what `moved` would be if the router had not changed: the
+        difference of an expert's two means over n steps is normal with the variance 2 v / n, v the variance of its
+        share between the steps of a group, and the mean of its absolute value is sqrt(4 v / (pi n)).
         """
         window = min(_WINDOW, max(1, self.num_steps // 2))
-        starts, ends = self._first[:window], list(self._recent)[-window:]
         blocks = {}
         for owner in self._now:
-            first, last = ([step[owner] for step in steps] for steps in (starts, ends))
-            shares = _shares(np.sum(first, axis=0)), _shares(np.sum(last, axis=0))
-            blocks[owner] = {
-                "first": shares[0].tolist(),
-                "last": shares[1].tolist(),
-                "moved": float(np.abs(shares[1] - shares[0]).sum() / 2) if self.num_steps > 1 else None,
-                "noise": _noise(first, last) if window > 1 else None,
-            }
+            ends = [np.array(self._first[owner][:window]), np.array(self._recent[owner][-window:])]
+            first, last = (counts.sum(axis=0) / max(1, counts.sum()) for counts in ends)
+            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None, "noise": None}
+            if self.num_steps > 1:
+                blocks[owner]["moved"] = float(np.abs(last - first).sum() / 2)
+            if window > 1:
+                shares = [counts / counts.sum(axis=1, keepdims=True).clip(1) for counts in ends]
+                variance = np.mean([share.var(axis=0, ddof=1) for share in shares], axis=0)
+                blocks[owner]["noise"] = float(np.sqrt(variance / (math.pi * window)).sum())
         return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
 
     def write(self, run: RunDirectory) -> None:
@@ -413,32 +393,14 @@ class ExpertLoad:
                 run.write_json(EXPERT_LOAD_FILE, self.record())
 
 
-def _shares(counts: NDArray[np.int64]) -> Array:
-    shares: Array = counts / max(1, int(counts.sum()))
-    return shares
-
-
-def _noise(first: Sequence[NDArray[np.int64]], last: Sequence[NDArray[np.int64]]) -> float:
-    """Expected half of the sum of |differences| between the mean shares of two groups of n steps from one router.
-
-    The difference of an expert's two means is normal with the variance 2 v / n, v the variance of its share between the
-    steps of a group, and the mean of its absolute value is sqrt(4 v / (pi n)).
-    """
-    groups = [np.stack([_shares(counts) for counts in steps]) for steps in (first, last)]
-    variance = np.mean([group.var(axis=0, ddof=1) for group in groups], axis=0)
-    return float(np.sqrt(variance / (math.pi * len(first))).sum())
-
-
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
     """What is missing for a measurement: two tasks with validation examples, and evaluations at its steps."""
     every, evaluated = recipe.interference.every, recipe.eval.every
     if every is None:
         return []
-    faults = [
-        f"interference.every: {source.label} has too few validation examples, needs {_LEAST_PROBED}."
-        for source in recipe.data.mix
-        if len(validation.get(source.label, ())) < _LEAST_PROBED
-    ]
+    counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
+    need = f"validation examples, must be at least {_LEAST_PROBED}."
+    faults = [f"interference.every: {name} has {n} {need}" for name, n in counts.items() if n < _LEAST_PROBED]
     if evaluated is None or every % evaluated:
         faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
     if len(recipe.data.mix) < 2:
@@ -465,11 +427,11 @@ def halves_of(
     probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
 ) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
     """The micro-batches of the two halves of each task's examples."""
-
-    def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
-        return micro_batches(examples, batching, list({example.task: None for example in examples}))
-
-    return {name: (batches(examples[0::2]), batches(examples[1::2])) for name, examples in probed.items()}
+    halves = {}
+    for name, examples in probed.items():
+        tasks = list({example.task: None for example in examples})
+        halves[name] = (micro_batches(examples[0::2], batching, tasks), micro_batches(examples[1::2], batching, tasks))
+    return halves
 
 
 def measure(

@@ -479,32 +479,29 @@ class AdapterOptimizer:
         # One after the other: the old states of a group are freed before the next one's copies are made.
         for _ in range(len(self._groups)):
             group = self._groups.pop(0)
-            self._groups += [group] if cuts.keys().isdisjoint(group.parameters) else self._cut_group(group, cuts)
-            del group
-
-    def _cut_group(self, group: FlatGroup, cuts: Mapping[str, tuple[Tensor, int]]) -> list[FlatGroup]:
-        """The groups that take the place of one after `cut_`."""
-        lows: dict[str, Tensor | None] = {}
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, parameter in group.parameters.items():
-            low, state = group.low(key), group.state_of(key)
-            if key in cuts:
-                kept, dim = cuts[key]
-                low = None if low is None else low.index_select(dim, kept)
-                wide = widened_state(state, parameter.device)
-                states[key] = {name: values.index_select(dim, kept) for name, values in wide.items()}
-            else:
-                states[key] = {name: value for name, value in state.items() if name not in (*_NOT_STORED, "step")}
-            lows[key] = low
-        groups = self._made_groups(lows)
-        for made in groups:
-            for key in made.parameters:
-                made.steps[key] = group.steps[key]
-                fill_state_(made.state_of(key), states.pop(key))
-                low, target = lows[key], made.low(key)
-                if low is not None and target is not None:
-                    target.copy_(low)
-        return groups
+            if cuts.keys().isdisjoint(group.parameters):
+                self._groups.append(group)
+                continue
+            lows: dict[str, Tensor | None] = {}
+            states: dict[str, dict[str, Tensor]] = {}
+            for key, parameter in group.parameters.items():
+                lows[key], state = group.low(key), group.state_of(key)
+                if key in cuts:
+                    kept, dim = cuts[key]
+                    low, wide = lows[key], widened_state(state, parameter.device)
+                    lows[key] = None if low is None else low.index_select(dim, kept)
+                    states[key] = {name: values.index_select(dim, kept) for name, values in wide.items()}
+                else:
+                    states[key] = {name: value for name, value in state.items() if name not in (*_NOT_STORED, "step")}
+            for made in self._made_groups(lows):
+                for key in made.parameters:
+                    made.steps[key] = group.steps[key]
+                    fill_state_(made.state_of(key), states.pop(key))
+                    low, target = lows[key], made.low(key)
+                    if low is not None and target is not None:
+                        target.copy_(low)
+                self._groups.append(made)
+            del group, lows, states, state
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:

@@ -10,8 +10,8 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -137,34 +137,41 @@ def step_gradient(
         aux = torch.zeros((), dtype=torch.float32, device=device)
         example_nll = []
         with norms_checked_later(later):
-            prepare_model_gains(model)
+            layers = adapted_layers(model).values()
+            # For norms alone no block is fetched that is not resident.
+            prepare_gains(layer for layer in layers if layer.base.residency is None)
+            prepare_shared_gains(layers)
             for micro in batch.micro_batches:
-                with shortage_of(micro), ExitStack() as stack:
-                    weight = None
-                    if weights is not None:
-                        weight = torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
-                    others = micro.input_ids, micro.attention_mask, micro.task_ids
+                weight = None
+                if weights is not None:
+                    weight = torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
+                others = micro.input_ids, micro.attention_mask, micro.task_ids
+                try:
                     labels, (ids, mask, task_ids) = send_labels(micro.labels, micro.packing, weight, device, others)
-                    stack.enter_context(known_masks(model, labels.packing, device))
-                    stack.enter_context(ids_on_host(model, micro.input_ids))
                     options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
                     options |= {"routers": router_aux_loss > 0, "sent": labels}
-                    loss = batch_loss(model, ids, mask, micro.labels, **options)
-                    objective = loss.nll_sum
-                    if loss.router_loss is not None:
-                        part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
-                        objective = objective + router_aux_loss * part * total * loss.router_loss
-                        aux += part * loss.router_loss.detach()
-                    scaled = objective / total if loss_scale is None else objective * loss_scale.value
-                    scaled.backward()  # type: ignore[no-untyped-call]
+                    with known_masks(model, labels.packing, device), ids_on_host(model, micro.input_ids):
+                        loss = batch_loss(model, ids, mask, micro.labels, **options)
+                        objective = loss.nll_sum
+                        if loss.router_loss is not None:
+                            part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
+                            objective = objective + router_aux_loss * part * total * loss.router_loss
+                            aux += part * loss.router_loss.detach()
+                        scaled = objective / total if loss_scale is None else objective * loss_scale.value
+                        scaled.backward()  # type: ignore[no-untyped-call]
                     nll.index_add_(0, task_ids, loss.example_nll.float())
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    short = Shortage(len(micro.example_ids), micro.input_ids.numel(), first_line(error))
+                    raise OutOfMemory(short) from error
                 if micro.example_ids:
                     example_nll.append(loss.example_nll)
                 tokens.index_add_(0, micro.task_ids, loss.example_tokens)
             if loss_scale is not None and batch.micro_batches:
                 factor = 1.0 / (loss_scale.value * total)
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
-        doubts = unchecked(adapted_layers(model).values())
+        doubts = unchecked(layers)
         numbers = {"nll": [nll], "flags": list(doubts.values()), "aux": [aux]}
         numbers |= {name: [read()] for name, read in (reads or {}).items()}
         # All at once, so that the host waits once.
@@ -188,24 +195,6 @@ def step_gradient(
     if router_aux_loss > 0:
         metrics["router_aux_loss"] = values["aux"][0]
     return metrics, example_nll
-
-
-@contextmanager
-def shortage_of(micro: MicroBatch) -> Iterator[None]:
-    """Turn a failed allocation in the block into OutOfMemory; every other error passes unchanged."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(Shortage(len(micro.example_ids), micro.input_ids.numel(), first_line(error))) from error
-
-
-def prepare_model_gains(model: nn.Module) -> None:
-    """Compute the gains of the coming passes; for their norms alone no block is fetched that is not resident."""
-    layers = adapted_layers(model).values()
-    prepare_gains(layer for layer in layers if layer.base.residency is None)
-    prepare_shared_gains(layers)
 
 
 @dataclass(frozen=True)

@@ -500,7 +500,9 @@ class Trainer:
         )
         for name, policy in self._policies().items():
             if name == "best":
-                evals.restore_best(policy, states.get(name), self.directory, self.processes)
+                end = 0 if self.evaluates_again else self.step
+                state = partial(evals.former_best, policy, self.recipe, self.directory, states.get(name), end)
+                policy.load_state_dict(self.processes.from_first(state))
             elif name == "schedule":
                 self.schedule.load_state_dict(states[name], self.step)
             elif name == "gates":
@@ -511,5 +513,3 @@ class Trainer:
         start = self.directory.evaluation_file(0)
         if start.is_file():
             self.evaluations.results[self.evaluations.start] = evals.read_result(start)
-        if self.best is not None and not self.evaluates_again:
-            evals.judge_former_end(self.best, self.recipe, self.directory, self.processes, self.step)
