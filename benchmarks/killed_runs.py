@@ -42,7 +42,7 @@ from matplotlib.figure import Figure
 
 from qdora.files.atomic import is_leftover
 from qdora.files.run_directory import RunDirectory
-from qdora.train import interrupt
+from qdora.train import distributed as interrupt
 
 MOST_SECONDS = 120
 LIVES, EVENTS = ("train", "export", "study"), ("kill", "term", "int", "full", "read_only")

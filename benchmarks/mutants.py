@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "quantisers and products": ("qdora/quant/", "qdora/adapter/"),
-    "optimizer": ("qdora/train/optimizer.py", "qdora/train/flat_group.py", "qdora/train/policies.py"),
+    "optimizer": ("qdora/train/optimizer.py", "qdora/train/guards.py"),
     "mix and loader": ("qdora/data/mix", "qdora/data/batches.py", "qdora/data/stream.py"),
     "checkpoints": ("qdora/train/checkpoint.py", "qdora/files/run_directory.py"),
     "exports": ("qdora/export/",),

@@ -26,13 +26,14 @@ from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train import policies as loss_scale
-from qdora.train.checks import MissingGradientCheck
+from qdora.train import passes as loss_scale
 from qdora.train.distributed import Processes
+from qdora.train.evals import BestSoFar
+from qdora.train.guards import Backoff, BadSteps, MissingGradientCheck, Schedule
 from qdora.train.logs import TrainingProgress, draw_figures, smooth
 from qdora.train.logs import peaks as _peaks
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.policies import Backoff, BadSteps, BestSoFar, LossScale, Schedule, Shortage
+from qdora.train.passes import LossScale, Shortage
 from tests import support
 
 

@@ -21,8 +21,7 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters, inject
 from qdora.train.distributed import Processes
 from qdora.train.loss import check_router_loss, load_balancing_loss
-from qdora.train.passes import batch_loss, even_passes, step_gradient
-from qdora.train.policies import LossScale
+from qdora.train.passes import LossScale, batch_loss, even_passes, step_gradient
 from tests import reference, support
 
 CPU = torch.device("cpu")

@@ -8,29 +8,51 @@ The layers read their tensors through views of the memory that torch fills and f
 """
 
 from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.row_share import RowShare
+from qdora.adapter.row_share import divided_tensors
+from qdora.adapter.row_share import gather_runs
+from qdora.adapter.row_share import span
+from qdora.adapter.rows import RowShare
+from qdora.adapter.rows import divided_tensors
+from qdora.adapter.rows import gather_runs
+from qdora.adapter.rows import span
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.memory.oom import return_freed_memory
+from qdora.model.checkpoint import Stored
+from qdora.model.checkpoint import StoredPacked
+from qdora.model.checkpoint import StoredTensor
+from qdora.model.checkpoint import stored_rows
+from qdora.model.inject import frozen_layers
+from qdora.model.inject import is_linear
+from qdora.model.load import Loading
+from qdora.model.load import block_list
+from qdora.model.load import place
+from qdora.model.load import place_all
+from qdora.model.load import place_dense
+from qdora.model.load import place_frozen
+from qdora.model.load import tie_
+from qdora.model.store import PrunedBase
+from qdora.quant.packed import NestedScales
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import empty_packed
+from qdora.quant.packed import quantize
+from qdora.quant.packed import with_nested_scales
+from qdora.quant.tiles import Weight
+from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.rows import RowShare, divided_tensors, gather_runs, span
-from qdora.errors import RunFailure, UserError
-from qdora.memory.oom import return_freed_memory
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
-from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
-from qdora.model.store import PrunedBase
-from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
-from qdora.quant.tiles import Weight
+from typing import Any
+import torch
 
 _SUFFIX = "_share"
 """Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""
@@ -245,7 +267,7 @@ def _view(layers: list[FrozenLinear], _module: nn.Module, _args: Any) -> None:
     # Outside of inference mode, whose tensors a training step could not use.
     with torch.inference_mode(False), torch.no_grad():
         for layer in layers:
-            if layer.residency is None:  # it reads a weight of its own (train/checks.py)
+            if layer.residency is None:  # it reads a weight of its own (train/guards.py)
                 continue
             for name in ("packed", "absmax", "weight", "keep_bits"):
                 whole, buffer = layer._parameters.get(f"{name}{_SUFFIX}"), layer._buffers.get(name)

@@ -8,29 +8,32 @@ state.json                step, data position, and what the run has learnt about
 """
 
 from __future__ import annotations
-
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from qdora.data.batches import StepLoader
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure
+from qdora.errors import UserError
 from qdora.files.atomic import read_json_object
+from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.memory.oom import is_out_of_memory
 from qdora.recipe.faults import reason_of
 from qdora.recipe.settings import Recipe
-from qdora.train.distributed import Processes, seed_of
+from qdora.train.distributed import Processes
+from qdora.train.distributed import seed_of
 from qdora.train.optimizer import AdapterOptimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+from typing import Any
+import json
+import logging
+import torch
 
 FORMAT = 3
 PARAMETERS_FILE = "parameters.safetensors"
@@ -44,60 +47,43 @@ def write_state(
     step: int,
     optimizer: AdapterOptimizer,
     loader_state: Mapping[str, Any],
-    random: Sequence[Mapping[str, str]],
+    random: Sequence[Mapping[str, Tensor]],
     policies: Mapping[str, Any],
 ) -> None:
     """Write everything but the parameters into an existing directory; `step` steps are done.
 
-    `random` is the `random_text` of every process, in the order of ranks; `policies` are JSON values by name.
+    `random` is the `random_state` of every process, in the order of ranks; `policies` are JSON values by name.
     """
     write_tensors(directory / "optimizer.safetensors", optimizer.state_tensors())
-    tensors = {
-        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-        for rank, states in enumerate(random)
-        for kind, text in states.items()
-    }
+    tensors = {_numbered(kind, rank): state for rank, states in enumerate(random) for kind, state in states.items()}
     write_tensors(directory / "random.safetensors", tensors)
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
-    (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
+    (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
 
 @torch.no_grad()
-def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
-    """Copy tensors into the trainable parameters of the same path. UserError if they do not fit."""
-    faults = [f"{where}: parameter {key} is missing" for key in parameters if key not in tensors]
-    faults += [f"{where}: {key} belongs to no trainable parameter" for key in tensors if key not in parameters]
-    for key in tensors.keys() & parameters.keys():
-        if tensors[key].shape != parameters[key].shape:
-            got, wanted = tuple(tensors[key].shape), tuple(parameters[key].shape)
-            faults.append(f"{where}: {key} is {got}, this run has {wanted}")
-    if faults:
-        raise UserError(*sorted(faults)[:10])
+def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy tensors into the trainable parameters of the same path."""
     for key, parameter in parameters.items():
         parameter.copy_(tensors[key])
 
 
 def read_state(
-    directory: Path, *, optimizer: AdapterOptimizer, loader: StepLoader, processes: Processes, seed: int, draws: bool
+    directory: Path, *, optimizer: AdapterOptimizer, loader: StepLoader, processes: Processes, seed: int
 ) -> tuple[int, dict[str, Any]]:
     """Restore `write_state`, after the parameters; returns the number of steps done, and the policies.
 
     A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
-    `draws`: whether the steps draw random numbers, as dropout does; another number of processes draws others.
-    UserError if the checkpoint belongs to another run or format.
     """
     state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:
-        raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
+        raise UserError(f"{directory}: is no checkpoint of this version of qdora (format {state.get('format')}).")
     loader.load_state_dict(state["loader"])
-    try:
-        optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
-    except ValueError as error:
-        raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
+    optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     step = int(state["step"])
     tensors = load_file(directory / "random.safetensors")
     before = sum(name.startswith("cpu") for name in tensors)
-    if draws and before != processes.size:
+    if before != processes.size:
         text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
         logger.warning(text, before, processes.size)
     names = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
@@ -109,37 +95,10 @@ def read_state(
     return step, dict(state["policies"])
 
 
-def draws_numbers(recipe: Recipe, model: PreTrainedModel) -> bool:
-    """Whether a step draws random numbers, for the adapter or in a base with dropout of its own."""
-    adapter = recipe.adapter
-    of_base = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
-    of_gates = adapter.gates is not None and adapter.gates.mode == "hard_concrete"
-    return bool(adapter.dropout > 0 or of_gates or of_base)
-
-
-@contextmanager
-def unreadable(directory: Path) -> Iterator[None]:
-    """Turn what restoring a checkpoint raises into a UserError of one line.
-
-    The check sums of its files were right, so it is not damaged: another version or another program wrote it.
-    """
-    try:
-        yield
-    except (UserError, RunFailure):
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = reason_of(error)
-        raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason}.") from error
-
-
 def best_step_in(directory: Path) -> int | None:
     """The best step that a checkpoint records, or None: a run that continues from it may end with that step."""
-    found: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")
-    return found
+    step: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")
+    return step
 
 
 def random_state() -> dict[str, Tensor]:
@@ -155,11 +114,6 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def random_text() -> dict[str, str]:
-    """The state of this process's generators in hexadecimal, as JSON for the process that writes the checkpoint."""
-    return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
 
 
 def _numbered(kind: str, rank: int) -> str:

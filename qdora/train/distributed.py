@@ -3,32 +3,48 @@ a share of every step's examples.
 
 In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
 and short messages on the host. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole
-run, to hide milliseconds (20 M float32 gradients). All processes start from the same parameters, compute the same sums
-and take the same step; `require_equal` checks before every checkpoint that their parameters are equal.
+run, to hide milliseconds (20 M float32 gradients). All start from the same parameters, compute the same sums and take
+the same step; `require_equal` checks before every checkpoint that their parameters are equal.
 
-If a process fails, its connections break and torchrun ends the others; after a hang torch's timeouts do.
+A process that fails ends: its connections break, and torchrun ends the others and prints the first error. After a hang
+torch's timeouts do.
 """
 
 from __future__ import annotations
-
-import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-from qdora.errors import Interrupted, RunFailure, UserError, first_line
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.files.end_signals import END_SIGNALS
+from qdora.files.end_signals import SAME_REQUEST_SECONDS
+from qdora.files.end_signals import leave_closed_terminal
+from qdora.files.environment import available_memory_bytes
 from qdora.files.machine import available_memory_bytes
 from qdora.memory.oom import is_out_of_memory
 from qdora.train.policies import OutOfMemory
+from torch import Tensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from types import FrameType
+from typing import Any
+from typing import TypeVar
+import hashlib
+import os
+import signal
+import time
+import torch
+import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -36,15 +52,12 @@ T = TypeVar("T")
 _MESSAGE_ELEMENTS = 1 << 24
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-# How long one process may compute a step while the others wait: less than torch's timeout of a message on the host (30
-# minutes), which does not say who is missing.
-_STEP_PATIENCE = timedelta(minutes=20)
+# How long the others wait for a process before a checkpoint. torch's own timeout of a message on the host (30 minutes)
+# does not say who is missing.
+_PATIENCE = timedelta(minutes=20)
 # How long the others wait while the first process prunes a base, measures or writes.
 _WORK_PATIENCE = timedelta(days=1)
-
-
-class OtherProcessFailed(RunFailure):
-    """Another process failed, in an action that all wait for, or has ended. It reports the cause."""
+_STOPPING = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Processes:
     @property
     def num_here(self) -> int:
         """Processes of the run on this machine."""
-        return _num_here(self.size) if self.size > 1 else 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
 
     def dividing(self, base: bool) -> Processes:
         """The same processes, which divide the base if `base` and they are several."""
@@ -80,70 +93,35 @@ class Processes:
     def gather(self, value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
         """The values of all processes, in the order of ranks."""
         values: list[Any] = [value] * self.size
-        if self.size == 1:
-            return values
-        with self._connected():
-            dist.all_gather_object(values, value, group=group)
+        if self.size > 1:
+            with self._connected():
+                dist.all_gather_object(values, value, group=group)
         return values
 
     def first(self, action: Callable[[], T]) -> T | None:
-        """Run the action in the first process while the others wait; returns its result there, None elsewhere.
-
-        If it raises there, the others raise OtherProcessFailed.
-        """
-        try:
-            result = action() if self.is_first else None
-        except BaseException as error:
-            self.exchange(None, first_line(error), group=self.working)
-            raise
-        self.exchange(None, group=self.working)
+        """Run the action in the first process while the others wait; returns its result there, None elsewhere."""
+        result = action() if self.is_first else None
+        self.gather(None, group=self.working)
         return result
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Run the action in the first process, like `first`; all get its result."""
-        result: T = self.gather(self.first(action))[0]
+        result: T = self.gather(action() if self.is_first else None, group=self.working)[0]
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:
         """Run an action that calls the model: in the first process, like `first`; in all if they divide the base."""
-        if not self.shards:
-            return self.first(action)
-        try:
-            return action()
-        except RuntimeError as error:
-            raise self.broken(error) from error
-
-    def exchange(self, value: Any, fault: str = "", *, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """`gather`, with the fault of this process or ''; OtherProcessFailed if only another one has a fault."""
-        per_rank = self.gather((fault, value), group=group)
-        for rank, (text, _) in enumerate(per_rank):
-            if text and not fault:
-                raise OtherProcessFailed(f"process {self.rank}: stopped, because process {rank} failed: {text}")
-        return [theirs for _, theirs in per_rank]
+        return action() if self.shards else self.first(action)
 
     def meet(self) -> None:
         """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
         if self.size > 1:
             with self._connected():
-                dist.monitored_barrier(timeout=_STEP_PATIENCE, wait_all_ranks=True)
-
-    def broken(self, error: Exception) -> RunFailure:
-        """The failure of this process where the base is divided, from an error in a pass through the model.
-
-        The others wait for a part of the base, so they cannot be told; their connections to this process break.
-        """
-        if isinstance(error, RunFailure):
-            return error
-        if isinstance(error, OutOfMemory):
-            return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
-        return RunFailure(
-            f"process {self.rank}: a pass through the model cannot be computed: {first_line(error)} All processes end, "
-            "since they divide the base. Fix the cause, then resume with --resume."
-        )
+                dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
 
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Let NCCL connect the groups and take its buffers now: faults of the network appear, and what memory is free
-        is measured without the buffers. For few elements and for many it may connect in different ways."""
+        """Let NCCL connect the groups and take its buffers now, before free memory is measured. For few elements and
+        for many it may connect in different ways."""
         with self._connected():
             for group in groups:
                 for num_elements in (1, _MESSAGE_ELEMENTS):
@@ -153,21 +131,19 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes, equal bit for bit in all of them.
-
-        A missing gradient counts as zeros, unless it is missing in all processes.
-        """
+        """Replace every gradient by its sum over the processes, equal bit for bit in all of them. A missing one counts
+        as zeros, unless it is missing in all processes."""
         if self.size == 1:
             return
-        given = self.gather([parameter.grad is not None for parameter in parameters])
-        for parameter, *flags in zip(parameters, *given, strict=True):
+        present = self.gather([parameter.grad is not None for parameter in parameters])
+        for parameter, *flags in zip(parameters, *present, strict=True):
             if parameter.grad is None and any(flags):
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
         for gradients in _messages([parameter.grad for parameter in parameters if parameter.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            for gradient, part in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
+            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
@@ -189,7 +165,7 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise OtherProcessFailed(
+            raise RunFailure(
                 f"process {self.rank}: the exchange with the other processes failed: {first_line(error).rstrip('.')}. "
                 "Fix: mend the cause, which one of them or the launcher may have printed, then resume with --resume."
             ) from error
@@ -199,7 +175,7 @@ class Processes:
         if self.size == 1:
             return
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        views = (each.detach().contiguous().view(bits[each.element_size()]) for each in parameters.values())
+        views = (p.detach().contiguous().view(bits[p.element_size()]) for p in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
             differing = [key for key, mine, other in zip(parameters, sums[0], theirs, strict=True) if mine != other]
@@ -212,7 +188,7 @@ class Processes:
 
 @contextmanager
 def processes_of_launch() -> Iterator[Processes]:
-    """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
+    """Connect the processes that torchrun or `accelerate launch` has started.
 
     On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
     everything else through gloo on the host, so that no GPU waits for it.
@@ -222,14 +198,8 @@ def processes_of_launch() -> Iterator[Processes]:
         yield Processes()
         return
     on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        here, num_gpus = _num_here(size), torch.cuda.device_count()
-        if here > num_gpus > 1:  # a job may show each process its own GPU alone
-            raise UserError(
-                f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs). "
-                f"Fix: start with torchrun --nproc-per-node {num_gpus}."
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
+    if on_gpus:  # a job may show each process its own GPU alone
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0)
     dist.init_process_group("gloo")
     try:
         gpus = dist.new_group(backend="nccl") if on_gpus else None
@@ -255,8 +225,7 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     if not processes.shards:
         return None
     if not CAN_DIVIDE:
-        need = f"must be auto or replicate with torch {torch.__version__} (shard and hybrid need torch 2.12)"
-        raise UserError(f"train.parallel: {need}, got {parallel}.")
+        raise UserError(f"train.parallel: {parallel} needs torch 2.12, this is {torch.__version__}.")
     hybrid = parallel == "hybrid"
     sizes = sorted(set(processes.gather(processes.num_here))) if hybrid else []
     if len(sizes) > 1:
@@ -271,28 +240,17 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
         return DeviceMesh.from_group(processes.gpus, device.type)
     ranks = torch.arange(processes.size).view(shape)
     groups = [
-        dist.new_subgroups_by_enumeration(each.tolist(), backend="nccl")[0]  # type: ignore[no-untyped-call]
-        for each in (ranks.T, ranks)
+        dist.new_subgroups_by_enumeration(rows.tolist(), backend="nccl")[0]  # type: ignore[no-untyped-call]
+        for rows in (ranks.T, ranks)
     ]
     processes.join_gpus_(groups)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
 
 
 def free_host_bytes() -> int:
-    """This process's share of the free host memory.
-
-    All processes of a launch must call this together, so that none takes memory before all have measured.
-    """
-    free = available_memory_bytes()
-    if not dist.is_initialized():
-        return free
-    size = dist.get_world_size()
-    return int(min(Processes(dist.get_rank(), size).gather(free))) // _num_here(size)
-
-
-def _num_here(size: int) -> int:
-    """Processes on this machine, of a launch of `size`."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    """This process's share of the free host memory. All call this together: none takes memory before all measured."""
+    processes = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
+    return int(min(processes.gather(available_memory_bytes()))) // processes.num_here
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:
@@ -300,6 +258,50 @@ def seed_of(seed: int, rank: int, step: int = 0) -> int:
     if rank == 0 and step == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:7])
+
+
+class StopRequest:
+    """Whether one of the processes has been asked to stop."""
+
+    def __init__(self, processes: Processes = Processes()) -> None:
+        self.requested = False
+        self._processes = processes
+
+    def agreed(self) -> bool:
+        """Whether one of the processes has been asked; must be called by all, and all get the same answer."""
+        return any(self._processes.gather(self.requested))
+
+
+@contextmanager
+def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
+    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
+
+    A signal that is ignored stays so (SIGHUP under nohup), but not under torchrun: it handles these signals itself,
+    passes them on, and kills processes that have not ended after 30 s.
+    """
+    request = StopRequest(processes)
+    asked_at = 0.0
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        first, request.requested = not request.requested, True
+        if first:
+            asked_at = now
+            with suppress(OSError):
+                os.write(2, _STOPPING)  # no logger: the signal may have come while one holds its lock
+        leave_closed_terminal(number)
+        if not first and now - asked_at >= SAME_REQUEST_SECONDS:
+            raise KeyboardInterrupt
+
+    every = dist.is_torchelastic_launched()
+    numbers = [number for number in END_SIGNALS if every or signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

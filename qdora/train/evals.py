@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +15,17 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.example import Example
-from qdora.errors import UserError, first_line, nearest
 from qdora.evaluate.batches import batches_shared
 from qdora.evaluate.before_after import tasks_of_other_examples, worse_than_before
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
 from qdora.files.console import bar, errors_only
+from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
-from qdora.train.distributed import OtherProcessFailed, Processes
+from qdora.train.distributed import Processes
 from qdora.train.logs import TRAINED_FILE
-from qdora.train.policies import BestSoFar
 
 BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
@@ -35,12 +35,10 @@ Result = TypeVar("Result")
 
 
 class StepEvaluations:
-    """Evaluates a run, in the process of `directory` (None in the others) with files in it.
+    """Evaluates a run by its `examples` (task -> validation examples; empty if nothing is evaluated), in the process of
+    `directory` (None in the others) with files in it.
 
-    Attributes:
-        examples: Task -> its validation examples; empty if nothing is evaluated.
-        start: How the model before the first step is called, "base" or "start".
-        results: `start`: before the first step; "adapter": the last evaluation.
+    `results` has the evaluation before the first step, called `start` ("base" or "start"), and the last, "adapter".
     """
 
     def __init__(
@@ -61,8 +59,7 @@ class StepEvaluations:
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics.
 
-        With eval.method generate the model also answers in words. A warning names the tasks that are worse than before
-        training although the average is better.
+        A warning names the tasks that are worse than before training although the average is better.
         """
         asked = self._settings
         chosen: dict[str, Any] = {"limit": asked.limit, "block": asked.block}
@@ -93,24 +90,55 @@ class StepEvaluations:
 def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> Result:
     """Run an evaluation in all processes; each gets its result.
 
-    Whole models divide its batches (`batches_shared`). With a divided base each batch needs all processes. If it raises
-    in one of them, the others raise OtherProcessFailed; after a KeyboardInterrupt, once its process has ended.
+    Whole models divide its batches (`batches_shared`). With a divided base each batch needs all processes.
     """
-    if processes.size == 1 or processes.shards:
-        with errors_only(not processes.is_first):
-            result = processes.first_or_all(evaluate)
-        assert result is not None, "an evaluation has a result"
-        return result
-    try:
-        with errors_only(not processes.is_first), batches_shared(processes.rank, processes.size, processes.exchange):
-            result = evaluate()
-    except (OtherProcessFailed, KeyboardInterrupt):
-        raise  # perhaps within an exchange, of which the others would take one more message for a part
-    except BaseException as error:
-        processes.exchange(None, first_line(error))  # in place of the next one, for which the others wait
-        raise
-    processes.exchange(None)  # the first process writes files, which can fail
-    return result
+    with errors_only(not processes.is_first):
+        if processes.size == 1 or processes.shards:
+            return evaluate()
+        with batches_shared(processes.rank, processes.size, processes.gather):
+            return evaluate()
+
+
+class BestSoFar:
+    """The best value among a run's evaluations, in a tie the earlier one, and early stopping.
+
+    `question` has the JSON values that define what is compared (metric, tasks, examples); values of another question
+    are not comparable. After `patience` evaluations in a row without a better value the run is over; None: never.
+    `judged` is the step of the last evaluation that was judged.
+    """
+
+    def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
+        self.question, self.higher, self.patience = dict(question), higher, patience
+        self.step: int | None = None
+        self.value: float | None = None
+        self.num_since = 0
+        self.judged: int | None = None
+
+    def judge(self, step: int, value: float) -> bool:
+        """Take the value of the evaluation after `step` steps; returns whether it is the best so far."""
+        assert math.isfinite(value), value
+        self.judged = step
+        better = self.value is None or (value > self.value if self.higher else value < self.value)
+        if better:
+            self.step, self.value, self.num_since = step, value, 0
+        else:
+            self.num_since += 1
+        return better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `patience` evaluations brought nothing better."""
+        return self.patience is not None and self.num_since >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        numbers = {name: getattr(self, name) for name in ("step", "value", "num_since", "judged")}
+        return {"question": self.question, **numbers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of the same question."""
+        for name in ("step", "value", "num_since", "judged"):
+            setattr(self, name, state[name])
 
 
 def evaluated_sources(recipe: Recipe, validation: Mapping[str, Any]) -> Sequence[str]:
@@ -119,7 +147,7 @@ def evaluated_sources(recipe: Recipe, validation: Mapping[str, Any]) -> Sequence
 
 
 def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> BestSoFar | None:
-    """The choice of the best step by the recipe's eval.best_by, from these examples of each task; None without it."""
+    """The choice of the best step by the recipe's eval.best_by, from these examples of each task."""
     asked = recipe.eval
     if asked.best_by is None:
         return None
@@ -127,13 +155,8 @@ def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> B
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(repr(spread(evaluated[task], asked.limit, asked.block)).encode("utf-8", "backslashreplace"))
-    question = {
-        "best_by": asked.best_by,
-        "best_metric": asked.best_metric,
-        "tasks": tasks,
-        "limit": asked.limit,
-        "examples": digest.hexdigest()[:16],
-    }
+    question = {name: getattr(asked, name) for name in ("best_by", "best_metric", "limit")}
+    question |= {"tasks": tasks, "examples": digest.hexdigest()[:16]}
     question |= {} if asked.block is None else {"block": asked.block}
     return BestSoFar(question, higher=asked.best_metric != "nll_per_token", patience=asked.patience)
 
@@ -150,34 +173,25 @@ def was_measured(run: RunDirectory, step: int) -> bool:
     return any("eval" in line for line in run.metrics() if line["step"] == step)
 
 
-def restore_best(best: BestSoFar, state: Mapping[str, Any] | None, run: RunDirectory, processes: Processes) -> None:
-    """Go on choosing the best step, unless it was chosen in another way before, or its checkpoint is gone."""
+def former_best(
+    best: BestSoFar, recipe: Recipe, run: RunDirectory, state: Mapping[str, Any] | None, step: int
+) -> dict[str, Any]:
+    """The state with which a run that goes on after `step` steps chooses its best one; for the first process.
 
-    def fault() -> str | None:
-        if state is None:
-            return "The run chose no best step before"
-        if state["question"] != best.question:
-            return "The run chose the best step in another way before, or by other examples"
-        lost = None if state["step"] is None else checkpoint_fault(run.checkpoint_path(state["step"]))
-        return None if lost is None else f"The best checkpoint, step-{state['step']}, is not whole ({lost})"
-
-    text = processes.from_first(fault)
-    if state is not None and text is None:
-        best.load_state_dict(state)
+    It begins anew if the run chose in another way before, or if the best checkpoint is gone.
+    """
+    if state is None or state["question"] != best.question:
+        fault = "The run chose the best step in another way before, or by other examples"
+    elif state["step"] is not None and (lost := checkpoint_fault(run.checkpoint_path(state["step"]))):
+        fault = f"The best checkpoint, step-{state['step']}, is not whole ({lost})"
     else:
-        logger.warning("%s. The best step is chosen from the evaluations that follow.", text)
-
-
-def judge_former_end(best: BestSoFar, recipe: Recipe, run: RunDirectory, processes: Processes, step: int) -> None:
-    """Judge the evaluation after the last step of a run that is extended: it followed that step's checkpoint."""
-    file = run.evaluation_file(step)
-
-    def value() -> float | None:
-        is_whole = file.is_file() and was_measured(run, step)
-        return selection_value(recipe, read_result(file)) if is_whole else None
-
-    if best.judged is not None and best.judged < step and (found := processes.from_first(value)) is not None:
-        best.judge(step, found)
+        best.load_state_dict(state)
+        if best.judged is not None and best.judged < step and was_measured(run, step):
+            # The evaluation after the last step of a run that is extended followed that step's checkpoint.
+            best.judge(step, selection_value(recipe, read_result(run.evaluation_file(step))))
+        return best.state_dict()
+    logger.warning("%s. The best step is chosen from the evaluations that follow.", fault)
+    return best.state_dict()
 
 
 def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]], num_steps: int) -> list[str]:
@@ -186,45 +200,31 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    known = (MACRO, *evaluated)
-    if not evaluated:
-        faults.append(f"eval.best_by: got {by}, but no source has validation data. Fix: set validation in a source.")
-    elif by not in known:
-        names = ", ".join(known)
-        faults.append(f"eval.best_by: {by!r} has no validation data, must be one of {names}.{nearest(by, known)}")
+    if by not in (MACRO, *evaluated) or not evaluated:
+        known = f"must be one of {', '.join((MACRO, *evaluated))}" if evaluated else "but no source has validation data"
+        faults.append(f"eval.best_by: got {by!r}, {known}.")
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
             need = f"must be nll_per_token for {by}, whose examples have no choices"
             faults.append(f"eval.best_metric: got {metric}, {need}.")
     if every >= num_steps:
-        faults.append(
-            f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by: an evaluation "
-            "at the end alone leaves nothing to choose from."
-        )
+        faults.append(f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by.")
     return faults
 
 
 def adapter_record(run: RunDirectory) -> dict[str, Any] | None:
-    """The content of adapter/best.json; None if adapter/ holds the last step. UserError if it is damaged."""
+    """The content of adapter/best.json; None if adapter/ holds the last step."""
     file = run.adapter / BEST_FILE
-    try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
-        return record | {"step": int(record["step"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is damaged: {type(error).__name__}.") from None
+    return read_json_object(file) if file.is_file() else None
 
 
 def adapter_step(run: RunDirectory) -> int | None:
     """The step that adapter/ holds: the best one, or the last before it was written."""
     if record := adapter_record(run):
         return int(record["step"])
-    try:  # the run may have gone on since
-        return int(json.loads((run.path / TRAINED_FILE).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return run.last_step()
+    file = run.path / TRAINED_FILE  # the run may have gone on since
+    return int(read_json_object(file)["step"]) if file.is_file() else run.last_step()
 
 
 def state_step(run: RunDirectory, state: str) -> int | None:
@@ -250,17 +250,15 @@ def adapter_in_words(run: RunDirectory) -> str:
 
 
 def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept: before step 1, called `start` (`adapter.start_label`), and of "adapter".
-
-    Only "adapter" if the two have different tasks or examples, since they cannot be compared.
-    """
-    files = {start: run.evaluation_file(0), "adapter": run.evaluation_file(adapter_step(run) or 0)}
+    """The evaluations that a run kept: before step 1, called `start`, and of "adapter"; only the latter if the two have
+    different tasks or examples."""
+    files = {start: run.evaluation_file(0)}
+    if step := adapter_step(run):
+        files["adapter"] = run.evaluation_file(step)
     results = {label: read_result(file) for label, file in files.items() if file.is_file()}
-    if not adapter_step(run):
-        results.pop("adapter", None)
     if len(results) == 2:
-        sizes = [{task: numbers.num_examples for task, numbers in each.tasks.items()} for each in results.values()]
-        documents = (each.to_dict(per_example=True) for each in results.values())
+        sizes = [{task: each.num_examples for task, each in result.tasks.items()} for result in results.values()]
+        documents = (result.to_dict(per_example=True) for result in results.values())
         if sizes[0] != sizes[1] or tasks_of_other_examples(*documents):
             del results[start]
     return results

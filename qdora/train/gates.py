@@ -1,33 +1,39 @@
 """Trainable gates on rank components: their own Adam, a falling budget, and the removal of dead components.
 
-Between steps every gate has its deterministic value, so evaluations and files do not depend on draws. The values are
-float64 on the CPU, one flat vector over all layers; the gates of the layers are copies.
+Between steps every gate has its deterministic value. The values are float64 on the CPU, one flat vector over all
+layers; the gates of the layers are copies.
 
-The functions at the end are pure. Their vectors, (n,), have one entry for each component that still exists, over all
-layers: `cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
+The functions at the end have vectors, (n,), with one entry for each component that still exists, over all layers:
+`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
-
-import itertools
-import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from qdora.adapter.gates import gate_slope, gate_value, probability_on
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.gate import gate_slope
+from qdora.adapter.gate import gate_value
+from qdora.adapter.gate import probability_on
+from qdora.adapter.gates import gate_slope
+from qdora.adapter.gates import gate_value
+from qdora.adapter.gates import probability_on
 from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.files.tensor_file import write_tensors
 from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import send
 from qdora.train.sent_batch import send
+from safetensors.torch import load_file
+from torch import Tensor
+from torch import nn
+from typing import Any
+import itertools
+import logging
+import math
+import torch
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0
@@ -47,7 +53,7 @@ _STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal"
 
 
 class Gates:
-    """The gates of a model's adapted layers (path -> layer) while it trains; each layer gets a gate of ones."""
+    """The gates of a model's adapted layers (path -> layer) while it trains."""
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
@@ -73,12 +79,12 @@ class Gates:
 
     def check_budget(self) -> None:
         """Raise UserError for a budget that all components keep already, or that one component a layer exceeds."""
-        least = sum(each.min().item() for each in torch.split(self._costs(), self._ranks()))
+        least = sum(costs.min().item() for costs in torch.split(self._costs(), self._ranks()))
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
-            low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
+            low, high, value = (f"{cost / unit:,.10g}" for cost in (least, self.full, self.target))
             text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
-            raise UserError(f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}, {text}")
+            raise UserError(f"adapter.gates.{name}: got {value}, {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -87,7 +93,7 @@ class Gates:
 
     @property
     def mean_rank(self) -> float:
-        """Average number of living components of a layer."""
+        """Living components per layer."""
         return int(self._alive.sum()) / len(self.layers)
 
     @property
@@ -102,15 +108,15 @@ class Gates:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
             generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
-            first = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
+            first = list(itertools.accumulate(map(len, self.died.values()), initial=0))
             noise = torch.rand(first.pop(), generator=generator, dtype=torch.float64)
             # Indexed by the component's number at the start, so that a removal changes no other component's draws.
-            place = self._origin + torch.tensor(first)[self._layer_numbers()]
-            self._noise = noise[place].clamp(1e-6, 1 - 1e-6)
+            index = self._origin + torch.tensor(first)[self._layer_numbers()]
+            self._noise = noise[index].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
 
     def gradient(self) -> Tensor:
-        """(n,) float64, of all gates on their device; empty after the budget is reached."""
+        """(n,) float64, on the device; empty after the budget is reached."""
         parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
         return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
 
@@ -121,8 +127,7 @@ class Gates:
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
 
-        The last step of a run keeps the budget even if its update was not `applied`, since no step follows. Returns
-        numbers for the step's line of metrics.
+        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics.
         """
         if not self.is_over:
             is_last = step + 1 == self.num_steps
@@ -175,8 +180,7 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
-        state = {name: getattr(self, name) for name in _STATE}
-        return {**state, "died": {path: list(each) for path, each in self.died.items()}}
+        return {name: getattr(self, name) for name in (*_STATE, "died")}
 
     def record(self) -> dict[str, Any]:
         """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
@@ -199,16 +203,11 @@ class Gates:
             layer.gate = None
             layer.parameters_changed()
         tensors = load_file(directory / GATES_FILE)
-        factors = self._raw_factors()
-        wanted = {**{name: getattr(self, f"_{name}") for name in _VECTORS}, **factors}
-        wrong = [n for n, t in wanted.items() if n not in tensors or tensors[n].shape != t.shape]
-        if wrong or len(tensors) != len(wanted):
-            raise UserError(f"{directory / GATES_FILE}: does not fit the adapter beside it ({', '.join(wrong[:3])}).")
         for name in _VECTORS:
             setattr(self, f"_{name}", tensors[name])
-        for name, factor in factors.items():
+        for name, factor in self._raw_factors().items():
             factor.copy_(tensors[name])
-        self.died = {path: list(each) for path, each in state["died"].items()}
+        self.died = {path: list(steps) for path, steps in state["died"].items()}
         self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 
@@ -271,12 +270,10 @@ class Gates:
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
-        gates: list[Tensor] = [*self.parameters]
-        if not gates:
-            return
-        (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
-        # In place, which raises the versions, so that cached norms are computed again.
-        torch._foreach_copy_(gates, torch.split(living, self._ranks()))
+        if gates := [*self.parameters]:
+            (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
+            # In place, which raises the versions, so that cached norms are computed again.
+            torch._foreach_copy_(gates, torch.split(living, self._ranks()))  # type: ignore[arg-type]
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers.values()]
@@ -319,7 +316,13 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
     excess = float(cost[alive].sum()) - allowed
     if excess <= 0:
         return going
-    candidates = (alive & ~_best_of_layers(order, layer, alive)).nonzero().squeeze(1)
+    # The highest living component of each layer stays, the first one in a tie.
+    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
+    place = torch.full((int(layer.max()) + 1,), len(order))
+    place = place.scatter_reduce(0, layer[down], torch.arange(len(order)), "amin")
+    best = torch.zeros_like(alive)
+    best[down[place[place < len(order)]]] = True
+    candidates = (alive & ~best).nonzero().squeeze(1)
     lowest = candidates[order[candidates].argsort(stable=True)]
     before = cost[lowest].cumsum(0) - cost[lowest]
     # Exact: sums of whole numbers.
@@ -327,24 +330,12 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
     return going
 
 
-def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
-    """(n,) bool: the highest living component of each layer, the first one in a tie."""
-    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    place = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
-        0, layer[down], torch.arange(len(order)), "amin"
-    )
-    best = torch.zeros_like(alive)
-    best[down[place[place < len(order)]]] = True
-    return best & alive
-
-
 def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
     """The weight of the L1 penalty at which a proximal step takes a gate c, of `values`, to 0: |c| / (p cost), (n,).
 
     The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
     size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
-    the loss when the component is removed. It stays the same if a component is scaled and its gate divided by the
-    scale.
+    the loss when the component is removed.
     """
     return values.abs() / (step_size * cost)
 

@@ -1,75 +1,115 @@
-"""What a run shows of its training: progress, experiment trackers, figures, and what training did to each layer."""
+"""What a run shows of its training: progress, experiment trackers, figures, what training did to each layer, how a
+router divides tokens among experts, and which data sets pull the adapter in different directions.
+"""
 
 from __future__ import annotations
-
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.tracking import MLflowTracker
+from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import TrackioTracker
+from accelerate.tracking import WandBTracker
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+from pathlib import Path
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.layer import AdaptedLinear
+from qdora.data.batches import Batching
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import Step
+from qdora.data.batches import micro_batches
+from qdora.data.example import Example
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import tokenize_all
+from qdora.errors import UserError
+from qdora.errors import named
+from qdora.evaluate.suite import spread
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import masked
+from qdora.files.console import duration
+from qdora.files.console import plain_console
+from qdora.files.console import shows_bars
+from qdora.files.pages import svg_file
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import flat
+from qdora.files.run_directory import unharmed
+from qdora.files.setting_keys import flat
+from qdora.files.svg_figure import svg_file
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers
+from qdora.recipe.settings import Recipe
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
+from qdora.train.distributed import Processes
+from qdora.train.passes import LossScale
+from qdora.train.passes import step_gradient
+from rich.console import Console
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from rich.progress import TimeElapsedColumn
+from torch import nn
+from typing import Any
+from typing import TYPE_CHECKING
 import json
 import logging
+import math
+import numpy as np
 import os
 import resource
 import secrets
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from numpy.typing import ArrayLike, NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
-
-from qdora.adapter.layer import AdaptedLinear
-from qdora.data.stream import ExampleStream
-from qdora.errors import UserError, named
-from qdora.files.atomic import atomic_write_text, masked
-from qdora.files.console import duration, plain_console, shows_bars
-from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat
-from qdora.model.inject import adapted_layers
-from qdora.train.distributed import Processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PROJECT = "qdora"
 TRAINED_FILE = "trained.json"
+EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
+Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
+# Most optimizer steps at the start and at the end whose division of tokens among experts is compared.
+_WINDOW = 10
+_LEAST_PROBED = 2  # examples of a task, one for each half
+_PIECE = 2**24  # entries of a gradient that exist in float64
 
 logger = logging.getLogger("qdora")
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory: allocated on the GPU since this training began, or without a GPU resident in this process."""
+def memory_peaks() -> dict[str, int]:
+    """Peak memory: allocated on the GPU since this training began, and what torch's allocator reserved for it; without
+    a GPU resident in this process."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        reserved = int(torch.cuda.max_memory_reserved())
+        return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def reserved_bytes() -> int | None:
-    """As `peak_memory_bytes`, with the pieces that torch's allocator held and could not use; None without a GPU."""
-    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
 
 
 def peaks(processes: Processes) -> dict[str, int]:
-    """The largest peaks of all processes: memory in use, and on GPUs what the allocator reserved for it."""
-    per_rank = processes.gather({"peak_memory_bytes": peak_memory_bytes(), "peak_reserved_bytes": reserved_bytes()})
-    return {name: max(each[name] for each in per_rank) for name in per_rank[0] if per_rank[0][name] is not None}
+    """The largest `memory_peaks` of all processes."""
+    per_rank = processes.gather(memory_peaks())
+    return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
 
 
 class TrainingProgress:
-    """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end.
-
-    After a resume, `start` steps are done already. The console is standard error by default: results go to stdout.
-    """
+    """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end."""
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or plain_console(stderr=True)
@@ -95,14 +135,13 @@ class TrainingProgress:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
-        step, reserved = metrics["step"], reserved_bytes()
-        self._seconds.append(metrics["time"]["step_seconds"])
+        step, (used, *reserved) = metrics["step"], [peak / 2**30 for peak in memory_peaks().values()]
+        self._seconds.append(seconds := metrics["time"]["step_seconds"])
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
-        held = "" if reserved is None else f" (reserved {reserved / 2**30:.2f})"
+        held = f" (reserved {reserved[0]:.2f})" if reserved else ""
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  memory {peak_memory_bytes() / 2**30:.2f}{held} "
-            f"GiB  left {duration(left)}"
+            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
@@ -136,8 +175,7 @@ def tracking(
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them.
 
-    `settings`, the recipe, are stored with the metrics. Raises UserError if a tracker does not start. One that fails
-    later gets nothing more, with a warning: a chart is not worth a run of hours.
+    A tracker that fails later gets nothing more, with a warning: a chart is not worth a run of hours.
     """
     if names:
         PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
@@ -173,10 +211,7 @@ def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """{"train": {"lr": 1e-3, "betas": [0.9, 0.99]}} -> {"train.lr": 1e-3, "train.betas": "[0.9, 0.99]"}.
-
-    Leaves out null, which trackers refuse, and access tokens.
-    """
+    """{"train": {"betas": [0.9, 0.99]}} -> {"train.betas": "[0.9, 0.99]"}, without null and access tokens."""
     return {
         key: value if isinstance(value, bool | int | float) else masked(str(value))
         for key, value in flat(values).items()
@@ -194,9 +229,9 @@ def keep_trained(run: RunDirectory, model: nn.Module, step: int) -> None:
 def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     """Rank, and how far a layer has moved from its base; nothing is dequantised.
 
-    Returns: JSON values. `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w
-        of the base that are not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which
-        does not know the norms of its base.
+    `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
+    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which does not know the norms
+    of its base.
     """
     facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     squared, magnitude = layer.base_squared, layer.magnitude
@@ -218,35 +253,32 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
     seen = {}
     for part in streams:
         here = part.position
-        counts = (here.num_drawn, here.num_truncated, here.num_dropped, here.epoch)
-        logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts)
+        counts = {"num_examples": here.num_drawn, "num_truncated": here.num_truncated}
+        counts |= {"num_dropped": here.num_dropped, "num_passes": here.epoch}
+        logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts.values())
         if here.num_bad:
             text = "%s: %d faulty rows were skipped. The first: %s"
             logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
-        names = ("num_examples", "num_truncated", "num_dropped", "num_passes")
         faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
-        seen[part.name] = dict(zip(names, counts, strict=True)) | faulty
+        seen[part.name] = counts | faulty
     if seen:
         run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})
 
 
-def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> NDArray[np.float64]:
-    """Running ratio of exponentially faded sums, sum(values) / sum(weights): a mean over tokens, not over steps.
+def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
+    """Running ratio of exponentially faded sums, sum(values) / sum(weights), of the shape of both: (steps, ...).
 
-    `values` are summed NLL and `weights` numbers of tokens, (steps,). After `half_life` steps a contribution counts
-    half. Returns (steps,), NaN before the first token; a step without tokens keeps the last value.
+    A mean over tokens, not steps. After `half_life` steps a contribution counts half.
     """
     import pandas as pd
 
-    both = pd.DataFrame({"values": values, "weights": weights}, dtype=float).ewm(halflife=half_life).mean()
-    return (both["values"] / both["weights"]).to_numpy()
+    sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
+    return (sums / counts).to_numpy().reshape(np.shape(values))
 
 
 def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
-    """Draw the lines of metrics.jsonl as SVG: loss_per_task, steps, validation_nll and validation_accuracy.
-
-    Returns the files. One that cannot be drawn is logged and never raises. validation_* need two evaluations.
-    """
+    """Draw the lines of metrics.jsonl as SVG: loss_per_task, steps, and with two evaluations validation_nll and
+    validation_accuracy. Returns the files. One that cannot be drawn is logged and never raises."""
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
     plots: dict[str, Callable[[Figure], None]] = {}
@@ -268,39 +300,34 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
 
 
 def _loss_per_task(steps: Lines, figure: Figure) -> None:
-    half_life, numbers = max(1.0, len(steps) / 20), [line["step"] for line in steps]
-    curves = {}
-    for name in sorted({name for line in steps for name in line["tasks"]}):
-        tasks = [line["tasks"].get(name, {"nll_sum": 0.0, "num_tokens": 0}) for line in steps]
-        sums, tokens = ([task[key] for task in tasks] for key in ("nll_sum", "num_tokens"))
-        curves[name] = smooth(sums, tokens, half_life)
-    tokens = [line["num_label_tokens"] for line in steps]
-    sums = [line["loss"] * line["num_label_tokens"] for line in steps]
-    _plot(figure, "training loss, nats per answer token", numbers, curves, smooth(sums, tokens, half_life))
+    names = sorted({name for line in steps for name in line["tasks"]})
+    sums = [[line["tasks"].get(name, {"nll_sum": 0.0})["nll_sum"] for name in names] for line in steps]
+    tokens = [[line["tasks"].get(name, {"num_tokens": 0})["num_tokens"] for name in names] for line in steps]
+    for line, row, counts in zip(steps, sums, tokens, strict=True):
+        row.append(line["loss"] * line["num_label_tokens"])
+        counts.append(line["num_label_tokens"])
+    values = smooth(sums, tokens, max(1.0, len(steps) / 20))
+    _plot(figure, "training loss, nats per answer token", steps, names, values)
 
 
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
-    def values(scores: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        return np.array([score.get(metric) for score in scores], dtype=float)  # None becomes NaN
-
     names = sorted({name for line in evaluations for name in line["eval"]})
-    curves = {name: values([line["eval"].get(name, {}) for line in evaluations]) for name in names}
+    rows = [[line["eval"].get(name, {}).get(metric) for name in names] for line in evaluations]
+    rows = [[*row, line["average"].get(metric)] for row, line in zip(rows, evaluations, strict=True)]
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
-    steps, average = [line["step"] for line in evaluations], values([line["average"] for line in evaluations])
-    _plot(figure, label, steps, curves, average)
+    _plot(figure, label, evaluations, names, np.array(rows, dtype=float))  # None becomes NaN
 
 
-def _plot(figure: Figure, label: str, steps: Sequence[int], curves: Mapping[str, ArrayLike], whole: ArrayLike) -> None:
-    """A line per task, which has one colour in all figures, and one of all tasks."""
-    axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(steps) < 50 else "-"
-    for name, values in curves.items():
-        axes.plot(steps, values, style, label=name, gid=name)
-    axes.plot(steps, whole, style, color="black", linewidth=2, label="all", gid="all")
+def _plot(figure: Figure, label: str, lines: Lines, names: Sequence[str], values: Array) -> None:
+    """A curve per task, which has one colour in all figures, and one of all tasks, the last column."""
+    axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(lines) < 50 else "-"
+    for name, curve in zip([*names, "all"], values.T, strict=True):
+        whole: Any = {"color": "black", "linewidth": 2} if name == "all" else {}
+        axes.plot([line["step"] for line in lines], curve, style, label=name, gid=name, **whole)
     axes.legend(fontsize="small", ncols=2)
 
 
 def _steps(steps: Lines, figure: Figure) -> None:
-    """A panel for each other number of a step; tokens without padding, memory up to the step."""
     panels = {
         "learning rate": [line["lr"] for line in steps],
         "gradient norm": [line["gradient_norm"] for line in steps],
@@ -314,3 +341,220 @@ def _steps(steps: Lines, figure: Figure) -> None:
         axes.plot([line["step"] for line in steps], values, gid=name)
         if name == "gradient norm":  # spikes are decades above the rest
             axes.set_yscale("log")
+
+
+class ExpertLoad:
+    """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
+
+    The first steps show the base's division and the last ones what training made of it. The two differ by chance, too;
+    how much follows from the spread between steps. False for a model without experts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
+        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
+        self._first: dict[str, list[list[int]]] = {}
+        self._recent: dict[str, list[list[int]]] = {}
+        self.num_steps = 0
+        for owner, stack in last.items():
+            stack.register_forward_pre_hook(partial(self._add, owner))
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+    def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tokens: ExpertTokens = inputs[1]
+        if module.training:  # a checkpoint's recompute counts again, which changes no share
+            self._now[owner] += np.array(tokens.routed)
+
+    def begin(self) -> None:
+        """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
+        for counts in self._now.values():
+            counts[:] = 0
+
+    def step(self) -> None:
+        """The update of an optimizer step was made."""
+        for owner, counts in self._now.items():
+            first, recent = self._first.setdefault(owner, []), self._recent.get(owner, [])
+            self._recent[owner] = [*recent, counts.tolist()][-_WINDOW:]
+            if self.num_steps < _WINDOW:
+                first.append(counts.tolist())
+        self.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {"num_steps": self.num_steps, "first": self._first, "recent": self._recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.num_steps, self._first, self._recent = state["num_steps"], state["first"], state["recent"]
+
+    def record(self) -> dict[str, Any]:
+        """JSON values: the number of steps, and `window`, how many at each end are compared.
+
+        Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
+        went to other experts than at the start; and `noise`, what `moved` would be if the router had not changed: the
+        difference of an expert's two means over n steps is normal with the variance 2 v / n, v the variance of its
+        share between the steps of a group, and the mean of its absolute value is sqrt(4 v / (pi n)).
+        """
+        window = min(_WINDOW, max(1, self.num_steps // 2))
+        blocks = {}
+        for owner in self._now:
+            ends = [np.array(self._first[owner][:window]), np.array(self._recent[owner][-window:])]
+            first, last = (counts.sum(axis=0) / max(1, counts.sum()) for counts in ends)
+            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None, "noise": None}
+            if self.num_steps > 1:
+                blocks[owner]["moved"] = float(np.abs(last - first).sum() / 2)
+            if window > 1:
+                shares = [counts / counts.sum(axis=1, keepdims=True).clip(1) for counts in ends]
+                variance = np.mean([share.var(axis=0, ddof=1) for share in shares], axis=0)
+                blocks[owner]["noise"] = float(np.sqrt(variance / (math.pi * window)).sum())
+        return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
+
+    def write(self, run: RunDirectory) -> None:
+        """Write the record. Nothing without experts or steps."""
+        if self._now and self.num_steps:
+            with unharmed(EXPERT_LOAD_FILE):
+                run.write_json(EXPERT_LOAD_FILE, self.record())
+
+
+def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
+    """What is missing for a measurement: two tasks with validation examples, and evaluations at its steps."""
+    every, evaluated = recipe.interference.every, recipe.eval.every
+    if every is None:
+        return []
+    counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
+    need = f"validation examples, must be at least {_LEAST_PROBED}."
+    faults = [f"interference.every: {name} has {n} {need}" for name, n in counts.items() if n < _LEAST_PROBED]
+    if evaluated is None or every % evaluated:
+        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
+    if len(recipe.data.mix) < 2:
+        faults.append("interference.every: needs at least two sources in data.mix, got 1.")
+    return faults
+
+
+def probe_examples(
+    recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequence[Example]]
+) -> dict[str, list[TokenizedExample]]:
+    """Validation examples of every task, evenly spread over its data, tokenised as in training."""
+    data = recipe.data
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": "truncate"}
+    examples = {}
+    for source in data.mix if recipe.interference.every is not None else ():
+        chosen = spread(validation[source.label], recipe.interference.examples)
+        examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
+        if len(examples[source.label]) < _LEAST_PROBED:
+            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
+    return examples
+
+
+def halves_of(
+    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
+) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
+    """The micro-batches of the two halves of each task's examples."""
+    halves = {}
+    for name, examples in probed.items():
+        tasks = list({example.task: None for example in examples})
+        halves[name] = (micro_batches(examples[0::2], batching, tasks), micro_batches(examples[1::2], batching, tasks))
+    return halves
+
+
+def measure(
+    model: nn.Module,
+    halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    device: torch.device,
+    loss_chunk: int | None = None,
+    loss_scale: LossScale | None = None,
+) -> dict[str, Any]:
+    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise.
+
+    A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
+    training examples no longer show whether learning one task helps another. The difference between two `halves` of the
+    examples shows how far chance alone moves a cosine. Training is not affected. The gradients are held on the host, in
+    bf16, which moves a cosine by less than 1e-3.
+
+    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
+    `num_conflicts`, the cosines more than twice their noise below 0.
+    """
+    names, random = list(halves), random_state()
+    batches = [half for name in names for half in halves[name]]
+    num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
+    num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
+    gradients = []
+    model.train()
+    try:
+        torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
+        with evaluation_mode(model):
+            for module in model.modules():  # blocks recompute their activations only in training mode
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+            for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
+                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+                step_gradient(model, step, device=device, loss_chunk=loss_chunk, loss_scale=loss_scale)
+                parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+                gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
+                model.zero_grad()
+    finally:
+        model.zero_grad()
+        set_random_state(random)
+    gram = np.zeros((len(gradients), len(gradients)))
+    for start in range(0, len(gradients[0]), _PIECE):
+        piece = torch.stack([gradient[start : start + _PIECE] for gradient in gradients]).double()
+        gram += (piece @ piece.T).numpy()
+    result = agreement(gram, np.array(num_tokens, dtype=np.float64).reshape(len(names), 2))
+    pairs = np.triu_indices(len(names), 1)
+    cosines = result["cosines"][pairs]
+    return {
+        "tasks": names,
+        "num_examples": dict(zip(names, np.reshape(num_examples, (-1, 2)).tolist(), strict=True)),
+        "num_label_tokens": dict(zip(names, np.reshape(num_tokens, (-1, 2)).sum(axis=1).tolist(), strict=True)),
+        **{name: _plain(values) for name, values in result.items()},
+        "mean_cosine": _plain(cosines.mean()),
+        "lowest_cosine": _plain(cosines.min()),
+        "num_conflicts": int((cosines < -2.0 * result["noise"][pairs]).sum()),
+    }
+
+
+def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
+    """Cosines and their noise, from the inner products of half gradients.
+
+    With h1, h2 the gradients of a task's halves (means over n1 and n2 tokens) and w = n1 / (n1 + n2), the task's
+    gradient is g = w h1 + (1 - w) h2, and e = sqrt(w (1 - w)) (h1 - h2) is a draw of its error: E |e|^2 is its
+    variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
+    Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
+
+    `gram` are the inner products, (2 tasks, 2 tasks): both halves of the first task, both of the second, and so on;
+    `num_tokens`, (tasks, 2), the answer tokens of each half. Returns `cosines` (tasks, tasks); `noise`, the standard
+    error of each from the choice of examples, nan on the diagonal; `own_cosines` (tasks,) between the halves of a task:
+    near 0 its examples are too few, and its cosines to other tasks are drawn towards 0; `norms` (tasks,).
+    """
+    num_tasks = len(num_tokens)
+    weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
+    mean, error = np.zeros((num_tasks, 2 * num_tasks)), np.zeros((num_tasks, 2 * num_tasks))
+    for task in range(num_tasks):
+        mean[task, 2 * task : 2 * task + 2] = weights[task]
+        error[task, 2 * task : 2 * task + 2] = np.array([1.0, -1.0]) * np.sqrt(weights[task].prod())
+    products = mean @ gram @ mean.T
+    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    scale = np.outer(norms, norms)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = products / scale
+        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i is task i's error along each g_j
+        errors = along - cosines * along.diagonal()[:, None]
+        halves = gram.diagonal().reshape(num_tasks, 2)
+        own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
+    np.fill_diagonal(errors, 0.0)
+    # A task whose gradient is zero has no cosine with the others; it says nothing of their noise.
+    num_others = (~np.isnan(errors)).sum(axis=1) - 1
+    squares = np.nansum(errors**2, axis=1) / np.maximum(num_others, 1)
+    noise = np.sqrt(squares[:, None] + squares[None, :])
+    np.fill_diagonal(noise, np.nan)
+    return {"cosines": cosines, "noise": noise, "own_cosines": own, "norms": norms}
+
+
+def _plain(values: Any) -> Any:
+    """JSON values: nested lists with six digits, None for nan."""
+    if np.ndim(values) > 0:
+        return [_plain(each) for each in values]
+    return None if np.isnan(values) else float(f"{values:.6g}")

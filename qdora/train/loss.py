@@ -1,32 +1,47 @@
-"""Negative log-likelihood per token, from logits or from hidden states and a frozen output head in chunks of tokens.
+"""From the last hidden state to the loss: the output head, what a model does to its logits, and the NLL per token.
 
 The loss of a step is a ratio of sums, never a mean of means, so nothing is averaged here.
 
-In chunks the logits of all tokens never exist at once. Loss and gradient come from one pass: the logits of a chunk are
-made, turned in place into their own gradient, and multiplied with the head again. One gradient of the size of the
-hidden states remains for the backward pass.
+The logits of all tokens never exist at once: those of a chunk are made, turned in place into their own gradient, and
+multiplied with the head again. One gradient of the size of the hidden states remains for the backward pass.
 
-At the end: the auxiliary loss of a mixture's routers, which models have one, and its value in a forward pass.
+Models differ in what follows the output head: Gemma caps its logits, Granite divides them, Cohere multiplies them. The
+config proposes forms, and a comparison with the model's own logits decides.
 """
 
 from __future__ import annotations
-
-import inspect
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
-
+from dataclasses import field
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.plain_linear import is_plain_linear
 from qdora.errors import UserError
+from qdora.memory.shard import release
+from qdora.model.attention import text_config
 from qdora.quant.kernels import device_kind
-from qdora.quant.tiles import Weight, dense_weight
+from qdora.quant.planned_device import device_kind
+from qdora.quant.tiles import Weight
+from qdora.quant.tiles import dense_weight
 from qdora.recipe.settings import Recipe
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedConfig
+from typing import Any
+from weakref import WeakKeyDictionary
+import inspect
+import itertools
+import logging
+import sys
+import torch
 
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
@@ -36,8 +51,22 @@ that took 3 times as long on a CPU as with 256."""
 # Logits widened to float32 at a time. On a CPU 4 MiB, which stay in its cache: 1.5 times as fast as 128 MiB.
 _SLICE_LOGITS = 2**23
 _CPU_SLICE_LOGITS = 2**20
+# Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
+_CHECKPOINTED_BYTES = 16
+# Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
+# multiplies by a field with Granite's name, so both are tried.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+# Positions at which logits are compared, each also with a hidden state many times as large: a cap of 30 does not show
+# in logits near 1.
+_PROBED = 4
+_PROBE_FACTORS = (1.0, 16.0, 256.0)
+# Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
+_FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
+# Parameters of transformers' function; a family whose function has others computes another loss.
 _ROUTER_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-"""Those of transformers' function; a family whose function has others computes another loss."""
+
+logger = logging.getLogger("qdora")
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -66,30 +95,18 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
-    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB (4
-    MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
+    `hidden` is (num_tokens, in) of any float dtype; both products run in it, the softmax in float32 (float64 for
+    float64). Its gradient is rounded once per token to this dtype. The frozen head W, (vocabulary, in), is dense or
+    packed; a packed one is dequantised whole, once a call. `softcap` is c (Gemma 2, arXiv 2408.00118, sec. 2). Returns
+    (num_tokens,) float32 (float64 for float64), nats, differentiable once, with respect to `hidden` only.
 
-    Args:
-        hidden: (num_tokens, in), any float dtype; both products run in it, the softmax in float32 (float64 for
-            float64). Its gradient is rounded once per token to this dtype, and again after the product with the
-            upstream gradient.
-        weight: Head W, (vocabulary, in), dense or packed. A packed one is dequantised whole, once a call.
-        labels: (num_tokens,) int64, each a vocabulary index.
-        bias: (vocabulary,) or None.
-        scale: Factor of all logits (Cohere's logit_scale; 1 / logits_scaling of Granite).
-        softcap: c, above 0 (Gemma 2, arXiv 2408.00118, sec. 2), or None.
-        chunk: Tokens whose logits exist at once, above 0 (default: `auto_chunk`).
-    Returns: (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only. A
-        backward pass with create_graph=True raises RuntimeError.
+    Peak beside the result: the logits of `chunk` tokens in hidden's dtype (their gradient overwrites them), and 32 MiB
+    (4 MiB on a CPU; twice that with a softcap) of them in float32.
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
-    if chunk < 1:
-        raise ValueError(f"a chunk must have 1 token or more, got {chunk}.")
     # Asked here, since gradients are off inside the function.
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
-    assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
     nll: Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, weight, bias, labels, scale, softcap, chunk, wants_gradient
     )
@@ -131,9 +148,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable would not notice: the saved gradient looks like a constant
-            raise RuntimeError(
-                "the chunked loss has no second derivative. Fix: take token_nll of the model's logits for curvature."
-            )
+            raise RuntimeError("the chunked loss has no second derivative; token_nll of a model's logits has.")
         (upstream,) = grads
         (gradient,) = ctx.saved_tensors
         # In place on a copy: the upstream gradient (1 / tokens of the step) stays in float32 until it is multiplied.
@@ -161,11 +176,11 @@ def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float |
         values.sub_(values.amax(dim=1, keepdim=True))
         of_label = values.gather(1, label)
         total = values.exp_().sum(dim=1, keepdim=True)
-        found = total.log() - of_label  # (rows, 1)
-        nll[rows] = found[:, 0]
+        loss = total.log() - of_label  # (rows, 1)
+        nll[rows] = loss[:, 0]
         if not wants_gradient:
             continue
-        values.div_(total).scatter_(1, label, torch.expm1(-found))  # softmax, minus 1 at the label
+        values.div_(total).scatter_(1, label, torch.expm1(-loss))  # softmax, minus 1 at the label
         if slope is not None:
             values.mul_(slope)
         if scale != 1.0:
@@ -175,18 +190,154 @@ def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float |
     return nll
 
 
+@dataclass(frozen=True)
+class LogitForm:
+    """logits = softcap * tanh(scale * z / softcap), z the output of the head; scale * z without a softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, z: Tensor) -> Tensor:
+        """The logits, in float32 (float64 for float64); z itself if the form changes nothing."""
+        if self == LogitForm():
+            return z
+        scaled = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+@dataclass
+class Tap:
+    """Inputs and output of the head in one forward pass, which calls it `num_calls` times."""
+
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_labelled, hidden), with their graph
+    raw: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_probed, vocabulary), before the model changes it
+    num_calls: int = 0
+
+
+@contextmanager
+def tapped(
+    head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool = False, whole: bool = False
+) -> Iterator[Tap]:
+    """Record the head's inputs at (rows[i], columns[i]), (num_labelled,) int64 on the model's device. The head itself
+    computes the first of them; with `probing` those that `learn_form` needs, with `whole` all, with their graph."""
+    tap = Tap()
+
+    def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tap.num_calls += 1
+        tap.hidden = args[0][rows, columns]
+        probe = tap.hidden if whole else tap.hidden.detach()[: _PROBED if probing else 1]
+        if probing:
+            probe = torch.cat([probe * factor for factor in _PROBE_FACTORS])
+        return (probe.unsqueeze(0), *args[1:])
+
+    def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        tap.raw = output.detach()[0]
+
+    with head.register_forward_pre_hook(take), head.register_forward_hook(keep) if probing else nullcontext():
+        yield tap
+
+
+@torch.no_grad()
+def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
+    """The form whose logits differ from the model's own, (1, num_probed, vocabulary), in a `probing` pass by no more
+    than rounding, or None."""
+    if tap.num_calls != 1 or logits.shape != (1, *tap.raw.shape):
+        return None
+    own = logits[0]
+    largest = own.abs().amax(dim=1).double()
+    rounding = 4 * max(torch.finfo(dtype).eps for dtype in (tap.raw.dtype, own.dtype))
+
+    def error(form: LogitForm) -> float:
+        difference = (form.apply(tap.raw) - own).abs().amax(dim=1).double()
+        return float((difference / largest.clamp_min(1e-30)).max())  # NaN fails every comparison
+
+    errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
+    form = min(errors, key=errors.__getitem__)
+    return form if errors[form] <= rounding else None
+
+
+def _proposals(config: Any) -> list[LogitForm]:
+    """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
+    config = text_config(config)
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        values = [getattr(config, name, None) for name in names]
+        return [float(value) for value in values if isinstance(value, int | float) and value > 0]
+
+    scales = [*(scale for number in numbers(_SCALES) for scale in (number, 1.0 / number)), 1.0]
+    softcaps = [*numbers(_SOFTCAPS), None]
+    return [LogitForm(scale, softcap) for scale, softcap in itertools.product(scales, softcaps)]
+
+
+def proposed_form(config: Any) -> LogitForm:
+    """The form of the logits that a model's config states."""
+    return _proposals(config)[0]
+
+
+def labelled_nll(
+    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
+) -> Tensor:
+    """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
+
+    The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
+    If no known form reproduces the logits of a model's first batch, the batch is run again, and from then on the model
+    itself computes all logits at once, with a warning.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    known, form = model in _FORMS, _FORMS.get(model, LogitForm())
+    if form is not None:
+        random = {} if known else random_state()
+        with tapped(head, *labelled, probing=not known) as tap:
+            logits = model(**inputs).logits
+        if not known and len(targets):
+            form = _FORMS[model] = learn_form(model, tap, logits)
+        if form is not None:
+            nll = head_nll(head, tap.hidden, targets, form, chunk)
+            release(head)
+            return nll
+        text = "%s: what this model does to its logits is not known, so memory.loss_chunk has no effect."
+        logger.warning(text, getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+        set_random_state(random)  # as if the model had run once: a resumed run draws the same
+        del tap, logits  # and their graph
+    with tapped(head, *labelled, whole=True):
+        logits = model(**inputs).logits
+    return token_nll(logits.reshape(-1, logits.shape[-1]), targets)
+
+
+def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
+    """NLL of each token, (num_tokens,) float32, from its last hidden state, (num_tokens, hidden).
+
+    A frozen linear head uses `chunked_nll`. Any other head (adapted, trained, of its own class) runs under a
+    checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
+    """
+    if _is_frozen_linear(head):
+        weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
+        options: Any = {"bias": head.bias, "scale": form.scale, "softcap": form.softcap, "chunk": chunk}
+        return chunked_nll(hidden, weight, targets, **options)  # type: ignore[arg-type]
+    if chunk is None:
+        chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
+
+    def nll_of(part: Tensor, labels: Tensor) -> Tensor:
+        return token_nll(form.apply(head(part)), labels)
+
+    parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    return torch.cat([checkpoint(nll_of, part, labels, use_reentrant=False) for part, labels in parts])
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    """Whether the head is h W^T + bias and nothing else, without trainable parameters."""
+    linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
+    replaced = "forward" in vars(head)  # accelerate's offloading does that
+    return linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters())
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
     """E sum_e f_e P_e over the real tokens of all routers together; f is counted and has no gradient.
 
-    f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability. It is
-    `top_k` where all experts have the same probability, and E where all tokens choose the same experts for certain.
-
+    f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability.
+    `router_logits` are (tokens, E) of each router, any float dtype, `real` (tokens,) True for tokens that are not
+    padding. Returns a scalar, float32 (float64 for float64).
     Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for several choices as in transformers.
-
-    Args:
-        router_logits: Of each router, (tokens, E), any float dtype; the softmax runs in float32 (float64 for float64).
-        real: (tokens,), 1 or True for tokens that are not padding; at least one.
-    Returns: Scalar, float32 or float64.
     """
     num_experts = router_logits[0].shape[-1]
     wide = torch.promote_types(router_logits[0].dtype, torch.float32)
@@ -204,10 +355,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
 
 
 def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss.
-
-    The model of the config, its text model, or the whole of images and texts may have one.
-    """
+    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss."""
     asked, text = recipe.train.router_aux_loss, config.get_text_config()
     if not asked:
         return
@@ -218,10 +366,8 @@ def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
         functions = filter(None, (getattr(module, "load_balancing_loss_func", None) for module in modules))
         if any(list(inspect.signature(function).parameters) == _ROUTER_PARAMETERS for function in functions):
             return
-    raise UserError(
-        f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}; it needs a causal model for "
-        "which transformers has an auxiliary loss of routers."
-    )
+    why = "transformers has no auxiliary loss of routers for it"
+    raise UserError(f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}: {why}.")
 
 
 @dataclass
@@ -234,14 +380,13 @@ class RouterTap:
     def loss(self, real: Tensor) -> Tensor:
         """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
         if not self.logits:  # not every config shows that no block has a router
-            text = "must be 0 with this model: transformers gives no logits of routers"
-            raise UserError(f"train.router_aux_loss: {text}.")
+            raise UserError("train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers")
         return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
 
 
 @contextmanager
 def tapped_routers(model: Any) -> Iterator[RouterTap]:
-    """Record what the routers of a model compute inside the block; for models that pass `check_router_loss`.
+    """Record what the routers of a model compute inside the block.
 
     The decoder is asked, not the model, which would also compute the loss itself and count the padding of packed rows.
     """

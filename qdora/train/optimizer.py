@@ -1,61 +1,385 @@
 """AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (`split_float32_`). Each step
-joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
-read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
+A parameter stored in bf16 is the upper half of a float32 number whose other 16 bits, an int16, lie beside it: the
+distance of the two bit patterns. To join, update in float32 and split again trains exactly as with float32 parameters,
+at 4 bytes a parameter; a copy and a float32 master take 6. Gradients accumulate in float32 (`Tensor.grad_dtype`).
+
+Parameters are updated together, so that a GPU gets a few launches for all of them. They stay tensors of their own;
+their averages and low bits lie behind each other in flat tensors, of which each has a view. An update joins parameters
+and gradients to flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit
+format, or of a vectorised loop, and zeros fill up its last one: its update is the same bit for bit whatever its
+neighbours.
 
 The averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its 8-bit states. A
-paged state is a CPU tensor over memory that a GPU can read; its block scales are on the GPU. Parameters are updated
-together (train/flat_group.py).
+paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after each
+tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
-
-import gc
-import logging
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from qdora.errors import RunFailure, first_line
-from qdora.memory.oom import free_memory, is_out_of_memory
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import nullcontext
+from qdora.errors import RunFailure
+from qdora.errors import first_line
+from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS
+from qdora.files.nvidia_driver import device_attribute
+from qdora.memory.oom import free_memory
+from qdora.memory.oom import is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
 from qdora.quant.kernels import is_planning
+from qdora.quant.planned_device import is_planning
 from qdora.recipe.settings import Recipe
-from qdora.train.flat_group import (
-    MOMENTS,
-    NOT_STORED,
-    FlatGroup,
-    OptimizerName,
-    can_page,
-    fill_state_,
-    groups_of,
-    join_float32,
-    split_float32_,
-    widened_state,
-)
+from qdora.train.flat_group import FlatGroup
+from qdora.train.flat_group import MOMENTS
+from qdora.train.flat_group import NOT_STORED
+from qdora.train.flat_group import OptimizerName
+from qdora.train.flat_group import can_page
+from qdora.train.flat_group import fill_state_
+from qdora.train.flat_group import groups_of
+from qdora.train.flat_group import join_float32
+from qdora.train.flat_group import split_float32_
+from qdora.train.flat_group import widened_state
+from torch import Tensor
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+import gc
+import logging
+import math
+import torch
+import weakref
 
-# Averages of the gradient; the other two are of its square.
-_FIRST_MOMENTS = ("exp_avg", "state1")
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
-LARGE = 10**9
-"""Base weights from which a run on a CPU is said to be slow."""
+# Averages in a parameter's state: torch's names, then bitsandbytes', and the power of the gradient that each is of.
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
+# Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
+_NOT_STORED = ("qmap1", "qmap2")
+# Last part of the path of trained rows (adapter/trained_rows.py), and of the vectors of all experts of a stack.
+_NO_MATRICES = ("rows", "magnitude", "bias")
+# Values per block scale in bitsandbytes' 8-bit states, and the least elements of a tensor with such states.
+_BLOCK, _LEAST_8BIT = 256, 4096
+# As in bitsandbytes: a smaller state is not paged.
+_LEAST_PAGED = 100_000
+_FREE_PAGES: list[Tensor] = []
+# torch's fused AdamW computes what is left behind the last whole vector (16 numbers) with other rounding.
+_VECTOR = 16
+# Elements of a group, unless it is a single larger parameter. An update holds them twice in float32: 64 MiB.
+_GROUP_ELEMENTS = 1 << 23
 
 logger = logging.getLogger("qdora")
 
 
-class UpdateOutOfMemory(RuntimeError):
-    """The update of the parameters `left`, out of `num_updated`, did not fit into memory; the others are updated."""
+def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
+    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, bits(master) - bits(high), int16.
 
-    def __init__(self, left: list[str], num_updated: int, reason: str) -> None:
-        which = f"{len(left)} of {num_updated} trainable tensors, e.g. {left[0]}"
-        super().__init__(f"out of memory in the update of {which} ({reason.rstrip('.')})")
-        self.left, self.num_updated = left, num_updated
+    No memory is allocated: `master` is contiguous and loses its values.
+    """
+    # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
+    # remainder plus 2^15, and flipping the sign bit subtracts that.
+    halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)  # little-endian: lower first
+    high.view(torch.int16).copy_(halves[:, 1].view(high.shape))
+    low.copy_(halves[:, 0].view(low.shape)).bitwise_xor_(-0x8000)
+
+
+def join_float32(high: Tensor, low: Tensor) -> Tensor:
+    """(bfloat16, int16) -> the float32 that `split_float32_` was given, bit for bit, as a new tensor."""
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class GroupKind(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    is_matrix: bool  # these get the states of the named optimizer; all others get float32 ones, never paged
+    is_8bit: bool
+    lr_ratio: float
+    decays: bool
+    dtype: torch.dtype
+
+
+def groups_of(
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    name: OptimizerName,
+    *,
+    ratios: Mapping[str, float] | None = None,
+    undecayed: Collection[str] = (),
+) -> list[tuple[list[str], GroupKind]]:
+    """The parameters (key -> shape and dtype) that are updated together: one kind, and at most _GROUP_ELEMENTS elements
+    or one key. The grouping changes no number."""
+    groups: list[tuple[list[str], GroupKind]] = []
+    newest: dict[GroupKind, list[str]] = {}
+    sizes: dict[GroupKind, int] = {}
+    for key, (shape, dtype) in shapes.items():
+        size = math.prod(shape)
+        is_matrix = len(shape) >= 2 and key.rpartition(".")[2] not in _NO_MATRICES
+        is_8bit = is_matrix and name.endswith("8bit") and size >= _LEAST_8BIT
+        kind = GroupKind(is_matrix, is_8bit, (ratios or {}).get(key, 1.0), key not in undecayed, dtype)
+        if kind not in newest or sizes[kind] + size > _GROUP_ELEMENTS:
+            newest[kind], sizes[kind] = [], 0
+            groups.append((newest[kind], kind))
+        newest[kind].append(key)
+        sizes[kind] += size
+    return groups
+
+
+class FlatGroup:
+    """Parameters of one kind (key -> parameter, bf16 or float32), their flat states and low bits, which begin at 0."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        kind: GroupKind,
+        name: OptimizerName,
+        options: Mapping[str, Any],
+        *,
+        weight_decay: float,
+    ) -> None:
+        self.parameters, self.kind, self.weight_decay = dict(parameters), kind, weight_decay
+        self.steps = dict.fromkeys(self.parameters, 0)  # updates that each had
+        self._shapes = {key: parameter.shape for key, parameter in self.parameters.items()}
+        self._spans: dict[str, slice] = {}
+        self._unit = _BLOCK if kind.is_8bit else _VECTOR
+        start = 0
+        for key, parameter in self.parameters.items():
+            self._spans[key] = slice(start, start + parameter.numel())
+            start = self._whole(start + parameter.numel())
+        device = next(iter(self.parameters.values())).device
+        self._low = torch.zeros(start, dtype=torch.int16, device=device) if kind.dtype == torch.bfloat16 else None
+        # Only its shape is read. It is empty between the updates.
+        self._master = nn.Parameter(torch.empty(start, dtype=torch.float32, device=device))
+        self.inner = _inner_optimizer(name, self._master, kind, options)
+        self.state = _fresh_state(self.inner, self._master)
+        self._release()
+
+    def runs(self) -> list[list[str]]:
+        """The keys with a gradient, in as few runs of neighbours with equally many updates as there are."""
+        runs: list[list[str]] = []
+        before: int | None = None  # updates of the neighbour, if it has a gradient
+        for key, parameter in self.parameters.items():
+            if parameter.grad is None:
+                before = None
+                continue
+            if self.steps[key] != before:
+                runs.append([])
+            before = self.steps[key]
+            runs[-1].append(key)
+        return runs
+
+    def update(self, run: Sequence[str], rate: float, *, must_fit: bool) -> bool:
+        """Update one of the `runs` or a part of it, all or nothing; returns whether it fitted into memory.
+
+        Only joining allocates memory, which changes nothing yet.
+        """
+        try:
+            self._join(run)
+        except (RuntimeError, MemoryError) as error:
+            self._release()
+            if must_fit or not is_out_of_memory(error):
+                raise
+            return False
+        if self.weight_decay:
+            self._master.mul_(1.0 - rate * self.weight_decay)
+        self.inner.param_groups[0]["lr"] = rate
+        state = self.inner.state[self._master] = self._state_at(self._span(run))
+        steps = self.steps[run[0]]
+        if isinstance(self.inner, torch.optim.AdamW):
+            state["step"].fill_(steps)
+            self.inner.step()
+        else:  # bitsandbytes' step waits for the GPU after each tensor
+            state["step"] = steps
+            self.inner.prefetch_state(self._master)  # type: ignore[attr-defined]
+            self.inner.update_step(self.inner.param_groups[0], self._master, 0, 0)  # type: ignore[attr-defined]
+        self._store(run)
+        self._release()
+        for key in run:
+            self.steps[key] += 1
+        # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
+        # (of row norms) go by the version.
+        torch.autograd.graph.increment_version([self.parameters[key] for key in run])
+        return True
+
+    def low(self, key: str) -> Tensor | None:
+        """The low bits of a parameter, int16 of its shape; None if it is stored in float32."""
+        return None if self._low is None else self._low[self._spans[key]].view(self._shapes[key])
+
+    def state_of(self, key: str) -> dict[str, Any]:
+        """The state of a parameter, its averages as views of its shape."""
+        dtype = torch.float32 if isinstance(self.inner, torch.optim.AdamW) else torch.int64
+        state = self._state_at(self._spans[key]) | {"step": torch.tensor(self.steps[key], dtype=dtype)}
+        for name in state.keys() & MOMENTS.keys():
+            state[name] = _page_of(state[name], state[name].view(self._shapes[key]))
+        return state
+
+    def _whole(self, size: int) -> int:
+        return -(-size // self._unit) * self._unit
+
+    def _span(self, run: Sequence[str]) -> slice:
+        return slice(self._spans[run[0]].start, self._whole(self._spans[run[-1]].stop))
+
+    def _state_at(self, span: slice) -> dict[str, Any]:
+        blocks = slice(span.start // _BLOCK, -(-span.stop // _BLOCK))
+        state: dict[str, Any] = {}
+        for name, value in self.state.items():
+            if name in MOMENTS:
+                state[name] = _page_of(value, value[span])
+            else:
+                state[name] = value[blocks] if name.startswith("absmax") else value
+        return state
+
+    def _join(self, run: Sequence[str]) -> None:
+        """The master and its gradient: of a single parameter in float32 its own memory."""
+        parameters = [self.parameters[key] for key in run]
+        master = self._flat([parameter.detach() for parameter in parameters], run)
+        self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
+        del master
+        self._master.grad = self._flat([parameter.grad for parameter in parameters if parameter.grad is not None], run)
+
+    def _flat(self, tensors: Sequence[Tensor], run: Sequence[str]) -> Tensor:
+        """The tensors of a run behind each other, each filled up to whole units with zeros; a plain one as it is."""
+        if self._is_plain(run):
+            return tensors[0].reshape(-1)
+        gaps = [self._whole(tensor.numel()) - tensor.numel() for tensor in tensors]
+        zeros = tensors[0].new_zeros(max(gaps))
+        parts = [part for tensor, gap in zip(tensors, gaps, strict=True) for part in (tensor.reshape(-1), zeros[:gap])]
+        return torch.cat([part for part in parts if part.numel()])
+
+    def _is_plain(self, run: Sequence[str]) -> bool:
+        """Whether a run is one parameter that lies in memory as in the flat tensors."""
+        parameter = self.parameters[run[0]]
+        return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
+
+    def _store(self, run: Sequence[str]) -> None:
+        """Write the master into the parameters and their low bits; that overwrites it and its gradient."""
+        span, master, gradient = self._span(run), self._master.detach(), self._master.grad
+        assert gradient is not None
+        parameters = [self.parameters[key].detach() for key in run]
+        is_joined = not self._is_plain(run)
+        high = master
+        if self._low is not None:
+            # A joined gradient is no longer needed, so that this allocates nothing.
+            high = gradient.view(torch.bfloat16)[: len(master)] if is_joined else parameters[0].view(-1)
+            split_float32_(master, high, self._low[span])
+        if is_joined:
+            spans = [self._spans[key] for key in run]
+            parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
+            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
+
+    def _release(self) -> None:
+        self._master.grad = None
+        self._master.data = torch.empty(0, device=self._master.device)
+        self.inner.state.clear()
+
+
+def _inner_optimizer(
+    name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    if name == "lion" or ("lion" in name and not kind.is_matrix):
+        lion: torch.optim.Optimizer = bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
+        return lion
+    if name == "adamw" or not kind.is_matrix:
+        return torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
+    rule = "Lion" if "lion" in name else "AdamW"
+    is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
+    paged, bits = "Paged" if is_paged else "", "8bit" if kind.is_8bit else "32bit"
+    # The code books of 8-bit states are computed from values, so outside the fake mode of a plan; the plan then counts
+    # tensors of their size.
+    with _disable_current_modes() if is_planning() else nullcontext():
+        inner = getattr(bnb.optim, f"{paged}{rule}{bits}")([master], **options, weight_decay=0.0)
+    if is_paged:
+        inner.get_state_buffer = _page_like
+    if is_planning():
+        inner.name2qmap = {key: torch.empty(256) for key in inner.name2qmap}
+    made: torch.optim.Optimizer = inner
+    return made
+
+
+def can_page(parameter: Tensor) -> bool:
+    """Whether the states of a parameter can be paged: bitsandbytes ends the process where they cannot. Assumed where no
+    driver answers, as in a plan on a machine without a GPU."""
+    device = parameter.device
+    return device.type == "cuda" and device_attribute(CONCURRENT_MANAGED_ACCESS, device.index or 0) != 0
+
+
+def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back. bitsandbytes never frees a
+    page, so those of this process are used again, once no tensor lies in them any more."""
+    size = master.numel() * dtype.itemsize
+    fitting = [(page.nbytes, index) for index, page in enumerate(_FREE_PAGES) if page.nbytes >= size]
+    if fitting:
+        page = _FREE_PAGES.pop(min(fitting)[1])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the last kernels of its owner may still write it
+    else:
+        page = F.get_paged(size, dtype=torch.uint8, device=master.device)
+    memory = page.numpy()
+    weakref.finalize(memory, _FREE_PAGES.append, page).atexit = False
+    state: Tensor = _page_of(page, torch.from_numpy(memory)[:size].view(dtype).view(master.shape).zero_())
+    return state
+
+
+def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
+    """The state that a first step would make."""
+    if isinstance(inner, torch.optim.AdamW):
+        zeros = torch.zeros_like(master)
+        step = torch.zeros((), dtype=torch.float32, device=master.device)
+        return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    inner.init_state(inner.param_groups[0], master, 0, 0)  # type: ignore[attr-defined]
+    state: dict[str, Any] = inner.state[master]
+    if not is_planning():
+        for number in (name[-1] for name in state if name.startswith("qmap")):
+            # A fresh state has the code 0, which means -1 times a block scale of 0. A scale that is loaded is not 0,
+            # and the zeros behind a parameter share it.
+            state[f"state{number}"].fill_(int(state[f"qmap{number}"].abs().argmin()))
+    return state
+
+
+def _is_page(value: Any) -> bool:
+    return getattr(value, "is_paged", False)
+
+
+def _page_of(page: Any, part: Any) -> Any:
+    """A part of a state; marked as paged, as bitsandbytes does it, if the state is."""
+    if _is_page(page):
+        part.is_paged, part.page_deviceid = True, page.page_deviceid
+    return part
+
+
+def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """A parameter's averages in float32, as new tensors on `device`."""
+    wide: dict[str, Tensor] = {}
+    for name in (name for name in MOMENTS if name in state):
+        value = state[name]
+        if value.dtype == torch.float32:
+            wide[name] = value.to(device, copy=True)
+            continue
+        number = name.removeprefix("state")
+        absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+        values = F.dequantize_blockwise(value.to(absmax.device), absmax=absmax, code=code, blocksize=_BLOCK)
+        wide[name] = values.view_as(value).to(device)
+    return wide
+
+
+def fill_state_(state: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Write the averages of a `widened_state`, or the tensors of another state, in the format of this state."""
+    for name, value in values.items():
+        target = state[name]
+        if target.dtype == torch.uint8 and value.dtype != torch.uint8:
+            number = name.removeprefix("state")
+            codes, quantized = F.quantize_blockwise(value.contiguous(), code=state[f"qmap{number}"], blocksize=_BLOCK)
+            target.copy_(codes.view_as(target))
+            state[f"absmax{number}"].copy_(quantized.absmax)
+        else:
+            target.copy_(value)
 
 
 class AdapterOptimizer:
@@ -65,23 +389,12 @@ class AdapterOptimizer:
     smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
     update, and applied here: bitsandbytes' kernels differ between devices (its issues 1992 and 2010).
 
-    Matrices use the named optimizer. Vectors (magnitudes, biases, norms) use the same one with float32 states, never
-    paged, without weight decay: bitsandbytes would give vectors of 4,096 elements or more 8-bit states, which are too
-    coarse for a magnitude. So do trained rows of an embedding, which are few.
-
-    Args:
-        parameters: Path -> trainable parameter, bf16 or float32.
-        name: paged_adamw_8bit, paged_adamw_32bit, paged_lion_8bit (bitsandbytes; paged on CUDA, the same arithmetic
-            unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused).
-        lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
-            1 for all others.
-        undecayed: Paths of matrices without weight decay, such as embeddings: a row whose token does not occur would
-            shrink.
-        betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
-    Raises:
-        ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
-        RunFailure: Memory does not suffice for the states. All are made here, so that a later update needs no more
-            memory than a float32 copy of some parameters, and parameters that never get a gradient have a state, too.
+    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding, which are few, use the
+    same rule with float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude.
+    Matrices that are `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would
+    shrink. `lr_ratios`: last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv
+    2402.12354). `betas`: by default those of the papers. All states are made here, so that a later update needs no more
+    memory than a float32 copy of some parameters.
     """
 
     def __init__(
@@ -106,12 +419,18 @@ class AdapterOptimizer:
         if "lion" not in name:
             self._options["eps"] = eps
         self._weight_decay = weight_decay
-        self._rates = _rates(self.parameters, lr_ratios or {})
+        parts = {key: key.rpartition(".")[2] for key in self.parameters}
+        for part in lr_ratios or {}:
+            if part not in parts.values():
+                known = ", ".join(sorted({*parts.values()}))
+                raise ValueError(f"lr_ratios: {part} names no parameter, must be one of {known}.")
+        self._rates = {key: (lr_ratios or {}).get(part, 1.0) for key, part in parts.items()}
         self.undecayed = frozenset(undecayed)
-        if any(can_page(parameter) for parameter in self.parameters.values()):
+        pages = any(can_page(parameter) for parameter in self.parameters.values())
+        if pages:
             gc.collect()  # an earlier run's optimizer gives its pages back
         self._groups = self._made_groups(self.parameters)
-        if name.startswith("paged") and not is_planning() and not any(can_page(p) for p in self.parameters.values()):
+        if name.startswith("paged") and not pages and not is_planning():
             why = "the driver cannot page" if torch.cuda.is_available() else "no CUDA here"
             logger.info("%s: %s, so its states are not paged; the arithmetic is the same.", name, why)
 
@@ -119,46 +438,27 @@ class AdapterOptimizer:
     def step(self, lr: float) -> None:
         """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter.
 
-        A group that does not fit into memory is updated again one parameter after the other.
-
-        Raises:
-            UpdateOutOfMemory: Some parameters do not fit. They and their states stay; all others are updated.
+        A group that does not fit is updated one parameter after the other. If one does not fit by itself, its error is
+        raised; others may be updated already.
         """
-        left: list[str] = []
-        reason = ""
         for group in self._groups:
             rate = lr * group.kind.lr_ratio
             for run in group.runs():
-                if group.update(run, rate) is not None:
+                if not group.update(run, rate, must_fit=False):
                     free_memory()
                     for key in run:
-                        shortage = group.update([key], rate)
-                        if shortage is not None:
-                            left, reason = [*left, key], shortage
-        if left:
-            num_updated = sum(parameter.grad is not None for parameter in self.parameters.values())
-            raise UpdateOutOfMemory(left, num_updated, reason)
+                        group.update([key], rate, must_fit=True)
 
     @torch.no_grad()
     def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
         """Groups of these parameters, with the states that a first step would make."""
         shapes = {key: (tuple(self.parameters[key].shape), self.parameters[key].dtype) for key in keys}
-        found = groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed)
-        made = []
-        try:
-            for members, kind in found:
-                parameters = {key: self.parameters[key] for key in members}
-                decay = self._weight_decay if kind.is_matrix and kind.decays else 0.0
-                made.append(FlatGroup(parameters, kind, self._name, self._options, weight_decay=decay))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            number = sum(parameter.numel() for parameter in self.parameters.values())
-            raise RunFailure(
-                f"out of memory while making the states of {self._name} for {number:,} parameters "
-                f"({first_line(error)}). Fix: lower adapter.rank, or choose train.optimizer paged_adamw_8bit."
-            ) from error
-        return made
+        groups = []
+        for members, kind in groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed):
+            parameters = {key: self.parameters[key] for key in members}
+            decay = self._weight_decay if kind.is_matrix and kind.decays else 0.0
+            groups.append(FlatGroup(parameters, kind, self._name, self._options, weight_decay=decay))
+        return groups
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -168,16 +468,17 @@ class AdapterOptimizer:
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a float32 scalar on their device (0 if there are none)."""
-        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         # A few kernels on CUDA instead of one for each parameter.
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.nn.utils.get_total_norm(self._gradients())
 
     @torch.no_grad()
     def scale_gradients_(self, factor: Tensor | float) -> None:
         """Multiply every gradient by `factor`."""
-        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, factor)
+        if gradients := self._gradients():
+            torch._foreach_mul_(gradients, factor)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def master(self, key: str) -> Tensor:
         """The full float32 value of a parameter, as a new tensor."""
@@ -191,59 +492,47 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def cut_(self, cuts: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Cut low bits and states of parameters that were themselves cut already: key -> the indices kept of a dim.
-
-        8-bit states of these parameters are quantised again.
-        """
+        """Cut low bits and states of parameters that were themselves cut already: key -> the indices kept of a dim."""
         self._wait_for_pages()
-        place = 0
         # One after the other: the old states of a group are freed before the next one's copies are made.
-        while place < len(self._groups):
-            group = self._groups[place]
-            made = [group] if cuts.keys().isdisjoint(group.parameters) else self._cut_group(group, cuts)
-            self._groups[place : place + 1] = made
-            place += len(made)
-
-    def _cut_group(self, group: FlatGroup, cuts: Mapping[str, tuple[Tensor, int]]) -> list[FlatGroup]:
-        """The groups that take the place of one after `cut_`."""
-        lows: dict[str, Tensor | None] = {}
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, parameter in group.parameters.items():
-            low, state = group.low(key), group.state_of(key)
-            if key in cuts:
-                kept, dim = cuts[key]
-                low = None if low is None else low.index_select(dim, kept)
-                wide = widened_state(state, parameter.device)
-                states[key] = {name: each.index_select(dim, kept) for name, each in wide.items()}
-            else:
-                states[key] = {name: each for name, each in state.items() if name not in (*NOT_STORED, "step")}
-            lows[key] = low
-        made = self._made_groups(lows)
-        for each in made:
-            for key in each.parameters:
-                each.steps[key] = group.steps[key]
-                fill_state_(each.state_of(key), states.pop(key))
-                low, place = lows[key], each.low(key)
-                if low is not None and place is not None:
-                    place.copy_(low)
-        return made
+        for _ in range(len(self._groups)):
+            group = self._groups.pop(0)
+            if cuts.keys().isdisjoint(group.parameters):
+                self._groups.append(group)
+                continue
+            lows: dict[str, Tensor | None] = {}
+            states: dict[str, dict[str, Tensor]] = {}
+            for key, parameter in group.parameters.items():
+                lows[key], state = group.low(key), group.state_of(key)
+                if key in cuts:
+                    kept, dim = cuts[key]
+                    low, wide = lows[key], widened_state(state, parameter.device)
+                    lows[key] = None if low is None else low.index_select(dim, kept)
+                    states[key] = {name: values.index_select(dim, kept) for name, values in wide.items()}
+                else:
+                    states[key] = {name: value for name, value in state.items() if name not in (*_NOT_STORED, "step")}
+            for made in self._made_groups(lows):
+                for key in made.parameters:
+                    made.steps[key] = group.steps[key]
+                    fill_state_(made.state_of(key), states.pop(key))
+                    low, target = lows[key], made.low(key)
+                    if low is not None and target is not None:
+                        target.copy_(low)
+                self._groups.append(made)
+            del group, lows, states, state
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Multiply a parameter, as the layer reads it, by `factor`, which is broadcast and nowhere 0.
-
-        Its gradient is then the old one divided by the factor, so the averages are divided by it, too (by its square,
-        for squares).
-        """
+        """Multiply a parameter, as the layer reads it, by `factor`, broadcast and nowhere 0, and divide its averages by
+        the factor, or its square for those of squares, as its gradient is."""
         parameter, state = self.parameters[key].detach(), self.state(key)
         folded, low = parameter.float() * factor, self._group_of(key).low(key)
         if low is None:
             parameter.copy_(folded)
         else:
             split_float32_(folded, parameter, low)
-        powers = {name: 1 if name in _FIRST_MOMENTS else 2 for name in MOMENTS}
         wide = widened_state(state, parameter.device)
-        fill_state_(state, {name: each / factor ** powers[name] for name, each in wide.items()})
+        fill_state_(state, {name: values / factor ** MOMENTS[name] for name, values in wide.items()})
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""
@@ -254,30 +543,15 @@ class AdapterOptimizer:
             low = group.low(key)
             if low is not None:
                 tensors[f"residual/{key}"] = low
-            stored = {name: each for name, each in group.state_of(key).items() if name not in NOT_STORED}
-            tensors |= {f"state/{key}/{name}": each.detach() for name, each in stored.items()}
+            stored = {name: value for name, value in group.state_of(key).items() if name not in _NOT_STORED}
+            tensors |= {f"state/{key}/{name}": value.detach() for name, value in stored.items()}
         return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state_tensors`, by copying into states that bitsandbytes has made itself, so that they stay paged.
-
-        Raises:
-            ValueError: A tensor is missing, unknown or of another shape or dtype; names the first five.
-        """
-        places = self.state_tensors()
-        faults = [f"{name} is unknown" for name in tensors.keys() - places.keys()]
-        for name, place in places.items():
-            tensor = tensors.get(name)
-            if tensor is None:
-                faults.append(f"{name} is missing")
-            elif (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
-                got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
-                faults.append(f"{name} is {got}, not {wanted}")
-        if faults:
-            raise ValueError("optimizer state does not fit these parameters: " + "; ".join(sorted(faults)[:5]))
-        for name, place in places.items():
-            place.copy_(tensors[name])
+        """Restore `state_tensors`, by copying into states that bitsandbytes has made, so that they stay paged."""
+        for name, target in self.state_tensors().items():
+            target.copy_(tensors[name])
         for key in self.parameters:
             self._group_of(key).steps[key] = int(tensors[f"state/{key}/step"])
 
@@ -286,7 +560,7 @@ class AdapterOptimizer:
 
     def _wait_for_pages(self) -> None:
         """Wait for the GPU if it may still write pages, which the host reads as its own memory."""
-        if torch.cuda.is_available() and any(group.is_paged for group in self._groups):
+        if torch.cuda.is_available() and any(map(_is_page, (v for g in self._groups for v in g.state.values()))):
             torch.cuda.synchronize()
 
 
@@ -295,8 +569,10 @@ def optimizer_of(recipe: Recipe, model: PreTrainedModel) -> AdapterOptimizer:
     train, kind = recipe.train, recipe.adapter.kind
     if kind == "none":
         return AdapterOptimizer({})
+    counts = describe_adapters(model)
+    logger.info("Training %s parameters on %s adapted layers.", f"{counts['num_trainable']:,}", counts["num_layers"])
     ratios = {"lora_B": train.lr_ratio_B, "magnitude": train.lr_ratio_magnitude}
-    optimizer = AdapterOptimizer(
+    return AdapterOptimizer(
         adapter_parameters(model),
         name=train.optimizer,
         lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
@@ -305,19 +581,3 @@ def optimizer_of(recipe: Recipe, model: PreTrainedModel) -> AdapterOptimizer:
         eps=train.eps,
         weight_decay=train.weight_decay,
     )
-    counts = describe_adapters(model)
-    shown = (f"{counts['num_trainable']:,}", f"{counts['num_layers']:,}")
-    logger.info("Training %s parameters on %s adapted layers.", *shown)
-    if model.device.type == "cpu" and counts["num_adapted"] > LARGE:
-        logger.info("Training on %.1f billion weights is slow on a CPU.", counts["num_adapted"] / 1e9)
-    return optimizer
-
-
-def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, float]:
-    """Key -> its rate in units of lr."""
-    parts = {key: key.rpartition(".")[2] for key in keys}
-    unknown = [part for part in lr_ratios if part not in parts.values()]
-    if unknown:
-        known = ", ".join(sorted(set(parts.values())))
-        raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter, must be one of {known}.")
-    return {key: lr_ratios.get(part, 1.0) for key, part in parts.items()}

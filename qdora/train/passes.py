@@ -3,73 +3,139 @@
 The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
 of them, so neither padding nor the split into micro-batches changes it. With the weights w_t of tasks t
 (`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
+
+A micro-batch goes to a GPU in one copy, and the host waits once, for the numbers of the step.
 """
 
 from __future__ import annotations
-
-import itertools
-import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import replace
+from qdora.adapter.norms import refresh
+from qdora.adapter.host_embedding import ids_on_host
+from qdora.adapter.norms import norms_checked_later
+from qdora.adapter.norms import refresh
+from qdora.adapter.norms import settle_norms
+from qdora.adapter.norms import unchecked
+from qdora.adapter.prepared_gains import norms_checked_later
+from qdora.adapter.prepared_gains import prepare_gains
+from qdora.adapter.prepared_gains import settle_norms
+from qdora.adapter.prepared_gains import unchecked
 from qdora.adapter.rows import ids_on_host
-from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
-from qdora.model.attention import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.adapter.shared_norms import prepare_shared_gains
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import Packing
+from qdora.data.batches import Step
+from qdora.data.batches import StepLoader
+from qdora.errors import RunFailure
+from qdora.errors import first_line
+from qdora.memory.oom import is_out_of_memory
+from qdora.model.attention import flash_inputs
+from qdora.model.attention import known_masks
+from qdora.model.attention import packed_mask_is_known
+from qdora.model.attention import takes_flash_lengths
 from qdora.model.inject import adapted_layers
+from qdora.model.patches import flash_inputs
+from qdora.model.patches import flash_lengths
+from qdora.model.patches import known_masks
+from qdora.model.patches import packed_mask_is_known
+from qdora.model.patches import takes_flash_lengths
 from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
+from qdora.train.loss import labelled_nll
 from qdora.train.loss import tapped_routers
 from qdora.train.output_head import labelled_nll
-from qdora.train.policies import BadStep, LossScale, Shortage, shortage_of
-from qdora.train.sent_batch import SentLabels, send_batch, send_labels
+from qdora.train.policies import BadStep
+from qdora.train.policies import LossScale
+from qdora.train.policies import Shortage
+from qdora.train.policies import shortage_of
+from qdora.train.sent_batch import SentLabels
+from qdora.train.sent_batch import send_batch
+from qdora.train.sent_batch import send_labels
+from torch import Tensor
+from torch import nn
+from typing import Any
+from typing import NamedTuple
+import itertools
+import math
+import torch
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
 TaskWeights = Mapping[str, float]
 """Task -> weight of its tokens in the loss, above 0."""
+# The range of the loss scale, its start, and the steps without an overflow after which it doubles.
+_LEAST, _START, _MOST = 2.0**-4, 2.0**7, 2.0**15
+_PATIENCE = 500
+# Each tensor of a copy to a GPU begins at a multiple of so many bytes, so that its part can be read in its dtype.
+_UNIT = 8
 
 
-@dataclass(frozen=True)
-class StepGradient:
-    """A step's gradient, which lies in the parameters' `grad` unless it could not be computed.
+class Shortage(NamedTuple):
+    """A micro-batch that did not fit: its tokens with padding, and the first line of the allocator's message."""
 
-    Attributes:
-        fault: Why it could not be computed, or None.
-        example_nll: (examples,) of each of this process's micro-batches; on the device, so that nothing waits for it.
-        shortage: The micro-batch that did not fit into memory, or None.
+    num_examples: int
+    num_tokens: int
+    reason: str
+
+    def fault(self) -> str:
+        """What is wrong if the micro-batch is a single example, which cannot be split."""
+        return (
+            f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
+            "Fix: resume with --resume and -s memory.loss_chunk=64, with -s memory.checkpointing=true if it is off, or "
+            "on a GPU with -s memory.offload_activations=true or -s base.residency=host. Or start a new run with fewer "
+            "tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
+        )
+
+
+class OutOfMemory(RunFailure):
+    """A micro-batch did not fit. It keeps the frames that it passed, and their tensors, alive."""
+
+    def __init__(self, shortage: Shortage) -> None:
+        super().__init__(f"out of memory in a micro-batch of {shortage.num_tokens:,} tokens: {shortage.reason}")
+        self.shortage = shortage
+
+
+class LossScale:
+    """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
+
+    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both. A step whose gradients overflow
+    is computed again with half the factor. Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
-    batch: Step
-    metrics: Metrics
-    fault: str | None
-    example_nll: list[Tensor]
-    shortage: Shortage | None = None
+    def __init__(self) -> None:
+        self.value = _START
+        self._num_good = 0
 
-    @property
-    def overflowed(self) -> bool:
-        """Whether the loss is finite and its gradient is not."""
-        if self.fault is not None:
+    def halve(self) -> bool:
+        """After an overflow: half the factor, and whether the step is worth another try."""
+        self._num_good = 0
+        if self.value <= _LEAST:
             return False
-        return math.isfinite(self.metrics["loss"]) and not math.isfinite(self.metrics["gradient_norm"])
+        self.value /= 2
+        return True
 
-    def bad_step(self, number: int, reason: str) -> BadStep:
-        """The record of this step when its update is not applied."""
-        try:
-            known = [value for part in self.example_nll for value in part.tolist()]
-        except RuntimeError:  # nothing can be read from a GPU after some errors
-            known = []
-        num_mine = sum(len(micro.example_ids) for micro in self.batch.micro_batches)
-        nll = known if len(known) == num_mine else [math.nan] * num_mine
-        norm = self.metrics.get("gradient_norm", math.nan)
-        return BadStep(number, reason, self.batch, self.metrics["loss"], gradient_norm=norm, example_nll=nll)
+    def applied(self) -> None:
+        """Count a step without an overflow; after many of them the factor doubles."""
+        self._num_good += 1
+        if self._num_good == _PATIENCE:
+            self.value, self._num_good = min(2 * self.value, _MOST), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {"value": self.value, "num_good": self._num_good}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.value, self._num_good = state["value"], state["num_good"]
 
 
 def step_gradient(
@@ -81,47 +147,69 @@ def step_gradient(
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
     router_aux_loss: float = 0.0,
-    gradient_norm: Callable[[], Tensor] | None = None,
-    gates: Gates | None = None,
+    reads: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
     The host waits for a GPU once, at the end. There it learns, too, whether a row norm was wrong (`unchecked`); the
     gradient is then computed again.
 
-    Args:
-        loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        weights: Weight of each task's tokens in the loss; None: all count the same.
-        router_aux_loss: Factor of the routers' auxiliary loss. That of a step is the mean over the micro-batches of all
-            processes, each weighted by its tokens without padding.
-        gradient_norm: Of the gradient when it is complete, for the step's numbers; None if it is not complete here.
-        gates: They get their gradient from the numbers that are read at the end.
-    Returns:
-        The step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has one;
-        and the NLL of each micro-batch's examples, (examples,).
-    Raises:
-        OutOfMemory: A micro-batch did not fit.
+    `router_aux_loss` is the factor of the routers' auxiliary loss; that of a step is the mean over the micro-batches of
+    all processes, each weighted by its tokens without padding. `reads` are numbers of the gradient that are read with
+    the step's own, by name: its norm, the gradient of gates.
+
+    Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
+    of each micro-batch's examples, (examples,), on the device, so that nothing waits for it.
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
     later = device.type != "cpu"
     random = random_state() if later else {}
+    total: float = batch.num_label_tokens
+    if weights is not None:
+        total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
     while True:
+        tokens.zero_()
+        nll = torch.zeros(len(names), dtype=torch.float32, device=device)
+        aux = torch.zeros((), dtype=torch.float32, device=device)
+        example_nll = []
         with norms_checked_later(later):
-            nll, aux, example_nll = _accumulate(
-                model,
-                batch,
-                device,
-                tokens.zero_(),
-                loss_chunk=loss_chunk,
-                weights=weights,
-                loss_scale=loss_scale,
-                router_aux_loss=router_aux_loss,
-            )
-        doubts = unchecked(adapted_layers(model).values())
+            layers = adapted_layers(model).values()
+            # For norms alone no block is fetched that is not resident.
+            refresh(layer for layer in layers if layer.base.residency is None or layer.base.share is not None)
+            for micro in batch.micro_batches:
+                weight = None
+                if weights is not None:
+                    weight = torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
+                others = micro.input_ids, micro.attention_mask, micro.task_ids
+                try:
+                    labels, (ids, mask, task_ids) = send_labels(micro.labels, micro.packing, weight, device, others)
+                    options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
+                    options |= {"routers": router_aux_loss > 0, "sent": labels}
+                    with known_masks(model, labels.packing, device), ids_on_host(model, micro.input_ids):
+                        loss = batch_loss(model, ids, mask, micro.labels, **options)
+                        objective = loss.nll_sum
+                        if loss.router_loss is not None:
+                            part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
+                            objective = objective + router_aux_loss * part * total * loss.router_loss
+                            aux += part * loss.router_loss.detach()
+                        scaled = objective / total if loss_scale is None else objective * loss_scale.value
+                        scaled.backward()  # type: ignore[no-untyped-call]
+                    nll.index_add_(0, task_ids, loss.example_nll.float())
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    short = Shortage(len(micro.example_ids), micro.input_ids.numel(), first_line(error))
+                    raise OutOfMemory(short) from error
+                if micro.example_ids:
+                    example_nll.append(loss.example_nll)
+                tokens.index_add_(0, micro.task_ids, loss.example_tokens)
+            if loss_scale is not None and batch.micro_batches:
+                factor = 1.0 / (loss_scale.value * total)
+                torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+        doubts = unchecked(layers)
         numbers = {"nll": [nll], "flags": list(doubts.values()), "aux": [aux]}
-        numbers["norm"] = [] if gradient_norm is None else [gradient_norm()]
-        numbers["gates"] = [] if gates is None else [gates.gradient()]
+        numbers |= {name: [read()] for name, read in (reads or {}).items()}
         # All at once, so that the host waits once.
         flat = {name: [each.to(device).double().view(-1) for each in tensors] for name, tensors in numbers.items()}
         joined = torch.cat([each for tensors in flat.values() for each in tensors])
@@ -132,10 +220,8 @@ def step_gradient(
             break
         model.zero_grad()
         set_random_state(random)
-    if gates is not None:
-        gates.take_gradient(values["gates"])
     task_numbers = zip(names, values["nll"], tokens.tolist(), strict=True)
-    metrics = {
+    metrics = {name: values[name] for name in reads or ()} | {
         "loss": sum(values["nll"]) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
@@ -144,92 +230,85 @@ def step_gradient(
     }
     if router_aux_loss > 0:
         metrics["router_aux_loss"] = values["aux"][0]
-    return metrics if gradient_norm is None else {"gradient_norm": values["norm"][0], **metrics}, example_nll
+    return metrics, example_nll
 
 
-def over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
-    """The numbers of a step summed over the processes, and the fault of the first process that has one."""
-    mine = {name: metrics[name] for name in ("loss", "router_aux_loss") if name in metrics}
-    per_rank = processes.gather({"fault": fault, "sums": mine, "tasks": metrics.get("tasks", {})})
-    for rank, theirs in enumerate(per_rank):
-        if theirs["fault"] is not None:
-            return metrics, f"process {rank}: {theirs['fault']}"
-    tasks: dict[str, dict[str, Any]] = {}
-    for name, numbers in (pair for theirs in per_rank for pair in theirs["tasks"].items()):
-        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
-        for key in total:
-            total[key] += numbers[key]
-    sums = {name: sum(theirs["sums"][name] for theirs in per_rank) for name in mine}
-    return metrics | sums | {"tasks": tasks}, None
+@dataclass(frozen=True)
+class SentLabels:
+    """The labelled positions of a micro-batch on the model's device, row by row."""
+
+    rows: Tensor  # (num_labelled,) int64, like the next three: the positions whose next token counts,
+    columns: Tensor
+    targets: Tensor  # that token,
+    owners: Tensor  # and its example
+    starts: Tensor  # (examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty
+    packing: Packing | None
+    weights: Tensor | None  # (examples,) float32
+    longest: int  # tokens of the longest example of a single packed row
+    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
 
 
-def prepare_model_gains(model: nn.Module) -> None:
-    """Compute the gains of the coming passes; for their norms alone no block is fetched that is not resident."""
-    layers = adapted_layers(model).values()
-    refresh(layer for layer in layers if layer.base.residency is None or layer.base.share is not None)
-
-
-def _accumulate(
-    model: nn.Module,
-    batch: Step,
+def send_labels(
+    labels: Tensor,
+    packing: Packing | None,
+    weights: Tensor | None,
     device: torch.device,
-    tokens: Tensor,
-    *,
-    loss_chunk: int | None,
-    weights: TaskWeights | None,
-    loss_scale: LossScale | None,
-    router_aux_loss: float,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The backward passes of `step_gradient`, without a wait for a GPU.
+    others: Sequence[Tensor] = (),
+) -> tuple[SentLabels, list[Tensor]]:
+    """The labelled positions of (rows, length) labels, which are on the CPU and not shifted, and other tensors of the
+    micro-batch, in one copy."""
+    is_labelled = torch.zeros_like(labels, dtype=torch.bool)
+    is_labelled[:, :-1] = labels[:, 1:] != IGNORED
+    rows, columns = is_labelled.nonzero(as_tuple=True)
+    owner, num_examples, longest = rows, len(labels), 0
+    starts = torch.empty(0, dtype=torch.int32)
+    if packing is not None:
+        owner = packing.example_index.to(labels.device)[rows, columns]
+        num_examples = int(packing.example_index.max()) + 1
+        if len(labels) == 1:
+            starts, longest = flash_lengths(packing.position_ids)
+    optional = [*([] if weights is None else [weights]), *([] if packing is None else vars(packing).values())]
+    tensors = [rows, columns, labels[:, 1:][is_labelled[:, :-1]], owner, starts, *others, *optional]
+    sent = send(tensors, device)
+    rest = sent[5 + len(others) :]
+    rows, columns, targets, owners, starts = sent[:5]
+    made = SentLabels(
+        rows,
+        columns,
+        targets,
+        owners,
+        starts,
+        packing=None if packing is None else Packing(*rest[-2:]),
+        weights=None if weights is None else rest[0],
+        longest=longest,
+        example_tokens=torch.bincount(owner, minlength=num_examples),
+    )
+    return made, sent[5 : 5 + len(others)]
 
-    Adds the labelled tokens of each task to `tokens`, (tasks,) int64 on the CPU. Returns the NLL of each task, (tasks,)
-    float32; the auxiliary loss without its factor; the NLL of each micro-batch's examples.
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of any dtypes and shapes, from the CPU to `device`.
+
+    For a GPU they are joined in pinned memory, from which a copy needs no wait of the host.
     """
-    total: float = batch.num_label_tokens
-    if weights is not None:
-        total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
-    prepare_model_gains(model)
-    nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
-    aux = torch.zeros((), dtype=torch.float32, device=device)
-    example_nll = []
-    for micro in batch.micro_batches:
-        with shortage_of(micro), ExitStack() as stack:
-            weight = None if weights is None else _example_weights(weights, micro)
-            sent = send_batch(micro, weight, device)
-            stack.enter_context(known_masks(model, sent.labels.packing, device))
-            stack.enter_context(ids_on_host(model, micro.input_ids))
-            options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
-            options |= {"routers": router_aux_loss > 0, "sent": sent.labels}
-            loss = batch_loss(model, sent.input_ids, sent.attention_mask, micro.labels, **options)
-            objective = loss.nll_sum
-            if loss.router_loss is not None:
-                share = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
-                objective = objective + router_aux_loss * share * total * loss.router_loss
-                aux += share * loss.router_loss.detach()
-            part = objective / total if loss_scale is None else objective * loss_scale.value
-            part.backward()  # type: ignore[no-untyped-call]
-            nll.index_add_(0, sent.task_ids, loss.example_nll.float())
-        if micro.example_ids:
-            example_nll.append(loss.example_nll)
-        tokens.index_add_(0, micro.task_ids, loss.example_tokens)
-    if loss_scale is not None and batch.micro_batches:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
-    return nll, aux, example_nll
+    if device.type == "cpu":
+        return list(tensors)
+    sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors]
+    joined = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    for part, tensor in zip(torch.split(joined, sizes), tensors, strict=True):
+        part[: tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    parts = zip(torch.split(joined.to(device, non_blocking=True), sizes), tensors, strict=True)
+    return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
 
 
 @dataclass(frozen=True)
 class BatchLoss:
     """Losses of a micro-batch, float32 nats."""
 
-    nll_sum: Tensor
-    """Scalar, summed over the labelled tokens, times their weights; differentiable."""
-    example_nll: Tensor
-    """(examples,) unweighted sum of each example; detached."""
-    example_tokens: Tensor
-    """(examples,) int64, labelled tokens per example, on the labels' device."""
-    router_loss: Tensor | None = None
-    """Scalar, the routers' auxiliary loss; differentiable. None if it was not asked for."""
+    nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
+    example_nll: Tensor  # (examples,) unweighted sum of each example; detached
+    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
+    router_loss: Tensor | None = None  # scalar, the routers' auxiliary loss; differentiable
 
 
 def batch_loss(
@@ -244,24 +323,18 @@ def batch_loss(
     routers: bool = False,
     sent: SentLabels | None = None,
 ) -> BatchLoss:
-    """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
+    """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Logits are computed at labelled positions only, a chunk at a time (`output_head.labelled_nll`): an answer of 5
-    tokens after a prompt of 200 takes 5 rows of logits. A batch without a labelled token gives a zero sum.
+    Logits are computed at labelled positions only, a chunk at a time (`loss.labelled_nll`). A batch without a labelled
+    token gives a zero sum.
 
-    Args:
-        model: A transformers causal LM.
-        input_ids, attention_mask: (rows, length) on the model's device; 1 on real tokens. With `packing` the model
-            gets no mask: transformers then keeps attention inside each run of positions.
-        labels: (rows, length) int64 on the CPU, where positions are looked up; not shifted; -100 where a token does
-            not count, such as the first of an example.
-        chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        packing: The example of each token, if the model has passed `checks.packed_layout`; None: a row each.
-        weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
-        routers: Also compute the routers' auxiliary loss (`train/loss.py`), over all tokens but padding.
-        sent: What `send_labels` makes of labels, packing and weights, if it is at hand.
+    `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
+    model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
+    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights`, (examples,), are those
+    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` is what
+    `send_labels` makes of labels, packing and weights, if it is at hand.
     """
-    sent = sent or send_labels(labels, packing, weights, input_ids.device)
+    sent = sent or send_labels(labels, packing, weights, input_ids.device)[0]
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if packing is None or packed_mask_is_known():
         inputs["attention_mask"] = attention_mask
@@ -281,8 +354,8 @@ def batch_loss(
 def even_passes(batch: Step, processes: Processes) -> Step:
     """The step with empty micro-batches behind this process's own, up to the most that a process has.
 
-    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has two tokens, no
-    label and no example, so all its gradients are zero.
+    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has no label, so
+    all its gradients are zero.
     """
     if not processes.shards:
         return batch
@@ -291,39 +364,39 @@ def even_passes(batch: Step, processes: Processes) -> Step:
     names = mine[0].task_names if mine else list(batch.task_label_tokens)
     none, task_ids = torch.full_like(ids, IGNORED), torch.zeros(1, dtype=torch.int64)
     empty = MicroBatch(ids, torch.ones_like(ids), none, task_ids, task_names=names, example_ids=[])
-    missing = max(processes.gather(len(mine))) - len(mine)
-    return replace(batch, micro_batches=[*mine, *[empty] * missing])
+    num_missing = max(processes.gather(len(mine))) - len(mine)
+    return replace(batch, micro_batches=[*mine, *[empty] * num_missing])
+
+
+def over_processes(per_rank: Sequence[Metrics]) -> Metrics:
+    """The numbers of a step summed over the processes."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, numbers in (pair for metrics in per_rank for pair in metrics["tasks"].items()):
+        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
+        for key in total:
+            total[key] += numbers[key]
+    names = {"loss", "router_aux_loss"} & per_rank[0].keys()
+    return per_rank[0] | {name: sum(metrics[name] for metrics in per_rank) for name in names} | {"tasks": tasks}
 
 
 def task_weights(recipe: Recipe, loader: StepLoader) -> TaskWeights | None:
     """The weight of every task of the training data, or None if no source has a `loss_weight`."""
     if all(source.loss_weight is None for source in recipe.data.mix):
         return None
-    return {task: weight for task, weight, _ in _weights(recipe, loader)}
+    pairs = zip(recipe.data.mix, loader.tokenised, strict=True)
+    return {task: source.loss_weight or 1.0 for source, part in pairs for task in part.task_names}
 
 
 def task_weight_faults(recipe: Recipe, loader: StepLoader) -> list[str]:
     """One line for each source that gives a task another weight than an earlier source does."""
-    faults, known = [], dict[str, tuple[float, str]]()
-    for task, weight, label in _weights(recipe, loader):
-        first_weight, first = known.setdefault(task, (weight, label))
-        if weight != first_weight:
-            faults.append(
-                f"data.mix: task {task} is in {first} with loss_weight {first_weight:g} and in {label} with "
-                f"{weight:g}, allowed: one weight for a task, or another `name`."
-            )
+    faults, first = [], dict[str, tuple[float, str]]()
+    for source, part in zip(recipe.data.mix, loader.tokenised, strict=True):
+        for task in part.task_names:
+            weight = source.loss_weight or 1.0
+            other, label = first.setdefault(task, (weight, source.label))
+            if weight != other:
+                faults.append(
+                    f"data.mix: task {task} is in {label} with loss_weight {other:g} and in {source.label} with "
+                    f"{weight:g}. Fix: one weight for a task, or another `name`."
+                )
     return faults
-
-
-def _example_weights(weights: TaskWeights, micro: MicroBatch) -> Tensor:
-    """(examples,) float32: the weight of each example's tokens."""
-    return torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
-
-
-def _weights(recipe: Recipe, loader: StepLoader) -> list[tuple[str, float, str]]:
-    """(task, weight, label of the source) for each task of each source."""
-    return [
-        (task, 1.0 if source.loss_weight is None else source.loss_weight, source.label)
-        for source, part in zip(recipe.data.mix, loader.tokenised, strict=True)
-        for task in part.task_names
-    ]

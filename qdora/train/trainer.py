@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.batches import StepLoader
+from qdora.data.batches import Step, StepLoader
 from qdora.data.example import Example
 from qdora.errors import DiskFull, Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes
@@ -34,40 +35,33 @@ from qdora.model.build_model import write_adapter
 from qdora.model.inject import adapted_layers
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
-from qdora.train import checkpoint, evals
-from qdora.train.checks import CHECKS_FILE, GRADIENTS, Check, MissingGradientCheck, tell_checks
-from qdora.train.distributed import Processes
-from qdora.train.expert_load import ExpertLoad
+from qdora.train import checkpoint, evals, guards, logs, passes
+from qdora.train.distributed import Processes, StopRequest, stop_on_signal
 from qdora.train.gates import Gates
-from qdora.train.interference import halves_of, measure, probe_examples
-from qdora.train.interrupt import StopRequest, stop_on_signal
-from qdora.train.logs import (
-    TRAINED_FILE,
-    TrainingProgress,
-    draw_figures,
-    keep_trained,
-    peaks,
-    report_streams,
-    tracking,
-)
-from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory, optimizer_of
-from qdora.train.passes import Metrics, StepGradient, even_passes, over_processes, step_gradient, task_weights
-from qdora.train.policies import Backoff, BadStep, BadSteps, LossScale, OutOfMemory, Schedule, Shortage
+from qdora.train.optimizer import AdapterOptimizer, optimizer_of
+from qdora.train.passes import Metrics
+
+_UNKNOWN: Metrics = {"loss": math.nan, "gradient_norm": math.nan}
 
 logger = logging.getLogger("qdora")
 
 
+@dataclass
+class _Gradient:
+    """A step's gradient, which lies in the parameters' `grad` unless it could not be computed."""
+
+    batch: Step
+    metrics: Metrics = field(default_factory=dict)
+    example_nll: list[Tensor] = field(default_factory=list)  # (examples,) of each of this process's micro-batches
+    fault: str | None = None  # why it could not be computed
+    shortage: passes.Shortage | None = None  # the micro-batch that did not fit into memory
+
+
 class Trainer:
-    """Trains a model with adapters by a recipe.
+    """Trains a model with adapters by a recipe. The first process sends its adapters to all processes.
 
-    The first process sends its adapters to all processes.
-
-    Args:
-        validation: Source -> its validation examples.
-        optimizer: Default: the recipe's, over all that it trains.
-    Attributes:
-        step: Optimizer steps done.
-        stop: Whether the run was asked to stop; asked between two steps.
+    `validation` has the validation examples of each source; `optimizer` is by default the recipe's, over all that it
+    trains. `step` counts the optimizer steps done.
     """
 
     def __init__(
@@ -95,54 +89,62 @@ class Trainer:
             self.gates = Gates(adapted_layers(model), recipe.adapter.gates, num_steps, recipe.train.seed)
         self.optimizer = optimizer or optimizer_of(recipe, model)
         processes.share_first_(list(self.optimizer.parameters.values()))
-        self.schedule, self.backoff = Schedule(recipe.train, num_steps), Backoff(loader)
-        self.bad_steps = BadSteps(recipe.train)
-        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
-        self.expert_load = ExpertLoad(model)
+        self.schedule, self.backoff = guards.Schedule(recipe.train, num_steps), guards.Backoff(loader)
+        self.bad_steps = guards.BadSteps(recipe.train)
+        self.loss_scale = passes.LossScale() if model.dtype == torch.float16 else None
+        self.expert_load = logs.ExpertLoad(model)
         validation = validation or {}
         evaluated = {name: validation[name] for name in evals.evaluated_sources(recipe, validation)}
         self.best = evals.best_so_far(recipe, evaluated) if self.trains else None
         written = directory if processes.is_first else None
         self.evaluations = evals.StepEvaluations(recipe, written, model, tokenizer, evaluated, self.console)
-        self._probed = probe_examples(recipe, tokenizer, validation)
-        self._missing_gradients = MissingGradientCheck(self.optimizer)
-        self._task_weights = task_weights(recipe, loader)
+        self._probed = logs.probe_examples(recipe, tokenizer, validation)
+        self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
+        self._task_weights = passes.task_weights(recipe, loader)
+        self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
+        # The states of the loader and of the random generators before the present step.
         self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
-        """The states of the loader and of the random generators before the present step."""
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
-    # The run
-
     def run(self) -> None:
-        """Take the steps that are left, evaluate and save.
+        """Take the steps that are left, evaluate and save. Draw the figures, however the run ends.
 
-        The model before its first step is evaluated, too, if the recipe asks for it. adapter/ gets the best step, or by
-        default the last one.
+        adapter/ gets the best step, or by default the last one.
         """
         asked = self.recipe.eval
-        if self.step == 0 and asked.at_start and self.evaluations.examples:
-            line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(0, self.evaluations.start))
-            self.write_metrics({"step": 0, **line})
-        if self.trains and self.step < self.num_steps and not self.is_over:
-            self._take_steps()
-        if self.trains and self.best is None:
-            self._save_final()  # before the evaluation, which may fail
-        if asked.at_end and self.evaluations.examples and self.num_steps > 0 and not self.is_over:
-            self.evaluate()
-        if self.best is not None:  # after the last evaluation, which may be the best
-            if self.is_over:
-                text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
-                logger.info(text, self.step, self.num_steps, self.best.num_since)
-            if self.best.step is not None:
-                logger.info("adapter/ is %s.", evals.best_in_words(self.best.state_dict()))
-            self._save_final()
+        if self.gates is not None and self.step == 0:
+            self.gates.check_budget()
+        with ExitStack() as stack:
+            cpu = self.model.device.type == "cpu"
+            opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
+            self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
+            if self.processes.is_first:
+                stack.callback(self._conclude)
+            if self.step == 0 and asked.at_start and self.evaluations.examples:
+                start = partial(self.evaluations.measure, 0, self.evaluations.start)
+                self.write_metrics({"step": 0, **evals.evaluate_together(self.processes, start)})
+            if self.trains and self.step < self.num_steps and not self.is_over:
+                self._take_steps()
+            if self.trains and self.best is None:
+                self._save_final()  # before the evaluation, which may fail
+            if asked.at_end and self.evaluations.examples and self.num_steps > 0 and not self.is_over:
+                self.evaluate()
+            if self.best is not None:  # after the last evaluation, which may be the best
+                if self.is_over:
+                    text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
+                    logger.info(text, self.step, self.num_steps, self.best.num_since)
+                if self.best.step is not None:
+                    logger.info("adapter/ is %s.", evals.best_in_words(self.best.state_dict()))
+                self._save_final()
 
     def _take_steps(self) -> None:
         logged = self.recipe.train.log_every, self.recipe.eval.every
-        bar = TrainingProgress(self.num_steps, start=self.step, console=self.console)
+        bar = logs.TrainingProgress(self.num_steps, start=self.step, console=self.console)
         with stop_on_signal(self.processes) as self.stop, bar as progress:
             self.model.train()
-            self._catch_up()
+            was_measured = partial(evals.was_measured, self.directory, self.step)
+            if self.step > 0 and self._evaluates and not self.processes.from_first(was_measured):
+                self.evaluate_and_save()  # what a stop has left out
             while self.step < self.num_steps and not self.is_over:
                 metrics = self.one_step()
                 if "skipped" not in metrics and any(map(self.due, logged)):
@@ -159,38 +161,39 @@ class Trainer:
         return self.step == self.num_steps or (every is not None and self.step % every == 0)
 
     @property
-    def _eval_every(self) -> int | None:
-        return self.recipe.eval.every if self.evaluations.examples else None
+    def _evaluates(self) -> bool:
+        """Whether an evaluation follows the present step, other than the one after training."""
+        every, is_last = self.recipe.eval.every, self.step == self.num_steps
+        return every is not None and self.due(every) and not is_last and bool(self.evaluations.examples)
 
     @property
     def is_over(self) -> bool:
         """Whether the evaluations ended the run before its last step."""
         return self.best is not None and self.best.is_over and self.step < self.num_steps
 
+    @property
+    def evaluates_again(self) -> bool:
+        """Whether a run that goes on here evaluates the present step, which it may have done before."""
+        asked = self.recipe.eval
+        return (self.step == 0 and asked.at_start) or (self.step == self.num_steps and asked.at_end)
+
     def evaluate_and_save(self) -> None:
         """Evaluate and save when due; Interrupted after a requested stop.
 
         After a stop only the checkpoint is written, since a launcher soon kills the processes; what was due is measured
         when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an evaluation
-        fails, a checkpoint is written before its error is raised; with a divided base only if all processes are sure to
-        fail alike (Diverged, UserError).
+        fails in the only process, a checkpoint is written before its error is raised.
         """
-        is_last = self.step == self.num_steps
-        if not is_last and self.stop.agreed():
+        if self.step < self.num_steps and self.stop.agreed():
             raise Interrupted(self.step, self.save())
         is_better = is_stopping = False
-        if self._eval_every is not None and self.due(self._eval_every) and not is_last:
+        if self._evaluates:
             try:
                 is_better = self.evaluate()
-            except (RuntimeError, OSError, UserError) as error:
-                if self.processes.shards and not isinstance(error, (Diverged, UserError)):
-                    raise  # the others, still in a pass, cannot save; they notice that this process ends
-                try:
-                    self.save()
-                except (RuntimeError, OSError) as second:
-                    # After some CUDA errors every call fails: the first one says why.
-                    text = "Step %d is not saved either (%s) after: %s"
-                    logger.warning(text, self.step, first_line(second), first_line(error))
+            except (RuntimeError, OSError, UserError):
+                if self.processes.size == 1:
+                    with suppress(RuntimeError, OSError):  # after some CUDA errors every call fails
+                        self.save()
                 raise
             is_stopping = self.stop.agreed()  # in the meantime
         if is_better or is_stopping or self.is_over or self.due(self.recipe.train.checkpoint_every):
@@ -200,71 +203,66 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Measure the present state and write its line of metrics; returns whether it is the best so far."""
-        step, every = self.step, self.recipe.interference.every
+        step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began = time.perf_counter()
-            line["interference"] = self.processes.first_or_all(self._interference)
+            began, halves = time.perf_counter(), logs.halves_of(self._probed, self.loader.batching)
+            options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
+            options["device"] = self.model.device
+            cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
+            line["interference"] = self.processes.first_or_all(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
-        is_better = False
         if self.best is not None:
-            result = self.evaluations.results["adapter"] if self.processes.is_first else None
-            value = None if result is None else evals.selection_value(self.recipe, result)
-            is_better = self.best.judge(step, self.processes.gather(value)[0])
+            results = self.evaluations.results
+            value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
+            is_better = self.best.judge(step, value)
             state = self.best.state_dict()
-            line["best"] = {key: each for key, each in state.items() if key not in ("question", "judged")}
+            line["best"] = {key: value for key, value in state.items() if key not in ("question", "judged")}
         self.write_metrics({"step": step, **line})
         self.model.train()
         return is_better
 
-    def _interference(self) -> dict[str, Any]:
-        halves = halves_of(self._probed, self.loader.batching)
-        options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
-        return measure(self.model, halves, self.optimizer.parameters, device=self.model.device, **options)
-
-    # One step
-
     def one_step(self) -> Metrics:
         """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
 
-        Raises:
-            RunFailure: The step's examples cannot be read, or its gradient cannot be computed (one example alone does
-                not fit into memory), or it is bad and not skipped; a checkpoint of the state before it has been
-                written. Or an update that is wrong was made; a checkpoint with it has been written.
+        RunFailure, after a checkpoint of the state before it, if the step's examples cannot be read, or its gradient
+        cannot be computed (one example alone does not fit into memory), or it is bad and not skipped.
         """
         began, number = time.perf_counter(), self.step + 1
         self._before = self.loader.state_dict(), checkpoint.random_state()
         gradient = self._gradient_that_fits()
         lr = self.schedule.rate(self.step)
         metrics = {"step": number, "lr": lr, **gradient.metrics}
-        reason = gradient.fault or self.bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
-        if reason is None:
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        fault = gradient.fault or self.bad_steps.fault(loss, norm)
+        if fault is None:
             clip = self.recipe.train.clip
-            if clip is not None and metrics["gradient_norm"] > clip:
-                self.optimizer.scale_gradients_(clip / metrics["gradient_norm"])
-            self._update(lr)
-            self.bad_steps.applied(metrics["loss"])
+            if clip is not None and norm > clip:
+                self.optimizer.scale_gradients_(clip / norm)
+            self.optimizer.step(lr)
+            self.bad_steps.applied(loss)
             self.step = number
-            self._updated(lr)
+            self.expert_load.step()
+            self._check_gradients(lr)
             if self.loss_scale is not None:
                 self.loss_scale.applied()
-        elif gradient.fault is not None or not self.bad_steps.skip():
-            raise self._failure(gradient, reason)
+        else:
+            bad = guards.BadStep(number, fault, gradient.batch, loss, norm, gradient.example_nll)
+            if gradient.fault is not None or not self.bad_steps.skip():
+                raise self._failure(bad, Diverged if gradient.fault is None else RunFailure)
+            numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
+            metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
+            kept = self._keep_batch(bad)
+            self.write_metrics({"step": number, "skipped": metrics["skipped"]})
+            logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
         self.optimizer.zero_grad()
         if self.gates is not None:
-            metrics |= self.gates.end(number - 1, reason is None, self.optimizer, self.processes)
-        metrics["time"] = {"step_seconds": time.perf_counter() - began, **peaks(self.processes)}
-        if reason is not None:
-            bad = gradient.bad_step(number, reason)
-            numbers = {"reason": reason, "loss": bad.loss, "gradient_norm": bad.gradient_norm}
-            metrics["skipped"] = {**numbers, "num_examples": bad.batch.num_examples}
-            kept = self._keep_batch(bad)
-            self.write_metrics({"step": number, "skipped": metrics["skipped"]})
-            logger.warning("Step %d is skipped: %s. Its examples: %s", number, reason, kept)
+            metrics |= self.gates.end(number - 1, fault is None, self.optimizer, self.processes)
+        metrics["time"] = {"step_seconds": time.perf_counter() - began, **logs.peaks(self.processes)}
         return metrics
 
-    def _gradient_that_fits(self) -> StepGradient:
+    def _gradient_that_fits(self) -> _Gradient:
         """The step's gradient, computed again in smaller micro-batches as long as memory runs out, and with a smaller
         loss scale as long as float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
@@ -275,106 +273,78 @@ class Trainer:
             gradient = self._gradient()
             if gradient.shortage is not None:
                 self._restore()
-                shrunk = self.backoff.shrink(gradient.shortage)
-                if shrunk is None:
+                if (shrunk := self.backoff.shrink(gradient.shortage)) is None:
                     return gradient
                 self.write_metrics({"step": self.step + 1, "out_of_memory": shrunk})
-                text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their "
-                logger.warning(f"{text}examples. (%s)", self.step + 1, *shrunk.values())
+                text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens. (%s)"
+                logger.warning(text, self.step + 1, *shrunk.values())
                 continue
             if self.loss_scale is None or scale is None:
                 return gradient
-            gradient.metrics["loss_scale"] = self.loss_scale.value
-            if not gradient.overflowed:
+            metrics = gradient.metrics
+            metrics["loss_scale"] = self.loss_scale.value
+            if not math.isfinite(metrics["loss"]) or math.isfinite(metrics["gradient_norm"]):
                 return gradient
             if not self.loss_scale.halve():
                 self.loss_scale.value = scale  # the batch is bad, not the scale
                 return gradient
             self._restore()
 
-    def _gradient(self) -> StepGradient:
+    def _gradient(self) -> _Gradient:
         """The gradient of the next step's examples, summed over all processes in the parameters' `grad`."""
-        batch = fault = shortage = cause = None
         processes, alone = self.processes, self.processes.size == 1
         try:
-            batch = self.loader.next_step()
+            gradient = _Gradient(self.loader.next_step())
         except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
-            fault, cause = "; ".join(error.faults) if isinstance(error, UserError) else repr(error), error
-        if unread := next(filter(None, processes.gather(fault)), None):
+            reason = "; ".join(error.faults) if isinstance(error, UserError) else repr(error)
+            fix = "" if "Fix: " in reason else " Fix: resume with --resume once it can be read."
             self._restore()
-            fix = "" if "Fix: " in unread else " Fix: resume with --resume once it can be read."
-            text = f"step {self.step + 1}: {unread.removesuffix('.')}.{fix}"
-            raise RunFailure(text, safe=[self.save()]) from cause
-        assert batch is not None
-        metrics: Metrics = {"loss": math.nan}
-        example_nll: list[Tensor] = []
+            safe = [self.save()] if alone else []
+            raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.{fix}", safe=safe) from error
+        reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
+        if alone and self.gates is not None:
+            reads["gates"] = self.gates.gradient
         try:
-            metrics, example_nll = step_gradient(
+            gradient.metrics, gradient.example_nll = passes.step_gradient(
                 self.model,
-                even_passes(batch, processes),
+                passes.even_passes(gradient.batch, processes),
                 device=self.model.device,
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
                 router_aux_loss=self.recipe.train.router_aux_loss,
-                gradient_norm=self.optimizer.gradient_norm if alone else None,
-                gates=self.gates if alone else None,
+                reads=reads,
             )
-        except (OutOfMemory, RuntimeError) as error:
+        except RuntimeError as error:
             if processes.shards:
-                raise processes.broken(error) from error
-            if isinstance(error, OutOfMemory):
-                shortage = error.args[0]
+                raise  # the others wait for a part of the base, and cannot be told
+            if isinstance(error, passes.OutOfMemory):
+                gradient.shortage = error.shortage
             else:
                 what = f"cannot be computed: {first_line(error)} The update was not applied."
-                fault = f"{what} Fix the cause, then resume with --resume."
-        processes.meet()
-        if shortages := [each for each in processes.gather(shortage) if each]:
+                gradient.fault = f"{what} Fix the cause, then resume with --resume."
+        per_rank = processes.gather((gradient.fault, gradient.shortage, gradient.metrics))
+        if shortages := [short for _, short, _ in per_rank if short]:
             # Among all processes the one that leaves least to cut.
-            worst: Shortage = min(shortages, key=lambda shortage: (shortage.num_examples > 1, shortage.num_tokens))
-            return StepGradient(batch, metrics, worst.fault(), example_nll, worst)
-        if not alone:
-            metrics, fault = over_processes(metrics, fault, processes)
-            if fault is None:
-                processes.sum_gradients_(list(self.optimizer.parameters.values()))
-                metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **metrics}
-        return StepGradient(batch, metrics, fault, example_nll)
+            gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
+            gradient.fault, gradient.metrics = gradient.shortage.fault(), dict(_UNKNOWN)
+            return gradient
+        rank, fault = next(((rank, fault) for rank, (fault, _, _) in enumerate(per_rank) if fault), (0, None))
+        if fault is not None:
+            gradient.fault, gradient.metrics = fault if alone else f"process {rank}: {fault}", dict(_UNKNOWN)
+        elif alone:
+            gradient.metrics["gradient_norm"] = gradient.metrics["gradient_norm"][0]
+            if self.gates is not None:
+                self.gates.take_gradient(gradient.metrics.pop("gates"))
+        else:
+            processes.sum_gradients_(list(self.optimizer.parameters.values()))
+            summed = passes.over_processes([metrics for _, _, metrics in per_rank])
+            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
+        return gradient
 
-    @property
-    def _loss_chunk(self) -> int | None:
-        chunk = self.recipe.memory.loss_chunk
-        return None if chunk == "auto" else chunk
-
-    def _update(self, lr: float) -> None:
-        """Apply the gradients. If memory does not suffice, in one process or more, raise RunFailure.
-
-        A checkpoint is written before: of the state before the step if nothing was updated; else of the state after it,
-        in which some tensors have no update of this step. Processes that updated different tensors cannot write one.
-        """
-        mine = None
-        try:
-            self.optimizer.step(lr)
-        except UpdateOutOfMemory as error:
-            mine = len(error.left), error.num_updated, str(error)
-        per_rank = self.processes.gather(mine)
-        short = [each for each in per_rank if each is not None]
-        if not short:
-            return
-        num_left, num_updated, reason = max(short)
-        text, advice = f"step {self.step + 1}: {reason}", "Fix: lower adapter.rank in a new run, or free memory"
-        if len(short) == len(per_rank) and all(left == number for left, number, _ in short):
-            self._restore()
-            raise RunFailure(f"{text}. {advice}, then resume with --resume.", safe=[self.save()])
-        if self.processes.size > 1:
-            raise RunFailure(f"{text}. {advice}, then resume with --resume.")
-        self.step += 1
-        lost = f"{num_updated - num_left} others are updated, these keep their values; the run can continue from there"
-        raise RunFailure(f"{text}; {lost}. {advice}, then resume.", safe=[self.save()])
-
-    def _updated(self, lr: float) -> None:
+    def _check_gradients(self, lr: float) -> None:
         """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
         backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
-        self.expert_load.step()
         missing = self._missing_gradients.updated(lr)
         if missing is None:
             return
@@ -383,25 +353,23 @@ class Trainer:
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         usual = " That is usual only for experts that no token has chosen yet."
-        check = Check("warning", f"{text}{usual}") if missing else Check("passed", text)
-        self.processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(self.directory, {GRADIENTS: [check]})))
+        checks = [guards.Check("warning", f"{text}{usual}") if missing else guards.Check("passed", text)]
+        tell = partial(guards.tell_checks, self.directory, {guards.GRADIENTS: checks})
+        self.processes.first(unharmed(guards.CHECKS_FILE)(tell))
 
-    def _failure(self, gradient: StepGradient, reason: str) -> RunFailure:
+    def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
         """Keep the batch that broke the step and the state before it; the parameters have not been changed.
 
         After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
         """
-        number, failure = self.step + 1, RunFailure
-        kept = self._keep_batch(gradient.bad_step(number, reason))
-        if gradient.fault is None:
-            failure = Diverged
-            reason += f"; the update was not applied. {self.bad_steps.advice(kept)}."
+        kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
+        if kind is Diverged:
+            text += f"; the update was not applied. {self.bad_steps.advice(kept)}."
         try:
             self._restore()
-            return failure(f"step {number}: {reason}", safe=[self.save(), kept])
+            return kind(text, safe=[self.save(), kept])
         except RuntimeError as second:
-            reason += f" The state before it could not be saved ({first_line(second)})."
-            return failure(f"step {number}: {reason}", safe=[kept])
+            return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
         """Back to before the step: drop the gradients, restore the states of the loader and of the generators."""
@@ -409,30 +377,11 @@ class Trainer:
         self.loader.load_state_dict(self._before[0])
         checkpoint.set_random_state(self._before[1])
 
-    # What it writes
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Open the trackers for the block. At its end draw the figures, however the run ends."""
-        if self.gates is not None and self.step == 0:
-            self.gates.check_budget()
-        with ExitStack() as stack:
-            cpu = self.model.device.type == "cpu"
-            opened = tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
-            self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
-            try:
-                yield
-            except Exception:
-                if self.processes.size > 1 and self.processes.is_first:
-                    # The launcher ends this process where another one ended first; it has to report.
-                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                raise
-            finally:
-                if self.processes.is_first:
-                    with suppress(RunFailure):  # a full disk, which must not hide why the run ends
-                        report_streams(self.directory, self.loader.streams)
-                    draw_figures(self.directory.metrics(), self.directory.inside("figures"))
-                    self.expert_load.write(self.directory)
+    def _conclude(self) -> None:
+        with suppress(RunFailure):  # a full disk, which must not hide why the run ends
+            logs.report_streams(self.directory, self.loader.streams)
+        logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
+        self.expert_load.write(self.directory)
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and send it to the trackers."""
@@ -441,31 +390,29 @@ class Trainer:
             self._tell_trackers(metrics)
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state and remove the oldest ones. Returns its directory.
-
-        RunFailure if the processes have different parameters, or the disk cannot be written.
-        """
+        """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
+        self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
-        random = self.processes.gather(checkpoint.random_text())
-        self._write(lambda: self._write_checkpoint(random))
+        random = self.processes.gather(checkpoint.random_state())
+
+        def write() -> None:
+            with self.directory.checkpoint_directory(self.step) as directory:
+                self._write_trained(directory, directory / "adapter")
+                if self.gates is not None:
+                    self.gates.save(directory)
+                checkpoint.write_state(
+                    directory,
+                    step=self.step,
+                    optimizer=self.optimizer,
+                    loader_state=self.loader.state_dict(),
+                    random=random,
+                    policies={name: policy.state_dict() for name, policy in self._policies().items()},
+                )
+
+        self._write(write)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
-
-    def _write_checkpoint(self, random: list[dict[str, str]]) -> None:
-        policies = self._policies()
-        with self.directory.checkpoint_directory(self.step) as directory:
-            self._write_trained(directory, directory / "adapter")
-            if self.gates is not None:
-                self.gates.save(directory)
-            checkpoint.write_state(
-                directory,
-                step=self.step,
-                optimizer=self.optimizer,
-                loader_state=self.loader.state_dict(),
-                random=random,
-                policies={name: policy.state_dict() for name, policy in policies.items()},
-            )
 
     def _policies(self) -> dict[str, Any]:
         """Name in state.json -> the policies of this run."""
@@ -492,29 +439,30 @@ class Trainer:
 
     def _save_final(self) -> None:
         """Write adapter/, from the best checkpoint or from the model if none was chosen, and trained.json."""
-        self._write(self._write_final)
-        about = unharmed(TRAINED_FILE)
-        self.processes.first(about(lambda: keep_trained(self.directory, self.model, self.step)))
 
-    def _write_final(self) -> None:
-        if self.best is None or self.best.step is None:
+        def write() -> None:
+            if self.best is None or self.best.step is None:
+                with self.directory.result_directory("adapter") as directory:
+                    self._write_trained(directory, directory)
+                return
+            best = self.directory.checkpoint_path(self.best.step)
+            if fault := checkpoint_fault(best):
+                raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
+            is_full = self.recipe.adapter.kind == "full"
+            files = [best / checkpoint.PARAMETERS_FILE] if is_full else sorted((best / "adapter").iterdir())
             with self.directory.result_directory("adapter") as directory:
-                self._write_trained(directory, directory)
-            return
-        best = self.directory.checkpoint_path(self.best.step)
-        if fault := checkpoint_fault(best):
-            raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
-        is_full = self.recipe.adapter.kind == "full"
-        files = [best / checkpoint.PARAMETERS_FILE] if is_full else sorted((best / "adapter").iterdir())
-        with self.directory.result_directory("adapter") as directory:
-            for file in files:
-                shutil.copyfile(file, directory / file.name)
-            record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
-            (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
+                for file in files:
+                    shutil.copyfile(file, directory / file.name)
+                record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
+                (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
 
-    def _keep_batch(self, bad: BadStep) -> Path:
+        self._write(write)
+        keep_trained = partial(logs.keep_trained, self.directory, self.model, self.step)
+        self.processes.first(unharmed(logs.TRAINED_FILE)(keep_trained))
+
+    def _keep_batch(self, bad: guards.BadStep) -> Path:
         """Write all processes' examples of a step that was not applied. Returns the directory."""
-        examples = [example for share in self.processes.gather(bad.examples()) for example in share]
+        examples = [example for mine in self.processes.gather(bad.examples()) for example in mine]
         parts = "bad-steps", f"step-{bad.step}"
 
         def write() -> None:
@@ -531,65 +479,37 @@ class Trainer:
             try:
                 write()
             except DiskFull:
-                removed = self.directory.prune_checkpoints(1, checkpoint.best_step_in)
-                if not removed:
+                if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
                     raise
                 write()
-                what = "checkpoint" if removed == 1 else "checkpoints"
-                logger.warning("The disk is full: removed %d older %s to continue.", removed, what)
+                logger.warning("The disk is full: removed older checkpoints to continue.")
 
         self.processes.first(again)
 
-    # A run that goes on
-
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
-        with checkpoint.unreadable(path):
-            if self.recipe.adapter.kind == "full":
-                tensors = load_file(path / checkpoint.PARAMETERS_FILE)
-                checkpoint.copy_parameters(tensors, self.optimizer.parameters, path)
-            self.step, states = checkpoint.read_state(
-                path,
-                optimizer=self.optimizer,
-                loader=self.loader,
-                processes=self.processes,
-                seed=self.recipe.train.seed,
-                draws=checkpoint.draws_numbers(self.recipe, self.model),
-            )
-            for name, policy in self._policies().items():
-                if name == "best":
-                    evals.restore_best(policy, states.get(name), self.directory, self.processes)
-                elif name == "schedule":
-                    self.schedule.load_state_dict(states[name], self.step)
-                elif name == "gates":
-                    policy.load(path, states[name])
-                elif name in states:
-                    policy.load_state_dict(states[name])
+        if self.recipe.adapter.kind == "full":
+            tensors = load_file(path / checkpoint.PARAMETERS_FILE)
+            checkpoint.copy_parameters(tensors, self.optimizer.parameters)
+        self.step, states = checkpoint.read_state(
+            path,
+            optimizer=self.optimizer,
+            loader=self.loader,
+            processes=self.processes,
+            seed=self.recipe.train.seed,
+        )
+        for name, policy in self._policies().items():
+            if name == "best":
+                end = 0 if self.evaluates_again else self.step
+                state = partial(evals.former_best, policy, self.recipe, self.directory, states.get(name), end)
+                policy.load_state_dict(self.processes.from_first(state))
+            elif name == "schedule":
+                self.schedule.load_state_dict(states[name], self.step)
+            elif name == "gates":
+                policy.load(path, states[name])
+            elif name in states:
+                policy.load_state_dict(states[name])
         logger.info("Continuing from %s.", path)
         start = self.directory.evaluation_file(0)
         if start.is_file():
             self.evaluations.results[self.evaluations.start] = evals.read_result(start)
-        if self.best is not None and not self.evaluates_again:
-            evals.judge_former_end(self.best, self.recipe, self.directory, self.processes, self.step)
-
-    @property
-    def evaluates_again(self) -> bool:
-        """Whether a run that goes on here evaluates the present step, which it may have done before."""
-        asked = self.recipe.eval
-        return (self.step == 0 and asked.at_start) or (self.step == self.num_steps and asked.at_end)
-
-    def _catch_up(self) -> None:
-        """Measure what was due after the present step, if a stop left it out."""
-        every = self._eval_every
-        if self.step == 0 or every is None or not self.due(every):
-            return
-        if self.processes.from_first(lambda: evals.was_measured(self.directory, self.step)):
-            return
-        try:
-            self.evaluate_and_save()
-        except (RuntimeError, OSError, UserError) as error:
-            if self.processes.size > 1 or isinstance(error, DiskFull):
-                raise
-            # It may be what ended the run before, and would end each resumed one.
-            logger.warning("Step %d cannot be measured; the run goes on: %s", self.step, first_line(error))
-            self.model.train()

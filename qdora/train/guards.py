@@ -1,0 +1,417 @@
+"""What a run decides from its steps (rate, smaller micro-batches, bad steps), and tries with its model before them.
+
+Each policy has a `state_dict` of JSON values, with which a resumed run goes on. Checks are in log.txt and checks.json.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from qdora.adapter.norms import refresh
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.shared_norms import prepare_shared_gains
+from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
+from qdora.errors import RunFailure, UserError
+from qdora.files.atomic import json_bytes
+from qdora.files.json_file import read_json_object
+from qdora.files.run_directory import RunDirectory
+from qdora.memory.oom import free_memory
+from qdora.model.attention import attention_of
+from qdora.model.inject import adapted_layers
+from qdora.model.patches import flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.recipe.train_settings import TrainConfig
+from qdora.train.distributed import Processes
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import Shortage, batch_loss
+
+CHECKS_FILE = "checks.json"
+DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
+# Steps that must fit before micro-batches grow for the first time.
+_FIRST_WAIT = 32
+# A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
+_WINDOW, _LEAST_LOSSES = 32, 8
+# Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
+# differ between the rows, so that a model that reads the positions of the first row only fails, too.
+_PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
+# Largest root mean square between a packed example and the same one alone, in units of measured rounding (SmolLM2-135M
+# in bf16: 1.5). Other neighbours in rows of the same shape may change a logit by one unit.
+_SPREAD = 8.0
+# Rounding in units of the logits, at least: in float32 a row of another length may take other kernels (1e-6), and
+# an example that sees its neighbour moves logits by more than 0.1.
+_LEAST = 1e-4
+# Relative differences allowed between the losses of two processes that divide a base: sums on GPUs may differ in order.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+_ROUNDING_16 = 5e-3
+_NUM_TOKENS = 32
+
+logger = logging.getLogger("qdora")
+
+
+class Schedule:
+    """The learning rate of a run of `num_steps`.
+
+    Warm-up rises linearly and reaches `train.lr` at its last step. The rate then stays (constant) or falls to
+    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983, without restarts), which it would reach one step
+    after the last. A run that is extended keeps its warm-up, and continues at the rate of a run of the new length.
+    """
+
+    def __init__(self, train: TrainConfig, num_steps: int) -> None:
+        self._train, self._num_steps = train, num_steps
+        # As written in the recipe: 0.07 * 100 is 7.000000000000001 in floating point.
+        share = Fraction(repr(train.warmup)) if isinstance(train.warmup, float) else None
+        self._warmup = min(train.warmup if share is None else math.ceil(share * num_steps), num_steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, 0 to num_steps - 1."""
+        train, warmup = self._train, self._warmup
+        if step < warmup:
+            return train.lr * (step + 1) / warmup
+        if train.schedule == "constant":
+            return train.lr
+        progress = (step - warmup) / max(1, self._num_steps - warmup)
+        share = (1 - progress) if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return train.lr_end + (train.lr - train.lr_end) * share
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self._num_steps, "warmup": self._warmup}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on after `step` steps; a warning says what follows if the run is longer now."""
+        self._warmup = state["warmup"]
+        if state["num_steps"] != self._num_steps:
+            text = "The run has %d steps now, %d before: from step %d on the learning rate is that of a %s schedule."
+            logger.warning(text, self._num_steps, state["num_steps"], step + 1, self._train.schedule)
+
+
+class Backoff:
+    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit.
+
+    After a growth that did not fit, the next one waits twice as long.
+    """
+
+    def __init__(self, loader: StepLoader) -> None:
+        self._batching = loader.batching
+        self._asked = loader.batching.max_tokens
+        self._wait, self._num_good, self._has_grown = _FIRST_WAIT, 0, False
+
+    def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
+        """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
+        Returns the line to log, or None if the micro-batch was a single example."""
+        before = self._batching.max_tokens
+        if shortage.num_examples == 1 or before <= 1:
+            return None
+        self._batching.max_tokens = min(before, shortage.num_tokens) // 2
+        if self._has_grown:
+            self._wait *= 2
+        self._num_good, self._has_grown = 0, False
+        free_memory()
+        return {"tokens_before": before, "tokens_after": self._batching.max_tokens, "reason": shortage.reason}
+
+    def grow(self) -> dict[str, Any] | None:
+        """Count a step that fitted. Returns the line to log if the next one has more tokens."""
+        before = self._batching.max_tokens
+        self._num_good += 1
+        if before >= self._asked or self._num_good < self._wait:
+            return None
+        self._batching.max_tokens = min(2 * before, self._asked)
+        self._num_good, self._has_grown = 0, True
+        return {"tokens_before": before, "tokens_after": self._batching.max_tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
+        return {"asked": self._asked, "used": self._batching.max_tokens, **waits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, unless the recipe asks for another size now."""
+        if state["asked"] == self._asked:
+            self._batching.max_tokens = state["used"]
+            self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """Step number `step`, from 1, which was not applied, with what this process knows of it."""
+
+    step: int
+    reason: str
+    batch: Step
+    loss: float
+    """Over all processes, like `gradient_norm`; NaN if unknown."""
+    gradient_norm: float
+    example_nll: list[Tensor]
+    """Summed NLL of each example of each micro-batch, (examples,)."""
+
+    def examples(self) -> list[dict[str, Any]]:
+        """This process's examples of the step, as JSON values; `nll_sum` is NaN if it is not known."""
+        try:
+            losses = [value for part in self.example_nll for value in part.tolist()]
+        except RuntimeError:  # nothing can be read from a GPU after some errors
+            losses = []
+        found: list[dict[str, Any]] = []
+        for micro in self.batch.micro_batches:
+            for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
+                found.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
+                found[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
+                found[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        for example, nll in zip(found, losses, strict=False):  # none is known if the step failed early
+            example["nll_sum"] = nll
+        return found
+
+    def write(self, directory: Path, examples: list[dict[str, Any]], tokenizer: Any) -> None:
+        """Write all processes' examples of the step, to look at them (batch.json, with their text) and to run them
+        again (batch.safetensors: input_ids, attention_mask, labels (examples, longest) int64; nll_sum float64)."""
+        document = {name: getattr(self, name) for name in ("step", "reason", "loss", "gradient_norm")}
+        document["examples"] = [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples]
+        (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
+        ids, labels = ([torch.tensor(each[name]) for each in examples] for name in ("input_ids", "labels"))
+        tensors = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "nll_sum": torch.tensor([each["nll_sum"] for each in examples], dtype=torch.float64),
+        }
+        save_file(tensors, directory / "batch.safetensors")
+
+
+class BadSteps:
+    """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`).
+
+    A step is bad if its loss or gradient is not finite, or if its loss is more than `spike` times the median of the
+    last 32 applied steps.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._in_a_row = 0
+        self.num_skipped = 0
+
+    def fault(self, loss: float, gradient_norm: float) -> str | None:
+        """What is wrong with a step of these numbers, or None."""
+        for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                return f"{name} {value} is not finite"
+        if self._train.spike is not None and len(self._losses) >= _LEAST_LOSSES:
+            usual, num_losses = statistics.median(self._losses), len(self._losses)
+            if loss > self._train.spike * usual:
+                what = f"{self._train.spike:g} times {usual:.4g}, the median of the last {num_losses} steps"
+                return f"loss {loss:.4g} is more than {what}"
+        return None
+
+    def applied(self, loss: float) -> None:
+        """Count a step that was applied."""
+        self._losses.append(loss)
+        self._in_a_row = 0
+
+    def skip(self) -> bool:
+        """Whether a bad step is skipped, and then counted; otherwise the run has to stop before it."""
+        if self._train.on_bad_step == "stop" or self._in_a_row >= self._train.max_skips:
+            return False
+        self._in_a_row += 1
+        self.num_skipped += 1
+        return True
+
+    def advice(self, kept: Path) -> str:
+        """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
+        skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
+        skip = "" if self._train.on_bad_step == "skip" else ", or with -s train.on_bad_step=skip"
+        return (
+            f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, then resume with --resume and a lower "
+            f"-s train.lr=... or -s train.clip=...{skip}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "in_a_row": self._in_a_row, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._losses = deque(state["losses"], maxlen=_WINDOW)
+        self._in_a_row, self.num_skipped = state["in_a_row"], state["num_skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The answer to one question, in words; `open` where it is not known yet."""
+
+    state: Literal["passed", "warning", "open"]
+    text: str
+
+
+def kept_checks(run: RunDirectory) -> dict[str, Any]:
+    """Group -> its checks in checks.json."""
+    try:
+        return read_json_object(run.inside(CHECKS_FILE))
+    except (UserError, OSError):
+        return {}
+
+
+def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None:
+    """Log the checks and put them into checks.json, in place of those of the same groups."""
+    for check in (check for checks in found.values() for check in checks):
+        if check.state == "warning":
+            logger.warning("%s", check.text)
+        elif check.state == "passed":
+            logger.info("Checked: %s", check.text)
+    groups = kept_checks(run) | {group: [asdict(check) for check in checks] for group, checks in found.items()}
+    run.write_json(CHECKS_FILE, {group: groups[group] for group in GROUPS if group in groups})
+
+
+class MissingGradientCheck:
+    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run. It reads
+    gradients, not parameters: a healthy update can be too small to show in float32."""
+
+    num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
+
+    def __init__(self, optimizer: AdapterOptimizer) -> None:
+        self._parameters, self._optional = optimizer.parameters, optimizer.undecayed
+        self.num_tensors = len(self._parameters)
+        self._num_seen = 0
+        self._arrived: dict[str, Tensor] = {}
+
+    def updated(self, lr: float) -> list[str] | None:
+        """After the last update that is looked at, the tensors that had no gradient in any of them; otherwise None.
+        Called after each update, while its gradients exist; one with `lr` 0 does not count."""
+        if lr == 0.0 or self._num_seen == self.num_updates:
+            return None
+        self._num_seen += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                some = parameter.grad.any()  # stays on the device, so that the host does not wait for it
+                self._arrived[name] = self._arrived.get(name, some) | some
+        if self._num_seen < self.num_updates:
+            return None
+        flags = torch.stack([*self._arrived.values()]).tolist() if self._arrived else []
+        arrived = dict(zip(self._arrived, flags, strict=True))
+        # Rows of new tokens have a gradient only in steps whose texts have such a token.
+        return [name for name in self._parameters if name not in self._optional and not arrived.get(name, False)]
+
+    def in_words(self, missing: Sequence[str]) -> str:
+        """What `updated` found."""
+        if not missing:
+            return f"in {self.num_updates} updates each of the {self.num_tensors:,} trainable tensors had a gradient."
+        number = f"in {self.num_updates} updates {len(missing):,} of {self.num_tensors:,} trainable tensors"
+        return f"{number} had no gradient, e.g. {missing[0]}: they did not train."
+
+
+def layout_for(attention: str) -> PackedLayout:
+    """The layout of packed rows for an attention implementation of transformers."""
+    return "single" if "flash" in attention else "rows"
+
+
+@torch.no_grad()
+def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
+    """The layout of packed rows for the model, and in words that their examples do not see each other; else UserError.
+
+    transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (any
+    number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with a state that
+    runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so each model
+    is tried, in four forward passes (six with flash attention) of at most 44 tokens.
+    """
+    name, config = model.config.model_type, model.config.get_text_config()
+    attention = attention_of(model) or "its own code"
+    layout = layout_for(attention)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"data.packing: must be false for {name}, which takes no position_ids (got true).")
+    generator = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> Tensor:
+        return torch.randint(config.vocab_size, (length,), generator=generator)
+
+    def rms(values: Tensor) -> float:
+        return float(values.square().mean().sqrt())
+
+    with evaluation_mode(model):
+        probe = text(_PROBED)
+        alone = _logits(model, probe[None])[0]
+        # In a causal model later tokens have no effect, so this is the rounding error of a row of another length.
+        rounding = _logits(model, torch.cat([probe, text(_BEHIND)])[None])[0, :_PROBED] - alone
+        first, second = (
+            _probe_outputs(model, layout, [[text(before), probe, text(_BEHIND)] for before in _BEFORE])
+            for _ in range(2)
+        )
+    eps = max(torch.finfo(model.dtype).eps, _LEAST)
+    seen, wrong = float((first - second).abs().max()), rms(first - alone)
+    most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
+    most_wrong = _SPREAD * max(rms(rounding), eps * rms(alone))
+    if seen <= most and wrong <= most_wrong:  # NaN fails both
+        rows = ["one row without padding" if layout == "single" else "rows with a mask"]
+        rows += sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+        return layout, (
+            f"packed examples stay apart: other tokens in one example change the logits of the next by {seen:.2g}, "
+            f"rounding by up to {most:.2g} (tried with this model: attention by {attention}, {', '.join(rows)})."
+        )
+    if not seen <= most:
+        fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
+    else:
+        fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
+        most = most_wrong
+    instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
+    raise UserError(
+        f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
+        f"rounding is {most:.2g}. Fix: data.packing: false{instead}."
+    )
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
+    """(rows, length, vocabulary) float32."""
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
+    return logits.float()
+
+
+def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Logits of the second example of each row, (rows, length, vocabulary) float32; rows may differ in length."""
+    width = max(sum(map(len, row)) for row in rows)
+    packed = []
+    for row in rows:
+        parts = list(row) if layout == "single" else [*row, torch.zeros(width - sum(map(len, row)), dtype=torch.int64)]
+        packed.append((torch.cat(parts)[None], torch.cat([torch.arange(len(part)) for part in parts])[None]))
+    if layout == "rows":
+        packed = [(torch.cat([ids for ids, _ in packed]), torch.cat([positions for _, positions in packed]))]
+    logits: list[Tensor] = []
+    for ids, positions in packed:
+        inputs: dict[str, Any] = {"position_ids": positions.to(model.device)}
+        if layout == "single" and takes_flash_lengths(model):
+            starts, longest = flash_lengths(positions)
+            inputs |= flash_inputs(starts.to(model.device), longest)
+        logits += _logits(model, ids, **inputs)
+    return torch.stack([out[len(row[0]) :][: len(row[1])] for out, row in zip(logits, rows, strict=True)])
+
+
+@torch.no_grad()
+def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
+    """What was compared, in words; None if the base is not divided. All processes must call this together.
+
+    A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss:
+    RunFailure in all processes if one has another loss of the same tokens, without dropout.
+    """
+    if not processes.shards:
+        return None
+    vocabulary = model.config.get_text_config().vocab_size
+    labels = torch.randint(vocabulary, (1, _NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    layers, training = adapted_layers(model).values(), model.training
+    model.eval()
+    refresh(layer for layer in layers if layer.base.share is not None)
+    ids = labels.to(model.device)
+    losses = processes.gather(float(batch_loss(model, ids, torch.ones_like(ids), labels).nll_sum / _NUM_TOKENS))
+    model.train(training)
+    for rank, loss in enumerate(losses):
+        if not math.isclose(loss, losses[0], rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
+            raise RunFailure(
+                f"train.parallel: the base is not the same when it is divided: process {rank} has a loss of "
+                f"{loss:.8g}, process 0 of {losses[0]:.8g}. Fix: train with train.parallel: replicate, and report it."
+            )
+    return f"all processes have one loss with the divided base, {losses[0]:.6g}."
