@@ -1,46 +1,31 @@
 """Bytes of a whole training step."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from contenders import CONTENDERS
-from contenders import TITLES
-from contenders import adapt
+
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from frame import GIB
-from frame import bench
-from frame import cell
-from frame import main
-from frame import markdown
-from frame import table
-from gpu.models import build
-from gpu.plan import FULL
-from gpu.plan import SMOKE
 from pathlib import Path
-from qdora.files.pages import svg_file
-from qdora.files.svg_figure import svg_file
-from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.plan.live_bytes import LiveBytes
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import empty_packed
-from qdora.train.loss import LogitForm
-from qdora.train.loss import head_nll
-from qdora.train.loss import tapped
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.output_head import LogitForm
-from qdora.train.output_head import head_nll
-from qdora.train.output_head import tapped
-from torch import Tensor
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from typing import Any
 from unittest import mock
+
 import bitsandbytes as bnb
-import gc
 import peft
 import torch
+from contenders import CONTENDERS, TITLES, adapt
+from frame import GIB, bench, cell, main, markdown, table
+from gpu.models import build
+from gpu.plan import FULL, SMOKE
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qdora.files.pages import svg_file
+from qdora.model.build_model import recompute_activations
+from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.plan.live_bytes import LiveBytes
+from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.train.loss import LogitForm, head_nll, tapped
+from qdora.train.optimizer import AdapterOptimizer
 
 RANK, STEP_TOKENS = 16, 2048
 LEAN = ("own_lora", "own_dora", "peft_lora", "peft_dora")

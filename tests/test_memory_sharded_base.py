@@ -1,43 +1,28 @@
 """A base that torch divides among processes over gloo: gradients, bytes, norms and runs against a whole base."""
 
 from __future__ import annotations
+
 from pathlib import Path
-from qdora.adapter.row_share import span
-from qdora.adapter.rows import span
-from qdora.errors import Diverged
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.memory import shard
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
-from qdora.model.load import block_list
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import empty_packed
-from qdora.run.run import train_run
-from qdora.train.checks import check_division
-from qdora.train.distributed import Processes
-from qdora.train.distributed import StopRequest
-from qdora.train.guards import check_division
-from qdora.train.interrupt import StopRequest
-from qdora.train.trainer import Trainer
-from tests import support
-from tests.support import assert_close_runs
-from tests.support import in_batches
-from tests.support import timeless
-from tests.support import train_until
-from tests.support import write
-from tests.test_train_distributed import GATED
-from tests.test_train_distributed import assert_same_files
-from tests.test_train_distributed import exact
-from tests.test_train_distributed import stopped
-from tests.test_train_distributed import train
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
-import errno
-import os
+
 import pytest
 import torch
+
+from qdora.adapter.rows import span
+from qdora.errors import RunFailure, UserError
+from qdora.memory import shard
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import block_list
+from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.run.run import train_run
+from qdora.train.distributed import Processes, StopRequest
+from qdora.train.guards import check_division
+from qdora.train.trainer import Trainer
+from tests import support
+from tests.support import assert_close_runs, in_batches, timeless, train_until, write
+from tests.test_train_distributed import GATED, assert_same_files, exact, stopped, train
 
 pytestmark = support.needs_division
 

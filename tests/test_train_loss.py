@@ -1,40 +1,31 @@
 """The loss of a micro-batch without the model's logits, for every head; and of packed examples, each as if alone."""
 
 from __future__ import annotations
+
+import logging
 from collections.abc import Callable
 from functools import partial
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.data.batches import Batching
-from qdora.data.batches import micro_batches
-from qdora.data.tokenize import TokenizedExample
-from qdora.errors import UserError
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import inject
-from qdora.model.inject import replace_module
-from qdora.quant.packed import quantize
-from qdora.train import checks as packed_attention
-from qdora.train import guards as packed_attention
-from qdora.train import loss as output_head
-from qdora.train import output_head
-from qdora.train.checks import packed_layout
-from qdora.train.guards import packed_layout
-from qdora.train.loss import LogitForm
-from qdora.train.output_head import LogitForm
-from qdora.train.passes import batch_loss
-from tests import reference
-from tests import support
-from tests.support import examples
-from torch import nn
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 from typing import Any
-import logging
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qdora.adapter.layer import FrozenLinear
+from qdora.data.batches import Batching, micro_batches
+from qdora.data.tokenize import TokenizedExample
+from qdora.errors import UserError
+from qdora.model.inject import adapter_parameters, inject, replace_module
+from qdora.quant.packed import quantize
+from qdora.train import guards as packed_attention
+from qdora.train import loss as output_head
+from qdora.train.guards import packed_layout
+from qdora.train.loss import LogitForm
+from qdora.train.passes import batch_loss
+from tests import reference, support
+from tests.support import examples
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {

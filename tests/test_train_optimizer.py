@@ -1,39 +1,25 @@
 """AdamW and Lion on bf16 storage: no update is lost, the papers' arithmetic; states that resume, page and shrink."""
 
 from __future__ import annotations
-from bitsandbytes.optim.optimizer import Optimizer8bit
-from collections.abc import Sequence
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from qdora.adapter.algebra import nearest_bfloat16
-from qdora.adapter.low_rank_factors import nearest_bfloat16
-from qdora.errors import RunFailure
-from qdora.train import flat_group
-from qdora.train import optimizer as flat_group
-from qdora.train import optimizer as optimizer_module
-from qdora.train.flat_group import OptimizerName
-from qdora.train.flat_group import join_float32
-from qdora.train.flat_group import split_float32_
-from qdora.train.flat_group import widened_state
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.optimizer import OptimizerName
-from qdora.train.optimizer import join_float32
-from qdora.train.optimizer import split_float32_
-from qdora.train.optimizer import widened_state
-from tests import reference
-from torch import Tensor
-from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
-from typing import Any
-from typing import get_args
-from unittest.mock import Mock
-import bitsandbytes as bnb
+
 import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qdora.adapter.algebra import nearest_bfloat16
+from qdora.train import optimizer as flat_group
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, join_float32, split_float32_, widened_state
+from tests import reference
 
 NAMES = get_args(OptimizerName)
 PAGED = [name for name in NAMES if name.startswith("paged")]

@@ -1,39 +1,7 @@
 """How every verb runs: the options of all verbs, errors as one line and an exit code, results on stdout."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import MutableMapping
-from dataclasses import dataclass
-from pydantic.fields import FieldInfo
-from qdora.errors import FAILURE
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import exit_code
-from qdora.errors import named
-from qdora.files.atomic import json_text
-from qdora.files.console import END_SIGNALS
-from qdora.files.console import SAME_REQUEST_SECONDS
-from qdora.files.console import is_told_here
-from qdora.files.console import leave_closed_terminal
-from qdora.files.console import show_only
-from qdora.files.end_signals import END_SIGNALS
-from qdora.files.end_signals import SAME_REQUEST_SECONDS
-from qdora.files.end_signals import leave_closed_terminal
-from qdora.files.machine import CONCURRENT_MANAGED_ACCESS
-from qdora.files.machine import VIRTUAL_MEMORY_MANAGEMENT
-from qdora.files.machine import device_attribute
-from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS
-from qdora.files.nvidia_driver import VIRTUAL_MEMORY_MANAGEMENT
-from qdora.files.nvidia_driver import device_attribute
-from qdora.recipe.options import Options
-from types import FrameType
-from typing import Annotated
-from typing import Any
-from typing import Literal
-from typing import get_args
-from typing import get_origin
+
 import functools
 import inspect
 import io
@@ -43,8 +11,20 @@ import os
 import signal
 import sys
 import time
-import typer
 import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named
+from qdora.files.atomic import json_text
+from qdora.files.console import END_SIGNALS, SAME_REQUEST_SECONDS, is_told_here, leave_closed_terminal, show_only
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
+from qdora.recipe.options import Options
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]

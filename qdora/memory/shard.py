@@ -8,51 +8,29 @@ The layers read their tensors through views of the memory that torch fills and f
 """
 
 from __future__ import annotations
+
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.row_share import RowShare
-from qdora.adapter.row_share import divided_tensors
-from qdora.adapter.row_share import gather_runs
-from qdora.adapter.row_share import span
-from qdora.adapter.rows import RowShare
-from qdora.adapter.rows import divided_tensors
-from qdora.adapter.rows import gather_runs
-from qdora.adapter.rows import span
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.memory.oom import return_freed_memory
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredPacked
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import stored_rows
-from qdora.model.inject import frozen_layers
-from qdora.model.inject import is_linear
-from qdora.model.load import Loading
-from qdora.model.load import block_list
-from qdora.model.load import place
-from qdora.model.load import place_all
-from qdora.model.load import place_dense
-from qdora.model.load import place_frozen
-from qdora.model.load import tie_
-from qdora.model.store import PrunedBase
-from qdora.quant.packed import NestedScales
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import empty_packed
-from qdora.quant.packed import quantize
-from qdora.quant.packed import with_nested_scales
-from qdora.quant.tiles import Weight
-from torch import Tensor
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from typing import Any
-import torch
+
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.rows import RowShare, divided_tensors, gather_runs, span
+from qdora.errors import RunFailure, UserError
+from qdora.memory.oom import return_freed_memory
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
+from qdora.model.inject import frozen_layers, is_linear
+from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
+from qdora.model.store import PrunedBase
+from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
+from qdora.quant.tiles import Weight
 
 _SUFFIX = "_share"
 """Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""

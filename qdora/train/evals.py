@@ -19,8 +19,8 @@ from qdora.evaluate.batches import batches_shared
 from qdora.evaluate.before_after import tasks_of_other_examples, worse_than_before
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
+from qdora.files.atomic import read_json_object
 from qdora.files.console import bar, errors_only
-from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO

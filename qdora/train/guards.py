@@ -22,18 +22,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import json_bytes
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import json_bytes, read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
-from qdora.model.attention import attention_of
+from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.model.inject import adapted_layers
-from qdora.model.patches import flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
