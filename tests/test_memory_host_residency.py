@@ -23,8 +23,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
-from qdora.export.export_run import export_run
-from qdora.export.logit_comparison import float32_arithmetic
+from qdora.export.compare import float32_arithmetic
+from qdora.export.export import export_run
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import offload, stream
 from qdora.memory.offload import ActivationOffload

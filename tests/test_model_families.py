@@ -23,7 +23,7 @@ from qdora.adapter import expert_product, expert_tokens
 from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.export.merged import StreamedMerge, export_merged
+from qdora.export.merge import StreamedMerge, export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter

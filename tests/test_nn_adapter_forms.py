@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from qdora.adapter import dropout
 from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.errors import UserError
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.quant.sparsity import mask_bits, mask_from_bits
-from qdora.rank.differentiable import plain_model
-from qdora.rank.update_gradient import update_spectrum
+from qdora.rank.curvature import plain_model
+from qdora.rank.gradient import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.recipe.options import ExportOptions
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from

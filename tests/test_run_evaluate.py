@@ -19,8 +19,8 @@ from qdora.adapter import adapted_linear, frozen_product
 from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.token_scores import Span, score_spans
-from qdora.export.export_run import export_run
-from qdora.export.logit_comparison import compare_logits
+from qdora.export.compare import compare_logits
+from qdora.export.export import export_run
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import bnb_kernels

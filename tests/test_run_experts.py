@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from qdora.adapter import expert_tokens
 from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import UserError
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.model import experts
 from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.rank.update_gradient import gradient_spectra, update_spectrum
+from qdora.rank.gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run

@@ -21,7 +21,7 @@ from qdora.cli import app
 from qdora.data.chat_template import prompt_text
 from qdora.data.example import Turn
 from qdora.errors import UserError
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.files import run_directory
 from qdora.files.run_directory import open_run, write_complete
 from qdora.model.build_model import choose_compute, find_model, put_adapters

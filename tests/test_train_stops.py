@@ -19,7 +19,7 @@ from rich.console import Console
 from qdora.cli import verb
 from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.section import with_settings

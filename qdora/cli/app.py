@@ -91,7 +91,7 @@ def export(
 
     The export is a merged model (default), 4-bit files, a GGUF file or an adapter in PEFT's format.
     """
-    from qdora.export.export_run import export_run
+    from qdora.export.export import export_run
     from qdora.files.run_directory import failures_logged
 
     with failures_logged(run, "export"):

@@ -27,8 +27,7 @@ from qdora.files.json_file import read_json_object
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.model.load import load_config
-from qdora.rank.error_undone import error_undone
-from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
+from qdora.rank.changes import error_undone, full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import BaseWeightsConfig, Recipe
 from qdora.run.base import load_base
 from qdora.run.load_run import load_run

@@ -25,8 +25,7 @@ from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import check_batches, labelled_logits
-from qdora.rank.differentiable import Norm, check_layers
+from qdora.rank.curvature import Norm, labelled_logits
 from qdora.train.loss import token_nll
 
 GRADIENT_BYTES = 2**30
@@ -46,18 +45,11 @@ def update_gradients(
 ) -> dict[str, T]:
     """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens; of a stack of experts all in one.
 
-    Each gradient is given to `use`, so that not all exist at once. Under a mask it is zero where B A is masked.
-
-    Args:
-        model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
-        batches: Without packing; at least one labelled token.
-        use: Called with the path and the gradient, (out, in) or (experts * out, in), float32 or wider.
-        norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
-    Returns: Path -> what `use` made of it.
-    Raises: ValueError: As `curvature_of`.
+    Each gradient, (out, in) or (experts * out, in), float32 or wider, is given to `use` with its path, so that not all
+    exist at once; returned is what `use` made of them. Under a mask it is zero where B A is masked. The model, in
+    float32 or float64, runs in eval mode, otherwise as it trains. `norm` "attached" goes through the row norm of
+    W + s B A, too; "held" and "none" (LoRA) do not.
     """
-    check_batches(batches)
-    check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
     with evaluation_mode(model):
@@ -174,13 +166,9 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases. For a stack of
     experts a component has one of each expert, and its energy is their sum; experts that share a factor are one matrix
-    (`AdaptedExperts.approximated_parts`), without g where they share B, since g differs between them.
-
-    Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
-        of rank components.
+    (`AdaptedExperts.approximated_parts`), without g where they share B, since g differs between them. Not for a masked
+    layer: the masked B A has another rank than B A.
     """
-    if layer.masked:
-        raise ValueError("update_spectrum must be given an adapter without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
     if layer.magnitude is not None and not (isinstance(layer, AdaptedExperts) and layer.share == "B"):

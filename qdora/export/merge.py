@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -28,15 +28,7 @@ from qdora.adapter.dora import merged_weight
 from qdora.adapter.expert_product import dense_rows, merged_rows
 from qdora.adapter.trained_rows import with_rows
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import (
-    CheckpointPlan,
-    Source,
-    WriteOptions,
-    checkpoint_directory,
-    held,
-    plan_export,
-    plan_sources,
-)
+from qdora.export.write import CheckpointPlan, Source, held, plan_export, plan_sources, write_checkpoint
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
@@ -84,18 +76,15 @@ _STATE_BYTES = 256
 def export_merged(
     source: PreTrainedModel | StreamedMerge,
     tokenizer: PreTrainedTokenizerBase | None,
-    out_dir: Path,
+    directory: Path,
     *,
     dtype: torch.dtype = torch.float16,
-    **options: Unpack[WriteOptions],
+    **options: Any,
 ) -> dict[str, Any]:
-    """Write the merged model as a plain transformers checkpoint; `options` are those of `checkpoint_directory`.
+    """Write the merged model as a plain transformers checkpoint; returns what was written, for export.json.
 
-    Args:
-        source: A model with adapted layers or without (then its dequantised base is written), or files to be merged.
-        dtype: float16, bfloat16 or float32, for all float tensors but those that training keeps in float32.
-    Returns: What was written, for export.json.
-    Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
+    `source` is a model with adapted layers or without (then its dequantised base is written), or files to be merged.
+    Float tensors get `dtype`, but for those that training keeps in float32. `options` are those of `write_checkpoint`.
     """
     start = time.perf_counter()
     if isinstance(source, StreamedMerge):
@@ -103,11 +92,8 @@ def export_merged(
         plan, num_layers, num_parameters = opened.plan(dtype), len(opened.adapter), opened.num_parameters()
     else:
         plan, num_layers = plan_export(source, dtype), len(adapted_layers(source))
-        num_parameters = sum(torch.Size(item.spec.shape).numel() for item in plan.tensors)
-    with checkpoint_directory(plan, tokenizer, out_dir, **options) as (_, written):
-        pass  # nothing else belongs in the directory
-    return written | {
-        "directory": str(out_dir),
+        num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
+    return write_checkpoint(plan, tokenizer, directory, **options) | {
         "dtype": str(dtype).removeprefix("torch."),
         "num_merged_layers": num_layers,
         "num_parameters": num_parameters,
@@ -116,56 +102,50 @@ def export_merged(
 
 
 def write_merge(
-    run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
+    run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
 ) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
-    """Write the merged model of a run, `with_card` with the model card and the licence texts.
+    """Write the merged model of a run with a model card.
 
-    A pruned base and a fully trained model are loaded; any other merge is streamed. Raises as `export_merged`. Returns
-    what was written, and a function that gives the running model with its adapter on the base of the merge.
+    A pruned base and a fully trained model are loaded; any other merge is streamed. Returns what was written, and a
+    function that gives the running model with its adapter on the base of the merge.
     """
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
-    where, state = trained_state(opened, recipe, options.step)
+    trained, state = trained_state(opened, recipe, options.step)
     load = cache(partial(load_run, run, step=options.step, original=options.base == "original"))
     source: PreTrainedModel | StreamedMerge
     if recipe.adapter.kind == "full" or recipe.base.prune is not None:
-        if options.has("base") or options.requantize:
+        if options.requantize or options.base == "original":
             why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            given = ["--base"] if options.has("base") else []
-            given += ["--requantize"] if options.requantize else []
-            raise UserError(f"{', '.join(given)}: not possible, {why}. Fix: remove {' and '.join(given)}.")
+            option = "--requantize" if options.requantize else "--base"
+            raise UserError(f"{option}: not possible, {why}. Fix: remove {option}.")
         source, tokenizer = load().model, load().tokenizer
     else:
-        source, tokenizer = merge_of(opened, recipe, where, options)
+        source, tokenizer = merge_of(opened, recipe, trained, options)
     with bar(console, "merging") as progress:
-        result = export_merged(
+        written = export_merged(
             source,
             tokenizer,
-            out,
+            directory,
             dtype=dtype,
             max_shard_bytes=parse_size(options.shard_size),
             progress=progress,
-            extra_files=card_files(opened, recipe, state, form=options.form) if with_card else None,
+            extra_files=card_files(opened, recipe, state, form=options.form),
         )
-    return result, load
+    return written, load
 
 
 def merge_of(
     run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
 ) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
-    """The streamed merge of a run's adapter, and the run's tokenizer; `trained` is from `trained_state`.
-
-    Raises UserError if the base has changed.
-    """
-    compute = choose_compute(recipe.model.dtype)
+    """The streamed merge of a run's adapter, in `trained` (of `trained_state`), and the run's tokenizer."""
     source, tokenizer = find_model(recipe)
     check_base(run, source)
-    adapter = None if recipe.adapter.kind == "none" else adapter_of(run, trained)
     merge = StreamedMerge(
         source,
-        adapter,
+        None if recipe.adapter.kind == "none" else adapter_of(run, trained),
         quantization_of(recipe.base),
-        compute.dtype,
+        choose_compute(recipe.model.dtype).dtype,
         base=options.base,
         requantize=options.requantize,
         new_tokens=token_ids(recipe, tokenizer),
@@ -177,11 +157,8 @@ def merge_of(
 class StreamedMerge:
     """A merge that needs no model in memory: of the adapter in a directory, or of the base alone.
 
-    Attributes:
-        quant, compute_dtype: How training held the base, and what is not quantised.
-        base: The weights on which the adapter is merged.
-        requantize: Write the layers that were quantised as nf4 or fp4 again.
-        new_tokens: Ids of the new tokens, whose rows are in the adapter.
+    `quant` and `compute_dtype` say how training held the base, and what it did not quantise; `new_tokens` are the ids
+    of tokens whose rows are in the adapter.
     """
 
     source: ModelSource
@@ -194,30 +171,24 @@ class StreamedMerge:
 
 
 def check_merge(merge: StreamedMerge) -> None:
-    """Raise UserError if this base does not allow the merge, before any weight is read."""
-    faults, name, original = [], merge.source.name, merge.base == "original"
-    if original and merge.quant.kind == "none":
-        faults.append("--base original: the base was not quantised in training. Fix: remove the option.")
-    elif original and merge.source.is_gguf:
-        faults.append(f"--base original: {name} is a GGUF file, not the 16-bit model. Fix: use --base dequantized.")
-    elif original:
-        kind = stored_kind(getattr(load_config(merge.source), "quantization_config", None))
-        if kind is not None:
-            fix = "Fix: use --base dequantized, or train on the model it was made from."
-            faults.append(f"--base original: {name} is stored in {kind} and has no 16-bit weights. {fix}")
-    if merge.requantize and merge.quant.kind not in FOUR_BIT_KINDS:
-        faults.append(
-            f"--requantize: the base must be held in nf4 or fp4 (got {merge.quant.kind}). Fix: remove the option."
-        )
-    if faults:
-        raise UserError(*faults)
+    """UserError if this base does not allow the merge, before any weight is read."""
+    name, kind = merge.source.name, merge.quant.kind
+    if merge.base == "original":
+        why = ""
+        if kind == "none":
+            why = "the base was not quantised in training"
+        elif merge.source.is_gguf:
+            why = f"{name} is a GGUF file, not the 16-bit model"
+        elif stored := stored_kind(getattr(load_config(merge.source), "quantization_config", None)):
+            why = f"{name} is stored in {stored} and has no 16-bit weights"
+        if why:
+            raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
+    if merge.requantize and kind not in FOUR_BIT_KINDS:
+        raise UserError(f"--requantize: the base must be held in nf4 or fp4 (got {kind}). Fix: remove the option.")
 
 
 def open_merge(merge: StreamedMerge) -> OpenedMerge:
-    """Read the adapter and the headers of all files, but no weight of the base.
-
-    Raises UserError: What `check_merge` refuses, or a checkpoint that does not fit its model.
-    """
+    """Read the adapter and the headers of all files, but no weight of the base."""
     check_merge(merge)
     config = load_config(merge.source)
     kind = stored_kind(getattr(config, "quantization_config", None))
@@ -230,8 +201,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     linear = [*linear_layers(model), *sorted(routers(model))]
     if merge.requantize:
         classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
-        faults = load_faults(model, classes, "--requantize")
-        if faults:
+        if faults := load_faults(model, classes, "--requantize"):
             raise UserError(*faults)
     extend_vocabulary(model, merge.new_tokens)
     adapter: dict[str, StoredLayer] = {}
@@ -241,28 +211,27 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if (generation := published_generation(merge.source)) is not None:
         model.generation_config = generation
     model.config._name_or_path = merge.source.name
-    given: dict[str, Any] = {"adapter": adapter, "matrices": matrices, "linear": linear}
-    return OpenedMerge(merge=merge, model=model, stored=stored, quantized=layers, **given)
+    return OpenedMerge(merge, model, stored, layers, adapter=adapter, matrices=matrices, linear=linear)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OpenedMerge:
     """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each."""
 
     merge: StreamedMerge
     model: PreTrainedModel
-    stored: Mapping[str, Stored]  # name in the model -> place in the files of the base
+    stored: Mapping[str, Stored]  # name in the model -> where it is in the files of the base
+    quantized: set[str]  # paths of the layers that training quantised from dense weights
     adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
     matrices: Mapping[str, TrainedMatrix]  # path of an embedding or a head -> its trained rows; a tied head has none
     linear: Sequence[str]  # paths of all linear layers, routers included
-    quantized: set[str]  # paths of those that training quantised from dense weights
     kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written
 
     @cached_property
     def packed_paths(self) -> set[str]:
         """Paths of the layers that training held in low precision."""
-        stored = {name.rpartition(".")[0] for name, item in self.stored.items() if isinstance(item, StoredPacked)}
-        return self.quantized | stored
+        packed = (name for name, item in self.stored.items() if isinstance(item, StoredPacked))
+        return self.quantized | {name.rpartition(".")[0] for name in packed}
 
     def plan(self, dtype: torch.dtype) -> CheckpointPlan:
         """The checkpoint with float tensors in `dtype`."""
@@ -375,29 +344,23 @@ class OpenedMerge:
 
     def _packed_sources(self, path: str, item: Stored, dtype: torch.dtype) -> dict[str, Source]:
         """The merge in 4 bits; a layer without an adapter keeps the bytes that training used."""
-        kept: dict[str, Tensor] = {}
         quant = self.merge.quant
+        name = f"{STATE_NAME}{quant.kind}"
+        made: dict[str, Tensor] = {}
 
-        def part(name: str) -> Callable[[], Tensor]:
-            def make() -> Tensor:
-                if not kept:
-                    kept.update(self._packed_state(path, item, dtype))
-                return kept.pop(name)  # the writer asks for each part once, one after the other
-
-            return make
+        def make(part: str) -> Tensor:
+            if not made:
+                value = self._merged(path, item) if path in self.adapter else item.read()
+                packed = self._quantized(path, value) if isinstance(value, Tensor) else value
+                made.update(to_bnb_state(packed, dtype))
+                blanks = torch.full((_STATE_BYTES - made[name].numel(),), ord(" "), dtype=torch.uint8)
+                made[name] = torch.cat([made[name], blanks])
+            return made.pop(part)  # the writer asks for each part once, one after the other
 
         # Only the shapes and dtypes of these tensors are read.
-        layout = to_bnb_state(
-            empty_packed(quant.kind, (item.shape[0], item.shape[1]), quant.block_size, quant.double_quant),
-            dtype,
-        )
-        layout[f"{STATE_NAME}{quant.kind}"] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
-        return {name: Source(tensor.to("meta"), part(name), dtype=tensor.dtype) for name, tensor in layout.items()}
-
-    def _packed_state(self, path: str, item: Stored, dtype: torch.dtype) -> dict[str, Tensor]:
-        value = self._merged(path, item) if path in self.adapter else item.read()
-        state = to_bnb_state(self._quantized(path, value) if isinstance(value, Tensor) else value, dtype)
-        name = f"{STATE_NAME}{self.merge.quant.kind}"
-        blanks = torch.full((_STATE_BYTES - state[name].numel(),), ord(" "), dtype=torch.uint8)
-        state[name] = torch.cat([state[name], blanks])
-        return state
+        shape = (item.shape[0], item.shape[1])
+        layout = to_bnb_state(empty_packed(quant.kind, shape, quant.block_size, quant.double_quant), dtype)
+        layout[name] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
+        return {
+            part: Source(tensor.to("meta"), partial(make, part), dtype=tensor.dtype) for part, tensor in layout.items()
+        }
