@@ -439,10 +439,10 @@ def judged(
     exported[at, 7] = logits[at, 7] + error
     in_use[at, 7] = logits[at, 7] + noise
     total = Comparison()
-    total.errors += total.exported_vs_reference.add(logits, exported)
-    total.noises += total.reference_vs_running.add(in_use, logits)
+    total.exported_vs_reference.add(logits, exported)
+    total.reference_vs_running.add(in_use, logits)
     total.exported_vs_running.add(in_use, exported)
-    total.spread_sum = 3.0 * 12
+    total.spread = [3.0] * 12
     return verdict(total, [], stored, running)
 
 

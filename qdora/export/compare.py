@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
 from qdora.model.attention import softcap_of
-from qdora.model.inject import adapted_layer, adapted_layers, frozen_layers, frozen_like, replace_module
+from qdora.model.inject import adapted_layers, frozen_layers, frozen_like, replace_module
 from qdora.quant.bnb_state import FOUR_BIT_KINDS
-from qdora.quant.packed import block_scales, quantize
+from qdora.quant.packed import quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun
@@ -127,64 +128,47 @@ def validation_examples(recipe: Recipe) -> dict[str, list[Example]]:
 
 @dataclass
 class LogitDifference:
-    """Running totals of the difference between two sets of logits, over all positions."""
+    """The difference between two sets of logits, by position."""
 
-    max_logit_difference: float = 0.0
-    logit_difference_sum: float = 0.0
-    num_logits: int = 0
-    kl_max: float = 0.0
-    kl_sum: float = 0.0
-    num_agreeing: int = 0
-    num_positions: int = 0
+    largest: list[float] = field(default_factory=list)  # |difference|
+    mean: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)  # nats
+    same: list[float] = field(default_factory=list)  # 1 where both have the same argmax
 
-    def add(self, logits: Tensor, other: Tensor) -> list[float]:
-        """Add positions, (positions, vocabulary) in any float dtype; returns the largest |difference| at each.
+    def add(self, logits: Tensor, other: Tensor) -> None:
+        """Add positions, (positions, vocabulary) in any float dtype.
 
-        KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
+        KL(logits || other) is computed in float64: it is of second order in the difference.
         """
-        largest: list[float] = []
-        for start in range(0, len(logits), _POSITIONS):
-            first = logits[start : start + _POSITIONS].double()
-            second = other[start : start + _POSITIONS].to(logits.device).double()
+        for first, second in zip(logits.split(_POSITIONS), other.to(logits.device).split(_POSITIONS), strict=True):
+            first, second = first.double(), second.double()
             gap = (first - second).abs()
-            largest += gap.amax(dim=1).tolist()
-            self.max_logit_difference = larger(self.max_logit_difference, float(gap.max()))
-            self.logit_difference_sum += float(gap.sum())
-            self.num_logits += gap.numel()
             log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
-            self.kl_max = larger(self.kl_max, float(kl.max()))
-            self.kl_sum += float(kl.sum())
-            self.num_agreeing += int((first.argmax(dim=-1) == second.argmax(dim=-1)).sum())
-            self.num_positions += len(first)
-        return largest
+            self.largest += gap.amax(dim=1).tolist()
+            self.mean += gap.mean(dim=1).tolist()
+            self.kl += (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0).tolist()
+            self.same += (first.argmax(dim=-1) == second.argmax(dim=-1)).double().tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax."""
+        """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax; NaN stays."""
+        largest, kl = torch.tensor(self.largest).double(), torch.tensor(self.kl).double()
         return {
-            "max_logit_difference": self.max_logit_difference,
-            "mean_logit_difference": self.logit_difference_sum / max(self.num_logits, 1),
-            "kl_max": self.kl_max,
-            "kl_mean": self.kl_sum / max(self.num_positions, 1),
-            "argmax_agreement": self.num_agreeing / max(self.num_positions, 1),
+            "max_logit_difference": float(largest.max()),
+            "mean_logit_difference": sum(self.mean) / len(self.mean),
+            "kl_max": float(kl.max()),
+            "kl_mean": sum(self.kl) / len(self.kl),
+            "argmax_agreement": sum(self.same) / len(self.same),
         }
-
-
-def larger(first: float, second: float) -> float:
-    """The larger of two numbers; NaN, which max() would drop, if one is NaN."""
-    return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
 
 
 @dataclass
 class Comparison:
-    """The three differences over all sequences, and by position the largest errors of exported and running model."""
+    """The three differences over all sequences."""
 
     exported_vs_running: LogitDifference = field(default_factory=LogitDifference)
     exported_vs_reference: LogitDifference = field(default_factory=LogitDifference)
     reference_vs_running: LogitDifference = field(default_factory=LogitDifference)
-    spread_sum: float = 0.0  # standard deviation over the vocabulary, summed over positions
-    errors: list[float] = field(default_factory=list)  # largest |exported - reference| at each position
-    noises: list[float] = field(default_factory=list)  # largest |reference - running|
+    spread: list[float] = field(default_factory=list)  # standard deviation over the vocabulary, by position
 
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
@@ -201,9 +185,9 @@ def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences:
                 reference = logits_of(model, tokens)
             other = logits_of(exported, tokens.to(elsewhere))
             total.exported_vs_running.add(running, other)
-            total.errors += total.exported_vs_reference.add(reference, other)
-            total.noises += total.reference_vs_running.add(running, reference)
-            total.spread_sum += float(reference.float().std(dim=-1).sum())
+            total.exported_vs_reference.add(reference, other)
+            total.reference_vs_running.add(running, reference)
+            total.spread += reference.float().std(dim=-1).tolist()
     return total
 
 
@@ -266,32 +250,29 @@ def verdict(
     if total is None:
         return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
-    num_positions = total.exported_vs_reference.num_positions
-    spread = total.spread_sum / max(num_positions, 1)
+    errors, noises = total.exported_vs_reference.largest, total.reference_vs_running.largest
+    spread = sum(total.spread) / len(total.spread)
     # A model that runs in float32 has no error of its own, so it explains nothing.
     scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
     mean = math.inf if lossy else mean + _ARITHMETIC_ALLOWED * spread
     tolerance = {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
-    over = [at for at, own in enumerate(total.errors) if not own <= tolerance["max_logit_difference"]]  # NaN is over
-    wrong = [at for at in over if not total.errors[at] <= _OVER_OWN_NOISE * scale * total.noises[at]]
+    over = [at for at, own in enumerate(errors) if not own <= tolerance["max_logit_difference"]]  # NaN is over
+    wrong = [at for at in over if not errors[at] <= _OVER_OWN_NOISE * scale * noises[at]]
     faults = faults + [
         f"{what} by {error[name]:.3g} on average (allowed {tolerance[name]:.3g})"
         for name, what in _DIFFER.items()
         if not error[name] <= tolerance[name]
     ]
     if wrong:
-        worst = max(reversed(wrong), key=lambda at: math.inf if math.isnan(total.errors[at]) else total.errors[at])
-        faults.append(
-            f"{_DIFFER['mean_logit_difference']} by up to {total.errors[worst]:.3g} (allowed "
-            f"{tolerance['max_logit_difference']:.3g}) at {len(wrong)} of {len(total.errors)} positions, "
-            f"most at position {worst}"
-        )
+        worst = max(wrong, key=lambda at: math.inf if math.isnan(errors[at]) else errors[at])
+        allowed = f"(allowed {tolerance['max_logit_difference']:.3g}) at {len(wrong)} of {len(errors)} positions"
+        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed}, most at position {worst}")
     return {
         "passed": not faults,
         "faults": faults,
         **result,
-        "num_positions": num_positions,
+        "num_positions": len(errors),
         "ill_conditioned": len(over) - len(wrong),
         "logit_spread": spread,
         "exported_vs_running": total.exported_vs_running.to_dict(),
@@ -305,8 +286,8 @@ def verdict(
 
 
 Layer = AdaptedLinear | FrozenLinear
-Form = Callable[[str, Layer], Layer | None]
-"""Path and layer -> the layer in its place; None leaves it as it is."""
+Form = Callable[[str, Layer], Weight | None]
+"""Path and layer -> the weight of the frozen layer in its place; None leaves it as it is."""
 
 
 @torch.no_grad()
@@ -352,24 +333,23 @@ def audit(trained: TrainedRun, opened: OpenedMerge | None, dtype: torch.dtype, c
 def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, Form | str]:
     """The layers of each form of a LoRA or DoRA model, or why the form is not possible; arguments as in `audit`."""
 
-    def merged(_path: str, layer: Layer) -> Layer | None:
-        return _frozen(layer, layer.merged_weight(dtype)) if isinstance(layer, AdaptedLinear) else None
+    def merged(_path: str, layer: Layer, to: torch.dtype = dtype) -> Weight | None:
+        return layer.merged_weight(to) if isinstance(layer, AdaptedLinear) else None
 
-    def original(path: str, layer: Layer) -> Layer | None:
+    def original(path: str, layer: Layer) -> Weight | None:
         item = opened.item(f"{path}.weight") if opened is not None and path in opened.quantized else None
         weight = None if item is None else item.read()
         if not isinstance(weight, Tensor):  # training did not quantise it
             return None
         if isinstance(layer, FrozenLinear):
-            return _frozen(layer, weight.float().to(layer.device, dtype))
-        return _frozen(layer, layer.merged_weight(dtype, base=weight.float().to(layer.base.device)))
+            return weight.float().to(layer.device, dtype)
+        return layer.merged_weight(dtype, base=weight.float().to(layer.base.device))
 
-    def requantized(path: str, layer: Layer) -> Layer | None:
+    def requantized(path: str, layer: Layer) -> Weight | None:
         packed = layer.base.packed_weight if isinstance(layer, AdaptedLinear) else None
         if packed is None or isinstance(layer, FrozenLinear):
             return merged(path, layer)
-        double = packed.nested is not None
-        return _frozen(layer, quantize(layer.merged_weight(), packed.kind, packed.block_size, double))
+        return quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
 
     def why_not(check: Callable[..., None], *arguments: Any) -> str:
         try:
@@ -383,36 +363,13 @@ def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torc
         of_source = why_not(check_merge, replace(opened.merge, base="original"))
     four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
     return {
-        "base": lambda _path, layer: layer.base if isinstance(layer, AdaptedLinear) else None,
+        "base": lambda _path, layer: layer.base.stored_weight if isinstance(layer, AdaptedLinear) else None,
         "merged": merged,
         "original": of_source or original,
         "requantized": requantized if four_bits else "the base is not in 4 bits",
-        "nf4-lora": why_not(check_foldable, model, torch.float32) or _nf4_lora,
+        # g W and s g B A, which its files hold, add up to the merged weight within float32's rounding.
+        "nf4-lora": why_not(check_foldable, model, torch.float32) or partial(merged, to=torch.float32),
     }
-
-
-def _frozen(layer: Layer, weight: Weight) -> FrozenLinear:
-    """A frozen layer of this weight in the place of `layer`."""
-    base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    return frozen_like(base, weight, base.bias)
-
-
-@torch.no_grad()
-def _nf4_lora(_path: str, layer: Layer) -> Layer | None:
-    """The base with g in its block scales, and LoRA with g B; scales and g B are rounded to float32 as in the files."""
-    if not isinstance(layer, AdaptedLinear):
-        return None
-    packed, gain = layer.base.packed_weight, layer.merged_gain()
-    gain = torch.ones(layer.out_features, device=layer.base.device) if gain is None else gain
-    if packed is None:
-        base = _frozen(layer, layer.base.dequantized(torch.float32) * gain.reshape(-1, 1))
-    else:
-        scales = block_scales(packed).reshape(layer.out_features, -1) * gain.reshape(-1, 1)
-        base = _frozen(layer, replace(packed.clone(), absmax=scales.reshape(-1), nested=None))
-    lora = adapted_layer(base, kind="lora", rank=layer.rank, alpha=layer.alpha, rank_stabilized=layer.rank_stabilized)
-    lora.lora_A.copy_(layer.lora_A)  # one that experts share is copied to each
-    lora.lora_B.copy_(layer.stored_B().float() * gain.reshape(*lora.lora_B.shape[:-1], 1))
-    return lora
 
 
 @contextmanager
@@ -422,8 +379,9 @@ def in_form(model: PreTrainedModel, form: Form) -> Iterator[None]:
     layers |= {path: layer for path, layer in frozen_layers(model).items() if path.removesuffix(".base") not in layers}
     try:
         for path, layer in layers.items():
-            if (other := form(path, layer)) is not None:
-                replace_module(model, path, other.eval())
+            if (weight := form(path, layer)) is not None:
+                base = layer.base if isinstance(layer, AdaptedLinear) else layer
+                replace_module(model, path, frozen_like(base, weight, base.bias).eval())
         yield
     finally:
         for path, layer in layers.items():
@@ -437,12 +395,10 @@ def audit_table(found: Mapping[str, Any]) -> str:
     columns += [f"NLL per token, {task}" for task in tasks]
     rows = []
     for name, form in found["forms"].items():
-        row = [name]
         if "why_not" in form:
-            row = [f"{name}: {form['why_not']}", *[""] * (len(columns) - 1)]
-        else:
-            largest, kl, same = (form["logits"][key] for key in ("max_logit_difference", "kl_mean", "argmax_agreement"))
-            row += [f"{largest:.3g}", f"{kl:.3g}", f"{same:.2%}"]
-            row += [f"{form['nll_per_token'][task]:.4f}" for task in tasks]
-        rows.append(row)
+            rows.append([f"{name}: {form['why_not']}", *[""] * (len(columns) - 1)])
+            continue
+        largest, kl, same = (form["logits"][key] for key in ("max_logit_difference", "kl_mean", "argmax_agreement"))
+        nlls = (f"{form['nll_per_token'][task]:.4f}" for task in tasks)
+        rows.append([name, f"{largest:.3g}", f"{kl:.3g}", f"{same:.2%}", *nlls])
     return markdown_table(columns, rows)

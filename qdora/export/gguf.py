@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.compare import ComparisonText, comparison_text, larger, validation_examples, verdict
+from qdora.export.compare import ComparisonText, comparison_text, validation_examples, verdict
 from qdora.export.merge import write_merge
 from qdora.export.verify import logits_compared, verify_merged
 from qdora.files.atomic import remove_directory
@@ -244,7 +244,7 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
                 raise UserError("it is not in the checkpoint")
             for values, wanted in _pairs(item, expected):
                 measure, error, share = _error(type_, values, wanted)
-                errors[measure] = larger(errors[measure], error)
+                errors[measure] = max(error, errors[measure])
                 if not share <= 1:  # NaN is a fault
                     raise UserError(f"its error is {share:.3g} times what rounding allows")
         except UserError as fault:

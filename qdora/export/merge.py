@@ -1,9 +1,8 @@
 """Base and adapter as one checkpoint.
 
-The merge is exact: the base is dequantised in float32, the adapter applied in float32, and the result cast once. The
-tensors come from a model in memory or, with the same bytes, from the files of base and adapter (`StreamedMerge`): each
-is read, quantised as in training and merged when it is written, and memory is bounded by the largest weight and a few
-slices of it. Besides the merge on the dequantised base, which is the model that was trained, there are two others:
+The merge is exact: the base is dequantised in float32, the adapter applied in float32, and the result cast once, each
+weight when it is written. Besides the merge on the dequantised base, which is the model that was trained, there are two
+others:
 
     original      m (W + s B A) / ||W + s B A|| on the source's own 16-bit weights W, with the norm of that sum: free of
                   the base's quantisation error, but not the model that the adapter was fitted to
@@ -13,354 +12,135 @@ slices of it. Besides the merge on the dequantised base, which is the model that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.dora import merged_weight
-from qdora.adapter.expert_product import dense_rows, merged_rows
-from qdora.adapter.trained_rows import with_rows
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
-from qdora.export.write import CheckpointPlan, Source, held, plan_export, plan_sources, write_checkpoint
+from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
 from qdora.files.console import bar
-from qdora.files.run_directory import RunDirectory, open_run
-from qdora.model.adapter_file import StoredLayer, read_adapter
-from qdora.model.build_model import choose_compute, find_model, token_ids
-from qdora.model.checkpoint import (
-    Stored,
-    StoredPacked,
-    StoredTensor,
-    load_faults,
-    quantization_config,
-    stored_kind,
-    stored_rows,
-    tied_weights,
-)
-from qdora.model.experts import routers, stacks
-from qdora.model.inject import adapted_layers, linear_layers
-from qdora.model.load import (
-    Quantization,
-    dense_dtype,
-    layers_to_quantize,
-    load_config,
-    published_generation,
-    quantization_of,
-    settle_stored,
-    skeleton,
-    tensors_of_source,
-)
-from qdora.model.multimodal import carried, linear_not_loaded
+from qdora.files.run_directory import open_run
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import load_faults, quantization_config, stored_kind
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.model.tokens import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
 from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
-from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
+from qdora.quant.packed import PackedWeight, empty_packed, quantize
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.run.base import check_base
-from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
+from qdora.run.load_run import TrainedRun, load_run
 from qdora.run.model_card import card_files
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
 
 
+def write_merge(
+    run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
+) -> tuple[TrainedRun, dict[str, Any]]:
+    """Write the merged model of a run with a model card; returns the running model, on the base of the merge, and what
+    was written."""
+    recipe = load_recipe(open_run(run).recipe_file)
+    if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
+        raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
+    if options.requantize and (recipe.base.prune is not None or recipe.base.quant not in FOUR_BIT_KINDS):
+        got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
+        raise UserError(f"--requantize: the base must be held in nf4 or fp4 (got {got}). Fix: remove the option.")
+    trained = load_run(run, step=options.step, original=options.base == "original")
+    with bar(console, "merging") as progress:
+        written = export_merged(
+            trained.model,
+            trained.tokenizer,
+            directory,
+            dtype=dtype,
+            requantize=options.requantize,
+            max_shard_bytes=parse_size(options.shard_size),
+            progress=progress,
+            extra_files=card_files(trained.run, recipe, trained.state, form=options.form),
+        )
+    return trained, written
+
+
+def no_original(recipe: Recipe, source: ModelSource) -> str:
+    """Why a base has no 16-bit weights to merge on; '' if it has."""
+    if recipe.base.prune is not None:
+        return "the base is pruned, and the source's own weights are not"
+    if recipe.base.quant == "none":
+        return "the base was not quantised in training"
+    if source.is_gguf:
+        return f"{source.name} is a GGUF file, not the 16-bit model"
+    stored = stored_kind(getattr(load_config(source), "quantization_config", None))
+    return "" if stored is None else f"{source.name} is stored in {stored} and has no 16-bit weights"
+
+
 def export_merged(
-    source: PreTrainedModel | StreamedMerge,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
     *,
     dtype: torch.dtype = torch.float16,
+    requantize: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the merged model as a plain transformers checkpoint; returns what was written, for export.json.
+    """Write a model with adapted layers or without as a transformers checkpoint; returns what was written, as JSON.
 
-    `source` is a model with adapted layers or without (then its dequantised base is written), or files to be merged.
-    Float tensors get `dtype`, but for those that training keeps in float32. `options` are those of `write_checkpoint`.
+    Float tensors get `dtype`, but for those that training keeps in float32. With `requantize` the layers of a base in
+    nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
     """
     start = time.perf_counter()
-    if isinstance(source, StreamedMerge):
-        opened = open_merge(source)
-        plan, num_layers, num_parameters = opened.plan(dtype), len(opened.adapter), opened.num_parameters()
-    else:
-        plan, num_layers = plan_export(source, dtype), len(adapted_layers(source))
-        num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
+    plan = plan_export(model, dtype)
+    num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
+    if requantize:
+        packed = {path: layer for path, layer in frozen_layers(model).items() if layer.kind in FOUR_BIT_KINDS}
+        classes = {path.removesuffix(".base"): layer.replaces for path, layer in packed.items()}
+        if faults := load_faults(model, classes, "--requantize"):
+            raise UserError(*faults)
+        first = next(layer.packed_weight for layer in packed.values())
+        assert first is not None
+        plan = plan_export(model, dtype, partial(_requantized, dtype=dtype))
+        plan.config.quantization_config = quantization_config(
+            first.kind, double_quant=first.nested is not None, dtype=dtype, dense=dense_layers(model)
+        )
     return write_checkpoint(plan, tokenizer, directory, **options) | {
         "dtype": str(dtype).removeprefix("torch."),
-        "num_merged_layers": num_layers,
+        "num_merged_layers": len(adapted_layers(model)),
         "num_parameters": num_parameters,
         "seconds": time.perf_counter() - start,
     }
 
 
-def write_merge(
-    run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
-) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
-    """Write the merged model of a run with a model card.
+def _requantized(layer: AdaptedLinear | FrozenLinear, *, dtype: torch.dtype) -> Mapping[str, Source]:
+    """The merge of a layer in 4 bits; a layer without an adapter keeps the bytes that training used."""
+    base = layer.base if isinstance(layer, AdaptedLinear) else layer
+    packed = base.packed_weight
+    if packed is None:
+        return dense_weight_sources(layer)
+    kind, shape, block_size, double_quant = packed.kind, packed.shape, packed.block_size, packed.nested is not None
+    state = f"{STATE_NAME}{kind}"
+    made: dict[str, Tensor] = {}
 
-    A pruned base and a fully trained model are loaded; any other merge is streamed. Returns what was written, and a
-    function that gives the running model with its adapter on the base of the merge.
-    """
-    opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
-    trained, state = trained_state(opened, recipe, options.step)
-    load = cache(partial(load_run, run, step=options.step, original=options.base == "original"))
-    source: PreTrainedModel | StreamedMerge
-    if recipe.adapter.kind == "full" or recipe.base.prune is not None:
-        if options.requantize or options.base == "original":
-            why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            option = "--requantize" if options.requantize else "--base"
-            raise UserError(f"{option}: not possible, {why}. Fix: remove {option}.")
-        source, tokenizer = load().model, load().tokenizer
-    else:
-        source, tokenizer = merge_of(opened, recipe, trained, options)
-    with bar(console, "merging") as progress:
-        written = export_merged(
-            source,
-            tokenizer,
-            directory,
-            dtype=dtype,
-            max_shard_bytes=parse_size(options.shard_size),
-            progress=progress,
-            extra_files=card_files(opened, recipe, state, form=options.form),
-        )
-    return written, load
+    def make(part: str) -> Tensor:
+        if not made:
+            weight: PackedWeight | None = base.packed_weight  # now: those of a streamed block hold another block by then
+            if isinstance(layer, AdaptedLinear):
+                weight = quantize(layer.merged_weight(), kind, block_size, double_quant)
+            assert weight is not None
+            made.update(to_bnb_state(weight, dtype))
+            blanks = torch.full((_STATE_BYTES - made[state].numel(),), ord(" "), dtype=torch.uint8)
+            made[state] = torch.cat([made[state].cpu(), blanks])
+        return made.pop(part)  # the writer asks for each part once, one after the other
 
-
-def merge_of(
-    run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
-) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
-    """The streamed merge of a run's adapter, in `trained` (of `trained_state`), and the run's tokenizer."""
-    source, tokenizer = find_model(recipe)
-    check_base(run, source)
-    merge = StreamedMerge(
-        source,
-        None if recipe.adapter.kind == "none" else adapter_of(run, trained),
-        quantization_of(recipe.base),
-        choose_compute(recipe.model.dtype).dtype,
-        base=options.base,
-        requantize=options.requantize,
-        new_tokens=token_ids(recipe, tokenizer),
-    )
-    return merge, tokenizer
-
-
-@dataclass(frozen=True)
-class StreamedMerge:
-    """A merge that needs no model in memory: of the adapter in a directory, or of the base alone.
-
-    `quant` and `compute_dtype` say how training held the base, and what it did not quantise; `new_tokens` are the ids
-    of tokens whose rows are in the adapter.
-    """
-
-    source: ModelSource
-    adapter: Path | None
-    quant: Quantization
-    compute_dtype: torch.dtype
-    base: Literal["dequantized", "original"] = "dequantized"
-    requantize: bool = False
-    new_tokens: tuple[int, ...] = ()
-
-
-def check_merge(merge: StreamedMerge) -> None:
-    """UserError if this base does not allow the merge, before any weight is read."""
-    name, kind = merge.source.name, merge.quant.kind
-    if merge.base == "original":
-        why = ""
-        if kind == "none":
-            why = "the base was not quantised in training"
-        elif merge.source.is_gguf:
-            why = f"{name} is a GGUF file, not the 16-bit model"
-        elif stored := stored_kind(getattr(load_config(merge.source), "quantization_config", None)):
-            why = f"{name} is stored in {stored} and has no 16-bit weights"
-        if why:
-            raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
-    if merge.requantize and kind not in FOUR_BIT_KINDS:
-        raise UserError(f"--requantize: the base must be held in nf4 or fp4 (got {kind}). Fix: remove the option.")
-
-
-def open_merge(merge: StreamedMerge) -> OpenedMerge:
-    """Read the adapter and the headers of all files, but no weight of the base."""
-    check_merge(merge)
-    config = load_config(merge.source)
-    kind = stored_kind(getattr(config, "quantization_config", None))
-    if kind is not None:
-        del config.quantization_config
-    model = skeleton(config, merge.source, merge.compute_dtype, "auto", torch.device("cpu"))
-    stored = tensors_of_source(merge.source, model)
-    layers = layers_to_quantize(model, merge.quant)
-    stored, layers = settle_stored(stored, kind, merge.quant, layers)
-    linear = [*linear_layers(model), *sorted(routers(model))]
-    if merge.requantize:
-        classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
-        if faults := load_faults(model, classes, "--requantize"):
-            raise UserError(*faults)
-    extend_vocabulary(model, merge.new_tokens)
-    adapter: dict[str, StoredLayer] = {}
-    matrices: dict[str, TrainedMatrix] = {}
-    if merge.adapter is not None:
-        _, adapter, matrices = read_adapter(model, merge.adapter)
-    if (generation := published_generation(merge.source)) is not None:
-        model.generation_config = generation
-    model.config._name_or_path = merge.source.name
-    return OpenedMerge(merge, model, stored, layers, adapter=adapter, matrices=matrices, linear=linear)
-
-
-@dataclass(frozen=True)
-class OpenedMerge:
-    """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each."""
-
-    merge: StreamedMerge
-    model: PreTrainedModel
-    stored: Mapping[str, Stored]  # name in the model -> where it is in the files of the base
-    quantized: set[str]  # paths of the layers that training quantised from dense weights
-    adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
-    matrices: Mapping[str, TrainedMatrix]  # path of an embedding or a head -> its trained rows; a tied head has none
-    linear: Sequence[str]  # paths of all linear layers, routers included
-    kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written
-
-    @cached_property
-    def packed_paths(self) -> set[str]:
-        """Paths of the layers that training held in low precision."""
-        packed = (name for name, item in self.stored.items() if isinstance(item, StoredPacked))
-        return self.quantized | {name.rpartition(".")[0] for name in packed}
-
-    def plan(self, dtype: torch.dtype) -> CheckpointPlan:
-        """The checkpoint with float tensors in `dtype`."""
-        plan = plan_sources(self.model, self._sources(dtype), dtype)
-        if self.merge.requantize:
-            quant = self.merge.quant
-            dense = [path for path in self.linear if path not in self.packed_paths] + linear_not_loaded(self.model)
-            plan.config.quantization_config = quantization_config(
-                quant.kind, double_quant=quant.double_quant, dtype=dtype, dense=dense
-            )
-        return plan
-
-    def num_parameters(self) -> int:
-        """Parameters of the merged model, quantised or not."""
-        tensors = self.model.state_dict().items()
-        own: int = sum(each.numel() for name, each in tensors if self.item(name) is not None or not each.is_meta)
-        return own + sum(torch.Size(item.shape).numel() for item in carried(self.model).values())
-
-    def item(self, name: str) -> Stored | None:
-        """Where a tensor is stored; None for a copy that stays tied, and for what no checkpoint holds."""
-        if name in self.stored or not self._is_changed(name):
-            return self.stored.get(name)
-        partners = tied_weights(self.model)
-        partners |= {origin: target for target, origin in partners.items()}
-        return self.stored.get(partners.get(name, ""))
-
-    def _is_changed(self, name: str) -> bool:
-        path, _, leaf = name.rpartition(".")
-        return leaf == "weight" and (path in self.adapter or path in self.packed_paths)
-
-    def _sources(self, dtype: torch.dtype) -> dict[str, Source]:
-        """Name in the model -> tensor of the output, in model order. Weights in 4 bits are dequantised to `dtype`."""
-        sources: dict[str, Source] = {}
-        trained, experts = dict(self.matrices), stacks(self.model)
-        if is_tied(self.model) and trained:  # the files may hold the shared matrix under either name
-            trained = dict.fromkeys(embedding_paths(self.model), next(iter(trained.values())))
-        for name, tensor in self.model.state_dict().items():
-            path = name.rpartition(".")[0]
-            item = self.item(name)
-            if item is None:
-                if not tensor.is_meta:
-                    sources[name] = held(tensor)
-            elif path in trained and name == f"{path}.weight":
-                shaped = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
-                sources[name] = Source(shaped, partial(self._trained, name, item, trained[path]))
-            elif not self._is_changed(name) and not (path in experts and name == f"{path}.weight"):
-                sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
-            elif self.merge.requantize and path in self.packed_paths:
-                packed = self._packed_sources(path, item, dtype)
-                sources |= {f"{path}.{part}": source for part, source in packed.items()}
-            else:
-                shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
-                rows = partial(self._merged_rows, path, item, experts[path].num_experts) if path in experts else None
-                sources[name] = Source(shaped, partial(self._merged, path, item), rows=rows)
-        return sources
-
-    def _dense(self, name: str, item: Stored) -> Tensor:
-        value = item.read()
-        assert isinstance(value, Tensor)
-        if self.merge.base == "original" or not value.is_floating_point():
-            return value
-        return value.to(dense_dtype(self.model, name, self.merge.compute_dtype))
-
-    def _trained(self, name: str, item: Stored, matrix: TrainedMatrix) -> Tensor:
-        """A trained embedding or head."""
-        if matrix.ids is None:
-            return matrix.values
-        weight = self._dense(name, item)
-        missing = max(0, max(matrix.ids) + 1 - len(weight))
-        return with_rows(torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]), matrix.ids, matrix.values)
-
-    def _base(self, path: str, item: Stored) -> Tensor:
-        value = item.read()
-        if isinstance(value, PackedWeight):
-            return dequantize(value, torch.float32)
-        if self.merge.base == "original":
-            return value.float()
-        if path in self.quantized:
-            return dequantize(self._quantized(f"{path}.weight", value), torch.float32)
-        return value.to(self.merge.compute_dtype).float()
-
-    def _merged(self, path: str, item: Stored) -> Tensor:
-        """The merged or dequantised weight in float32."""
-        base, layer = self._base(path, item), self.adapter.get(path)
-        if layer is None:
-            return base
-        return merged_weight(base, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
-
-    def _merged_rows(self, path: str, item: Stored, num_experts: int, rows: slice) -> Tensor:
-        """Some rows of the merged or dequantised weight of a stack of experts, in float32."""
-        if path in self.packed_paths and self.merge.base != "original":
-            if path not in self.kept:
-                self.kept.clear()  # the stack that was written last
-                value = item.read_rows() if isinstance(item, StoredTensor) else item.read()
-                packed = value if isinstance(value, PackedWeight) else self._quantized(f"{path}.weight", value)
-                self.kept[path] = packed
-            base = dense_rows(self.kept[path], num_experts, rows)
-        else:
-            assert isinstance(item, StoredTensor)
-            base = stored_rows(item, rows)
-            base = base.float() if self.merge.base == "original" else base.to(self.merge.compute_dtype).float()
-        layer = self.adapter.get(path)
-        if layer is None:
-            return base
-        return merged_rows(base, rows.start, layer.lora_A, layer.lora_B, layer.scaling, magnitude=layer.magnitude)
-
-    def _quantized(self, name: str, weight: Tensor | RowParts) -> PackedWeight:
-        quant = self.merge.quant
-        return quantize(weight, quant.kind, quant.block_size, quant.double_quant, name=name)
-
-    def _packed_sources(self, path: str, item: Stored, dtype: torch.dtype) -> dict[str, Source]:
-        """The merge in 4 bits; a layer without an adapter keeps the bytes that training used."""
-        quant = self.merge.quant
-        name = f"{STATE_NAME}{quant.kind}"
-        made: dict[str, Tensor] = {}
-
-        def make(part: str) -> Tensor:
-            if not made:
-                value = self._merged(path, item) if path in self.adapter else item.read()
-                packed = self._quantized(path, value) if isinstance(value, Tensor) else value
-                made.update(to_bnb_state(packed, dtype))
-                blanks = torch.full((_STATE_BYTES - made[name].numel(),), ord(" "), dtype=torch.uint8)
-                made[name] = torch.cat([made[name], blanks])
-            return made.pop(part)  # the writer asks for each part once, one after the other
-
-        # Only the shapes and dtypes of these tensors are read.
-        shape = (item.shape[0], item.shape[1])
-        layout = to_bnb_state(empty_packed(quant.kind, shape, quant.block_size, quant.double_quant), dtype)
-        layout[name] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
-        return {
-            part: Source(tensor.to("meta"), partial(make, part), dtype=tensor.dtype) for part, tensor in layout.items()
-        }
+    layout = to_bnb_state(empty_packed(kind, shape, block_size, double_quant), dtype)
+    layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)  # only shapes and dtypes of these are read
+    return {part: Source(tensor.to("meta"), partial(make, part), dtype=tensor.dtype) for part, tensor in layout.items()}
