@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,12 @@ from qdora.export.compare import (
     float32_arithmetic,
     verdict,
 )
-from qdora.export.merge import StreamedMerge, check_merge, export_merged
+from qdora.export.merge import export_merged, no_original
 from qdora.export.verify import verify_merged
 from qdora.files.atomic import atomic_directory
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import Quantization, load_model
+from qdora.model.load import load_model
 from qdora.model.source import resolve
 from tests import reference, support
 from tests.support import CHECKPOINT_SIZES, checkpoint
@@ -47,10 +48,6 @@ def stored(directory: Path) -> dict[str, Tensor]:
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
-
-
-def bytes_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def reload(directory: Path) -> Any:
@@ -220,7 +217,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the merge that streams: the bytes of the merge of a loaded model, and on other bases
+# --- on other bases
 
 CONFIGS = {
     "llama": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=True),
@@ -228,20 +225,20 @@ CONFIGS = {
 }
 
 
-def prepare(
-    folder: Path, config: str = "qwen2", *, targets: Any = "all-linear", quant: str = "nf4", **form: Any
-) -> tuple[Any, StreamedMerge]:
-    """A checkpoint in bf16, an adapter on it, the model that runs, and the merge that is to equal it."""
+def prepare(folder: Path, config: str = "qwen2", *, targets: Any = "all-linear", quant: str = "nf4") -> Any:
+    """A checkpoint in bf16, an adapter on it, and a function that loads both on a base of some form."""
     checkpoint(folder / "base", CONFIGS[config], dtype=torch.bfloat16)
-    source = resolve(str(folder / "base"))
-    model, again = (load_model(source, quant=quant, compute_dtype=torch.float32) for _ in range(2))
-    support.move_adapters_(
-        inject(model, rank=3, alpha=6.0, targets=targets, generator=torch.Generator().manual_seed(1))
-    )
+
+    def load(quant: str = quant) -> Any:
+        model = load_model(resolve(str(folder / "base")), quant=quant, compute_dtype=torch.float32)
+        load_adapter(model, folder / "adapter")
+        return model
+
+    model = load_model(resolve(str(folder / "base")), quant=quant, compute_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    support.move_adapters_(inject(model, rank=3, alpha=6.0, targets=targets, generator=generator))
     save_adapter(model, folder / "adapter", base_name_or_path="base", revision=None, base_quant={"quant": quant})
-    load_adapter(again, folder / "adapter")
-    held = Quantization(quant, 64, True, ("lm_head",))
-    return again, StreamedMerge(source, folder / "adapter", held, torch.float32, **form)
+    return load
 
 
 @pytest.mark.parametrize(
@@ -253,28 +250,19 @@ def prepare(
         ("llama", "nf4", ["lm_head", "q_proj"]),
     ],
 )
-def test_the_bytes_are_those_of_the_loaded_model(tmp_path, config, quant, targets):
-    model, merge = prepare(tmp_path, config, quant=quant, targets=targets)
-    bare = StreamedMerge(merge.source, None, merge.quant, merge.compute_dtype)
-    base = load_model(merge.source, quant=quant, compute_dtype=torch.float32)
-    (tmp_path / "loaded").mkdir()
-    num_layers = 14 if targets == "all-linear" else 3
-    for name, loaded, streamed, num in (("streamed", model, merge, num_layers), ("bare", base, bare, 0)):
-        export_merged(loaded, None, tmp_path / "loaded" / name, max_shard_bytes=30_000)
-        result = export_merged(streamed, None, tmp_path / name, max_shard_bytes=30_000)
-        expected = bytes_of(tmp_path / "loaded" / name)
-        assert len(expected) > 4
-        assert bytes_of(tmp_path / name) == expected
-        assert result["num_merged_layers"] == num
-        is_tied = json.loads(expected["config.json"])["tie_word_embeddings"]
-        assert is_tied == (config == "llama" and num != 3)  # an adapted head is untied
-        assert result["num_parameters"] == sum(tensor.numel() for tensor in stored(tmp_path / name).values())
+def test_an_adapted_head_is_untied(tmp_path, config, quant, targets):
+    model, num_layers = prepare(tmp_path, config, quant=quant, targets=targets)(), 14 if targets == "all-linear" else 3
+    result = export_merged(model, None, tmp_path / "out", max_shard_bytes=30_000)
+    assert result["num_merged_layers"] == num_layers
+    is_tied = json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    assert is_tied == (config == "llama" and num_layers != 3)
+    assert result["num_parameters"] == sum(tensor.numel() for tensor in stored(tmp_path / "out").values())
 
 
 def test_the_original_base_takes_the_norm_anew(tmp_path):
-    model, merge = prepare(tmp_path, base="original")
-    export_merged(merge, None, tmp_path / "out", dtype=torch.float32)
-    found, source, layers = stored(tmp_path / "out"), stored(tmp_path / "base"), adapted_layers(model)
+    load = prepare(tmp_path)
+    export_merged(load("none"), None, tmp_path / "out", dtype=torch.float32)
+    found, source, layers = stored(tmp_path / "out"), stored(tmp_path / "base"), adapted_layers(load())
     for path, layer in layers.items():
         weight, *parts = (
             each.detach().double().numpy()
@@ -288,9 +276,10 @@ def test_the_original_base_takes_the_norm_anew(tmp_path):
 
 
 def test_requantised_is_what_bitsandbytes_loads(tmp_path):
-    model, merge = prepare(tmp_path, requantize=True, targets=["q_proj", "down_proj"])
-    result = export_merged(merge, None, tmp_path / "out", dtype=torch.float32, max_shard_bytes=30_000)
-    export_merged(merge, None, tmp_path / "one-file", dtype=torch.float16)
+    model = prepare(tmp_path, targets=["q_proj", "down_proj"])()
+    options: dict[str, Any] = {"dtype": torch.float32, "max_shard_bytes": 30_000}
+    result = export_merged(model, None, tmp_path / "out", requantize=True, **options)
+    export_merged(model, None, tmp_path / "one-file", dtype=torch.float16, requantize=True)
     assert len(result["files"]) > 2
     loaded, half = (AutoModelForCausalLM.from_pretrained(str(tmp_path / name)) for name in ("out", "one-file"))
     again = load_model(resolve(str(tmp_path / "out")), quant="nf4", compute_dtype=torch.float32)
@@ -302,25 +291,20 @@ def test_requantised_is_what_bitsandbytes_loads(tmp_path):
         assert 0.05 < error < 0.13  # NF4 on Gaussian weights: 0.09
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"):  # adapted, and not
         assert half.get_submodule(path).weight.quant_state.dtype == torch.float16  # of the export
-    base = load_model(merge.source, quant="nf4", compute_dtype=torch.float32)
+    base = load_model(resolve(str(tmp_path / "base")), quant="nf4", compute_dtype=torch.float32)
     kept, one = stored(tmp_path / "out"), stored(tmp_path / "one-file")
     assert torch.equal(kept[UP].reshape(-1), base.model.layers[0].mlp.up_proj.packed)
     assert all(torch.equal(kept[name], one[name]) for name in kept if name.endswith("proj.weight"))
 
 
-def test_bases_without_16_bit_weights_are_refused(tmp_path):
-    _, merge = prepare(tmp_path, quant="none", base="original")
-    nf4, int8 = (Quantization(kind, 64, True, ("lm_head",)) for kind in ("nf4", "int8"))
-    bare, bytes_ = (StreamedMerge(merge.source, None, q, torch.float32, requantize=True) for q in (nf4, int8))
-    export_merged(bare, None, tmp_path / "packed")
-    packed = StreamedMerge(resolve(str(tmp_path / "packed")), None, nf4, torch.float32, base="original")
-    for each, words in (
-        (merge, "the base was not quantised in training"),
-        (packed, r"stored in nf4 and has no 16-bit weights\. Fix: use --base dequantized"),
-        (bytes_, r"--requantize: the base must be held in nf4 or fp4 \(got int8\)"),
-    ):
-        with pytest.raises(UserError, match=words):
-            check_merge(each)
+def test_bases_without_16_bit_weights(tmp_path):
+    recipe, unquantised = (support.tiny_recipe(tmp_path, base__quant=quant) for quant in ("nf4", "none"))
+    export_merged(prepare(tmp_path)(), None, tmp_path / "packed", requantize=True)
+    dense, packed = resolve(str(tmp_path / "base")), resolve(str(tmp_path / "packed"))
+    assert no_original(recipe, dense) == ""
+    assert no_original(unquantised, dense) == "the base was not quantised in training"
+    assert "stored in nf4 and has no 16-bit weights" in no_original(recipe, packed)
+    assert "is a GGUF file, not the 16-bit model" in no_original(recipe, replace(dense, kind="gguf"))
 
 
 # --- verification

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +23,6 @@ from qdora.export import export as export_module
 from qdora.export import write
 from qdora.export.compare import audit_table, export_forms, float32_arithmetic, in_form
 from qdora.export.export import check_servable, export_run, push
-from qdora.export.merge import merge_of, open_merge
-from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers
@@ -114,11 +111,6 @@ def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "own"
 
 
-def opened(run: Path) -> Any:
-    directory = open_run(run)
-    return open_merge(merge_of(directory, load_run(run).recipe, directory.adapter, ExportOptions())[0])
-
-
 @pytest.mark.parametrize(
     "form, options, words",
     [
@@ -156,9 +148,9 @@ def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
     reloaded = load_model(resolve(str(out)), compute_dtype=torch.float32, **how)
     if form == "nf4-lora":
         load_adapter(reloaded, out / "adapter")
-    running = load_run(dora_run).model
+    trained = load_run(dora_run)
+    running, held = trained.model, export_forms(trained, torch.float16)[form]
     before = support.logits_of(running, IDS)
-    held = export_forms(running, opened(dora_run), torch.float16)[form]
     with float32_arithmetic(running), in_form(running, held):
         found = support.logits_of(running, IDS)
     # fp16 also rounds the embeddings of the files
@@ -211,11 +203,6 @@ def test_the_audit_compares_every_form(dora_run, tmp_path):
         assert forms[name]["nll_per_token"].keys() == {"sums", "letters"}
     rows = audit_table(found).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(forms)
-    # A GGUF base has no 16-bit weights to merge on.
-    merge = opened(dora_run)
-    of_gguf = replace(merge, merge=replace(merge.merge, source=replace(merge.merge.source, kind="gguf")))
-    form = export_forms(load_run(dora_run).model, of_gguf, torch.float16)["original"]
-    assert "is a GGUF file, not the 16-bit model" in str(form)
 
 
 # --- uploads

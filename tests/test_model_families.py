@@ -23,7 +23,7 @@ from qdora.adapter import expert_product, expert_tokens
 from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.export.merge import StreamedMerge, export_merged
+from qdora.export.merge import export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -359,8 +359,7 @@ def check_files(directory: Path, stored: dict[str, Tensor]) -> None:
 def test_a_merged_export_is_the_whole_model(tmp_path):
     stored = support.write_multimodal(tmp_path / "model", "qwen2_5_vl")
     model = adapted(tmp_path, "nf4")
-    merge = StreamedMerge(resolve(str(tmp_path / "model")), tmp_path / "adapter", NF4, torch.float32)
-    export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
+    export_merged(model, None, tmp_path / "merged", dtype=torch.float32)
     check_files(tmp_path / "merged", stored)
     torch.testing.assert_close(text_logits(whole_model(tmp_path / "merged")), text_logits(model), **CLOSE)
     reloaded, faults = load_with_transformers(tmp_path / "merged", model)  # as an export's own check does

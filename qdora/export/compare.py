@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,15 @@ from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluate.metrics import mean_stderr
 from qdora.evaluate.suite import EvaluationResult, evaluate
-from qdora.export.merge import OpenedMerge, check_merge
+from qdora.export.merge import no_original
 from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
 from qdora.model.attention import softcap_of
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import Stored
 from qdora.model.inject import adapted_layers, frozen_layers, frozen_like, replace_module
+from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton, tensors_of_source
 from qdora.quant.bnb_state import FOUR_BIT_KINDS
 from qdora.quant.packed import quantize
 from qdora.quant.tiles import Weight
@@ -140,8 +143,8 @@ class LogitDifference:
 
         KL(logits || other) is computed in float64: it is of second order in the difference.
         """
-        for first, second in zip(logits.split(_POSITIONS), other.to(logits.device).split(_POSITIONS), strict=True):
-            first, second = first.double(), second.double()
+        pairs = zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True)
+        for first, second in ((first.double(), second.double()) for first, second in pairs):
             gap = (first - second).abs()
             log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
             self.largest += gap.amax(dim=1).tolist()
@@ -266,8 +269,9 @@ def verdict(
     ]
     if wrong:
         worst = max(wrong, key=lambda at: math.inf if math.isnan(errors[at]) else errors[at])
-        allowed = f"(allowed {tolerance['max_logit_difference']:.3g}) at {len(wrong)} of {len(errors)} positions"
-        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed}, most at position {worst}")
+        where = f"at {len(wrong)} of {len(errors)} positions, most at position {worst}"
+        allowed = f"(allowed {tolerance['max_logit_difference']:.3g})"
+        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed} {where}")
     return {
         "passed": not faults,
         "faults": faults,
@@ -291,18 +295,17 @@ Form = Callable[[str, Layer], Weight | None]
 
 
 @torch.no_grad()
-def audit(trained: TrainedRun, opened: OpenedMerge | None, dtype: torch.dtype, console: Console) -> dict[str, Any]:
+def audit(trained: TrainedRun, dtype: torch.dtype, console: Console) -> dict[str, Any]:
     """Compare every form with the running adapter, all in float32 arithmetic. One form at a time is in memory.
 
-    `opened` is None for a pruned base, since the source's weights are not pruned; `dtype` is that of merged weights.
-    Returns JSON values; `forms` has the difference of each form's logits from the adapter's, the NLL by task, and the
-    mean NLL difference per example with its standard error, or `why_not`.
+    Merged weights are in `dtype`. Returns JSON values; `forms` has the difference of each form's logits from the
+    adapter's, the NLL by task, and the mean NLL difference per example with its standard error, or `why_not`.
     """
     model = trained.model
     examples = {task: each for task, each in validation_examples(trained.recipe).items() if each}
     sequences = comparison_text(trained.tokenizer, examples, max_tokens=1024, max_length=256).sequences
     device = next(model.parameters()).device
-    forms: dict[str, Form | str] = {"adapter": lambda _path, _layer: None, **export_forms(model, opened, dtype)}
+    forms: dict[str, Form | str] = {"adapter": lambda _path, _layer: None, **export_forms(trained, dtype)}
     found: dict[str, dict[str, Any]] = {}
     reference: list[Tensor] = []
     before: EvaluationResult | None = None
@@ -330,17 +333,24 @@ def audit(trained: TrainedRun, opened: OpenedMerge | None, dtype: torch.dtype, c
     return {"num_positions": sum(map(len, sequences)), "num_examples": num_examples, "forms": found}
 
 
-def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, Form | str]:
-    """The layers of each form of a LoRA or DoRA model, or why the form is not possible; arguments as in `audit`."""
+def export_forms(trained: TrainedRun, dtype: torch.dtype) -> dict[str, Form | str]:
+    """The weights of each form of a LoRA or DoRA model, or why the form is not possible."""
+    model, base = trained.model, trained.recipe.base
+    source = find_source(trained.recipe)
+    of_source, stored, quantized = no_original(trained.recipe, source), dict[str, Stored](), set[str]()
+    if not of_source:
+        empty = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
+        stored = tensors_of_source(source, empty)
+        quantized = layers_to_quantize(empty, quantization_of(base))
 
     def merged(_path: str, layer: Layer, to: torch.dtype = dtype) -> Weight | None:
         return layer.merged_weight(to) if isinstance(layer, AdaptedLinear) else None
 
     def original(path: str, layer: Layer) -> Weight | None:
-        item = opened.item(f"{path}.weight") if opened is not None and path in opened.quantized else None
-        weight = None if item is None else item.read()
-        if not isinstance(weight, Tensor):  # training did not quantise it
+        if path not in quantized:
             return None
+        weight = stored[f"{path}.weight"].read()
+        assert isinstance(weight, Tensor)
         if isinstance(layer, FrozenLinear):
             return weight.float().to(layer.device, dtype)
         return layer.merged_weight(dtype, base=weight.float().to(layer.base.device))
@@ -351,24 +361,18 @@ def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torc
             return merged(path, layer)
         return quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
 
-    def why_not(check: Callable[..., None], *arguments: Any) -> str:
-        try:
-            check(*arguments)
-        except UserError as error:
-            return error.faults[0]
-        return ""
-
-    of_source = "the base is pruned, and the source's own weights are not"
-    if opened is not None:
-        of_source = why_not(check_merge, replace(opened.merge, base="original"))
-    four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
+    try:
+        check_foldable(model, torch.float32)
+        of_nf4 = ""
+    except UserError as error:
+        of_nf4 = error.faults[0]
     return {
         "base": lambda _path, layer: layer.base.stored_weight if isinstance(layer, AdaptedLinear) else None,
         "merged": merged,
         "original": of_source or original,
-        "requantized": requantized if four_bits else "the base is not in 4 bits",
+        "requantized": requantized if base.quant in FOUR_BIT_KINDS else "the base is not in 4 bits",
         # g W and s g B A, which its files hold, add up to the merged weight within float32's rounding.
-        "nf4-lora": why_not(check_foldable, model, torch.float32) or partial(merged, to=torch.float32),
+        "nf4-lora": of_nf4 or partial(merged, to=torch.float32),
     }
 
 

@@ -20,7 +20,7 @@ from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.compare import audit, audit_table, comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
-from qdora.export.merge import merge_of, open_merge, write_merge
+from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
@@ -37,7 +37,7 @@ from qdora.model.names import taken_for_experts
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
-from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run, trained_state
+from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.model_card import card_files, run_card
 
 logger = logging.getLogger("qdora")
@@ -89,12 +89,7 @@ def export_run(
             if options.base == "original":
                 del trained
                 trained = load_run(path, step=options.step)
-            opened = None
-            if trained.recipe.base.prune is None:
-                where, _ = trained_state(trained.run, trained.recipe, options.step)
-                opened = open_merge(merge_of(trained.run, trained.recipe, where, ExportOptions())[0])
-            dtype = _merged_dtype(trained.model.config.model_type, options)
-            document["audit"] = audit(trained, opened, dtype, console)
+            document["audit"] = audit(trained, _merged_dtype(trained.model.config.model_type, options), console)
             notes.append(audit_table(document["audit"]))
         card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -156,8 +151,7 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     if kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype == "float16":
         said = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
         logger.warning(said, kind)
-    written, load_trained = write_merge(run, folder, options, _merged_dtype(kind, options), console)
-    trained = load_trained()
+    trained, written = write_merge(run, folder, options, _merged_dtype(kind, options), console)
     console.print("comparing the merged model with the running one")
     verify = verify_requantized if options.requantize else verify_merged
     check = verify(trained.model, folder, comparison_text(trained.tokenizer, validation_examples(trained.recipe)))

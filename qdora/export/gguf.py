@@ -81,10 +81,9 @@ def export_gguf(
             "alone. Fix: use --format merged, and llama.cpp's converter on it."
         )
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"
-    written, load_trained = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
+    trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
     console.print(f"converting to {type_}")
     write_gguf(tools, merged, file, type_)
-    trained = load_trained()
     for name, content in card_files(trained.run, recipe, trained.state, form="gguf").items():
         (folder / name).write_text(content, encoding="utf-8")
     console.print("comparing the file with the merge, tensor by tensor, and with the running model")

@@ -132,7 +132,7 @@ def _requantized(layer: AdaptedLinear | FrozenLinear, *, dtype: torch.dtype) -> 
 
     def make(part: str) -> Tensor:
         if not made:
-            weight: PackedWeight | None = base.packed_weight  # now: those of a streamed block hold another block by then
+            weight: PackedWeight | None = base.packed_weight  # read now: a streamed block's tensors come and go
             if isinstance(layer, AdaptedLinear):
                 weight = quantize(layer.merged_weight(), kind, block_size, double_quant)
             assert weight is not None

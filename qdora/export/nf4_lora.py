@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.trained_rows import RowHead
 from qdora.errors import UserError
-from qdora.export.write import Source, dense_weight_sources, plan_export, write_checkpoint
+from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
 from qdora.model.checkpoint import load_faults, quantization_config, shorten
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.multimodal import all_paths, linear_not_loaded
+from qdora.model.multimodal import all_paths
 from qdora.model.names import taken_for_experts
 from qdora.model.peft_config import adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
@@ -73,7 +72,7 @@ def export_nf4_lora(
     plan = plan_export(model, dtype, partial(_scaled_base, gain=gain, dtype=dtype))
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
     plan.config.quantization_config = quantization_config(
-        first.kind, double_quant=False, dtype=dtype, dense=_dense_layers(model)
+        first.kind, double_quant=False, dtype=dtype, dense=dense_layers(model)
     )
     written = write_checkpoint(plan, tokenizer, directory, **options)
     config = adapter_config(
@@ -173,14 +172,3 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
     if faults:
         raise UserError(*shorten(faults))
-
-
-def _dense_layers(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that stay dense."""
-    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
-    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
-    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
-    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
-    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
-    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
-    return dense + linear_not_loaded(model)

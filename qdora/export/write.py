@@ -32,12 +32,13 @@ from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
 from qdora.model.checkpoint import INDEX_FILE, tied_weights
 from qdora.model.experts import library_names, stacks
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
-from qdora.model.multimodal import carried, processor_files
+from qdora.model.multimodal import carried, linear_not_loaded, processor_files
 from qdora.model.names import Published, published_pieces
 
 MAX_SHARD_BYTES = 5 * 2**30
-_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
+_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
         if target not in sources or origin not in sources:
             continue
         first, second = sources[target].held, sources[origin].held
-        if first is not None and second is not None and _memory(first) == _memory(second):
+        if first is not None and second is not None and first.data_ptr() == second.data_ptr():
             redundant.add(target)
         else:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
@@ -157,6 +158,17 @@ def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Sourc
     return {"weight": Source(shape, lambda: make(wide))}
 
 
+def dense_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that stay dense."""
+    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
+    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
+    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
+    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
+    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
+    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
+    return dense + linear_not_loaded(model)
+
+
 def held(tensor: Tensor) -> Source:
     """The source of a tensor that is written as the model holds it."""
     return Source(tensor.to("meta"), lambda: tensor, tensor)
@@ -169,10 +181,6 @@ def _piece(source: Source, piece: Published) -> Tensor:
         return rows.view(piece.shape)
     experts, columns, size = piece.shape
     return rows.view(experts, size, columns).mT
-
-
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
@@ -261,20 +269,16 @@ def write_checkpoint(
     }
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.detach().reshape(-1)
-    return (flat[start : start + _SLICE] for start in range(0, flat.numel(), _SLICE))
-
-
 def _cast(spec: TensorSpec, tensor: Tensor) -> Iterator[Tensor]:
-    return (part.to(spec.dtype).cpu() for part in _parts(tensor))
+    flat = tensor.detach().reshape(-1)
+    return (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in range(0, flat.numel(), _SLICE))
 
 
 def _largest(spec: TensorSpec, tensor: Tensor) -> float:
     """The largest |value|, which the dtype of `spec` must be able to hold."""
-    ends = [float(end) for part in _parts(tensor) for end in part.aminmax()]  # NaN if any value is: without a mask
-    largest, limit = max((abs(end) for end in ends), default=0.0), torch.finfo(spec.dtype).max
-    if not all(abs(end) < torch.inf for end in ends):
+    ends = [abs(float(end)) for end in tensor.aminmax()] if tensor.numel() else [0.0]  # NaN if any value is
+    largest, limit = max(ends), torch.finfo(spec.dtype).max
+    if not all(end < torch.inf for end in ends):
         num_bad = tensor.numel() - int(tensor.isfinite().sum())
         bad = f"{spec.name}: {num_bad} of {tensor.numel()} values are NaN or infinite."
         raise RunFailure(f"The merged model is broken, nothing was written. {bad}")
