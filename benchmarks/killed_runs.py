@@ -13,7 +13,24 @@ go on with a full disk, so those may be missing. Every life is forked from this 
 """
 
 from __future__ import annotations
-
+from byte_tokenizer import write_model
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from frame import bench
+from frame import main
+from frame import table
+from frame import tabulated
+from matplotlib.figure import Figure
+from pathlib import Path
+from qdora.files.atomic import is_leftover
+from qdora.files.run_directory import RunDirectory
+from qdora.train import distributed as interrupt
+from qdora.train import interrupt
+from typing import Any
+from typing import NamedTuple
 import csv
 import errno
 import hashlib
@@ -28,21 +45,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import torch
 import yaml
-from byte_tokenizer import write_model
-from frame import bench, main, table, tabulated
-from matplotlib.figure import Figure
-
-from qdora.files.atomic import is_leftover
-from qdora.files.run_directory import RunDirectory
-from qdora.train import distributed as interrupt
 
 MOST_SECONDS = 120
 LIVES, EVENTS = ("train", "export", "study"), ("kill", "term", "int", "full", "read_only")
@@ -55,8 +59,8 @@ WORDS = {
     "full": "the disk is full, once or from then on",
     "read_only": "the directory becomes read-only",
 }
-HEAVY = ("qdora.run.run", "qdora.export.export_run", "qdora.study.run", "qdora.study.report")
-HEAVY = ("qdora.run.run", "qdora.export.export_run", "qdora.study.run", "qdora.study.report")
+HEAVY = ("qdora.run.run", "qdora.export.export", "qdora.study.run", "qdora.study.report")
+HEAVY = ("qdora.run.run", "qdora.export.export", "qdora.study.run", "qdora.study.report")
 OPERATIONS, NUM_COMMANDS = range(2)  # what a life counts
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")
 _TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.rename")

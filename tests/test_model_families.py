@@ -1,44 +1,62 @@
 """Mixtures of experts and multimodal models: published files, adapters, exports, and what they compute."""
 
 from __future__ import annotations
-
-import json
-import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import peft
-import pytest
-import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
+from peft import PeftModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
-from typer.testing import CliRunner
-
 from qdora.adapter import expert_product
-from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter import expert_tokens
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.expert_linear import FrozenExperts
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.export.merged import StreamedMerge, export_merged
+from qdora.export.merge import export_merged
+from qdora.export.merged import StreamedMerge
+from qdora.export.merged import export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
-from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import save_adapter
 from qdora.model.checkpoint import taken_for_experts
-from qdora.model.experts import routers, stacks, use_expert_layers_
+from qdora.model.experts import routers
+from qdora.model.experts import stacks
+from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import inject
-from qdora.model.load import DEFAULT_SKIP, Quantization
+from qdora.model.load import DEFAULT_SKIP
+from qdora.model.load import Quantization
 from qdora.model.multimodal import carried
-from qdora.model.source import load_tokenizer, resolve
+from qdora.model.multimodal import in_words
+from qdora.model.names import taken_for_experts
+from qdora.model.source import load_tokenizer
+from qdora.model.source import resolve
 from qdora.model.store import BaseCache
-from qdora.quant.packed import dequantize, quantize
+from qdora.quant.packed import dequantize
+from qdora.quant.packed import quantize
 from qdora.recipe.recipe_file import resolved_yaml
+from qdora.train.checks import packed_layout
 from qdora.train.guards import packed_layout
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tests import support
 from tests.support import load_checkpoint
+from torch import Tensor
+from torch import nn
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
+from transformers import LlavaConfig
+from typer.testing import CliRunner
+from typing import Any
+import json
+import logging
+import peft
+import pytest
+import re
+import torch
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 TURNED = ("gpt_oss", "llama4_text")  # transformers keeps their weights transposed
@@ -359,8 +377,7 @@ def check_files(directory: Path, stored: dict[str, Tensor]) -> None:
 def test_a_merged_export_is_the_whole_model(tmp_path):
     stored = support.write_multimodal(tmp_path / "model", "qwen2_5_vl")
     model = adapted(tmp_path, "nf4")
-    merge = StreamedMerge(resolve(str(tmp_path / "model")), tmp_path / "adapter", NF4, torch.float32)
-    export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
+    export_merged(model, None, tmp_path / "merged", dtype=torch.float32)
     check_files(tmp_path / "merged", stored)
     torch.testing.assert_close(text_logits(whole_model(tmp_path / "merged")), text_logits(model), **CLOSE)
     reloaded, faults = load_with_transformers(tmp_path / "merged", model)  # as an export's own check does

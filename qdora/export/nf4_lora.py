@@ -10,234 +10,195 @@ The scales are written in float32: double quantisation would round each of them 
 """
 
 from __future__ import annotations
-
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from functools import cache
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.experts import FrozenExperts
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.rows import RowHead
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
+from qdora.export.checkpoint_writer import Source
+from qdora.export.checkpoint_writer import WriteOptions
+from qdora.export.checkpoint_writer import checkpoint_directory
+from qdora.export.checkpoint_writer import dense_weight_sources
+from qdora.export.checkpoint_writer import plan_export
+from qdora.export.write import Source
+from qdora.export.write import dense_layers
+from qdora.export.write import dense_weight_sources
+from qdora.export.write import plan_export
+from qdora.export.write import write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
-from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
-from qdora.model.checkpoint import load_faults, quantization_config, shorten, taken_for_experts
-from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.multimodal import all_paths, linear_not_loaded
+from qdora.model.adapter_file import CONFIG_FILE
+from qdora.model.adapter_file import WEIGHTS_FILE
+from qdora.model.adapter_file import adapter_config
+from qdora.model.adapter_file import factor_tensors
+from qdora.model.checkpoint import load_faults
+from qdora.model.checkpoint import quantization_config
+from qdora.model.checkpoint import shorten
+from qdora.model.checkpoint import taken_for_experts
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import frozen_layers
+from qdora.model.multimodal import all_paths
+from qdora.model.multimodal import linear_not_loaded
+from qdora.model.names import taken_for_experts
+from qdora.model.peft_config import adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.quant.bnb import FOUR_BIT_KINDS, to_bnb_state
-from qdora.quant.packed import PackedWeight, block_scales, with_nested_scales
+from qdora.quant.bnb import FOUR_BIT_KINDS
+from qdora.quant.bnb import to_bnb_state
+from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.bnb_state import to_bnb_state
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import block_scales
+from qdora.quant.packed import with_nested_scales
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+from typing import Unpack
+import time
+import torch
 
-
-@dataclass
-class _Folding:
-    """The gain of each layer, computed once, and the error that double quantisation would cause in its scales."""
-
-    dtype: torch.dtype
-    gains: dict[int, Tensor | None] = field(default_factory=dict)
-    scale_errors: dict[int, float] = field(default_factory=dict)
-
-    def gain(self, layer: AdaptedLinear) -> Tensor | None:
-        """(out,) float32, of experts (experts, out), or None for LoRA."""
-        if id(layer) not in self.gains:
-            gain = layer.merged_gain()
-            self.gains[id(layer)] = None if gain is None else gain.float()
-        return self.gains[id(layer)]
-
-    def weight_sources(self, layer: AdaptedLinear | FrozenLinear) -> Mapping[str, Source]:
-        """The tensors of a layer's scaled base."""
-        base = layer.base if isinstance(layer, AdaptedLinear) else layer
-        adapted = layer if isinstance(layer, AdaptedLinear) and layer.magnitude is not None else None
-        packed = base.packed_weight
-        if packed is None:
-            if adapted is None:
-                return dense_weight_sources(base)
-            shaped = torch.empty(base.out_features, base.in_features, device="meta")
-            rows = partial(self._scaled_rows, base, adapted) if isinstance(base, FrozenExperts) else None
-            return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted), rows=rows)}
-        unnested = replace(packed, absmax=torch.empty(packed.absmax.shape, device="meta"), nested=None)
-        state = to_bnb_state(unnested, self.dtype)
-
-        # Read again when it is written: by then, the tensors of a streamed block hold another block.
-        def packed_now() -> PackedWeight:
-            weight = base.packed_weight
-            assert weight is not None
-            return weight
-
-        def scales() -> Tensor:
-            packed = packed_now()
-            return block_scales(packed) if adapted is None else self._scaled_blocks(packed, adapted)
-
-        makers: dict[str, Callable[[], Tensor]] = {
-            "weight": lambda: packed_now().packed.view(state["weight"].shape),
-            "weight.absmax": scales,
-        }
-        return {
-            name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
-            for name, tensor in state.items()
-        }
-
-    def _scaled_rows(self, base: FrozenExperts, layer: AdaptedLinear, rows: slice) -> Tensor:
-        return self._scaled(base.dequantized_rows(rows, torch.float32), layer, rows)
-
-    def _scaled(self, weight: Tensor, layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
-        gain = self.gain(layer)
-        assert gain is not None  # DoRA
-        return weight * gain.reshape(-1, 1)[rows]  # not in place: a dense weight is the model's own
-
-    def _scaled_blocks(self, packed: PackedWeight, layer: AdaptedLinear) -> Tensor:
-        rows = block_scales(packed).reshape(layer.out_features, -1)
-        scaled = self._scaled(rows, layer).reshape(-1)
-        again = block_scales(with_nested_scales(replace(packed, absmax=scaled, nested=None)))
-        self.scale_errors[id(layer)] = float((again - scaled).norm() / scaled.norm().clamp_min(1e-30))
-        return scaled
+Gain = Callable[[AdaptedLinear], Tensor | None]
 
 
 def export_nf4_lora(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    out_dir: Path,
+    directory: Path,
     *,
     dtype: torch.dtype | None = None,
     published_as: str | None = None,
-    **options: Unpack[WriteOptions],
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
-    The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32.
-
-    Args:
-        model: LoRA or DoRA on an nf4 or fp4 base. Not changed.
-        tokenizer, out_dir, options: See `checkpoint_directory`.
-        dtype: For what is not quantised (embeddings, norms, head), and for the products of bitsandbytes. None: the
-            model's own, which rounds nothing.
-        published_as: Hub id that `out_dir` will have, for the adapter's file. None: the file names no base, since a
-            path would be wrong as soon as the directory is moved.
-    Returns: What was written, for export.json. `scale_error_if_double_quantised` is ||change of the scales|| /
-        ||scales|| if the scales were stored in 8 bits, over the layers with a gain: mean, maximum, and its layer.
-    Raises UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
+    The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32. What is not
+    quantised (embeddings, norms, head) is in `dtype`, as the products of bitsandbytes; default: the model's own, which
+    rounds nothing. `published_as` is the Hub id that `directory` will have, for the adapter's file; without it the file
+    names no base, since a path would be wrong as soon as the directory is moved. `options` are those of
+    `write_checkpoint`. Returns what was written, for export.json.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
     check_foldable(model, dtype)
     layers = adapted_layers(model)
-    folding = _Folding(dtype)
-    plan = plan_export(model, dtype, folding.weight_sources)
+
+    @cache
+    def gain(layer: AdaptedLinear) -> Tensor | None:
+        """(out,) float32, of experts (experts, out); None for LoRA."""
+        found = layer.merged_gain()
+        return None if found is None else found.float()
+
+    plan = plan_export(model, dtype, partial(_scaled_base, gain=gain, dtype=dtype))
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
     plan.config.quantization_config = quantization_config(
-        first.kind, double_quant=False, dtype=dtype, dense=_dense_layers(model)
+        first.kind, double_quant=False, dtype=dtype, dense=dense_layers(model)
     )
-    with checkpoint_directory(plan, tokenizer, out_dir, **options) as (directory, written):
-        num_adapter_bytes = _write_lora(directory / ADAPTER_DIRECTORY, model, folding, published_as)
-    lost = {
-        path: folding.scale_errors[id(layer)] for path, layer in layers.items() if id(layer) in folding.scale_errors
-    }
-    worst = max(lost, key=lost.__getitem__, default="")
-    return {
-        "directory": str(out_dir),
-        "adapter": ADAPTER_DIRECTORY,
-        "kind": first.kind,
-        "block_size": first.block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "files": written["files"],
-        "num_tensors": written["num_tensors"],
-        "num_folded_layers": sum(gain is not None for gain in folding.gains.values()),
-        "num_adapted_layers": len(layers),
-        "num_bytes": written["num_bytes"],
-        "num_adapter_bytes": num_adapter_bytes,
-        "scale_error_if_double_quantised": (
-            {"mean": sum(lost.values()) / len(lost), "max": lost[worst], "layer": worst} if lost else {}
-        ),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Raise UserError with all reasons why the gain cannot go into block scales without loss, each with a fix."""
-    layers = adapted_layers(model)
-    if not layers:
-        raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter. Fix: use --format merged.")
-    if any(layer.masked for layer in layers.values()):
-        raise UserError("--format nf4-lora: plain LoRA cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
-    frozen = frozen_layers(model)
-    kinds = {layer.kind for layer in frozen.values()} - {"dense"}
-    if not kinds & set(FOUR_BIT_KINDS):
-        held = ", ".join(sorted(kinds)) or "full precision"
-        why = "; its products round the activations to 8 bits, too" if held == "int8" else ""
-        raise UserError(
-            f"--format nf4-lora: the base must be in nf4 or fp4 (got {held}{why}). Fix: use --format merged."
-        )
-    faults = []
-    for path, layer in frozen.items():
-        if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
-            faults.append(
-                f"--format nf4-lora: {path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of "
-                f"the block size {layer.block_size}, so some blocks cross from one row into the next: no gain of a "
-                "row can scale them, and bitsandbytes cannot compute them on a CPU. Fix: use --format merged."
-            )
-    for path, adapted in layers.items():
-        if adapted.magnitude is not None and adapted.base.kind == "dense" and dtype != torch.float32:
-            faults.append(
-                f"--format nf4-lora: {path} is a DoRA layer on a dense weight, and rounding g W to "
-                f"{str(dtype).removeprefix('torch.')} loses digits. Fix: use --dtype float32 or --format merged."
-            )
-    classes = {path.removesuffix(".base"): each.replaces for path, each in frozen.items() if each.kind != "dense"}
-    faults += load_faults(model, classes, "--format nf4-lora")
-    faults += _peft_faults(model, layers)
-    if faults:
-        raise UserError(*shorten(faults))
-
-
-def _peft_faults(model: PreTrainedModel, layers: Mapping[str, AdaptedLinear]) -> list[str]:
-    """Why PEFT could not read the adapter: it takes some layers outside of the experts for experts, unless they are
-    named by their weights, and allows that only for weights that are not quantised."""
-    packed = [path for path in sorted(taken_for_experts(model, layers)) if layers[path].base.kind != "dense"]
-    if not packed:
-        return []
-    return [
-        f"--format nf4-lora: PEFT takes {len(packed)} layers of this model for experts (e.g. {packed[0]}). Fix: use "
-        "--format merged."
-    ]
-
-
-def _dense_layers(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that stay dense."""
-    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
-    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
-    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
-    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
-    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
-    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
-    return dense + linear_not_loaded(model)
-
-
-def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
-    """Write the adapter with the gain in lora_B; returns the bytes of its tensors."""
-    layers = adapted_layers(model)
+    written = write_checkpoint(plan, tokenizer, directory, **options)
     config = adapter_config(
         layers,
         all_paths(model),
-        base_name_or_path=base,
+        base_name_or_path=published_as,
         revision=None,
         as_parameters=taken_for_experts(model, layers),
     )
     config["use_dora"] = False
 
     def scaled_B(layer: AdaptedLinear) -> Tensor:
-        gain = folding.gain(layer)
-        return layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(-1)
+        found = gain(layer)
+        return layer.stored_B() if found is None else layer.stored_B().float() * found.unsqueeze(-1)
 
     tensors = factor_tensors(model, scaled_B)
-    directory.mkdir()
-    write_tensors(directory / WEIGHTS_FILE, dict(sorted(tensors.items())))
-    (directory / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
-    return sum(tensor.nbytes for tensor in tensors.values())
+    adapter = directory / ADAPTER_DIRECTORY
+    adapter.mkdir()
+    write_tensors(adapter / WEIGHTS_FILE, dict(sorted(tensors.items())))
+    (adapter / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
+    return {
+        "adapter": ADAPTER_DIRECTORY,
+        "kind": first.kind,
+        "block_size": first.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: written[name] for name in ("files", "num_tensors", "num_bytes")},
+        "num_folded_layers": sum(gain(layer) is not None for layer in layers.values()),
+        "num_adapted_layers": len(layers),
+        "num_adapter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _scaled_base(layer: AdaptedLinear | FrozenLinear, *, gain: Gain, dtype: torch.dtype) -> Mapping[str, Source]:
+    """The tensors of a layer's base, its rows times the gain."""
+    base = layer.base if isinstance(layer, AdaptedLinear) else layer
+    adapted = layer if isinstance(layer, AdaptedLinear) and layer.magnitude is not None else None
+
+    def scaled(values: Tensor, rows: slice = slice(None)) -> Tensor:
+        found = None if adapted is None else gain(adapted)
+        return values if found is None else values * found.reshape(-1, 1)[rows]  # not in place: it may be the model's
+
+    # Read again when it is written: by then, the tensors of a streamed block hold another block.
+    def packed_now() -> PackedWeight:
+        weight = base.packed_weight
+        assert weight is not None
+        return weight
+
+    def scales() -> Tensor:
+        return scaled(block_scales(packed_now()).reshape(base.out_features, -1)).reshape(-1)
+
+    if base.packed_weight is None:
+        if adapted is None:
+            return dense_weight_sources(base)
+        dense = dense_weight_sources(base)["weight"]
+        read = dense.rows
+        rows = None if read is None else lambda some: scaled(read(some).float(), some)
+        return {"weight": Source(dense.shaped.float(), lambda: scaled(dense.make().float()), rows=rows)}
+    absmax = torch.empty(base.packed_weight.absmax.shape, device="meta")
+    state = to_bnb_state(replace(base.packed_weight, absmax=absmax, nested=None), dtype)
+    shape = state["weight"].shape
+    makers = {"weight": lambda: packed_now().packed.view(shape), "weight.absmax": scales}
+    return {
+        name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
+        for name, tensor in state.items()
+    }
+
+
+def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """UserError with the reasons why the gain cannot go into block scales without loss."""
+    layers, frozen = adapted_layers(model), frozen_layers(model)
+    kinds = {layer.kind for layer in frozen.values()} - {"dense"}
+    faults, of_transformers = [], list[str]()
+    if not layers:
+        faults.append("the run has no LoRA or DoRA adapter")
+    elif any(layer.masked for layer in layers.values()):
+        faults.append("plain LoRA cannot mask B A (adapter.mask: keep)")
+    elif not kinds & set(FOUR_BIT_KINDS):
+        faults.append(f"the base must be in nf4 or fp4 (got {', '.join(sorted(kinds)) or 'full precision'})")
+    else:
+        for path, layer in frozen.items():
+            if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
+                faults.append(
+                    f"{path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of the block size "
+                    f"{layer.block_size}, so some blocks cross from one row into the next, and no gain can scale them"
+                )
+        faults += [
+            f"{path} is a DoRA layer on a dense weight, and rounding g W to {dtype} loses digits; use --dtype float32"
+            for path, layer in layers.items()
+            if layer.magnitude is not None and layer.base.kind == "dense" and dtype != torch.float32
+        ]
+        for path in sorted(taken_for_experts(model, layers)):
+            if layers[path].base.kind != "dense":  # PEFT can name a dense one by its weight
+                faults.append(f"PEFT takes {path} for an expert")
+        classes = {path.removesuffix(".base"): each.replaces for path, each in frozen.items() if each.kind != "dense"}
+        of_transformers = load_faults(model, classes, "--format nf4-lora")
+    faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
+    if faults:
+        raise UserError(*shorten(faults))

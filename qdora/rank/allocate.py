@@ -1,4 +1,4 @@
-"""Ranks for all layers under one budget of parameters, from the worth of each rank component.
+"""Ranks for all layers under one budget of parameters, from the worth of each rank component; their figures.
 
 A component of a layer is worth the next-largest energy of its spectrum (a worth of components.py, a squared singular
 value) and costs as many parameters as one rank more of the layer. The ranks maximise the total worth within the budget,
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdora.errors import UserError
+from qdora.files.svg_figure import svg_file
+from qdora.model.inject import block_of
 
 Array = NDArray[np.float64]
 
@@ -33,11 +36,6 @@ class LayerSpectrum:
     total: float
     cost: int
 
-    def __post_init__(self) -> None:
-        rising = len(self.energies) > 1 and bool((np.diff(self.energies) > 0).any())
-        if not len(self.energies) or rising or self.energies[-1] < 0 or not np.isfinite(self.energies).all():
-            raise ValueError("energies must be one or more finite numbers of at least 0 that never rise.")
-
 
 def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
     """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones hold less.
@@ -49,43 +47,33 @@ def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
 
 
 def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int]:
-    """The ranks of largest summed energy whose parameters fit into the budget.
+    """The ranks of largest summed energy whose parameters fit into the budget; at least 1, in the order given.
 
     Layers of one cost share one list of components, from the most valuable down. Branch and bound finds how many to
-    take from each list; the bound is the same problem with the last component cut to fit.
-
-    Args:
-        budget: Parameters of all components together.
-    Returns: Layer -> rank, at least 1, in the order given. Beyond rank 1 no component without energy is given.
-    Raises: UserError: The budget is too small for rank 1 everywhere.
+    take from each list; the bound is the same problem with the last component cut to fit. Beyond rank 1 no component
+    without energy is given.
     """
     ranks = dict.fromkeys(spectra, 1)
     needed = sum(spectrum.cost for spectrum in spectra.values())
     if needed > budget:
         raise UserError(f"--budget: must be at least {needed:,} parameters for rank 1 everywhere, got {budget:,}.")
-    pools = _pools(spectra, ranks)
-    counts = _best_counts([energies for _, energies, _ in pools], [cost for cost, _, _ in pools], budget - needed)
-    for count, (_, _, owners) in zip(counts, pools, strict=True):
-        for name in owners[:count]:
-            ranks[name] += 1
-    return ranks
-
-
-def _pools(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int]) -> list[tuple[int, Array, list[str]]]:
-    """(cost, energies, layer of each energy) of the components beyond `ranks`, for each cost."""
-    found = []
-    for cost in sorted({spectrum.cost for spectrum in spectra.values()}, reverse=True):
+    costs = sorted({spectrum.cost for spectrum in spectra.values()}, reverse=True)
+    pools, owners = [], []
+    for cost in costs:
         components = [
-            (-float(energy), place, position, name)
-            for place, (name, spectrum) in enumerate(spectra.items())
+            (-float(energy), index, position, name)
+            for index, (name, spectrum) in enumerate(spectra.items())
             if spectrum.cost == cost
-            for position, energy in enumerate(spectrum.energies[ranks[name] :])
+            for position, energy in enumerate(spectrum.energies[1:])
             if energy > 0
         ]
         components.sort()  # a layer's own stay in their order: they never rise
-        energies = np.array([-each[0] for each in components])
-        found.append((cost, energies, [each[3] for each in components]))
-    return found
+        pools.append(np.array([-each[0] for each in components]))
+        owners.append([each[3] for each in components])
+    for count, names in zip(_best_counts(pools, costs, budget - needed), owners, strict=True):
+        for name in names[:count]:
+            ranks[name] += 1
+    return ranks
 
 
 def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
@@ -124,3 +112,63 @@ def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
     energy = np.concatenate(list(pools))
     order = np.argsort(-energy / cost, kind="stable")
     return np.concatenate([[0.0], np.cumsum(cost[order])]), np.concatenate([[0.0], np.cumsum(energy[order])])
+
+
+def _depth_and_kind(name: str) -> tuple[int, str]:
+    """model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a number."""
+    depth = block_of(name)
+    return (0, name) if depth is None else (depth, name.partition(f".{depth}.")[2])
+
+
+def draw_spectra(spectra: Mapping[str, Array], path: Path, *, measure: str, ranks: Mapping[str, int]) -> None:
+    """Magnitudes of falling values: one panel a kind of layer, one line a depth (dark is early). SVG.
+
+    Each value below 0 is a cross, and the last one within `ranks` a dot.
+    """
+    from matplotlib import colormaps
+
+    places = {name: _depth_and_kind(name) for name in spectra}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    columns = min(len(kinds), 4)
+    rows = -(-len(kinds) // columns)
+    deepest = max(depth for depth, _ in places.values()) or 1
+    with svg_file(path, 3.4 * columns, 0.4 + 2.8 * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for name, signed in spectra.items():
+            depth, kind = places[name]
+            axis, colour = axes[kinds.index(kind)], colormaps["viridis"](0.9 * depth / deepest)
+            values = np.where(signed != 0, np.abs(signed), np.nan)  # a logarithm has no place for zero
+            numbers = np.arange(1, len(values) + 1)
+            axis.semilogy(numbers, values, color=colour, linewidth=1, gid=f"spectrum {name}")
+            axis.semilogy(numbers[signed < 0], values[signed < 0], "x", color=colour, markersize=3)
+            if name in ranks:
+                axis.semilogy([ranks[name]], [values[ranks[name] - 1]], "o", color=colour, markersize=3)
+        for axis, kind in zip(axes, kinds, strict=False):
+            axis.set_title(kind, fontsize="small")
+            axis.set_xlabel("number")
+            axis.grid(alpha=0.3)
+        for axis in axes[len(kinds) :]:
+            axis.set_axis_off()
+        axes[0].set_ylabel(measure)
+
+
+def draw_rank_map(ranks: Mapping[str, int], path: Path) -> None:
+    """Kind of layer by depth, each rank in colour and as a number. SVG."""
+    places = {name: _depth_and_kind(name) for name in ranks}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    depths = sorted({depth for depth, _ in places.values()})
+    grid = np.full((len(kinds), len(depths)), np.nan)
+    for name, (depth, kind) in places.items():
+        grid[kinds.index(kind), depths.index(depth)] = ranks[name]
+    with svg_file(path, 2.6 + 0.34 * len(depths), 1.4 + 0.34 * len(kinds)) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(grid, cmap="viridis", aspect="auto")
+        middle = (float(np.nanmin(grid)) + float(np.nanmax(grid))) / 2
+        for (row, column), rank in np.ndenumerate(grid):
+            if not np.isnan(rank):
+                colour = "white" if rank <= middle else "black"
+                axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=6)
+        axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+        axes.set_xticks(range(len(depths)), [str(depth) for depth in depths], fontsize=6)
+        axes.set_xlabel("depth")
+        figure.colorbar(image, ax=axes, label="rank")

@@ -53,29 +53,46 @@ Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-New
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
-
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, MicroBatch
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import evaluation_mode
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import check_batches, curvature_of, labelled_logits
-from qdora.rank.differentiable import UPDATE, Norm, check_layers
-from qdora.rank.update_gradient import row_directions, update_gradients, watched_outputs
+from qdora.rank.curvature import Norm
+from qdora.rank.curvature import UPDATE
+from qdora.rank.curvature import check_batches
+from qdora.rank.curvature import curvature_of
+from qdora.rank.curvature import labelled_logits
+from qdora.rank.differentiable import Norm
+from qdora.rank.differentiable import UPDATE
+from qdora.rank.differentiable import check_layers
+from qdora.rank.gradient import row_directions
+from qdora.rank.gradient import update_gradients
+from qdora.rank.gradient import watched_outputs
+from qdora.rank.update_gradient import row_directions
+from qdora.rank.update_gradient import update_gradients
+from qdora.rank.update_gradient import watched_outputs
 from qdora.recipe.options import LEAST_DRAWS
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from typing import Any
+import functools
+import numpy as np
+import torch
 
 Array = NDArray[np.float64]
 
@@ -166,12 +183,7 @@ def layer_directions(
     norm: Norm,
     progress: Progress | None = None,
 ) -> dict[str, Directions]:
-    """The components of layers, from one gradient.
-
-    Args:
-        model, batches, norm: As in `update_gradients`.
-        num_new: Path of a layer -> number of new components, as in `directions`.
-    """
+    """The components of layers, from one gradient; `num_new` is path of a layer -> number of new components."""
     adapted = adapted_layers(model)
 
     def use(name: str, gradient: Tensor) -> Directions:
@@ -206,10 +218,8 @@ def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
     """The held components and the `num_new` steepest ones across them, U and V in the gradient's dtype.
 
-    Args:
-        held: U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; r may be 0.
-        gradient: G = dF/dD, (out, in).
-        num_new: Most new components. There are at most min(out, in) - r; those without slope are left out.
+    `held` is U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; `gradient` is G = dF/dD,
+    (out, in). There are at most min(out, in) - r new components, and those without slope are left out.
     """
     left, sizes, right = (each.double() for each in held)
     wide = gradient.double()
@@ -229,18 +239,16 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
 def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
     """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank. One of each
     of `approximated_parts`."""
-    pairs = layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double())
-    return [_components_of_product(b, a) for b, a in pairs]
-
-
-def _components_of_product(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    left, first = torch.linalg.qr(lora_B)
-    right, second = torch.linalg.qr(lora_A.T)
-    u, sizes, vh = torch.linalg.svd(first @ second.T)
-    # Of B and A, which may be far larger than their product
-    scale = torch.linalg.matrix_norm(first, 2) * torch.linalg.matrix_norm(second, 2)
-    kept = sizes > 1e-12 * scale
-    return (left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]
+    found = []
+    for b, a in layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double()):
+        left, first = torch.linalg.qr(b)
+        right, second = torch.linalg.qr(a.T)
+        u, sizes, vh = torch.linalg.svd(first @ second.T)
+        # Of B and A, which may be far larger than their product
+        scale = torch.linalg.matrix_norm(first, 2) * torch.linalg.matrix_norm(second, 2)
+        kept = sizes > 1e-12 * scale
+        found.append(((left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]))
+    return found
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,19 +302,11 @@ def drawn_curvatures(
 ) -> dict[str, Components]:
     """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
 
-    Args:
-        model, directions, batches, norm: As in `exact_curvatures`; the model runs as in `update_gradients`.
-        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x
-            rows).
-    Raises: ValueError: Too few draws; also as `curvature_of`.
+    The model runs as in `update_gradients`. The relative error falls with sqrt(draws x rows).
     """
-    if draws < LEAST_DRAWS:
-        raise ValueError(f"draws must be {LEAST_DRAWS} or more, got {draws}.")
-    check_batches(batches)
-    check_layers(model, list(directions), norm=norm)
     adapted = adapted_layers(model)
     device = next(iter(directions.values())).left.device
-    probes = {name: probe_of(adapted[name], each, norm) for name, each in directions.items()}
+    probes = {name: Probe(adapted[name], each, norm) for name, each in directions.items()}
     num_tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
@@ -323,26 +323,75 @@ def drawn_curvatures(
     return found
 
 
-class _Probe:
-    """The directions of a layer's components with its gain and mask, and how far its rows lengthen along each."""
+class Probe:
+    """The directions of a layer's components with its gain and mask, which read slopes off a backward pass."""
 
     def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
         dtype = layer.base.wide_dtype
         left, right = directions.left.to(dtype), directions.right.to(dtype)
-        rows = (
-            (layer.num_experts, layer.expert_features) if isinstance(layer, AdaptedExperts) else (layer.out_features,)
-        )
+        is_stack = isinstance(layer, AdaptedExperts)
+        rows = (layer.num_experts, layer.expert_features) if is_stack else (layer.out_features,)
         gain, keep = layer.gain(dtype), layer.base.keep_mask() if layer.masked else None
         self.layer = layer
+        self._shape = directions.sizes.shape
         self._left = left if gain is None else left * gain.value.unsqueeze(-1)
         self._right = right
         self._keep = None if keep is None else keep.view(*rows, layer.in_features)
-        self._own_length: Tensor | None = None
+        self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
             unit, length = row_directions(layer, dtype)
             unit = unit.view(*rows, layer.in_features)
             unit = unit if self._keep is None else unit.masked_fill(~self._keep, 0.0)
             self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
+
+    def see(
+        self, x: Tensor, output: Tensor, layout: tuple[int, ...] | ExpertTokens, take: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row.
+
+        `x` is (..., in), `output` (..., out), and `layout` (rows, positions) of the micro-batch; the slopes are (rows,
+        components). Where a tensor has another layout, or may have because both numbers are the same, all tokens count
+        as one row: the mean stays right, the spread is larger. So they do in a stack of experts, whose layout is its
+        tokens, sorted by expert, and whose slopes are (1, parts, components).
+        """
+        if isinstance(layout, ExpertTokens):
+            return functools.partial(self._of_experts, x, output, layout, take)
+        positions = _rows(x, layout)
+        # A number for each component in place of all of x, but the dense gradient of a masked layer needs x itself.
+        inner = positions @ self._right if self._keep is None else positions
+        bias = self.layer.base.bias
+        plain = None if self._own_length is None else _rows(output if bias is None else output - bias, layout)
+
+        def backward(dy: Tensor) -> None:
+            upstream = _rows(dy, layout)
+            if self._keep is None:
+                slopes = ((upstream @ self._left) * inner).sum(dim=1)
+            else:
+                operands = self._keep, self._left, self._right
+                slopes = torch.stack([_masked_slopes(*pair, *operands) for pair in zip(upstream, inner, strict=True)])
+            if plain is not None and self._own_length is not None:
+                slopes = slopes - (upstream * plain).sum(dim=1) @ self._own_length
+            take(slopes)
+
+        return backward
+
+    def _of_experts(
+        self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None], dy: Tensor
+    ) -> None:
+        total, bias = dy.new_zeros(1, *self._shape), self.layer.base.bias
+        for run in tokens.reached:
+            (expert,) = run.experts
+            upstream, inputs = dy[run.tokens], x[run.tokens]
+            left, right = (each[expert] for each in (self._left, self._right))
+            if self._keep is None:
+                slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
+            else:
+                slopes = _masked_slopes(upstream, inputs, self._keep[expert], left, right)
+            if self._own_length is not None:
+                own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
+                slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
+            total[0, expert % self._shape[0]] += slopes
+        take(total)
 
 
 def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -351,89 +400,9 @@ def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Ten
     return ((gradient @ right) * left).sum(dim=0)
 
 
-class CurvatureProbe(_Probe):
-    """Reads the slopes along the components of one layer off a backward pass."""
-
-    def see(
-        self, x: Tensor, output: Tensor, rows: tuple[int, ...], take: Callable[[Tensor], None]
-    ) -> Callable[[Tensor], None]:
-        """What to call with dL/dy; it calls `take` with the slopes of each row, (rows, components).
-
-        Args:
-            x, output: (..., in), (..., out).
-            rows: (rows, positions) of the micro-batch. Where a tensor has another layout, or may have because both
-                numbers are the same, all tokens count as one row: the mean stays right, the spread is larger.
-            take: May be called in any number of backward passes.
-        """
-        positions = _rows(x, rows)
-        # A number for each component in place of all of x, but the dense gradient of a masked layer needs x itself.
-        inner = positions @ self._right if self._keep is None else positions
-        without_bias = None
-        if self._own_length is not None:
-            bias = self.layer.base.bias
-            without_bias = _rows(output if bias is None else output - bias, rows)
-
-        def backward(dy: Tensor) -> None:
-            upstream = _rows(dy, rows)
-            if self._keep is None:
-                slopes = ((upstream @ self._left) * inner).sum(dim=1)
-            else:
-                operands = self._keep, self._left, self._right
-                slopes = torch.stack([_masked_slopes(*pair, *operands) for pair in zip(upstream, inner, strict=True)])
-            if without_bias is not None and self._own_length is not None:
-                slopes = slopes - (upstream * without_bias).sum(dim=1) @ self._own_length
-            take(slopes)
-
-        return backward
-
-
-class StackProbe(_Probe):
-    """`CurvatureProbe` for a stack of experts, whose tokens all count as one row."""
-
-    def __init__(self, layer: AdaptedExperts, directions: Directions, norm: Norm) -> None:
-        super().__init__(layer, directions, norm)
-        self._shape = directions.sizes.shape
-
-    def see(
-        self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None]
-    ) -> Callable[[Tensor], None]:
-        """What to call with dL/dy; it calls `take` with the slopes, (1, parts, components).
-
-        Args:
-            x, output: (tokens, in), (tokens, out), sorted by expert.
-            take: May be called in any number of backward passes.
-        """
-        bias = self.layer.base.bias
-
-        def backward(dy: Tensor) -> None:
-            total = dy.new_zeros(1, *self._shape)
-            for run in tokens.reached:
-                (expert,) = run.experts
-                upstream, inputs = dy[run.tokens], x[run.tokens]
-                left, right = (each[expert] for each in (self._left, self._right))
-                if self._keep is None:
-                    slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
-                else:
-                    slopes = _masked_slopes(upstream, inputs, self._keep[expert], left, right)
-                if self._own_length is not None:
-                    own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
-                    slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
-                total[0, expert % self._shape[0]] += slopes
-            take(total)
-
-        return backward
-
-
-def probe_of(layer: AdaptedLinear, directions: Directions, norm: Norm) -> CurvatureProbe | StackProbe:
-    """The probe of a layer or of a stack of experts."""
-    if isinstance(layer, AdaptedExperts):
-        return StackProbe(layer, directions, norm)
-    return CurvatureProbe(layer, directions, norm)
-
-
 def squared_slopes(
     model: nn.Module,
-    probes: Mapping[str, CurvatureProbe | StackProbe],
+    probes: Mapping[str, Probe],
     batch: MicroBatch,
     labels: Callable[[Tensor], Tensor],
     *,
@@ -441,10 +410,8 @@ def squared_slopes(
 ) -> dict[str, Tensor]:
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
-    Args:
-        batch: Without packing.
-        labels: From the logits, (labelled, vocabulary), to the sets of labels, (sets, labelled) int64.
-    Returns: Path -> (sets, components) or (sets, parts, components) float64 on the CPU.
+    `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
+    (sets, components) or (sets, parts, components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 

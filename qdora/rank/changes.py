@@ -1,15 +1,14 @@
-"""What training changed in the rows of the weights: their direction, and their magnitude."""
+"""What training changed: the rows of the weights, and how much of a compression's error an adapter takes back."""
 
 from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
-
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.layer import AdaptedLinear
 from qdora.quant.tiles import dense_weight
+from torch import Tensor
+from torch import nn
+import torch
 
 
 @dataclass(frozen=True)
@@ -59,3 +58,33 @@ def set_magnitude_back_(layer: AdaptedLinear) -> None:
     """Give the magnitude of a layer the row norm of its base, with which DoRA begins; the direction stays."""
     assert layer.magnitude is not None, "only DoRA has magnitudes"
     layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))
+
+
+@dataclass(frozen=True)
+class ErrorUndone:
+    """Of an update U and the error E = W - W', W the compressed base, W' the uncompressed one; 2-norms of all entries.
+
+    undone: <U, -E> / |E|^2, the share of the error that the update takes back; 1 if U = -E, and any sign.
+    undone_best: The same of the best approximation of -E with the rank of the adapter, in each part of a stack.
+    cosine: <U, -E> / (|U| |E|); of the best approximation the square root of `undone_best`.
+    """
+
+    undone: float
+    undone_best: float
+    cosine: float
+
+
+@torch.no_grad()
+def error_undone(update: Tensor, error: Tensor, rank: int) -> ErrorUndone | None:
+    """Compare an update with the error of its weight, in float32 or wider; None without an error.
+
+    Both are (out, in), or stacks of such matrices, (parts, out, in), with an adapter of `rank` in each part. Source of
+    the best approximation: Eckart and Young, Psychometrika 1 (1936), keeps the largest singular values.
+    """
+    whole = float(error.square().sum())
+    if not whole:
+        return None
+    product = -float((update * error).sum())
+    largest = torch.linalg.svdvals(error)[..., :rank]
+    norms = float(update.norm()) * float(error.norm())
+    return ErrorUndone(product / whole, float(largest.square().sum()) / whole, product / norms if norms else 0.0)

@@ -5,27 +5,42 @@ its energy the square of its singular value: the best rank-r matrix holds the fi
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import contextmanager
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.algebra import merged_weight
+from qdora.adapter.dora import merged_weight
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts, merged_rows
-from qdora.adapter.layer import AdaptedLinear, evaluation_mode
+from qdora.adapter.expert_product import merged_rows
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import merged_rows
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import evaluation_mode
 from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import check_batches, labelled_logits
-from qdora.rank.differentiable import Norm, check_layers
+from qdora.rank.curvature import Norm
+from qdora.rank.curvature import check_batches
+from qdora.rank.curvature import labelled_logits
+from qdora.rank.differentiable import Norm
+from qdora.rank.differentiable import check_layers
 from qdora.train.loss import token_nll
+from torch import Tensor
+from torch import nn
+from typing import Any
+from typing import TypeVar
+import functools
+import numpy as np
+import torch
 
 GRADIENT_BYTES = 2**30
 """Size of the gradients that exist at once, in float32."""
@@ -44,18 +59,11 @@ def update_gradients(
 ) -> dict[str, T]:
     """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens; of a stack of experts all in one.
 
-    Each gradient is given to `use`, so that not all exist at once. Under a mask it is zero where B A is masked.
-
-    Args:
-        model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
-        batches: Without packing; at least one labelled token.
-        use: Called with the path and the gradient, (out, in) or (experts * out, in), float32 or wider.
-        norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
-    Returns: Path -> what `use` made of it.
-    Raises: ValueError: As `curvature_of`.
+    Each gradient, (out, in) or (experts * out, in), float32 or wider, is given to `use` with its path, so that not all
+    exist at once; returned is what `use` made of them. Under a mask it is zero where B A is masked. The model, in
+    float32 or float64, runs in eval mode, otherwise as it trains. `norm` "attached" goes through the row norm of
+    W + s B A, too; "held" and "none" (LoRA) do not.
     """
-    check_batches(batches)
-    check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
     with evaluation_mode(model):
@@ -171,13 +179,9 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases. For a stack of
-    experts a component has one of each expert, and its energy is their sum.
-
-    Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
-        of rank components.
+    experts a component has one of each expert, and its energy is their sum. Not for a
+    masked layer: the masked B A has another rank than B A.
     """
-    if layer.masked:
-        raise ValueError("update_spectrum must be given an adapter without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
     if layer.magnitude is not None:

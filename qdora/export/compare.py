@@ -1,0 +1,408 @@
+"""Compare models by their logits: an export with the running model, and all forms side by side (`--audit`).
+
+Three sets of logits on the same held-out text:
+
+    running     the adapter model as it runs, in its compute dtype
+    reference   the same model, computed in float32
+    exported    what was reloaded, computed in float32
+
+exported - reference is the error of the export and of its dtype; reference - running is what the running model's 16-bit
+arithmetic costs. A right export is closer to the reference than the running model is.
+
+The audit writes no files: each adapted layer gives its place to the layer that the files of a form would hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.data.build_data import run_examples
+from qdora.data.example import Example
+from qdora.errors import UserError
+from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.suite import EvaluationResult, evaluate
+from qdora.export.merge import no_original
+from qdora.export.nf4_lora import check_foldable
+from qdora.files.console import bar
+from qdora.files.markdown_table import markdown_table
+from qdora.model.attention import softcap_of
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import Stored
+from qdora.model.inject import adapted_layers, frozen_layers, frozen_like, replace_module
+from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton, tensors_of_source
+from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.packed import quantize
+from qdora.quant.tiles import Weight
+from qdora.recipe.settings import Recipe
+from qdora.run.load_run import TrainedRun
+
+logger = logging.getLogger("qdora")
+
+_POSITIONS = 64  # compared at a time: bounds the float64 copies of the logits to 64 x vocabulary
+# Relative error of one rounding to the dtype.
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# In units of the spread (standard deviation over the vocabulary) of the logits. Measured on SmolLM2-135M with all 210
+# layers adapted and moved: rounding its weights costs on average 2.7 roundings in float16 and 3.3 in bfloat16, and
+# float32 arithmetic in another order of summation 3e-6. The largest of 4 million differences is 8 to 13 times the mean.
+_ROUNDINGS_ALLOWED = 16.0
+_ARITHMETIC_ALLOWED = 3e-5
+_MAX_OVER_MEAN = 40.0
+# At a rare position any rounding is amplified a hundredfold (measured: bfloat16 arithmetic off by 30 at one of 579
+# positions, by 0.4 in the median). So the largest error allowed at a position is in units of the running model's own
+# error there, scaled from its dtype to the stored one. Over 579 positions of SmolLM2-135M, float16 and bfloat16 exports
+# were at 0.26 in the median and at most at 0.78. The limit is above 1, since each of the two errors is one draw.
+_OVER_OWN_NOISE = 2.0
+_NUM_TEXTS = 24  # about 2,000 tokens: enough for a maximum over positions to be meaningful
+_DIFFER = {
+    "mean_logit_difference": "the logits of the export differ from those of the trained model",
+    "kl_mean": "the probabilities of the export differ from those of the trained model (KL, in nats)",
+}
+_FALLBACK = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."
+NARROW = (torch.float16, torch.bfloat16)
+_NUM_EXAMPLES = 32  # most examples of a task in an audit: differences are paired, so few are enough
+
+
+# --- the text
+
+
+@dataclass(frozen=True)
+class ComparisonText:
+    """Token ids to compare logits on, and their texts if they come from a tokenizer."""
+
+    sequences: Sequence[Sequence[int]]
+    texts: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def comparison_text(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    max_tokens: int = 2048,
+    max_length: int = 512,
+) -> ComparisonText:
+    """The text of 24 examples, at most `max_length` tokens of each and `max_tokens` in total."""
+    texts = texts_of(examples)
+    sequences: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        ids = list(tokenizer(text)["input_ids"])[: min(max_length, left)]
+        if ids:
+            sequences.append(ids)
+            left -= len(ids)
+    return ComparisonText(sequences, texts, tokenizer)
+
+
+def texts_of(by_task: Mapping[str, Sequence[Example]]) -> list[str]:
+    """The texts of 24 examples with their answers, spread over the tasks; a fixed sentence if there are none."""
+    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
+    texts = [
+        "\n".join(turn.content for turn in example.messages) if example.messages else example.prompt + example.answer
+        for example in picked[:_NUM_TEXTS]
+    ]
+    return [text for text in texts if text] or [_FALLBACK]
+
+
+def validation_examples(recipe: Recipe) -> dict[str, list[Example]]:
+    """The validation examples of a run by task; empty, with a warning, if its data cannot be read."""
+    try:
+        return run_examples(recipe, "validation")
+    except UserError as error:
+        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
+        return {}
+
+
+# --- the logits
+
+
+@dataclass
+class LogitDifference:
+    """The difference between two sets of logits, by position."""
+
+    largest: list[float] = field(default_factory=list)  # |difference|
+    mean: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)  # nats
+    same: list[float] = field(default_factory=list)  # 1 where both have the same argmax
+
+    def add(self, logits: Tensor, other: Tensor) -> None:
+        """Add positions, (positions, vocabulary) in any float dtype.
+
+        KL(logits || other) is computed in float64: it is of second order in the difference.
+        """
+        pairs = zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True)
+        for first, second in ((first.double(), second.double()) for first, second in pairs):
+            gap = (first - second).abs()
+            log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
+            self.largest += gap.amax(dim=1).tolist()
+            self.mean += gap.mean(dim=1).tolist()
+            self.kl += (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0).tolist()
+            self.same += (first.argmax(dim=-1) == second.argmax(dim=-1)).double().tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax; NaN stays."""
+        largest, kl = torch.tensor(self.largest).double(), torch.tensor(self.kl).double()
+        return {
+            "max_logit_difference": float(largest.max()),
+            "mean_logit_difference": sum(self.mean) / len(self.mean),
+            "kl_max": float(kl.max()),
+            "kl_mean": sum(self.kl) / len(self.kl),
+            "argmax_agreement": sum(self.same) / len(self.same),
+        }
+
+
+@dataclass
+class Comparison:
+    """The three differences over all sequences."""
+
+    exported_vs_running: LogitDifference = field(default_factory=LogitDifference)
+    exported_vs_reference: LogitDifference = field(default_factory=LogitDifference)
+    reference_vs_running: LogitDifference = field(default_factory=LogitDifference)
+    spread: list[float] = field(default_factory=list)  # standard deviation over the vocabulary, by position
+
+
+def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
+    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32, on any devices."""
+    device = next(model.parameters()).device
+    # accelerate's hooks, which only a model on several devices has, move the inputs themselves.
+    elsewhere = device if hasattr(exported, "_hf_hook") else next(exported.parameters()).device
+    total = Comparison()
+    with evaluation_mode(model):
+        for ids in sequences:
+            tokens = torch.tensor([ids], device=device)
+            running = logits_of(model, tokens)
+            with float32_arithmetic(model):
+                reference = logits_of(model, tokens)
+            other = logits_of(exported, tokens.to(elsewhere))
+            total.exported_vs_running.add(running, other)
+            total.exported_vs_reference.add(reference, other)
+            total.reference_vs_running.add(running, reference)
+            total.spread += reference.float().std(dim=-1).tolist()
+    return total
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """(positions, vocabulary) of one text; `tokens` is (1, positions)."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits[0]
+
+
+@contextmanager
+def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
+    """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
+
+    Frozen layers stay as they are: they compute in the dtype of the activations. The cost is a float32 copy of what is
+    not packed (embeddings, head, adapters).
+    """
+    parameters: list[tuple[torch.nn.Parameter, Tensor]] = []
+    buffers: list[tuple[torch.nn.Module, str, Tensor]] = []
+    attention = model.config._attn_implementation
+    try:
+        if attention is not None and "flash" in attention:  # flash kernels have no float32
+            model.set_attn_implementation("sdpa" if softcap_of(model.config) is None else "eager")
+        for parameter in model.parameters():  # each once, shared ones too
+            if parameter.dtype in NARROW:
+                parameters.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
+        for module in model.modules():
+            if isinstance(module, FrozenLinear):
+                continue
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in NARROW:
+                    buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.float()
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+
+
+def verdict(
+    total: Comparison | None, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
+) -> dict[str, Any]:
+    """Decide whether an export passes, from its logits and from the `faults` of reloading and of its files.
+
+    The mean difference of the logits may be 16 roundings to `stored` of their spread, or, in models that amplify errors
+    more, the running model's own error scaled from its dtype to the stored one. The mean KL is at most of the order of
+    the squared difference. Of a `lossy` format only NaN is a fault. Returns JSON values: the three differences, the
+    tolerance, `passed`, `faults`, and `ill_conditioned`, the number of positions whose error is above the tolerance but
+    explained by the running model's own error there. Without logits `num_positions` is 0.
+    """
+    result: dict[str, Any] = {
+        "dtype": str(stored).removeprefix("torch."),
+        "running_dtype": str(running_dtype).removeprefix("torch."),
+    }
+    if total is None:
+        return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
+    error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
+    errors, noises = total.exported_vs_reference.largest, total.reference_vs_running.largest
+    spread = sum(total.spread) / len(total.spread)
+    # A model that runs in float32 has no error of its own, so it explains nothing.
+    scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
+    mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
+    mean = math.inf if lossy else mean + _ARITHMETIC_ALLOWED * spread
+    tolerance = {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
+    over = [at for at, own in enumerate(errors) if not own <= tolerance["max_logit_difference"]]  # NaN is over
+    wrong = [at for at in over if not errors[at] <= _OVER_OWN_NOISE * scale * noises[at]]
+    faults = faults + [
+        f"{what} by {error[name]:.3g} on average (allowed {tolerance[name]:.3g})"
+        for name, what in _DIFFER.items()
+        if not error[name] <= tolerance[name]
+    ]
+    if wrong:
+        worst = max(wrong, key=lambda at: math.inf if math.isnan(errors[at]) else errors[at])
+        where = f"at {len(wrong)} of {len(errors)} positions, most at position {worst}"
+        allowed = f"(allowed {tolerance['max_logit_difference']:.3g})"
+        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed} {where}")
+    return {
+        "passed": not faults,
+        "faults": faults,
+        **result,
+        "num_positions": len(errors),
+        "ill_conditioned": len(over) - len(wrong),
+        "logit_spread": spread,
+        "exported_vs_running": total.exported_vs_running.to_dict(),
+        "exported_vs_reference": error,
+        "reference_vs_running": noise,
+        "tolerance": tolerance,
+    }
+
+
+# --- the audit
+
+
+Layer = AdaptedLinear | FrozenLinear
+Form = Callable[[str, Layer], Weight | None]
+"""Path and layer -> the weight of the frozen layer in its place; None leaves it as it is."""
+
+
+@torch.no_grad()
+def audit(trained: TrainedRun, dtype: torch.dtype, console: Console) -> dict[str, Any]:
+    """Compare every form with the running adapter, all in float32 arithmetic. One form at a time is in memory.
+
+    Merged weights are in `dtype`. Returns JSON values; `forms` has the difference of each form's logits from the
+    adapter's, the NLL by task, and the mean NLL difference per example with its standard error, or `why_not`.
+    """
+    model = trained.model
+    examples = {task: each for task, each in validation_examples(trained.recipe).items() if each}
+    sequences = comparison_text(trained.tokenizer, examples, max_tokens=1024, max_length=256).sequences
+    device = next(model.parameters()).device
+    forms: dict[str, Form | str] = {"adapter": lambda _path, _layer: None, **export_forms(trained, dtype)}
+    found: dict[str, dict[str, Any]] = {}
+    reference: list[Tensor] = []
+    before: EvaluationResult | None = None
+    with float32_arithmetic(model), bar(console, "auditing") as progress:
+        for number, (name, form) in enumerate(forms.items(), start=1):
+            progress(number, len(forms))
+            if isinstance(form, str):
+                found[name] = {"why_not": form}
+                continue
+            with in_form(model, form):
+                logits = [logits_of(model, torch.tensor([ids], device=device)) for ids in sequences]
+                reference = reference or logits
+                difference = LogitDifference()
+                for expected, own in zip(reference, logits, strict=True):
+                    difference.add(expected, own)
+                found[name] = {"logits": difference.to_dict()}
+                if examples:
+                    result = evaluate(model, trained.tokenizer, examples, limit=_NUM_EXAMPLES)
+                    before = before or result
+                    pairs = zip(result.per_example, before.per_example, strict=True)
+                    gap = mean_stderr([own["nll"] - other["nll"] for own, other in pairs])
+                    found[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
+                    found[name]["nll_difference"] = {"mean": gap.value, "stderr": gap.stderr}
+    num_examples = 0 if before is None else len(before.per_example)
+    return {"num_positions": sum(map(len, sequences)), "num_examples": num_examples, "forms": found}
+
+
+def export_forms(trained: TrainedRun, dtype: torch.dtype) -> dict[str, Form | str]:
+    """The weights of each form of a LoRA or DoRA model, or why the form is not possible."""
+    model, base = trained.model, trained.recipe.base
+    source = find_source(trained.recipe)
+    of_source, stored, quantized = no_original(trained.recipe, source), dict[str, Stored](), set[str]()
+    if not of_source:
+        empty = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
+        stored = tensors_of_source(source, empty)
+        quantized = layers_to_quantize(empty, quantization_of(base))
+
+    def merged(_path: str, layer: Layer, to: torch.dtype = dtype) -> Weight | None:
+        return layer.merged_weight(to) if isinstance(layer, AdaptedLinear) else None
+
+    def original(path: str, layer: Layer) -> Weight | None:
+        if path not in quantized:
+            return None
+        weight = stored[f"{path}.weight"].read()
+        assert isinstance(weight, Tensor)
+        if isinstance(layer, FrozenLinear):
+            return weight.float().to(layer.device, dtype)
+        return layer.merged_weight(dtype, base=weight.float().to(layer.base.device))
+
+    def requantized(path: str, layer: Layer) -> Weight | None:
+        packed = layer.base.packed_weight if isinstance(layer, AdaptedLinear) else None
+        if packed is None or isinstance(layer, FrozenLinear):
+            return merged(path, layer)
+        return quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
+
+    try:
+        check_foldable(model, torch.float32)
+        of_nf4 = ""
+    except UserError as error:
+        of_nf4 = error.faults[0]
+    return {
+        "base": lambda _path, layer: layer.base.stored_weight if isinstance(layer, AdaptedLinear) else None,
+        "merged": merged,
+        "original": of_source or original,
+        "requantized": requantized if base.quant in FOUR_BIT_KINDS else "the base is not in 4 bits",
+        # g W and s g B A, which its files hold, add up to the merged weight within float32's rounding.
+        "nf4-lora": of_nf4 or partial(merged, to=torch.float32),
+    }
+
+
+@contextmanager
+def in_form(model: PreTrainedModel, form: Form) -> Iterator[None]:
+    """Inside the block `model` has the layers of a form; afterwards it is as it was."""
+    layers: dict[str, Layer] = {**adapted_layers(model)}
+    layers |= {path: layer for path, layer in frozen_layers(model).items() if path.removesuffix(".base") not in layers}
+    try:
+        for path, layer in layers.items():
+            if (weight := form(path, layer)) is not None:
+                base = layer.base if isinstance(layer, AdaptedLinear) else layer
+                replace_module(model, path, frozen_like(base, weight, base.bias).eval())
+        yield
+    finally:
+        for path, layer in layers.items():
+            replace_module(model, path, layer)
+
+
+def audit_table(found: Mapping[str, Any]) -> str:
+    """The result of `audit` in Markdown."""
+    tasks = list(found["forms"]["adapter"].get("nll_per_token", {}))
+    columns = ["form", "largest logit difference", "mean KL (nats)", "same next token"]
+    columns += [f"NLL per token, {task}" for task in tasks]
+    rows = []
+    for name, form in found["forms"].items():
+        if "why_not" in form:
+            rows.append([f"{name}: {form['why_not']}", *[""] * (len(columns) - 1)])
+            continue
+        largest, kl, same = (form["logits"][key] for key in ("max_logit_difference", "kl_mean", "argmax_agreement"))
+        nlls = (f"{form['nll_per_token'][task]:.4f}" for task in tasks)
+        rows.append([name, f"{largest:.3g}", f"{kl:.3g}", f"{same:.2%}", *nlls])
+    return markdown_table(columns, rows)

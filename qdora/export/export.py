@@ -1,0 +1,242 @@
+"""qdora export: write a run's model in a form that can be deployed, and check it against the running model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import create_repo, repo_info, upload_folder
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx2's or httpx's
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.errors import RunFailure, UserError, first_line
+from qdora.export.compare import audit, audit_table, comparison_text, validation_examples
+from qdora.export.gguf import export_gguf
+from qdora.export.merge import write_merge
+from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
+from qdora.export.write import save_tokenizer
+from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, place_failures
+from qdora.files.console import bar, consoles
+from qdora.files.run_directory import open_run
+from qdora.files.work_lock import work_lock
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.build_model import DTYPES, find_source, write_adapter
+from qdora.model.checkpoint import shorten
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import load_config
+from qdora.model.names import taken_for_experts
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
+from qdora.run.model_card import card_files, run_card
+
+logger = logging.getLogger("qdora")
+
+_TOO_WIDE_FOR_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+"""Types of models whose activations leave the range of float16: vLLM refuses to run them in it."""
+
+Written = tuple[TrainedRun, dict[str, Any], dict[str, Any] | None]
+"""The running model, what was written, and the result of the check."""
+
+
+def export_run(
+    run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
+) -> dict[str, Any]:
+    """Write a run's model to the new or empty directory `out`, check it, and return the content of `out`/export.json.
+
+    `run` may also be an adapter of any trainer in PEFT's format. The directory appears when all is written and checked;
+    what stops an export earlier leaves nothing. RunFailure if the reloaded model differs from the running one; `out` is
+    then kept for inspection.
+    """
+    console, results = consoles(console)
+    keep_freed_memory()
+    place, notes = out.absolute(), []
+    with ExitStack() as stack:
+        path = stack.enter_context(_opened(run, options))
+        kind = recipe_of_run(open_run(path).recipe_file).adapter.kind
+        if options.audit and kind not in ("lora", "dora"):
+            raise UserError(f"--audit: needs a LoRA or DoRA adapter, got adapter.kind: {kind}. Fix: remove --audit.")
+        with place_failures(out, "name another directory"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
+            _check_new_directory(out)
+        stack.enter_context(disk_failures(out))
+        folder = stack.enter_context(atomic_directory(place))
+        writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter}
+        trained, written, check = writers[options.format](path, folder, options, console)
+        # Names without their paths: the file leaves this machine.
+        document = {"format": options.format, "run": path.resolve().name, "state": trained.state, **written}
+        document |= {"directory": place.name, **trained.run.adopted()}
+        if check is not None:
+            document["verification"] = check
+        zeros = _pruned_zeros(trained) if options.form == "merged" else None
+        if zeros is not None:
+            document["zeros"] = zeros
+            if zeros["kept"] < zeros["pruned"]:
+                still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
+                notes.append(f"the merge is dense: {still}; adapter.mask: keep keeps them all")
+        if options.audit and (check is None or check["passed"]):
+            if options.base == "original":
+                del trained
+                trained = load_run(path, step=options.step)
+            document["audit"] = audit(trained, _merged_dtype(trained.model.config.model_type, options), console)
+            notes.append(audit_table(document["audit"]))
+        card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "export.json").write_bytes(json_bytes(document, indent=2))
+    if check is not None:
+        notes.append("check passed" if check["passed"] else "check FAILED")
+        if check["num_positions"]:
+            exact = check["exported_vs_reference"]
+            notes[-1] += (
+                f" on {check['num_positions']:,} tokens. From the adapter in float32: largest logit difference "
+                f"{exact['max_logit_difference']:.3g}, mean KL {exact['kl_mean']:.2g} nats, same next token "
+                f"{exact['argmax_agreement']:.2%}"
+            )
+    for note in notes:
+        results.print(note, soft_wrap=True)
+    if check is not None and not check["passed"]:
+        raise RunFailure(
+            f"{out}: do not use this export, its model is not the one that was trained: {'; '.join(check['faults'])}. "
+            "Its files are kept for inspection. Fix: delete it and export again.",
+            safe=[run],
+        )
+    results.print(f"exported model: {out}", soft_wrap=True)
+    if options.push is not None:
+        document["pushed"] = push(out, options.push, private=not options.public)
+        results.print(f"uploaded: {document['pushed']}", soft_wrap=True)
+    return document
+
+
+@contextmanager
+def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
+    """A run as it is, or an adapter as a run."""
+    adopts = is_adapter(run)
+    of_others = {"--step": options.step} if adopts else {"--base-model": options.base_model, "--quant": options.quant}
+    for name, value in of_others.items():
+        if value is not None:
+            used_with, got = ("a run", "an adapter") if adopts else ("an adapter", "a run")
+            raise UserError(f"{name}: used only with {used_with}, got {got}. Fix: remove {name}.")
+    if not adopts:
+        yield run
+        return
+    with adopted_run(run, options.base_model, options.quant) as path:
+        yield path
+
+
+def _check_new_directory(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: must be a new or empty directory. Fix: delete it, or name another directory.")
+    if os.path.ismount(out) or out.absolute() == Path.cwd():
+        raise UserError(f"{out}: is a mount point or the working directory. Fix: name a directory inside it.")
+
+
+def _merged_dtype(kind: str, options: ExportOptions) -> torch.dtype:
+    """The dtype of a merge; `kind` is the type of the model."""
+    return DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
+
+
+def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
+    kind = load_config(find_source(load_recipe(open_run(run).recipe_file), weights=False)).model_type
+    if kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype == "float16":
+        said = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
+        logger.warning(said, kind)
+    trained, written = write_merge(run, folder, options, _merged_dtype(kind, options), console)
+    console.print("comparing the merged model with the running one")
+    verify = verify_requantized if options.requantize else verify_merged
+    check = verify(trained.model, folder, comparison_text(trained.tokenizer, validation_examples(trained.recipe)))
+    return trained, written | {"base": options.base, "requantized": options.requantize}, check
+
+
+def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
+    trained = load_run(run, step=options.step)
+    with bar(console, "writing the 4-bit base and its LoRA") as progress:
+        written = export_nf4_lora(
+            trained.model,
+            trained.tokenizer,
+            folder,
+            dtype=None if options.dtype is None else DTYPES[options.dtype],
+            max_shard_bytes=parse_size(options.shard_size),
+            progress=progress,
+            extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
+            published_as=options.push if options.push is not None and "/" in options.push else None,
+        )
+    console.print("comparing the exported model with the running one")
+    text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
+    return trained, written, verify_nf4_lora(trained.model, folder, text)
+
+
+def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
+    """The adapter with the bytes that were trained: there is nothing to compare."""
+    trained = load_run(run, step=options.step)
+    recipe, layers = trained.recipe, adapted_layers(trained.model)
+    if recipe.adapter.kind not in ("lora", "dora", "magnitude"):
+        raise UserError(f"--format peft: the run has no adapter (adapter.kind: {recipe.adapter.kind}).")
+    if any(layer.masked for layer in layers.values()):
+        raise UserError("--format peft: PEFT cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
+    check_servable(trained.model)
+    dora = [path for path, layer in layers.items() if layer.magnitude is not None]
+    if any(isinstance(layers[path], AdaptedExperts) for path in dora) or taken_for_experts(trained.model, dora):
+        logger.warning("PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged.")
+    write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
+    if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
+        save_tokenizer(trained.tokenizer, folder)
+    for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return trained, {}, None
+
+
+def check_servable(model: PreTrainedModel) -> None:
+    """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN."""
+    faults = []
+    for path, layer in adapted_layers(model).items():
+        num_zero = 0 if layer.magnitude is None else int((layer.row_norm() == 0).sum())
+        if num_zero:
+            faults.append(
+                f"--format peft: {path}: {num_zero} of {layer.out_features} rows of W + s B A are zero, and PEFT's "
+                "DoRA gives NaN there. Fix: use --format merged or --format nf4-lora, which write zero rows."
+            )
+    if faults:
+        raise UserError(*shorten(faults))
+
+
+def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
+    """Number of pruned weights of the base, and of those that are zero after the merge; None for an unpruned base."""
+    pruned = kept = 0
+    adapted = adapted_layers(trained.model)
+    for path, frozen in frozen_layers(trained.model).items():
+        keep = frozen.keep_mask()
+        if keep is not None:
+            owner = adapted.get(path.removesuffix(".base"))
+            weight = frozen.dequantized() if owner is None else owner.merged_weight()
+            pruned += int((~keep).sum())
+            kept += int((weight[~keep] == 0).sum())
+    return {"pruned": pruned, "kept": kept} if pruned else None
+
+
+def push(directory: Path, name: str, *, private: bool = True) -> str:
+    """Upload every file as one commit, with the account of `hf auth login`; returns its address.
+
+    A missing repository (NAME or ORGANISATION/NAME) is created; an existing one keeps its visibility, and a private
+    upload to a public one is refused.
+    """
+    files = f"{shlex.quote(str(directory))}{' --private' if private else ''}"
+    try:
+        repository = create_repo(name, private=private, exist_ok=True).repo_id
+        if private and not repo_info(repository).private:
+            fix = f"The export is complete. Fix: hf upload OTHER_NAME {files}"
+            raise UserError(f"--push: {name} is public, so nothing was uploaded. {fix}")
+        return str(upload_folder(repo_id=repository, folder_path=directory, commit_message="Model exported by qdora"))
+    except (HTTPError, OSError) as error:
+        fix = f"The export is complete. Fix: hf upload {name} {files}"
+        raise RunFailure(f"--push: {name}: {first_line(error)} {fix}") from error

@@ -1,0 +1,330 @@
+"""Plan and write a checkpoint directory: weights cast and written shard by shard, config, tokenizer and other files.
+
+A plan has each tensor's published name, shape and dtype, and the function that makes it when it is written, so one
+tensor of the output is in memory at a time. Every export that writes weights ends in `write_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.trained_rows import RowEmbedding, RowHead, merged_rows
+from qdora.errors import RunFailure, UserError
+from qdora.files.atomic import json_bytes
+from qdora.files.console import Progress
+from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
+from qdora.model.checkpoint import INDEX_FILE, tied_weights
+from qdora.model.experts import library_names, stacks
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import dense_dtype
+from qdora.model.multimodal import carried, linear_not_loaded, processor_files
+from qdora.model.names import Published, published_pieces
+
+MAX_SHARD_BYTES = 5 * 2**30
+_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
+
+    `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is that of the
+    output if the format fixes it (packed weights, block scales), else that of the export. `rows` returns some rows of
+    the tensor; a stack of experts has it, since checkpoints may hold the experts one by one.
+    """
+
+    shaped: Tensor
+    make: Callable[[], Tensor]
+    held: Tensor | None = None
+    dtype: torch.dtype | None = None
+    rows: Callable[[slice], Tensor] | None = None
+
+
+WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
+"""Layer -> the tensors that stand for its weight, by their names in the layer: "weight", "weight.absmax", ..."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What a checkpoint directory holds; the model, which may be on "meta", gives the generation config.
+
+    `makers` are in the order of writing; they return float32 or the dtype of the spec.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    specs: Mapping[str, TensorSpec]
+    makers: Mapping[str, Callable[[], Tensor]]
+
+
+def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
+    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense)."""
+    return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
+
+
+def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype) -> CheckpointPlan:
+    """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
+
+    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
+    source does not fix a dtype get `dtype`, or float32 where training keeps that (`dense_dtype`). Parts of a multimodal
+    model that are not loaded are copied from its source, with its names and dtypes. Tied weights are listed once if the
+    config ties them. A head that got a weight of its own (it was quantised or adapted) is listed, and the config no
+    longer ties it.
+    """
+    config = _plain_config(model, dtype)
+    redundant = set()
+    for target, origin in tied_weights(model).items():
+        if target not in sources or origin not in sources:
+            continue
+        first, second = sources[target].held, sources[origin].held
+        if first is not None and second is not None and first.data_ptr() == second.data_ptr():
+            redundant.add(target)
+        else:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    stacked = {f"{path}.weight": path for path in stacks(model)}
+    single = {name: source.shaped for name, source in sources.items() if name not in redundant | stacked.keys()}
+    names = _checkpoint_names(model, single)
+    specs: dict[str, TensorSpec] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
+    for name, source in sources.items():
+        if name in stacked:
+            for key, piece in published_pieces(model, stacked[name]).items():
+                specs[key] = TensorSpec(key, dtype, piece.shape)
+                makers[key] = partial(_piece, source, piece)
+        elif name in names:
+            fixed = source.dtype if source.shaped.is_floating_point() else source.shaped.dtype
+            key = names[name]
+            specs[key] = TensorSpec(key, fixed or dense_dtype(model, name, dtype), tuple(source.shaped.shape))
+            makers[key] = source.make
+    for key, item in carried(model).items():
+        specs[key], makers[key] = TensorSpec(key, torch_dtype(item.dtype), item.shape), item.read
+    return CheckpointPlan(model, config, specs, makers)
+
+
+def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, Source]]:
+    inner: set[str] = set()
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        if path in inner:
+            continue
+        if isinstance(module, RowEmbedding | RowHead):
+            inner |= {f"{path}.base", f"{path}.trained"}
+            weight: Any = module.base.weight
+            yield f"{dot}weight", Source(weight.detach().to("meta"), partial(merged_rows, module), weight.detach())
+        elif isinstance(module, AdaptedLinear | FrozenLinear):
+            inner.add(f"{path}.base")
+            for name, source in weights(module).items():
+                yield f"{dot}{name}", source
+            bias = (module.base if isinstance(module, AdaptedLinear) else module).bias
+            if bias is not None:
+                yield f"{dot}bias", held(bias)
+        else:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{dot}{name}", held(parameter.detach())
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{dot}{name}", held(buffer)
+
+
+def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Source]:
+    """One dense weight: merged, dequantised, or as the layer holds it."""
+    shape = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
+    wide = (layer.base if isinstance(layer, AdaptedLinear) else layer).wide_dtype
+    if isinstance(layer, FrozenExperts | AdaptedExperts):
+        rows = layer.merged_rows if isinstance(layer, AdaptedExperts) else layer.dequantized_rows
+        every = slice(0, layer.out_features)
+        return {"weight": Source(shape, lambda: rows(every, wide), rows=lambda some: rows(some, wide))}
+    if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
+        return {"weight": held(layer.stored_weight)}
+    make = layer.merged_weight if isinstance(layer, AdaptedLinear) else layer.dequantized
+    return {"weight": Source(shape, lambda: make(wide))}
+
+
+def dense_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that stay dense."""
+    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
+    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
+    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
+    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
+    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
+    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
+    return dense + linear_not_loaded(model)
+
+
+def held(tensor: Tensor) -> Source:
+    """The source of a tensor that is written as the model holds it."""
+    return Source(tensor.to("meta"), lambda: tensor, tensor)
+
+
+def _piece(source: Source, piece: Published) -> Tensor:
+    """The tensor of a published checkpoint that holds some rows of a stack of experts."""
+    rows = source.make()[piece.rows] if source.rows is None else source.rows(piece.rows)
+    if not piece.transposed:
+        return rows.view(piece.shape)
+    experts, columns, size = piece.shape
+    return rows.view(experts, size, columns).mT
+
+
+def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
+    """Module name -> name in the model's published checkpoints; transformers renames some tensors on loading.
+
+    If the published form stacks or splits tensors, the module's names stay: transformers reads those, too.
+    """
+    theirs = library_names(model)
+    named = {theirs.get(name, name): tensor for name, tensor in shaped.items()}
+    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
+    if stored.keys() != {id(tensor) for tensor in shaped.values()}:
+        return {name: name for name in shaped}
+    return {name: stored[id(tensor)] for name, tensor in shaped.items()}
+
+
+def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
+    """The config of a dense model in `dtype`: without quantisation, with the name of the architecture."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    for part in [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+        part.dtype = str(dtype).removeprefix("torch.")
+    return config
+
+
+def write_checkpoint(
+    plan: CheckpointPlan,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint into an empty directory; a weights file is larger than `max_shard_bytes` for one tensor only.
+
+    `progress` is called with the bytes written and all bytes; `extra_files` maps names to texts (a model card). Returns
+    JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in the tensor `max_abs_tensor`.
+    UserError for a weight outside the range of its dtype; RunFailure for NaN, or without room on the disk.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
+    free = shutil.disk_usage(directory).free
+    if free < total_bytes:
+        room = f"{total_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
+        raise RunFailure(f"The export needs {room}. Fix: free space, or name a directory on another disk.")
+    shards = split_state_dict_into_shards_factory(
+        dict(plan.specs),
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    done, largest = 0, (0.0, "")
+
+    def tensors(specs: list[TensorSpec]) -> Iterator[Iterator[Tensor]]:
+        nonlocal done, largest
+        for spec in specs:
+            tensor = plan.makers[spec.name]()
+            if tensor.is_floating_point():
+                largest = max(largest, (_largest(spec, tensor), spec.name), key=lambda each: each[0])
+            yield _cast(spec, tensor)
+            done += spec.num_bytes
+            if progress is not None:
+                progress(done, total_bytes)
+
+    for file, names in shards.filename_to_tensors.items():
+        specs = [plan.specs[name] for name in names]
+        # Wider dtypes come first, which aligns every tensor; they are made in the order of the plan.
+        aligned = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+        write_safetensors(directory / file, aligned, tensors(specs), order=specs)
+    if shards.is_sharded:
+        num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
+        metadata = {"total_parameters": num_parameters, "total_size": total_bytes}
+        index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
+        (directory / INDEX_FILE).write_bytes(json_bytes(index, indent=2))
+    _write_config(plan, tokenizer, directory)
+    for name, text in {**processor_files(plan.model), **(extra_files or {})}.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return {
+        "files": tuple(shards.filename_to_tensors),
+        "num_tensors": len(plan.specs),
+        "num_bytes": total_bytes,
+        "max_abs": largest[0],
+        "max_abs_tensor": largest[1],
+    }
+
+
+def _cast(spec: TensorSpec, tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.detach().reshape(-1)
+    return (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in range(0, flat.numel(), _SLICE))
+
+
+def _largest(spec: TensorSpec, tensor: Tensor) -> float:
+    """The largest |value|, which the dtype of `spec` must be able to hold."""
+    ends = [abs(float(end)) for end in tensor.aminmax()] if tensor.numel() else [0.0]  # NaN if any value is
+    largest, limit = max(ends), torch.finfo(spec.dtype).max
+    if not all(end < torch.inf for end in ends):
+        num_bad = tensor.numel() - int(tensor.isfinite().sum())
+        bad = f"{spec.name}: {num_bad} of {tensor.numel()} values are NaN or infinite."
+        raise RunFailure(f"The merged model is broken, nothing was written. {bad}")
+    if largest > limit:
+        name = str(spec.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{spec.name}: largest |w| is {largest:.6g}, must be at most {limit:.6g} in {name}. "
+            "Fix: export in bfloat16 or float32."
+        )
+    return largest
+
+
+def _write_config(plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    if has_own_code(plan.model):
+        custom_object_save(plan.model, str(directory), config=plan.config)
+    config = json.loads(plan.config.to_json_string())
+    for part in (config, config.get("text_config") or {}):
+        theta = (part.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:  # readers older than transformers 5 look for it beside rope_parameters
+            part.setdefault("rope_theta", theta)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if plan.model.can_generate() and plan.model.generation_config is not None:
+        generation = copy.deepcopy(plan.model.generation_config)
+        end = None if tokenizer is None else tokenizer.eos_token_id
+        if end is not None:  # a run also stops at its tokenizer's end, which may be of another model
+            named = generation.eos_token_id
+            ids = named if isinstance(named, list) else [] if named is None else [named]
+            if end not in ids:
+                generation.eos_token_id = [*ids, end] if ids else end
+        # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
+        generation.to_json_file(directory / "generation_config.json")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer. For Gemma and Phi-3, llama.cpp's converter needs the model of sentencepiece and the tokens
+    beyond it, which transformers 5 does not write."""
+    tokenizer.save_pretrained(str(directory))
+    pieces = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if pieces.is_file() and not (directory / pieces.name).exists():
+        shutil.copyfile(pieces, directory / pieces.name)
+        beyond = {token: id for token, id in tokenizer.get_added_vocab().items() if id >= tokenizer.vocab_size}
+        (directory / "added_tokens.json").write_bytes(json_bytes(beyond, indent=2))
+
+
+def has_own_code(loaded: PreTrainedModel | PreTrainedTokenizerBase) -> bool:
+    """Whether the class is the publisher's (model.trust_remote_code). An export then has its files."""
+    return loaded._auto_class is not None
