@@ -13,24 +13,7 @@ go on with a full disk, so those may be missing. Every life is forked from this 
 """
 
 from __future__ import annotations
-from byte_tokenizer import write_model
-from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from frame import bench
-from frame import main
-from frame import table
-from frame import tabulated
-from matplotlib.figure import Figure
-from pathlib import Path
-from qdora.files.atomic import is_leftover
-from qdora.files.run_directory import RunDirectory
-from qdora.train import distributed as interrupt
-from qdora.train import interrupt
-from typing import Any
-from typing import NamedTuple
+
 import csv
 import errno
 import hashlib
@@ -45,8 +28,21 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 import yaml
+from byte_tokenizer import write_model
+from frame import bench, main, table, tabulated
+from matplotlib.figure import Figure
+
+from qdora.files.atomic import is_leftover
+from qdora.files.run_directory import RunDirectory
+from qdora.train import distributed as interrupt
 
 MOST_SECONDS = 120
 LIVES, EVENTS = ("train", "export", "study"), ("kill", "term", "int", "full", "read_only")

@@ -3,49 +3,40 @@ with adapters on layers and on stacks of experts, by float64 autograd through tr
 budget, errors undone and changes of weights, against loops and against all possible choices."""
 
 from __future__ import annotations
-from collections.abc import Sequence
-from functools import partial
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from qdora.data.batches import MicroBatch
-from qdora.errors import UserError
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import inject
-from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.allocate import allocate
-from qdora.rank.allocate import effective_rank
-from qdora.rank.changes import error_undone
-from qdora.rank.changes import set_magnitude_back_
-from qdora.rank.changes import weight_changes
-from qdora.rank.components import Components
-from qdora.rank.components import Directions
-from qdora.rank.components import Probe
-from qdora.rank.components import directions
-from qdora.rank.components import drawn_curvatures
-from qdora.rank.components import drawn_labels
-from qdora.rank.components import exact_curvatures
-from qdora.rank.components import held_components
-from qdora.rank.components import layer_directions
-from qdora.rank.components import probe_of
-from qdora.rank.components import squared_slopes
-from qdora.rank.error_undone import error_undone
-from qdora.rank.weight_changes import set_magnitude_back_
-from qdora.rank.weight_changes import weight_changes
-from tests import reference
-from tests import support
-from tests.support import CURVED_LAYERS
-from tests.support import EXPERTS
-from tests.support import STACKS
-from tests.support import update_of
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from typing import Any
+
 import itertools
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qdora.data.batches import MicroBatch
+from qdora.errors import UserError
+from qdora.model.inject import adapted_layers, inject
+from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.rank.changes import error_undone, set_magnitude_back_, weight_changes
+from qdora.rank.components import (
+    Components,
+    Directions,
+    Probe,
+    directions,
+    drawn_curvatures,
+    drawn_labels,
+    exact_curvatures,
+    held_components,
+    layer_directions,
+    squared_slopes,
+)
+from tests import reference, support
+from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 
 CPU = torch.device("cpu")
 

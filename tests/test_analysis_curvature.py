@@ -1,26 +1,19 @@
 """Curvature products against the dense matrices of autograd in float64, and eigenvalues of known matrices."""
 
 from __future__ import annotations
-from qdora.model.inject import adapted_layers
-from qdora.rank.curvature import FACTORS
-from qdora.rank.curvature import PARTS
-from qdora.rank.curvature import curvature_of
-from qdora.rank.curvature import labelled_logits
-from qdora.rank.curvature import plain_model
-from qdora.rank.curvature import top_eigenpairs
-from qdora.rank.differentiable import FACTORS
-from qdora.rank.differentiable import PARTS
-from qdora.rank.differentiable import plain_model
-from tests import support
-from tests.support import CURVED_LAYERS
-from tests.support import STACKS
-from tests.support import update_of
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+
 from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qdora.model.inject import adapted_layers
+from qdora.rank.curvature import FACTORS, PARTS, curvature_of, labelled_logits, plain_model, top_eigenpairs
+from tests import support
+from tests.support import CURVED_LAYERS, STACKS, update_of
 
 CASES = [("lora", "none", FACTORS), ("dora", "attached", PARTS), ("dora", "held", PARTS)]
 

@@ -1,35 +1,29 @@
 """qdora export of a whole run in every format, its audit and upload, and what is left where it stops."""
 
 from __future__ import annotations
-from dataclasses import replace
-from huggingface_hub.errors import HTTPError
+
+import errno
+import json
+import os
+import re
+import sys
 from pathlib import Path
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.export import checkpoint_writer
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from huggingface_hub.errors import HTTPError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+from qdora.errors import RunFailure, UserError
 from qdora.export import export as export_module
-from qdora.export import export_run as export_module
-from qdora.export import hub_push
 from qdora.export import write
-from qdora.export.audit import audit_table
-from qdora.export.audit import export_forms
-from qdora.export.audit import in_form
-from qdora.export.compare import audit_table
-from qdora.export.compare import export_forms
-from qdora.export.compare import float32_arithmetic
-from qdora.export.compare import in_form
-from qdora.export.export import check_servable
-from qdora.export.export import export_run
-from qdora.export.export import push
-from qdora.export.export_run import check_servable
-from qdora.export.export_run import export_run
-from qdora.export.hub_push import push
-from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.merged import merge_of
-from qdora.export.merged import open_merge
+from qdora.export.compare import audit_table, export_forms, float32_arithmetic, in_form
+from qdora.export.export import check_servable, export_run, push
 from qdora.files.atomic import work_lock
-from qdora.files.run_directory import open_run
-from qdora.files.work_lock import work_lock
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
@@ -38,20 +32,6 @@ from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
 from tests import support
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
-from transformers import Gemma2Config
-from types import SimpleNamespace
-from typing import Any
-import errno
-import json
-import os
-import peft
-import pytest
-import re
-import sys
-import torch
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
 PEFT, NF4 = ExportOptions(format="peft"), ExportOptions(format="nf4-lora")

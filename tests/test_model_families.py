@@ -1,62 +1,44 @@
 """Mixtures of experts and multimodal models: published files, adapters, exports, and what they compute."""
 
 from __future__ import annotations
+
+import json
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
-from peft import LoraConfig
-from peft import PeftModel
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
+from typer.testing import CliRunner
+
 from qdora.adapter import expert_product
-from qdora.adapter import expert_tokens
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_linear import FrozenExperts
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import FrozenExperts
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.merge import export_merged
-from qdora.export.merged import StreamedMerge
-from qdora.export.merged import export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import save_adapter
+from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.checkpoint import taken_for_experts
-from qdora.model.experts import routers
-from qdora.model.experts import stacks
-from qdora.model.experts import use_expert_layers_
+from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
-from qdora.model.load import DEFAULT_SKIP
-from qdora.model.load import Quantization
+from qdora.model.load import DEFAULT_SKIP, Quantization
 from qdora.model.multimodal import carried
-from qdora.model.multimodal import in_words
-from qdora.model.names import taken_for_experts
-from qdora.model.source import load_tokenizer
-from qdora.model.source import resolve
+from qdora.model.source import load_tokenizer, resolve
 from qdora.model.store import BaseCache
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import quantize
+from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.train.checks import packed_layout
 from qdora.train.guards import packed_layout
-from safetensors.torch import load_file
-from safetensors.torch import save_file
 from tests import support
 from tests.support import load_checkpoint
-from torch import Tensor
-from torch import nn
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM
-from transformers import AutoModelForImageTextToText
-from transformers import LlavaConfig
-from typer.testing import CliRunner
-from typing import Any
-import json
-import logging
-import peft
-import pytest
-import re
-import torch
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 TURNED = ("gpt_oss", "llama4_text")  # transformers keeps their weights transposed

@@ -1,44 +1,38 @@
 """Whole runs on mixtures of experts: resumed, pruned, gated, cached, on two processes, exported, analysed."""
 
 from __future__ import annotations
+
+import io
+import json
+import math
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from qdora.adapter import expert_product
-from qdora.adapter import expert_tokens
-from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.export import export_run
-from qdora.export.export_run import export_run
 from qdora.model import experts
 from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.rank.gradient import gradient_spectra
-from qdora.rank.gradient import update_spectrum
-from qdora.rank.update_gradient import gradient_spectra
-from qdora.rank.update_gradient import update_spectrum
+from qdora.rank.gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
-from qdora.train.expert_load import ExpertLoad
-from qdora.train.expert_load import FILE
 from qdora.train.logs import EXPERT_LOAD_FILE as FILE
 from qdora.train.logs import ExpertLoad
-from rich.console import Console
-from safetensors.torch import load_file
 from tests import support
-from tests.support import assert_close_runs
-from tests.support import assert_same_run
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-from typing import Any
-import io
-import json
-import math
-import numpy as np
-import pytest
-import torch
+from tests.support import assert_close_runs, assert_same_run
 
 QUIET = Console(quiet=True)
 IDS = torch.randint(3, 327, (2, 12), generator=torch.Generator().manual_seed(7))

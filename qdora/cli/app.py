@@ -1,34 +1,21 @@
 """All verbs. A verb imports what it needs when it runs, so that `qdora --help` is fast."""
 
 from __future__ import annotations
+
+import os
+import sys
 from collections.abc import MutableMapping
 from importlib import resources
 from pathlib import Path
-from qdora.cli.verb import Debug
-from qdora.cli.verb import Json
-from qdora.cli.verb import Quiet
-from qdora.cli.verb import ask
-from qdora.cli.verb import emit
-from qdora.cli.verb import end_as_by_ctrl_c
-from qdora.cli.verb import verb
-from qdora.cli.verb import wants_json
-from qdora.errors import FAILURE
-from qdora.errors import Interrupted
-from qdora.errors import UserError
-from qdora.errors import not_one_of
-from qdora.errors import not_there
-from qdora.files.atomic import json_text
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import RankSettings
-from qdora.recipe.options import Sampling
-from typing import Annotated
-from typing import Literal
-from typing import cast
-import os
-import qdora
-import sys
+from typing import Annotated, Literal, cast
+
 import typer
+
+import qdora
+from qdora.cli.verb import Debug, Json, Quiet, ask, emit, end_as_by_ctrl_c, verb, wants_json
+from qdora.errors import FAILURE, Interrupted, UserError, not_one_of, not_there
+from qdora.files.atomic import json_text
+from qdora.recipe.options import EvalOptions, ExportOptions, RankSettings, Sampling
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]

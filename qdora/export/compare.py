@@ -27,9 +27,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.errors import UserError
@@ -38,13 +36,13 @@ from qdora.evaluate.suite import EvaluationResult, evaluate
 from qdora.export.merge import no_original
 from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
-from qdora.files.markdown_table import markdown_table
+from qdora.files.pages import markdown_table
 from qdora.model.attention import softcap_of
 from qdora.model.build_model import find_source
 from qdora.model.checkpoint import Stored
 from qdora.model.inject import adapted_layers, frozen_layers, frozen_like, replace_module
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton, tensors_of_source
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.bnb import FOUR_BIT_KINDS
 from qdora.quant.packed import quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe

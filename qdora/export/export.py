@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.compare import audit, audit_table, comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
@@ -24,21 +24,19 @@ from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
-from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, place_failures
+from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, place_failures, work_lock
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
-from qdora.files.work_lock import work_lock
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, find_source, write_adapter
-from qdora.model.checkpoint import shorten
+from qdora.model.checkpoint import shorten, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
-from qdora.model.names import taken_for_experts
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
-from qdora.run.model_card import card_files, run_card
+from qdora.run.report import card_files, run_card
 
 logger = logging.getLogger("qdora")
 

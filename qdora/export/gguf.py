@@ -7,61 +7,7 @@ shares no code with the converter, and lets llama-cpp-python compute logits wher
 """
 
 from __future__ import annotations
-from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
-from pathlib import Path
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.export.compare import ComparisonText
-from qdora.export.compare import comparison_text
-from qdora.export.compare import validation_examples
-from qdora.export.compare import verdict
-from qdora.export.logit_comparison import ComparisonText
-from qdora.export.logit_comparison import comparison_text
-from qdora.export.logit_comparison import larger
-from qdora.export.logit_comparison import validation_examples
-from qdora.export.logit_comparison import verdict
-from qdora.export.merge import write_merge
-from qdora.export.merged import write_merge
-from qdora.export.verify import logits_compared
-from qdora.export.verify import verify_merged
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import disk_reason
-from qdora.files.atomic import remove_directory
-from qdora.files.machine import user_path
-from qdora.files.run_directory import open_run
-from qdora.files.user_paths import user_path
-from qdora.model.build_model import find_source
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import open_safetensors
-from qdora.model.checkpoint import rename_to_model
-from qdora.model.checkpoint import shorten
-from qdora.model.checkpoint import stored_rows
-from qdora.model.checkpoint import tied_weights
-from qdora.model.gguf import GgufHeader
-from qdora.model.gguf import LAYOUTS
-from qdora.model.gguf import gguf_tensors
-from qdora.model.gguf import read_header
-from qdora.model.gguf import require_gguf
-from qdora.model.load import load_config
-from qdora.model.load import skeleton
-from qdora.model.multimodal import is_multimodal
-from qdora.model.names import rename_to_model
-from qdora.model.source import ModelSource
-from qdora.recipe.options import CONVERTED
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import GgufType
-from qdora.recipe.recipe_file import load_recipe
-from qdora.run.load_run import TrainedRun
-from qdora.run.load_run import trained_state
-from qdora.run.model_card import card_files
-from qdora.run.report import card_files
-from rich.console import Console
-from torch import Tensor
-from torch import nn
-from types import SimpleNamespace
-from typing import Any
+
 import importlib
 import importlib.util
 import logging
@@ -70,7 +16,33 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from qdora.errors import RunFailure, UserError
+from qdora.export.compare import ComparisonText, comparison_text, validation_examples, verdict
+from qdora.export.merge import write_merge
+from qdora.export.verify import logits_compared, verify_merged
+from qdora.files.atomic import remove_directory
+from qdora.files.machine import user_path
+from qdora.files.run_directory import open_run
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, shorten, stored_rows, tied_weights
+from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
+from qdora.model.load import load_config, skeleton
+from qdora.model.multimodal import is_multimodal
+from qdora.model.source import ModelSource
+from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
+from qdora.recipe.recipe_file import load_recipe
+from qdora.run.load_run import TrainedRun
+from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 

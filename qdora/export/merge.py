@@ -22,8 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError
 from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
 from qdora.files.console import bar
@@ -33,14 +32,14 @@ from qdora.model.checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
+from qdora.quant.bnb import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, empty_packed, quantize
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
-from qdora.run.model_card import card_files
+from qdora.run.report import card_files
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""

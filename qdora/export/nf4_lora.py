@@ -10,63 +10,30 @@ The scales are written in float32: double quantisation would round each of them 
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.experts import FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.rows import RowHead
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import Source
-from qdora.export.checkpoint_writer import WriteOptions
-from qdora.export.checkpoint_writer import checkpoint_directory
-from qdora.export.checkpoint_writer import dense_weight_sources
-from qdora.export.checkpoint_writer import plan_export
-from qdora.export.write import Source
-from qdora.export.write import dense_layers
-from qdora.export.write import dense_weight_sources
-from qdora.export.write import plan_export
-from qdora.export.write import write_checkpoint
+from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
-from qdora.model.adapter_file import CONFIG_FILE
-from qdora.model.adapter_file import WEIGHTS_FILE
-from qdora.model.adapter_file import adapter_config
-from qdora.model.adapter_file import factor_tensors
-from qdora.model.checkpoint import load_faults
-from qdora.model.checkpoint import quantization_config
-from qdora.model.checkpoint import shorten
-from qdora.model.checkpoint import taken_for_experts
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
+from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
+from qdora.model.checkpoint import load_faults, quantization_config, shorten, taken_for_experts
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.multimodal import all_paths
-from qdora.model.multimodal import linear_not_loaded
-from qdora.model.names import taken_for_experts
-from qdora.model.peft_config import adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.bnb import to_bnb_state
-from qdora.quant.bnb_state import FOUR_BIT_KINDS
-from qdora.quant.bnb_state import to_bnb_state
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import block_scales
-from qdora.quant.packed import with_nested_scales
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-from typing import Unpack
-import time
-import torch
+from qdora.quant.bnb import FOUR_BIT_KINDS, to_bnb_state
+from qdora.quant.packed import PackedWeight, block_scales
 
 Gain = Callable[[AdaptedLinear], Tensor | None]
 

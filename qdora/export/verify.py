@@ -5,77 +5,38 @@ weight in the files are compared with the float64 formula, and the logits as `co
 """
 
 from __future__ import annotations
-from accelerate.utils import get_max_memory
-from collections.abc import Callable
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.layer import AdaptedLinear
-from qdora.errors import UserError
-from qdora.errors import first_few
-from qdora.export.checkpoint_writer import has_own_code
-from qdora.export.compare import Comparison
-from qdora.export.compare import ComparisonText
-from qdora.export.compare import NARROW
-from qdora.export.compare import ROUNDING
-from qdora.export.compare import compare_logits
-from qdora.export.compare import verdict
-from qdora.export.logit_comparison import Comparison
-from qdora.export.logit_comparison import ComparisonText
-from qdora.export.logit_comparison import ROUNDING
-from qdora.export.logit_comparison import compare_logits
-from qdora.export.logit_comparison import larger
-from qdora.export.logit_comparison import verdict
-from qdora.export.write import has_own_code
-from qdora.files.environment import available_memory_bytes
-from qdora.files.machine import available_memory_bytes
-from qdora.memory.oom import free_memory
-from qdora.memory.oom import is_out_of_memory
-from qdora.model.adapter_file import WEIGHTS_FILE
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import read_adapter
-from qdora.model.adapter_file import stored_factors
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import gather_packed
-from qdora.model.checkpoint import open_safetensors
-from qdora.model.checkpoint import rename_to_model
-from qdora.model.checkpoint import to_stacks
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import frozen_layers
-from qdora.model.load import load_config
-from qdora.model.load import load_model
-from qdora.model.load import skeleton
-from qdora.model.load import tensors_of_source
-from qdora.model.multimodal import auto_class
-from qdora.model.names import rename_to_model
-from qdora.model.names import to_stacks
-from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.source import ModelSource
-from qdora.model.source import resolve
-from qdora.model.tokens import embedding_paths
-from qdora.model.tokens import is_tied
-from qdora.model.tokens import trained_matrices
-from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import dequantize
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoTokenizer
-from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
-from typing import Any
-import importlib
-import importlib.util
+
 import json
 import logging
 import math
-import peft
 import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
 import torch
+from accelerate.utils import get_max_memory
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear
+from qdora.errors import UserError, first_few
+from qdora.export.compare import NARROW, ROUNDING, Comparison, ComparisonText, compare_logits, verdict
+from qdora.export.write import has_own_code
+from qdora.files.machine import available_memory_bytes
+from qdora.memory.oom import free_memory, is_out_of_memory
+from qdora.model.adapter_file import WEIGHTS_FILE, read_adapter, stored_factors
+from qdora.model.checkpoint import Stored, gather_packed, open_safetensors, rename_to_model, to_stacks
+from qdora.model.inject import adapted_layers
+from qdora.model.load import load_config, skeleton, tensors_of_source
+from qdora.model.multimodal import auto_class
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
+from qdora.model.tokens import embedding_paths, is_tied, trained_matrices
+from qdora.quant.packed import PackedWeight, dequantize
 
 logger = logging.getLogger("qdora")
 

@@ -22,20 +22,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.adapter.trained_rows import RowEmbedding, RowHead, merged_rows
+from qdora.adapter.experts import AdaptedExperts, FrozenExperts
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.rows import RowEmbedding, RowHead, merged_rows
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
-from qdora.model.checkpoint import INDEX_FILE, tied_weights
+from qdora.model.checkpoint import INDEX_FILE, Published, published_pieces, tied_weights
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
-from qdora.model.names import Published, published_pieces
 
 MAX_SHARD_BYTES = 5 * 2**30
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.errors import UserError
-from qdora.files.svg_figure import svg_file
+from qdora.files.pages import svg_file
 from qdora.model.inject import block_of
 
 Array = NDArray[np.float64]

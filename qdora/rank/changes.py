@@ -1,14 +1,15 @@
 """What training changed: the rows of the weights, and how much of a compression's error an adapter takes back."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from qdora.adapter.adapted_linear import AdaptedLinear
+
+import torch
+from torch import Tensor, nn
+
 from qdora.adapter.layer import AdaptedLinear
 from qdora.quant.tiles import dense_weight
-from torch import Tensor
-from torch import nn
-import torch
 
 
 @dataclass(frozen=True)

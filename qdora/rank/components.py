@@ -53,46 +53,27 @@ Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-New
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
 from numpy.typing import NDArray
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import AdaptedExperts
+from torch import Tensor, nn
+from torch.nn import functional
+
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import evaluation_mode
-from qdora.data.batches import IGNORED
-from qdora.data.batches import MicroBatch
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
+from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import Norm
-from qdora.rank.curvature import UPDATE
-from qdora.rank.curvature import check_batches
-from qdora.rank.curvature import curvature_of
-from qdora.rank.curvature import labelled_logits
-from qdora.rank.differentiable import Norm
-from qdora.rank.differentiable import UPDATE
-from qdora.rank.differentiable import check_layers
-from qdora.rank.gradient import row_directions
-from qdora.rank.gradient import update_gradients
-from qdora.rank.gradient import watched_outputs
-from qdora.rank.update_gradient import row_directions
-from qdora.rank.update_gradient import update_gradients
-from qdora.rank.update_gradient import watched_outputs
-from qdora.recipe.options import LEAST_DRAWS
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-from typing import Any
-import functools
-import numpy as np
-import torch
+from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits
+from qdora.rank.gradient import row_directions, update_gradients, watched_outputs
 
 Array = NDArray[np.float64]
 

@@ -40,12 +40,10 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import AdaptedExperts
-from qdora.adapter.expert_product import add_expert_bias, expert_rows, frozen_stack
-from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.adapter.frozen_product import frozen_linear
+from qdora.adapter.expert_product import ExpertTokens, add_expert_bias, expert_rows, frozen_stack
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
+from qdora.adapter.product import frozen_linear
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers
@@ -91,9 +89,7 @@ class _PlainLayer:
         """The values of one expert of a stack, which shares their graph."""
         size = self.values["lora_B"].shape[1]
         rows = slice(expert * size, (expert + 1) * size)
-        values = {
-            name: value[rows] if name in UPDATE else value[expert % len(value)] for name, value in self.values.items()
-        }
+        values = {name: value[rows] if name in UPDATE else value[expert] for name, value in self.values.items()}
         norm = None if self.row_norm is None else self.row_norm[expert]
         return _PlainLayer(values, norm, self.attached, None if self.keep_mask is None else self.keep_mask[rows])
 

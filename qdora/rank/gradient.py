@@ -5,42 +5,26 @@ its energy the square of its singular value: the best rank-r matrix holds the fi
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import ExitStack
-from contextlib import contextmanager
-from qdora.adapter.adapted_linear import AdaptedLinear
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from qdora.adapter.algebra import merged_weight
-from qdora.adapter.dora import merged_weight
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.expert_product import merged_rows
-from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import merged_rows
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import evaluation_mode
+from qdora.adapter.experts import AdaptedExperts, merged_rows
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import Norm
-from qdora.rank.curvature import check_batches
-from qdora.rank.curvature import labelled_logits
-from qdora.rank.differentiable import Norm
-from qdora.rank.differentiable import check_layers
+from qdora.rank.curvature import Norm, labelled_logits
 from qdora.train.loss import token_nll
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import TypeVar
-import functools
-import numpy as np
-import torch
 
 GRADIENT_BYTES = 2**30
 """Size of the gradients that exist at once, in float32."""
