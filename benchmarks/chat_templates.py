@@ -28,7 +28,8 @@ from byte_tokenizer import byte_tokenizer
 from frame import bench, main, table, tabulated
 
 from qdora.data.encode_chats import encode_chats
-from qdora.data.example import Example, parse_messages, parse_tools
+from qdora.data.example import Example
+from qdora.data.formats import parse_messages, parse_tools
 
 TURNS = (1, 2, 5)
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}

@@ -21,7 +21,7 @@ from measure import ONE_THREAD, alone, peak_rss_bytes
 from mixed_data import fitted
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.batches import IGNORED, Batching, MicroBatch, Step
-from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module

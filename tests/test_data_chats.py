@@ -24,7 +24,8 @@ from qdora.data.chat_template import (
     use_data_settings,
 )
 from qdora.data.encode_chats import Encoded, encode_chats
-from qdora.data.example import Example, Turn, parse_tools
+from qdora.data.example import Example, Turn
+from qdora.data.formats import parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
 from tests import support

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data import build_data, tokenize
 from qdora.data import cache as cache_file
+from qdora.data import sources, tokenize
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.data.example import Example, Turn
 from qdora.data.shown_examples import shown_example, token_pieces
@@ -332,13 +332,13 @@ def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the sources that were tokenised."""
     names: list[str] = []
-    tokenize_all = build_data.tokenize_all
+    tokenize_all = sources.tokenize_all
 
     def counting(*args: Any, **options: Any) -> TokenizedSet:
         names.append(options["name"])
         return tokenize_all(*args, **options)
 
-    monkeypatch.setattr(build_data, "tokenize_all", counting)
+    monkeypatch.setattr(sources, "tokenize_all", counting)
     return names
 
 

@@ -19,7 +19,7 @@ from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
-from qdora.evaluate.token_scores import Span, score_spans
+from qdora.evaluate.spans import Span, score_spans
 from qdora.files.run_directory import RunDirectory
 from qdora.memory import offload
 from qdora.memory.offload import ActivationOffload

@@ -38,7 +38,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.data.batches import Packing
 from qdora.errors import UserError
-from qdora.evaluate.forward_path import scoring
+from qdora.evaluate.spans import scoring
 from qdora.model.attention import with_attention
 from qdora.model.patches import fast_grouped_attention, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.quant.planned_device import planned_on

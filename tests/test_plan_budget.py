@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.sources import read_data, tokenized_mix
 from qdora.errors import HubFailure, UserError
 from qdora.files.atomic import json_text
 from qdora.model import source as model_source

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.data.batches import MicroBatch
-from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
+from qdora.data.sources import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import save_adapter
 from qdora.model.build_model import Compute, put_adapters

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.cli import app
-from qdora.data.build_data import run_examples
+from qdora.data.sources import run_examples
 from qdora.errors import RunFailure, UserError
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import evaluate, spread

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qdora.data.batches import StepLoader
-from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model

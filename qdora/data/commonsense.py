@@ -12,10 +12,8 @@ white space are those of commonsense_170k.json, so that a model trained on that 
 Passages are left out, since that file has none.
 
 On the Hub all are read as Parquet files of one pinned commit, so no code from there runs and the data cannot change
-under a run. PIQA and Social IQA are published as loading scripts, which `datasets` 4 no longer runs; their pins are
-commits of the Hub's own Parquet conversion (branch refs/convert/parquet). The pins were collected from public projects
-that publish theirs, not by asking the Hub; where one is gone, `revision: main` (or refs/convert/parquet) in the recipe
-goes past it.
+under a run. The pins of PIQA and Social IQA, which are published as loading scripts, are commits of the Hub's own
+Parquet conversion (branch refs/convert/parquet). Where a pin is gone, `revision: main` in the recipe goes past it.
 """
 
 from __future__ import annotations
@@ -27,10 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.example import Example
-from qdora.data.files import read_rows
-from qdora.data.rows import Entry, Place, Row, RowFault, Rows, joined, optional_text, row_id, text_field
-from qdora.errors import HubFailure, UserError, nearest
+from qdora.data.example import Example, Row, RowFault, optional_text, row_id, text_field
+from qdora.data.files import Entry, Rows, rows_of_split
+from qdora.errors import HubFailure, UserError
 from qdora.recipe.faults import reason_of, shown
 
 # Cloze questions
@@ -42,21 +39,16 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     `task` chooses the wording: one of the eight, any other name gets the general one. `id` is for a row without one.
     """
     question, value = text_field(row, "question"), row.get("choices")
-    if not isinstance(value, (list, tuple)) or len(value) < 2:
-        raise RowFault(f"choices: must be a list of two or more texts, got {shown(value)}")
-    choices = []
-    for index, choice in enumerate(value):
-        text = str(choice).lower() if isinstance(choice, bool) else choice  # JSON files write BoolQ's as true and false
-        if not isinstance(text, str) or not text.strip():
-            raise RowFault(f"choices[{index}]: must be text that is not empty, got {shown(choice)}")
-        choices.append(text.strip())
-    gold, last = row.get("answer"), len(choices) - 1
-    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold <= last:
-        raise RowFault(f"answer: must be the index of the right choice, 0 to {last}, got {shown(gold)}")
+    # JSON files write BoolQ's as true and false
+    texts = [str(each).lower() if isinstance(each, bool) else each for each in value] if isinstance(value, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RowFault(f"choices: must be a list of two or more texts, none empty, got {shown(value)}")
+    choices, gold = [text.strip() for text in texts], row.get("answer")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise RowFault(f"answer: must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(gold)}")
     if task == "boolq":
-        unknown = [choice for choice in choices if choice.lower() not in _BOOLQ]
-        if unknown:
-            raise RowFault(f"choices: must be false, true (or no, yes) for boolq, got {shown(unknown[0])}")
+        if not {choice.lower() for choice in choices} <= _BOOLQ.keys():
+            raise RowFault(f"choices: must be false, true (or no, yes) for boolq, got {shown(value)}")
         question, choices = question.rstrip("? ") + "?", [_BOOLQ[choice.lower()] for choice in choices]
     continuations = tuple(f" {choice}" for choice in choices)
     prompt = _prompt(row, task, question, choices)
@@ -165,18 +157,14 @@ def commonsense_task(instruction: str) -> str:
 class HubTask:
     """Where a task lives.
 
-    Attributes:
-        id: Data set on the Hub.
-        files: Glob of the Parquet files of a split inside the repository; {split} is the Hub's split name.
-        splits: Our split -> the Hub's. Where the official test labels are secret, the official validation split is our
-            test, as in published results, and there is no validation split: it is cut from the end of train.
-        schema_row: A row of the Hub -> a schema row without task and, mostly, id.
+    `splits` are ours -> the Hub's. Where the official test labels are secret, the official validation split is our
+    test, as in published results, and there is no validation split: it is cut from the end of train.
     """
 
-    id: str
-    files: str
+    id: str  # data set on the Hub
+    files: str  # glob of the Parquet files of a split; {split} is the Hub's split name
     splits: Mapping[str, str]
-    schema_row: Callable[[Row], dict[str, Any]]
+    schema_row: Callable[[Row], dict[str, Any]]  # a row of the Hub -> a schema row without task and, mostly, id
 
     @property
     def revision(self) -> str:
@@ -193,42 +181,34 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
 
     hub = HUB_TASKS[task]
     if split not in hub.splits:
-        allowed = ", ".join(hub.splits)
-        raise UserError(f"{task} ({hub.id}): no split {split!r}, must be one of {allowed}.{nearest(split, hub.splits)}")
+        raise UserError(f"{task} ({hub.id}): no split {split!r}, must be one of {', '.join(hub.splits)}.")
     pattern, commit = hub.files.format(split=hub.splits[split]), revision or hub.revision
     where = f"{hub.id}@{commit}"
     try:
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    # No connection, no such data set or commit, a full disk. What the client raises for a proxy or a connection lost
-    # in the middle is no OSError.
-    except Exception as error:
+    except Exception as error:  # not an OSError alone, such as for a connection that is lost in the middle
         hint = f"; with the files on this machine, give their folder as path of task {task}"
         raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
-    files = sorted(Path(folder).glob(pattern))
-    if not files:
-        raise UserError(f"{where}: no file {pattern} there; the pinned revision is {hub.revision}")
-    rows = joined(f"{where}/{pattern}", [read_rows(file) for file in files])
+    rows = rows_of_split(Path(folder) / pattern, split)
 
-    def chosen(indices: Sequence[int]) -> Iterator[tuple[Place, Entry]]:
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:
         for place, row in rows.chosen(indices):
             try:
                 yield place, row if isinstance(row, RowFault) else hub.schema_row(row)
             except RowFault as fault:
                 yield place, fault
+            except (LookupError, TypeError, ValueError) as error:  # another layout, by `revision`
+                yield place, RowFault(reason_of(error))
 
     # The cache names a snapshot by its commit; a branch may be another one tomorrow.
-    return replace(rows, chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
+    return replace(rows, where=f"{where}/{pattern}", chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
 
 
 def _boolq_row(row: Row) -> dict[str, Any]:
     """question, answer (bool), passage."""
-    answer = row.get("answer")
-    if not isinstance(answer, bool):
-        raise RowFault(f"answer: must be true or false, got {shown(answer)}")
-    question = text_field(row, "question")
-    return {"question": question, "passage": row.get("passage"), "choices": ["false", "true"], "answer": int(answer)}
+    return {**row, "choices": ["false", "true"], "answer": int(row["answer"])}
 
 
 def _columns(row: Row, question: str, choices: Sequence[str], label: str, first: int, **more: str) -> dict[str, Any]:
@@ -240,15 +220,12 @@ def _columns(row: Row, question: str, choices: Sequence[str], label: str, first:
 
 def _hellaswag_row(row: Row) -> dict[str, Any]:
     """activity_label, ctx, endings, label ("0" to "3", empty in the official test split), ind."""
-    endings = row.get("endings")
-    if not isinstance(endings, list):
-        raise RowFault(f"endings: must be a list of texts, got {shown(endings)}")
     return {
-        "id": str(row.get("ind", "")),
+        "id": str(row["ind"]),
         "context": text_field(row, "activity_label"),
         "question": without_wikihow_marks(text_field(row, "ctx")),
-        "choices": [without_wikihow_marks(str(ending)) for ending in endings],
-        "answer": _label(row, "label", first=0, num_choices=len(endings)),
+        "choices": [without_wikihow_marks(ending) for ending in row["endings"]],
+        "answer": _label(row, "label", first=0, num_choices=len(row["endings"])),
     }
 
 
@@ -260,14 +237,11 @@ def without_wikihow_marks(text: str) -> str:
 
 def _keyed(row: Row, question: str) -> dict[str, Any]:
     """id, the question, choices {text, label}, answerKey; ARC's labels are A.. or 1.., 3 to 5 of them."""
-    asked, choices = text_field(row, question), row.get("choices")
-    if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
-        raise RowFault(f"choices: must hold the lists text and label, got {shown(choices)}")
-    labels, key = list(choices["label"]), row.get("answerKey")
+    labels, key = row["choices"]["label"], row["answerKey"]
     if key not in labels:
-        raise RowFault(f"answerKey: must be one of {', '.join(map(str, labels))}, got {shown(key)}")
-    texts, answer = list(choices["text"]), labels.index(key)
-    return {"id": str(row.get("id", "")), "question": asked, "choices": texts, "answer": answer}
+        raise RowFault(f"answerKey: must be one of {', '.join(labels)}, got {shown(key)}")
+    choices, answer = row["choices"]["text"], labels.index(key)
+    return {"id": row["id"], "question": text_field(row, question), "choices": choices, "answer": answer}
 
 
 def _label(row: Row, name: str, *, first: int, num_choices: int) -> int:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data.batches import StepLoader
-from qdora.data.formats import looks_meant
 from qdora.data.mix import Mix
 from qdora.data.tokenize import NO_SECOND, TokenizedSet
 from qdora.files.run_directory import RunDirectory
@@ -91,7 +90,7 @@ def unused_in_words(columns: Sequence[str]) -> str:
 
 
 def mix_warnings(plan: MixPlan) -> list[str]:
-    """What may be wrong with a mix, one line each: unused columns that look meant, notes, too large a step."""
+    """What may be wrong with a mix, one line each: notes, too large a step."""
     large = large_step_warning(plan)
     return [*_remarks(plan, harmless=False), *([] if large is None else [large])]
 
@@ -105,7 +104,7 @@ def _remarks(plan: MixPlan, *, harmless: bool) -> list[str]:
     lines = [
         f"{source.name}: {unused_in_words(columns)}"
         for source in plan.sources
-        if (columns := [column for column in source.unused if looks_meant(column) != harmless])
+        if (columns := source.unused) and harmless
     ]
     notes = ((source.name, note) for source in plan.sources for note in source.notes)
     return lines + [f"{name}: {note}" for name, note in notes if (NO_SECOND in note) == harmless]

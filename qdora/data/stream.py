@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.example import Example
-from qdora.data.files import PlacedRow, Shards
+from qdora.data.example import Example, Row, RowFault
+from qdora.data.files import MAX_SHOWN_FAULTS, PlacedRow, Shards, empty_data_set
 from qdora.data.formats import FIRST_ROWS, RowExamples
-from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig

@@ -24,27 +24,14 @@ from qdora.adapter.frozen_product import decoding
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
-from qdora.evaluate.batches import length_batches, results_of
-from qdora.evaluate.forward_path import head_input, pads_left, scoring
-from qdora.evaluate.metrics import mean_stderr
-from qdora.evaluate.suite import (
-    FEWEST,
-    Cell,
-    Result,
-    averaged,
-    conditions,
-    estimated,
-    percent,
-    results_table,
-    spread,
-)
-from qdora.evaluate.token_scores import padded
+from qdora.evaluate.intervals import mean_stderr
+from qdora.evaluate.spans import head_input, length_batches, padded, pads_left, results_of, scoring
+from qdora.evaluate.suite import FEWEST, Cell, Result, averaged, conditions, estimated, percent, results_table, spread
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
 
-MAX_NEW_TOKENS = 32
-"""As in the published evaluation."""
+MAX_NEW_TOKENS = 32  # as in the published evaluation
 _NUM_SAMPLES = 5
 
 
@@ -56,15 +43,12 @@ class GeneratedResult:
     num_right: int
     num_wrong: int
     num_unparsable: int
-    acc: float
-    """num_right / num_examples; in the average the mean over tasks."""
+    acc: float  # num_right / num_examples; in the average the mean over tasks
     acc_stderr: float | None
-    chance: float
-    """Expected accuracy of a random choice."""
+    chance: float  # expected accuracy of a random choice
     num_truncated: int
     num_new_tokens: int
-    unparsable: list[dict[str, str]] = field(default_factory=list)
-    """id and output of the first few outputs that name no choice."""
+    unparsable: list[dict[str, str]] = field(default_factory=list)  # id and output of the first few that name no choice
 
 
 GenerationResult = Result[GeneratedResult]
@@ -84,14 +68,9 @@ def evaluate_generated(
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
     A record of `per_example` has the index of the choice that the output names first, None where it names none. The
-    output ends at the token that decided the answer, else at the end of sequence or the last allowed token.
-
-    Args:
-        examples_by_task: Task name -> its examples, at least one each, without `generation_faults`.
-        limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
-        max_new_tokens: Most tokens of one answer.
-        max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-    Raises: UserError if the model's context is too short for any prompt.
+    output ends at the token that decided the answer, else at the end of sequence or the last allowed token. The
+    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`, and a batch has at most
+    `max_batch_tokens` tokens, padding and new tokens included.
     """
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
@@ -143,17 +122,16 @@ def evaluate_generated(
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
     """Why these examples cannot be evaluated by generation, a line per task. No model is needed to say."""
-    faults = []
-    for task, examples in examples_by_task.items():
-        wrong = next((each for each in examples if not answer_names(each.choices)), None)
-        if wrong is not None:
-            has = f"choices such as {wrong.choices[0].strip()[:40]!r}" if wrong.choices else "no choices"
-            faults.append(
-                f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
-                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks set data.mix[].format: commonsense170k; "
-                "for other data eval.method: loglikelihood."
-            )
-    return faults
+    wrong = {
+        task: next((each.id for each in examples if not answer_names(each.choices)), None)
+        for task, examples in examples_by_task.items()
+    }
+    return [
+        f"eval.method: generate needs choices that differ in one word, unlike example {id} of task {task}. Fix: set "
+        "data.mix[].format: commonsense170k for the eight commonsense tasks, or eval.method: loglikelihood."
+        for task, id in wrong.items()
+        if id is not None
+    ]
 
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
@@ -177,10 +155,8 @@ def _prompts(
     encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
     if room is not None and room <= len(prefix):
-        raise UserError(
-            f"eval.method: generate needs a context longer than the {max_new_tokens} tokens of the answer, got a model "
-            f"with {context}. Fix: set method: loglikelihood."
-        )
+        what = f"a context longer than the {max_new_tokens} tokens of the answer"
+        raise UserError(f"eval.method: generate needs {what}, got {context}.")
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 
@@ -258,19 +234,11 @@ def decode_greedily(
     max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The continuation of every prompt by the most likely next token, again and again.
+    """The new ids of every prompt: the most likely next token, again and again.
 
-    Prompts of a batch are padded on the left, or have one length where padding would count (`pads_left`). Apart from
-    rounding the result does not depend on the batch.
-
-    Args:
-        prompts: Token ids, at least one each, in any order.
-        max_new_tokens: Most tokens of one continuation.
-        stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
-        finished: Called with a prompt's index and its new ids after every token; a row is done where it returns True.
-        max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
-            row is longer.
-    Returns: Per prompt its new ids, in the order given.
+    A row ends at the first of `stop_ids`, which is not part of it, or where `finished` is true of the prompt's index
+    and its new ids so far. Prompts of a batch are padded on the left, or have one length where padding would count
+    (`pads_left`); it has at most `max_batch_tokens` tokens, new ones and padding counted, unless one row is longer.
     """
     can_pad = pads_left(model)
 
@@ -301,11 +269,8 @@ def decode_greedily(
 def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
     """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
 
-    The model's own config, with a repetition penalty perhaps, is set aside: `generate` takes from it whatever it is
-    not given, even if it is given a whole config.
-
-    Args:
-        ids, mask: (rows, length) int64, padded on the left.
+    `ids` and `mask` are (rows, length) int64, padded on the left. The model's own config, with a repetition penalty
+    perhaps, is set aside: `generate` takes from it whatever it is not given, even if it is given a whole config.
     """
     device = next(model.parameters()).device
     own, model.generation_config = model.generation_config, GenerationConfig()

@@ -1,4 +1,10 @@
-"""Several tasks in one evaluation: metrics of each, their averages, and a table."""
+"""Several tasks in one evaluation: metrics of each, their averages, a table, and the change since before training.
+
+Definitions follow lm-evaluation-harness: `acc` takes the choice of the largest summed log-likelihood, `acc_norm` the
+largest log-likelihood per character of the choice's text (without the space that joins it to the prompt), and a
+standard error is sample standard deviation / sqrt(n). One thing differs: the harness gives a tie to the first of the
+tied choices; here the right choice counts 1/k when it is one of k tied ones.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +12,26 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.table import Column, Table
 from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import Diverged
-from qdora.evaluate.forward_path import shares_prefix
+from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluate.spans import shares_prefix
 from qdora.files.console import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Metrics of one task, or their average over tasks; definitions in `qdora.evaluate.metrics`.
+    """Metrics of one task, or their average over tasks.
 
     Accuracies lie in 0..1 and are None without choices. A standard error is None for a single example.
     """
@@ -39,15 +46,12 @@ class TaskResult:
     majority: float | None
     num_ties: int
     num_ties_norm: int
-    nll: float
-    """Mean over examples of the right answer's summed NLL, nats."""
+    nll: float  # mean over examples of the right answer's summed NLL, nats
     nll_stderr: float | None
-    nll_per_token: float
-    """Summed NLL / answer tokens, nats."""
+    nll_per_token: float  # summed NLL / answer tokens, nats
     nll_per_token_stderr: float | None
     num_answer_tokens: int
-    num_truncated: int
-    """Examples whose prompt was cut at the left to fit the model's context."""
+    num_truncated: int  # examples whose prompt was cut at the left to fit the model's context
 
 
 Metrics = TypeVar("Metrics")
@@ -58,12 +62,9 @@ class Result(Generic[Metrics]):
     """One model on several tasks."""
 
     tasks: dict[str, Metrics]
-    average: Metrics
-    """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
-    settings: dict[str, Any]
-    """Options and conditions, such as limit, block, model_dtype, device, seconds."""
-    per_example: list[dict[str, Any]] = field(default_factory=list)
-    """Scores of single examples, in task order, for paired tests."""
+    average: Metrics  # every task counts once; counts are sums, accuracy is of the tasks with choices, NLL of all
+    settings: dict[str, Any]  # options and conditions, such as limit, block, model_dtype, device, seconds
+    per_example: list[dict[str, Any]] = field(default_factory=list)  # scores in task order, for paired tests
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
@@ -97,12 +98,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
-    Args:
-        examples_by_task: Task name -> its examples, at least one task with one example each, with choices or without.
-        limit, block: Most examples of a task (None: all), and which (`spread`).
-        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        progress: Called with examples done and examples in all, of one task after the other.
-    Raises: UserError if an example cannot be scored, Diverged if the model gives a log-likelihood that is not finite.
+    `limit` and `block` say how many examples of a task are scored (None: all), and which (`spread`); a forward pass has
+    at most `max_batch_tokens` tokens, padding included, unless one sequence is longer. Raises Diverged if the model
+    gives a log-likelihood that is not finite.
     """
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
@@ -112,10 +110,8 @@ def evaluate(
         scores = score_examples(model, tokenizer, examples, max_batch_tokens=max_batch_tokens, progress=progress)
         broken = [score.id for score in scores if not np.isfinite(score.loglikelihoods).all()]
         if broken:
-            raise Diverged(
-                f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {len(scores)} "
-                f"examples, first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
-            )
+            where = f"{len(broken)} of {len(scores)} examples, first in example '{broken[0]}'"
+            raise Diverged(f"eval: task '{task}': the model's log-likelihood is not finite in {where}.")
         own = [_record(task, score) for score in scores]
         tasks[task] = _task_result(own)
         records += own
@@ -142,10 +138,9 @@ def conditions(model: nn.Module, started: float) -> dict[str, Any]:
 def spread(examples: Sequence[Example], limit: int | None, block: int | None = None) -> list[Example]:
     """At most `limit` examples, in their order.
 
-    Args:
-        block: None: at even distances (files are often ordered by origin), the first one always among them. k: the k-th
-            `limit` examples of a fixed random order, which starts again at its end: blocks share no example as long as
-            there are enough.
+    Without a block they are at even distances (files are often ordered by origin), from the first one on. Block k are
+    the k-th `limit` examples of a fixed random order, which starts again at its end: blocks share no example as long as
+    there are enough.
     """
     if limit is None or limit >= len(examples):
         return list(examples)
@@ -182,9 +177,7 @@ Cell = Callable[[Any], str]
 def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]) -> Table:
     """A row per task and one of averages, for results with `tasks` and `average`.
 
-    Args:
-        shared: Columns that all results share; where they differ, the value of each is shown.
-        own: Columns of each result.
+    Where results differ in a `shared` column, the value of each is shown; `own` columns are of each result.
     """
     names = [*shared, *(f"{label} {name}" for label in results for name in own)]
     columns = [Column("task"), *(Column(name, justify="right") for name in names)]
@@ -203,6 +196,13 @@ def percent(share: float | None, stderr: float | None = None) -> str:
     """`12.3`, or `12.3 ± 0.4`."""
     error = "" if stderr is None else f" ± {100 * stderr:.1f}"
     return "–" if share is None else f"{100 * share:.1f}{error}"
+
+
+def tie_credit(scores: ArrayLike, gold: int) -> float:
+    """1/k if `gold` is among the k largest scores, else 0."""
+    array = np.asarray(scores, dtype=np.float64)
+    best = np.flatnonzero(array == array.max())
+    return 1.0 / best.size if gold in best else 0.0
 
 
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
@@ -276,3 +276,102 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return {name: None, f"{name}_stderr": None}
     return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
+
+
+# Before and after training
+
+LossOrAccuracy = Literal["nll_per_token", "acc"]
+_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}
+"""Metric -> the sign of a change for the worse."""
+Records = Mapping[str, Mapping[str, Any]]
+"""Name of an example -> its record."""
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """A metric of one task ("average": of all of them) before and after training; what was not measured is None."""
+
+    task: str
+    num_examples: int
+    before: float | None
+    after: float | None
+    difference: float | None  # after - before over the examples that both have; None for fewer than two
+    lower: float | None  # ends of its 95 % interval; None for fewer than `FEWEST` examples in any task
+    upper: float | None
+    metric: LossOrAccuracy = "nll_per_token"
+
+
+def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
+    """The change of each task that has the metric, and of their average.
+
+    `before` and `after` are as `EvaluationResult.to_dict` with single examples; empty if it was not measured.
+    """
+    old, new = before.get("tasks", {}), after.get("tasks", {})
+    old_records, new_records = (by_task(each.get("per_example", [])) for each in (before, after))
+    rows = [(name, old.get(name, {}), new.get(name, {}), [name]) for name in dict.fromkeys([*old, *new])]
+    rows = [row for row in rows if any(each.get(metric) is not None for each in row[1:3])]
+    pairs = {name: _paired(old_records.get(name, {}), new_records.get(name, {}), metric) for name, *_ in rows}
+    if len(rows) > 1:
+        rows.append(("average", before.get("average", {}), after.get("average", {}), list(pairs)))
+    changes = []
+    for name, one, other, tasks in rows:
+        scores = {task: pair for task in tasks if (pair := pairs[task]) is not None}
+        difference = lower = upper = None
+        if len(scores) == len(tasks):
+            interval = example_interval(scores, "equal")
+            difference = interval.value
+            if min(len(pair.examples) for pair in scores.values()) >= FEWEST:
+                lower, upper = interval.lower, interval.upper
+        number = sum((new.get(task) or old[task])["num_examples"] for task in tasks)
+        values = (one.get(metric), other.get(metric), difference, lower, upper)
+        changes.append(TaskChange(name, number, *values, metric=metric))
+    return changes
+
+
+def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Tasks of both evaluations whose examples differ, so that only the change is over the same ones."""
+    old, new = (by_task(found.get("per_example", [])) for found in (before, after))
+    return [task for task in old if task in new and old[task].keys() != new[task].keys()]
+
+
+def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[TaskChange]:
+    """The tasks that are worse than before training, beyond the noise of their examples, by a metric whose average over
+    the tasks is better. Tasks that were measured on different numbers of examples, or on few, are left out."""
+    worse: list[TaskChange] = []
+    before, after = (each.to_dict(per_example=True) for each in (base, now))
+    for metric, sign in _WORSE.items():
+        changes = task_changes(before, after, metric)
+        average = getattr(base.average, metric), getattr(now.average, metric)
+        if None not in average and sign * (average[1] - average[0]) < 0:
+            sizes = [{task: one.num_examples for task, one in each.tasks.items()} for each in (base, now)]
+            worse += [
+                each
+                for each in changes
+                if each.lower is not None
+                and each.upper is not None
+                and sizes[0].get(each.task) == sizes[1].get(each.task)
+                if min(sign * each.lower, sign * each.upper) > 0
+            ]
+    return worse
+
+
+def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Task -> its records, in their order. An example's name is its id with a number: ids can repeat within a task."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        identity = (record["task"], str(record["id"]))
+        seen[identity] += 1
+        found.setdefault(record["task"], {})[f"{record['id']}#{seen[identity]}"] = record
+    return found
+
+
+def _paired(old: Records, new: Records, metric: LossOrAccuracy) -> TaskScores | None:
+    """new - old of the examples that both evaluations of a task have; None for fewer than two."""
+    name = "nll" if metric == "nll_per_token" else "acc"
+    pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
+    if len(pairs) < 2:
+        return None
+    differences = np.array([after[name] - before[name] for before, after in pairs.values()], dtype=np.float64)
+    weights = [1.0 if name == "acc" else float(after["num_answer_tokens"]) for _, after in pairs.values()]
+    return TaskScores(tuple(pairs), differences, np.array(weights))

@@ -20,7 +20,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.example import Example
 from qdora.errors import UserError
-from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.suite import EvaluationResult, evaluate
 from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
 from qdora.export.merged import OpenedMerge, check_merge

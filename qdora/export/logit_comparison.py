@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.data.build_data import run_examples
 from qdora.data.example import Example
+from qdora.data.sources import run_examples
 from qdora.errors import UserError
 from qdora.model.attention import softcap_of
 from qdora.recipe.settings import Recipe

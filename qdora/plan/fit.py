@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from qdora.data.batches import IGNORED, MicroBatch, StepLoader
-from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
 from qdora.data.mix import Mix
+from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
 from qdora.errors import HubFailure, UserError
 from qdora.files.environment import available_memory_bytes, held_memory_bytes
 from qdora.memory.stream import NUM_SLOTS, check_host_embedding

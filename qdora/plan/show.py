@@ -23,7 +23,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from qdora.data import build_data, mix_plan
+from qdora.data import mix_plan, sources
 from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model, keeps_scales
@@ -117,12 +117,12 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
     except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
         return None, assumed_workload, [f"{full}, because there is no tokenizer: {error.faults[0]}"]
     try:
-        train, _ = build_data.read_data(recipe.data)
+        train, _ = sources.read_data(recipe.data)
     except HubFailure as error:
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
-    mix = build_data.tokenized_mix(recipe, tokenizer, train)
-    loader = build_data.make_loader(recipe, mix, tokenizer)
-    num_steps = build_data.num_steps_of(recipe, loader)
+    mix = sources.tokenized_mix(recipe, tokenizer, train)
+    loader = sources.make_loader(recipe, mix, tokenizer)
+    num_steps = sources.num_steps_of(recipe, loader)
     assumed = []
     if loader.streams:
         assumed = [f"{full}, because the data is streamed"]

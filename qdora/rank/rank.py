@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.batches import Batching, MicroBatch, StepLoader
-from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.sources import read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles

@@ -11,9 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
-from qdora.data.build_data import run_examples, task_examples, to_score
 from qdora.data.example import Example
-from qdora.data.sources import given_source, has_splits, open_source, place_of, trained_on
+from qdora.data.sources import (
+    given_source,
+    has_splits,
+    open_source,
+    place_of,
+    run_examples,
+    task_examples,
+    to_score,
+    trained_on,
+)
 from qdora.errors import UserError, nearest, not_one_of
 from qdora.evaluate.generation import evaluate_generated, generation_faults, generation_table
 from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
@@ -260,7 +268,7 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
             f"{', '.join(labels) or 'there is none'}.{nearest(like, labels)}"
         )
     split = split_read(options) or "train"  # a file is all one split
-    source = given_source(place, mix, like, split)
+    source = given_source(place, mix, like)
     found = open_source(source, split)
     for label in [] if options.base else trained_on(source, split, mix):
         logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)

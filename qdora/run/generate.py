@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chat_template import prompt_text, require_chat_template
-from qdora.data.example import Messages, Tools, Turn
+from qdora.data.example import Messages, RowFault, Tools, Turn
 from qdora.data.files import read_rows
 from qdora.data.formats import asked_chat
-from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluate.generation import generate
@@ -112,16 +111,15 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
 
 def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     """(place, turns, tools) of each row. Raises UserError with all faults."""
-    rows, chats = read_rows(file), []
-    faults = FaultList(rows.where, rows.unit)
+    rows, chats, faults = read_rows(file), [], []
     for place, row in rows:
         try:
             if isinstance(row, RowFault):
                 raise row
-            chats.append((f"{rows.where}: {rows.unit} {place}", *asked_chat(row)))
+            chats.append((rows.at(place), *asked_chat(row)))
         except RowFault as fault:
-            faults.add(place, fault)
-    faults.check()
+            faults.append(f"{rows.at(place)}: {fault}")
+    rows.refuse(faults)
     return chats
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluate.before_after import LossOrAccuracy, task_changes
+from qdora.evaluate.suite import LossOrAccuracy, task_changes
 from qdora.files.environment import package_versions
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table

@@ -15,7 +15,11 @@ from torch import Tensor, float16
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.batches import StepLoader
-from qdora.data.build_data import (
+from qdora.data.chat_template import set_chat_date
+from qdora.data.example import Example
+from qdora.data.mix import Mix
+from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
+from qdora.data.sources import (
     check_first_rows,
     has_chats,
     make_loader,
@@ -25,10 +29,6 @@ from qdora.data.build_data import (
     tokenized_mix,
     tokenized_sources,
 )
-from qdora.data.chat_template import set_chat_date
-from qdora.data.example import Example
-from qdora.data.mix import Mix
-from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
 from qdora.errors import HubFailure, UserError
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults

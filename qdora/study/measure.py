@@ -15,12 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.data.build_data import run_examples
 from qdora.data.example import Example
+from qdora.data.sources import run_examples
 from qdora.data.tokenize import encode_pairs
-from qdora.evaluate.hidden_states import hidden_state_errors
 from qdora.evaluate.loglikelihood import score_examples
-from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.perplexity import hidden_state_errors, text_perplexity
 from qdora.evaluate.suite import evaluate, spread
 from qdora.files.atomic import atomic_write_json
 from qdora.files.json_file import read_json_object

@@ -22,14 +22,14 @@ from typing import Any, Literal
 import numpy as np
 
 from qdora.errors import UserError, not_there
-from qdora.evaluate.before_after import by_task
-from qdora.evaluate.example_intervals import (
+from qdora.evaluate.intervals import (
     Array,
     SeedScores,
     TaskScores,
     Weighting,
     weighted_mean,
 )
+from qdora.evaluate.suite import by_task
 from qdora.files.atomic import atomic_write_json
 from qdora.files.work_lock import lock_if_free
 from qdora.plan.fit import plan

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.example import Example
 from qdora.errors import UserError, first_line, nearest
-from qdora.evaluate.batches import batches_shared
-from qdora.evaluate.before_after import tasks_of_other_examples, worse_than_before
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
-from qdora.evaluate.suite import EvaluationResult, evaluate, spread
+from qdora.evaluate.spans import batches_shared
+from qdora.evaluate.suite import EvaluationResult, evaluate, spread, tasks_of_other_examples, worse_than_before
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
 from qdora.recipe.settings import Recipe
@@ -85,7 +84,8 @@ class StepEvaluations:
         base = self.results.get(self.start)
         worse = [] if step == 0 or base is None else worse_than_before(base, result)
         for each in worse:
-            logger.warning("Step %d: %s.", step, each.in_words())
+            text = "Step %d: %s is worse than before training (%s %.4g against %.4g), while the average is better."
+            logger.warning(text, step, each.task, each.metric, each.after, each.before)
         line = {"eval": tasks, "average": asdict(result.average), "time": seconds}
         return line | ({"worse_than_base": [asdict(each) for each in worse]} if worse else {})
 
