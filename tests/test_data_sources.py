@@ -321,9 +321,9 @@ def test_validation_examples_come_from_a_split_a_file_or_the_end(tmp_path: Path)
     train, validation = split_up(source=str(tmp_path))
     assert (len(train), [each.task for each in validation[:2]]) == (40, ["siqa", tmp_path.name])
     for source, words in (
-        ({"source": held, "validation": "dev"}, f"validation 'dev': {held} has no splits. Fix: name a file"),
-        ({"source": pattern, "validation": "validation"}, "has no splits. Fix: name a file."),
-        ({"source": str(tmp_path), "validation": "train"}, "validation 'train': train is trained on"),
+        ({"source": held, "validation": "dev"}, "validation 'dev': held has no such split besides."),
+        ({"source": pattern, "validation": "validation"}, "has no such split besides. Fix: name a file."),
+        ({"source": str(tmp_path), "validation": "train"}, "validation 'train': "),
         ({"source": held, "validation": held}, "is trained on, too. Fix: name another file."),
         ({"source": f"{tmp_path}/link.jsonl", "validation": held}, "is trained on, too. Fix: name another file."),
         ({"source": f"{tmp_path}/*.jsonl", "validation": held}, "held.jsonl is trained on, too."),

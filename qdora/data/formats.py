@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, op
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
 from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig, no_chat
-from qdora.recipe.faults import shown
+from qdora.recipe.faults import reason_of, shown
 
 FIRST_ROWS = 64
 """Rows in which each column that `columns` names must be found once."""
@@ -23,11 +23,22 @@ _CHAT_COLUMNS = ("system", "tools")
 """Columns that are read, too, if prompt and completion become a chat."""
 
 
-class RowExamples:
-    """Rows of a source -> Examples, in the layout of the `first` rows that can be read.
+@contextmanager
+def _row_faults() -> Iterator[None]:
+    """Turn what a row of another form raises into a RowFault."""
+    try:
+        yield
+    except RowFault:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RowFault(reason_of(error)) from error
 
-    `where` is the file, folder or Hub address, for error lines. If `named`, examples get the label of the source as
-    their task, whatever a row says. `unused` are the columns that rows had so far and that are not read.
+
+class RowExamples:
+    """Rows of a source -> Examples, in the layout of the `first` rows.
+
+    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are the columns that
+    rows had so far and that are not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
@@ -38,14 +49,14 @@ class RowExamples:
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
             raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
-        reads = {"id", "task"}
-        if source.template is not None:  # it can reach nothing but the row; null is written as nothing, not as None
+        if source.template is not None:  # it can reach nothing but the row; null gives no text
             environment = ImmutableSandboxedEnvironment(
                 undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda it: "" if it is None else it
             )
-            for name, text in (("prompt", source.template.prompt), ("completion", source.template.completion)):
-                self.templates[name] = environment.from_string(text)
-                reads |= meta.find_undeclared_variables(environment.parse(text))
+            texts = source.template.model_dump()
+            self.templates = {name: environment.from_string(text) for name, text in texts.items()}
+            read = (meta.find_undeclared_variables(environment.parse(text)) for text in texts.values())
+            reads = {"id", "task"}.union(*read)
         else:
             if first and not source.task:
                 self.format = _format_of([*self._renamed(first[0])], source, where)
@@ -57,6 +68,10 @@ class RowExamples:
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not. Raises RowFault."""
+        with _row_faults():
+            return self._example(row, id)
+
+    def _example(self, row: Row, id: str) -> Example:
         source, label = self.source, self.source.label
         self.unused |= row.keys() - self.reads
         if source.task is not None:
@@ -81,14 +96,14 @@ class RowExamples:
         return rest | {name: row[own] for name, own in columns.items() if own in row}
 
     def _rendered(self, row: Row) -> Row:
-        """Prompt and completion by the templates, and id, task and the columns of a chat where the row has them."""
+        """Prompt and completion by the templates; id, task and the columns of a chat as they are."""
         made = {name: row[name] for name in _CHAT_COLUMNS if name in row and self.source.chat}
         made |= {name: row[name] for name in ("id", "task") if isinstance(row.get(name), str)}
         for name, template in self.templates.items():
             try:
                 made[name] = template.render(row)
             except Exception as error:  # whatever an expression in it raises
-                raise RowFault(f"template.{name}: {first_line(error)}; the columns are {', '.join(row)}") from error
+                raise RowFault(f"template.{name}: {first_line(error)}") from error
         return made
 
 
@@ -97,7 +112,7 @@ def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
     fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= {*columns})
     format = source.format if source.format != "auto" else next(fitting, None)
     if format is None:
-        fix = "Fix: name those to read in this source, such as columns: {prompt: question, completion: answer}."
+        fix = "Fix: name those to read, such as columns: {prompt: question, completion: answer}."
         raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
     if source.chat and format not in CHAT_FORMATS:
         raise UserError(f"{where}: chat: {no_chat(format)}.")
@@ -124,36 +139,29 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
     """The turns and tools of a row of format messages or sharegpt that waits for an answer. Raises RowFault."""
     is_sharegpt = "conversations" in row and "messages" not in row
-    row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
-    turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row.get("messages"))
-    if turns[-1].role == "assistant":
-        raise RowFault("messages: the last turn is the assistant's, so there is nothing to answer")
-    return turns, parse_tools(row.get("tools"))
+    with _row_faults():
+        row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
+        turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row["messages"])
+        if turns[-1].role == "assistant":
+            raise RowFault("messages: the last turn is the assistant's")
+        return turns, parse_tools(row.get("tools"))
 
 
 def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
-    """The turns in the column `messages` of a row; the first `num_in_prompt` of them are the prompt.
-
-    Raises RowFault if one is malformed, or none is the assistant's with something to learn.
-    """
+    """The turns of a row, of which the assistant's teach something; the first `num_in_prompt` are the prompt."""
     turns = tuple(replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages)))
     answers = [turn for turn in turns if turn.role == "assistant" and (turn.content.strip() or turn.tool_calls)]
     if not any(turn.learnt and not turn.in_prompt for turn in answers):
-        raise RowFault("messages: no turn of role assistant has content and a weight, so there is nothing to learn")
+        raise RowFault("messages: no turn of role assistant has content and a weight")
     return turns
 
 
 def parse_turns(messages: Any) -> Messages:
-    """The turns of a conversation, whether or not there is something to learn. Raises RowFault if one is malformed."""
-    if not isinstance(messages, list) or not messages:
-        raise RowFault(f"messages: must be a list of turns {{role, content}}, got {shown(messages)}")
-    return tuple(_turn(f"messages[{number}]", turn) for number, turn in enumerate(messages))
+    """The turns of a conversation, whether or not there is something to learn."""
+    return tuple(_turn(f"messages[{number}]", _without_nulls(turn)) for number, turn in enumerate(messages))
 
 
 def _turn(where: str, turn: Any) -> Turn:
-    if not isinstance(turn, dict):
-        raise RowFault(f"{where}: must be an object with role and content, got {shown(turn)}")
-    turn = _without_nulls(turn)
     calls = turn.get("tool_calls") or [call for call in [turn.get("function_call")] if call]  # OpenAI's older field
     content: Any = turn.get("content", "" if calls else None)
     if isinstance(content, list):  # parts, joined as they stand
@@ -161,66 +169,48 @@ def _turn(where: str, turn: Any) -> Turn:
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     role, weight, train = _ROLES.get(str(turn.get("role")), turn.get("role")), turn.get("weight"), turn.get("train")
     reasoning = next((turn[name] for name in _REASONING if turn.get(name)), "")
-    for name, is_right, must in (
-        ("role", role in ("system", "user", "assistant", "tool"), "be system, user, assistant or tool"),
-        ("content", isinstance(content, str), "be text, or a list of parts of text"),
-        ("tool_calls", isinstance(calls, list), "be a list of calls"),
-        ("reasoning", isinstance(reasoning, str), "be text"),
-        ("weight", weight in (None, 0, 1), "be 0 or 1"),
-        ("train", train in (None, True, False), "be true or false"),
-    ):
-        if not is_right:
-            raise RowFault(f"{where}.{name}: must {must}, got {shown(turn.get(name))}")
+    is_right = {
+        "role": role in ("system", "user", "assistant", "tool"),
+        "content": isinstance(content, str),
+        "reasoning": isinstance(reasoning, str),
+        "weight": weight in (None, 0, 1),
+        "train": train in (None, True, False),
+    }
+    if wrong := [name for name in is_right if not is_right[name]]:
+        raise RowFault(f"{where}.{wrong[0]}: got {shown(turn.get(wrong[0]))}")
     return Turn(
         role=role,
         content=content,
-        tool_calls=tuple(_tool_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)),
+        tool_calls=tuple(map(_tool_call, calls)),
         reasoning=reasoning,
         labels={key: str(turn[key]) for key in ("name", "tool_call_id") if turn.get(key)},
         learnt=weight in (None, 1) and train in (None, True),
     )
 
 
-def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
+def _tool_call(call: Any) -> Mapping[str, Any]:
     """{type, id, function: {name, arguments}}; a call may be given without the outer object."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowFault(f"{where}: must be {{type: function, function: {{name, arguments}}}}, got {shown(call)}")
-    arguments = _parsed(function.get("arguments") or {}, f"{where}.arguments")
-    if not isinstance(arguments, dict):
-        raise RowFault(f"{where}.arguments: must be an object or JSON of one, got {shown(arguments)}")
-    id = {"id": call["id"]} if call.get("id") else {}
+    function, id = call.get("function", call), {"id": call["id"]} if call.get("id") else {}
+    arguments = dict(_parsed(function.get("arguments")) or {})
     return {"type": "function", **id, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def parse_tools(tools: Any) -> Tools:
     """The column `tools` of a row: a list of functions, or JSON of one; null is none."""
-    functions = _parsed(tools, "tools") or []
-    if not isinstance(functions, list):
-        raise RowFault(f"tools: must be a list of functions, got {shown(tools)}")
-    found = []
-    for number, entry in enumerate(functions):
-        tool = _without_nulls(_parsed(entry, f"tools[{number}]"))
-        if isinstance(tool, dict) and "function" not in tool and "name" in tool:
-            tool = {"type": "function", "function": tool}
-        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
-            raise RowFault(f"tools[{number}]: must be {{type: function, function: {{name, ...}}}}, got {shown(entry)}")
-        found.append(tool)
-    return tuple(found)
+    found = [_without_nulls(_parsed(tool)) for tool in _parsed(tools) or []]
+    made = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found)
+    if not all("name" in tool["function"] for tool in made):
+        raise RowFault(f"tools: must be a list of functions with a name, got {shown(tools)}")
+    return made
 
 
-def _parsed(value: Any, where: str) -> Any:
+def _parsed(value: Any) -> Any:
     """A value, or what its JSON text stands for."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return parse_json(value)
-    except ValueError as error:
-        raise RowFault(f"{where}: is not JSON ({error}), got {shown(value)}") from None
+    return parse_json(value) if isinstance(value, str) and value.strip() else value
 
 
 def _without_nulls(value: Any) -> Any:
-    """A copy without the keys that are null: Parquet gives every call of a column the keys of all the others."""
+    """A copy without keys that are null: Parquet gives each call of a column the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -230,40 +220,32 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _choices(row: Row, label: str, id: str) -> Example:
-    """Schema rows; a row that names one of the eight tasks gets that task's prompt."""
+    # a row that names one of the eight tasks gets that task's prompt
     task = optional_text(row, "task") or (label if label in COMMONSENSE_TASKS else "")
     return example_of_row(row, task=task, label=label, id=id)
 
 
 def _chat(row: Row, label: str, id: str, turns: Any, num_in_prompt: int = 0) -> Example:
-    """Turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
     messages, tools = parse_messages(turns, num_in_prompt), parse_tools(row.get("tools"))
     return Example(label, row_id(row, id), "", "", messages=messages, tools=tools)
 
 
-def _sharegpt_turns(row: Row) -> Any:
+def _sharegpt_turns(row: Row) -> list[Any]:
     """The turns {role, content} of a row of {from, value}, and maybe a column `system`."""
-    if not isinstance(row["conversations"], list):
-        return row["conversations"]
     system = optional_text(row, "system")
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
-    for number, turn in enumerate(row["conversations"]):
-        if isinstance(turn, dict) and "from" in turn:
-            said = turn.get("value")
-            made = turn | {"role": turn["from"], "content": said}
+    for turn in row["conversations"]:
+        if "from" in turn:
+            turn = turn | {"role": turn["from"], "content": turn["value"]}
             if turn["from"] == "function_call":  # of LLaMA-Factory: JSON of a call, or of a list of calls
-                calls = _parsed(said, f"conversations[{number}].value")
-                made |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-            turn = made
+                calls = _parsed(turn["value"])
+                turn |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         turns.append(turn)
     return turns
 
 
 def _completion(row: Row, label: str, id: str) -> Example:
-    """Prompt and completion, joined as they stand: the space between them belongs to the completion (or the prompt).
-
-    Both may be lists of turns instead, which make one chat, of which only the completion is learnt.
-    """
+    """Prompt and completion, joined as they stand; or two lists of turns, of which the second is learnt."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat(row, label, id, [*prompt, *completion], len(prompt))
@@ -274,7 +256,7 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
 
 def _two_turns(row: Row, columns: Sequence[str], label: str, id: str) -> Example:
-    """The chat of a prompt and its completion, or of an instruction with its input and its output."""
+    """The chat of prompt and completion, or of instruction, input and output."""
     question, answer = (text_field(row, name) for name in columns)
     system, given = optional_text(row, "system"), optional_text(row, "input") if "output" in columns else ""
     turns = [{"role": "system", "content": system}] if system else []
@@ -290,7 +272,6 @@ _ALPACA = (
 
 
 def _alpaca(row: Row, label: str, id: str) -> Example:
-    """instruction, output, maybe input."""
     instruction, output, given = text_field(row, "instruction"), text_field(row, "output"), optional_text(row, "input")
     paired = ", paired with an input that provides further context" if given else ""
     section = f"### Input:\n{given}\n\n" if given else ""
@@ -300,12 +281,10 @@ def _alpaca(row: Row, label: str, id: str) -> Example:
 
 def _commonsense170k(row: Row, label: str, id: str) -> Example:
     """LLM-Adapters (arXiv 2304.01933): Alpaca rows with an answer."""
-    answer = optional_text(row, "answer")
-    return with_named_choices(_alpaca(row, label, id), text_field(row, "instruction"), answer)
+    return with_named_choices(_alpaca(row, label, id), row["instruction"].strip(), optional_text(row, "answer"))
 
 
 def _text(row: Row, label: str, id: str) -> Example:
-    """Plain text; all of it is learnt."""
     text_field(row, "text")
     return Example(label, row_id(row, id), "", row["text"])
 
@@ -320,23 +299,19 @@ class Format:
     json: tuple[str, ...] = ()  # columns whose text is JSON where it can be: CSV files hold lists as text
 
 
-_TOOLS = ("tools", "task", "id")
+def _messages(row: Row, label: str, id: str) -> Example:
+    return _chat(row, label, id, row["messages"])
+
+
+def _sharegpt(row: Row, label: str, id: str) -> Example:
+    return _chat(row, label, id, _sharegpt_turns(row))
+
+
+_TOOLS, _CHOICES = ("tools", "task", "id"), ("question", "choices", "answer")
 FORMATS: dict[str, Format] = {
-    "choices": Format(
-        ("question", "choices", "answer"), _choices, ("task", "id", "context", "passage"), json=("choices", "answer")
-    ),
-    "messages": Format(
-        ("messages",),
-        lambda row, label, id: _chat(row, label, id, row["messages"]),
-        _TOOLS,
-        json=("messages", "tools"),
-    ),
-    "sharegpt": Format(
-        ("conversations",),
-        lambda row, label, id: _chat(row, label, id, _sharegpt_turns(row)),
-        (*_TOOLS, "system"),
-        json=("conversations", "tools"),
-    ),
+    "choices": Format(_CHOICES, _choices, ("task", "id", "context", "passage"), json=("choices", "answer")),
+    "messages": Format(("messages",), _messages, _TOOLS, json=("messages",)),
+    "sharegpt": Format(("conversations",), _sharegpt, (*_TOOLS, "system"), json=("conversations",)),
     "completion": Format(("prompt", "completion"), _completion, _TOOLS),
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),

@@ -6,7 +6,7 @@ The examples of a split are counted, cut and drawn from before any of them is re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.mix import Mix, make_mix
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet, tokenize_all
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.user_paths import cache_folder, user_path
 from qdora.recipe.data_settings import (
     COMMONSENSE_TASKS,
@@ -33,31 +33,23 @@ from qdora.recipe.data_settings import (
     SourceConfig,
     absolute_pattern,
     is_path,
-    is_pattern,
     names_files,
 )
 from qdora.recipe.settings import Recipe
 
-AUTO_MICRO_BATCH_TOKENS = 2048
-"""train.micro_batch_tokens: auto, unless a longer example needs more."""
+AUTO_MICRO_BATCH_TOKENS = 2048  # train.micro_batch_tokens: auto, unless a longer example needs more
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SplitExamples(Sequence[Example]):
-    """Some rows of a split as Examples. Every pass over them reads the rows again and keeps none.
+    """Some rows of a split as Examples. Every pass over them reads the rows again and keeps none."""
 
-    Attributes:
-        rows, make: The rows of the split, and how one becomes an Example: (row, place), or RowFault.
-        indices: The rows that are meant, rising.
-        unused: Columns that were not read, filled by a pass.
-    """
-
-    rows: Rows
-    make: Callable[[Any, str], Example]
-    indices: Sequence[int]
-    unused: set[str] = field(default_factory=set)
+    rows: Rows  # of the whole split
+    make: Callable[[Any, str], Example]  # of a row and its place
+    indices: Sequence[int]  # the rows that are meant, rising
+    unused: set[str] = field(default_factory=set)  # columns that were not read, filled by a pass
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -91,11 +83,10 @@ class SplitExamples(Sequence[Example]):
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
     """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness."""
-    num_validation = 0 if fraction == 0.0 else max(1, round(len(examples) * fraction))
+    num_validation = max(1, round(len(examples) * fraction)) if fraction else 0
     if num_validation >= len(examples):
-        raise UserError(
-            f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction {fraction}."
-        )
+        what = f"{len(examples)} examples leave none to train on after data.validation_fraction"
+        raise UserError(f"{name}: {what} {fraction}.")
     border = len(examples) - num_validation
     first, last = examples.indices[:border], examples.indices[border:]
     return replace(examples, indices=first), replace(examples, indices=last)
@@ -118,35 +109,34 @@ def load_source(source: SourceConfig, split: str | None = None) -> list[Example]
 
 
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
-    """All examples of one split of a source, unread; `source.limit` is not applied.
+    """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`.
 
-    The split is `source.split` by default; a single file has only one and ignores it.
+    A single file has only one split and ignores it.
     """
-    split = split or source.split
+    split, task = split or source.split, source.task
     if source.is_local:
-        rows = rows_of_split(user_path(str(source.path or source.source)), split)
-    elif source.task is None:
+        rows = rows_of_split(_place(source), split)
+    elif task is None:
         rows = hub_rows(source, split)
-    elif source.task.startswith("demo/"):
-        made = [replace(each, task=source.label) for each in demo.examples(source.task.removeprefix("demo/"), split)]
-        rows = Rows(source.task, "row", len(made), lambda indices: ((index, {}) for index in indices))
+    elif task.startswith("demo/"):
+        made = [replace(each, task=source.label) for each in demo.examples(task.removeprefix("demo/"), split)]
+        rows = Rows(task, "row", len(made), lambda indices: ((index, {}) for index in indices))
         return SplitExamples(rows, lambda _, place: made[int(place)], range(len(made)))
     else:
-        rows = hub_task_rows(source.task, split, source.revision)
-    return _examples(source, rows)
-
-
-def _examples(source: SourceConfig, rows: Rows) -> SplitExamples:
-    """The rows as Examples; the columns of the first ones tell the format of the user's own data."""
-    some = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if source.task is None else ()
-    first = [row for _, row in some if not isinstance(row, RowFault)]
-    make = RowExamples(source, first, rows.where, named=source.name is not None)
+        rows = hub_task_rows(task, split, source.revision)
+    first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
+    readable = [row for _, row in first if not isinstance(row, RowFault)]
+    make = RowExamples(source, readable, rows.where, named=source.name is not None)
     return SplitExamples(rows, make, range(rows.num_rows), make.unused)
+
+
+def _place(source: SourceConfig) -> Path:
+    return user_path(str(source.path or source.source))
 
 
 def open_shards(source: SourceConfig) -> Shards:
     """The training split of a streamed source. Its rows are not read yet."""
-    return local_shards(user_path(str(source.source)), source.split) if source.is_local else hub_shards(source)
+    return local_shards(_place(source), source.split) if source.is_local else hub_shards(source)
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
@@ -154,46 +144,42 @@ def has_split(source: SourceConfig, split: str) -> bool:
     if source.split == split:
         return False
     if source.is_local:
-        directory = user_path(str(source.path or source.source))
-        return directory.is_dir() and bool(files_of_split(directory, split))
+        return _place(source).is_dir() and bool(files_of_split(_place(source), split))
     if source.task is not None:
         return split in (demo.SPLITS if source.task.startswith("demo/") else HUB_TASKS[source.task].splits)
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
 def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
-    """The training examples of a source and those to validate on, unread. `source.limit` counts only for training.
+    """The training examples of a source and those to validate on, unread.
 
-    The validation examples come from `source.validation` (a split or a file), else from the validation split, else
+    The latter come from `source.validation` (a split or a file), else from the validation split, else
     `data.validation_fraction` is cut from the end of the train split before the limit draws from it. A stream gives no
-    training examples, and no validation but what is named or has a file.
+    training examples, and only validation examples that are named or have a file.
     """
-    validation, own = source.validation, source.source
-    file = validation if validation is not None and names_files(validation) else None
-    single_file = own is not None and is_path(own) and (is_pattern(own) or user_path(own).is_file())
-    if validation is not None and file is None and (single_file or validation == source.split):
-        why = f"{own} has no splits" if single_file else f"{source.split} is trained on"
-        raise UserError(f"validation {validation!r}: {why}. Fix: name a file.")
+    validation = source.validation
+    is_file = validation is not None and names_files(validation)
+    held = source.model_copy(update={"path": validation}) if is_file else source
+    single_file = source.is_local and source.task is None and not _place(source).is_dir()
+    if validation is not None and not is_file and (single_file or validation == source.split):
+        raise UserError(f"validation {validation!r}: {source.label} has no such split besides. Fix: name a file.")
     cut = validation is None and not has_split(source, "validation")
     if source.stream and cut:
         return None, None  # only reading all of it would tell where its end is
     train = None if source.stream else open_source(source)
+    if is_file and (both := _files(source, source.split) & _files(held, source.split)):
+        raise UserError(f"validation {validation!r}: {min(both)} is trained on, too. Fix: name another file.")
     if train is not None and cut:
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
-    elif file is not None:
-        held_out = _examples(source, rows_of_split(user_path(file), source.split))
-        if both := _files(source, source.split) & _files(source.model_copy(update={"path": file}), source.split):
-            raise UserError(f"validation {file!r}: {min(both)} is trained on, too. Fix: name another file.")
     else:
-        held_out = open_source(source, validation or "validation")
+        held_out = open_source(held, source.split if is_file else validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
 
 
 def _files(source: SourceConfig, split: str) -> set[Path]:
     """The files of a split, symbolic links followed; none of data that is on the Hub, or missing by now."""
     with suppress(UserError):
-        if source.is_local:
-            return {path.resolve() for path in files_of(user_path(str(source.path or source.source)), split)}
+        return {path.resolve() for path in files_of(_place(source), split)} if source.is_local else set()
     return set()
 
 
@@ -214,10 +200,10 @@ def has_splits(place: str) -> bool:
 
 
 def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
-    """A place of `place_of` as a source, with the format, chat, columns and template of a source of the run.
+    """A place of `place_of` as a source, read like a source of the run.
 
-    That source is the one called `like`, else one that trains or validates on this place, else any if all of the mix
-    are read the same way. Otherwise the format follows from the columns, after a warning if some source has settings.
+    That is the one called `like`, else one that trains or validates on this place, else any if all of the mix are read
+    the same way. Otherwise the format follows from the columns, after a warning if some source has settings.
     """
     plain, own = SourceConfig.model_construct(), [source for source in mix if source.source is not None]
     same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
@@ -227,7 +213,7 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     if candidates and all(layouts[each.label] == layouts[candidates[0].label] for each in candidates):
         layout = candidates[0]
     elif set_up := [name for name, each in layouts.items() if each != ("auto", False, None, None)]:
-        text = "%s is read by the names of its columns alone. To read it like a source, name it with --tasks: %s."
+        text = "%s is read by its columns alone. To read it like a source, name it with --tasks: %s."
         logger.warning(text, place, ", ".join(set_up))
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
@@ -237,36 +223,27 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
     """The sources that train on the given data: on one of its files, or on the same split on the Hub."""
     files, hub = _files(given, split), (given.source, given.config, split)
-    return [
-        source.label
-        for source in mix
-        if files & _files(source, source.split) or hub == (source.source, source.config, source.split)
-    ]
+    on_hub = [source.label for source in mix if hub == (source.source, source.config, source.split)]
+    return on_hub + [source.label for source in mix if files & _files(source, source.split)]
 
 
 # The data of a recipe
 
 
-class Faults:
-    """Gathers the faults of the sources of a mix, so that one answer has all of them."""
+@contextmanager
+def _kept(errors: dict[int, UserError], index: int) -> Iterator[None]:
+    """Keep what the block is refused for, so that one answer has the faults of all sources."""
+    try:
+        yield
+    except UserError as error:
+        errors[index] = error
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.kinds: set[type[UserError]] = set()
 
-    @contextmanager
-    def of(self, index: int) -> Iterator[None]:
-        """Keep what the block is refused for under the number of its source."""
-        try:
-            yield
-        except UserError as error:
-            self.lines += (f"data.mix[{index}]: {fault}" for fault in error.faults)
-            self.kinds.add(type(error))
-
-    def check(self) -> None:
-        """Raise UserError, or HubFailure if none but the Hub is at fault."""
-        if self.lines:
-            raise (self.kinds.pop() if len(self.kinds) == 1 else UserError)(*self.lines)
+def _refuse(errors: Mapping[int, UserError]) -> None:
+    """Raise UserError if there are errors, or HubFailure if none but the Hub is at fault."""
+    if errors:
+        kind = HubFailure if all(isinstance(error, HubFailure) for error in errors.values()) else UserError
+        raise kind(*(f"data.mix[{index}]: {fault}" for index, error in errors.items() for fault in error.faults))
 
 
 def read_data(
@@ -274,41 +251,40 @@ def read_data(
 ) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    With `names`, sources of other names are left out and give no examples.
+    Sources of other names than `names` (None: all) give no examples.
     """
     train: list[Sequence[Example]] = [() for _ in data.mix]
     validation: dict[str, list[Example]] = {}
-    faults = Faults()
+    errors: dict[int, UserError] = {}
     for index, source in enumerate(data.mix):
-        with faults.of(index):
+        with _kept(errors, index):
             if names is None or source.label in names:
                 examples, held_out = train_and_validation(source, data)
                 train[index] = () if examples is None else examples
                 if held_out is not None and len(held_out):
                     validation[source.label] = to_score(held_out, data)
-    faults.check()
+    _refuse(errors)
     return train, validation
 
 
 def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
     """Check the files and the first rows of some sources as a run does, without a tokenizer."""
-    faults = Faults()
+    errors: dict[int, UserError] = {}
     for index, source in enumerate(data.mix):
-        with faults.of(index):
+        with _kept(errors, index):
             if source.label not in names:
                 continue
             if source.stream:
                 ExampleStream(open_shards(source), data, index, None).check_rows()
             for part in train_and_validation(source, data):
                 list(part[:FIRST_ROWS] if part is not None else ())
-    faults.check()
+    _refuse(errors)
 
 
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
-    """The examples of a run's sources in one split: train and validation as in training, or test.
+    """The examples of a run's sources (None: all) in one split: train and validation as in training, or test.
 
-    `names` are the sources that are wanted (None: all); others need not have the split. A source without it is refused:
-    its training examples are never taken instead.
+    A source without the split is refused: its training examples are never taken instead.
     """
     sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}
     if split in ("train", "validation"):
@@ -324,7 +300,7 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
 
 
 def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
-    """Examples of an evaluation, in which those turns of chats are scored that training learns: see `data.loss_on`."""
+    """Examples of an evaluation: of chats the turns are scored that `data.loss_on` learns."""
     if data.loss_on != "last":
         return list(examples)
     return [replace(each, messages=with_last_learnt(each.messages)) for each in examples]
@@ -333,7 +309,7 @@ def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
     """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
 
-    With `by_name` the commonsense tasks ask for the name of a choice, as the DoRA paper does, not for its text.
+    With `by_name` the commonsense tasks ask for the name of a choice, not for its text.
     """
     local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
     named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
@@ -356,15 +332,15 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
 def tokenized_sources(
     data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
 ) -> list[TokenizedSet | ExampleStream]:
-    """Each source as tokens, made or read from what an earlier start kept; only those of `names`, if given."""
+    """Each source of `names` (None: all) as tokens, made or read from what an earlier start kept."""
     options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
-    faults = Faults()
+    errors: dict[int, UserError] = {}
     for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
-        with faults.of(index):
+        with _kept(errors, index):
             if names is not None and source.label not in names:
                 continue
             if source.stream:
@@ -380,7 +356,7 @@ def tokenized_sources(
             layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
             layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
             sets.append(cache.kept(layout | options, make))
-    faults.check()
+    _refuse(errors)
     return sets
 
 
@@ -390,7 +366,7 @@ def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> T
 
 
 def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:
-    """Whether a source of a mix has chats, by the first example of each; `train` is what the mix was made of."""
+    """Whether a source has chats, by the first example of each; `train` is what the mix was made of."""
     return any(
         part.has_chats if isinstance(part, ExampleStream) else bool(examples[0].messages)
         for part, examples in zip(mix.sets, train, strict=True)
@@ -398,12 +374,9 @@ def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
-    """The loader of the recipe's steps, or of a process's share of each of them.
-
-    With data.packing it packs in "rows", until the loaded model shows what its attention takes.
-    """
+    """The loader of the recipe's steps, or of a process's share of each of them."""
     batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
-    if recipe.data.packing:
+    if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length
     return StepLoader(
         mix.sets,

@@ -1,9 +1,8 @@
 """Accuracy by generation: the model answers in its own words, and the answer is read from them.
 
-The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1), which is that of LLM-Adapters (arXiv
-2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). One
-thing differs: decoding is greedy, the published script searches with 4 beams. An output without any of the names is not
-right, and is counted separately: a model that does not keep to the format differs from one that errs.
+The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1; LLM-Adapters, arXiv 2304.01933): an
+instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). Unlike the published
+script, which searches with 4 beams, decoding is greedy. Outputs without any of the names are counted separately.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.spans import head_input, length_batches, padded, pads_left, results_of, scoring
-from qdora.evaluate.suite import FEWEST, Cell, Result, averaged, conditions, estimated, percent, results_table, spread
+from qdora.evaluate.suite import Cell, Result, average_of, conditions, estimated, percent, results_table, spread
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
@@ -69,8 +68,7 @@ def evaluate_generated(
 
     A record of `per_example` has the index of the choice that the output names first, None where it names none. The
     output ends at the token that decided the answer, else at the end of sequence or the last allowed token. The
-    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`, and a batch has at most
-    `max_batch_tokens` tokens, padding and new tokens included.
+    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`.
     """
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
@@ -108,49 +106,36 @@ def evaluate_generated(
             own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
         tasks[task] = _counted(own, [len(choices) for choices in names])
         records += own
-    settings = {
-        "method": "generate",
-        "decoding": "greedy",
-        "limit": limit,
-        "block": block,
-        "max_new_tokens": max_new_tokens,
-        "max_batch_tokens": max_batch_tokens,
-        **conditions(model, began),
-    }
-    return GenerationResult(tasks, _average(list(tasks.values())), settings, records)
+    asked = {"method": "generate", "decoding": "greedy", "limit": limit, "block": block}
+    asked |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
+    return GenerationResult(tasks, average_of(list(tasks.values())), asked | conditions(model, began), records)
 
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
-    """Why these examples cannot be evaluated by generation, a line per task. No model is needed to say."""
-    wrong = {
-        task: next((each.id for each in examples if not answer_names(each.choices)), None)
-        for task, examples in examples_by_task.items()
-    }
-    return [
-        f"eval.method: generate needs choices that differ in one word, unlike example {id} of task {task}. Fix: set "
-        "data.mix[].format: commonsense170k for the eight commonsense tasks, or eval.method: loglikelihood."
-        for task, id in wrong.items()
-        if id is not None
-    ]
+    """Why these examples cannot be evaluated by generation, a line per task."""
+    faults = []
+    for task, examples in examples_by_task.items():
+        wrong = next((each.id for each in examples if not answer_names(each.choices)), None)
+        if wrong is not None:
+            what = f"needs choices that differ in one word, unlike example {wrong} of task {task}"
+            faults.append(f"eval.method: generate {what}. Fix: for the eight tasks set format: commonsense170k.")
+    return faults
 
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
-    """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
-
-    def acc(result: GeneratedResult) -> str:
-        return percent(result.acc, None if result.num_examples < FEWEST else result.acc_stderr)
-
-    def counts(result: GeneratedResult) -> str:
-        return f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
-
+    """A row per task and, per label, accuracy in % ± standard error, and right / wrong / unparsable."""
     shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
-    return results_table("answers generated", results, shared, {"acc %": acc, "right / wrong / unparsable": counts})
+    own: dict[str, Cell] = {
+        "acc %": lambda each: percent(each.acc, each.acc_stderr, each.num_examples),
+        "right / wrong / unparsable": lambda each: f"{each.num_right} / {each.num_wrong} / {each.num_unparsable}",
+    }
+    return results_table("answers generated", results, shared, own)
 
 
 def _prompts(
     tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
+    """Ids of each prompt, and how many were cut from its left so that the answer fits the model's context."""
     prefix = special_prefix(tokenizer)
     encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
@@ -177,15 +162,6 @@ def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -
     )
 
 
-def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
-    counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
-    return GeneratedResult(
-        **{name: sum(getattr(result, name) for result in results) for name in counts},
-        **estimated("acc", averaged(results, "acc")),
-        chance=float(np.mean([result.chance for result in results])),
-    )
-
-
 _NAME = re.compile(r"[^\W_][\w'-]*")
 
 
@@ -208,8 +184,8 @@ def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
 def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     """(index of the name that stands first in the text or None, whether more text could change that).
 
-    As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
-    in any case, and one of this question: "answer5" is no answer to a question with four choices.
+    Unlike in the published evaluation a name is a whole word in any case, and one of this question: "answer5" is no
+    answer to a question with four choices.
     """
     ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
     listed = "|".join(f"({re.escape(name)})" for name in ordered)
@@ -237,8 +213,7 @@ def decode_greedily(
     """The new ids of every prompt: the most likely next token, again and again.
 
     A row ends at the first of `stop_ids`, which is not part of it, or where `finished` is true of the prompt's index
-    and its new ids so far. Prompts of a batch are padded on the left, or have one length where padding would count
-    (`pads_left`); it has at most `max_batch_tokens` tokens, new ones and padding counted, unless one row is longer.
+    and its new ids so far. A batch has at most `max_batch_tokens` tokens, new ones and padding counted.
     """
     can_pad = pads_left(model)
 
@@ -270,7 +245,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
     """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
 
     `ids` and `mask` are (rows, length) int64, padded on the left. The model's own config, with a repetition penalty
-    perhaps, is set aside: `generate` takes from it whatever it is not given, even if it is given a whole config.
+    perhaps, is set aside: `generate` takes from it whatever it is not given.
     """
     device = next(model.parameters()).device
     own, model.generation_config = model.generation_config, GenerationConfig()

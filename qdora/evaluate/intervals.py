@@ -14,11 +14,8 @@ from scipy import optimize, special
 Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
 
-CONFIDENCE = 0.95
-"""That of all intervals over seeds or examples."""
-
-LEAST_P = 1e-15
-"""Smallest p-value that is told: beyond it the quantiles of t lose their digits."""
+CONFIDENCE = 0.95  # of all intervals over seeds or examples
+LEAST_P = 1e-15  # smallest p-value that is given: beyond it the quantiles of t lose their digits
 
 
 @dataclass(frozen=True)

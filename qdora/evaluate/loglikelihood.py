@@ -58,14 +58,10 @@ def score_examples(
 ) -> list[ExampleScore]:
     """Log-likelihood of every choice of every example, or of its answer where it has no choices.
 
-    Token ids are those of training: prompt and choice encoded together, without the end-of-sequence token; in a chat
-    the assistant's turns with their end marks. An example longer than the model's context loses tokens at the left of
-    its prompt, the same number for all its choices, as in lm-evaluation-harness (but it keeps a beginning-of-sequence
-    token, as in training). An answer that is too long by itself (plain text is all answer) is scored in windows that
-    overlap by half, each token once.
-
-    Raises UserError if there is no token to score, a choice with its border alone exceeds the context, or a chat does
-    not fit the chat template; all faults at once.
+    Token ids are those of training, without the end-of-sequence token; in a chat the assistant's turns with their end
+    marks. An example longer than the model's context loses tokens at the left of its prompt, the same number for all
+    its choices, but for a beginning-of-sequence token. An answer that is too long by itself (plain text is all answer)
+    is scored in windows that overlap by half, each token once.
     """
     spans, truncated = _spans(tokenizer, examples, context_length(model))
     if any(truncated):
@@ -89,7 +85,7 @@ def score_examples(
 
 
 def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
-    """What `score_examples` would refuse with a model of this `context_length`, without the model; [] for nothing."""
+    """What `score_examples` would refuse with a model of this `context_length`."""
     try:
         _spans(tokenizer, examples, context)
     except UserError as error:
@@ -98,10 +94,8 @@ def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | N
 
 
 def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> tuple[list[list[Span]], list[int]]:
-    """Per example its spans, and the tokens cut from its prompt.
-
-    They are one for each choice; without choices those of the answer, several for a chat or a long text.
-    """
+    """Per example a span for each choice, or those of its answer (several for a chat or a long text), and the tokens
+    cut from its prompt."""
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
@@ -145,10 +139,8 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int
 
 
 def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
-    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
-
-    The first `prefix` ids are special tokens, which are kept.
-    """
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack; the
+    first `prefix` ids, special tokens, are kept."""
     start = max(start, 1)
     if start >= len(ids):
         return [], 0

@@ -19,20 +19,15 @@ from qdora.evaluate.spans import score_spans, strided_spans
 from qdora.model.attention import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
-DEFAULT_WINDOW = 2048
-"""Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
+DEFAULT_WINDOW = 2048  # tokens, if the model takes as many: the length in published WikiText perplexities
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Sums over all texts, and what follows from them.
-
-    The first token of a text has no context and is not scored, unless the tokenizer puts a beginning-of-sequence token
-    before it.
-    """
+    """Sums over all texts, and what follows from them."""
 
     nll_sum: float  # nats
-    num_tokens: int  # scored
+    num_tokens: int  # scored: of a text all but the first, which counts behind a beginning-of-sequence token
     num_bytes: int  # UTF-8 bytes of the texts, whole
     num_texts: int
     window: int
@@ -97,25 +92,21 @@ def read_texts(paths: Sequence[Path | str]) -> list[str]:
 def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[Sequence[int]]) -> list[float]:
     """Mean over all positions of all texts (token ids) of ||h - h'|| / ||h'||, after each block in turn.
 
-    h' are the hidden states of the reference on its own earlier ones, so the errors of earlier blocks are in h. Those
-    of the last block are taken after the model's final norm. Every position counts the same: in the middle blocks of
-    many models the first one is longer than all others together (massive activations, arXiv 2402.17762), so that an
-    error of all positions as one vector would be its error alone. What is beyond the models' context is left out.
+    h' are the hidden states of the reference on its own earlier ones, so the errors of earlier blocks are in h. Every
+    position counts the same: in many models the first one is longer than all others together (massive activations,
+    arXiv 2402.17762). What is beyond the models' context is left out.
     """
     context, sums, number = context_length(model), torch.zeros(()), 0
     with evaluation_mode(model), evaluation_mode(reference):
         for ids in texts:
             tokens = torch.tensor([list(ids)[:context]])
-            own, expected = (
-                torch.cat([state.cpu().float() for state in _states(each, tokens)]) for each in (model, reference)
-            )
+            own, expected = _states(model, tokens), _states(reference, tokens)
             errors = (own - expected).norm(dim=-1) / expected.norm(dim=-1)  # (blocks, positions)
             sums, number = sums + errors.double().sum(dim=1), number + tokens.shape[1]
     return [float(each) for each in sums / number]
 
 
-def _states(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
-    """(1, positions, width) after each block."""
+def _states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(blocks, positions, width) float32: the states after each block."""
     output = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
-    states: tuple[Tensor, ...] = output.hidden_states[1:]
-    return states
+    return torch.cat([state.cpu().float() for state in output.hidden_states[1:]])

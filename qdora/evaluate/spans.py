@@ -1,8 +1,7 @@
 """Log-likelihoods of token spans: the forward passes under every score, perplexity included.
 
-A span is a token sequence of which the tail is scored. Spans that belong together (the choices of one question) share a
-prefix. Where the model's cache allows it, the prefix runs once and its cache is copied to every choice, so that only
-the choices' own tokens follow. This file knows token ids and a model, nothing of text or tasks.
+Spans that belong together (the choices of one question) share a prefix. Where the model's cache allows it, the prefix
+runs once and its cache is copied to every choice, so that only the choices' own tokens follow.
 """
 
 from __future__ import annotations
@@ -33,22 +32,16 @@ from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.attention import vocabulary_size
 from qdora.model.patches import fast_grouped_attention, known_masks
 
-# One forward pass never makes more logits than this (256 MiB in bf16), whatever the vocabulary: of 2,730 tokens of a
-# 49k vocabulary, 524 of a 256k one. Only a long span of a model without a shared prefix makes more.
+# Of a forward pass, 256 MiB in bf16: 2,730 tokens of a 49k vocabulary, 524 of a 256k one.
 _MAX_LOGITS = 2**27
-# Copies of the prefix cache, one per choice, that live at the same time: 1,600 tokens of a 70B model (grouped keys).
-_MAX_CACHE_BYTES = 2**29
-# Logits turned to float32 at a time. On a CPU 4 MiB, which stay in its cache: three times as fast as 100 MiB.
-_SOFTMAX_LOGITS = 2**25
-_CPU_SOFTMAX_LOGITS = 2**20
-# A batch of at least so many tokens is closed when the next row would fill less than this share of its width: with one
-# wide choice among many narrow ones, most of the batch would be padding.
-_ENOUGH_TOKENS = 512
-_LEAST_FILL = 0.8
+_MAX_CACHE_BYTES = 2**29  # of the copies of the prefix cache, one per choice
+# Logits turned to float32 at a time. On a CPU they stay in its cache: three times as fast as 2**25.
+_SOFTMAX_LOGITS, _CPU_SOFTMAX_LOGITS = 2**25, 2**20
+# A batch of so many tokens is closed when the next row would fill less than this share of its width.
+_ENOUGH_TOKENS, _LEAST_FILL = 512, 0.8
 
 Result = TypeVar("Result")
-Exchange = Callable[[Any], list[Any]]
-"""The values of all processes, JSON types, from that of this one; raises where another process has failed."""
+Exchange = Callable[[Any], list[Any]]  # JSON values of all processes; raises where another one has failed
 
 logger = logging.getLogger("qdora")
 
@@ -72,11 +65,10 @@ class Span:
 
 
 def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) -> list[Span]:
-    """Windows over one text, in its order, such that tokens first .. len-1 are scored exactly once.
+    """Windows of at most `window` fed tokens over one text that score tokens first .. len-1 once, first >= 1.
 
-    At most `window` tokens are fed at once. The first window scores all that it can; every later one moves on by
-    `stride` tokens, 1 <= stride <= window, and scores only the new ones. Every scored token has at least
-    window - stride + 1 tokens of context, or all there are. Nothing predicts token 0: first >= 1.
+    The first one scores all that it can; every later one moves on by `stride` tokens and scores only the new ones.
+    Every scored token has at least window - stride + 1 tokens of context, or all there are.
     """
     assert 1 <= stride <= window, (stride, window)
     spans: list[Span] = []
@@ -95,20 +87,17 @@ def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) 
 
 
 def shares_prefix(model: nn.Module) -> bool:
-    """Whether the cache of a prefix can be copied, row by row, to several continuations: with full attention only.
-
-    A sliding window forgets positions.
-    """
+    """Whether the cache of a prefix can be copied to several continuations: a sliding window forgets positions."""
     return _caches_only(model, DynamicLayer)
 
 
 def pads_left(model: nn.Module) -> bool:
-    """Whether padding before a row changes nothing: with attention only, since a recurrent state knows no padding."""
+    """Whether padding before a row changes nothing: a recurrent state knows no padding."""
     return _caches_only(model, DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _caches_only(model: nn.Module, *kinds: type) -> bool:
-    """Whether the model's cache has only layers of these kinds, and takes positions, which padding would shift."""
+    """Whether the cache has only layers of these kinds, and the model takes positions, which padding would shift."""
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(model, "_is_stateful", False):
         return False
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= set(kinds)
@@ -118,8 +107,7 @@ def _caches_only(model: nn.Module, *kinds: type) -> bool:
 def scoring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and fast kernels of attention.
 
-    no_grad rather than inference_mode: a layer may keep what it computes here (rotary tables, the norm of an adapted
-    row), and a tensor made under inference_mode must not enter a later backward pass.
+    Not inference_mode: a layer may keep what it computes here (rotary tables, norms) for a later backward pass.
     """
     with evaluation_mode(model), torch.no_grad(), fast_grouped_attention():
         yield
@@ -129,9 +117,8 @@ def scoring(model: nn.Module) -> Iterator[None]:
 def head_input(model: Any, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the output head gets what `choose` takes from the hidden states (rows, positions, features), contiguous.
 
-    What the model does to its logits (scaling, soft-cap) is unchanged. transformers' own `logits_to_keep` gives the
-    head a slice, for which torch takes a batched product that reads the weight once a row: a whole evaluation took 2.5
-    to 26 times as long on a CPU.
+    transformers' own `logits_to_keep` gives it a slice, for which torch reads the weight once a row: a whole evaluation
+    took 2.5 to 26 times as long on a CPU.
     """
 
     def take(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,13 +128,13 @@ def head_input(model: Any, choose: Callable[[Tensor], Tensor]) -> Iterator[None]
         yield
 
 
-# Batches: items of like length, divided among processes, and in parts where memory is short
+# Batches
 
 
 def length_batches(
     items: Sequence[int], width: Callable[[int], int], fits: Callable[[list[int]], bool]
 ) -> Iterator[list[int]]:
-    """Cut items, widest first, into batches that fit and are not mostly padding; one item always makes a batch."""
+    """Cut items, widest first, into batches that fit, or of one item, and are not mostly padding."""
     batch: list[int] = []
     num_tokens = 0
     for item in items:
@@ -166,11 +153,7 @@ _SHARE: ContextVar[tuple[int, int, Exchange]] = ContextVar("share_of_batches", d
 
 @contextmanager
 def batches_shared(rank: int, size: int, exchange: Exchange) -> Iterator[None]:
-    """In the block, `results_of` computes every `size`-th batch here. All processes must evaluate the same.
-
-    A process in which the block raises must send the others a failure, since they wait for its next exchange
-    (`evaluate_together`).
-    """
+    """In the block, `results_of` computes every `size`-th batch here; see `evaluate_together`."""
     before = _SHARE.set((rank, size, exchange))
     try:
         yield
@@ -184,12 +167,10 @@ def results_of(
     compute: Callable[[list[int]], Sequence[Result]],
     progress: Progress | None = None,
 ) -> dict[int, Result]:
-    """The result, JSON types, of every item of the batches, computed here or in another process (`batches_shared`).
+    """The result, JSON types, of every item of the batches, computed here or in another process.
 
-    A batch whose allocation fails is computed in halves, down to single items, and so are those after it. A smaller
-    batch rounds otherwise, so that the last bits of scores may differ. A base that is divided among processes is not
-    computed again: the others would wait in another batch. `progress` is called after each batch with the items that
-    are done and all items.
+    A batch whose allocation fails is computed in halves, down to single items, and so are those after it; but with a
+    base that is divided among processes, since the others would wait in another batch.
     """
     rank, size, exchange = _SHARE.get()
     is_divided = any(isinstance(module, FSDPModule) for module in model.modules())
@@ -233,14 +214,13 @@ def score_groups(
 ) -> list[NDArray[np.float64]]:
     """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats.
 
-    The tokens that a group's spans share run once. A forward pass has at most `max_batch_tokens` tokens, padding
-    included, unless one row is longer. `progress` counts groups with a prefix and single spans alike.
+    A forward pass has at most `max_batch_tokens` tokens, padding included, unless one row is longer.
     """
     units: list[tuple[Sequence[Span], int]] = []  # spans that run together, and the length of their prefix
     can_share = shares_prefix(model)
     for group in groups:
         prefix = 0
-        if can_share and len(group) > 1:  # tokens at the start of all spans that are equal and not scored
+        if can_share and len(group) > 1:
             shared = (shared_length(group[0].ids, span.ids) for span in group[1:])
             prefix = min(*(span.start for span in group), *shared)
         units += [(group, prefix)] if prefix else [([span], 0) for span in group]
@@ -262,7 +242,7 @@ def score_groups(
             return _score_shared(model, some, max_batch_tokens, max_logits)
         spans = [span for (span,), _ in some]
         num_fed = [span.num_fed for span in spans]
-        if can_share and spans[0].num_scored > max_logits:  # a batch of its own: in pieces, each behind those before it
+        if can_share and spans[0].num_scored > max_logits:  # a batch of its own, in pieces
             cache, scores = DynamicCache(), np.zeros(1)
             for begin in range(0, num_fed[0], max_logits):
                 past, end = torch.ones(1, begin, dtype=torch.long), min(begin + max_logits, num_fed[0])
@@ -281,9 +261,9 @@ def score_groups(
 def _score_shared(
     model: nn.Module, units: list[tuple[Sequence[Span], int]], max_batch_tokens: int, max_logits: int
 ) -> list[list[float]]:
-    """One batch of groups: all prefixes in one pass, then the rest of every span behind a copy of its prefix's cache.
+    """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
-    The prefixes are padded on the left, so that the mask has no hole before a continuation: 0..0 1..1 | 1..1 0..0.
+    Prefixes are padded on the left, so that the mask has no hole before a continuation: 0..0 1..1 | 1..1 0..0.
     """
     spans = [span for group, _ in units for span in group]
     rows = torch.tensor([row for row, (group, _) in enumerate(units) for _ in group])
@@ -312,8 +292,7 @@ def _score_shared(
 
 
 def padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """The rows as one tensor with zeros behind (left: before) the shorter ones, and a mask that is 1 on the rows' own;
-    (rows, longest) int64 both."""
+    """Rows with zeros behind (left: before) the shorter ones, and their mask; (rows, longest) int64."""
     own, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
     ids = pad_sequence(own, batch_first=True, padding_side=side)
     return ids, pad_sequence([torch.ones_like(row) for row in own], batch_first=True, padding_side=side)
@@ -329,11 +308,10 @@ def _scores(
     cache: DynamicCache | None = None,
     past: Tensor | None = None,
 ) -> NDArray[np.float64]:
-    """One forward pass over ids[begin:end] of every span: summed log-likelihood of the tokens that it predicts.
+    """One forward pass over ids[begin:end] of every span: summed log-likelihood of the scored tokens that it predicts.
 
-    These are the scored ones among ids[begin + 1 : end + 1]; (spans,) float64, nats. `rows` is the row of each span, in
-    ascending order; spans of one row are fed once. The cache gets the keys and values of what is fed; `past` is (rows,
-    length) int64, 1 for each own token that it holds already.
+    `rows`: the row of each span, ascending; spans of one row are fed once. The cache gets what is fed; `past` is (rows,
+    length) int64, 1 for each own token that it holds already. Returns (spans,) float64, nats.
     """
     device = next(model.parameters()).device
     rows = range(len(spans)) if rows is None else rows
@@ -364,10 +342,7 @@ def _scores(
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[targets], (targets,) float32, a few rows at a time.
-
-    float32: at a log-probability of -8 the spacing of bf16 is 0.03 nats.
-    """
+    """log softmax(logits)[targets], (targets,) float32: at -8 the spacing of bf16 is 0.03 nats."""
     limit = _CPU_SOFTMAX_LOGITS if logits.device.type == "cpu" else _SOFTMAX_LOGITS
     num_rows = max(limit // logits.shape[-1], 1)
     terms = []
