@@ -302,6 +302,7 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
     assert (found.task, found.metric) == ("worse", "nll_per_token")
     assert found.lower == pytest.approx((change.mean() - half_width(change)) / 2, rel=1e-9)
     assert (found.before, found.after) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
+    assert found.in_words().endswith(f": nll_per_token {found.after:.4g} against {found.before:.4g}")
     best, worst = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 30
     accurate = {"worse": (flat, best), "better": (flat, [0.0] * 40)}  # accuracy counts the other way
     after = {"worse": (flat, worst), "better": (flat, [1.0] * 39 + [0.0])}

@@ -270,6 +270,10 @@ class TaskChange:
     upper: float | None
     metric: LossOrAccuracy = "nll_per_token"
 
+    def in_words(self) -> str:
+        """'boolq is worse than before training: acc 0.6 against 0.7'."""
+        return f"{self.task} is worse than before training: {self.metric} {self.after:.4g} against {self.before:.4g}"
+
 
 def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
     """The change of each task that has the metric, and of their average.

@@ -84,8 +84,7 @@ class StepEvaluations:
         base = self.results.get(self.start)
         worse = [] if step == 0 or base is None else worse_than_before(base, result)
         for each in worse:
-            text = "Step %d: %s is worse than before training (%s %.4g against %.4g), while the average is better."
-            logger.warning(text, step, each.task, each.metric, each.after, each.before)
+            logger.warning("Step %d: %s.", step, each.in_words())
         line = {"eval": tasks, "average": asdict(result.average), "time": seconds}
         return line | ({"worse_than_base": [asdict(each) for each in worse]} if worse else {})
 
