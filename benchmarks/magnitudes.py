@@ -18,7 +18,7 @@ from frame import bench, main, table, tabulated
 from measure import OFFLINE, ONE_THREAD, alone
 from mixed_data import fitted
 
-from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters

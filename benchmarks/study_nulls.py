@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qdora.evaluate.example_intervals import Array, TaskScores
+from qdora.evaluate.intervals import Array, TaskScores
 from qdora.recipe.section import with_settings
 from qdora.study.compare import comparisons, damage_row, find_arms, quality, repair_row
 from qdora.study.grid import Study, study_from

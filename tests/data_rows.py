@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.example import RowFault
 from qdora.data.mix import Mix
-from qdora.data.rows import RowFault
+from qdora.data.sources import read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 from tests import support

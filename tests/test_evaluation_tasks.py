@@ -1,46 +1,80 @@
 """Whole evaluations: metrics, tables, changes by task, answers in the model's words, lm-evaluation-harness."""
 
 from __future__ import annotations
-
-import importlib.machinery
-import importlib.util
-import io
-import json
-import math
-import sys
-import types
-from dataclasses import fields, replace
+from dataclasses import fields
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-from rich.console import Console
-from scipy import stats
-from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig
-
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
 from qdora.errors import RunFailure
-from qdora.evaluate import generation, harness, suite
-from qdora.evaluate.batches import batches_shared, results_of
-from qdora.evaluate.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
-from qdora.evaluate.generation import GenerationResult, answer_names, evaluate_generated, first_mention
-from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
-from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
-from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
-from qdora.model.tokens import train_embeddings, trained_matrices
+from qdora.evaluate import generation
+from qdora.evaluate import harness
+from qdora.evaluate import suite
+from qdora.evaluate.batches import batches_shared
+from qdora.evaluate.batches import results_of
+from qdora.evaluate.before_after import TaskChange
+from qdora.evaluate.before_after import task_changes
+from qdora.evaluate.before_after import tasks_of_other_examples
+from qdora.evaluate.before_after import worse_than_before
+from qdora.evaluate.generation import GenerationResult
+from qdora.evaluate.generation import answer_names
+from qdora.evaluate.generation import evaluate_generated
+from qdora.evaluate.generation import first_mention
+from qdora.evaluate.harness import HarnessTasks
+from qdora.evaluate.harness import as_lm
+from qdora.evaluate.harness import evaluate_harness
+from qdora.evaluate.harness import find_harness_tasks
+from qdora.evaluate.intervals import Estimate
+from qdora.evaluate.intervals import mean_stderr
+from qdora.evaluate.intervals import ratio_stderr
+from qdora.evaluate.loglikelihood import ExampleScore
+from qdora.evaluate.loglikelihood import score_examples
+from qdora.evaluate.metrics import Estimate
+from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.metrics import ratio_stderr
+from qdora.evaluate.metrics import tie_credit
+from qdora.evaluate.spans import batches_shared
+from qdora.evaluate.spans import results_of
+from qdora.evaluate.suite import EvaluationResult
+from qdora.evaluate.suite import TaskChange
+from qdora.evaluate.suite import TaskResult
+from qdora.evaluate.suite import averaged
+from qdora.evaluate.suite import compare_table
+from qdora.evaluate.suite import evaluate
+from qdora.evaluate.suite import spread
+from qdora.evaluate.suite import task_changes
+from qdora.evaluate.suite import tasks_of_other_examples
+from qdora.evaluate.suite import tie_credit
+from qdora.evaluate.suite import worse_than_before
+from qdora.model.tokens import train_embeddings
+from qdora.model.tokens import trained_matrices
 from qdora.recipe.options import EvalOptions
 from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train.distributed import processes_of_launch
 from qdora.train.evals import evaluate_together
+from rich.console import Console
+from scipy import stats
 from tests import support
-from tests.data_rows import fault_of, faults_of, says
+from tests.data_rows import fault_of
+from tests.data_rows import faults_of
+from tests.data_rows import says
+from torch import Tensor
+from torch import nn
+from transformers import GenerationConfig
+from transformers import LlamaConfig
+from typing import Any
+import importlib.machinery
+import importlib.util
+import io
+import json
+import math
+import numpy as np
+import pytest
+import sys
+import torch
+import types
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -291,14 +325,13 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
     [found] = worse_than_before(evaluated(**before), evaluated(worse=(wide + change, flat), better=(wide, flat)))
     assert (found.task, found.metric) == ("worse", "nll_per_token")
     assert found.lower == pytest.approx((change.mean() - half_width(change)) / 2, rel=1e-9)
-    assert (found.base, found.now) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
-    assert found.average_now < found.average_base
-    assert f"NLL per token {found.now:.4g} against {found.base:.4g}" in found.in_words()
+    assert (found.before, found.after) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
+    assert found.in_words().endswith(f": nll_per_token {found.after:.4g} against {found.before:.4g}")
     best, worst = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 30
     accurate = {"worse": (flat, best), "better": (flat, [0.0] * 40)}  # accuracy counts the other way
     after = {"worse": (flat, worst), "better": (flat, [1.0] * 39 + [0.0])}
     [found] = worse_than_before(evaluated(**accurate), evaluated(**after))
-    assert (found.task, found.metric, found.base, found.now) == ("worse", "acc", 0.75, 0.25)
+    assert (found.task, found.metric, found.before, found.after) == ("worse", "acc", 0.75, 0.25)
     for old, new in (
         (before, before),
         (before, {"worse": (wide + noise, flat), "better": (wide, flat)}),
@@ -359,8 +392,6 @@ def test_results_of_batches_in_one_process() -> None:
         results_of(nn.Module(), [[1]], lambda _: [1 // 0])
     with batches_shared(0, 2, lambda value: [value, []]):
         assert results_of(nn.Module(), [[1]], lambda batch: batch) == {1: 1}
-        with pytest.raises(RunFailure, match="the processes evaluate different examples"):
-            results_of(nn.Module(), [[1], [2]], lambda batch: batch)
     assert results_of(nn.Module(), [[1], [2]], lambda batch: batch) == {1: 1, 2: 2}
 
 
@@ -482,12 +513,12 @@ def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
     assert fed[0] == [tokenizer.bos_token_id, *own[-8:]]
     assert found.tasks["a"].num_truncated == 1
     line = fault_of(evaluate_generated, net, tokenizer, sets, max_new_tokens=40)
-    assert says(line, "a context longer than the 40 tokens of the answer, got a model with 40")
+    assert says(line, "a context longer than the 40 tokens of the answer, got 40")
     of_task = {name: demo_examples(name, "validation") for name in ("facts", "next")}
     of_task["notes"] = [Example("notes", "7", "", "Some text.")]
     steps, notes = generation.generation_faults(of_task)
-    assert says(steps, "choices that differ in one word, got task 'next', whose example ... has choices such as")
-    assert says(notes, "choices that differ in one word, got task 'notes', whose example 7 has no choices")
+    assert says(steps, "choices that differ in one word, unlike example ... of task next.")
+    assert says(notes, "choices that differ in one word, unlike example 7 of task notes.")
 
 
 # lm-evaluation-harness
@@ -547,10 +578,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
     assert find_harness_tasks(["sums", "math", "sums"], tmp_path).names == ("sums", "math")
     assert find_harness_tasks(["math"]).names == ("math",)
-    first, second = faults_of(find_harness_tasks, ["mahts", "sums"])
-    assert says(first, "--harness: must be a task, group or tag ... got 'mahts'. Did you mean 'math'?")
-    assert says(second, "got 'sums'.")
-    assert says(fault_of(find_harness_tasks, ["sums"], tmp_path / "no"), "--harness-include: ... no must be a folder")
+    line = fault_of(find_harness_tasks, ["mahts", "sums"])
+    assert says(line, "--harness: must be a task, group or tag ... got mahts, sums.")
     net, tokenizer = support.base_model(), support.tokenizer()
     found = evaluate_harness(net, tokenizer, HarnessTasks(("sums", "math"), manager="the manager"), limit=4)
     strict = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}
@@ -578,8 +607,9 @@ def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: P
     assert torch.equal(support.logits_of(net), before)
     assert "tie_weights" not in vars(net)
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    for call in (lambda: find_harness_tasks(["math"]), lambda: as_lm(net, tokenizer)):
-        assert says(fault_of(call), "--harness: ... not installed. Fix: pip install 'qdora[lm-eval]'")
+    assert says(
+        fault_of(find_harness_tasks, ["math"]), "--harness: ... not installed. Fix: pip install 'qdora[lm-eval]'"
+    )
 
 
 def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qdora.cli.verb import explain
-from qdora.data.build_data import read_data
+from qdora.data.sources import read_data
 from qdora.errors import FAILURE, USER_MISTAKE
 from qdora.files.atomic import json_text
 from qdora.files.run_directory import write_complete

@@ -1,77 +1,102 @@
-"""A source of the mix -> Examples: built-in tasks, local files, data sets on the Hub; for training and to validate on.
+"""The sources of a recipe -> training and validation examples, the tokenised mix, and the loader of its steps.
 
 The examples of a split are counted, cut and drawn from before any of them is read.
 """
 
 from __future__ import annotations
-
-import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
-
-import numpy as np
-
 from qdora.data import demo
-from qdora.data.commonsense import HUB_TASKS, hub_task_rows
+from qdora.data.batches import Batching
+from qdora.data.batches import StepLoader
+from qdora.data.cache import TokenCache
+from qdora.data.commonsense import HUB_TASKS
+from qdora.data.commonsense import hub_task_rows
 from qdora.data.example import Example
-from qdora.data.files import Shards, files_of, files_of_split, local_shards, missing, readable, rows_of_split
-from qdora.data.formats import FIRST_ROWS, RowExamples
-from qdora.data.hub import hub_rows, hub_shards
-from qdora.data.rows import FaultList, RowFault, Rows
+from qdora.data.example import RowFault
+from qdora.data.example import with_last_learnt
+from qdora.data.files import Rows
+from qdora.data.files import Shards
+from qdora.data.files import files_of
+from qdora.data.files import files_of_split
+from qdora.data.files import hub_rows
+from qdora.data.files import hub_shards
+from qdora.data.files import local_shards
+from qdora.data.files import missing
+from qdora.data.files import readable
+from qdora.data.files import rows_of_split
+from qdora.data.formats import FIRST_ROWS
+from qdora.data.formats import RowExamples
+from qdora.data.hub import hub_rows
+from qdora.data.hub import hub_shards
+from qdora.data.mix import Mix
+from qdora.data.mix import make_mix
+from qdora.data.rows import FaultList
+from qdora.data.rows import RowFault
+from qdora.data.rows import Rows
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import tokenize_all
+from qdora.errors import HubFailure
 from qdora.errors import UserError
 from qdora.files.atomic import sampled_digest
 from qdora.files.machine import user_path
-from qdora.recipe.data_settings import (
-    DataConfig,
-    SourceConfig,
-    absolute_pattern,
-    is_path,
-    is_pattern,
-    names_files,
-)
+from qdora.files.user_paths import cache_folder
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import absolute_pattern
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.data_settings import is_pattern
+from qdora.recipe.data_settings import names_files
+from qdora.recipe.settings import Recipe
+from typing import Any
+from typing import overload
+import logging
+import numpy as np
+
+AUTO_MICRO_BATCH_TOKENS = 2048  # train.micro_batch_tokens: auto, unless a longer example needs more
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SplitExamples(Sequence[Example]):
-    """Some rows of a split as Examples. Every pass over them reads the rows again and keeps none.
+    """Some rows of a split as Examples. Every pass over them reads the rows again and keeps none."""
 
-    Attributes:
-        rows, make: The rows of the split, and how one becomes an Example: (place, row), or RowFault.
-        indices: The rows that are meant, rising.
-        unused: Columns that were not read, filled by a pass.
-    """
-
-    rows: Rows
-    make: Callable[[Any, Any], Example]
-    indices: Sequence[int]
-    unused: set[str] = field(default_factory=set)
+    rows: Rows  # of the whole split
+    make: Callable[[Any, str], Example]  # of a row and its place
+    indices: Sequence[int]  # the rows that are meant, rising
+    unused: set[str] = field(default_factory=set)  # columns that were not read, filled by a pass
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Example]:
         """Raises UserError after the last example, if rows are faulty: the first few by name, and how many more."""
-        faults = FaultList(self.rows.where, self.rows.unit)
+        faults = []
         for place, row in self.rows.chosen(self.indices):
             try:
                 if isinstance(row, RowFault):
                     raise row
-                yield self.make(place, row)
+                yield self.make(row, str(place))
             except RowFault as fault:
-                faults.add(place, fault)
-        faults.check()
+                faults.append(f"{self.rows.at(place)}: {fault}")
+        self.rows.refuse(faults)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: Any) -> Any:
         """An example, or some of them, unread."""
         if isinstance(index, slice):
             return replace(self, indices=self.indices[index])
@@ -88,31 +113,13 @@ class SplitExamples(Sequence[Example]):
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
     """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness."""
-    num_validation = 0 if fraction == 0.0 else max(1, round(len(examples) * fraction))
+    num_validation = max(1, round(len(examples) * fraction)) if fraction else 0
     if num_validation >= len(examples):
-        check_rows(examples)  # a faulty row says more
-        raise UserError(
-            f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction {fraction}. "
-            "Fix: give more examples, name validation data, or set data.validation_fraction to 0."
-        )
+        what = f"{len(examples)} examples leave none to train on after data.validation_fraction"
+        raise UserError(f"{name}: {what} {fraction}.")
     border = len(examples) - num_validation
     first, last = examples.indices[:border], examples.indices[border:]
     return replace(examples, indices=first), replace(examples, indices=last)
-
-
-def check_rows(*parts: SplitExamples | None) -> None:
-    """Read the parts of a source and keep nothing. Raises UserError: the faulty rows, of each file in one list."""
-    given = [part for part in parts if part is not None]
-    if len(given) == 2 and given[0].rows is given[1].rows:
-        given = [replace(given[0], indices=sorted({*given[0].indices, *given[1].indices}))]
-    faults: list[str] = []
-    for part in given:
-        try:
-            deque(part, maxlen=0)
-        except UserError as error:
-            faults += error.faults
-    if faults:
-        raise UserError(*faults)
 
 
 def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples:
@@ -123,90 +130,87 @@ def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples
     return replace(examples, indices=[examples.indices[index] for index in chosen.tolist()])
 
 
+# The splits of a source
+
+
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
     """All examples of one split of a source, read; see `open_source`."""
     return list(open_source(source, split))
 
 
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
-    """All examples of one split of a source, unread; `source.limit` is not applied.
+    """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`.
 
-    The split is `source.split` by default; a single file has only one and ignores it.
+    A single file has only one split and ignores it.
     """
-    split = split or source.split
-    if source.task is not None and source.task.startswith("demo/"):
-        made = demo.examples(source.task.removeprefix("demo/"), split)
-        rows = Rows(source.task, "row", len(made), lambda indices: ((index, {}) for index in indices))
-        return SplitExamples(rows, lambda place, _: replace(made[place], task=source.label), range(len(made)))
-    if source.path and not user_path(source.path).is_dir():
-        folder = user_path(source.path)
-        raise UserError(f"{folder}: is a file, expected a directory" if folder.exists() else missing(folder))
-    if source.task is not None and not source.path:
-        return _examples(source, hub_task_rows(source.task, split, source.revision))
-    place = source.path or str(source.source)
-    local = bool(source.path) or is_path(place)
-    return _examples(source, rows_of_split(user_path(place), split) if local else hub_rows(source, split))
+    split, task = split or source.split, source.task
+    if source.is_local:
+        rows = rows_of_split(_place(source), split)
+    elif task is None:
+        rows = hub_rows(source, split)
+    elif task.startswith("demo/"):
+        made = [replace(each, task=source.label) for each in demo.examples(task.removeprefix("demo/"), split)]
+        rows = Rows(task, "row", len(made), lambda indices: ((index, {}) for index in indices))
+        return SplitExamples(rows, lambda _, place: made[int(place)], range(len(made)))
+    else:
+        rows = hub_task_rows(task, split, source.revision)
+    first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
+    readable = [row for _, row in first if not isinstance(row, RowFault)]
+    make = RowExamples(source, readable, rows.where, named=source.name is not None)
+    return SplitExamples(rows, make, range(rows.num_rows), make.unused)
 
 
-def _examples(source: SourceConfig, rows: Rows) -> SplitExamples:
-    """The rows as Examples; the columns of the first ones tell the format of the user's own data."""
-    first = rows.first(FIRST_ROWS) if source.task is None else []
-    make = RowExamples(source, first, rows.where, named=source.name is not None)
-    return SplitExamples(rows, lambda place, row: make(row, str(place)), range(rows.num_rows), make.unused)
+def _place(source: SourceConfig) -> Path:
+    return user_path(str(source.path or source.source))
 
 
 def open_shards(source: SourceConfig) -> Shards:
     """The training split of a streamed source. Its rows are not read yet."""
-    place = str(source.source)
-    return local_shards(user_path(place), source.split) if is_path(place) else hub_shards(source)
+    return local_shards(_place(source), source.split) if source.is_local else hub_shards(source)
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
     """Whether a source has a split of its own by this name, and is not itself that split."""
     if source.split == split:
         return False
-    if source.task is not None and source.task.startswith("demo/"):
-        return split in demo.SPLITS
-    if source.task is not None and source.path is None:
-        return split in HUB_TASKS[source.task].splits
     if source.is_local:
-        directory = user_path(str(source.path or source.source))
-        return directory.is_dir() and bool(files_of_split(directory, split))
+        return _place(source).is_dir() and bool(files_of_split(_place(source), split))
+    if source.task is not None:
+        return split in (demo.SPLITS if source.task.startswith("demo/") else HUB_TASKS[source.task].splits)
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
 def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
-    """The training examples of a source and those to validate on, unread. `source.limit` counts only for training.
+    """The training examples of a source and those to validate on, unread.
 
-    The validation examples come from `source.validation` (a split or a file), else from the validation split, else
+    The latter come from `source.validation` (a split or a file), else from the validation split, else
     `data.validation_fraction` is cut from the end of the train split before the limit draws from it. A stream gives no
-    training examples, and no validation but what is named or has a file.
+    training examples, and only validation examples that are named or have a file.
     """
-    validation, own = source.validation, source.source
-    file = validation if validation is not None and names_files(validation) else None
-    single_file = own is not None and is_path(own) and (is_pattern(own) or user_path(own).is_file())
-    if validation is not None and file is None and (single_file or validation == source.split):
-        why = f"{own} has no splits" if single_file else f"{source.split} is trained on"
-        raise UserError(f"validation {validation!r}: {why}. Fix: name a file.")
+    validation = source.validation
+    is_file = validation is not None and names_files(validation)
+    held = source.model_copy(update={"path": validation}) if is_file else source
+    single_file = source.is_local and source.task is None and not _place(source).is_dir()
+    if validation is not None and not is_file and (single_file or validation == source.split):
+        raise UserError(f"validation {validation!r}: {source.label} has no such split besides. Fix: name a file.")
     cut = validation is None and not has_split(source, "validation")
     if source.stream and cut:
         return None, None  # only reading all of it would tell where its end is
     train = None if source.stream else open_source(source)
-    if cut:
-        assert train is not None
+    if is_file and (both := _files(source, source.split) & _files(held, source.split)):
+        raise UserError(f"validation {validation!r}: {min(both)} is trained on, too. Fix: name another file.")
+    if train is not None and cut:
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
-    elif file is not None:
-        held_out = _examples(source, rows_of_split(user_path(file), source.split))
-        if source.is_local:
-            place = str(source.path or own)
-            trained = {path.resolve() for path in files_of(user_path(place), source.split)}
-            both = [path for path in files_of(user_path(file), source.split) if path.resolve() in trained]
-            if both:
-                fix = "name another file, or leave validation out" if len(trained) == 1 else f"keep it out of {place}"
-                raise UserError(f"validation {file!r}: {both[0]} is trained on, too. Fix: {fix}.")
     else:
-        held_out = open_source(source, validation or "validation")
+        held_out = open_source(held, source.split if is_file else validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
+
+
+def _files(source: SourceConfig, split: str) -> set[Path]:
+    """The files of a split, symbolic links followed; none of data that is on the Hub, or missing by now."""
+    with suppress(UserError):
+        return {path.resolve() for path in files_of(_place(source), split)} if source.is_local else set()
+    return set()
 
 
 # Data of `eval --data`: read as a source of the run is, and compared with what the run trained on
@@ -225,67 +229,205 @@ def has_splits(place: str) -> bool:
     return not is_path(place) or Path(place).is_dir()
 
 
-def given_source(
-    place: str, mix: Sequence[SourceConfig], like: str | None = None, split: str = "train"
-) -> SourceConfig:
-    """A split of a place of `place_of` as a source, with the format, chat, columns and template of a source of the run.
+def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
+    """A place of `place_of` as a source, read like a source of the run.
 
-    That source is the one called `like`, else the one of the same Hub id or of a file of the same content, else any if
-    all of the mix are read the same way. Otherwise the format follows from the columns, after a warning if some source
-    has settings of its own.
+    That is the one called `like`, else one that trains or validates on this place, else any if all of the mix are read
+    the same way. Otherwise the format follows from the columns, after a warning if some source has settings.
     """
     plain, own = SourceConfig.model_construct(), [source for source in mix if source.source is not None]
-    same = [source for source in own if (source.label == like if like is not None else source.source == place)]
-    if not same and not _all_alike(mix):
-        files = _contents(SourceConfig.model_construct(source=place), split)
-        for source in own:
-            validation = source.validation or "validation"
-            is_file = names_files(validation)
-            held_out = source.model_copy(update={"source": validation}) if is_file else source
-            held_split = source.split if is_file else validation
-            if files & (_contents(source, source.split) | _contents(held_out, held_split)):
-                same.append(source)
+    same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
+    layouts = {source.label: (source.format, source.chat, source.columns, source.template) for source in own}
+    candidates = same or (own if len(own) == len(mix) else [])
     layout = plain
-    if own and _all_alike(same or mix):
-        layout = (same or own)[0]
-    elif set_up := [source.label for source in own if _reading(source) != _reading(plain)]:
-        logger.warning(
-            "%s is read by the names of its columns alone, since the sources of the run are read in different "
-            "ways. To read it like one of them, name that one with --tasks: %s.",
-            place,
-            ", ".join(set_up),
-        )
+    if candidates and all(layouts[each.label] == layouts[candidates[0].label] for each in candidates):
+        layout = candidates[0]
+    elif set_up := [name for name, each in layouts.items() if each != ("auto", False, None, None)]:
+        text = "%s is read by its columns alone. To read it like a source, name it with --tasks: %s."
+        logger.warning(text, place, ", ".join(set_up))
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
     return layout.model_copy(update={"source": place, "name": None})
 
 
-def _all_alike(sources: Sequence[SourceConfig]) -> bool:
-    return len({repr(_reading(source)) for source in sources}) == 1
-
-
-def _reading(source: SourceConfig) -> tuple[object, ...]:
-    """What decides how the rows of a source become text."""
-    return source.task, source.format, source.chat, source.columns, source.template
-
-
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
-    """The sources that train on the given data: on a file of the same content, or on the same split on the Hub."""
-    files, hub = _contents(given, split), (given.source, given.config, split)
-    return [
-        source.label
-        for source in mix
-        if files & _contents(source, source.split) or hub == (source.source, source.config, source.split)
-    ]
+    """The sources that train on the given data: on one of its files, or on the same split on the Hub."""
+    files, hub = _files(given, split), (given.source, given.config, split)
+    on_hub = [source.label for source in mix if hub == (source.source, source.config, source.split)]
+    return on_hub + [source.label for source in mix if files & _files(source, source.split)]
 
 
-def _contents(source: SourceConfig, split: str) -> set[tuple[int, str]]:
-    """Size and digest of each file of a split; of none that is on the Hub or missing by now."""
-    contents: set[tuple[int, str]] = set()
-    if source.is_local:
-        with suppress(UserError):
-            for file in files_of(user_path(str(source.path or source.source)), split):
-                with readable(file):
-                    facts, digest = sampled_digest(file)
-                contents.add((facts.st_size, digest))
-    return contents
+# The data of a recipe
+
+
+@contextmanager
+def _kept(errors: dict[int, UserError], index: int) -> Iterator[None]:
+    """Keep what the block is refused for, so that one answer has the faults of all sources."""
+    try:
+        yield
+    except UserError as error:
+        errors[index] = error
+
+
+def _refuse(errors: Mapping[int, UserError]) -> None:
+    """Raise UserError if there are errors, or HubFailure if none but the Hub is at fault."""
+    if errors:
+        kind = HubFailure if all(isinstance(error, HubFailure) for error in errors.values()) else UserError
+        raise kind(*(f"data.mix[{index}]: {fault}" for index, error in errors.items() for fault in error.faults))
+
+
+def read_data(
+    data: DataConfig, names: Collection[str] | None = None
+) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
+    """Training examples per source, unread, and validation examples by the source's name where there are any.
+
+    Sources of other names than `names` (None: all) give no examples.
+    """
+    train: list[Sequence[Example]] = [() for _ in data.mix]
+    validation: dict[str, list[Example]] = {}
+    errors: dict[int, UserError] = {}
+    for index, source in enumerate(data.mix):
+        with _kept(errors, index):
+            if names is None or source.label in names:
+                examples, held_out = train_and_validation(source, data)
+                train[index] = () if examples is None else examples
+                if held_out is not None and len(held_out):
+                    validation[source.label] = to_score(held_out, data)
+    _refuse(errors)
+    return train, validation
+
+
+def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
+    """Check the files and the first rows of some sources as a run does, without a tokenizer."""
+    errors: dict[int, UserError] = {}
+    for index, source in enumerate(data.mix):
+        with _kept(errors, index):
+            if source.label not in names:
+                continue
+            if source.stream:
+                ExampleStream(open_shards(source), data, index, None).check_rows()
+            for part in train_and_validation(source, data):
+                list(part[:FIRST_ROWS] if part is not None else ())
+    _refuse(errors)
+
+
+def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
+    """The examples of a run's sources (None: all) in one split: train and validation as in training, or test.
+
+    A source without the split is refused: its training examples are never taken instead.
+    """
+    sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}
+    if split in ("train", "validation"):
+        if split == "train" and any(source.stream for source in sources.values()):
+            raise UserError("--split: a stream has only the splits validation, test, got train.")
+        train, validation = read_data(recipe.data, sources)
+        labels = [source.label for source in recipe.data.mix]
+        by_label = dict(zip(labels, train, strict=True))
+        return validation if split == "validation" else {label: list(by_label[label]) for label in sources}
+    if missing := [label for label, source in sources.items() if not has_split(source, split)]:
+        raise UserError(*(f"--split: {label} has no {split} split. Fix: name data with --data." for label in missing))
+    return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
+
+
+def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
+    """Examples of an evaluation: of chats the turns are scored that `data.loss_on` learns."""
+    if data.loss_on != "last":
+        return list(examples)
+    return [replace(each, messages=with_last_learnt(each.messages)) for each in examples]
+
+
+def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
+    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
+
+    With `by_name` the commonsense tasks ask for the name of a choice, not for its text.
+    """
+    local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
+    named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
+    return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
+
+
+def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
+    """Tokenise every source, or read what an earlier start kept, and put them together."""
+    data = recipe.data
+    return make_mix(
+        tokenized_sources(data, tokenizer, train),
+        strategy=data.strategy,
+        temperature=data.temperature,
+        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
+        max_epochs=[source.max_epochs for source in data.mix],
+        seed=data.seed,
+    )
+
+
+def tokenized_sources(
+    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
+) -> list[TokenizedSet | ExampleStream]:
+    """Each source of `names` (None: all) as tokens, made or read from what an earlier start kept."""
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
+    cache = None
+    if data.cache != "off":
+        cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
+    sets: list[TokenizedSet | ExampleStream] = []
+    errors: dict[int, UserError] = {}
+    for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
+        with _kept(errors, index):
+            if names is not None and source.label not in names:
+                continue
+            if source.stream:
+                stream = ExampleStream(open_shards(source), data, index, tokenizer)
+                stream.first()  # raises what a run would refuse its first rows for
+                sets.append(stream)
+                continue
+            make = partial(_tokenized, examples, tokenizer, name=source.label, **options)
+            identity = getattr(examples, "identity", None)
+            if identity is None or cache is None:
+                sets.append(make())
+                continue
+            layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
+            layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
+            sets.append(cache.kept(layout | options, make))
+    _refuse(errors)
+    return sets
+
+
+def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> TokenizedSet:
+    tokens = tokenize_all(examples, tokenizer, **options)
+    return replace(tokens, unused=tuple(sorted(getattr(examples, "unused", ()))))
+
+
+def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:
+    """Whether a source has chats, by the first example of each; `train` is what the mix was made of."""
+    return any(
+        part.has_chats if isinstance(part, ExampleStream) else bool(examples[0].messages)
+        for part, examples in zip(mix.sets, train, strict=True)
+    )
+
+
+def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
+    """The loader of the recipe's steps, or of a process's share of each of them."""
+    batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
+    if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
+        batching.packed, batching.row_tokens = "rows", recipe.data.max_length
+    return StepLoader(
+        mix.sets,
+        mix.order,
+        tokens_per_step=recipe.train.tokens_per_step,
+        batch=recipe.train.batch,
+        batching=batching,
+        rank=rank,
+        num_processes=num_processes,
+    )
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens of a micro-batch, padding counted."""
+    asked = recipe.train.micro_batch_tokens
+    return max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
+
+
+def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
+    """Optimizer steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    return loader.steps_for_epochs(recipe.train.epochs)

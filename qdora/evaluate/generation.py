@@ -1,50 +1,63 @@
 """Accuracy by generation: the model answers in its own words, and the answer is read from them.
 
-The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1), which is that of LLM-Adapters (arXiv
-2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). One
-thing differs: decoding is greedy, the published script searches with 4 beams. An output without any of the names is not
-right, and is counted separately: a model that does not keep to the format differs from one that errs.
+The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1; LLM-Adapters, arXiv 2304.01933): an
+instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). Unlike the published
+script, which searches with 4 beams, decoding is greedy. Outputs without any of the names are counted separately.
 """
 
 from __future__ import annotations
-
-import re
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
-
-import numpy as np
-import torch
-from rich.table import Table
-from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
-
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
 from qdora.adapter.product import decoding
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
+from qdora.data.tokenize import encode_batch
+from qdora.data.tokenize import special_prefix
+from qdora.data.tokenize import with_prefix
 from qdora.errors import UserError
-from qdora.evaluate.batches import length_batches, results_of
-from qdora.evaluate.forward_path import head_input, pads_left, scoring
+from qdora.evaluate.batches import length_batches
+from qdora.evaluate.batches import results_of
+from qdora.evaluate.forward_path import head_input
+from qdora.evaluate.forward_path import pads_left
+from qdora.evaluate.forward_path import scoring
+from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.metrics import mean_stderr
-from qdora.evaluate.suite import (
-    FEWEST,
-    Cell,
-    Result,
-    averaged,
-    conditions,
-    estimated,
-    percent,
-    results_table,
-    spread,
-)
+from qdora.evaluate.spans import head_input
+from qdora.evaluate.spans import length_batches
+from qdora.evaluate.spans import padded
+from qdora.evaluate.spans import pads_left
+from qdora.evaluate.spans import results_of
+from qdora.evaluate.spans import scoring
+from qdora.evaluate.suite import Cell
+from qdora.evaluate.suite import FEWEST
+from qdora.evaluate.suite import Result
+from qdora.evaluate.suite import average_of
+from qdora.evaluate.suite import averaged
+from qdora.evaluate.suite import conditions
+from qdora.evaluate.suite import estimated
+from qdora.evaluate.suite import percent
+from qdora.evaluate.suite import results_table
+from qdora.evaluate.suite import spread
 from qdora.evaluate.token_scores import padded
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
+from rich.table import Table
+from torch import Tensor
+from torch import nn
+from transformers import GenerationConfig
+from transformers import StoppingCriteriaList
+from typing import Any
+import numpy as np
+import re
+import time
+import torch
 
-MAX_NEW_TOKENS = 32
-"""As in the published evaluation."""
+MAX_NEW_TOKENS = 32  # as in the published evaluation
 _NUM_SAMPLES = 5
 
 
@@ -56,15 +69,12 @@ class GeneratedResult:
     num_right: int
     num_wrong: int
     num_unparsable: int
-    acc: float
-    """num_right / num_examples; in the average the mean over tasks."""
+    acc: float  # num_right / num_examples; in the average the mean over tasks
     acc_stderr: float | None
-    chance: float
-    """Expected accuracy of a random choice."""
+    chance: float  # expected accuracy of a random choice
     num_truncated: int
     num_new_tokens: int
-    unparsable: list[dict[str, str]] = field(default_factory=list)
-    """id and output of the first few outputs that name no choice."""
+    unparsable: list[dict[str, str]] = field(default_factory=list)  # id and output of the first few that name no choice
 
 
 GenerationResult = Result[GeneratedResult]
@@ -84,14 +94,8 @@ def evaluate_generated(
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
     A record of `per_example` has the index of the choice that the output names first, None where it names none. The
-    output ends at the token that decided the answer, else at the end of sequence or the last allowed token.
-
-    Args:
-        examples_by_task: Task name -> its examples, at least one each, without `generation_faults`.
-        limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
-        max_new_tokens: Most tokens of one answer.
-        max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-    Raises: UserError if the model's context is too short for any prompt.
+    output ends at the token that decided the answer, else at the end of sequence or the last allowed token. The
+    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`.
     """
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
@@ -129,58 +133,42 @@ def evaluate_generated(
             own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
         tasks[task] = _counted(own, [len(choices) for choices in names])
         records += own
-    settings = {
-        "method": "generate",
-        "decoding": "greedy",
-        "limit": limit,
-        "block": block,
-        "max_new_tokens": max_new_tokens,
-        "max_batch_tokens": max_batch_tokens,
-        **conditions(model, began),
-    }
-    return GenerationResult(tasks, _average(list(tasks.values())), settings, records)
+    asked = {"method": "generate", "decoding": "greedy", "limit": limit, "block": block}
+    asked |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
+    return GenerationResult(tasks, average_of(list(tasks.values())), asked | conditions(model, began), records)
 
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
-    """Why these examples cannot be evaluated by generation, a line per task. No model is needed to say."""
+    """Why these examples cannot be evaluated by generation, a line per task."""
     faults = []
     for task, examples in examples_by_task.items():
-        wrong = next((each for each in examples if not answer_names(each.choices)), None)
+        wrong = next((each.id for each in examples if not answer_names(each.choices)), None)
         if wrong is not None:
-            has = f"choices such as {wrong.choices[0].strip()[:40]!r}" if wrong.choices else "no choices"
-            faults.append(
-                f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
-                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks set data.mix[].format: commonsense170k; "
-                "for other data eval.method: loglikelihood."
-            )
+            what = f"needs choices that differ in one word, unlike example {wrong} of task {task}"
+            faults.append(f"eval.method: generate {what}. Fix: for the eight tasks set format: commonsense170k.")
     return faults
 
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
-    """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
-
-    def acc(result: GeneratedResult) -> str:
-        return percent(result.acc, None if result.num_examples < FEWEST else result.acc_stderr)
-
-    def counts(result: GeneratedResult) -> str:
-        return f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
-
+    """A row per task and, per label, accuracy in % ± standard error, and right / wrong / unparsable."""
     shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
-    return results_table("answers generated", results, shared, {"acc %": acc, "right / wrong / unparsable": counts})
+    own: dict[str, Cell] = {
+        "acc %": lambda each: percent(each.acc, each.acc_stderr, each.num_examples),
+        "right / wrong / unparsable": lambda each: f"{each.num_right} / {each.num_wrong} / {each.num_unparsable}",
+    }
+    return results_table("answers generated", results, shared, own)
 
 
 def _prompts(
     tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
+    """Ids of each prompt, and how many were cut from its left so that the answer fits the model's context."""
     prefix = special_prefix(tokenizer)
     encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
     if room is not None and room <= len(prefix):
-        raise UserError(
-            f"eval.method: generate needs a context longer than the {max_new_tokens} tokens of the answer, got a model "
-            f"with {context}. Fix: set method: loglikelihood."
-        )
+        what = f"a context longer than the {max_new_tokens} tokens of the answer"
+        raise UserError(f"eval.method: generate needs {what}, got {context}.")
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 
@@ -198,15 +186,6 @@ def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -
         num_truncated=sum(record["num_truncated"] > 0 for record in records),
         num_new_tokens=sum(record["num_new_tokens"] for record in records),
         unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
-    )
-
-
-def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
-    counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
-    return GeneratedResult(
-        **{name: sum(getattr(result, name) for result in results) for name in counts},
-        **estimated("acc", averaged(results, "acc")),
-        chance=float(np.mean([result.chance for result in results])),
     )
 
 
@@ -232,8 +211,8 @@ def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
 def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     """(index of the name that stands first in the text or None, whether more text could change that).
 
-    As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
-    in any case, and one of this question: "answer5" is no answer to a question with four choices.
+    Unlike in the published evaluation a name is a whole word in any case, and one of this question: "answer5" is no
+    answer to a question with four choices.
     """
     ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
     listed = "|".join(f"({re.escape(name)})" for name in ordered)
@@ -258,19 +237,10 @@ def decode_greedily(
     max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The continuation of every prompt by the most likely next token, again and again.
+    """The new ids of every prompt: the most likely next token, again and again.
 
-    Prompts of a batch are padded on the left, or have one length where padding would count (`pads_left`). Apart from
-    rounding the result does not depend on the batch.
-
-    Args:
-        prompts: Token ids, at least one each, in any order.
-        max_new_tokens: Most tokens of one continuation.
-        stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
-        finished: Called with a prompt's index and its new ids after every token; a row is done where it returns True.
-        max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
-            row is longer.
-    Returns: Per prompt its new ids, in the order given.
+    A row ends at the first of `stop_ids`, which is not part of it, or where `finished` is true of the prompt's index
+    and its new ids so far. A batch has at most `max_batch_tokens` tokens, new ones and padding counted.
     """
     can_pad = pads_left(model)
 
@@ -301,11 +271,8 @@ def decode_greedily(
 def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
     """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
 
-    The model's own config, with a repetition penalty perhaps, is set aside: `generate` takes from it whatever it is
-    not given, even if it is given a whole config.
-
-    Args:
-        ids, mask: (rows, length) int64, padded on the left.
+    `ids` and `mask` are (rows, length) int64, padded on the left. The model's own config, with a repetition penalty
+    perhaps, is set aside: `generate` takes from it whatever it is not given.
     """
     device = next(model.parameters()).device
     own, model.generation_config = model.generation_config, GenerationConfig()

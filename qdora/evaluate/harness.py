@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError
 
 
 class HarnessTasks(NamedTuple):
@@ -21,33 +21,27 @@ class HarnessTasks(NamedTuple):
 
 
 def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> HarnessTasks:
-    """Look tasks up without loading data or a model.
+    """Look names or patterns (`mmlu_*`) of tasks, groups or tags up without loading data or a model.
 
-    Args:
-        asked: Names or patterns (`mmlu_*`) of tasks, groups or tags.
-        include: Folder of further tasks in YAML, which may name Python functions: include only what you trust.
-    Raises UserError if the harness is not installed, `include` is no folder, or nothing bears a name.
+    `include` is a folder of further tasks in YAML, which may name Python functions: include only what you trust.
     """
-    _check_installed()
-    if include is not None and not include.is_dir():
-        raise UserError(f"--harness-include: {include} must be a folder of task files (*.yaml).")
+    if find_spec("lm_eval") is None:
+        raise UserError("--harness: lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
     found = {name: sorted(manager.match_tasks([name])) for name in asked}
     if missing := [name for name, names in found.items() if not names]:
-        must = "--harness: must be a task, group or tag of lm-evaluation-harness or of --harness-include"
-        raise UserError(*(f"{must}, got {name!r}.{nearest(name, manager.task_index)}" for name in missing))
+        must = "must be a task, group or tag of lm-evaluation-harness or of --harness-include"
+        raise UserError(f"--harness: {must}, got {', '.join(missing)}.")
     return HarnessTasks(tuple(dict.fromkeys(name for names in found.values() for name in names)), manager)
 
 
 def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> Any:
     """The model as the harness takes it, an lm_eval.models.huggingface.HFLM; the model itself is not copied.
 
-    Args:
-        batch_size: Sequences of a forward pass, whose logits exist all at once in float32.
+    The logits of `batch_size` sequences exist all at once, in float32.
     """
-    _check_installed()
     from lm_eval.models.huggingface import HFLM
 
     # HFLM ties the weights again, by the config: a trained, adapted or quantised part of a pair is no parameter to tie.
@@ -63,9 +57,8 @@ def evaluate_harness(
 ) -> dict[str, Any]:
     """Run tasks; the shots are those of each task, the metrics those of the harness.
 
-    Returns: JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is
-        part of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null
-        for groups).
+    Returns JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is
+    part of the name where there is one), `num_examples` and `num_fewshot` (null for groups).
     """
     lm = as_lm(model, tokenizer)
     import lm_eval
@@ -75,10 +68,11 @@ def evaluate_harness(
     )
     found = {}
     for name, numbers in result["results"].items():
-        metrics = {key.removesuffix(",none"): value for key, value in numbers.items() if "," in key}
         found[name] = {
             "metrics": {
-                key: float(value) if isinstance(value, int | float) else None for key, value in metrics.items()
+                key.removesuffix(",none"): float(value) if isinstance(value, int | float) else None
+                for key, value in numbers.items()
+                if "," in key
             },
             "num_examples": result["n-samples"].get(name, {}).get("effective"),
             "num_fewshot": result["n-shot"].get(name),
@@ -93,8 +87,3 @@ def harness_table(result: dict[str, Any]) -> Table:
         for name, value in found["metrics"].items():
             table.add_row(task, name, str(found["num_examples"] or "–"), "–" if value is None else f"{value:.4f}")
     return table
-
-
-def _check_installed() -> None:
-    if find_spec("lm_eval") is None:
-        raise UserError("--harness: lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'")

@@ -1,26 +1,29 @@
 """Log-likelihoods of choices and answers of examples: text in, nats out."""
 
 from __future__ import annotations
-
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
 from numpy.typing import NDArray
-from torch import nn
-
-from qdora.data.chats import encode_chats, require_chat_template
+from qdora.data.chats import encode_chats
+from qdora.data.chats import require_chat_template
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_pairs, special_prefix
+from qdora.data.tokenize import encode_pairs
+from qdora.data.tokenize import special_prefix
 from qdora.errors import UserError
-from qdora.evaluate.token_scores import Span, score_groups, strided_spans
+from qdora.evaluate.spans import Span
+from qdora.evaluate.spans import score_groups
+from qdora.evaluate.spans import strided_spans
+from qdora.evaluate.token_scores import Span
+from qdora.evaluate.token_scores import score_groups
+from qdora.evaluate.token_scores import strided_spans
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
+from torch import nn
+from typing import Any
+import logging
+import numpy as np
 
-_CHECKED_AT_A_TIME = 1024
 _SHOWN_FAULTS = 10
 
 logger = logging.getLogger(__name__)
@@ -31,15 +34,11 @@ class ExampleScore:
     """The scores of one example; arrays are (choices,), or (1,) for the answer of an example without choices."""
 
     id: str
-    gold: int | None
-    """None without choices."""
-    loglikelihoods: NDArray[np.float64]
-    """Summed over the tokens of each choice, nats."""
+    gold: int | None  # None without choices
+    loglikelihoods: NDArray[np.float64]  # summed over the tokens of each choice, nats
     num_tokens: NDArray[np.int64]
-    num_chars: NDArray[np.int64]
-    """Characters of each choice without the white space that joins it to the prompt (acc_norm divides by these)."""
-    num_truncated: int
-    """Tokens cut from the left of the prompt because the example is longer than the model's context."""
+    num_chars: NDArray[np.int64]  # of each choice without the space that joins it to the prompt, for acc_norm
+    num_truncated: int  # tokens cut from the left of the prompt, as the example is longer than the model's context
 
     @property
     def nll(self) -> float:
@@ -62,23 +61,14 @@ def score_examples(
 ) -> list[ExampleScore]:
     """Log-likelihood of every choice of every example, or of its answer where it has no choices.
 
-    Token ids are those of training: prompt and choice encoded together, without the end-of-sequence token; in a chat
-    the assistant's turns with their end marks. An example longer than the model's context loses tokens at the left of
-    its prompt, the same number for all its choices, as in lm-evaluation-harness (but it keeps a beginning-of-sequence
-    token, as in training). An answer that is too long by itself (plain text is all answer) is scored in windows that
-    overlap by half, each token once.
-
-    Args:
-        progress: Called with examples done and examples in all.
-    Returns: In the order of `examples`.
-    Raises: UserError if there is no token to score, a choice with its border alone exceeds the context, or a chat does
-        not fit the chat template; all faults at once.
+    Token ids are those of training, without the end-of-sequence token; in a chat the assistant's turns with their end
+    marks. An example longer than the model's context loses tokens at the left of its prompt, the same number for all
+    its choices, but for a beginning-of-sequence token. An answer that is too long by itself (plain text is all answer)
+    is scored in windows that overlap by half, each token once.
     """
     spans, truncated = _spans(tokenizer, examples, context_length(model))
     if any(truncated):
-        _warn_of_truncation(
-            ", ".join(sorted({example.task for example in examples})), np.count_nonzero(truncated), max(truncated)
-        )
+        _warn_of_truncation(", ".join(sorted({example.task for example in examples})))
     groups = [  # only choices share a prefix
         group
         for example, own in zip(examples, spans, strict=True)
@@ -98,24 +88,17 @@ def score_examples(
 
 
 def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
-    """What `score_examples` would refuse, without a model: the first faults, or [].
-
-    Args:
-        context: The `context_length` of the model.
-    """
-    for start in range(0, len(examples), _CHECKED_AT_A_TIME):
-        try:
-            _spans(tokenizer, examples[start : start + _CHECKED_AT_A_TIME], context)
-        except UserError as error:
-            return list(error.faults)
+    """What `score_examples` would refuse with a model of this `context_length`."""
+    try:
+        _spans(tokenizer, examples, context)
+    except UserError as error:
+        return list(error.faults)
     return []
 
 
 def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> tuple[list[list[Span]], list[int]]:
-    """Per example its spans, and the tokens cut from its prompt.
-
-    They are one for each choice; without choices those of the answer, several for a chat or a long text.
-    """
+    """Per example a span for each choice, or those of its answer (several for a chat or a long text), and the tokens
+    cut from its prompt."""
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
@@ -126,24 +109,24 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
     truncated: list[int] = []
     faults: list[str] = []
     for example in examples:
-        own: list[Span] = []
-        cut, fault = 0, "the answer has no token to score"
-        if example.choices:
-            choices = [next(encoded) for _ in example.choices]
-            own, cut, fault = _choice_spans(choices, prefix, context)
-        elif example.messages:
-            chat = next(encoded_chats)
-            if isinstance(chat, str):
-                fault = chat
-            else:  # the template writes what the tokenizer would have put in front
+        try:
+            if example.choices:
+                own, cut = _choice_spans([next(encoded) for _ in example.choices], prefix, context)
+            elif example.messages:
+                chat = next(encoded_chats)
+                if isinstance(chat, str):
+                    raise ValueError(chat)
+                # the template writes what the tokenizer would have put in front
                 fitted = [_answer_spans(*run, 0, context) for part in chat for run in _runs(part.ids, part.mask)]
                 own, cut = [span for some, _ in fitted for span in some], max((cut for _, cut in fitted), default=0)
-        else:
-            own, cut = _answer_spans(*next(encoded), prefix, context)
-        spans.append(own)
-        truncated.append(cut)
-        if not own:
-            faults.append(f"{example.task}: example {example.id}: {fault}")
+            else:
+                own, cut = _answer_spans(*next(encoded), prefix, context)
+            if not own:
+                raise ValueError("the answer has no token to score")
+            spans.append(own)
+            truncated.append(cut)
+        except ValueError as error:
+            faults.append(f"{example.task}: example {example.id}: {error}")
     if len(faults) > _SHOWN_FAULTS:
         faults[_SHOWN_FAULTS:] = [f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored"]
     if faults:
@@ -159,11 +142,8 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int
 
 
 def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
-    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
-
-    Args:
-        prefix: Special tokens at the start, which are kept.
-    """
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack; the
+    first `prefix` ids, special tokens, are kept."""
     start = max(start, 1)
     if start >= len(ids):
         return [], 0
@@ -176,19 +156,17 @@ def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | No
 
 def _choice_spans(
     encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
-) -> tuple[list[Span], int, str]:
-    """(a span for each choice, the prompt tokens that they lack, what is wrong or "")."""
+) -> tuple[list[Span], int]:
+    """A span for each choice, and the prompt tokens that they lack."""
     encoded = [(ids, max(start, 1)) for ids, start in encoded]
-    for index, (ids, start) in enumerate(encoded):
-        if start >= len(ids):
-            return [], 0, f"choices[{index}] has no token to score: it is empty, or one token with no prompt before it"
+    if empty := [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]:
+        raise ValueError(f"choices[{empty[0]}] has no token to score")
     cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
     if cut > min(start for _, start in encoded) - max(prefix, 1):
-        return [], 0, f"a choice does not fit the model's context of {context} tokens, even without its prompt"
-    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut, ""
+        raise ValueError(f"a choice does not fit the model's context of {context} tokens, even without its prompt")
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut
 
 
 @cache  # once: each evaluation of a run cuts the same prompts
-def _warn_of_truncation(tasks: str, num_cut: int, most: int) -> None:
-    what = f"{num_cut} examples exceed the model's context; up to {most} tokens were cut from the left of the prompt"
-    logger.warning("%s: %s", tasks, what)
+def _warn_of_truncation(tasks: str) -> None:
+    logger.warning("%s: examples exceed the model's context; the left of their prompts is cut.", tasks)

@@ -1,4 +1,4 @@
-"""Perplexity of text: every token scored exactly once, in windows that overlap so that each token has context."""
+"""Measures over whole texts: perplexity, and how far a compressed model's hidden states are from those of another."""
 
 from __future__ import annotations
 
@@ -9,29 +9,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import Diverged, UserError
-from qdora.evaluate.token_scores import score_spans, strided_spans
+from qdora.evaluate.spans import score_spans, strided_spans
 from qdora.model.attention import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
-DEFAULT_WINDOW = 2048
-"""Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
+DEFAULT_WINDOW = 2048  # tokens, if the model takes as many: the length in published WikiText perplexities
 
 
 @dataclass(frozen=True)
 class Perplexity:
     """Sums over all texts, and what follows from them."""
 
-    nll_sum: float
-    """Nats."""
-    num_tokens: int
-    """Scored tokens. The first token of a text has no context and is not scored, unless the tokenizer puts a
-    beginning-of-sequence token before it."""
-    num_bytes: int
-    """UTF-8 bytes of the texts, whole."""
+    nll_sum: float  # nats
+    num_tokens: int  # scored: of a text all but the first, which counts behind a beginning-of-sequence token
+    num_bytes: int  # UTF-8 bytes of the texts, whole
     num_texts: int
     window: int
     stride: int
@@ -60,21 +57,13 @@ def text_perplexity(
     stride: int | None = None,
     max_batch_tokens: int = 4096,
 ) -> Perplexity:
-    """Perplexity of whole texts, each on its own.
+    """Perplexity of whole texts, each on its own: every token once, in windows that overlap so that it has context.
 
-    Args:
-        texts: At least one, with at least two tokens in all.
-        window: Tokens fed at once; None takes the model's context, at most 2,048.
-        stride: Tokens by which a window moves, at most the window; None takes half of it.
-        max_batch_tokens: Most tokens of a forward pass; a longer window is a batch of its own.
-    Raises: UserError if the window exceeds the model's context, or nothing can be scored. Diverged if the perplexity is
-        not finite.
+    `window` tokens are fed at once, by default the model's context, at most 2,048. The next window begins `stride`
+    tokens later, by default half of it.
     """
-    context = context_length(model)
     if window is None:
-        window = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
-    elif context is not None and window > context:
-        raise UserError(f"perplexity window: must be at most the model's context, {context} tokens, got {window}")
+        window = min(DEFAULT_WINDOW, context_length(model) or DEFAULT_WINDOW)
     stride = max(window // 2, 1) if stride is None else stride
     encoded = encode_pairs(tokenizer, [("", text) for text in texts])  # as training does
     spans = [span for ids, _ in encoded for span in strided_spans(ids, window, stride)]
@@ -89,15 +78,35 @@ def text_perplexity(
 
 
 def read_texts(paths: Sequence[Path | str]) -> list[str]:
-    """The texts of UTF-8 files. Raises UserError if one is missing, is no file, is not UTF-8 or is empty."""
+    """The texts of UTF-8 files."""
     texts = []
     for path in paths:
         try:
             texts.append(Path(path).read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        if not texts[-1]:
-            raise UserError(f"{path}: the file is empty")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}") from None
     return texts
+
+
+@torch.no_grad()
+def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Mean over all positions of all texts (token ids) of ||h - h'|| / ||h'||, after each block in turn.
+
+    h' are the hidden states of the reference on its own earlier ones, so the errors of earlier blocks are in h. Every
+    position counts the same: in many models the first one is longer than all others together (massive activations,
+    arXiv 2402.17762). What is beyond the models' context is left out.
+    """
+    context, sums, number = context_length(model), torch.zeros(()), 0
+    with evaluation_mode(model), evaluation_mode(reference):
+        for ids in texts:
+            tokens = torch.tensor([list(ids)[:context]])
+            own, expected = _states(model, tokens), _states(reference, tokens)
+            errors = (own - expected).norm(dim=-1) / expected.norm(dim=-1)  # (blocks, positions)
+            sums, number = sums + errors.double().sum(dim=1), number + tokens.shape[1]
+    return [float(each) for each in sums / number]
+
+
+def _states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(blocks, positions, width) float32: the states after each block."""
+    output = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
+    return torch.cat([state.cpu().float() for state in output.hidden_states[1:]])

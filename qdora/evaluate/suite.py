@@ -1,4 +1,8 @@
-"""Several tasks in one evaluation: metrics of each, their averages, and a table."""
+"""Several tasks in one evaluation: metrics of each, their averages, a table, and the change since before training.
+
+As in lm-evaluation-harness `acc` takes the choice of the largest summed log-likelihood, `acc_norm` the largest per
+character of the choice's text. Unlike there the right choice counts 1/k when it is one of k tied ones.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,26 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.table import Column, Table
 from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import Diverged
-from qdora.evaluate.forward_path import shares_prefix
+from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluate.spans import shares_prefix
 from qdora.files.console import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Metrics of one task, or their average over tasks; definitions in `qdora.evaluate.metrics`.
-
-    Accuracies lie in 0..1 and are None without choices. A standard error is None for a single example.
-    """
+    """Metrics of one task, or their average over tasks. Accuracies lie in 0..1 and are None without choices."""
 
     num_examples: int
     num_choice_examples: int
@@ -39,15 +41,12 @@ class TaskResult:
     majority: float | None
     num_ties: int
     num_ties_norm: int
-    nll: float
-    """Mean over examples of the right answer's summed NLL, nats."""
+    nll: float  # mean over examples of the right answer's summed NLL, nats
     nll_stderr: float | None
-    nll_per_token: float
-    """Summed NLL / answer tokens, nats."""
+    nll_per_token: float  # summed NLL / answer tokens, nats
     nll_per_token_stderr: float | None
     num_answer_tokens: int
-    num_truncated: int
-    """Examples whose prompt was cut at the left to fit the model's context."""
+    num_truncated: int  # examples whose prompt was cut at the left to fit the model's context
 
 
 Metrics = TypeVar("Metrics")
@@ -58,12 +57,9 @@ class Result(Generic[Metrics]):
     """One model on several tasks."""
 
     tasks: dict[str, Metrics]
-    average: Metrics
-    """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
-    settings: dict[str, Any]
-    """Options and conditions, such as limit, block, model_dtype, device, seconds."""
-    per_example: list[dict[str, Any]] = field(default_factory=list)
-    """Scores of single examples, in task order, for paired tests."""
+    average: Metrics  # every task that has a metric counts once; counts are sums
+    settings: dict[str, Any]  # options and conditions, such as limit, block, model_dtype, device, seconds
+    per_example: list[dict[str, Any]] = field(default_factory=list)  # in task order
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
@@ -97,12 +93,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
-    Args:
-        examples_by_task: Task name -> its examples, at least one task with one example each, with choices or without.
-        limit, block: Most examples of a task (None: all), and which (`spread`).
-        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        progress: Called with examples done and examples in all, of one task after the other.
-    Raises: UserError if an example cannot be scored, Diverged if the model gives a log-likelihood that is not finite.
+    `limit` and `block` say how many examples of a task are scored (None: all), and which (`spread`). Raises Diverged
+    if the model gives a log-likelihood that is not finite.
     """
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
@@ -112,40 +104,27 @@ def evaluate(
         scores = score_examples(model, tokenizer, examples, max_batch_tokens=max_batch_tokens, progress=progress)
         broken = [score.id for score in scores if not np.isfinite(score.loglikelihoods).all()]
         if broken:
-            raise Diverged(
-                f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {len(scores)} "
-                f"examples, first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
-            )
+            where = f"{len(broken)} of {len(scores)} examples, first in example '{broken[0]}'"
+            raise Diverged(f"eval: task '{task}': the model's log-likelihood is not finite in {where}.")
         own = [_record(task, score) for score in scores]
         tasks[task] = _task_result(own)
         records += own
-    settings = {
-        "limit": limit,
-        "block": block,
-        "max_batch_tokens": max_batch_tokens,
-        "shared_prefix": shares_prefix(model),
-        **conditions(model, started),
-    }
-    return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
+    asked = {"limit": limit, "block": block, "max_batch_tokens": max_batch_tokens}
+    settings = asked | {"shared_prefix": shares_prefix(model)} | conditions(model, started)
+    return EvaluationResult(tasks, average_of(list(tasks.values())), settings, records)
 
 
 def conditions(model: nn.Module, started: float) -> dict[str, Any]:
     """Dtype and device of the model, and the seconds since `started` (of time.perf_counter)."""
-    parameter = next(model.parameters())
-    return {
-        "model_dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    parameter, seconds = next(model.parameters()), round(time.perf_counter() - started, 3)
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return {"model_dtype": dtype, "device": str(parameter.device), "seconds": seconds}
 
 
 def spread(examples: Sequence[Example], limit: int | None, block: int | None = None) -> list[Example]:
-    """At most `limit` examples, in their order.
+    """At most `limit` examples, in their order: at even distances, since files are often ordered by origin.
 
-    Args:
-        block: None: at even distances (files are often ordered by origin), the first one always among them. k: the k-th
-            `limit` examples of a fixed random order, which starts again at its end: blocks share no example as long as
-            there are enough.
+    Block k are the k-th `limit` examples of a fixed random order, which starts again at its end.
     """
     if limit is None or limit >= len(examples):
         return list(examples)
@@ -156,36 +135,27 @@ def spread(examples: Sequence[Example], limit: int | None, block: int | None = N
     return [examples[index] for index in sorted(places)]
 
 
-FEWEST = 10
-"""Fewest examples whose standard error is shown: of two right answers it is 0."""
+FEWEST = 10  # examples whose standard error is shown: of two right answers it is 0
+Cell = Callable[[Any], str]
+"""One task's result -> the text of a cell."""
 
 
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
-
-    def acc(result: TaskResult) -> str:
-        return percent(result.acc, None if result.num_choice_examples < FEWEST else result.acc_stderr)
-
     shared: dict[str, Cell] = {
         "n": lambda result: str(result.num_examples),
         "chance": lambda result: percent(result.chance),
         "majority": lambda result: percent(result.majority),
     }
-    own: dict[str, Cell] = {"acc %": acc, "NLL/token": lambda result: f"{result.nll_per_token:.3f}"}
+    own: dict[str, Cell] = {
+        "acc %": lambda result: percent(result.acc, result.acc_stderr, result.num_choice_examples),
+        "NLL/token": lambda result: f"{result.nll_per_token:.3f}",
+    }
     return results_table("evaluation", results, shared, own)
 
 
-Cell = Callable[[Any], str]
-"""One task's result -> the text of a cell."""
-
-
 def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]) -> Table:
-    """A row per task and one of averages, for results with `tasks` and `average`.
-
-    Args:
-        shared: Columns that all results share; where they differ, the value of each is shown.
-        own: Columns of each result.
-    """
+    """A row per task and one of averages; where results differ in a `shared` column, it has all their values."""
     names = [*shared, *(f"{label} {name}" for label in results for name in own)]
     columns = [Column("task"), *(Column(name, justify="right") for name in names)]
     table = Table(*columns, title=title, title_justify="left")
@@ -199,23 +169,27 @@ def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, C
     return table
 
 
-def percent(share: float | None, stderr: float | None = None) -> str:
-    """`12.3`, or `12.3 ± 0.4`."""
-    error = "" if stderr is None else f" ± {100 * stderr:.1f}"
+def percent(share: float | None, stderr: float | None = None, number: int = FEWEST) -> str:
+    """`12.3`, or `12.3 ± 0.4` over a number of examples that is not too small."""
+    error = "" if stderr is None or number < FEWEST else f" ± {100 * stderr:.1f}"
     return "–" if share is None else f"{100 * share:.1f}{error}"
 
 
+def tie_credit(scores: ArrayLike, gold: int) -> float:
+    """1/k if `gold` is among the k largest scores, else 0."""
+    array = np.asarray(scores, dtype=np.float64)
+    best = np.flatnonzero(array == array.max())
+    return 1.0 / best.size if gold in best else 0.0
+
+
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
-    """JSON-able scores of one example; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
+    """JSON-able scores of one example."""
     record: dict[str, Any] = {"task": task, "id": score.id}
     if score.gold is not None:
         per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
-        record |= {
-            "gold": score.gold,
-            **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
-            "acc": tie_credit(score.loglikelihoods, score.gold),
-            "acc_norm": tie_credit(per_char, score.gold),
-        }
+        record["gold"] = score.gold
+        record |= {name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")}
+        record |= {"acc": tie_credit(score.loglikelihoods, score.gold), "acc_norm": tie_credit(per_char, score.gold)}
     counts = {"num_answer_tokens": score.num_answer_tokens, "num_truncated": score.num_truncated}
     return {**record, "nll": score.nll, **counts}
 
@@ -243,30 +217,28 @@ def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
     )
 
 
-def _average(results: Sequence[TaskResult]) -> TaskResult:
-    """Macro average over tasks. Counts are summed."""
-    with_choices = [result for result in results if result.acc is not None]
-    values: dict[str, Any] = {
-        each.name: sum(getattr(result, each.name) for result in results)
-        for each in fields(TaskResult)
-        if each.name.startswith("num_")
-    }
-    for name in ("acc", "acc_norm", "nll", "nll_per_token"):
-        values |= estimated(name, averaged(results if name.startswith("nll") else with_choices, name))
-    for name in ("chance", "majority"):
-        mean = averaged(with_choices, name)
-        values[name] = mean.value if mean else None
-    return TaskResult(**values)
+def average_of(results: Sequence[Metrics]) -> Metrics:
+    """Macro average over the tasks that have a metric. Counts are summed."""
+    kind: Any = type(results[0])
+    names = [each.name for each in fields(kind)]
+    values: dict[str, Any] = {}
+    for name in names:
+        known = [result for result in results if getattr(result, name) is not None]
+        if name.startswith("num_"):
+            values[name] = sum(getattr(result, name) for result in results)
+        elif f"{name}_stderr" in names:
+            values |= estimated(name, averaged(known, name))
+        elif name in ("chance", "majority"):
+            values[name] = float(np.mean([getattr(result, name) for result in known])) if known else None
+    made: Metrics = kind(**values)
+    return made
 
 
 def averaged(results: Sequence[Any], name: str) -> Estimate | None:
-    """Macro average of the field `name`, each task counting once; None over no tasks.
-
-    Its error is sqrt(sum of `name`_stderr^2) / tasks, the tasks being independent samples; nan if one is not known.
-    """
+    """Macro average of a field over independent tasks, with the error sqrt(sum of stderr^2) / tasks; None over none."""
     if not results:
         return None
-    errors = (getattr(result, f"{name}_stderr", None) for result in results)
+    errors = (getattr(result, f"{name}_stderr") for result in results)
     variance = sum(math.nan if error is None else error**2 for error in errors)
     return Estimate(float(np.mean([getattr(result, name) for result in results])), math.sqrt(variance) / len(results))
 
@@ -276,3 +248,98 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return {name: None, f"{name}_stderr": None}
     return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
+
+
+# Before and after training
+
+LossOrAccuracy = Literal["nll_per_token", "acc"]
+_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}
+"""Metric -> the sign of a change for the worse."""
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """A metric of one task ("average": of all of them) before and after training; what was not measured is None."""
+
+    task: str
+    num_examples: int
+    before: float | None
+    after: float | None
+    difference: float | None  # after - before over the examples that both have; None for fewer than two
+    lower: float | None  # ends of its 95 % interval; None for fewer than `FEWEST` examples in any task
+    upper: float | None
+    metric: LossOrAccuracy = "nll_per_token"
+
+    def in_words(self) -> str:
+        """'boolq is worse than before training: acc 0.6 against 0.7'."""
+        return f"{self.task} is worse than before training: {self.metric} {self.after:.4g} against {self.before:.4g}"
+
+
+def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
+    """The change of each task that has the metric, and of their average.
+
+    `before` and `after` are as `Result.to_dict` with single examples; empty if it was not measured.
+    """
+    old, new = before.get("tasks", {}), after.get("tasks", {})
+    old_records, new_records = (by_task(each.get("per_example", [])) for each in (before, after))
+    rows = [(name, old.get(name, {}), new.get(name, {}), [name]) for name in dict.fromkeys([*old, *new])]
+    rows = [row for row in rows if any(each.get(metric) is not None for each in row[1:3])]
+    pairs = {name: _paired(old_records.get(name, {}), new_records.get(name, {}), metric) for name, *_ in rows}
+    if len(rows) > 1:
+        rows.append(("average", before.get("average", {}), after.get("average", {}), list(pairs)))
+    changes = []
+    for name, one, other, tasks in rows:
+        scores = {task: pair for task in tasks if (pair := pairs[task]) is not None}
+        difference = lower = upper = None
+        if len(scores) == len(tasks):
+            interval = example_interval(scores, "equal")
+            difference = interval.value
+            if min(len(pair.examples) for pair in scores.values()) >= FEWEST:
+                lower, upper = interval.lower, interval.upper
+        number = sum((new.get(task) or old[task])["num_examples"] for task in tasks)
+        values = (one.get(metric), other.get(metric), difference, lower, upper)
+        changes.append(TaskChange(name, number, *values, metric=metric))
+    return changes
+
+
+def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Tasks of both evaluations whose examples differ, so that only the change is over the same ones."""
+    old, new = (by_task(found.get("per_example", [])) for found in (before, after))
+    return [task for task in old if task in new and old[task].keys() != new[task].keys()]
+
+
+def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[TaskChange]:
+    """The tasks that are worse than before training, beyond the noise of their examples, by a metric whose average is
+    better. Tasks of another number of examples, or of few, are left out."""
+    worse: list[TaskChange] = []
+    before, after = (each.to_dict(per_example=True) for each in (base, now))
+    for metric, sign in _WORSE.items():
+        changes = task_changes(before, after, metric)
+        average = getattr(base.average, metric), getattr(now.average, metric)
+        if None not in average and sign * (average[1] - average[0]) < 0:
+            sizes = [{task: one.num_examples for task, one in each.tasks.items()} for each in (base, now)]
+            same = [each for each in changes if sizes[0].get(each.task) == sizes[1].get(each.task)]
+            worse += [each for each in same if min(sign * (each.lower or 0.0), sign * (each.upper or 0.0)) > 0]
+    return worse
+
+
+def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Task -> name of an example -> its record. A name is an id with a number: ids can repeat within a task."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        identity = (record["task"], str(record["id"]))
+        seen[identity] += 1
+        found.setdefault(record["task"], {})[f"{record['id']}#{seen[identity]}"] = record
+    return found
+
+
+def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: LossOrAccuracy) -> TaskScores | None:
+    """new - old of the examples that both evaluations of a task have; None for fewer than two."""
+    name = "nll" if metric == "nll_per_token" else "acc"
+    pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
+    if len(pairs) < 2:
+        return None
+    differences = np.array([after[name] - before[name] for before, after in pairs.values()], dtype=np.float64)
+    weights = [1.0 if name == "acc" else float(after["num_answer_tokens"]) for _, after in pairs.values()]
+    return TaskScores(tuple(pairs), differences, np.array(weights))

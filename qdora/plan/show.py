@@ -10,39 +10,51 @@ and what it sums twice; a machine has one link to the others. Blocks are gathere
 """
 
 from __future__ import annotations
-
-import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
-
-import torch
+from qdora.data import build_data
+from qdora.data import mix_plan
+from qdora.data import sources
+from qdora.errors import HubFailure
+from qdora.errors import NoTokenizer
+from qdora.errors import UserError
+from qdora.files.console import consoles
+from qdora.model.build_model import find_model
+from qdora.model.build_model import keeps_scales
+from qdora.plan import plan as parts
+from qdora.plan.fit import MOST_STEPS
+from qdora.plan.fit import Workload
+from qdora.plan.fit import all_on_device
+from qdora.plan.fit import assumed_workload
+from qdora.plan.fit import divided_recipe
+from qdora.plan.fit import num_sharing
+from qdora.plan.fit import plan
+from qdora.plan.fit import with_streaming
+from qdora.plan.fit import workload_of_data
+from qdora.plan.plan import ASSUMED
+from qdora.plan.plan import DeviceKind
+from qdora.plan.plan import PCIE_4
+from qdora.plan.plan import Plan
+from qdora.plan.plan import of_card
+from qdora.plan.plan import seconds_text
+from qdora.plan.plan import waiting_seconds
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.byte_size import size_text
+from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.recipe_file import override
+from qdora.recipe.settings import Recipe
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
-
-from qdora.data import build_data, mix_plan
-from qdora.errors import HubFailure, NoTokenizer, UserError
-from qdora.files.console import consoles
-from qdora.model.build_model import find_model, keeps_scales
-from qdora.plan import plan as parts
-from qdora.plan.fit import (
-    MOST_STEPS,
-    Workload,
-    all_on_device,
-    assumed_workload,
-    divided_recipe,
-    num_sharing,
-    plan,
-    with_streaming,
-    workload_of_data,
-)
-from qdora.plan.plan import ASSUMED, PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
-from qdora.recipe.byte_size import parse_size, size_text
-from qdora.recipe.recipe_file import missing_files, override
-from qdora.recipe.settings import Recipe
+from typing import Any
+from typing import Literal
+import logging
+import math
+import torch
 
 logger = logging.getLogger("qdora")
 
@@ -111,12 +123,12 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
     try:
         _, tokenizer = find_model(recipe, weights=False)
         why = "the data cannot be read"
-        train, _ = build_data.read_data(recipe.data)
+        train, _ = sources.read_data(recipe.data)
     except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
         return None, assumed_workload, [f"{full}, because {why}: {error.faults[0]}"]
-    mix = build_data.tokenized_mix(recipe, tokenizer, train)
-    loader = build_data.make_loader(recipe, mix, tokenizer)
-    num_steps = build_data.num_steps_of(recipe, loader)
+    mix = sources.tokenized_mix(recipe, tokenizer, train)
+    loader = sources.make_loader(recipe, mix, tokenizer)
+    num_steps = sources.num_steps_of(recipe, loader)
     assumed = []
     if loader.streams:
         assumed = [f"{full}, because the data is streamed"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qdora.evaluate.example_intervals import (
+from qdora.evaluate.intervals import (
     Interval,
     SeedScores,
     Spread,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from qdora.evaluate.example_intervals import CONFIDENCE, Interval, Spread
+from qdora.evaluate.intervals import CONFIDENCE, Interval, Spread
 
 
 def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread:

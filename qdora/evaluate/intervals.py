@@ -1,4 +1,4 @@
-"""Means of single examples' scores, weighted by tokens or tasks, and their t intervals with the examples drawn."""
+"""Means over examples with their errors: standard errors, and t intervals of means weighted by tokens or tasks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,45 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
 Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
 
-CONFIDENCE = 0.95
-"""That of all intervals over seeds or examples."""
+CONFIDENCE = 0.95  # of all intervals over seeds or examples
+LEAST_P = 1e-15  # smallest p-value that is given: beyond it the quantiles of t lose their digits
 
-LEAST_P = 1e-15
-"""Smallest p-value that is told: beyond it the quantiles of t lose their digits."""
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error; the error is nan for a single example."""
+
+    value: float
+    stderr: float
+
+
+def mean_stderr(values: ArrayLike) -> Estimate:
+    """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1); for 0/1 values that is sqrt(p (1 - p) / (n - 1))."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("the mean of no examples is not defined")
+    stderr = float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
+    return Estimate(float(array.mean()), stderr)
+
+
+def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+    """R = sum a / sum b over examples, with the standard error of its linearisation.
+
+    se(R) = s(a - R b) / (mean(b) sqrt(n)), s with n - 1: examples are the independent unit, not their tokens.
+
+    Source: Cochran, Sampling Techniques (1977), eq. 6.13, without finite-population correction.
+    """
+    a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    ratio = float(a.sum() / b.sum())
+    if a.size == 1:
+        return Estimate(ratio, math.nan)
+    return Estimate(ratio, float((a - ratio * b).std(ddof=1) / (b.mean() * math.sqrt(a.size))))
 
 
 @dataclass(frozen=True)
@@ -41,21 +69,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task in one run.
+    """Scores of one task in one run."""
 
-    Attributes:
-        examples: Names, each once.
-        values: (examples,) float64; of differences, those of each example.
-        weights: (examples,) above 0: answer tokens for summed NLLs, so that a mean is per token; ones for all else.
-    """
-
-    examples: tuple[str, ...]
-    values: Array
-    weights: Array
-
-    def __post_init__(self) -> None:
-        assert self.values.shape == self.weights.shape == (len(self.examples),), (self.values.shape, len(self.examples))
-        assert self.weights.min() > 0, "weights"
+    examples: tuple[str, ...]  # names, each once
+    values: Array  # (examples,) float64; of differences, those of each example
+    weights: Array  # (examples,) above 0: answer tokens for summed NLLs, so that a mean is per token; ones for all else
 
 
 SeedScores = Mapping[str, TaskScores]
@@ -86,7 +104,7 @@ class Spread:
         """Two-sided p-value of 'the true value is 0'."""
         if self.stderr == 0:
             return LEAST_P if value else 1.0
-        return _told(2 * float(special.stdtr(self.free, -abs(value) / self.stderr)))
+        return _at_least(2 * float(special.stdtr(self.free, -abs(value) / self.stderr)))
 
     def p_equivalent(self, value: float, zone: float) -> float:
         """p-value of 'the true value is at least `zone` from 0': the larger one of two one-sided t tests.
@@ -95,7 +113,7 @@ class Spread:
         """
         if self.stderr == 0:
             return LEAST_P if abs(value) < zone else 1.0
-        return _told(float(special.stdtr(self.free, (abs(value) - zone) / self.stderr)))
+        return _at_least(float(special.stdtr(self.free, (abs(value) - zone) / self.stderr)))
 
     def detectable(self, alpha: float, power: float) -> float:
         """Smallest true value that a two-sided t test at `alpha` finds with probability `power`."""
@@ -115,7 +133,7 @@ class Spread:
         return float(optimize.brentq(missing, 0.0, highest, xtol=1e-9)) * self.stderr
 
 
-def _told(p: float) -> float:
+def _at_least(p: float) -> float:
     return p if math.isnan(p) else max(LEAST_P, p)
 
 
@@ -123,10 +141,8 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
     """Of the mean over the seeds of `weighted_mean`, as if the examples alone were drawn and the seeds fixed.
 
     Linearised ratios (Cochran, Sampling Techniques, 1977, eq. 6.13), stratified by task. An example that several seeds
-    have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks.
-
-    Args:
-        seeds: Of each seed the differences of two arms, example by example.
+    have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks. `seeds` are, of each seed, the
+    differences of two arms, example by example.
     """
     shares: dict[str, dict[str, float]] = {}  # task -> example -> its part of the mean, less what is expected of it
     for tasks in seeds:
@@ -136,13 +152,13 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
             whole = float(each.weights.sum())
             ratio, scale = (pooled, total) if weighting == "tokens" else (each.values.sum() / whole, whole * len(tasks))
             residual = (each.values - ratio * each.weights) / (scale * len(seeds))
-            known = shares.setdefault(name, {})
+            of_task = shares.setdefault(name, {})
             for example, value in zip(each.examples, residual.tolist(), strict=True):
-                known[example] = known.get(example, 0.0) + value
+                of_task[example] = of_task.get(example, 0.0) + value
     variance = squares = 0.0
-    for known in shares.values():
-        number = len(known)
-        part = number * float(np.var(list(known.values()), ddof=1)) if number > 1 else math.nan
+    for of_task in shares.values():
+        number = len(of_task)
+        part = number * float(np.var(list(of_task.values()), ddof=1)) if number > 1 else math.nan
         variance += part
         squares += part**2 / max(1, number - 1)
     return Spread(math.sqrt(variance), variance**2 / squares if squares else math.inf)
