@@ -34,7 +34,7 @@ from gpu.plan import ERROR_LINES, FULL, SMOKE, Part
 from gpu.programs import nvidia_smi
 from measure import PACKAGES, RESULTS, commit
 
-from qdora.cli.verb import let_segments_grow
+from qdora.cli.app import let_segments_grow
 from qdora.files.atomic import atomic_write_json
 from qdora.files.environment import package_versions
 

@@ -30,10 +30,9 @@ from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import public_shapes
 from qdora.plan.show import process_plans, whole_plans
-from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
-from qdora.recipe.settings import Recipe
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.section import parse_size, size_text
+from qdora.recipe.settings import Recipe, TrainConfig
 from qdora.run.base import compress_base, compression_key, load_base
 from qdora.train.checks import packed_layout
 from qdora.train.optimizer import AdapterOptimizer

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qdora.cli.verb import explain
+from qdora.cli.app import explain
 from qdora.data.build_data import read_data
 from qdora.errors import FAILURE, USER_MISTAKE
 from qdora.files.atomic import json_text

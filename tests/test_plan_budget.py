@@ -29,8 +29,8 @@ from qdora.plan import plan as parts
 from qdora.plan.fit import assumed_workload, with_changes, workload_of_data
 from qdora.plan.plan import Change, MicroBatchShape, Moment, Plan
 from qdora.plan.show import plan_run
-from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
+from qdora.recipe.section import parse_size, size_text
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.train.distributed import Processes, processes_of_launch

@@ -225,12 +225,12 @@ def test_the_key_is_of_the_content_of_all_data_files(tmp_path: Path, monkeypatch
         keys.append(key_of(plain))
     files[3].unlink()
     keys.append(key_of(plain))
-    monkeypatch.setattr(cells, "_MOST_BLOCKS", 8)  # of a huge file, which is sampled
+    monkeypatch.setattr(cells, "_WHOLE_BYTES", 2**20)  # a huge file is sampled
     huge = 16 << 20
     for size, content in ((huge, b"\0"), (huge, b"x"), (huge + 1, b"\0")):
         with files[0].open("wb") as stream:
             stream.truncate(size)  # takes no room on the disk
-            stream.seek(huge - 5)
+            stream.seek(huge // 2)
             stream.write(content)
         keys.append(key_of(plain))
     assert len(set(keys)) == len(keys) == 1 + len(files) + 1 + 3
@@ -315,7 +315,7 @@ def test_all_faults_of_a_study_file_are_named() -> None:
         ({"settings": {"eval.limit": 9, "eval.block": 3}}, "eval.block ... decided by seeds"),
         ({"product": ONE, "rates": RATES, "settings": {"train.lr": 1}}, "train.lr ... is found by rates"),
         ({"settings": {"eval.tasks": []}}, "eval.tasks ... at least one task"),
-        ({"product": ONE, "settings": PRUNED}, "prune.calibration.text: mix is not the same for all seeds ... limit"),
+        ({"product": ONE, "settings": PRUNED}, "prune.calibration.text: mix differs by seed ... limit"),
         ({"product": ONE, "settings": MIX | BY_MACRO}, "eval.best_by ... got macro ... compare.split"),
         (again("transplant", **{"base.quant": "nf4"}), "stage again ... train this arm on the uncompressed base"),
         (again("rescaled", adapter="dora"), "stage again ... does not transplant this arm"),

@@ -25,7 +25,7 @@ from qdora.data.batches import Batching
 from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.settings import TrainConfig
 from qdora.train import policies as loss_scale
 from qdora.train.checks import MissingGradientCheck
 from qdora.train.distributed import Processes

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
@@ -16,8 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qdora.cli import verb
-from qdora.cli.verb import end_as_by_ctrl_c, explain
+from qdora.cli.app import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.files.run_directory import RunDirectory
@@ -236,7 +236,7 @@ def test_what_would_choose_nothing_is_refused(root: Path, tmp_path: Path) -> Non
 @pytest.fixture(autouse=True)
 def _heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A shell may have started the tests with some of them ignored, and shows their output on a terminal."""
-    for module in (verb, interrupt):
+    for module in (sys.modules["qdora.cli.app"], interrupt):
         monkeypatch.setattr(module, "leave_closed_terminal", lambda number: None)
     handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -333,7 +333,6 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.Mon
     assert [signal.getsignal(each) for each in (SIGINT, SIGTERM)] == before
     with pytest.raises(KeyboardInterrupt):
         send(SIGTERM)()
-    send(SIGTERM)()  # a launcher repeats it: the first one's clean-up goes on
     for ignored in (SIGHUP, SIGINT):  # as under nohup, and in the background
         for launched in (False, True):
             signal.signal(ignored, signal.SIG_IGN)

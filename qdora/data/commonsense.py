@@ -31,7 +31,7 @@ from qdora.data.example import Example
 from qdora.data.files import read_rows
 from qdora.data.rows import Entry, Place, Row, RowFault, Rows, joined, optional_text, row_id, text_field
 from qdora.errors import HubFailure, UserError, nearest
-from qdora.recipe.faults import reason_of, shown
+from qdora.recipe.section import reason_of, shown
 
 # Cloze questions
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qdora.data.rows import RowFault, parse_row_json
 from qdora.errors import nearest
-from qdora.recipe.faults import shown
+from qdora.recipe.section import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}

@@ -33,7 +33,7 @@ from qdora.data.rows import Entry, RowFault, Rows, between, empty_data_set, join
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.sampled_digest import sampled_digest
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, is_pattern
-from qdora.recipe.faults import one_line, reason_of, shown
+from qdora.recipe.section import one_line, reason_of, shown
 
 _RANGE_BYTES = 16 * 2**20
 """Bytes of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms."""

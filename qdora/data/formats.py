@@ -39,7 +39,7 @@ from qdora.data.rows import (
 )
 from qdora.errors import UserError, first_line, nearest
 from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig, no_chat
-from qdora.recipe.faults import shown
+from qdora.recipe.section import shown
 
 FIRST_ROWS = 64
 """Rows in which each column that `columns` names must be found once."""

@@ -14,7 +14,7 @@ from qdora.data.rows import Entry, Rows, empty_data_set
 from qdora.errors import HubFailure, UserError, nearest_path
 from qdora.files.console import OF_THIS_PROCESS
 from qdora.recipe.data_settings import SourceConfig, split_names
-from qdora.recipe.faults import reason_of
+from qdora.recipe.section import reason_of
 
 logger = logging.getLogger("qdora")
 

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from qdora.errors import UserError
-from qdora.recipe.faults import shown
+from qdora.recipe.section import shown
 
 Row = Mapping[str, Any]
 """Column -> value."""

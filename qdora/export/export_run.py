@@ -41,9 +41,9 @@ from qdora.model.checkpoint import shorten
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.model.names import taken_for_experts
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.section import parse_size
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
 

@@ -69,9 +69,9 @@ from qdora.model.source import ModelSource
 from qdora.model.tokens import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
 from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.base import check_base
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state

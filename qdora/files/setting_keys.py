@@ -17,10 +17,6 @@ MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips",
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
 
-GONE: Mapping[str, Any] = {"train.compile": False}
-"""Settings that have left -> the value that changed nothing. Recipes of earlier versions may hold them at this value,
-and keys of kept cells do."""
-
 
 def is_below(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted setting is one of those named, or inside one: data.mix[0].limit is below data and data.mix."""

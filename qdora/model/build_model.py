@@ -35,8 +35,8 @@ from qdora.model.tokens import (
     train_embeddings,
     trained_matrices,
 )
-from qdora.recipe.faults import in_yaml
 from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import in_yaml
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")

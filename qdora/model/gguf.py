@@ -42,7 +42,7 @@ from qdora.files.work_lock import in_turn
 from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import block_of
-from qdora.recipe.faults import one_line
+from qdora.recipe.section import one_line
 
 log = logging.getLogger("qdora")
 Values = np.ndarray[Any, np.dtype[Any]]

@@ -26,7 +26,7 @@ from qdora.files.user_paths import user_path
 from qdora.model.checkpoint import shard_files, stored_kind
 from qdora.model.gguf import require_gguf, tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
-from qdora.recipe.faults import reason_of
+from qdora.recipe.section import reason_of
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
 

@@ -50,7 +50,7 @@ from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
 from qdora.quant.tiles import Weight
-from qdora.recipe.faults import one_line
+from qdora.recipe.section import one_line
 
 log = logging.getLogger("qdora")
 

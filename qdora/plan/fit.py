@@ -48,9 +48,8 @@ from qdora.plan.plan import (
     public_shapes,
 )
 from qdora.plan.step_plan import _known, _StepPlan
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
-from qdora.recipe.section import with_settings
+from qdora.recipe.section import parse_size, with_settings
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
 from qdora.train.loss import check_router_loss

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from qdora.recipe.byte_size import size_text
+from qdora.recipe.section import size_text
 
 GIB, MIB = 2**30, 2**20
 

@@ -40,8 +40,8 @@ from qdora.plan.fit import (
     workload_of_data,
 )
 from qdora.plan.plan import ASSUMED, PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
-from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files, override
+from qdora.recipe.section import parse_size, size_text
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")

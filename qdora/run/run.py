@@ -45,9 +45,8 @@ from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
 from qdora.model.patches import weights_unread
 from qdora.model.source import is_commit
-from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
-from qdora.recipe.section import with_settings
+from qdora.recipe.section import shown, with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.base import (
     REVISIONS,

@@ -36,9 +36,21 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
 from qdora.errors import UserError, nearest
-from qdora.recipe.faults import fault_lines, shown
 from qdora.recipe.recipe_file import read_yaml
-from qdora.recipe.section import Fault, Flag, NotNegative, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
+from qdora.recipe.section import (
+    Fault,
+    Flag,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    WholeOrZero,
+    fault_lines,
+    shown,
+)
 
 Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
 Choice = dict[Text, Any]

@@ -27,7 +27,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.memory.oom import is_out_of_memory
-from qdora.recipe.faults import reason_of
+from qdora.recipe.section import reason_of
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer

@@ -21,8 +21,7 @@ from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
-from qdora.recipe.settings import Recipe
-from qdora.recipe.train_settings import MACRO
+from qdora.recipe.settings import MACRO, Recipe
 from qdora.train.distributed import OtherProcessFailed, Processes
 from qdora.train.logs import TRAINED_FILE
 from qdora.train.policies import BestSoFar

@@ -24,7 +24,7 @@ from qdora.data.batches import IGNORED, MicroBatch, Step, StepLoader
 from qdora.errors import first_line
 from qdora.files.atomic import json_bytes
 from qdora.memory.oom import free_memory, is_out_of_memory
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.settings import TrainConfig
 
 # Steps that must fit before micro-batches grow for the first time.
 _FIRST_WAIT = 32
