@@ -447,7 +447,10 @@ class Expander:
         if found is not None and found.rate is None:
             return None
         stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
-        bases = {"base_key": self._base(arm, dense=False)[0], "dense_key": self._base(arm, dense=True)[0]}
+        bases: dict[str, Any] = {
+            "base_key": self._base(arm, dense=False)[0],
+            "dense_key": self._base(arm, dense=True)[0],
+        }
         recipe = self._recipe(arm, seed, rate=None if found is None else found.rate)
         if kind == "train":
             interior = None if found is None else found.is_interior

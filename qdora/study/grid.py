@@ -234,8 +234,8 @@ class Study(Section):
         asked += [(f"stages[{index}].cells", stage.cells) for index, stage in enumerate(self.stages)]
         asked.append(("compare", {compare.arm: compare.reference or []}))
         for name, each in (compare.primary or {}).items():
-            where, arms = f"compare.primary.{name}", [each.arm or [], each.reference or []]
-            asked += [(where, {compare.arm: arm}) for arm in arms]
+            where = f"compare.primary.{name}"
+            asked += [(where, {compare.arm: arm}) for arm in (each.arm, each.reference) if arm is not None]
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
         for where, entry in asked:
             for name, value in entry.items():
