@@ -289,7 +289,8 @@ FAULTS = (
     "product.train.lr: is not an axis|product.train.lr: ... 0.0001 twice|product.seed: is not an axis|"
     "product.layer: is a column|seeds: ... got 1, ... also in seeds|rates.seeds: ... got 0, ... also in seeds|"
     "stages: ... 'a' twice|exclude[1]: adaptr must be an axis|exclude[2]: adapter must be of dora, got 'dorra'|"
-    "rates.like: ... got 'x'|rates.of: ... got 'z'|stages[0].cells: adapter ... got 'b'|stages[0].cells: seed ... got 's'|"
+    "rates.like: ... got 'x'|rates.of: ... got 'z'|stages[0].cells: adapter ... got 'b'|"
+    "stages[0].cells: seed ... got 's'|"
     "compare: ... of dora, got 'c'|compare.primary.all: ... got 'd'|compare.primary.all.over: lr ... got 'o'|"
     "compare.primary.all.minus: lr ... got 'm'"
 )

@@ -106,10 +106,6 @@ def _plain_type(annotation: Any) -> Any:
     return annotation if origin is None else _plain_type(inner[0])
 
 
-ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Settings of torch's allocators, read as torch is imported, and their older name, which torch reads, too."""
-
-
 def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let torch's CUDA allocator extend its segments, unless the user has set it up or the driver cannot map memory.
 
@@ -118,8 +114,9 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> Non
     github.com/ggml-org/llama.cpp/issues/4680). Neither has concurrent managed access.
     """
     needed = VIRTUAL_MEMORY_MANAGEMENT, CONCURRENT_MANAGED_ACCESS
-    if not {ALLOCATOR, OLD_ALLOCATOR} & environment.keys() and all(map(device_attribute, needed)):
-        environment[ALLOCATOR] = "expandable_segments:True"
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys()
+    if not given and all(map(device_attribute, needed)):
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def set_up_output() -> None:
@@ -396,20 +393,15 @@ def study(
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
-    if jobs is not None:
-        from qdora.study.run import submit_study
+    if jobs is not None and (shard is not None or dry_run or retry_failed):
+        raise UserError("--jobs: is not used with --shard, --dry-run or --retry-failed. Fix: remove them.")
+    if jobs is None and (cluster is not None or job_option):
+        raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
+    from qdora.study.run import study_run, submit_study
 
-        if shard is not None or dry_run or retry_failed:
-            raise UserError(
-                "--jobs: is not used with --shard, --dry-run or --retry-failed: its processes share all cells. "
-                "Fix: remove them."
-            )
+    if jobs is not None:
         emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []))
         return
-    if cluster is not None or job_option:
-        raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
-    from qdora.study.run import study_run
-
     try:
         emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
     except Interrupted as stopped:  # its cell goes on where it was

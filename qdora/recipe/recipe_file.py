@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from qdora.errors import UserError, nearest, nearest_path
+from qdora.errors import UserError, nearest
 from qdora.files.access_tokens import masked, token_paths
 from qdora.files.setting_keys import is_below
 from qdora.files.user_paths import user_path
@@ -252,11 +252,9 @@ def _drop_disabled_(changed: dict[str, Any], data: dict[str, Any], given: Collec
     disabled = {key: why for key, why in _ignored(changed).items() if not is_below(key, given)} if given else {}
     before, dropped = _ignored(data) if disabled else {}, []
     for key in disabled.keys() - before.keys():
-        *steps, last = _steps(key)
-        section: Any = changed
-        for step in steps:
-            section = section[step]
-        dropped.append(f"{key} {shown(section.pop(last))} is dropped from the recipe: {disabled[key]}.")
+        head, _, last = key.rpartition(".")
+        value = _inner(changed, head).pop(last)
+        dropped.append(f"{key} {shown(value)} is dropped from the recipe: {disabled[key]}.")
     return sorted(dropped)
 
 
@@ -274,6 +272,7 @@ _PATHS = {
     "data.cache": "off",
 }
 """Settings that are paths, each with the word that is none there."""
+_PATHS_OF_SOURCES = ("source", "path", "validation")
 
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:
@@ -284,8 +283,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
         if key == "cache" or not os.path.isabs(path) or os.path.exists(path):
             continue
         if not any(glob.iglob(path, recursive=True)):
-            close = "" if is_pattern(path) else nearest_path(Path(path))
-            missing.append(f"{where}: {setting}: no such file or directory, got {path}.{close}")
+            missing.append(f"{where}: {setting}: no such file or directory, got {path}.")
     return missing
 
 
@@ -304,23 +302,24 @@ def _make_absolute_(data: Any, folder: Path) -> None:
 
 def _paths(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(dotted setting, the section that has it, its key) of all text in plain data that may be a path."""
-    mix = data.get("data", {}).get("mix") if isinstance(data, dict) and isinstance(data.get("data"), dict) else None
-    of_sources = (
-        [f"data.mix[{index}].{key}" for index in range(len(mix)) for key in ("source", "path", "validation")]
-        if isinstance(mix, list)
-        else []
-    )
-    for setting in (*_PATHS, *of_sources):
-        *steps, key = _steps(setting)
-        section = data
-        for step in steps:
-            try:
-                section = section[step]
-            except (KeyError, IndexError, TypeError):
-                section = None
+    mix = _inner(data, "data.mix")
+    indices = range(len(mix)) if isinstance(mix, list) else ()
+    for setting in (*_PATHS, *(f"data.mix[{index}].{key}" for index in indices for key in _PATHS_OF_SOURCES)):
+        head, _, key = setting.rpartition(".")
+        section = _inner(data, head)
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and value not in ("", _PATHS.get(setting)):
-            yield setting, section, str(key)
+            yield setting, section, key
+
+
+def _inner(data: Any, setting: str) -> Any:
+    """What plain data has at a dotted setting; None if nothing."""
+    for step in _steps(setting):
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
 
 
 _OF_FACTORS = "rank alpha rank_stabilized experts init rank_pattern same_scaling mask"

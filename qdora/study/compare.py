@@ -79,21 +79,11 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     for (kind, context, name, _), (first, *more) in groups.items():
         seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in (first, *more)}
         done = {seed: key for seed, key in seeds.items() if as_planned or results.result(key) is not None}
-        shared = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
-        missing = [seed for seed in first_seeds(results.study, seeds) if seed not in done]
-        rate = first["labels"].get(RATE, "") if searched else ""
+        num_missing = sum(seed not in done for seed in first_seeds(results.study, seeds))
+        kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
+        kept["rate"] = first["labels"].get(RATE, "") if searched else ""
         if done:
-            arms.append(
-                Arm(
-                    context=dict(context),
-                    name=name,
-                    kind=kind,
-                    rate=rate,
-                    seeds=done,
-                    num_missing=len(missing),
-                    **shared,
-                )
-            )
+            arms.append(Arm(context=dict(context), name=name, kind=kind, seeds=done, num_missing=num_missing, **kept))
     return sorted(arms, key=lambda arm: KINDS.index(arm.kind))
 
 
@@ -108,16 +98,17 @@ def seed_improvements(
 
     Seeds that the study begins with come before later ones. With `task`, of that task alone.
     """
-    shared = set.intersection(*(set(arm.seeds) for _, *pair in terms for arm in pair))
+    shared = [seed for seed in terms[0][1].seeds if all(seed in arm.seeds for _, *pair in terms for arm in pair)]
+    shared.sort(key=lambda seed: int(seed) not in results.study.seeds)
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
-    found = {}
-    for seed in sorted(
-        filter(shared.__contains__, terms[0][1].seeds), key=lambda each: int(each) not in results.study.seeds
-    ):
-        pairs = (
-            (factor, [results.mean(arm.seeds[seed], measure, task=task) for arm in pair]) for factor, *pair in terms
-        )
-        found[seed] = sign * sum(factor * (own - other) for factor, (own, other) in pairs)
+
+    def value(arm: Arm, seed: str) -> float:
+        return results.mean(arm.seeds[seed], measure, task=task)
+
+    found = {
+        seed: sign * sum(factor * (value(arm, seed) - value(other, seed)) for factor, arm, other in terms)
+        for seed in shared
+    }
     return {} if any(map(math.isnan, found.values())) else found
 
 
@@ -130,9 +121,8 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
     """Of each seed the sum of the terms, example by example; runs that diverged have none."""
     found = []
     for seed in seeds:
-        signed = [
-            (sign * factor, arm.seeds[seed]) for factor, *pair in terms for sign, arm in zip((1, -1), pair, strict=True)
-        ]
+        pairs = [[(factor, arm.seeds[seed]), (-factor, other.seeds[seed])] for factor, arm, other in terms]
+        signed = list(itertools.chain(*pairs))
         if not any(results.diverged(key) for _, key in signed):
             found.append(combined([(factor, results.scores(key)[measure]) for factor, key in signed]))
     return found
@@ -140,15 +130,13 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True)
 class NamedComparison:
-    """A contrast, which says that `arm` is better than `reference`; its family is "" if it is exploratory.
+    """A contrast, whose family is "" if it is exploratory.
 
     `lacking` says which of the contexts that it is about are not in its terms.
     """
 
     name: str
     context: dict[str, str]
-    arm: str
-    reference: str
     family: str
     terms: list[Term]
     lacking: list[str]
@@ -158,6 +146,11 @@ class NamedComparison:
         """The arms of all terms, each once."""
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
+    def columns(self) -> dict[str, Any]:
+        """Its name, context and arms as columns of a table."""
+        _, arm, other = self.terms[0]
+        return {"comparison": self.name, **self.context, "arm": arm.name, "reference": other.name}
+
 
 def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
@@ -165,18 +158,14 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
     Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
     """
     compare, found = study.compare, []
-
-    def add(terms: list[Term], name: str, context: dict[str, str], family: str, lacking: list[str]) -> None:
-        _, arm, other = terms[0]
-        names = (name or f"{arm.name} against {other.name}", context, arm.name, other.name)
-        found.append(NamedComparison(*names, family, terms, lacking))
-
     for name, asked in (compare.primary or {}).items():
         known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
         if terms := _terms(asked, _pairs(known, asked.reference or compare.reference)):
-            add(terms, name, {}, asked.family, _lacking(asked, terms, study, cells))
+            found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, study, cells)))
+    family = "" if compare.primary else "primary"
     for arm, other in _pairs(arms, compare.reference):
-        add([(1.0, arm, other)], "", arm.context, "" if compare.primary else "primary", [])
+        name = f"{arm.name} against {other.name}"
+        found.append(NamedComparison(name, arm.context, family, [(1.0, arm, other)], []))
     return found
 
 
@@ -314,10 +303,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     if is_primary and compare.spread is not None and num_first > 1:
         planned["half_width_planned"] = Spread(compare.spread / math.sqrt(num_seeds), num_first - 1).half_width
     return {
-        "comparison": each.name,
-        **each.context,
-        "arm": each.arm,
-        "reference": each.reference,
+        **each.columns(),
         "measure": measure,
         "role": "primary" if is_primary else "exploratory",
         "family": each.family,
@@ -358,8 +344,7 @@ def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], ce
         for task, measure in itertools.product(weights, measures):
             if by_seed := seed_improvements(each.terms, results, measure, task):
                 interval = improvement_interval(by_seed, results.study)
-                row = {"comparison": each.name, **each.context, "arm": each.arm, "reference": each.reference}
-                row |= {"task": task, "weight": weights[task], "measure": measure}
+                row = each.columns() | {"task": task, "weight": weights[task], "measure": measure}
                 rows.append(row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper})
     return rows
 

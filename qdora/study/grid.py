@@ -217,8 +217,9 @@ class Study(Section):
                 yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
             for label in sorted({label for label in labels if labels.count(label) > 1}):
                 yield f"product.{name}", f"has the value {label} twice."
-        groups = {"seeds": self.seeds, "stages[].cells.seed": tuple(dict.fromkeys(self._later_seeds()))}
-        groups["rates.seeds"] = () if rates is None else rates.seeds
+        named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
+        later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
+        groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
         seen: dict[int, str] = {}
         for key, seed in ((key, seed) for key, seeds in groups.items() for seed in seeds):
             if seed in seen:
@@ -237,25 +238,17 @@ class Study(Section):
             where = f"compare.primary.{name}"
             asked += [(where, {compare.arm: arm}) for arm in (each.arm, each.reference) if arm is not None]
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
-        for where, entry in asked:
-            for name, value in entry.items():
-                wrong = [
-                    each
-                    for each in as_list(value)
-                    if (not isinstance(each, int) if name == SEED else label_of(each) not in axes.get(name, ()))
-                ]
-                if name != SEED and name not in axes:
-                    yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
-                elif wrong:
-                    allowed = "whole numbers" if name == SEED else f"of {', '.join(axes[name])}"
-                    yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
-
-    def _later_seeds(self) -> Iterator[int]:
-        """Seeds that only a stage names."""
-        for stage in self.stages:
-            for seed in as_list(stage.cells.get(SEED, ())) if stage.kind == "train" else ():
-                if isinstance(seed, int) and seed not in self.seeds:
-                    yield seed
+        for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
+            if name == SEED:
+                wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
+            elif name in axes:
+                wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
+                allowed = f"of {', '.join(axes[name])}"
+            else:
+                yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
+                continue
+            if wrong:
+                yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
 
 
 def load_study(path: Path) -> Study:

@@ -45,7 +45,6 @@ class StudyDirectory:
             (path / name).mkdir(parents=True, exist_ok=True)
 
     def cell(self, key: str) -> Path:
-        """The run directory of a cell."""
         return self.path / "cells" / key
 
     def shared(self, stage: str, key: str) -> Path:
@@ -53,19 +52,15 @@ class StudyDirectory:
         return self.path / "shared" / stage / key
 
     def is_done(self, key: str) -> bool:
-        """Whether the cell has a result."""
         return self._result(key).is_file()
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result of the cell, or None."""
         return read_json_object(self._result(key)) if self.is_done(key) else None
 
     def write_result(self, key: str, value: Mapping[str, Any]) -> None:
-        """Write a result atomically."""
         atomic_write_json(self._result(key), value)
 
     def num_done(self, keys: set[str]) -> int:
-        """How many of these cells have a result from any process."""
         return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
 
     def failures(self, key: str) -> list[dict[str, Any]]:
@@ -79,11 +74,9 @@ class StudyDirectory:
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
     def is_given_up(self, key: str) -> bool:
-        """Whether the cell has no attempts left."""
         return len(self.failures(key)) > self.retries
 
     def forget_failures(self, keys: Sequence[str]) -> None:
-        """Let cells that were given up run again."""
         for key in keys:
             if not self.is_done(key) and self.is_given_up(key):
                 self._failures(key).unlink(missing_ok=True)
@@ -219,7 +212,6 @@ class Results:
         self._means: dict[tuple[str, str, Part, str | None], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result of a cell; None if it is not finished."""
         if key not in self._results and (found := self.store.result(key)) is not None:
             self._results[key] = found
         return self._results.get(key)

@@ -111,8 +111,8 @@ def study_run(
             times = stage_times(mine, known)
             for line in (*(f"  {cell.in_words()}" for cell in mine), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
-            found = {"directory": str(directory), "num_cells": len(cells.cells), "notes": notes}
-            return found | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
+            whole = {"directory": str(directory), "num_cells": len(cells.cells), "notes": notes}
+            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
         with cells_bar(progress, store) as bar, _quiet_runs():
@@ -217,14 +217,12 @@ class CellsBar:
         self.began, self.num_before = time.monotonic(), 0
 
     def show(self, cells: Sequence[Cell]) -> None:
-        """Take these cells as all."""
         is_first, self.keys = not self.keys, {cell.key for cell in cells}
         done = self.store.num_done(self.keys)
         self.num_before = done if is_first else self.num_before
         self.progress.update(self.task, total=len(cells), completed=done)
 
     def report(self, cell: Cell, event: Event, seconds: float) -> None:
-        """Tell an attempt (`AfterAttempt`)."""
         done, left = self.store.num_done(self.keys), ""
         if done > self.num_before:
             each = (time.monotonic() - self.began) / (done - self.num_before)
