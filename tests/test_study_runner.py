@@ -27,7 +27,7 @@ from qdora.study import run
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
 from qdora.study.results import Results, StudyDirectory, cells_now
-from qdora.study.run import cells_bar, once, run_cells, shard_of, submit_jobs, tally
+from qdora.study.run import CellsLog, once, run_cells, shard_of, submit_jobs, tally
 from tests import fake_study
 from tests.fake_study import numbered
 
@@ -224,8 +224,8 @@ def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: fl
         time.sleep(seconds)
         return fake_study.work_of()(cell, directory)
 
-    with cells_bar(Console(quiet=True), store) as bar:
-        return run._run_all(expander, Results(store, expander.study), shard, work, bar)
+    log = CellsLog(Console(quiet=True), store)
+    return run._run_all(expander, Results(store, expander.study), shard, work, log)
 
 
 def test_a_process_waits_for_cells_that_others_work_on(expander: Expander, tmp_path: Path) -> None:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, named
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
-from qdora.files.console import consoles, duration, shows_bars
+from qdora.files.console import consoles, duration
 from qdora.files.json_file import read_json_object
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory
@@ -115,8 +114,8 @@ def study_run(
             return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
-        with cells_bar(progress, store) as bar, _quiet_runs():
-            mine = _run_all(expander, known, shard, cell_work(store), bar)
+        with _quiet_runs():
+            mine = _run_all(expander, known, shard, cell_work(store), CellsLog(progress, store))
         num_waiting = sum(cells_now(expander, known).num_waiting.values())
     found = tally(mine, store)
     results.print(f"study: {directory}", soft_wrap=True)
@@ -136,15 +135,15 @@ def study_run(
     return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
-def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, bar: CellsBar) -> list[Cell]:
+def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
     """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
     store, num_idle = known.store, 0
     while True:
         cells = cells_now(expander, known)
         mine = shard_of(cells.cells, shard)
-        bar.show(mine)
+        log.show(mine)
         before = store.num_done({cell.key for cell in cells.cells})
-        run_cells(mine, store, work, bar.report)
+        run_cells(mine, store, work, log.report)
         now = cells_now(expander, known)
         if len(now.cells) > len(cells.cells) or store.num_done({cell.key for cell in cells.cells}) > before:
             num_idle = 0
@@ -204,42 +203,29 @@ def _quiet_runs() -> Iterator[None]:
             handler.setLevel(level)
 
 
-class CellsBar:
-    """Progress over the cells with the time left: a bar on a terminal, otherwise one line a cell.
+class CellsLog:
+    """One line for each attempt, with the time left.
 
     Cells that other processes finish count, too, so the time left is that of all processes together.
     """
 
-    def __init__(self, console: Console, store: StudyDirectory, progress: Progress) -> None:
-        self.console, self.store, self.progress = console, store, progress
-        self.task = progress.add_task("cells", total=0, left="")
+    def __init__(self, console: Console, store: StudyDirectory) -> None:
+        self.console, self.store = console, store
         self.keys: set[str] = set()
         self.began, self.num_before = time.monotonic(), 0
 
     def show(self, cells: Sequence[Cell]) -> None:
         is_first, self.keys = not self.keys, {cell.key for cell in cells}
-        done = self.store.num_done(self.keys)
-        self.num_before = done if is_first else self.num_before
-        self.progress.update(self.task, total=len(cells), completed=done)
+        self.num_before = self.store.num_done(self.keys) if is_first else self.num_before
 
     def report(self, cell: Cell, event: Event, seconds: float) -> None:
         done, left = self.store.num_done(self.keys), ""
         if done > self.num_before:
             each = (time.monotonic() - self.began) / (done - self.num_before)
             left = f"; {duration((len(self.keys) - done) * each)} left"
-        self.progress.update(self.task, completed=done, left=left.removeprefix("; "))
-        if event == "failed" or not shows_bars(self.console):
-            name = " ".join(cell.labels.values()) or "uncompressed base"
-            text = f"{done}/{len(self.keys)} {event}: {name} ({cell.key}), {duration(seconds)}{left}"
-            self.console.print(text, soft_wrap=True)
-
-
-@contextmanager
-def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
-    """A `CellsBar` that is shown while the block runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=True, disable=not shows_bars(console)) as progress:
-        yield CellsBar(console, store, progress)
+        name = " ".join(cell.labels.values()) or "uncompressed base"
+        text = f"{done}/{len(self.keys)} {event}: {name} ({cell.key}), {duration(seconds)}{left}"
+        self.console.print(text, soft_wrap=True)
 
 
 def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None) -> None:
