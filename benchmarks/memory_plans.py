@@ -43,7 +43,10 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.recipe_file import recipe_names
 from qdora.recipe.recipe_file import with_overrides
+from qdora.recipe.section import parse_size
+from qdora.recipe.section import size_text
 from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import TrainConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.base import compress_base
 from qdora.run.base import compression_key

@@ -25,6 +25,7 @@ from qdora.quant.packed import quantize
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import TrainConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.base import load_base
 from qdora.train.logs import TrainingProgress

@@ -26,7 +26,7 @@ from qdora.data.batches import Step
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
 RANK, LR, CLIP = 16, 1e-4, 1.0

@@ -32,6 +32,8 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.recipe_file import override
 from qdora.recipe.recipe_file import recipe_names
 from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.section import parse_size
+from qdora.recipe.section import size_text
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.train.distributed import Processes

@@ -9,7 +9,6 @@ import math
 import re
 import statistics
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.prune.pruner import PrunedLayer
-from qdora.study import figures
 from qdora.study.cells import Cell
 from qdora.study.compare import Arm, named_comparisons
-from qdora.study.grid import COLUMNS, load_study, study_from
-from qdora.study.report import Report, read_report, report_run, write_report
+from qdora.study.grid import load_study, study_from
+from qdora.study.report import Report, _curves, _damage, _differences, read_report, report_run, write_report
 from qdora.study.results import Results, StudyDirectory, half_of, read_index
 from tests import fake_study
 from tests.fake_study import ADAPTERS, DOCUMENT, LOST, compared, diverging, forget, nll_of, product, rows
@@ -244,18 +241,18 @@ def test_the_page_needs_nothing_beside_it_and_every_number_is_in_the_data(
 
 def test_the_figures_show_the_tables(report: Report) -> None:
     left = rows(report, "repair", **{"base.quant": "fp4"})[1:]
-    (axis,) = figures._damage(left, report.axes, report.compare).axes
+    (axis,) = _damage(left, report.axes, report.compare).axes
     xs = {np.asarray(line.get_xdata())[0] for line in axis.lines if line.get_marker() in ("o", "s")}
     assert {row[column] for row in left for column in ("transplant", "left")} <= xs
     pairs = [dict(compared(report, quant)) for quant in LOST]
     pairs[0] |= {"lower": -9.0, "upper": 9.0, "num_seeds": 2}  # too few seeds for a verdict
-    (axis,) = figures._differences(pairs, report.axes, report.compare).axes
+    (axis,) = _differences(pairs, report.axes, report.compare).axes
     low, high = axis.get_xlim()
     xs = {np.asarray(line.get_xdata())[0] for line in axis.lines if line.get_marker() == "s"}
     assert xs == {row["improvement"] for row in pairs}
     assert -1 < low < min(row["lower"] for row in pairs[1:])
     assert max(row["upper"] for row in pairs[1:]) < high < 1
-    panels = figures._curves(report.tables["curves"], report.axes, report.compare).axes
+    panels = _curves(report.tables["curves"], report.axes, report.compare).axes
     assert [axis.get_title() for axis in panels if axis.get_visible()] == list(LOST)
     lines = {np.asarray(line.get_ydata())[-1] for axis in panels for line in axis.lines}
     assert lines == {row["training_loss"] for row in report.tables["curves"] if row["step"] == fake_study.STEPS}
@@ -273,13 +270,6 @@ def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:
     forget(empty, kind="base")
     with pytest.raises(UserError, match="no cell has scores"):
         report_run(empty, console=Console(quiet=True))
-
-
-def test_no_column_can_be_an_axis_too(report: Report) -> None:
-    """Every column that is not an axis is refused as the name of one."""
-    columns = {column for table in report.tables.values() for row in table for column in row}
-    columns |= {field.name for field in fields(PrunedLayer)} | {"sparsity"}
-    assert columns - set(DOCUMENT["product"]) - {"prompt", "output"} <= COLUMNS
 
 
 NF4 = {"product": product("nf4")}

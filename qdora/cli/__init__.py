@@ -1,5 +1,5 @@
-"""The command line: `app` has the verbs, `verb` how each of them runs."""
+"""The command line."""
 
-from qdora.cli.app import VERBS, app, main, set_up
+from qdora.cli.app import VERBS, app, main
 
-__all__ = ["VERBS", "app", "main", "set_up"]
+__all__ = ["VERBS", "app", "main"]

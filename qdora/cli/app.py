@@ -1,25 +1,210 @@
-"""All verbs. A verb imports what it needs when it runs, so that `qdora --help` is fast."""
+"""The command line: all verbs, and how each of them runs: its flags, errors as one line and an exit code, results.
+
+A verb imports what it needs when it runs, so that `qdora --help` is fast.
+"""
 
 from __future__ import annotations
-
-import os
-import sys
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import MutableMapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, cast
-
-import typer
-
-import qdora
-from qdora.cli.verb import Debug, Json, Quiet, ask, emit, end_as_by_ctrl_c, verb, wants_json
-from qdora.errors import FAILURE, Interrupted, UserError, not_one_of, not_there
+from pydantic.fields import FieldInfo
+from qdora.cli.verb import Debug
+from qdora.cli.verb import Json
+from qdora.cli.verb import Quiet
+from qdora.cli.verb import ask
+from qdora.cli.verb import emit
+from qdora.cli.verb import end_as_by_ctrl_c
+from qdora.cli.verb import verb
+from qdora.cli.verb import wants_json
+from qdora.errors import FAILURE
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import exit_code
+from qdora.errors import named
+from qdora.errors import not_one_of
+from qdora.errors import not_there
 from qdora.files.atomic import json_text
-from qdora.recipe.options import EvalOptions, ExportOptions, RankSettings, Sampling
+from qdora.files.console import is_told_here
+from qdora.files.console import show_only
+from qdora.files.end_signals import END_SIGNALS
+from qdora.files.end_signals import leave_closed_terminal
+from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS
+from qdora.files.nvidia_driver import VIRTUAL_MEMORY_MANAGEMENT
+from qdora.files.nvidia_driver import device_attribute
+from qdora.recipe.options import AtStep
+from qdora.recipe.options import EvalOptions
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.options import Options
+from qdora.recipe.options import RankSettings
+from qdora.recipe.options import Sampling
+from qdora.recipe.options import WhichOrBase
+from types import FrameType
+from typing import Annotated
+from typing import Any
+from typing import Literal
+from typing import cast
+from typing import get_args
+from typing import get_origin
+import functools
+import inspect
+import io
+import logging
+import os
+import qdora
+import signal
+import sys
+import typer
+import warnings
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+COMPUTING = ("train", "evaluate", "export", "generate", "rank", "study")
+"""Functions of the verbs that compute on a GPU."""
+
+NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
+
+
+_asked = {"debug": False, "quiet": False, "json": False}
+"""The options of this process, given before or after the verb."""
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Make flags of the fields of `Options` parameters, add --debug, --quiet and --json; an error becomes one line."""
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    kinds = {each.name: each.annotation for each in parameters if isinstance(each.annotation, type)}
+    classes = {name: kind for name, kind in kinds.items() if issubclass(kind, Options)}
+    plain = [each for each in parameters if each.name not in classes]
+    flags = [_flag(name, field) for options in classes.values() for name, field in options.model_fields.items()]
+    shared = [_parameter("json_", False, Json), _parameter("quiet", False, Quiet), _parameter("debug", False, Debug)]
+
+    @functools.wraps(function)
+    def run(*args: Any, json_: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
+        for name, is_given in {"debug": debug, "quiet": quiet, "json": json_}.items():
+            _asked[name] |= is_given
+        set_up_output()
+        if function.__name__ in COMPUTING:
+            let_segments_grow()
+        try:
+            for name, options in classes.items():
+                given = {field: kwargs.pop(field) for field in options.model_fields}
+                kwargs[name] = options(**{field: value for field, value in given.items() if value not in (None, [])})
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # any error becomes one line
+            if _asked["debug"]:
+                raise
+            text, code = explain(error)
+            # All processes of a launch find the same mistake, so one per machine reports it.
+            if not isinstance(error, UserError | Interrupted) or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(text, file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    signature = inspect.Signature([*plain, *flags, *shared])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    return run
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a field. Its values are text, numbers and paths as given: pydantic checks them."""
+    kind, default, text = _plain_type(field.annotation), field.default, field.description or ""
+    if kind is not bool and default not in (None, ()) and "efault" not in text:
+        text = f"{text.rstrip('.')}; default: {default}."
+    flags = [f"--{name.replace('_', '-')}", *(["-t"] if name == "tasks" else [])]
+    kind, default = (bool, default) if kind is bool else (kind | None, None)
+    return _parameter(name, default, Annotated[kind, typer.Option(*flags, help=" ".join(text.split()))])
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`Annotated[int, ...] | None` -> int, `Literal["a"]` -> str, `tuple[str, ...]` -> list[str]."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str
+    if origin is tuple:
+        return list[_plain_type(inner[0])]  # type: ignore[misc]
+    return annotation if origin is None else _plain_type(inner[0])
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's CUDA allocator extend its segments, unless the user has set it up or the driver cannot map memory.
+
+    Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
+    WSL2 and Jetsons say that they map memory and fail at it (github.com/pytorch/pytorch/issues/192330,
+    github.com/ggml-org/llama.cpp/issues/4680). Neither has concurrent managed access.
+    """
+    needed = VIRTUAL_MEMORY_MANAGEMENT, CONCURRENT_MANAGED_ACCESS
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys()
+    if not given and all(map(device_attribute, needed)):
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def set_up_output() -> None:
+    """Logging, warnings and consoles of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    is_first = os.environ.get("RANK", "0") == "0"  # all processes of a launch do the same things
+    # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
+    handler = logging.getLogger().handlers[0]
+    handler.setLevel(logging.INFO if is_first and not _asked["quiet"] else logging.WARNING)
+    handler.addFilter(functools.partial(is_told_here, is_first=is_first))
+    warnings.filterwarnings("ignore", "CUDA initialization")  # `check_gpu` says why, or the GPU is hidden
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_only(progress=not _asked["quiet"], results=not _asked["json"])
+
+
+def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what they end is cleaned up and says what is safe.
+
+    A signal that is ignored stays so. A process of a launch keeps the defaults: its launcher ends it after another one
+    has failed, whose reason is the one to show. While a run takes steps it handles signals itself.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
+        signal.default_int_handler(number, frame)
+
+    for number in END_SIGNALS if "WORLD_SIZE" not in environment else ():
+        if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message of an error (one line; one per fault of a UserError) and its exit code."""
+    text = f"{named(error)} (--debug shows the traceback)"
+    if isinstance(error, UserError | Interrupted | RunFailure):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    return text, exit_code(error)
+
+
+def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
+    """Print the result: with --json as one JSON document, else `plain`, unless the verb has printed it itself."""
+    try:
+        in_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json_text(result, indent=2, in_ascii=in_ascii) + "\n" if _asked["json"] else plain or "")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails
+        raise typer.Exit(FAILURE) from None
+
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
-Step = Annotated[int | None, typer.Option(help="Checkpoint step; default: the adapter, else the newest checkpoint.")]
 Run = Annotated[Path, typer.Argument(help="A run directory.")]
 Target = Annotated[
     str, typer.Argument(help="A run, an export, an adapter, a model directory, a Hub id, a .gguf file, or builtin.")
@@ -102,6 +287,7 @@ def export(
 def generate(
     target: Target,
     sampling: Sampling,
+    which: WhichOrBase,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")
     ] = None,
@@ -111,18 +297,6 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
-    step: Step = None,
-    base: Annotated[bool, typer.Option("--base", help="Use the base of the run without its adapter.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Base of an adapter; default: the one that its adapter_config.json names.")
-    ] = None,
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            help="Quantise a bare model: nf4, fp4 or int8; default: not quantised. For an adapter: see `qdora export "
-            "--quant`."
-        ),
-    ] = None,
 ) -> None:
     """Print the answer of a run, an export, an adapter or a bare model.
 
@@ -142,14 +316,14 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    which = {"step": step, "base_only": base, "base_model": base_model, "quant": quant}
-    shown = nowhere if wants_json() else write
+    loaded = which.model_dump(exclude={"base"}) | {"base_only": which.base}
+    shown = nowhere if _asked["json"] else write
     with failures_logged(Path(target), "generate"):
         if chats is not None:
-            result = answer_chats(target, chats, sampling, write=shown, **which)
+            result = answer_chats(target, chats, sampling, write=shown, **loaded)
         else:
             text = sys.stdin.read() if prompt == "-" else str(prompt)
-            result = generate_from(target, text, sampling, system=system, raw=raw, write=shown, **which)
+            result = generate_from(target, text, sampling, system=system, raw=raw, write=shown, **loaded)
     emit(result)
 
 
@@ -212,7 +386,7 @@ def preview(
 
 
 @verb
-def rank(run: Run, settings: RankSettings, step: Step = None) -> None:
+def rank(run: Run, settings: RankSettings, at: AtStep) -> None:
     """Choose a rank for each layer of a run.
 
     A recipe with these ranks is written to the folder rank/ of the run.
@@ -221,7 +395,7 @@ def rank(run: Run, settings: RankSettings, step: Step = None) -> None:
     from qdora.rank.rank import rank_run
 
     with failures_logged(run, "rank"):
-        emit(rank_run(run, settings, step=step))
+        emit(rank_run(run, settings, step=at.step))
 
 
 @verb
@@ -248,20 +422,15 @@ def study(
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
-    if jobs is not None:
-        from qdora.study.run import submit_study
+    if jobs is not None and (shard is not None or dry_run or retry_failed):
+        raise UserError("--jobs: is not used with --shard, --dry-run or --retry-failed. Fix: remove them.")
+    if jobs is None and (cluster is not None or job_option):
+        raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
+    from qdora.study.run import study_run, submit_study
 
-        if shard is not None or dry_run or retry_failed:
-            raise UserError(
-                "--jobs: is not used with --shard, --dry-run or --retry-failed: its processes share all cells. "
-                "Fix: remove them."
-            )
+    if jobs is not None:
         emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []))
         return
-    if cluster is not None or job_option:
-        raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
-    from qdora.study.run import study_run
-
     try:
         emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
     except Interrupted as stopped:  # its cell goes on where it was
@@ -359,7 +528,7 @@ def guide(topic: Annotated[str | None, typer.Argument(help="Print this guide; de
         emit_list("guides", {name: text.splitlines()[0] for name, text in texts.items()})
     elif topic not in texts:
         raise UserError(not_one_of("guide", topic, texts))
-    elif wants_json():
+    elif _asked["json"]:
         emit({"topic": topic, "text": texts[topic]})
     else:
         from rich.console import Console
@@ -420,26 +589,12 @@ def root(
     ] = False,
 ) -> None:
     """Options that are also accepted before the verb."""
-    ask(debug=debug, quiet=quiet, json=json_)
-
-
-def set_up(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what torch reads as it is imported, unless the user has.
-
-    OpenMP's threads spin while they wait, which is fastest on idle cores, but 2 to 25 times slower than sleeping where
-    two processes meet on the same cores. The two variables are the standard's and that of Intel's and LLVM's library.
-    """
-    if "WORLD_SIZE" in environment:  # torch's C++ stack traces of a lost connection hide the line that names it
-        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    import psutil  # 20 ms, which `import qdora.cli` does not take
-
-    is_chosen = {"OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"} & environment.keys()
-    if not is_chosen and psutil.cpu_percent(interval=0.05) >= 50:
-        environment.update({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"})
+    _asked.update(debug=debug, quiet=quiet, json=json_)
 
 
 def main() -> None:
     """The entry point of the `qdora` command."""
-    set_up()
+    if "WORLD_SIZE" in os.environ:  # torch's C++ stack traces of a lost connection hide the line that names it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_as_by_ctrl_c()
     app()

@@ -44,6 +44,9 @@ from qdora.recipe.data_settings import split_names
 from qdora.recipe.faults import one_line
 from qdora.recipe.faults import reason_of
 from qdora.recipe.faults import shown
+from qdora.recipe.section import one_line
+from qdora.recipe.section import reason_of
+from qdora.recipe.section import shown
 from typing import Any
 from typing import BinaryIO
 from typing import NamedTuple

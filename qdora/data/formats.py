@@ -52,6 +52,7 @@ from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.data_settings import no_chat
 from qdora.recipe.faults import reason_of
 from qdora.recipe.faults import shown
+from qdora.recipe.section import shown
 from typing import Any
 import difflib
 import re

@@ -71,6 +71,7 @@ from qdora.quant.kernels import Routing
 from qdora.quant.kernels import planned_on
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
+from qdora.recipe.section import parse_size
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE

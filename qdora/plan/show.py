@@ -46,6 +46,8 @@ from qdora.recipe.byte_size import parse_size
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.recipe_file import override
+from qdora.recipe.section import parse_size
+from qdora.recipe.section import size_text
 from qdora.recipe.settings import Recipe
 from rich.bar import Bar
 from rich.console import Console

@@ -9,9 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.byte_size import parse_size
-from qdora.recipe.faults import fault_lines
-from qdora.recipe.section import Text, Whole, WholeOrZero
+from qdora.recipe.section import Text, Whole, WholeOrZero, fault_lines, parse_size
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
@@ -53,16 +51,40 @@ class Options(BaseModel):
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def faults(self) -> Iterator[str]:
-        """Options that have no effect with the others."""
+        """Options that have no effect with the others, and those that contradict them."""
         for names, other, values in self.used_with:
             value, allowed = getattr(self, other), values.split()
-            for flag in (f"--{name.replace('_', '-')}" for name in names.split() if self.has(name)):
-                if value not in allowed:
-                    only = f"is used only with --{other} {' or '.join(allowed)}, got {value}"
-                    yield f"{flag}: {only}. Fix: remove {flag}."
+            for name in names.split() if value not in allowed else ():
+                if self.has(name):
+                    flag = f"--{name.replace('_', '-')}"
+                    yield f"{flag}: is used only with --{other} {' or '.join(allowed)}, got {value}. Fix: remove it."
 
 
-class ExportOptions(Options):
+class AtStep(Options):
+    """Which checkpoint of a run is loaded."""
+
+    step: int | None = None
+    """Checkpoint step; default: the adapter, else the newest checkpoint."""
+
+
+class Which(AtStep):
+    """What is loaded of a run, an adapter or a bare model."""
+
+    base_model: str | None = None
+    """Base of an adapter; default: the one that its adapter_config.json names."""
+    quant: str | None = None
+    """Form of the base: nf4, fp4, int8, none, or nf4-single or fp4-single, without double quantisation. Default: of a
+    bare model none; of an adapter the form in its training, as the files of adapter or base say, else nf4."""
+
+
+class WhichOrBase(Which):
+    """What is loaded of a run, an adapter or a bare model, perhaps without the adapter."""
+
+    base: bool = False
+    """Use the base of the run without its adapter."""
+
+
+class ExportOptions(Which):
     """What `qdora export` writes."""
 
     format: Literal["merged", "peft", "nf4-lora", "gguf"] = "merged"
@@ -76,13 +98,6 @@ class ExportOptions(Options):
     """Quantise the merged model to 4 bits again."""
     shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
     """Largest weights file, such as 2GB."""
-    step: int | None = None
-    """Checkpoint step; default: the adapter, else the newest checkpoint."""
-    base_model: str | None = None
-    """Base of an adapter; default: the one that its adapter_config.json names."""
-    quant: str | None = None
-    """For an adapter: the form of its base in training: nf4, fp4, int8, none, or nf4-single or fp4-single, without
-    double quantisation; default: as the files of adapter or base say, else nf4."""
     audit: bool = False
     """Also compare all forms of the model (slow)."""
     push: str | None = None
@@ -125,7 +140,7 @@ class ExportOptions(Options):
         return "original" if self.base == "original" else "merged"
 
 
-class EvalOptions(Options):
+class EvalOptions(WhichOrBase):
     """What `qdora eval` measures."""
 
     tasks: tuple[Text, ...] = ()
@@ -140,16 +155,8 @@ class EvalOptions(Options):
     <task>/<split>.parquet."""
     text: tuple[Path, ...] = ()
     """Measure the perplexity of this text file; repeatable."""
-    step: int | None = None
-    """Checkpoint step; default: the adapter, else the newest checkpoint."""
     like: Path | None = None
     """For a model: use the data of this run, and also show the run's results."""
-    base_model: str | None = None
-    """Base of an adapter; default: the one that its adapter_config.json names."""
-    quant: str | None = None
-    """Quantise a bare model: nf4, fp4 or int8; default: not quantised. For an adapter: see `qdora export --quant`."""
-    base: bool = False
-    """Evaluate the base of the run without its adapter."""
     method: Literal["loglikelihood", "generate"] | None = None
     """loglikelihood, or generate: also score generated answers. Default: eval.method of the run."""
     harness: tuple[Text, ...] = ()

@@ -1,4 +1,4 @@
-"""Recipes as text: read YAML, apply `-s` overrides, and write the resolved recipe, which can be run again.
+"""Recipes as text: read YAML, apply `-s` overrides, check, and write the resolved recipe, which can be run again.
 
 Relative paths in a recipe file start at the folder of that file, so that a recipe and its data can move together. In an
 override and in a shipped recipe they start at the current directory. A bare name (`org/name`) is a path if it exists
@@ -6,7 +6,44 @@ there, else a Hub id. A checked recipe has only absolute paths.
 """
 
 from __future__ import annotations
-
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from pydantic import ValidationError
+from qdora.errors import UserError
+from qdora.errors import nearest
+from qdora.errors import nearest_path
+from qdora.files.atomic import masked
+from qdora.files.atomic import token_paths
+from qdora.files.machine import user_path
+from qdora.files.run_directory import GONE
+from qdora.files.run_directory import is_below
+from qdora.recipe.data_settings import CHAT_FORMATS
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.data_settings import FILE_SUFFIXES
+from qdora.recipe.data_settings import absolute_pattern
+from qdora.recipe.data_settings import has_file_ending
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.data_settings import is_pattern
+from qdora.recipe.data_settings import names_files
+from qdora.recipe.faults import dotted
+from qdora.recipe.faults import fault_lines
+from qdora.recipe.faults import one_line
+from qdora.recipe.faults import shown
+from qdora.recipe.rules import faults
+from qdora.recipe.rules import ignored
+from qdora.recipe.rules import unused
+from qdora.recipe.section import Fault
+from qdora.recipe.section import Section
+from qdora.recipe.section import dotted
+from qdora.recipe.section import fault_lines
+from qdora.recipe.section import one_line
+from qdora.recipe.section import shown
+from qdora.recipe.settings import MACRO
+from qdora.recipe.settings import Recipe
+from typing import Any
 import copy
 import functools
 import glob
@@ -14,41 +51,10 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any
-
 import yaml
-from pydantic import ValidationError
-
-from qdora.errors import UserError, nearest, nearest_path
-from qdora.files.atomic import masked, token_paths
-from qdora.files.machine import user_path
-from qdora.files.run_directory import GONE, is_below
-from qdora.recipe.data_settings import absolute_pattern, is_path, is_pattern, names_files
-from qdora.recipe.faults import dotted, fault_lines, one_line, shown
-from qdora.recipe.rules import faults, ignored, unused
-from qdora.recipe.section import Section
-from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
 
-_STEP = re.compile(r"\[(\d{1,6})\]|([^.\[\]]+)")
-_EITHER_OR = (("steps", "epochs"), ("tokens_per_step", "batch"))
-"""Settings of `train` that replace each other: exactly one of them is set."""
-_MOST_BYTES = 2**20
-"""Longest recipe. Who names the weights of a model is told so at once."""
-_PATHS = {
-    "model.source": "builtin",
-    "model.tokenizer": "",
-    "adapter.resume_from": "",
-    "base.cache": "auto",
-    "base.prune.calibration.text": "mix",
-    "data.chat_template": "",
-    "data.cache": "off",
-}
-"""Settings that are paths, each with the word that is none there."""
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _PLAIN = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -66,8 +72,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  filled below
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
+        node, seen = super().compose_mapping_node(anchor), set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
@@ -76,7 +81,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that puts text in quotes that YAML 1.1 or 1.2 reads as something else."""
+    """Puts text in quotes that YAML 1.1 or 1.2 reads as something else."""
 
 
 for _tag, (_pattern, _first) in _PLAIN.items():
@@ -97,10 +102,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
-    """The recipe.yaml of a run, read as by `load_recipe`, whose paths in these sections still exist.
-
-    UserError: Those that do not, and where to write their new places.
-    """
+    """The recipe.yaml of a run, read as by `load_recipe`, whose paths in these sections still exist."""
     recipe, starts = load_recipe(file, overrides), tuple(f"{file}: {section}." for section in sections)
     moved = [fault for fault in missing_files(recipe, str(file)) if fault.startswith(starts)]
     if moved:
@@ -109,38 +111,17 @@ def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collec
 
 
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
-    """A recipe as written, not checked but with absolute paths, and its name for messages.
-
-    UserError: There is no such recipe, or it is not YAML.
-    """
-    name = str(name_or_path)
-    if name in recipe_names():
-        data, where = read_yaml(recipe_text(name), name), name
-    else:
-        path, where = user_path(name), masked(name)
-        data = read_yaml(_text(path, where), where)
-        _make_absolute_(data, Path(os.path.abspath(path)).parent)
-    for key, value in GONE.items():
-        section, _, name = key.partition(".")
-        if isinstance(part := data.get(section), dict) and part.get(name, ...) == value:
-            del part[name]
-    base = data.get("base")
-    if isinstance(base, dict) and base.get("residency") == "disk":  # of earlier versions: where a CPU kept its base
-        del base["residency"]
-        base.pop("streamed_blocks", None)
+    """A recipe as written, not checked but with absolute paths, and its name for messages."""
+    name, names = str(name_or_path), recipe_names()
+    if name in names:
+        return read_yaml(recipe_text(name), name), name
+    path, where = user_path(name), masked(name)
+    if not os.path.exists(path):
+        close = nearest(where, [*names, *map(str, path.parent.glob("*.y*ml"))])
+        raise UserError(f"{where}: no such file; must be a YAML file, or one of {', '.join(names)}.{close}")
+    data = read_file(path, where)
+    _make_absolute_(data, Path(os.path.abspath(path)).parent)
     return data, where
-
-
-def _text(path: Path, where: str) -> str:
-    names = recipe_names()
-    try:
-        if path.stat().st_size <= _MOST_BYTES:
-            return path.read_text(encoding="utf-8-sig")
-        reason = "too long for a recipe"
-    except (OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", None) or str(error))
-    close = "" if os.path.exists(path) else nearest(where, [*names, *map(str, path.parent.glob("*.y*ml"))])
-    raise UserError(f"{where}: {reason}; must be a YAML file, or one of {', '.join(names)}.{close}")
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -149,15 +130,14 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     UserError lists all faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`. A fault in a key of
     `overrides`, which were already applied, begins with -s instead of `where`.
     """
-    secrets = [dotted(steps) for steps in token_paths(data)]
-    if secrets:
-        what = "holds an access token, which must not be in a recipe. Fix: run 'hf auth login' or set HF_TOKEN"
-        raise UserError(*(f"{where}: {path}: {what}; revoke this token if the file was shared." for path in secrets))
+    if secrets := [dotted(steps) for steps in token_paths(data)]:
+        what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
+        raise UserError(*(f"{where}: {path}: {what}" for path in secrets))
     data = copy.deepcopy(data)
     _make_absolute_(data, Path.cwd())
     try:
         recipe = Recipe.model_validate(data)
-        lines = list(faults(recipe))
+        lines = list(_faults(recipe))
     except ValidationError as error:
         lines = fault_lines(error, data, Recipe)
     if lines:
@@ -174,7 +154,7 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a recipe that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
-    left_out = unused(recipe)
+    left_out = _unused(recipe)
 
     def plain(value: Any, key: str) -> Any:
         if isinstance(value, tuple):
@@ -218,6 +198,17 @@ def recipe_text(name: str) -> str:
     return resources.files("qdora.recipe").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def read_file(path: Path, where: str) -> dict[str, Any]:
+    """Parse a YAML file of settings."""
+    try:
+        if path.stat().st_size > 2**20:  # such as the weights of a model
+            raise ValueError("too long for settings")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
+    return read_yaml(text, where)
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse one YAML mapping; UserError has the line of a mistake."""
     data = _parsed(text, where)
@@ -246,28 +237,28 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
-        key, equals, text = item.partition("=")
+        key, equals, text = (part.strip() for part in item.partition("="))
         steps = _steps(key)
         try:
             if not equals or not steps:
                 raise UserError(f"-s {one_line(item)}: must be key=value, such as data.mix[0].limit=5.")
-            value = given[key.strip()] = _parsed(text, f"-s {one_line(item)}")
+            given[key] = _parsed(text, f"-s {one_line(item)}")
             here: Any = changed
-            for step, below in itertools.pairwise(steps):
+            for step in steps[:-1]:
                 if isinstance(here, dict) and here.get(step) is None:
-                    here[step] = [] if isinstance(below, int) else {}
+                    here[step] = {}
                 here = here[step]
-            here[steps[-1]] = value
+            here[steps[-1]] = given[key]
         except UserError as error:
             wrong += error.faults
         except (IndexError, KeyError, TypeError):
-            wrong.append(f"-s {one_line(item)}: the recipe has nothing called {masked(key.strip())}.")
+            wrong.append(f"-s {one_line(item)}: the recipe has nothing called {masked(key)}.")
     if wrong:
         raise UserError(*wrong)
-    for one, other in (*_EITHER_OR, *(pair[::-1] for pair in _EITHER_OR)):
-        train = changed.get("train")
-        if given.get(f"train.{one}") is not None and f"train.{other}" not in given and isinstance(train, dict):
-            train.pop(other, None)
+    for pair in (("steps", "epochs"), ("tokens_per_step", "batch")):
+        for one, other in itertools.permutations(pair):
+            if given.get(f"train.{one}") is not None and f"train.{other}" not in given:
+                changed["train"].pop(other, None)
     return changed, _drop_disabled_(changed, data, given)
 
 
@@ -275,26 +266,28 @@ def _drop_disabled_(changed: dict[str, Any], data: dict[str, Any], given: Collec
     """Remove settings that have no effect in `changed` but have in `data`, unless they are given."""
     disabled = {key: why for key, why in _ignored(changed).items() if not is_below(key, given)} if given else {}
     before, dropped = _ignored(data) if disabled else {}, []
-    for key, why in disabled.items():
-        if key not in before:
-            *steps, last = _steps(key)
-            section: Any = changed
-            for step in steps:
-                section = section[step]
-            dropped.append(f"{key} {shown(section.pop(last))} is dropped from the recipe: {why}.")
-    return dropped
-
-
-def _ignored(data: dict[str, Any]) -> dict[str, str]:
-    """Settings of plain data that would be ignored -> the reason; none if the data is no recipe."""
-    try:
-        return ignored(Recipe.model_validate(data))
-    except ValidationError:
-        return {}
+    for key in disabled.keys() - before.keys():
+        head, _, last = key.rpartition(".")
+        value = _inner(changed, head).pop(last)
+        dropped.append(f"{key} {shown(value)} is dropped from the recipe: {disabled[key]}.")
+    return sorted(dropped)
 
 
 def _steps(key: str) -> list[int | str]:
-    return [int(index) if index else name for index, name in _STEP.findall(key.strip())]
+    return [int(index) if index else name for index, name in re.findall(r"\[(\d{1,6})\]|([^.\[\]]+)", key)]
+
+
+_PATHS = {
+    "model.source": "builtin",
+    "model.tokenizer": "",
+    "adapter.resume_from": "",
+    "base.cache": "auto",
+    "base.prune.calibration.text": "mix",
+    "data.chat_template": "",
+    "data.cache": "off",
+}
+"""Settings that are paths, each with the word that is none there."""
+_PATHS_OF_SOURCES = ("source", "path", "validation")
 
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:
@@ -305,8 +298,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
         if key == "cache" or not os.path.isabs(path) or os.path.exists(path):
             continue
         if not any(glob.iglob(path, recursive=True)):
-            close = "" if is_pattern(path) else nearest_path(Path(path))
-            missing.append(f"{where}: {setting}: no such file or directory, got {path}.{close}")
+            missing.append(f"{where}: {setting}: no such file or directory, got {path}.")
     return missing
 
 
@@ -325,18 +317,232 @@ def _make_absolute_(data: Any, folder: Path) -> None:
 
 def _paths(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(dotted setting, the section that has it, its key) of all text in plain data that may be a path."""
-    found = []
-    for setting in _PATHS:
-        *steps, key = setting.split(".")
-        found.append((setting, functools.reduce(_inner, steps, data), key))
-    mix = _inner(_inner(data, "data"), "mix")
-    for index, source in enumerate(mix if isinstance(mix, list) else ()):
-        found += [(f"data.mix[{index}].{key}", source, key) for key in ("source", "path", "validation")]
-    for setting, section, key in found:
-        value = _inner(section, key)
+    mix = _inner(data, "data.mix")
+    indices = range(len(mix)) if isinstance(mix, list) else ()
+    for setting in (*_PATHS, *(f"data.mix[{index}].{key}" for index in indices for key in _PATHS_OF_SOURCES)):
+        head, _, key = setting.rpartition(".")
+        section = _inner(data, head)
+        value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and value not in ("", _PATHS.get(setting)):
             yield setting, section, key
 
 
-def _inner(section: Any, key: str) -> Any:
-    return section.get(key) if isinstance(section, dict) else None
+def _inner(data: Any, setting: str) -> Any:
+    """What plain data has at a dotted setting; None if nothing."""
+    for step in _steps(setting):
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+_OF_FACTORS = "rank alpha rank_stabilized experts init rank_pattern same_scaling mask"
+_BEST = "best_by best_metric patience"
+
+
+def _unused(recipe: Recipe) -> dict[str, str]:
+    """Settings that have no effect under the others -> the reason, as in 'would be ignored because <reason>'.
+
+    Setting one is a fault, and the resolved recipe leaves them out, so that it can be run again.
+    """
+    model, base, adapter, data = recipe.model, recipe.base, recipe.adapter, recipe.data
+    train, evals, kind, prune = recipe.train, recipe.eval, recipe.adapter.kind, recipe.base.prune
+    evaluates = evals.every is not None or evals.at_start or evals.at_end
+    untrained, why = kind in ("none", "full"), f"adapter.kind {kind} has no adapter"
+    own_validation = all(source.validation is not None or source.stream for source in data.mix)
+    plain, whole = base.quant == "none", " ".join(key for key in type(adapter).model_fields if key != "kind")
+    rows: list[tuple[str, str, str, Any]] = [  # section, keys, reason, whether they have no effect
+        ("model", "revision", f"model.source {model.source} is not on the Hub", model.is_local),
+        ("model", "tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
+        ("base", "block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
+        ("base", "skip", "base.quant none quantises no layer", plain and prune is None),
+        ("base", "cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
+        ("base", "streamed_blocks", "base.residency is device", base.residency == "device"),
+        ("adapter", whole, why, untrained),
+        ("adapter", f"{_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
+        ("adapter", f"{_OF_FACTORS} dropout gates dtype resume_from",
+         "adapter.kind magnitude trains no lora_A and lora_B", kind == "magnitude"),
+        ("adapter", "same_scaling", "all layers have one rank", not adapter.has_own_ranks),
+        ("adapter", "also_train_rows", "adapter.also_train is empty", not adapter.also_train),
+        ("data", "temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
+        ("data", "max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
+        ("data", "validation_fraction", "every source names validation data or is streamed", own_validation),
+        ("train", "lr_ratio_B lr_ratio_magnitude", why, untrained),
+        ("train", "eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
+        ("train", "max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
+        ("train", "lr_end", "train.schedule is constant", train.schedule == "constant"),
+        ("train", "lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
+        ("train", "lr_ratio_B", "adapter.kind magnitude has no lora_B", kind == "magnitude"),
+        ("eval", f"limit block method every at_start at_end {_BEST}", "eval.tasks is empty", evals.tasks == ()),
+        ("eval", "block", "eval.limit is not set, so all examples are evaluated", evals.limit is None),
+        ("eval", "best_metric patience", "eval.best_by is not set", evals.best_by is None),
+        ("eval", _BEST, "eval.every is not set, so there is nothing to choose from", evals.best_by and not evals.every),
+        ("eval", "tasks limit block method", "nothing is evaluated", evals.tasks != () and not evaluates),
+        ("interference", "every", why, untrained),
+        ("interference", "examples", "interference.every is not set", recipe.interference.every is None),
+        ("memory", "offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
+    ]  # fmt: skip
+    if prune is not None:
+        rows += [
+            ("base.prune", "damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
+            ("base.prune", "calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
+            (
+                "base.prune",
+                "group",
+                f"{prune.method} with pattern {prune.pattern} has its own groups",
+                prune.pattern != "unstructured" or prune.method == "sparsegpt",
+            ),
+            ("base.prune", "sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
+        ]
+    for index, source in enumerate(data.mix):
+        where, task, own, format = f"data.mix[{index}]", source.task or "", source.source or "", source.format
+        eight = task in COMMONSENSE_TASKS and format in ("auto", "commonsense170k")
+        rows += [
+            (where, "limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
+            (where, "size shuffle_window", "the source is not streamed", not source.stream),
+            (
+                where,
+                "stream chat columns template config data_files",
+                f"task {task} has its own place and layout",
+                task,
+            ),
+            (where, "format", f"task {task} has its own layout", task and not eight),
+            (where, "revision", "the data comes from path", task and source.path is not None),
+            (where, "path revision", f"{task} ships inside the package", task.startswith("demo/")),
+            (where, "path", "it is for a task, and the data comes from source", own),
+            (where, "revision config data_files", "source is not on the Hub", own and is_path(own)),
+            (where, "split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
+            (where, "chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
+            (where, "format", "template makes prompt and completion", source.template is not None),
+            (where, "weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
+            (where, "loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
+        ]
+    return {f"{section}.{key}": why for section, keys, why, applies in rows if applies for key in keys.split()}
+
+
+def _ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
+    """Those of the `_unused` settings that a recipe sets -> the reason; none if plain data is no recipe."""
+    try:
+        recipe = data if isinstance(data, Recipe) else Recipe.model_validate(data)
+    except ValidationError:
+        return {}
+    found = {}
+    for key, why in _unused(recipe).items():
+        section, value = _at(recipe, key)
+        if key.rpartition(".")[2] in section.model_fields_set and value is not None:
+            found[key] = why
+    return found
+
+
+def _at(recipe: Recipe, key: str) -> tuple[Any, Any]:
+    """The section that has a setting, and its value."""
+    section: Any = None
+    value: Any = recipe
+    for step in _steps(key):
+        section, value = value, value[step] if isinstance(step, int) else getattr(value, step)
+    return section, value
+
+
+def _faults(recipe: Recipe) -> Iterator[Fault]:
+    """Settings that would be ignored, and those that contradict others."""
+    for key, why in _ignored(recipe).items():
+        yield key, f"would be ignored because {why}, got {shown(_at(recipe, key)[1])}. Fix: remove it."
+    seen = set()
+    for key, must, applies in _contradictions(recipe):
+        if applies and key not in seen:
+            seen.add(key)
+            yield key, f"must {must}, got {shown(_at(recipe, key)[1])}."
+
+
+def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
+    """Key, what it must be or do, whether it is not so."""
+    model, base, adapter, data, evals = recipe.model, recipe.base, recipe.adapter, recipe.data, recipe.eval
+    train, memory, prune, gates, added = recipe.train, recipe.memory, base.prune, adapter.gates, model.add_tokens
+    full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
+    away, stream, micro = base.residency != "device", data.has_stream, train.micro_batch_tokens
+    measures = prune is not None and prune.method != "magnitude"
+    matrices = adapter.also_train and adapter.also_train_rows == "all"
+    untrained = added and not full and not nothing and "embed_tokens" not in adapter.also_train
+    is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
+    exact, is_packed, loftq = plain and prune is None, not plain and prune is None, adapter.init == "loftq"
+    undivided = full or adapter.also_train or loftq or away or memory.host_embeddings
+    labels = [source.label for source in data.mix]
+    tasks = evals.tasks or labels
+    rows: list[tuple[str, str, Any]] = [
+        ("model.trust_remote_code", "be false unless model.revision is the commit (40 hex digits) of a Hub model",
+         model.trust_remote_code and not is_pinned),
+        ("model.dtype", "not be float16 with adapter.also_train_rows all", model.dtype == "float16" and matrices),
+        ("model.add_tokens", "be empty with adapter.kind none, and with a base.prune.method that measures text",
+         added and (nothing or measures)),
+        ("adapter.also_train", "hold embed_tokens with model.add_tokens: [embed_tokens, lm_head]", untrained),
+        ("adapter.also_train_rows", "be all without model.add_tokens: there are no new rows",
+         adapter.also_train and not added and not matrices),
+        ("base.residency", "be device with base.quant none and with base.prune", away and not is_packed),
+        ("adapter.kind", f"not be full with base.quant {base.quant} or base.prune: it trains a 16-bit base",
+         full and not exact),
+        ("adapter.init", "not be loftq without base.quant and base.prune", loftq and exact),
+        ("adapter.mask", "be ignore without base.prune", adapter.mask == "keep" and prune is None),
+        ("data.temperature", "be set with data.strategy temperature",
+         data.strategy == "temperature" and data.temperature is None),
+        ("data.too_long", "be truncate, drop or split with a stream, which is not read before training",
+         data.too_long == "error" and stream),
+        ("train.steps", "be set, or epochs, but not both", (train.steps is None) == (train.epochs is None)),
+        ("train.steps", "be 0 with adapter.kind none, which trains nothing", nothing and train.steps != 0),
+        ("train.epochs", "be null with a stream, whose length is not known (set train.steps)", train.epochs and stream),
+        ("train.tokens_per_step", "be set, or batch, but not both",
+         (train.tokens_per_step is None) == (train.batch is None)),
+        ("train.warmup", f"be at most train.steps ({train.steps})", train.steps and train.warmup > train.steps),
+        ("train.lr_end", f"be at most train.lr ({train.lr:g})", train.lr_end > train.lr),
+        ("train.micro_batch_tokens", f"be at most train.tokens_per_step ({train.tokens_per_step})",
+         micro != "auto" and train.tokens_per_step and micro > train.tokens_per_step),
+        ("train.micro_batch_tokens", f"be at least data.max_length ({data.max_length})",
+         micro != "auto" and micro < data.max_length),
+        ("train.parallel", "be auto or replicate where all weights, embeddings or heads are trained, with loftq, and "
+         "with base.residency or memory.host_embeddings on the host", train.divides_base and undivided),
+        ("memory.checkpointing", "be true with base.residency host", away and not memory.checkpointing),
+        ("memory.host_embeddings", "be false with adapter.kind full and adapter.also_train_rows all",
+         memory.host_embeddings and (full or matrices)),
+        ("eval.best_by", "not be the average and also a source", MACRO in labels and evals.best_by == MACRO),
+        ("eval.best_by", f"be one of {', '.join([MACRO, *tasks])}", evals.best_by not in (None, MACRO, *tasks)),
+    ]  # fmt: skip
+    rows += [
+        (f"eval.tasks[{index}]", f"be one of {', '.join(labels)}", task not in labels)
+        for index, task in enumerate(evals.tasks or ())
+    ]
+    if prune is not None:
+        n, is_n_of_m, m = prune.pattern.partition(":")
+        rows += [
+            ("base.prune.pattern", "have n below m", is_n_of_m and int(n) >= int(m)),
+            ("base.prune.sparsity", f"be set for pattern {n}: a share of zeros below 1",
+             not is_n_of_m and prune.sparsity is None),
+            ("base.prune.order", "be prune_first with sparsegpt and with base.quant none",
+             prune.order == "quantize_first" and (plain or prune.method == "sparsegpt")),
+            ("base.prune.calibration.text", "be a text file with a streamed source",
+             measures and prune.calibration.text == "mix" and stream),
+        ]  # fmt: skip
+    if gates is not None:
+        largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)
+        rows += [
+            ("adapter.gates.mean_rank", "be set, or parameters, but not both",
+             (gates.mean_rank is None) == (gates.parameters is None)),
+            ("adapter.gates.mean_rank", "be less than adapter.rank, so that components are removed",
+             adapter.resume_from is None and (gates.mean_rank or 0) >= largest),
+            ("adapter.gates.anneal", f"end, after warmup, within the {train.steps} steps of the run",
+             train.steps is not None and gates.length_fault(train.steps)),
+            ("eval.best_by", "be null with adapter.gates: the best step may be before the budget is reached",
+             evals.best_by),
+        ]  # fmt: skip
+    for index, source in enumerate(data.mix):
+        where, weighted = f"data.mix[{index}]", data.strategy == "weights"
+        is_shared = len(data.mix) > 1 and data.strategy in ("proportional", "temperature")
+        # Parquet files say how many rows they have, and data sets of the Hub may
+        is_counted = (is_shared or source.max_epochs) and (source.source or "").lower().endswith(FILE_SUFFIXES[1:])
+        rows += [
+            (f"{where}.source", "be set, or task, but not both", (source.source is None) == (source.task is None)),
+            (f"{where}.weight", "be set with data.strategy weights", weighted and source.weight is None),
+            (f"{where}.name", f"differ from that of another source ({source.label})", source.label in labels[:index]),
+            (f"{where}.size", f"be given for files but Parquet with data.strategy {data.strategy} or max_epochs",
+             source.stream and source.size is None and is_counted),
+        ]  # fmt: skip
+    return rows

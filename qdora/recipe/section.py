@@ -1,13 +1,28 @@
-"""The base class of all sections of a recipe, and the types of their fields."""
+"""The base class of all sections of a recipe, the types of their fields, and pydantic's errors in one line each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
-from qdora.recipe.byte_size import parse_size
+from qdora.errors import nearest
+from qdora.files.access_tokens import masked
+from qdora.files.setting_keys import is_below
 
 Whole = Annotated[int, Strict(), Field(ge=1)]
 WholeOrZero = Annotated[int, Strict(), Field(ge=0)]
@@ -24,11 +39,23 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Targets = Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
-def _size(value: str) -> str:
+def parse_size(text: str) -> int:
+    """Bytes of a size such as '40GiB', '40 GB' or '512MiB'; ValueError if it is none."""
     try:
-        parse_size(value)
-    except ValueError:
-        raise ValueError("Input should be a size such as 40GiB or 500 MB") from None
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ValueError(f"must be a size such as 40GiB or 500 MB, got {text!r}") from None
+
+
+def size_text(num_bytes: int) -> str:
+    """12.3 GiB, 45 MiB, 3 KiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def _size(value: str) -> str:
+    parse_size(value)
     return value
 
 
@@ -63,3 +90,88 @@ def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settin
     """
     changed = {name: getattr(settings, name).model_copy(update=fields) for name, fields in sections.items()}
     return settings.model_copy(update=changed)
+
+
+def dotted(steps: Sequence[int | str]) -> str:
+    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit', without access tokens."""
+    return masked("".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix("."))
+
+
+def one_line(text: str) -> str:
+    """Text from a library in a fault: on one line, without access tokens."""
+    return masked(" ".join(text.split()))
+
+
+def reason_of(error: Exception) -> str:
+    """The message of somebody else's error in one line."""
+    return one_line(f"{type(error).__name__}: {error}")[:300]
+
+
+def in_yaml(value: Any) -> str:
+    """A value as in a recipe, in flow style; text is in quotes. Of a section only what was set is written."""
+    if isinstance(value, str):
+        return repr(value)
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_unset=True)
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n...\n").strip()
+
+
+def shown(value: Any) -> str:
+    """A given value in a fault: at most 60 characters, without access tokens."""
+    try:
+        text = masked(in_yaml(value))
+    except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def fault_lines(error: ValidationError, data: Any, root: type[BaseModel]) -> list[Fault]:
+    """(path, what is wrong) for every value in `data`, a document of type `root`, that pydantic refused."""
+    found: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        found.setdefault(_path(detail, data), []).append(detail)
+    # Of a union, only what is wrong inside the member that fits best
+    inner = [path for path in found if not any(is_below(other, [path]) for other in found if other != path)]
+    return [(path, _reason(path, found[path], root)) for path in inner]
+
+
+def _path(detail: ErrorDetails, data: Any) -> str:
+    """The place in the document; pydantic's also names the member of a union that was tried."""
+    steps: list[int | str] = []
+    for step in detail["loc"]:
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            if detail["type"] != "missing" or step is not detail["loc"][-1]:
+                continue
+        steps.append(step)
+    return dotted(steps)
+
+
+def _reason(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
+    kind = details[0]["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key.{_nearest_key(path, root)}"
+    text = " or ".join(dict.fromkeys(one_line(each["msg"]).removeprefix("Value error, ") for each in details))
+    return f"{text}." if kind == "missing" else f"{text}, got {shown(details[0]['input'])}."
+
+
+def _nearest_key(path: str, root: type[BaseModel]) -> str:
+    """The nearest key of the same section, else the same key of another one."""
+    section, dot, key = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
+    paths = sorted(_paths(root), key=lambda each: each.count("."))
+    below = [each.removeprefix(section + dot) for each in paths if each.startswith(section + dot)]
+    elsewhere = [f" Did you mean '{each}'?" for each in paths if each.rpartition(".")[2] == key]
+    return nearest(key, [each for each in below if "." not in each]) or next(iter(elsewhere), "")
+
+
+def _paths(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """All settings of a section and of those in it, such as data.mix[].limit."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            index = "[]" if get_origin(field.annotation) is tuple else ""
+            yield prefix + name
+            yield from _paths(field.annotation, f"{prefix}{name}{index}.")
+    for part in get_args(annotation):
+        yield from _paths(part, prefix)

@@ -5,60 +5,74 @@ adapter of another cell, is added once that is there, so the cells are made anew
 """
 
 from __future__ import annotations
-
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
 from qdora.data.files import files_of
 from qdora.errors import UserError
 from qdora.files.machine import user_path
-from qdora.files.run_directory import GONE, WITHOUT_EFFECT, flat, is_below
-from qdora.recipe.data_settings import is_path, names_files
-from qdora.recipe.recipe_file import override, recipe_document, recipe_from, settings, with_overrides
+from qdora.files.run_directory import GONE
+from qdora.files.run_directory import WITHOUT_EFFECT
+from qdora.files.run_directory import flat
+from qdora.files.run_directory import is_below
+from qdora.files.sampled_digest import sampled_digest
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.data_settings import names_files
+from qdora.recipe.recipe_file import override
+from qdora.recipe.recipe_file import recipe_document
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.recipe_file import with_overrides
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.study.grid import (
-    RATE,
-    SEED,
-    RateRun,
-    Search,
-    StageConfig,
-    Study,
-    choices,
-    combinations,
-    in_words,
-    label_of,
-    search,
-)
+from qdora.study.grid import RATE
+from qdora.study.grid import RateRun
+from qdora.study.grid import SEED
+from qdora.study.grid import Search
+from qdora.study.grid import StageConfig
+from qdora.study.grid import Study
+from qdora.study.grid import choices
+from qdora.study.grid import combinations
+from qdora.study.grid import in_words
+from qdora.study.grid import label_of
+from qdora.study.grid import search
+from typing import Any
+from typing import Literal
+import hashlib
+import json
+import math
+import re
 
-_KEY_LENGTH = 16  # hex digits: two of a million recipes share one with a chance of 3e-8
-_BLOCK = 2**20
-_MOST_BLOCKS = 1024
+_WHOLE_BYTES = 2**30
 _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
 this value they have no part in a key, so the cells of those studies stay done."""
+_GONE = {"train.compile": False}
+"""Settings that have left, which have a part in every key."""
 
 
 def key_of(recipe: Recipe) -> str:
-    """Hash of the settings that decide the result, and of the content of the recipe's data files.
+    """16 hex digits of a hash of the settings that decide the result, and of the content of the recipe's data files.
 
     The order and spelling in the file do not matter, nor do settings in `WITHOUT_EFFECT`. Files of the model count by
     their path only.
     """
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    decisive = _without(found, _LATER) | dict(GONE)
+    decisive = _without(found, _LATER) | _GONE
     decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
-    contents = {str(path): [_content(file) for file in files] for path, files in sorted(_files(recipe).items())}
+    contents = {str(path): list(map(_content, files)) for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:_KEY_LENGTH]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def _without(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -99,23 +113,15 @@ def _of_splits(path: Path, splits: Iterable[str]) -> list[Path]:
 
 def _content(file: Path) -> list[Any]:
     stat = file.stat()
-    return [file.name, stat.st_size, _digest(str(file), stat.st_size, stat.st_mtime_ns)]
+    return [file.name, stat.st_size, _digest(file, stat.st_size, stat.st_mtime_ns)]
 
 
 @lru_cache(maxsize=4096)
-def _digest(file: str, size: int, modified: int) -> str:
-    """SHA-256 of a file's content; of more than 1 GiB, of 1,024 blocks spread evenly over it.
-
-    A data set of 500 GB that is streamed would take minutes otherwise, in each process; its size counts, too.
-    """
-    num_blocks = -(-size // _BLOCK)
-    num_read = min(num_blocks, _MOST_BLOCKS)
-    found = hashlib.sha256()
-    with Path(file).open("rb") as stream:
-        for index in range(num_read):
-            stream.seek(index * (num_blocks - 1) // max(1, num_read - 1) * _BLOCK)
-            found.update(stream.read(_BLOCK))
-    return found.hexdigest()
+def _digest(file: Path, size: int, modified: int) -> str:
+    if size > _WHOLE_BYTES:
+        return sampled_digest(file)[1]
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 Kind = Literal["base", "rate", "trained", "transplant", "rescaled", "set_back", "by_layer"]
@@ -123,7 +129,6 @@ Labels = dict[str, str]
 
 # Fields of `eval` that the evaluation of a base depends on.
 _EVALUATION = ("tasks", "limit", "method")
-_OF_SEED = ("data.seed", "eval.block")
 BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
 """Names of the stages before those of the study file."""
 
@@ -216,14 +221,12 @@ class _Combination:
 class Expander:
     """Makes the cells of a study, again and again; recipes are checked once.
 
-    `file` is named in faults of the study itself.
-
     UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
     """
 
     def __init__(self, study: Study, file: str = "study") -> None:
         self.study, self.file = study, file
-        self.start, self.where = recipe_document(study.recipe)
+        self.start, _ = recipe_document(study.recipe)
         self.axes = {name: dict(choices(axis, name)) for name, axis in study.product.items()}
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
@@ -248,9 +251,7 @@ class Expander:
         waiting: dict[str, int] = {}
         places: dict[str, tuple[int, int]] = {}
         stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
-        for arm in self.arms:
-            if self._is_bare(arm):
-                continue
+        for arm in (arm for arm in self.arms if not self._is_bare(arm)):
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
                 continue  # every rate diverged
@@ -282,63 +283,53 @@ class Expander:
 
     def _check(self) -> None:
         """Make the first recipe of every arm; UserError with all faults."""
-        faults: dict[tuple[str, str], list[str]] = {}
+        faults: dict[str, list[str]] = {}
         for arm in self.arms:
-            named = in_words(arm.labels)
-            for file, text in self._faults(arm):
-                faults.setdefault((file, text), []).append(named)
+            for text in self._faults(arm):
+                faults.setdefault(text, []).append(in_words(arm.labels))
         if faults:
-            more = {key: f"; and {len(named) - 1} more" if len(named) > 1 else "" for key, named in faults.items()}
-            raise UserError(*(f"{key[0]} ({named[0]}{more[key]}): {key[1]}" for key, named in faults.items()))
+            more = {text: f"; and {len(named) - 1} more" if len(named) > 1 else "" for text, named in faults.items()}
+            raise UserError(*(f"{self.file} ({named[0]}{more[text]}): {text}" for text, named in faults.items()))
         if not self.arms:
             raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
-    def _faults(self, arm: _Combination) -> Iterator[tuple[str, str]]:
-        """(file with the mistake, what is wrong): the study file if it sets the value, else the recipe."""
-        taken = [key for key in _OF_SEED if key in arm.changes]
-        if taken:
-            yield self.file, f"{taken[0]}: is decided by seeds. Fix: remove it."
-            return
-        rates = self.study.rates
+    def _faults(self, arm: _Combination) -> list[str]:
+        rates, kind = self.study.rates, arm.stage.kind
+        taken = [
+            f"{key}: is decided by seeds. Fix: remove it." for key in ("data.seed", "eval.block") if key in arm.changes
+        ]
         if rates is not None and RATE in arm.changes:
-            yield self.file, f"{RATE}: is found by rates. Fix: remove one of them."
-            return
+            taken.append(f"{RATE}: is found by rates. Fix: remove one of them.")
+        if taken:
+            return taken
         try:
             recipe = self._recipe(arm, arm.seeds[0])
             if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
                 first = rates.for_labels(arm.labels).values[0]
                 self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
-        except UserError as error:
-            yield from map(self._placed, error.faults)
-            return
-        if self.study.compare.split == "halves" and recipe.eval.best_by is not None:
-            yield (
-                self.file if "eval.best_by" in arm.changes else self.where,
-                "eval.best_by: uses all validation examples, but compare.split halves keeps half of them for the "
-                f"comparison, got {recipe.eval.best_by}. Fix: remove it, or set compare.split to test.",
-            )
-        prune = recipe.base.prune
+        except UserError as error:  # a value of the study file is an override, which begins with -s
+            return [re.sub("^(-s|recipe):? ", "", fault) for fault in error.faults]
+        prune, stage, limited = (
+            recipe.base.prune,
+            arm.stage.name,
+            any(each.limit is not None for each in recipe.data.mix),
+        )
         calibrates = prune is not None and prune.method != "magnitude" and prune.calibration.text == "mix"
-        if calibrates and any(source.limit is not None for source in recipe.data.mix):
-            yield (
-                self.where,
-                "base.prune.calibration.text: mix is not the same for all seeds, which draw the examples of "
-                "data.mix[].limit. Fix: remove limit, or name a text file.",
-            )
-        if arm.stage.kind == "transplant" and self._twin(arm) is None:
-            yield self.file, f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
-        if arm.stage.kind in ("set_back", "rescaled") and recipe.adapter.kind != "dora":
-            yield self.file, f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
-        before = "transplant" if arm.stage.kind == "rescaled" else "train"
+        before = "transplant" if kind == "rescaled" else "train"
         is_there = any(other.stage.kind == before and other.labels == arm.labels for other in self.arms)
-        if arm.stage.kind in ("set_back", "by_layer", "rescaled") and not is_there:
-            yield self.file, f"stage {arm.stage.name}: the study does not {before} this arm."
-
-    def _placed(self, fault: str) -> tuple[str, str]:
-        """(file, text) of a fault in a cell's recipe: an override, which begins with -s, is in the study file."""
-        if fault.startswith("-s"):
-            return self.file, fault.removeprefix("-s").lstrip(": ")
-        return self.where, fault.removeprefix("recipe: ")
+        rows: list[tuple[str, Any]] = [
+            (f"eval.best_by: got {recipe.eval.best_by}, which uses all validation examples. Fix: compare.split test.",
+             recipe.eval.best_by is not None and self.study.compare.split == "halves"),
+            ("base.prune.calibration.text: mix differs by seed with data.mix[].limit. Fix: name a text file.",
+             calibrates and limited),
+            (f"stage {stage}: the study does not train this arm on the uncompressed base.",
+             kind == "transplant" and self._twin(arm) is None),
+            (f"stage {stage}: adapter.kind must be dora, got {recipe.adapter.kind}.",
+             kind in ("set_back", "rescaled") and recipe.adapter.kind != "dora"),
+            (f"stage {stage}: the study does not {before} this arm.",
+             kind in ("set_back", "by_layer", "rescaled") and not is_there),
+        ]  # fmt: skip
+        return [fault for fault, applies in rows if applies]
 
     def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
@@ -357,10 +348,7 @@ class Expander:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
             recipe = recipe_from(with_overrides(self.start, overrides)[0], "recipe", overrides)
             if recipe.eval.tasks == ():
-                where = "-s" if "eval.tasks" in changes else "recipe"
-                raise UserError(
-                    f"{where}: eval.tasks: must name at least one task, since a study compares evaluations, got []."
-                )
+                raise UserError("eval.tasks: must name at least one task, since a study compares evaluations.")
             # The evaluation before the first step is that of the base, which has a cell of its own
             when = ["eval.at_start=true", "eval.at_end=false"]
             more = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
@@ -414,19 +402,15 @@ class Expander:
             bare = self._is_bare(arm)
             if not (self.study.bases or bare):
                 continue
-            labels = {
-                axis: text
-                for axis, text in arm.labels.items()
-                if (axis == arm_axis and bare) or (axis != arm_axis and axis not in training)
-            }
+            kept = {axis for axis in arm.labels if (bare if axis == arm_axis else axis not in training)}
+            labels = {axis: text for axis, text in arm.labels.items() if axis in kept}
+            of_base = partial(Cell, kind="base", stage=BASES, dense_key=dense_key)
             if key not in bases or (bare and arm_axis not in bases[key].labels):
-                bases[key] = Cell(key, labels, recipe, "base", BASES, base_key=key, dense_key=dense_key)
+                bases[key] = of_base(key, labels, recipe, base_key=key)
             elif bare and labels != bases[key].labels and labels not in equal.get(key, []):
                 equal.setdefault(key, []).append(labels)
             if self.study.bases:
-                uncompressed[dense_key] = Cell(
-                    dense_key, {}, dense, "base", BASES, base_key=dense_key, dense_key=dense_key
-                )
+                uncompressed[dense_key] = of_base(dense_key, {}, dense, base_key=dense_key)
         return bases, uncompressed, equal
 
     def _search(
@@ -474,45 +458,26 @@ class Expander:
         """The cell of an arm and a seed; None if it waits for a rate or an adapter."""
         if found is not None and found.rate is None:
             return None
-        if arm.stage.kind != "train":
-            return self._evaluated_again(arm, seed, trained)
+        stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
+        bases: dict[str, Any] = {
+            "base_key": self._base(arm, dense=False)[0],
+            "dense_key": self._base(arm, dense=True)[0],
+        }
         recipe = self._recipe(arm, seed, rate=None if found is None else found.rate)
-        labels = arm.labels | {SEED: str(seed)} | ({} if found is None else {RATE: label_of(recipe.train.lr)})
-        return Cell(
-            self._key(recipe),
-            labels,
-            recipe,
-            stage=arm.stage.name,
-            is_interior=None if found is None else found.is_interior,
-            base_key=self._base(arm, dense=False)[0],
-            dense_key=self._base(arm, dense=True)[0],
-        )
-
-    def _evaluated_again(self, arm: _Combination, seed: int, trained: Mapping[str, Cell]) -> Cell | None:
-        """The adapter of the arm, or its twin's on the arm's base, with this seed; None if it waits for a rate."""
-        kind = arm.stage.kind
-        assert kind != "train"
+        if kind == "train":
+            interior = None if found is None else found.is_interior
+            labels |= {} if found is None else {RATE: label_of(recipe.train.lr)}
+            return Cell(self._key(recipe), labels, recipe, stage=stage.name, is_interior=interior, **bases)
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
         before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
-        found = (cell for cell in trained.values() if cell.kind == before and wanted.items() <= cell.labels.items())
-        source = next(found, None)
+        sources = (cell for cell in trained.values() if cell.kind == before and wanted.items() <= cell.labels.items())
+        source = next(sources, None)
         if source is None:
             return None
-        recipe = self._recipe(arm, seed)
-        what = f"{kind} at {arm.stage.steps}" if arm.stage.steps else kind
-        key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()
-        return Cell(
-            key[: len(source.key)],
-            arm.labels | {SEED: str(seed)},
-            recipe,
-            kind,
-            arm.stage.name,
-            adapter_key=source.key,
-            steps=arm.stage.steps,
-            base_key=self._base(arm, dense=False)[0],
-            dense_key=self._base(arm, dense=True)[0],
-        )
+        what = f"{kind} at {stage.steps}" if stage.steps else kind
+        key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
+        return Cell(key, labels, recipe, kind, stage.name, adapter_key=source.key, steps=stage.steps, **bases)
 
 
 def _on_test(recipe: Recipe) -> list[str]:
@@ -535,12 +500,8 @@ def axes_of(study: Study, *prefixes: str) -> set[str]:
 
 def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
     """Which combinations of the grid have the same recipe as another, from the cells' records; None if none has."""
-    found = [(each, cell["labels"]) for cell in cells for each in cell.get("equal", ())]
+    found = [f"{in_words(each)} is {in_words(cell['labels'])}" for cell in cells for each in cell.get("equal", ())]
     if not found:
         return None
-    named = "; ".join(f"{in_words(each)} is {in_words(labels)}" for each, labels in found[:8])
-    rest = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-    return (
-        f"{len(found)} combinations have the same recipe as another one. Such a recipe runs once, under its first "
-        f"labels: {named}{rest}."
-    )
+    what = f"{len(found)} combinations have the same recipe as another one. It runs once, under its first labels"
+    return f"{what}: {'; '.join(found)}."

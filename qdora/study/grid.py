@@ -35,10 +35,22 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
-from qdora.errors import UserError, nearest
-from qdora.recipe.faults import fault_lines, shown
-from qdora.recipe.recipe_file import read_yaml
-from qdora.recipe.section import Fault, Flag, NotNegative, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
+from qdora.errors import UserError
+from qdora.recipe.recipe_file import read_file
+from qdora.recipe.section import (
+    Fault,
+    Flag,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    WholeOrZero,
+    fault_lines,
+    shown,
+)
 
 Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
 Choice = dict[Text, Any]
@@ -49,27 +61,9 @@ SEED = "seed"
 adds its value to that of train.seed."""
 RATE = "train.lr"
 
-_COLUMNS = """
-seed stage kind role is_trained is_dense rate rate_is_interior num_seeds num_missing num_diverged num_examples
-bits_per_weight sparsity total_mib adapter_mib
-nll_per_token nll_per_token_lower nll_per_token_upper nll_by_task nll_by_task_lower nll_by_task_upper
-acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
-right right_lower right_upper unparsable unparsable_lower unparsable_upper
-cell equal_to status num_failures reason seconds num_steps num_trainable final_loss
-comparison family arm reference task weight measure improvement lower upper half_width half_width_planned
-p_seeds p_examples p_holm p_equivalent p_equivalent_holm num_tests smallest_detectable zone seed_improvements
-winner verdict
-left left_lower left_upper transplant transplant_lower transplant_upper repaired repaired_lower repaired_upper
-repaired_share repaired_share_lower repaired_share_upper
-damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
-is_done num_runs losses is_interior
-magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change length_change
-error_undone error_undone_best error_cosine block_off step training_loss guess nll
-layer format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes block
-fact value text
-"""
-COLUMNS = frozenset(_COLUMNS.split()) | {RATE}
-"""Columns of the report's tables. An axis must not have one of these names."""
+COLUMNS = {"stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict", "layer"}
+COLUMNS |= {"block", "step", "sparsity"}
+"""Columns of the report's tables that an axis must not be called."""
 
 
 class PrimaryConfig(Section):
@@ -211,104 +205,59 @@ class Study(Section):
     """Times that a failed cell is tried again."""
 
     def faults(self) -> Iterator[Fault]:
-        axes = list(self.product)
-        for name in sorted(COLUMNS.intersection(axes) - ({RATE} if self.rates is None else set())):
-            if name == SEED:
-                yield "product.seed", "is not an axis. Fix: give the seeds in seeds."
-            elif name == RATE:
-                yield f"product.{name}", "is not an axis with rates, which find it. Fix: remove one of them."
-            else:
-                yield f"product.{name}", f"is a column of the report, got {name!r}. Fix: use another name for the axis."
-        for name, axis in self.product.items():
-            labels = [label for label, _ in choices(axis, name)]
+        """What is wrong beside the types of single values."""
+        rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
+        for name, labels in axes.items():
+            if name in (SEED, RATE) and (name == SEED or rates is not None):
+                yield (
+                    f"product.{name}",
+                    f"is not an axis: {'seeds gives' if name == SEED else 'rates finds'} its values.",
+                )
+            if name in COLUMNS:
+                yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
             for label in sorted({label for label in labels if labels.count(label) > 1}):
                 yield f"product.{name}", f"has the value {label} twice."
-        for index, entry in enumerate(self.exclude):
-            if not entry:
-                yield f"exclude[{index}]", "must name an axis and its value, got {}."
-            yield from self._choice_faults(f"exclude[{index}]", entry)
-        yield from self._seed_faults()
-        yield from self._like_faults()
-        yield from self._stage_faults()
-        yield from self._compare_faults()
-
-    def _seed_faults(self) -> Iterator[Fault]:
-        trained = (as_list(stage.cells.get(SEED, ())) for stage in self.stages if stage.kind == "train")
-        planned = [seed for seeds in trained for seed in seeds if isinstance(seed, int) and seed not in self.seeds]
-        groups = {"seeds": self.seeds, "stages[].cells.seed": tuple(dict.fromkeys(planned))}
-        groups["rates.seeds"] = () if self.rates is None else self.rates.seeds
+        named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
+        later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
+        groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
         seen: dict[int, str] = {}
-        for key, seeds in groups.items():
-            for seed in seeds:
-                if seed in seen:
-                    yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
-                seen[seed] = key
-
-    def _like_faults(self) -> Iterator[Fault]:
-        for axis, labels in ({} if self.rates is None else self.rates.like).items():
-            yield from self._choice_faults("rates.like", {axis: list(labels)})
-            yield from self._choice_faults("rates.like", {axis: list(labels.values())})
-        for axis, values in ({} if self.rates is None else self.rates.of).items():
-            yield from self._choice_faults("rates.of", {axis: list(values)})
-
-    def _stage_faults(self) -> Iterator[Fault]:
+        for key, seed in ((key, seed) for key, seeds in groups.items() for seed in seeds):
+            if seed in seen:
+                yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
+            seen[seed] = key
         names = [stage.name for stage in self.stages]
-        for index, stage in enumerate(self.stages):
-            if names.index(stage.name) < index:
-                yield f"stages[{index}].name", f"must be another one for each stage, got {stage.name!r} twice."
-            yield from self._choice_faults(f"stages[{index}].cells", stage.cells)
-
-    def _compare_faults(self) -> Iterator[Fault]:
-        compare, axes = self.compare, list(self.product)
-        if compare.arm not in axes:
-            what = f"must be an axis of the product, got {compare.arm!r}, allowed: {', '.join(axes)}."
-            yield "compare.arm", what + nearest(compare.arm, axes)
-            return
-        labels = [label for label, _ in choices(self.product[compare.arm], compare.arm)]
-        named = {"compare.reference": compare.reference}
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield "stages", f"must have different names, got {name!r} twice."
+        asked: list[tuple[str, Any]] = [(f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)]
+        if rates is not None:
+            asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]
+            asked += [("rates.of", {axis: list(values)}) for axis, values in rates.of.items()]
+        asked += [(f"stages[{index}].cells", stage.cells) for index, stage in enumerate(self.stages)]
+        asked.append(("compare", {compare.arm: compare.reference or []}))
         for name, each in (compare.primary or {}).items():
-            named |= {f"compare.primary.{name}.arm": each.arm, f"compare.primary.{name}.reference": each.reference}
-        for key, label in named.items():
-            if label is not None and label not in labels:
-                got = f"got {label!r}, allowed: {', '.join(labels)}.{nearest(label, labels)}"
-                yield key, f"must be a value of the axis {compare.arm}, {got}"
-        for name, each in (compare.primary or {}).items():
-            yield from self._choice_faults(f"compare.primary.{name}.over", each.over)
-            yield from self._choice_faults(f"compare.primary.{name}.minus", each.minus or {})
-
-    def _choice_faults(self, where: str, entry: Choice) -> Iterator[Fault]:
-        for name, value in entry.items():
+            where = f"compare.primary.{name}"
+            asked += [(where, {compare.arm: arm}) for arm in (each.arm, each.reference) if arm is not None]
+            asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
+        for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
             if name == SEED:
-                odd = [each for each in as_list(value) if not isinstance(each, int) or isinstance(each, bool)]
-                if odd:
-                    yield f"{where}.{name}", f"must be whole numbers, got {shown(odd[0])}."
+                wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
+            elif name in axes:
+                wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
+                allowed = f"of {', '.join(axes[name])}"
+            else:
+                yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
                 continue
-            axis = self.product.get(name)
-            if axis is None:
-                what = f"must be an axis, allowed: {', '.join(self.product)}.{nearest(name, self.product)}"
-                yield f"{where}.{name}", what
-                continue
-            labels = [label for label, _ in choices(axis, name)]
-            texts = [label_of(each) for each in as_list(value)]
-            wrong = [text for text in texts if text not in labels]
             if wrong:
-                got = f"got {shown(wrong[0])}, allowed: {', '.join(labels)}.{nearest(wrong[0], labels)}"
-                yield f"{where}.{name}", f"must be a value of that axis, {got}"
+                yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
 
 
 def load_study(path: Path) -> Study:
     """Read and check a study file; a `recipe` that is a file gets an absolute path. UserError lists all faults."""
-    where = str(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{where}: cannot be read ({reason}); must be a YAML file of a study.") from None
-    data = read_yaml(text, where)
+    data = read_file(path, str(path))
     recipe = data.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())
-    return study_from(data, where)
+    return study_from(data, str(path))
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
@@ -330,10 +279,15 @@ def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
     return [(label_of(value), {name: value}) for value in axis]
 
 
+def labels_of(axis: Any) -> list[str]:
+    """The labels of an axis."""
+    return [label for label, _ in choices(axis, "")]
+
+
 def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tuple[int, ...]]]:
     """(stage, labels, seeds): the combinations of labels of every stage, with the seeds that no earlier stage gave."""
     seen: dict[tuple[str, ...], set[int]] = {}
-    axes = {name: [label for label, _ in choices(axis, name)] for name, axis in study.product.items()}
+    axes = {name: labels_of(axis) for name, axis in study.product.items()}
     for stage in study.stages or (StageConfig(name="main"),):
         asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
         kept = [
@@ -352,11 +306,6 @@ def first_seeds(study: Study, seeds: Iterable[str]) -> list[str]:
     """Those of these seeds that tell the spread: the ones that are in the study's `seeds`, or all if none is."""
     every = list(seeds)
     return [seed for seed in every if seed and int(seed) in study.seeds] or every
-
-
-def num_first_seeds(study: Study, seeds: Iterable[str]) -> int:
-    """How many of these seeds tell the spread."""
-    return len(first_seeds(study, seeds))
 
 
 def as_list(value: Any) -> list[Any]:
@@ -416,24 +365,56 @@ class Search:
 
 
 def search(config: RatesConfig, loss: Loss) -> Search:
-    """What the search has found, and which runs it needs next: the same whenever the same results are there."""
-    ladder = _Ladder(config, loss)
-    known = set(range(len(config.values)))
+    """What the search has found, and which runs it needs next: the same whenever the same results are there.
+
+    Values have an index: 0 is the smallest that was given; those below and above continue the steps at the ends.
+    """
+    values, runs, losses = sorted(config.values), list[RateRun](), dict[tuple[Length, float], float]()
+    ladder = range(-config.extend, len(values) + config.extend)
+    is_open = False
+
+    def rate(index: int) -> float:
+        end, step = (0, values[1] / values[0]) if index < 0 else (len(values) - 1, values[-1] / values[-2])
+        return values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
+
+    def measure(length: Length, index: int) -> None:
+        nonlocal is_open
+        seeds = config.seeds[:1] if length == "short" else config.seeds
+        own = [RateRun(length, rate(index), seed) for seed in seeds]
+        runs.extend(run for run in own if run not in runs)
+        known = [value for value in map(loss, own) if value is not None]
+        is_open |= len(known) < len(own)
+        if len(known) == len(own):
+            losses[length, rate(index)] = float(np.mean(known))
+
+    def bracketed(length: Length, known: set[int]) -> int | None:
+        """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
+
+        None if runs have no result yet, or if all diverged.
+        """
+        while True:
+            for index in sorted(known):
+                measure(length, index)
+            if is_open:
+                return None
+            finite = [index for index in sorted(known) if math.isfinite(losses[length, rate(index)])]
+            best = min(finite, key=lambda index: losses[length, rate(index)], default=None)
+            wanted = {min(known) - 1} if best is None else {best - 1, best + 1}
+            if not (added := (wanted - known).intersection(ladder)):
+                return best
+            known = known | added
+
+    best, asked = None, set(range(len(values)))
     if config.steps is not None:
-        best = ladder.bracketed("short", known)
-        known = set() if best is None else {best - 1, best, best + 1}
-    best = ladder.bracketed("full", set(filter(ladder.has, known))) if known else None
+        best = bracketed("short", asked)
+        asked = set() if best is None else {best - 1, best, best + 1}.intersection(ladder)
+    best = bracketed("full", asked) if asked else None
     if best is None:
-        return Search(tuple(ladder.runs), is_done=not ladder.is_open, losses=ladder.losses)
-    rates = [ladder.rate(index) for index in (best - 1, best, best + 1)]
-    neighbours = [ladder.losses.get(("full", rate), math.nan) for rate in rates]
-    return Search(
-        tuple(ladder.runs),
-        is_done=True,
-        rate=float(f"{minimum(rates, neighbours):.3g}"),
-        is_interior=not any(map(math.isnan, neighbours)),
-        losses=ladder.losses,
-    )
+        return Search(tuple(runs), is_done=not is_open, losses=losses)
+    rates = [rate(index) for index in (best - 1, best, best + 1)]
+    neighbours = [losses.get(("full", each), math.nan) for each in rates]
+    found = float(f"{minimum(rates, neighbours):.3g}")
+    return Search(tuple(runs), True, found, not any(map(math.isnan, neighbours)), losses)
 
 
 def minimum(rates: list[float], losses: list[float]) -> float:
@@ -445,54 +426,3 @@ def minimum(rates: list[float], losses: list[float]) -> float:
         return rates[1]
     curvature, slope, _ = np.polyfit(np.log(rates) - math.log(rates[1]), losses, 2)
     return rates[1] if curvature <= 0 else rates[1] * math.exp(-slope / (2 * curvature))
-
-
-class _Ladder:
-    """Values of a search by index: 0 is the smallest that was given, those below and above continue its steps."""
-
-    def __init__(self, config: RatesConfig, loss: Loss) -> None:
-        self.config, self.loss = config, loss
-        self.values = sorted(config.values)
-        self.runs: list[RateRun] = []
-        self.losses: dict[tuple[Length, float], float] = {}
-        self.is_open = False
-
-    def rate(self, index: int) -> float:
-        values, last = self.values, len(self.values) - 1
-        if index < 0:
-            return float(f"{values[0] * (values[1] / values[0]) ** index:.3g}")
-        if index > last:
-            return float(f"{values[last] * (values[last] / values[last - 1]) ** (index - last):.3g}")
-        return values[index]
-
-    def has(self, index: int) -> bool:
-        return -self.config.extend <= index < len(self.values) + self.config.extend
-
-    def bracketed(self, length: Length, known: set[int]) -> int | None:
-        """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
-
-        None if runs have no result yet, or if all diverged.
-        """
-        while True:
-            losses = {index: self._measured(length, self.rate(index)) for index in sorted(known)}
-            if self.is_open:
-                return None
-            finite = {index: value for index, value in losses.items() if value is not None and math.isfinite(value)}
-            best = min(finite, key=finite.__getitem__) if finite else None
-            wanted = {min(known) - 1} if best is None else {best - 1, best + 1}
-            added = {index for index in wanted - known if self.has(index)}
-            if not added:
-                return best
-            known = known | added
-
-    def _measured(self, length: Length, rate: float) -> float | None:
-        seeds = self.config.seeds[:1] if length == "short" else self.config.seeds
-        runs = [RateRun(length, rate, seed) for seed in seeds]
-        self.runs += [run for run in runs if run not in self.runs]
-        found = [self.loss(run) for run in runs]
-        values = [value for value in found if value is not None]
-        if len(values) < len(runs):
-            self.is_open = True
-            return None
-        self.losses[length, rate] = float(np.mean(values))
-        return self.losses[length, rate]

@@ -17,6 +17,7 @@ from qdora.evaluate.hidden_states import hidden_state_errors
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.perplexity import hidden_state_errors
 from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.suite import EvaluationResult
 from qdora.evaluate.suite import evaluate
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_json
@@ -34,6 +35,7 @@ from qdora.rank.changes import weight_changes
 from qdora.recipe.settings import BaseWeightsConfig
 from qdora.recipe.settings import Recipe
 from qdora.run.base import load_base
+from qdora.run.load_run import TrainedRun
 from qdora.run.load_run import load_run
 from torch import nn
 from transformers import PreTrainedModel
@@ -76,9 +78,6 @@ def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
     return load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
 
 
-SCORES_FILE = "eval/set-back.json"
-
-
 def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dict[str, Any]:
     """Evaluate the run `source` with its magnitudes `rescaled` or set back, on the examples of its own evaluation.
 
@@ -91,12 +90,16 @@ def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dic
     else:
         for layer in layers.values():
             set_magnitude_back_(layer)
+    (directory / "eval").mkdir(parents=True, exist_ok=True)
+    atomic_write_json(directory / "eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
+    return {"size": asdict(model_size(run.model)), "files": {"scores": "eval/set-back.json"}}
+
+
+def _own_evaluation(run: TrainedRun) -> EvaluationResult:
+    """The evaluation of a run by its own settings."""
     asked = run.recipe.eval
     examples = run_examples(run.recipe, "validation", asked.tasks)
-    scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
-    (directory / "eval").mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / SCORES_FILE, scored.to_dict(per_example=True))
-    return {"size": asdict(model_size(run.model)), "files": {"scores": SCORES_FILE}}
+    return evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
 
 
 @torch.no_grad()
@@ -132,11 +135,15 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
         for found in run_examples(run.recipe, "validation", asked.tasks).values()
         for each in spread(found, EXAMPLES_OF_TASK, asked.block)
     ]
-    whole = _nll(run.model, run.tokenizer, examples)
-    blocks = []
-    for block, own in blocks_of(layers).items():
-        with without_adapter(own):
-            blocks.append({"block": block, "rise": _nll(run.model, run.tokenizer, examples) - whole})
+
+    def nll() -> float:
+        scores = score_examples(run.model, run.tokenizer, examples)
+        return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
+
+    whole, blocks = nll(), []
+    for block in sorted({block for path in layers if (block := block_of(path)) is not None}):
+        with without_adapter([layer for path, layer in layers.items() if block_of(path) == block]):
+            blocks.append({"block": block, "rise": nll() - whole})
     return {"size": asdict(model_size(run.model)), "changes": changes, "blocks": blocks, "nll": whole}
 
 
@@ -148,24 +155,14 @@ def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for step in steps:
         run = load_run(trained, step=step)
-        layers, asked = adapted_layers(run.model), run.recipe.eval
-        changes = weight_changes(layers) or full_weight_changes(load_run(trained, base_only=True).model, run.model)
-        examples = run_examples(run.recipe, "validation", asked.tasks)
-        scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block).per_example
+        changes = weight_changes(adapted_layers(run.model)) or full_weight_changes(
+            load_run(trained, base_only=True).model, run.model
+        )
+        scored = _own_evaluation(run).per_example
         nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
         told = {path: asdict(change) for path, change in changes.items() if block_of(path) is not None}
         found.append({"step": step, "nll": nll, "changes": told})
     return {"size": asdict(model_size(run.model)), "checkpoints": found}
-
-
-def blocks_of(layers: Mapping[str, AdaptedLinear]) -> dict[int, list[AdaptedLinear]]:
-    """Number of a block -> its adapted layers."""
-    blocks: dict[int, list[AdaptedLinear]] = {}
-    for path, layer in layers.items():
-        block = block_of(path)
-        if block is not None:
-            blocks.setdefault(block, []).append(layer)
-    return dict(sorted(blocks.items()))
 
 
 @contextmanager
@@ -187,12 +184,6 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
             if layer.magnitude is not None and magnitude is not None:
                 layer.magnitude.copy_(magnitude)
             layer.parameters_changed()
-
-
-def _nll(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float:
-    """Nats per answer token."""
-    scores = score_examples(model, tokenizer, examples)
-    return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
 
 
 @torch.no_grad()
@@ -227,11 +218,15 @@ def write_guesses(recipe: Recipe, directory: Path) -> None:
     source, tokenizer = find_model(recipe, weights=False)
     num_vocabulary = load_config(source).get_text_config().vocab_size
     found = {"uniform": math.log(num_vocabulary)}
+
+    def answer_tokens(split: str, most: int | None) -> list[int]:
+        examples = run_examples(recipe, split, recipe.eval.tasks)
+        chosen = [each for own in examples.values() for each in spread(own, most) if not each.messages]
+        encoded = encode_pairs(tokenizer, [(each.prompt, each.answer) for each in chosen])
+        return [token for ids, start in encoded for token in ids[start:]]
+
     if not any(each.stream for each in recipe.data.mix):
-        names = recipe.eval.tasks
-        training, asked = (run_examples(recipe, split, names) for split in ("train", "validation"))
-        counted = answer_tokens(tokenizer, training, MOST_OF_TASK)
-        scored = answer_tokens(tokenizer, asked, recipe.eval.limit)
+        counted, scored = answer_tokens("train", MOST_OF_TASK), answer_tokens("validation", recipe.eval.limit)
         if counted and scored:
             found["unigram"] = unigram_nll(counted, scored, num_vocabulary)
     atomic_write_json(directory / GUESSES_FILE, found)
@@ -240,13 +235,6 @@ def write_guesses(recipe: Recipe, directory: Path) -> None:
 def read_guesses(directory: Path) -> dict[str, float]:
     """What `write_guesses` left in a directory; {} if nothing."""
     return read_json_object(directory / GUESSES_FILE) if (directory / GUESSES_FILE).is_file() else {}
-
-
-def answer_tokens(tokenizer: Any, examples: Mapping[str, Sequence[Example]], most: int | None) -> list[int]:
-    """Tokens of the answers of at most so many examples of each task; chats have none."""
-    chosen = [each for found in examples.values() for each in spread(found, most) if not each.messages]
-    encoded = encode_pairs(tokenizer, [(each.prompt, each.answer) for each in chosen])
-    return [token for ids, start in encoded for token in ids[start:]]
 
 
 def unigram_nll(counted: Sequence[int], scored: Sequence[int], num_vocabulary: int) -> float:

@@ -1,38 +1,59 @@
-"""The report of a study: every number as CSV, and a page of the main ones."""
+"""The report of a study: every number as CSV, and a page of the main ones with their figures."""
 
 from __future__ import annotations
-
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from rich.console import Console
-
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
-from qdora.files.pages import markdown_table, render_page
+from qdora.files.pages import markdown_table
+from qdora.files.pages import render_page
 from qdora.files.run_directory import RunDirectory
+from qdora.files.svg_figure import new_figure
+from qdora.files.svg_figure import svg_text
 from qdora.model.inject import block_of
-from qdora.study.compare import (
-    Arm,
-    comparisons,
-    count_primary,
-    damage_row,
-    find_arms,
-    level_seeds,
-    quality,
-    repair_row,
-    task_rows,
-)
-from qdora.study.figures import LABELS, Row, Rows, draw_all
-from qdora.study.grid import RATE, SEED, CompareConfig, Study, in_words, label_of
+from qdora.study.compare import Arm
+from qdora.study.compare import comparisons
+from qdora.study.compare import count_primary
+from qdora.study.compare import damage_row
+from qdora.study.compare import find_arms
+from qdora.study.compare import level_seeds
+from qdora.study.compare import quality
+from qdora.study.compare import repair_row
+from qdora.study.compare import task_rows
+from qdora.study.figures import LABELS
+from qdora.study.figures import Row
+from qdora.study.figures import Rows
+from qdora.study.figures import draw_all
+from qdora.study.grid import CompareConfig
+from qdora.study.grid import RATE
+from qdora.study.grid import SEED
+from qdora.study.grid import Study
+from qdora.study.grid import in_words
+from qdora.study.grid import label_of
 from qdora.study.measure import read_guesses
-from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
+from qdora.study.results import HIGHER_IS_BETTER
+from qdora.study.results import Results
+from qdora.study.results import StudyDirectory
+from qdora.study.results import read_index
+from rich.console import Console
+from typing import Any
+from typing import TYPE_CHECKING
+import math
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+Rows = list[dict[str, Any]]
 
 # Table -> title, columns behind the axes, what they mean
 _SHOWN = {
@@ -88,73 +109,54 @@ class Report:
     compare: CompareConfig
 
 
-def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    """Write index.html, report.md, and each table as .csv; returns the files."""
-    figures = draw_all(report.tables, report.axes, report.compare)
-    shown = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)]
-    csv = {f"{name}.csv": rows for name, rows in report.tables.items() if rows}
-    page = {"title": title, "report": report, "figures": figures, "tables": shown, "files": list(csv)}
-    directory.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "index.html": render_page("qdora.study", "page.html.j2", **page),
-        "report.md": _markdown(report, shown, title, list(csv)),
-        **{name: pd.DataFrame(rows).to_csv(index=False) for name, rows in csv.items()},
-    }
-    for name, text in texts.items():
-        atomic_write_text(directory / name, text)
-    return [directory / name for name in texts]
-
-
-def _shown_table(report: Report, name: str) -> dict[str, Any]:
-    title, columns, note = _SHOWN[name]
-    rows = report.tables[name]
-    names = [*report.axes, report.compare.arm, *columns.split()]
-    names = [column for column in names if any(_text(row.get(column)) for row in rows)]
-    is_number = [any(isinstance(row.get(column), int | float) for row in rows) for column in names]
-    cells = [[_text(row.get(column)) or "–" for column in names] for row in rows]
-    header = [column.replace("_", " ") for column in names]
-    return {"title": title, "note": note, "header": header, "is_number": is_number, "rows": cells}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4f}"
-    return "" if value is None else str(value)
-
-
-def _markdown(report: Report, tables: list[dict[str, Any]], title: str, files: list[str]) -> str:
-    parts = [f"# {title}", *report.answer, report.status]
-    for table in tables:
-        parts += [f"## {table['title']}", table["note"]]
-        parts.append(markdown_table(table["header"], table["rows"], right=table["is_number"]))
-    parts.append(f"All columns and tables: {', '.join(f'[{name}]({name})' for name in files)}.")
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-_MIB = 2**20
-_CURVE_POINTS = 32
-
-
 def report_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
     """Write the report of a study, whether or not all of its cells are finished; default `directory`/report.
 
     Returns the page, all files, the answer, the status and the comparisons. UserError: no study, or no finished cell.
     """
     _, results = consoles(console)
-    report = read_report(directory)
-    folder = out or directory / "report"
+    report, folder = read_report(directory), out or directory / "report"
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
-    for sentence in (*report.answer, report.status):
-        results.print(sentence)
-    results.print(f"report: {files[0]}", soft_wrap=True)
-    return {
-        "page": str(files[0]),
-        "files": [str(file) for file in files],
-        "answer": report.answer,
-        "status": report.status,
-        "comparisons": report.tables["comparisons"],
-    }
+    for sentence in (*report.answer, report.status, f"report: {files[0]}"):
+        results.print(sentence, soft_wrap=True)
+    found = {"page": str(files[0]), "files": list(map(str, files)), "answer": report.answer, "status": report.status}
+    return found | {"comparisons": report.tables["comparisons"]}
+
+
+def write_report(report: Report, directory: Path, title: str) -> list[Path]:
+    """Write index.html, report.md, and each table as .csv; returns the files."""
+    csv = {f"{name}.csv": pd.DataFrame(rows).to_csv(index=False) for name, rows in report.tables.items() if rows}
+    shown, figures = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)], _figures(report)
+    page = render_page(
+        "qdora.study", "page.html.j2", title=title, report=report, figures=figures, tables=shown, files=list(csv)
+    )
+    parts = [f"# {title}", *report.answer, report.status]
+    for table in shown:
+        parts += [f"## {table['title']}", table["note"]]
+        parts.append(markdown_table(table["header"], table["rows"], right=table["is_number"]))
+    parts.append(f"All columns and tables: {', '.join(f'[{name}]({name})' for name in csv)}.")
+    texts = {"index.html": page, "report.md": "\n\n".join(filter(None, parts)) + "\n", **csv}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        atomic_write_text(directory / name, text)
+    return [directory / name for name in texts]
+
+
+def _shown_table(report: Report, name: str) -> dict[str, Any]:
+    (title, columns, note), rows = _SHOWN[name], report.tables[name]
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if math.isnan(value) else f"{value:.4f}"
+        return "" if value is None else str(value)
+
+    names = [*report.axes, report.compare.arm, *columns.split()]
+    names = [column for column in names if any(text(row.get(column)) for row in rows)]
+    is_number = [any(isinstance(row.get(column), int | float) for row in rows) for column in names]
+    cells = [[text(row.get(column)) or "–" for column in names] for row in rows]
+    header = [column.replace("_", " ") for column in names]
+    return {"title": title, "note": note, "header": header, "is_number": is_number, "rows": cells}
 
 
 def read_report(directory: Path) -> Report:
@@ -166,7 +168,10 @@ def read_report(directory: Path) -> Report:
     if not arms:
         why = "Fix: run 'qdora study' first; if every run diverged, add lower values to rates."
         raise UserError(f"{directory}: no cell has scores. {why}")
-    measures = _measures(arms, results)
+    # The metric of the study, then the other measures of its trained arms
+    keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
+    scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
+    measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
     pairs = comparisons(arms, results, measures, cells, num_primary=count_primary(study, cells))
     axes = [axis for axis in study.product if axis != study.compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
@@ -184,46 +189,40 @@ def read_report(directory: Path) -> Report:
     measured = [rows.measured(cell) for cell in cells]
     for name in ("layers", "changes", "checkpoints", "blocks"):
         tables[name] = [row for of_cell in measured for row in of_cell[name]]
-    tables["facts"] = _facts(study, sum(row.get("seconds") or 0.0 for row in tables["cells"]))
+    # Settings of the study that are one value, and the time that its cells took
+    facts: dict[str, Any] = {"recipe": Path(study.recipe).name}
+    facts |= {key: value for key, value in study.settings.items() if not isinstance(value, list | dict)}
+    compare = study.compare.model_dump(exclude={"primary"}, exclude_none=True)
+    facts |= {f"compare.{name}": value for name, value in compare.items()}
+    seconds = sum(row.get("seconds") or 0.0 for row in tables["cells"])
+    facts |= {"seeds": ", ".join(map(str, study.seeds)), "hours": round(seconds / 3600, 4)}
+    tables["facts"] = [{"fact": name, "value": label_of(value)} for name, value in facts.items()]
     counts = Counter(row["status"] for row in tables["cells"])
     status = f"{len(cells)} cells: {', '.join(f'{number} {name}' for name, number in counts.items())}"
     num_waiting = sum(index["num_waiting"].values())
     status += f"; {num_waiting} more wait for a learning rate or an adapter." if num_waiting else "."
-    return Report(tables=tables, answer=_answer(pairs, axes, study), status=status, axes=axes, compare=study.compare)
+    answer = [_sentence(row, axes, metric) for row in pairs if row["role"] == "primary"]
+    nothing = "There is nothing to compare: no primary comparison has results of both arms with the same seeds."
+    return Report(tables=tables, answer=answer or [nothing], status=status, axes=axes, compare=study.compare)
 
 
-def _answer(pairs: Rows, axes: Sequence[str], study: Study) -> list[str]:
-    """A sentence for each primary comparison."""
-    sentences = []
-    for row in (row for row in pairs if row["role"] == "primary"):
-        where = "".join(f"{axis} {row[axis]}, " for axis in axes if axis in row)
-        size = f"improvement of {row['arm']} over {row['reference']} in {LABELS[study.compare.metric]}"
-        details = [f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"]
-        if math.isfinite(row["lower"]):
-            details.insert(0, f"95 % interval {row['lower']:.4f} to {row['upper']:.4f}")
-        if row["winner"]:
-            details.append(f"p = {row['p_holm']:.4f}, corrected for {row['num_tests']}")
-        elif row["verdict"] != "not decided":
-            p = row["p_equivalent_holm"]
-            details.append(f"p of {row['zone']:g} or more = {p:.4f}, corrected for {row['num_tests']}")
-        elif row["reason"]:
-            details.append(row["reason"])
-        elif math.isfinite(row["smallest_detectable"]):
-            details.append(f"differences below {row['smallest_detectable']:.2g} could not have been seen")
-        result = f"{row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
-        sentences.append(f"{where}{row['comparison']}: {result}")
-    return sentences or [
-        "There is nothing to compare: no primary comparison has results of both arms with the same seeds."
-    ]
-
-
-def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
-    """The metric of the study, then the other measures of its trained arms."""
-    keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values() if not results.diverged(key)]
-    scored = {measure for key in keys for measure in results.scores(key)}
-    metric = results.study.compare.metric
-    others = ("nll_by_task", "acc", "acc_norm", "right", "unparsable")
-    return [metric, *(measure for measure in others if measure in scored and measure != metric)]
+def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
+    """A primary comparison: its verdict, the improvement with its interval, and what the verdict rests on."""
+    where = "".join(f"{axis} {row[axis]}, " for axis in axes if axis in row)
+    size = f"improvement of {row['arm']} over {row['reference']} in {LABELS[metric]}"
+    details = [f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"]
+    if math.isfinite(row["lower"]):
+        details.insert(0, f"95 % interval {row['lower']:.4f} to {row['upper']:.4f}")
+    if row["winner"]:
+        details.append(f"p = {row['p_holm']:.4f}, corrected for {row['num_tests']}")
+    elif row["verdict"] != "not decided":
+        details.append(
+            f"p of {row['zone']:g} or more = {row['p_equivalent_holm']:.4f}, corrected for {row['num_tests']}"
+        )
+    elif row["reason"] or math.isfinite(row["smallest_detectable"]):
+        unseen = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
+        details.append(row["reason"] or unseen)
+    return f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
 
 
 @dataclass(frozen=True)
@@ -266,8 +265,8 @@ class _TableRows:
         return {
             "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
             "sparsity": float(compression.get("sparsity", 0.0)),
-            "total_mib": (size["num_base_bytes"] + size["num_adapter_bytes"]) / _MIB,
-            "adapter_mib": size["num_adapter_bytes"] / _MIB,
+            "total_mib": (size["num_base_bytes"] + size["num_adapter_bytes"]) / 2**20,
+            "adapter_mib": size["num_adapter_bytes"] / 2**20,
         }
 
     def cell(self, cell: Row) -> dict[str, Any]:
@@ -288,18 +287,14 @@ class _TableRows:
         return row | self.sizes(key)
 
     def curve(self, arm: Arm) -> Iterator[dict[str, Any]]:
-        """Training loss, averaged over the `level_seeds` and in at most `_CURVE_POINTS` parts of equal length."""
+        """Training loss, averaged over the `level_seeds` and in at most 32 parts of equal length."""
         keys = [arm.seeds[seed] for seed in level_seeds(arm, self.results.study)]
         runs = [RunDirectory(self.results.store.cell(key)) for key in keys if not self.results.diverged(key)]
-        lines = [
-            line for run in runs if run.metrics_file.is_file() for line in run.metrics() if line.get("loss") is not None
-        ]
-        if not lines:
-            return
-        losses = pd.DataFrame(lines, columns=["step", "loss"]).groupby("step")["loss"].mean()
-        length = math.ceil(len(losses) / _CURVE_POINTS)
+        lines = [line for run in runs if run.metrics_file.is_file() for line in run.metrics() if "loss" in line]
+        losses = pd.DataFrame(lines, columns=["step", "loss"]).dropna().groupby("step")["loss"].mean()
+        length = math.ceil(len(losses) / 32)
         context = self._context(arm.context) | {self.results.study.compare.arm: arm.name}
-        for start in range(0, len(losses), length):
+        for start in range(0, len(losses), length or 1):
             part = losses.iloc[start : start + length]
             yield context | {"step": part.index[-1], "training_loss": part.mean(), "num_seeds": len(runs)}
 
@@ -338,18 +333,134 @@ def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
     dense = next((cell["dense_key"] for cell in cells if cell["kind"] == "base"), None)
     if dense is None or results.result(dense) is None:
         return []
-    rows = [
-        {"guess": name, "nll": value} for name, value in read_guesses(results.store.shared("guesses", dense)).items()
-    ]
+    guesses = read_guesses(results.store.shared("guesses", dense))
+    rows: Rows = [{"guess": name, "nll": value} for name, value in guesses.items()]
     chance = results.mean(dense, "chance", "all")
     return rows if math.isnan(chance) else [*rows, {"guess": "choice", "acc": chance}]
 
 
-def _facts(study: Study, seconds: float) -> Rows:
-    """Settings of the study that are one value, and the time that its cells took."""
-    facts: dict[str, Any] = {"recipe": Path(study.recipe).name}
-    facts |= {key: value for key, value in study.settings.items() if not isinstance(value, list | dict)}
-    compare = study.compare.model_dump(exclude={"primary"}, exclude_none=True)
-    facts |= {f"compare.{name}": value for name, value in compare.items()}
-    facts |= {"seeds": ", ".join(map(str, study.seeds)), "hours": round(seconds / 3600, 4)}
-    return [{"fact": name, "value": label_of(value)} for name, value in facts.items()]
+LABELS = {
+    "nll_per_token": "NLL (nats per token)",
+    "acc": "accuracy",
+    "acc_norm": "accuracy per character",
+}
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
+_WIDTH, _ROW = 9.0, 0.33  # inches
+
+
+def _figures(report: Report) -> Rows:
+    """title, note below it and svg of every figure that the tables have rows for."""
+    pairs = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
+    drawn = {
+        "Differences between the arms": (
+            "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares are primary comparisons. "
+            "Small: seeds. Shaded: the zone of equivalence; the scale is linear there and logarithmic outside.",
+            _differences,
+            pairs,
+        ),
+        "Damage and repair": (
+            "How much worse each arm is than the same arm trained on the uncompressed base. Hollow: the adapter of "
+            "the uncompressed base, without training on this one. Bars, shade and scale as above.",
+            _damage,
+            [row for row in report.tables["repair"] if "left" in row],
+        ),
+        "Learning curves": ("Training loss, averaged over the seeds.", _curves, report.tables["curves"]),
+    }
+    return [
+        {"title": title, "note": note, "svg": svg_text(draw(rows, report.axes, report.compare))}
+        for title, (note, draw, rows) in drawn.items()
+        if rows
+    ]
+
+
+def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
+    figure, axis = _row_figure(len(rows), compare.zone, 1.0)
+    where, labels = _naming(rows, axes), []
+    for y, row in enumerate(rows):
+        color, marker = ("#000000", "s") if row["role"] == "primary" else (_COLORS[0], "o")
+        seeds = [float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
+        axis.plot(seeds, [y + 0.3] * len(seeds), ".", ms=4, color=color, alpha=0.6)
+        _dot(axis, row, "improvement", y, color=color, marker=marker)
+        labels.append(", ".join(filter(None, (row["comparison"], where(row)))))
+    axis.set_yticks(range(len(rows)), labels, fontsize="small")
+    axis.set_xlabel(f"improvement, {LABELS[compare.metric]}")
+    # Intervals of too few seeds for a verdict may leave the figure
+    sure = [row for row in rows if row["num_seeds"] >= compare.min_seeds] or rows
+    ends = [row[end] for row in sure for end in ("lower", "upper") if math.isfinite(row[end])]
+    values = [*ends, *(row["improvement"] for row in rows), -2 * compare.zone, 2 * compare.zone]
+    axis.set_xlim(1.1 * min(values), 1.1 * max(values))
+    return figure
+
+
+def _damage(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
+    where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
+    bases: dict[str, Rows] = {}
+    for row in sorted(rows, key=lambda row: row["left"]):
+        bases.setdefault(where(row), []).append(row)
+    figure, axis = _row_figure(len(bases) * max(1.0, max(map(len, bases.values())) / 4), compare.zone, 0.5)
+    drawn: dict[str, Any] = dict.fromkeys(arms)
+    places = [
+        (base + 0.8 * ((index + 0.5) / len(own) - 0.5), row)
+        for base, own in enumerate(bases.values())
+        for index, row in enumerate(own)
+    ]
+    for y, row in places:
+        index = arms.index(row[compare.arm])
+        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        if "transplant" in row:
+            _dot(axis, row, "transplant", y, color=color, marker=marker, mfc="white")
+        drawn[arms[index]] = _dot(axis, row, "left", y, color=color, marker=marker)
+    axis.set_yticks(range(len(bases)), list(bases), fontsize="small")
+    axis.set_xlabel(f"worse than on the uncompressed base, {LABELS[compare.metric]}")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
+    return figure
+
+
+def _curves(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
+    where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
+    panels = pd.DataFrame([row | {"where": where(row)} for row in rows]).groupby("where", sort=False)
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = new_figure(_WIDTH, 2.6 * down + 0.6)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    drawn: dict[Any, Any] = {}
+    for axis, (title, panel) in zip(grid, panels, strict=False):
+        for arm, line in panel.groupby(compare.arm, sort=False):
+            color = _COLORS[arms.index(arm) % len(_COLORS)]
+            (drawn[arm],) = axis.plot(line["step"], line["training_loss"], lw=1.3, color=color)
+        axis.set_title(title, fontsize="small")
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+    for axis in grid[len(panels) :]:
+        axis.set_visible(False)
+    grid[0].set_ylabel("nats per token")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
+    return figure
+
+
+def _row_figure(num_rows: float, zone: float, decades: float) -> tuple[Figure, Axes]:
+    """Rows over an axis that is linear from 0 to the zone, as long as so many decades, and logarithmic outside."""
+    figure = new_figure(_WIDTH, _ROW * num_rows + 1.2)
+    axis = figure.add_subplot()
+    axis.set_xscale("symlog", linthresh=zone, linscale=decades)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.axvspan(-zone, zone, color="#777777", alpha=0.2, lw=0)
+    axis.axvline(0.0, color="#777777", lw=1)
+    axis.grid(alpha=0.3, axis="x")
+    axis.margins(y=0.02)
+    axis.invert_yaxis()
+    return figure, axis
+
+
+def _dot(axis: Axes, row: Row, column: str, y: float, **style: Any) -> Any:
+    """A value with its interval; the ends are nan with one seed."""
+    lower, upper = (row.get(f"{column}_{end}", row.get(end)) for end in ("lower", "upper"))
+    axis.plot([lower, upper], [y, y], color=style["color"], lw=2, alpha=0.6)
+    return axis.plot([row[column]], [y], ls="none", **style)[0]
+
+
+def _naming(rows: Rows, axes: Sequence[str]) -> Callable[[Row], str]:
+    """Names a context by the axes on which the rows differ."""
+    differing = [axis for axis in axes if len({row.get(axis, "") for row in rows} - {""}) > 1] or axes[:1]
+    return lambda row: ", ".join(row[axis] for axis in differing if row.get(axis))

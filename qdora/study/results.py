@@ -1,14 +1,15 @@
 """What a study has so far: its directory, the scores of single examples, what runs next, and how long it takes.
 
-    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
+    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.lock  shared/<stage>/<key>/  report/
 
-Any number of processes may share it; a process claims a cell before it runs it.
+Any number of processes may share it; a process locks a cell before it runs it.
 """
 
 from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from qdora.evaluate.intervals import weighted_mean
 from qdora.evaluate.suite import by_task
 from qdora.files.atomic import atomic_write_json
 from qdora.files.atomic import lock_if_free
+from qdora.files.json_file import read_json_object
 from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
@@ -46,11 +48,6 @@ import os
 import socket
 import time
 
-_FOLDERS = ("cells", "results", "failures", "claims", "shared")
-
-MAX_DEATHS = 8
-"""Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
-
 
 class StudyDirectory:
     """The files of a study; a failed cell is given up after `retries` more attempts.
@@ -60,11 +57,10 @@ class StudyDirectory:
 
     def __init__(self, path: Path, *, retries: int = 1, makes: bool = True) -> None:
         self.path, self.retries = path, retries
-        for name in _FOLDERS if makes else ():
+        for name in ("cells", "results", "failures", "claims", "shared") if makes else ():
             (path / name).mkdir(parents=True, exist_ok=True)
 
     def cell(self, key: str) -> Path:
-        """The run directory of a cell."""
         return self.path / "cells" / key
 
     def shared(self, stage: str, key: str) -> Path:
@@ -72,82 +68,56 @@ class StudyDirectory:
         return self.path / "shared" / stage / key
 
     def is_done(self, key: str) -> bool:
-        """Whether the cell has a result."""
         return self._result(key).is_file()
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result of the cell, or None."""
-        return _read(self._result(key))
+        return read_json_object(self._result(key)) if self.is_done(key) else None
 
     def write_result(self, key: str, value: Mapping[str, Any]) -> None:
-        """Write a result atomically."""
         atomic_write_json(self._result(key), value)
 
     def num_done(self, keys: set[str]) -> int:
-        """How many of these cells have a result from any process."""
         return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
 
     def failures(self, key: str) -> list[dict[str, Any]]:
-        """All failed attempts, oldest first: kind (error or died), reason, time, host, pid, traceback."""
-        found = _read(self._failures(key))
-        return [] if found is None else list(found["attempts"])
+        """All failed attempts, oldest first: reason, time, host, pid, traceback."""
+        file = self._failures(key)
+        return list(read_json_object(file)["attempts"]) if file.is_file() else []
 
     def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
-        """Record a failed attempt; only the holder of the claim may do so."""
+        """Record a failed attempt; only the holder of the cell may do so."""
         stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
     def is_given_up(self, key: str) -> bool:
-        """Whether the cell has no attempts left."""
-        kinds = [attempt["kind"] for attempt in self.failures(key)]
-        return kinds.count("error") > self.retries or kinds.count("died") > MAX_DEATHS
+        return len(self.failures(key)) > self.retries
 
     def forget_failures(self, keys: Sequence[str]) -> None:
-        """Let cells that were given up run again."""
         for key in keys:
             if not self.is_done(key) and self.is_given_up(key):
                 self._failures(key).unlink(missing_ok=True)
 
-    @contextmanager
-    def claimed(self, key: str) -> Iterator[bool]:
-        """Hold a cell while the block runs; yields False if another process has it.
+    def claimed(self, key: str) -> AbstractContextManager[bool]:
+        """Hold a cell while the block runs; yields False if another process has it. A killed one holds nothing."""
+        return lock_if_free(self.path / "claims" / f"{key}.lock")
 
-        A process that is killed leaves its claim file unlocked: whoever has the cell next records the death.
-        """
-        file = self.path / "claims" / f"{key}.json"
-        with lock_if_free(file.with_suffix(".lock")) as is_free:
-            if not is_free:
-                yield False
-                return
-            dead = _read(file)
-            if dead is not None and not self.is_done(key):
-                reason = f"process {dead['pid']} on {dead['host']} ended without a result"
-                self.add_failure(key, {"kind": "died", "reason": reason})
-            atomic_write_json(file, {"host": socket.gethostname(), "pid": os.getpid()})
-            try:
-                yield True
-            finally:
-                file.unlink(missing_ok=True)
-
-    def num_working_here(self) -> int:
-        """How many processes of this machine work on cells, or died at one that nobody has taken yet."""
-        claims = map(_read, (self.path / "claims").glob("*.json"))
-        return sum(claim is not None and claim["host"] == socket.gethostname() for claim in claims)
+    def is_at_work(self) -> bool:
+        """Whether a process works on a cell now; one that died at it does not."""
+        for file in (self.path / "claims").glob("*.lock"):
+            with lock_if_free(file) as is_free:
+                if not is_free:
+                    return True
+        return False
 
     def write_index(self, study: Study, cells: Cells) -> None:
         """Write study.json for the report: the study, its cells, and what the searches found."""
-        plain = study.model_dump(mode="json", exclude_unset=True)
         document = {
-            "study": plain,
+            "study": study.model_dump(mode="json", exclude_unset=True),
             "cells": [cell.record() for cell in cells.cells],
             "num_waiting": cells.num_waiting,
             "rates": cells.search_rows(),
         }
         atomic_write_json(self.path / "study.json", document)
-
-    def is_at_work(self) -> bool:
-        """Whether a process works on a cell now; one that died at it does not."""
-        return any(map(_is_held, (self.path / "claims").glob("*.json")))
 
     def _result(self, key: str) -> Path:
         return self.path / "results" / f"{key}.json"
@@ -158,33 +128,12 @@ class StudyDirectory:
 
 def read_index(path: Path) -> dict[str, Any]:
     """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
-    found = _read(path / "study.json")
-    if found is None:
+    if not (path / "study.json").is_file():
         fix = "name a directory that 'qdora study' made."
         raise UserError(not_there(path, "a study (it has no study.json)", fix))
-    return found
+    return read_json_object(path / "study.json")
 
 
-def _is_held(claim: Path) -> bool:
-    with lock_if_free(claim.with_suffix(".lock")) as is_free:
-        return not is_free
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}). Fix: delete it; the cell then runs again.") from None
-    return found
-
-
-Measure = Literal["nll_per_token", "nll_by_task", "acc", "acc_norm", "chance", "right", "unparsable"]
-"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,
-acc_norm: share of questions whose right choice is the likeliest one, by its likelihood and by that per character.
-chance: share that a guess gets right, which is no arm's score. right and unparsable are shares of generated answers. An
-answer that cannot be parsed is not wrong."""
 HIGHER_IS_BETTER = {
     "nll_per_token": False,
     "nll_by_task": False,
@@ -193,9 +142,12 @@ HIGHER_IS_BETTER = {
     "right": True,
     "unparsable": False,
 }
+"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,
+acc_norm: share of questions whose right choice is the likeliest one, by its likelihood and by that per character. right
+and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
-"""Measure -> task -> scores. Only tasks with choices have accuracies."""
+"""Measure -> task -> scores. Only tasks with choices have accuracies, and chance: the share that a guess gets right."""
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
@@ -205,36 +157,41 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     UserError: The evaluation is missing, damaged, without scores of single examples, or has no example in the half.
     """
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-
-    def add(measure: Measure, row: Mapping[str, Any], example: str, value: float, weight: float = 1.0) -> None:
-        found.setdefault(measure, {}).setdefault(row["task"], {})[example] = (value, weight)
-
-    for example, row in _rows(cell, files["scores"]):
-        for measure in ("nll_per_token", "nll_by_task"):
-            add(measure, row, example, row["nll"], row["num_answer_tokens"])
+    for task, example, row in _rows(cell, files["scores"]):
+        values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
         if "acc" in row:
-            add("acc", row, example, row["acc"])
-            add("acc_norm", row, example, row["acc_norm"])
-            add("chance", row, example, 1 / len(row["loglikelihoods"]))
-    for example, row in _rows(cell, files["generated"]) if "generated" in files else ():
-        add("right", row, example, float(row["outcome"] == "right"))
-        add("unparsable", row, example, float(row["outcome"] == "unparsable"))
-    scores = {}
+            chance = 1 / len(row["loglikelihoods"])
+            values |= {"acc": (row["acc"], 1.0), "acc_norm": (row["acc_norm"], 1.0), "chance": (chance, 1.0)}
+        for measure, pair in values.items():
+            found.setdefault(measure, {}).setdefault(task, {})[example] = pair
+    for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
+        for measure in ("right", "unparsable"):
+            is_so = float(row["outcome"] == measure)
+            found.setdefault(measure, {}).setdefault(task, {})[example] = (is_so, 1.0)
+    scores: dict[str, dict[str, TaskScores]] = {}
     for measure, tasks in found.items():
-        kept = {task: _task_scores(rows, part) for task, rows in tasks.items()}
-        scores[measure] = {task: each for task, each in kept.items() if each is not None}
+        scores[measure] = {}
+        for task, rows in tasks.items():
+            # A task without examples in the half has none there in all cells of a seed
+            if kept := {example: pair for example, pair in rows.items() if part in ("all", half_of(example))}:
+                values, weights = np.array(list(kept.values()), dtype=np.float64).T
+                scores[measure][task] = TaskScores(tuple(kept), values, weights)
         if not scores[measure]:
-            number = sum(map(len, tasks.values()))
-            raise UserError(
-                f"{cell}: {number} examples are too few for two halves, one of which is empty. "
-                "Fix: raise eval.limit, or set compare.split to test."
-            )
+            fix = "Fix: raise eval.limit, or set compare.split to test."
+            raise UserError(f"{cell}: too few examples for two halves, one of which is empty. {fix}")
     return scores
 
 
-def weighting_of(measure: str, weighting: Weighting) -> Weighting:
-    """The study's weights for NLL per token; for all else every task counts once."""
-    return weighting if measure == "nll_per_token" else "equal"
+def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(task, name of the example, its record)."""
+    path = cell / file
+    if not path.resolve().is_relative_to(cell.resolve()):
+        raise UserError(f"{path}: must be a file inside the run directory of its cell.")
+    try:
+        rows = json.loads(path.read_bytes())["per_example"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no scores of single examples ({type(error).__name__}).") from None
+    return [(task, name, row) for task, records in by_task(rows).items() for name, row in records.items()]
 
 
 def half_of(example: str) -> Literal["choose", "compare"]:
@@ -251,47 +208,14 @@ def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
         if total and set(total) != set(scores):
             raise UserError("study: not all cells were evaluated on the same tasks. All need the same eval.tasks.")
         for task, found in scores.items():
-            first = total.get(task)
-            if first is None:
-                total[task] = TaskScores(found.examples, factor * found.values, found.weights)
-            else:
-                values = first.values + factor * _aligned(task, found, first.examples)
-                total[task] = TaskScores(first.examples, values, first.weights)
+            first = total.get(task, TaskScores(found.examples, np.zeros_like(found.values), found.weights))
+            by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
+            if by_name.keys() != set(first.examples):
+                what = f"study: task {task!r} was not evaluated on the same examples in all cells of a seed."
+                raise UserError(f"{what} All cells must have the same data and eval settings.")
+            values = first.values + factor * np.array([by_name[example] for example in first.examples])
+            total[task] = TaskScores(first.examples, values, first.weights)
     return total
-
-
-def _aligned(task: str, scores: TaskScores, examples: tuple[str, ...]) -> Array:
-    """The values in the order of these examples."""
-    if scores.examples == examples:
-        return scores.values
-    if set(scores.examples) != set(examples):
-        raise UserError(
-            f"study: task {task!r} was not evaluated on the same examples in all cells of a seed. "
-            "All cells must have the same data and eval settings."
-        )
-    by_name = dict(zip(scores.examples, scores.values.tolist(), strict=True))
-    return np.array([by_name[example] for example in examples])
-
-
-def _task_scores(rows: Mapping[str, tuple[float, float]], part: Part) -> TaskScores | None:
-    """The scores of a task's examples in the half; None if it has none there, as it then has in all cells of a seed."""
-    kept = {example: pair for example, pair in rows.items() if part in ("all", half_of(example))}
-    if not kept:
-        return None
-    values, weights = np.array(list(kept.values()), dtype=np.float64).T
-    return TaskScores(tuple(kept), values, weights)
-
-
-def _rows(cell: Path, file: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name of the example, its record)."""
-    path = cell / file
-    if not path.resolve().is_relative_to(cell.resolve()):
-        raise UserError(f"{path}: must be a file inside the run directory of its cell.")
-    try:
-        rows = json.loads(path.read_bytes())["per_example"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no scores of single examples ({type(error).__name__}).") from None
-    return [pair for records in by_task(rows).values() for pair in records.items()]
 
 
 class Results:
@@ -304,13 +228,9 @@ class Results:
         self._means: dict[tuple[str, str, Part, str | None], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result of a cell; None if it is not finished."""
-        if key not in self._results:
-            found = self.store.result(key)
-            if found is None:
-                return None
+        if key not in self._results and (found := self.store.result(key)) is not None:
             self._results[key] = found
-        return self._results[key]
+        return self._results.get(key)
 
     def diverged(self, key: str) -> bool:
         """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
@@ -329,46 +249,36 @@ class Results:
         """Scores of a finished cell (default: on the examples of the comparison); {} of a cell that has none."""
         part = part or self.part
         if (key, part) not in self._scores:
-            result = self.result(key)
-            assert result is not None, key
-            self._scores[key, part] = (
-                read_scores(self.store.cell(key), result["files"], part) if "files" in result else {}
-            )
+            files = (self.result(key) or {}).get("files")
+            self._scores[key, part] = read_scores(self.store.cell(key), files, part) if files else {}
         return self._scores[key, part]
 
     def mean(self, key: str, measure: str, part: Part | None = None, task: str | None = None) -> float:
         """A measure of one cell, of one task or of all; the worst score if it diverged; nan if it was not measured."""
+        if self.diverged(key):  # no right answer, or a uniform guess over the vocabulary for each token
+            uniform = math.log((self.result(key) or {})["num_vocabulary"])
+            worst = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
+            return worst.get(measure, math.nan)
         which = (key, measure, part or self.part, task)
         if which not in self._means:
-            tasks = {} if self.diverged(key) else self.scores(key, part).get(measure, {})
-            tasks = tasks if task is None else {name: each for name, each in tasks.items() if name == task}
-            found = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
-            self._means[which] = self._worst(key, measure) if self.diverged(key) else found
+            scores = self.scores(key, part).get(measure, {})
+            tasks = {name: each for name, each in scores.items() if task in (None, name)}
+            self._means[which] = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
         return self._means[which]
 
     def loss(self, key: str) -> float | None:
         """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
         if self.result(key) is None:
             return None
-        if self.diverged(key):
-            return math.inf
         metric, split = self.study.compare.metric, self.study.compare.split
         found = self.mean(key, metric, "choose" if split == "halves" else "all")
-        if math.isnan(found):
+        if self.diverged(key) or math.isnan(found):
             return math.inf
         return -found if HIGHER_IS_BETTER[metric] else found
 
     def weighting(self, measure: str) -> Weighting:
-        """How the tasks are weighted in a measure."""
-        return weighting_of(measure, self.study.compare.tasks)
-
-    def _worst(self, key: str, measure: str) -> float:
-        """Of a run that diverged: no right answer, or a uniform guess over the vocabulary for each token."""
-        result = self.result(key)
-        assert result is not None, key
-        uniform = math.log(result["num_vocabulary"])
-        known = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
-        return known.get(measure, math.nan)
+        """The study's weights for NLL per token; for all else every task counts once."""
+        return self.study.compare.tasks if measure == "nll_per_token" else "equal"
 
 
 def cells_now(expander: Expander, results: Results) -> Cells:
@@ -376,6 +286,20 @@ def cells_now(expander: Expander, results: Results) -> Cells:
     found = expander.now(lambda cell: results.loss(cell.key), lambda cell: results.has_adapter(cell.key))
     results.store.write_index(expander.study, found)
     return found
+
+
+def planned_cells(expander: Expander, results: Results | None) -> Cells:
+    """All cells of a study, as if every search found its rate where the runs so far, or else its values, suggest."""
+
+    def loss(cell: Cell) -> float:
+        known = None if results is None else results.loss(cell.key)
+        rates = expander.study.rates
+        assert rates is not None
+        values = sorted(rates.for_labels(cell.labels).values)
+        # Worse than anything known, and best in the middle
+        return 1e6 + abs(math.log(cell.recipe.train.lr / values[len(values) // 2])) if known is None else known
+
+    return expander.now(loss, lambda _: True)
 
 
 @dataclass(frozen=True)
@@ -388,44 +312,22 @@ class StageTime:
     seconds: float
 
 
-def planned_cells(expander: Expander, results: Results | None) -> Cells:
-    """All cells of a study, as if every search found its rate where the runs so far, or else its values, suggest."""
-
-    def loss(cell: Cell) -> float:
-        known = None if results is None else results.loss(cell.key)
-        rates = expander.study.rates
-        assert rates is not None
-        values = sorted(rates.for_labels(cell.labels).values)
-        middle = values[len(values) // 2]
-        # Worse than anything known, and best in the middle
-        return 1e6 + abs(math.log(cell.recipe.train.lr / middle)) if known is None else known
-
-    return expander.now(loss, lambda _: True)
-
-
 def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
     """Every stage in its order. Times are those of one process."""
-    known = [(cell, result) for cell in cells if (result := results.result(cell.key)) is not None]
-    predict = _Prediction(results.study, known)
-    done = {cell.key for cell, _ in known}
-    return [
-        StageTime(
-            stage=name,
-            num_cells=sum(cell.stage == name for cell in cells),
-            num_done=sum(cell.stage == name and cell.key in done for cell in cells),
-            seconds=sum(predict(cell) for cell in cells if cell.stage == name and cell.key not in done),
-        )
-        for name in dict.fromkeys(cell.stage for cell in cells)
-    ]
+    known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
+    predict, times = _Prediction(results.study, list(known.values())), []
+    for name in dict.fromkeys(cell.stage for cell in cells):
+        own = [cell for cell in cells if cell.stage == name]
+        seconds = [predict(cell) for cell in own if cell.key not in known]
+        times.append(StageTime(name, len(own), len(own) - len(seconds), sum(seconds)))
+    return times
 
 
 class _Prediction:
     """Seconds of a cell: a start and so many seconds a step, from finished cells or from the study's `time`."""
 
-    def __init__(self, study: Study, known: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
-        points = [
-            (float(result["num_steps"]), float(result["seconds"])) for cell, result in known if "num_steps" in result
-        ]
+    def __init__(self, study: Study, known: Sequence[Mapping[str, Any]]) -> None:
+        points = [(float(result["num_steps"]), float(result["seconds"])) for result in known if "num_steps" in result]
         self.start: float = math.nan
         self.step: float | Literal["plan"] = math.nan
         self._planned: dict[str, float] = {}
@@ -437,9 +339,8 @@ class _Prediction:
 
     def __call__(self, cell: Cell) -> float:
         number = cell.recipe.train.steps or 0
-        if not number:
-            return self.start
-        return self.start + number * (self._by_plan(cell.recipe) if self.step == "plan" else self.step)
+        step = self._by_plan(cell.recipe) if number and self.step == "plan" else self.step
+        return self.start + number * float(step) if number else self.start
 
     def _by_plan(self, recipe: Recipe) -> float:
         """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
@@ -459,6 +360,6 @@ def times_in_words(times: Sequence[StageTime]) -> list[str]:
         hours = "time unknown" if math.isnan(each.seconds) else f"{each.seconds / 3600:.1f} h"
         lines.append(f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours}")
     total = sum(each.seconds for each in times)
-    if math.isnan(total):
-        return [*lines, "The time is not known before runs of two lengths are done. Fix: set time."]
-    return [*lines, f"In all {total / 3600:.1f} h of one process."]
+    known = f"In all {total / 3600:.1f} h of one process."
+    unknown = "The time is not known before runs of two lengths are done. Fix: set time."
+    return [*lines, unknown if math.isnan(total) else known]

@@ -5,7 +5,71 @@ a finished one never runs again.
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from qdora.data.sources import has_split
+from qdora.errors import Diverged
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.errors import named
+from qdora.errors import not_one_of
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import in_turn
+from qdora.files.atomic import masked
+from qdora.files.atomic import read_json_object
+from qdora.files.console import consoles
+from qdora.files.console import duration
+from qdora.files.console import shows_bars
+from qdora.files.machine import check_gpu
+from qdora.files.run_directory import RunDirectory
+from qdora.memory.oom import free_memory
+from qdora.model.build_model import find_model
+from qdora.model.load import load_config
+from qdora.model.load import quantization_of
+from qdora.prune.pruner import quantized_layers
+from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.recipe_file import read_yaml
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.settings import Recipe
+from qdora.run.report import PAGE_FILE
+from qdora.run.report import leave_page
+from qdora.run.run import train_run
+from qdora.study.cells import Cell
+from qdora.study.cells import Cells
+from qdora.study.cells import Expander
+from qdora.study.cells import equal_in_words
+from qdora.study.compare import cannot_decide
+from qdora.study.compare import never_decided
+from qdora.study.grid import load_study
+from qdora.study.measure import base_damage
+from qdora.study.measure import evaluate_magnitudes
+from qdora.study.measure import measure_by_layer
+from qdora.study.measure import measure_checkpoints
+from qdora.study.measure import write_guesses
+from qdora.study.results import Results
+from qdora.study.results import StudyDirectory
+from qdora.study.results import cells_now
+from qdora.study.results import planned_cells
+from qdora.study.results import stage_times
+from qdora.study.results import times_in_words
+from qdora.train.evals import adapter_step
+from rich.console import Console
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from typing import Any
+from typing import Literal
 import logging
 import os
 import re
@@ -13,38 +77,8 @@ import shutil
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
-
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from qdora.data.sources import has_split
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
-from qdora.files.atomic import atomic_directory, disk_failures, in_turn, masked, read_json_object
-from qdora.files.console import consoles, duration, shows_bars
-from qdora.files.machine import check_gpu
-from qdora.files.run_directory import RunDirectory
-from qdora.memory.oom import free_memory
-from qdora.model.build_model import find_model
-from qdora.model.load import load_config, quantization_of
-from qdora.prune.pruner import quantized_layers
-from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
-from qdora.recipe.settings import Recipe
-from qdora.run.report import PAGE_FILE, leave_page
-from qdora.run.run import train_run
-from qdora.study.cells import Cell, Cells, Expander, equal_in_words
-from qdora.study.compare import cannot_decide, never_decided
-from qdora.study.grid import load_study
-from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
-from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
-from qdora.train.evals import adapter_step
+import traceback
 
 logger = logging.getLogger("qdora")
 
@@ -54,11 +88,9 @@ Event = Literal["done", "failed"]
 AfterAttempt = Callable[[Cell, Event, float], None]
 """after(cell, result of this attempt, seconds), called after every attempt of this process."""
 
-_SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
 _IDLE_SECONDS = 2.0
 _IDLE_LOOKS = 5
-_COMPRESSED = "base/compressed.json"
 
 
 @dataclass(frozen=True)
@@ -94,101 +126,67 @@ def study_run(
     progress, results = consoles(console)
     expander, directory = checked_study(file, directory)
     shard_of([], shard)
-    if dry_run:
-        return _outlook(expander, directory, shard, progress=progress, results=results)
-    check_gpu()
+    if not dry_run:
+        check_gpu()
     with disk_failures(directory):
-        store = StudyDirectory(directory, retries=expander.study.retries)
+        store = StudyDirectory(directory, retries=expander.study.retries, makes=not dry_run)
         known = Results(store, expander.study)
-        cells = cells_now(expander, known)
-        _tell(expander, known, cells, shard, progress=progress, results=results)
+        cells = planned_cells(expander, known) if dry_run else cells_now(expander, known)
+        mine, notes = shard_of(cells.cells, shard), notes_on(expander, known)
+        results.print(
+            f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
+            + (f"; {len(mine)} in shard {shard}" if shard else "")
+            + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
+        )
+        for note in notes:
+            progress.print(note)
+        if dry_run:
+            times = stage_times(mine, known)
+            for line in (*(f"  {cell.in_words()}" for cell in mine), *times_in_words(times)):
+                results.print(line, soft_wrap=True)
+            whole = {"directory": str(directory), "num_cells": len(cells.cells), "notes": notes}
+            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
-        with cells_bar(progress, store) as bar, _quiet_runs():
-            _leave_guesses(cells.cells, store)  # also if this start is stopped
-            mine = _run_all(expander, known, shard, cell_work(store), bar)
-            _leave_missing_pages(mine, store)
-            _leave_guesses(cells_now(expander, known).cells, store)
-    return _concluded(tally(mine, store), mine, cells_now(expander, known), directory, results)
+        with _quiet_runs():
+            mine = _run_all(expander, known, shard, cell_work(store), CellsLog(progress, store))
+        num_waiting = sum(cells_now(expander, known).num_waiting.values())
+    found = tally(mine, store)
+    results.print(f"study: {directory}", soft_wrap=True)
+    if found.num_elsewhere or num_waiting:
+        results.print(
+            f"Cells that other processes work on: {found.num_elsewhere}; that wait for others: {num_waiting}."
+        )
+    if found.failed:
+        key, reason = next(iter(found.failed.items()))
+        name = next(" ".join(cell.labels.values()) for cell in mine if cell.key == key)
+        raise RunFailure(
+            f"{len(found.failed)} of {found.num_cells} cells failed; the first is {name} ({key}): {reason}. "
+            "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
+            safe=[directory],
+        )
+    counts = {key: value for key, value in vars(found).items() if key != "failed"}
+    return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
-def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, bar: CellsBar) -> list[Cell]:
+def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
     """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
     store, num_idle = known.store, 0
     while True:
         cells = cells_now(expander, known)
         mine = shard_of(cells.cells, shard)
-        bar.show(mine)
+        log.show(mine)
         before = store.num_done({cell.key for cell in cells.cells})
-        run_cells(mine, store, work, bar.report)
+        run_cells(mine, store, work, log.report)
         now = cells_now(expander, known)
         if len(now.cells) > len(cells.cells) or store.num_done({cell.key for cell in cells.cells}) > before:
             num_idle = 0
             continue
-        # Others may be between two cells: a single look without a claim does not tell that they are gone
+        # Others may be between two cells: a single look without a lock does not tell that they are gone
         num_idle = 0 if store.is_at_work() else num_idle + 1
         if not now.num_waiting or num_idle >= _IDLE_LOOKS:
             return mine
         time.sleep(_IDLE_SECONDS)
-
-
-def _tell(
-    expander: Expander, known: Results, cells: Cells, shard: str | None, *, progress: Console, results: Console
-) -> list[str]:
-    """What will run, and what to know of it."""
-    mine = shard_of(cells.cells, shard)
-    results.print(
-        f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
-        + (f"; {len(mine)} in shard {shard}" if shard else "")
-        + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
-    )
-    notes = notes_on(expander, known)
-    for note in notes:
-        progress.print(note)
-    return notes
-
-
-def _outlook(
-    expander: Expander, directory: Path, shard: str | None, *, progress: Console, results: Console
-) -> dict[str, Any]:
-    """Tell the cells and the time, and write nothing."""
-    study = expander.study
-    known = Results(StudyDirectory(directory, retries=study.retries, makes=False), study)
-    cells = planned_cells(expander, known)
-    notes = _tell(expander, known, cells, shard, progress=progress, results=results)
-    mine = shard_of(cells.cells, shard)
-    times = stage_times(mine, known)
-    for cell in mine:
-        results.print(f"  {cell.in_words()}", soft_wrap=True)
-    for line in times_in_words(times):
-        results.print(line, soft_wrap=True)
-    return {
-        "directory": str(directory),
-        "num_cells": len(cells.cells),
-        "notes": notes,
-        "stages": [vars(each) for each in times],
-        "cells": [cell.record() for cell in mine],
-    }
-
-
-def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
-    """Write the pages of finished cells that could not be written before, on a full disk for example.
-
-    Cells of which only results were kept have no log, and no page.
-    """
-    for run in (RunDirectory(store.cell(cell.key)) for cell in cells if store.is_done(cell.key)):
-        if run.log_file.is_file() and not run.inside(PAGE_FILE).exists():
-            leave_page(run)
-
-
-def _leave_guesses(cells: Sequence[Cell], store: StudyDirectory) -> None:
-    """Write what models reach that know nothing, for the report, once the uncompressed bases are evaluated."""
-    for cell in cells:
-        if cell.kind == "base" and cell.key == cell.dense_key and store.is_done(cell.key):
-            try:
-                once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
-            except Exception as error:  # a few lines of the report are no reason to end a study
-                logger.warning("What models that know nothing reach could not be computed: %s", first_line(error))
 
 
 def notes_on(expander: Expander, known: Results) -> list[str]:
@@ -203,12 +201,12 @@ def notes_on(expander: Expander, known: Results) -> list[str]:
 def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
     """The study of a file, with its directory. Raises UserError with the faults of all its recipes."""
     expander = Expander(load_study(file), str(file))
-    cells = planned_cells(expander, None)
-    faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]
+    cells = planned_cells(expander, None).cells
+    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
     if expander.study.compare.split == "test":
         faults += [
             f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
-            for cell in cells.cells
+            for cell in cells
             for source in cell.recipe.data.mix
             if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
         ]
@@ -219,7 +217,7 @@ def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
 
 def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
     """Shard "i/n": an n-th of the cells by their keys, always the same ones; None is all."""
-    match = _SHARD.fullmatch(shard or "1/1")
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", shard or "1/1")
     if match is None or int(match[1]) > int(match[2]):
         raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {shard!r}.")
     return [cell for cell in cells if int(cell.key, 16) % int(match[2]) == int(match[1]) - 1]
@@ -239,70 +237,29 @@ def _quiet_runs() -> Iterator[None]:
             handler.setLevel(level)
 
 
-class CellsBar:
-    """Progress over the cells with the time left: a bar on a terminal, otherwise one line a cell.
+class CellsLog:
+    """One line for each attempt, with the time left.
 
     Cells that other processes finish count, too, so the time left is that of all processes together.
     """
 
-    def __init__(self, console: Console, store: StudyDirectory, progress: Progress) -> None:
-        self.console, self.store, self.progress = console, store, progress
-        self.task = progress.add_task("cells", total=0, left="")
-        self.cells: list[Cell] = []
+    def __init__(self, console: Console, store: StudyDirectory) -> None:
+        self.console, self.store = console, store
+        self.keys: set[str] = set()
         self.began, self.num_before = time.monotonic(), 0
 
     def show(self, cells: Sequence[Cell]) -> None:
-        """Take these cells as all."""
-        if not self.cells:
-            self.num_before = self.store.num_done({cell.key for cell in cells})
-        self.cells = list(cells)
-        self.progress.update(self.task, total=len(cells), completed=self._num_done())
+        is_first, self.keys = not self.keys, {cell.key for cell in cells}
+        self.num_before = self.store.num_done(self.keys) if is_first else self.num_before
 
     def report(self, cell: Cell, event: Event, seconds: float) -> None:
-        """Tell an attempt (`AfterAttempt`)."""
-        done, left = self._num_done(), ""
+        done, left = self.store.num_done(self.keys), ""
         if done > self.num_before:
             each = (time.monotonic() - self.began) / (done - self.num_before)
-            left = f"{duration((len(self.cells) - done) * each)} left"
-        self.progress.update(self.task, completed=done, left=left)
+            left = f"; {duration((len(self.keys) - done) * each)} left"
         name = " ".join(cell.labels.values()) or "uncompressed base"
-        text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {duration(seconds)}; {left}"
-        if event == "failed" or not shows_bars(self.console):
-            self.console.print(text.removesuffix("; "), soft_wrap=True)
-
-    def _num_done(self) -> int:
-        return self.store.num_done({cell.key for cell in self.cells})
-
-
-@contextmanager
-def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
-    """A `CellsBar` that is shown while the block runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=True, disable=not shows_bars(console)) as progress:
-        yield CellsBar(console, store, progress)
-
-
-def _concluded(
-    found: CellTally, mine: Sequence[Cell], cells: Cells, directory: Path, console: Console
-) -> dict[str, Any]:
-    console.print(f"study: {directory}", soft_wrap=True)
-    if found.num_elsewhere:
-        cells_there = "cell" if found.num_elsewhere == 1 else "cells"
-        console.print(f"Other processes work on {found.num_elsewhere} {cells_there}.")
-    num_waiting = sum(cells.num_waiting.values())
-    if num_waiting:
-        wait = "cell waits" if num_waiting == 1 else "cells wait"
-        console.print(f"{num_waiting} {wait} for cells that have no result yet.")
-    if found.failed:
-        named = {cell.key: " ".join(cell.labels.values()) for cell in mine}
-        key, reason = next(iter(found.failed.items()))
-        raise RunFailure(
-            f"{len(found.failed)} of {found.num_cells} cells failed; the first is {named[key]} ({key}): {reason}. "
-            "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
-            safe=[directory],
-        )
-    counts = {key: value for key, value in vars(found).items() if key != "failed"}
-    return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
+        text = f"{done}/{len(self.keys)} {event}: {name} ({cell.key}), {duration(seconds)}{left}"
+        self.console.print(text, soft_wrap=True)
 
 
 def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None) -> None:
@@ -324,13 +281,6 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
                     busy = True
 
 
-def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
-    """How far these cells are now."""
-    open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
-    failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
-    return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
-
-
 def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt | None) -> None:
     began = time.perf_counter()
     event: Event = "done"
@@ -341,28 +291,30 @@ def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt
     except Interrupted:
         raise
     except Exception as error:  # the other cells must still run; the error is recorded and shown
-        event = "failed"
+        event, reason = "failed", masked(named(error))
         lines = [masked(line) for text in traceback.format_exception(error) for line in text.splitlines()]
-        who = {"host": socket.gethostname(), "pid": os.getpid()}
-        reason = {"kind": "error", "reason": masked(named(error)), "traceback": lines[-_TRACEBACK_LINES:]}
-        store.add_failure(cell.key, reason | who)
-        logger.warning("%s: %s", cell.key, masked(named(error)))
+        where = {"host": socket.gethostname(), "pid": os.getpid()}
+        store.add_failure(cell.key, {"reason": reason, "traceback": lines[-_TRACEBACK_LINES:]} | where)
+        logger.warning("%s: %s", cell.key, reason)
     if report is not None:
         report(cell, event, time.perf_counter() - began)
+
+
+def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
+    """How far these cells are now."""
+    open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
+    failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
+    return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
 def cell_work(store: StudyDirectory) -> Work:
     """The work of a cell: train and evaluate its recipe, or evaluate a base, with or without a finished adapter.
 
-    Pruned bases are made once in the study's directory and shared by all cells that start from the same one. Processes
-    of one machine share its cores evenly, unless OMP_NUM_THREADS is set; each counts the others when it begins a cell.
+    Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
     """
-    most = torch.get_num_threads()
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
-            if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, most // max(1, store.num_working_here())))
             return _run(cell, directory, store)
         except Diverged as error:
             if not cell.is_trained:
@@ -376,50 +328,45 @@ def cell_work(store: StudyDirectory) -> Work:
 
 
 def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
-    run, quiet, shared_bases = RunDirectory(directory), Console(quiet=True), partial(once, store, "bases")
-    resume = run.recipe_file.is_file() and run.has_begun
-    recipe = cell.recipe
+    run, recipe = RunDirectory(directory), cell.recipe
     if cell.adapter_key is not None:
         source = store.cell(cell.adapter_key)
-        if cell.kind in ("rescaled", "set_back", "by_layer"):
+        if cell.kind != "transplant":
             if cell.kind == "by_layer":
                 found = measure_checkpoints(source, cell.steps) if cell.steps else measure_by_layer(source)
             else:
                 found = evaluate_magnitudes(source, directory, rescaled=cell.kind == "rescaled")
             return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
         recipe = with_adapter(recipe, source / "adapter")
-    summary = train_run(recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
+    resume, shared_bases = run.recipe_file.is_file() and run.has_begun, partial(once, store, "bases")
+    summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True), shared_bases=shared_bases)
     if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
-    files = {"scores": run.evaluation_file(step)}
-    generated = run.inside("eval", f"step-{step}-generated.json")
-    if generated.is_file():
-        files["generated"] = generated
+    files = {"scores": run.evaluation_file(step), "generated": run.inside("eval", f"step-{step}-generated.json")}
+    if cell.key == cell.dense_key:
+        once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
     measured = base_damage(cell.recipe, directory) if cell.kind == "base" else {}
     return measured | {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
         "size": summary["size"],
-        "files": {name: str(file.relative_to(directory)) for name, file in files.items()},
+        "files": {name: str(file.relative_to(directory)) for name, file in files.items() if file.is_file()},
         "compression": _compression(run, cell),
     }
 
 
 def with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
     """The recipe with a finished adapter, which has its own ranks and targets."""
-    document = settings(recipe)
-    document["adapter"] = {"kind": recipe.adapter.kind, "resume_from": str(adapter)}
-    return recipe_from(document)
+    return recipe_from(settings(recipe) | {"adapter": {"kind": recipe.adapter.kind, "resume_from": str(adapter)}})
 
 
 def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
     """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
-    file = run.inside(_COMPRESSED)
+    file, base = run.inside("base/compressed.json"), cell.recipe.base
     if file.is_file():
         return read_json_object(file)
-    base = cell.recipe.base
     if cell.kind != "base" or base.quant == "none":
         return None
     layers = quantized_layers(find_model(cell.recipe)[0], quantization_of(base))
@@ -440,16 +387,14 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
     return path
 
 
-CLUSTERS = ("slurm", "local")
-
-
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
     """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
-    if cluster not in CLUSTERS:
-        raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
-    parameters = dict(map(_job_option, options))
+    pairs = [option.partition("=") for option in options]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {wrong[0]!r}.")
+    parameters = {key.strip(): read_yaml(f"value: {value}", f"--job-option {key}")["value"] for key, _, value in pairs}
     expander, directory = checked_study(file, directory)
     known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
     notes = notes_on(expander, known)
@@ -474,19 +419,10 @@ def submit_jobs(
         from submitit.helpers import CommandFunction
     except ImportError:
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    option = f"--cluster {cluster}"
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        option = "--job-option"
         executor.update_parameters(name="qdora-study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError, ImportError) as error:  # such as no srun
-        raise UserError(f"{option}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
-
-
-def _job_option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {text!r}.")
-    return key.strip(), read_yaml(f"value: {value}", f"--job-option {text}")["value"]

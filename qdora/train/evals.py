@@ -23,6 +23,7 @@ from qdora.files.console import bar
 from qdora.files.console import errors_only
 from qdora.files.run_directory import RunDirectory
 from qdora.files.run_directory import checkpoint_fault
+from qdora.recipe.settings import MACRO
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
 from qdora.train.distributed import Processes
