@@ -13,26 +13,23 @@ and for each mark of the template, so that texts are equal where tokens are. Of 
 """
 
 from __future__ import annotations
-from byte_tokenizer import byte_tokenizer
-from collections import Counter
-from collections.abc import Sequence
-from frame import bench
-from frame import main
-from frame import table
-from frame import tabulated
-from pathlib import Path
-from qdora.data.chats import encode_chats
-from qdora.data.example import Example
-from qdora.data.example import parse_messages
-from qdora.data.example import parse_tools
-from qdora.data.formats import parse_messages
-from qdora.data.formats import parse_tools
-from typing import Any
+
 import itertools
-import jinja2
 import json
 import re
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from byte_tokenizer import byte_tokenizer
+from frame import bench, main, table, tabulated
+
+from qdora.data.chats import encode_chats
+from qdora.data.example import Example
+from qdora.data.formats import parse_messages, parse_tools
 
 TURNS = (1, 2, 5)
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}

@@ -10,28 +10,7 @@ benchmarks/time.md says how to run it on a rented machine without the packages.
 """
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from frame import smoke_place
-from gpu.device import CARD_40GB_BYTES
-from gpu.device import CARD_8GB_BYTES
-from gpu.plan import ERROR_LINES
-from gpu.plan import FULL
-from gpu.plan import Part
-from gpu.plan import SMOKE
-from gpu.programs import nvidia_smi
-from measure import PACKAGES
-from measure import RESULTS
-from measure import commit
-from pathlib import Path
-from qdora.cli.app import let_segments_grow
-from qdora.cli.verb import let_segments_grow
-from qdora.files.atomic import atomic_write_json
-from qdora.files.machine import package_versions
-from typing import Any
+
 import argparse
 import gc
 import importlib
@@ -43,7 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import torch
+from frame import smoke_place
+from gpu.device import CARD_8GB_BYTES, CARD_40GB_BYTES
+from gpu.plan import ERROR_LINES, FULL, SMOKE, Part
+from gpu.programs import nvidia_smi
+from measure import PACKAGES, RESULTS, commit
+
+from qdora.cli.app import let_segments_grow
+from qdora.files.atomic import atomic_write_json
+from qdora.files.machine import package_versions
 
 
 @dataclass(frozen=True)

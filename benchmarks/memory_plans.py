@@ -1,70 +1,40 @@
 """Memory plans: against real runs, and of the shipped recipes."""
 
 from __future__ import annotations
-from byte_tokenizer import byte_tokenizer
-from collections.abc import Iterator
-from contextlib import nullcontext
-from frame import Column
-from frame import GIB
-from frame import bench
-from frame import cell
-from frame import main
-from frame import markdown
-from frame import table
-from frame import tabulated
-from functools import partial
-from measure import ONE_THREAD
-from measure import alone
-from measure import peak_rss_bytes
-from mixed_data import fitted
-from pathlib import Path
-from qdora.data.build_data import make_loader
-from qdora.data.build_data import read_data
-from qdora.data.build_data import tokenized_mix
-from qdora.data.sources import make_loader
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.build_model import Compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import put_adapters
-from qdora.model.inject import adapter_parameters
-from qdora.model.store import PrunedBase
-from qdora.plan.fit import num_sharing
-from qdora.plan.fit import plan
-from qdora.plan.fit import workload_of_data
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import public_shapes
-from qdora.plan.show import process_plans
-from qdora.plan.show import whole_plans
-from qdora.recipe.byte_size import parse_size
-from qdora.recipe.byte_size import size_text
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import recipe_names
-from qdora.recipe.recipe_file import with_overrides
-from qdora.recipe.section import parse_size
-from qdora.recipe.section import size_text
-from qdora.recipe.settings import Recipe
-from qdora.recipe.settings import TrainConfig
-from qdora.recipe.train_settings import TrainConfig
-from qdora.run.base import compress_base
-from qdora.run.base import compression_key
-from qdora.run.base import load_base
-from qdora.train.guards import packed_layout
-from qdora.train.optimizer import AdapterOptimizer
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM
-from transformers import LlamaConfig
-from transformers import MixtralConfig
-from transformers import PreTrainedConfig
-from typing import Any
+
 import gc
 import json
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import torch
+from byte_tokenizer import byte_tokenizer
+from frame import GIB, Column, bench, cell, main, markdown, table, tabulated
+from measure import ONE_THREAD, alone, peak_rss_bytes
+from mixed_data import fitted
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from qdora.data.sources import make_loader, read_data, tokenized_mix
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.build_model import Compute, find_model, put_adapters
+from qdora.model.inject import adapter_parameters
+from qdora.model.store import PrunedBase
+from qdora.plan.fit import num_sharing, plan, workload_of_data
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import public_shapes
+from qdora.plan.show import process_plans, whole_plans
+from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
+from qdora.recipe.section import parse_size, size_text
+from qdora.recipe.settings import Recipe, TrainConfig
+from qdora.run.base import compress_base, compression_key, load_base
+from qdora.train.guards import packed_layout
+from qdora.train.optimizer import AdapterOptimizer
 
 NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")

@@ -1,42 +1,33 @@
 """Training steps of real, mixed data, and the builtin model they are for: shared by the benchmarks of whole steps."""
 
 from __future__ import annotations
-from byte_tokenizer import small_config
-from collections.abc import Iterable
-from collections.abc import Sequence
+
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from qdora.adapter.layer import FrozenLinear
-from qdora.data.batches import Batching
-from qdora.data.batches import IGNORED
-from qdora.data.batches import MicroBatch
-from qdora.data.batches import Step
-from qdora.data.build_data import make_loader
-from qdora.data.build_data import read_data
-from qdora.data.build_data import tokenized_mix
-from qdora.data.sources import make_loader
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.inject import replace_module
-from qdora.quant.packed import quantize
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.settings import Recipe
-from qdora.recipe.settings import TrainConfig
-from qdora.recipe.train_settings import TrainConfig
-from qdora.run.base import load_base
-from qdora.train.logs import TrainingProgress
-from qdora.train.trainer import Trainer
+from typing import Any
+
+import torch
+from byte_tokenizer import small_config
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
-from typing import Any
-import tempfile
-import torch
+
+from qdora.adapter.layer import FrozenLinear
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step
+from qdora.data.sources import make_loader, read_data, tokenized_mix
+from qdora.files.run_directory import RunDirectory
+from qdora.model.build_model import choose_compute, find_model
+from qdora.model.inject import replace_module
+from qdora.quant.packed import quantize
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe, TrainConfig
+from qdora.run.base import load_base
+from qdora.train.logs import TrainingProgress
+from qdora.train.trainer import Trainer
 
 
 def recipe(data: Path, *, batch: int = 1, quant: str = "nf4") -> Recipe:

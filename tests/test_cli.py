@@ -1,53 +1,46 @@
 """The command line: outputs, exit codes, options; and what it says of the machine: memory, driver, doctor, consoles."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
-from qdora.cli import VERBS
-from qdora.cli import app
-from qdora.cli import set_up
-from qdora.cli.app import COMPUTING
-from qdora.cli.app import let_segments_grow
-from qdora.cli.verb import COMPUTING
-from qdora.cli.verb import let_segments_grow
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.files import machine as this_machine
-from qdora.files.atomic import json_text
-from qdora.files.console import bar
-from qdora.files.console import consoles
-from qdora.files.console import show_only
-from qdora.files.machine import VARIABLES
-from qdora.files.machine import available_memory_bytes
-from qdora.files.machine import check_gpu
-from qdora.files.machine import device_attribute
-from qdora.files.machine import driver_version
-from qdora.files.machine import machine_memory_bytes
-from qdora.files.machine import unused_gpu
-from qdora.model.build_model import choose_compute
-from qdora.recipe.recipe_file import recipe_names
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.run import doctor
-from rich.table import Table
-from tests import fakes
-from tests import support
-from typer.testing import CliRunner
-from typer.testing import Result
-from types import SimpleNamespace
-from typing import Any
+
 import json
 import os
-import psutil
-import pytest
-import qdora
 import shutil
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
 import torch
 import yaml
-import zlib
+from rich.table import Table
+from typer.testing import CliRunner, Result
+
+import qdora
+from qdora.cli import VERBS, app
+from qdora.cli.app import COMPUTING, let_segments_grow
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.files import machine as this_machine
+from qdora.files.atomic import json_text
+from qdora.files.console import bar, consoles, show_only
+from qdora.files.machine import (
+    VARIABLES,
+    available_memory_bytes,
+    check_gpu,
+    device_attribute,
+    driver_version,
+    machine_memory_bytes,
+    unused_gpu,
+)
+from qdora.model.build_model import choose_compute
+from qdora.recipe.recipe_file import recipe_names, resolved_yaml
+from qdora.run import doctor
+from tests import fakes, support
 
 PACKAGE_ROOT = Path(qdora.__file__).parents[1]
 TOKEN = "hf_" + "a1B2" * 8

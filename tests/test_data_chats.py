@@ -1,35 +1,35 @@
 """Chats -> tokens: what is learnt, and that the model sees before each turn what a server would give it."""
 
 from __future__ import annotations
+
+import re
 from dataclasses import replace
 from datetime import date
 from functools import cache
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 from itertools import pairwise
 from pathlib import Path
-from qdora.data.chats import Encoded
-from qdora.data.chats import chat_template_of
-from qdora.data.chats import encode_chats
-from qdora.data.chats import prompt_text
-from qdora.data.chats import set_chat_date
-from qdora.data.chats import set_chat_settings
-from qdora.data.chats import use_data_settings
-from qdora.data.example import Example
-from qdora.data.example import Turn
-from qdora.data.example import parse_tools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.data.chats import (
+    Encoded,
+    chat_template_of,
+    encode_chats,
+    prompt_text,
+    set_chat_date,
+    set_chat_settings,
+    use_data_settings,
+)
+from qdora.data.example import Example, Turn
 from qdora.data.formats import parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
 from tests import support
-from tests.data_rows import fault_of
-from tests.data_rows import faults_of
-from tests.data_rows import says
-from typing import Any
-import numpy as np
-import pytest
-import re
+from tests.data_rows import fault_of, faults_of, says
 
 CHATML, LOOP = support.CHATML, "{% for m in messages %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -1,55 +1,43 @@
 """Data files a row at a time, folders and patterns, training and validation examples, and data sets on the Hub."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from pathlib import Path
-from qdora.data import demo
-from qdora.data import files
-from qdora.data.batches import Batching
-from qdora.data.batches import StepLoader
-from qdora.data.build_data import read_data
-from qdora.data.example import Example
-from qdora.data.example import Turn
-from qdora.data.files import Rows
-from qdora.data.files import files_of
-from qdora.data.files import local_shards
-from qdora.data.files import read_rows
-from qdora.data.files import rows_of_split
-from qdora.data.mix_plan import plan_mix
-from qdora.data.mix_plan import show_mix
-from qdora.data.rows import Rows
-from qdora.data.sources import SplitExamples
-from qdora.data.sources import draw
-from qdora.data.sources import has_split
-from qdora.data.sources import load_source
-from qdora.data.sources import open_shards
-from qdora.data.sources import read_data
-from qdora.data.sources import split_off
-from qdora.data.sources import train_and_validation
-from qdora.errors import HubFailure
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import SourceConfig
-from rich.console import Console
-from tests.data_rows import content
-from tests.data_rows import fault_of
-from tests.data_rows import faults_of
-from tests.data_rows import mixed
-from tests.data_rows import says
-from tests.data_rows import write
-from typing import Any
-from unittest.mock import Mock
+
 import csv
-import datasets
 import gzip
 import io
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qdora.data import demo, files
+from qdora.data.batches import Batching, StepLoader
+from qdora.data.example import Example, Turn
+from qdora.data.files import Rows, files_of, local_shards, read_rows, rows_of_split
+from qdora.data.mix_plan import plan_mix, show_mix
+from qdora.data.sources import (
+    SplitExamples,
+    draw,
+    has_split,
+    load_source,
+    open_shards,
+    read_data,
+    split_off,
+    train_and_validation,
+)
+from qdora.errors import HubFailure
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from tests.data_rows import content, fault_of, faults_of, mixed, says, write
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
 WORD = TEXT.filter(str.strip)

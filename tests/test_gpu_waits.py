@@ -1,30 +1,30 @@
 """Where the host waits for a GPU in an optimizer step of eight micro-batches, seen on the false GPU."""
 
 from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
 from qdora.adapter import norms
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.norms import refresh
-from qdora.data.batches import Batching
-from qdora.data.batches import Step
-from qdora.data.batches import micro_batches
+from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
-from qdora.evaluate.spans import Span
-from qdora.evaluate.spans import score_spans
-from qdora.evaluate.token_scores import Span
-from qdora.evaluate.token_scores import score_spans
+from qdora.evaluate.spans import Span, score_spans
 from qdora.files.run_directory import RunDirectory
 from qdora.memory import stream as offload
-from qdora.memory.stream import ActivationOffload
-from qdora.memory.stream import HostResidency
-from qdora.memory.stream import keep_embedding_on_host
+from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import inject
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
@@ -36,15 +36,8 @@ from qdora.train.passes import step_gradient
 from qdora.train.trainer import Trainer
 from tests import support
 from tests.adapter_numbers import make
-from tests.false_gpu import Event
-from tests.false_gpu import on_false_gpu
+from tests.false_gpu import Event, on_false_gpu
 from tests.test_nn_adapted_linear import shares
-from torch import Tensor
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
-import pytest
-import torch
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")

@@ -4,43 +4,39 @@ Never a traceback, never another result without a word. What a format without ch
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from io import BytesIO
-from pathlib import Path
-from qdora.cli.app import explain
-from qdora.cli.verb import explain
-from qdora.data.sources import read_data
-from qdora.errors import FAILURE
-from qdora.errors import USER_MISTAKE
-from qdora.files.atomic import json_text
-from qdora.files.run_directory import write_complete
-from qdora.model.adapter_file import load_adapter
-from qdora.model.load import Quantization
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.model.store import BaseCache
-from qdora.recipe import recipe_file
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.run.load_run import load_run
-from qdora.run.run import train_run
-from rich.console import Console
-from tests import support
-from typing import Any
+
 import hashlib
 import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import shutil
 import torch
-import warnings
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qdora.cli.app import explain
+from qdora.data.sources import read_data
+from qdora.errors import FAILURE, USER_MISTAKE
+from qdora.files.atomic import json_text
+from qdora.files.run_directory import write_complete
+from qdora.model.adapter_file import load_adapter
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
+from qdora.model.store import BaseCache
+from qdora.recipe import recipe_file
+from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml
+from qdora.run.load_run import load_run
+from qdora.run.run import train_run
+from tests import support
 
 QUIET = Console(quiet=True)
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]

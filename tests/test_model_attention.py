@@ -1,55 +1,63 @@
 """Which attention a model gets, keys repeated where that is faster, and masks that nobody reads from a GPU."""
 
 from __future__ import annotations
+
+import logging
+import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from qdora.data.batches import Packing
-from qdora.errors import UserError
-from qdora.evaluate.forward_path import scoring
-from qdora.evaluate.spans import scoring
-from qdora.model.attention import fast_grouped_attention
-from qdora.model.attention import known_masks
-from qdora.model.attention import packed_mask_is_known
-from qdora.model.attention import takes_flash_lengths
-from qdora.model.attention import with_attention
-from qdora.quant.kernels import planned_on
-from qdora.train.passes import batch_loss
-from tests import support
-from tests.false_gpu import on_false_gpu
-from tests.support import CHECKPOINT_CONFIGS
-from tests.support import CHECKPOINT_SIZES
-from tests.support import checkpoint
-from tests.support import checkpoint_logits
-from tests.support import load_checkpoint
-from tests.support import needs_division
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM
-from transformers import GPTNeoConfig
-from transformers import Gemma2Config
-from transformers import GptOssConfig
-from transformers import LlamaConfig
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import modeling_flash_attention_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoConfig,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_flash_attention_utils,
+)
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
-from typing import Any
-from unittest.mock import patch
-import logging
-import pytest
-import re
-import sys
-import torch
-import torch.distributed as dist
+
+from qdora.data.batches import Packing
+from qdora.errors import UserError
+from qdora.evaluate.spans import scoring
+from qdora.model.attention import (
+    fast_grouped_attention,
+    known_masks,
+    packed_mask_is_known,
+    takes_flash_lengths,
+    with_attention,
+)
+from qdora.quant.kernels import planned_on
+from qdora.train.passes import batch_loss
+from tests import support
+from tests.false_gpu import on_false_gpu
+from tests.support import (
+    CHECKPOINT_CONFIGS,
+    CHECKPOINT_SIZES,
+    checkpoint,
+    checkpoint_logits,
+    load_checkpoint,
+    needs_division,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from tiny_families import FAMILIES, spread_

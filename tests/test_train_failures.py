@@ -1,17 +1,23 @@
 """Runs whose memory is short, whose loss is bad, whose gradient is missing: nothing is lost, a resume is exact."""
 
 from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from qdora.data.batches import StepLoader
-from qdora.data.build_data import make_loader
-from qdora.data.build_data import read_data
-from qdora.data.build_data import tokenized_mix
-from qdora.data.sources import make_loader
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.errors import RunFailure
-from qdora.errors import UserError
+from qdora.data.sources import make_loader, read_data, tokenized_mix
+from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.recipe.settings import Recipe
@@ -21,23 +27,8 @@ from qdora.train import optimizer as flat_group
 from qdora.train import passes as loss_scale
 from qdora.train import trainer
 from qdora.train.passes import LossScale
-from safetensors.torch import load_file
 from tests import support
-from tests.support import ADAPTER
-from tests.support import UNEVALUATED
-from tests.support import assert_same_run
-from tests.support import in_batches
-from tests.support import same_tensors
-from tests.support import timeless
-from tests.support import training_lines
-from typing import Any
-from unittest.mock import Mock
-import itertools
-import json
-import math
-import pytest
-import re
-import torch
+from tests.support import ADAPTER, UNEVALUATED, assert_same_run, in_batches, same_tensors, timeless, training_lines
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 

@@ -1,44 +1,40 @@
 """What a run makes of its steps: rates, spikes, the best, smaller micro-batches, loss scales; figures, progress."""
 
 from __future__ import annotations
+
+import io
+import json
+import math
+import re
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from pathlib import Path
+from rich.console import Console
+
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.settings import TrainConfig
-from qdora.recipe.train_settings import TrainConfig
 from qdora.train import passes as loss_scale
 from qdora.train.distributed import Processes
 from qdora.train.evals import BestSoFar
-from qdora.train.guards import Backoff
-from qdora.train.guards import BadSteps
-from qdora.train.guards import MissingGradientCheck
-from qdora.train.guards import Schedule
-from qdora.train.logs import TrainingProgress
-from qdora.train.logs import draw_figures
+from qdora.train.guards import Backoff, BadSteps, MissingGradientCheck, Schedule
+from qdora.train.logs import TrainingProgress, draw_figures, smooth
 from qdora.train.logs import peaks as _peaks
-from qdora.train.logs import smooth
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.passes import LossScale
-from qdora.train.passes import Shortage
-from rich.console import Console
+from qdora.train.passes import LossScale, Shortage
 from tests import support
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
-import io
-import json
-import math
-import numpy as np
-import pytest
-import re
-import torch
-import torch.distributed as dist
 
 
 def restored(policy: Any, fresh: Any) -> Any:

@@ -1,17 +1,24 @@
 """How runs end: at the best step, by a signal, on a full disk; what is finished stays, and a resume is exact."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from qdora.cli import verb
-from qdora.cli.app import end_as_by_ctrl_c
-from qdora.cli.app import explain
-from qdora.cli.verb import end_as_by_ctrl_c
-from qdora.cli.verb import explain
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
+from signal import SIGHUP, SIGINT, SIGTERM
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qdora.cli.app import end_as_by_ctrl_c, explain
+from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.options import ExportOptions
@@ -21,29 +28,9 @@ from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train import checkpoint as writer
 from qdora.train import distributed as interrupt
-from qdora.train.evals import StepEvaluations
-from qdora.train.evals import selection_faults
-from rich.console import Console
-from signal import SIGHUP
-from signal import SIGINT
-from signal import SIGTERM
+from qdora.train.evals import StepEvaluations, selection_faults
 from tests import support
-from tests.support import ADAPTER
-from tests.support import assert_same_run
-from tests.support import in_batches
-from tests.support import same_tensors
-from tests.support import timeless
-from tests.support import train_until
-from tests.support import training_lines
-from typing import Any
-import errno
-import json
-import multiprocessing
-import os
-import pytest
-import shutil
-import signal
-import sys
+from tests.support import ADAPTER, assert_same_run, in_batches, same_tensors, timeless, train_until, training_lines
 
 # A rate at which the loss falls, turns and rises again within a few steps
 DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}

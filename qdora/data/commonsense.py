@@ -14,31 +14,18 @@ Social IQA, published as scripts, it is one of the Hub's own conversion (branch 
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from qdora.data.example import Example
-from qdora.data.example import Row
-from qdora.data.example import RowFault
-from qdora.data.example import optional_text
-from qdora.data.example import row_id
-from qdora.data.example import text_field
-from qdora.data.files import Entry
-from qdora.data.files import Rows
-from qdora.data.files import rows_of_split
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.recipe.faults import reason_of
-from qdora.recipe.faults import shown
-from qdora.recipe.section import reason_of
-from qdora.recipe.section import shown
 from typing import Any
-import re
+
+from qdora.data.example import Example, Row, RowFault, optional_text, row_id, text_field
+from qdora.data.files import Entry, Rows, rows_of_split
+from qdora.errors import HubFailure, UserError
+from qdora.recipe.section import reason_of, shown
 
 # Cloze questions
 

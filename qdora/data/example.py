@@ -1,13 +1,12 @@
 """One training or evaluation item before any tokenizer has seen it: text, or the turns of a chat."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from qdora.recipe.faults import shown
-from qdora.recipe.section import shown
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from qdora.recipe.section import shown
 
 Row = Mapping[str, Any]
 """Column -> value."""

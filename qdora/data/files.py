@@ -8,49 +8,7 @@ before the first one asked for, and a whole row group of Parquet (251 MiB agains
 """
 
 from __future__ import annotations
-from bisect import bisect_left
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import replace
-from functools import partial
-from itertools import accumulate
-from itertools import chain
-from itertools import islice
-from itertools import takewhile
-from pathlib import Path
-from qdora.data.example import RowFault
-from qdora.data.rows import Entry
-from qdora.data.rows import RowFault
-from qdora.data.rows import Rows
-from qdora.data.rows import between
-from qdora.data.rows import empty_data_set
-from qdora.data.rows import joined
-from qdora.data.rows import parse_row_json
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.errors import nearest
-from qdora.errors import nearest_path
-from qdora.files.atomic import sampled_digest
-from qdora.recipe.data_settings import COMPRESSED_SUFFIXES
-from qdora.recipe.data_settings import FILE_SUFFIXES
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.data_settings import is_pattern
-from qdora.recipe.data_settings import split_names
-from qdora.recipe.faults import one_line
-from qdora.recipe.faults import reason_of
-from qdora.recipe.faults import shown
-from qdora.recipe.section import one_line
-from qdora.recipe.section import reason_of
-from qdora.recipe.section import shown
-from typing import Any
-from typing import BinaryIO
-from typing import NamedTuple
-from typing import cast
+
 import csv
 import glob
 import gzip
@@ -58,7 +16,20 @@ import io
 import json
 import os
 import re
-import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from qdora.data.example import RowFault
+from qdora.errors import HubFailure, UserError
+from qdora.files.atomic import sampled_digest
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig, split_names
+from qdora.recipe.section import reason_of, shown
 
 MAX_SHOWN_FAULTS = 5  # faulty rows that are named: a wrong column is wrong in all 100,000 rows
 _RANGE_BYTES = 16 * 2**20  # of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms

@@ -1,14 +1,17 @@
 """What a run will see of each source of its mix: counts and shares over its steps, as a table, and a warning."""
 
 from __future__ import annotations
+
+import logging
 from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
 from qdora.data.batches import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
-from rich.console import Console
-from rich.table import Table
-import logging
 
 logger = logging.getLogger("qdora")
 

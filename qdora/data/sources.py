@@ -4,68 +4,38 @@ The examples of a split are counted, cut and drawn from before any of them is re
 """
 
 from __future__ import annotations
-from collections import deque
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from qdora.data import demo
-from qdora.data.batches import Batching
-from qdora.data.batches import StepLoader
-from qdora.data.cache import TokenCache
-from qdora.data.commonsense import HUB_TASKS
-from qdora.data.commonsense import hub_task_rows
-from qdora.data.example import Example
-from qdora.data.example import RowFault
-from qdora.data.example import with_last_learnt
-from qdora.data.files import Rows
-from qdora.data.files import Shards
-from qdora.data.files import files_of
-from qdora.data.files import files_of_split
-from qdora.data.files import hub_rows
-from qdora.data.files import hub_shards
-from qdora.data.files import local_shards
-from qdora.data.files import missing
-from qdora.data.files import readable
-from qdora.data.files import rows_of_split
-from qdora.data.formats import FIRST_ROWS
-from qdora.data.formats import RowExamples
-from qdora.data.hub import hub_rows
-from qdora.data.hub import hub_shards
-from qdora.data.mix import Mix
-from qdora.data.mix import make_mix
-from qdora.data.rows import FaultList
-from qdora.data.rows import RowFault
-from qdora.data.rows import Rows
-from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedSet
-from qdora.data.tokenize import tokenize_all
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.files.atomic import sampled_digest
-from qdora.files.machine import user_path
-from qdora.files.user_paths import cache_folder
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.data_settings import absolute_pattern
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.data_settings import is_pattern
-from qdora.recipe.data_settings import names_files
-from qdora.recipe.settings import Recipe
 from typing import Any
-from typing import overload
-import logging
+
 import numpy as np
+
+from qdora.data import demo
+from qdora.data.batches import Batching, StepLoader
+from qdora.data.cache import TokenCache
+from qdora.data.commonsense import HUB_TASKS, hub_task_rows
+from qdora.data.example import Example, RowFault, with_last_learnt
+from qdora.data.files import Rows, Shards, files_of, files_of_split, hub_rows, hub_shards, local_shards, rows_of_split
+from qdora.data.formats import FIRST_ROWS, RowExamples
+from qdora.data.mix import Mix, make_mix
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedSet, tokenize_all
+from qdora.errors import HubFailure, UserError
+from qdora.files.machine import cache_folder, user_path
+from qdora.recipe.data_settings import (
+    COMMONSENSE_TASKS,
+    DataConfig,
+    SourceConfig,
+    absolute_pattern,
+    is_path,
+    names_files,
+)
+from qdora.recipe.settings import Recipe
 
 AUTO_MICRO_BATCH_TOKENS = 2048  # train.micro_batch_tokens: auto, unless a longer example needs more
 
@@ -393,14 +363,6 @@ def tokenized_sources(
 def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> TokenizedSet:
     tokens = tokenize_all(examples, tokenizer, **options)
     return replace(tokens, unused=tuple(sorted(getattr(examples, "unused", ()))))
-
-
-def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:
-    """Whether a source has chats, by the first example of each; `train` is what the mix was made of."""
-    return any(
-        part.has_chats if isinstance(part, ExampleStream) else bool(examples[0].messages)
-        for part, examples in zip(mix.sets, train, strict=True)
-    )
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:

@@ -6,56 +6,29 @@ script, which searches with 4 beams, decoding is greedy. Outputs without any of 
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteriaList
+
 from qdora.adapter.product import decoding
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_batch
-from qdora.data.tokenize import special_prefix
-from qdora.data.tokenize import with_prefix
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
-from qdora.evaluate.batches import length_batches
-from qdora.evaluate.batches import results_of
-from qdora.evaluate.forward_path import head_input
-from qdora.evaluate.forward_path import pads_left
-from qdora.evaluate.forward_path import scoring
 from qdora.evaluate.intervals import mean_stderr
-from qdora.evaluate.metrics import mean_stderr
-from qdora.evaluate.spans import head_input
-from qdora.evaluate.spans import length_batches
-from qdora.evaluate.spans import padded
-from qdora.evaluate.spans import pads_left
-from qdora.evaluate.spans import results_of
-from qdora.evaluate.spans import scoring
-from qdora.evaluate.suite import Cell
-from qdora.evaluate.suite import FEWEST
-from qdora.evaluate.suite import Result
-from qdora.evaluate.suite import average_of
-from qdora.evaluate.suite import averaged
-from qdora.evaluate.suite import conditions
-from qdora.evaluate.suite import estimated
-from qdora.evaluate.suite import percent
-from qdora.evaluate.suite import results_table
-from qdora.evaluate.suite import spread
-from qdora.evaluate.token_scores import padded
+from qdora.evaluate.spans import head_input, length_batches, padded, pads_left, results_of, scoring
+from qdora.evaluate.suite import Cell, Result, average_of, conditions, estimated, percent, results_table, spread
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
-from rich.table import Table
-from torch import Tensor
-from torch import nn
-from transformers import GenerationConfig
-from transformers import StoppingCriteriaList
-from typing import Any
-import numpy as np
-import re
-import time
-import torch
 
 MAX_NEW_TOKENS = 32  # as in the published evaluation
 _NUM_SAMPLES = 5

@@ -1,28 +1,24 @@
 """Log-likelihoods of choices and answers of examples: text in, nats out."""
 
 from __future__ import annotations
+
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+import numpy as np
 from numpy.typing import NDArray
-from qdora.data.chats import encode_chats
-from qdora.data.chats import require_chat_template
+from torch import nn
+
+from qdora.data.chats import encode_chats, require_chat_template
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_pairs
-from qdora.data.tokenize import special_prefix
+from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
-from qdora.evaluate.spans import Span
-from qdora.evaluate.spans import score_groups
-from qdora.evaluate.spans import strided_spans
-from qdora.evaluate.token_scores import Span
-from qdora.evaluate.token_scores import score_groups
-from qdora.evaluate.token_scores import strided_spans
+from qdora.evaluate.spans import Span, score_groups, strided_spans
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
-from torch import nn
-from typing import Any
-import logging
-import numpy as np
 
 _SHOWN_FAULTS = 10
 

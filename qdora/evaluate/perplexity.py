@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.layer import evaluation_mode
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import Diverged, UserError
 from qdora.evaluate.spans import score_spans, strided_spans

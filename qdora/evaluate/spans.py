@@ -23,14 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.adapter.host_embedding import ids_on_host
-from qdora.data.chat_template import shared_length
+from qdora.adapter.layer import evaluation_mode
+from qdora.adapter.rows import ids_on_host
+from qdora.data.chats import shared_length
 from qdora.errors import first_line
 from qdora.files.console import Progress
 from qdora.memory.oom import free_memory, is_out_of_memory
-from qdora.model.attention import vocabulary_size
-from qdora.model.patches import fast_grouped_attention, known_masks
+from qdora.model.attention import fast_grouped_attention, known_masks, vocabulary_size
 
 # Of a forward pass, 256 MiB in bf16: 2,730 tokens of a 49k vocabulary, 524 of a 256k one.
 _MAX_LOGITS = 2**27

@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
-from qdora.data.build_data import run_examples
 from qdora.data.example import Example
+from qdora.data.sources import run_examples
 from qdora.errors import UserError
-from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.suite import EvaluationResult, evaluate
 from qdora.export.merge import no_original
 from qdora.export.nf4_lora import check_foldable

@@ -32,9 +32,9 @@ from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.checkpoint import shorten, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.section import parse_size
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import card_files, run_card
 

@@ -34,9 +34,9 @@ from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, empty_packed, quantize
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
 from qdora.run.report import card_files

@@ -61,8 +61,6 @@ MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "interference", "data.ma
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
-# Settings that have left -> the value that changed nothing. Keys of kept study cells hold them at this value.
-GONE: Mapping[str, Any] = {"train.compile": False, "adapter.experts.share": "none"}
 
 
 def is_below(key: str, names: Iterable[str]) -> bool:

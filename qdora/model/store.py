@@ -9,54 +9,40 @@ so the compute dtype is not part of it.
 """
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pydantic import BaseModel
-from pydantic import ValidationError
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from qdora.adapter.layer import FrozenLinear
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import in_turn
-from qdora.files.atomic import json_bytes
-from qdora.files.atomic import json_text
-from qdora.files.atomic import place_failures
-from qdora.files.atomic import read_json_object
-from qdora.files.atomic import sampled_digest
-from qdora.files.console import OF_THIS_PROCESS
-from qdora.files.console import Progress
+from qdora.files.atomic import (
+    atomic_directory,
+    in_turn,
+    json_bytes,
+    json_text,
+    place_failures,
+    read_json_object,
+    sampled_digest,
+)
+from qdora.files.console import OF_THIS_PROCESS, Progress
 from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import gather_packed
-from qdora.model.checkpoint import match_to_model
-from qdora.model.checkpoint import open_safetensors
-from qdora.model.checkpoint import shard_files
-from qdora.model.load import Loading
-from qdora.model.load import Quantization
-from qdora.model.load import layers_to_quantize
-from qdora.model.load import place_all
-from qdora.model.load import settle_stored
-from qdora.model.load import tensors_of_source
+from qdora.model.checkpoint import Stored, StoredTensor, gather_packed, match_to_model, open_safetensors, shard_files
+from qdora.model.load import Loading, Quantization, layers_to_quantize, place_all, settle_stored, tensors_of_source
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import to_bnb_state
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import PackedWeight
 from qdora.quant.tiles import Weight
-from qdora.recipe.section import one_line
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedModel
-from typing import Any
-from typing import TypeVar
-import hashlib
-import logging
-import torch
 
 log = logging.getLogger("qdora")
 

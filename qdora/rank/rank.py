@@ -1,55 +1,33 @@
 """qdora rank: a rank for each layer of a run, from its curvature, gradient, trained update or gates, as a recipe."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from qdora.adapter.layer import AdaptedLinear
-from qdora.data.batches import Batching
-from qdora.data.batches import MicroBatch
-from qdora.data.batches import StepLoader
-from qdora.data.build_data import read_data
-from qdora.data.build_data import tokenized_mix
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_text
-from qdora.files.console import bar
-from qdora.files.console import consoles
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import open_run
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.adapter_file import describe_adapter
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import matches
-from qdora.model.inject import most_rank
-from qdora.model.inject import unmatched
-from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.allocate import allocate
-from qdora.rank.allocate import draw_rank_map
-from qdora.rank.allocate import draw_spectra
-from qdora.rank.allocate import effective_rank
-from qdora.rank.components import drawn_curvatures
-from qdora.rank.components import exact_curvatures
-from qdora.rank.components import layer_directions
-from qdora.rank.curvature import Norm
-from qdora.rank.curvature import layer_spectrum
-from qdora.rank.gradient import gradient_spectra
-from qdora.rank.gradient import update_spectrum
-from qdora.recipe.options import RankSettings
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.settings import Recipe
-from qdora.run.load_run import TrainedRun
-from qdora.run.load_run import adapter_of
-from qdora.run.load_run import load_run
-from qdora.run.load_run import trained_state
+from typing import Any, cast
+
+import numpy as np
 from rich.console import Console
 from rich.table import Table
-from typing import Any
-from typing import cast
-import numpy as np
+
+from qdora.adapter.layer import AdaptedLinear
+from qdora.data.batches import Batching, MicroBatch, StepLoader
+from qdora.data.sources import read_data, tokenized_mix
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_write_text
+from qdora.files.console import bar, consoles
+from qdora.files.run_directory import RunDirectory, open_run
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
+from qdora.rank.allocate import LayerSpectrum, allocate, draw_rank_map, draw_spectra, effective_rank
+from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions
+from qdora.rank.curvature import Norm, layer_spectrum
+from qdora.rank.gradient import gradient_spectra, update_spectrum
+from qdora.recipe.options import RankSettings
+from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.settings import Recipe
+from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
 _THRESHOLD = 0.9
 """Share of the energy for the effective ranks that are shown."""

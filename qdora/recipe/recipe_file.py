@@ -6,52 +6,37 @@ there, else a Hub id. A checked recipe has only absolute paths.
 """
 
 from __future__ import annotations
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
-from pydantic import ValidationError
-from qdora.errors import UserError
-from qdora.errors import nearest
-from qdora.errors import nearest_path
-from qdora.files.atomic import masked
-from qdora.files.atomic import token_paths
-from qdora.files.machine import user_path
-from qdora.files.run_directory import GONE
-from qdora.files.run_directory import is_below
-from qdora.recipe.data_settings import CHAT_FORMATS
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import FILE_SUFFIXES
-from qdora.recipe.data_settings import absolute_pattern
-from qdora.recipe.data_settings import has_file_ending
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.data_settings import is_pattern
-from qdora.recipe.data_settings import names_files
-from qdora.recipe.faults import dotted
-from qdora.recipe.faults import fault_lines
-from qdora.recipe.faults import one_line
-from qdora.recipe.faults import shown
-from qdora.recipe.rules import faults
-from qdora.recipe.rules import ignored
-from qdora.recipe.rules import unused
-from qdora.recipe.section import Fault
-from qdora.recipe.section import Section
-from qdora.recipe.section import dotted
-from qdora.recipe.section import fault_lines
-from qdora.recipe.section import one_line
-from qdora.recipe.section import shown
-from qdora.recipe.settings import MACRO
-from qdora.recipe.settings import Recipe
-from typing import Any
+
 import copy
-import functools
 import glob
 import itertools
 import logging
 import os
 import re
+from collections.abc import Collection, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
 import yaml
+from pydantic import ValidationError
+
+from qdora.errors import UserError, nearest
+from qdora.files.atomic import masked, token_paths
+from qdora.files.machine import user_path
+from qdora.files.run_directory import is_below
+from qdora.recipe.data_settings import (
+    CHAT_FORMATS,
+    COMMONSENSE_TASKS,
+    FILE_SUFFIXES,
+    absolute_pattern,
+    has_file_ending,
+    is_path,
+    is_pattern,
+    names_files,
+)
+from qdora.recipe.section import Fault, Section, dotted, fault_lines, one_line, shown
+from qdora.recipe.settings import MACRO, Recipe
 
 logger = logging.getLogger("qdora")
 

@@ -21,8 +21,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from qdora.errors import nearest
-from qdora.files.access_tokens import masked
-from qdora.files.setting_keys import is_below
+from qdora.files.atomic import masked
+from qdora.files.run_directory import is_below
 
 Whole = Annotated[int, Strict(), Field(ge=1)]
 WholeOrZero = Annotated[int, Strict(), Field(ge=0)]

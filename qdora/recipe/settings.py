@@ -5,30 +5,29 @@ the descriptions in the JSON schema. `data` is in `data_settings`.
 """
 
 from __future__ import annotations
-from pydantic import Field
-from pydantic import Strict
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.section import AutoTokens
-from qdora.recipe.section import Factor
-from qdora.recipe.section import Flag
-from qdora.recipe.section import NotNegative
-from qdora.recipe.section import OneOrMore
-from qdora.recipe.section import Positive
-from qdora.recipe.section import Section
-from qdora.recipe.section import Seed
-from qdora.recipe.section import Share
-from qdora.recipe.section import Size
-from qdora.recipe.section import Targets
-from qdora.recipe.section import Text
-from qdora.recipe.section import Warmup
-from qdora.recipe.section import Whole
-from qdora.recipe.section import WholeOrZero
-from qdora.recipe.train_settings import EvalConfig
-from qdora.recipe.train_settings import InterferenceConfig
-from qdora.recipe.train_settings import TrainConfig
-from typing import Annotated
-from typing import Literal
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from qdora.recipe.data_settings import DataConfig, is_path
+from qdora.recipe.section import (
+    AutoTokens,
+    Factor,
+    Flag,
+    NotNegative,
+    OneOrMore,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Size,
+    Targets,
+    Text,
+    Warmup,
+    Whole,
+    WholeOrZero,
+)
 
 Pattern = Literal["unstructured", "rows", "columns"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
 

@@ -5,59 +5,47 @@ adapter of another cell, is added once that is there, so the cells are made anew
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from functools import lru_cache
-from functools import partial
-from pathlib import Path
-from qdora.data.files import files_of
-from qdora.errors import UserError
-from qdora.files.machine import user_path
-from qdora.files.run_directory import GONE
-from qdora.files.run_directory import WITHOUT_EFFECT
-from qdora.files.run_directory import flat
-from qdora.files.run_directory import is_below
-from qdora.files.sampled_digest import sampled_digest
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.data_settings import names_files
-from qdora.recipe.recipe_file import override
-from qdora.recipe.recipe_file import recipe_document
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.recipe_file import with_overrides
-from qdora.recipe.section import with_settings
-from qdora.recipe.settings import Recipe
-from qdora.study.grid import RATE
-from qdora.study.grid import RateRun
-from qdora.study.grid import SEED
-from qdora.study.grid import Search
-from qdora.study.grid import StageConfig
-from qdora.study.grid import Study
-from qdora.study.grid import choices
-from qdora.study.grid import combinations
-from qdora.study.grid import in_words
-from qdora.study.grid import label_of
-from qdora.study.grid import search
-from typing import Any
-from typing import Literal
+
 import hashlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from qdora.data.files import files_of
+from qdora.errors import UserError
+from qdora.files.atomic import sampled_digest
+from qdora.files.machine import user_path
+from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
+from qdora.recipe.data_settings import is_path, names_files
+from qdora.recipe.recipe_file import override, recipe_document, recipe_from, settings, with_overrides
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
+from qdora.study.grid import (
+    RATE,
+    SEED,
+    RateRun,
+    Search,
+    StageConfig,
+    Study,
+    choices,
+    combinations,
+    in_words,
+    label_of,
+    search,
+)
 
 _WHOLE_BYTES = 2**30
 _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
 this value they have no part in a key, so the cells of those studies stay done."""
-_GONE = {"train.compile": False}
+_GONE = {"train.compile": False, "adapter.experts.share": "none"}
 """Settings that have left, which have a part in every key."""
 
 

@@ -5,39 +5,33 @@ all seeds, at the learning rate that was found for it.
 """
 
 from __future__ import annotations
-from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from qdora.evaluate.intervals import Interval
-from qdora.evaluate.intervals import SeedScores
-from qdora.evaluate.intervals import Spread
-from qdora.evaluate.intervals import example_interval
-from qdora.evaluate.intervals import example_spread
-from qdora.study import statistics
-from qdora.study.cells import Kind
-from qdora.study.cells import axes_of
-from qdora.study.grid import CompareConfig
-from qdora.study.grid import PrimaryConfig
-from qdora.study.grid import RATE
-from qdora.study.grid import SEED
-from qdora.study.grid import Study
-from qdora.study.grid import as_list
-from qdora.study.grid import combinations
-from qdora.study.grid import first_seeds
-from qdora.study.grid import has_labels
-from qdora.study.grid import in_words
-from qdora.study.grid import label_of
-from qdora.study.grid import num_first_seeds
-from qdora.study.results import HIGHER_IS_BETTER
-from qdora.study.results import Results
-from qdora.study.results import combined
-from typing import Any
+
 import itertools
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
+
+from qdora.evaluate.intervals import Interval, SeedScores, Spread, example_interval, example_spread
+from qdora.study import statistics
+from qdora.study.cells import Kind, axes_of
+from qdora.study.grid import (
+    RATE,
+    SEED,
+    CompareConfig,
+    PrimaryConfig,
+    Study,
+    as_list,
+    combinations,
+    first_seeds,
+    has_labels,
+    in_words,
+    label_of,
+)
+from qdora.study.results import HIGHER_IS_BETTER, Results, combined
 
 ZONE_OF_SHARES = 0.01
 """Accuracies that differ by less than a point are equivalent, where the metric is an NLL."""

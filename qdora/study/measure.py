@@ -1,48 +1,32 @@
 """What cells measure besides scores: damage of a base, an adapter by layer or with other magnitudes, guesses."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from dataclasses import replace
-from pathlib import Path
-from qdora.adapter.layer import AdaptedLinear
-from qdora.data.build_data import run_examples
-from qdora.data.example import Example
-from qdora.data.sources import run_examples
-from qdora.data.tokenize import encode_pairs
-from qdora.evaluate.hidden_states import hidden_state_errors
-from qdora.evaluate.loglikelihood import score_examples
-from qdora.evaluate.perplexity import hidden_state_errors
-from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.suite import EvaluationResult
-from qdora.evaluate.suite import evaluate
-from qdora.evaluate.suite import spread
-from qdora.files.atomic import atomic_write_json
-from qdora.files.atomic import read_json_object
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import block_of
-from qdora.model.inject import model_size
-from qdora.model.load import load_config
-from qdora.rank.changes import error_undone
-from qdora.rank.changes import full_weight_changes
-from qdora.rank.changes import set_magnitude_back_
-from qdora.rank.changes import weight_changes
-from qdora.recipe.settings import BaseWeightsConfig
-from qdora.recipe.settings import Recipe
-from qdora.run.base import load_base
-from qdora.run.load_run import TrainedRun
-from qdora.run.load_run import load_run
-from torch import nn
-from transformers import PreTrainedModel
-from typing import Any
+
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from transformers import PreTrainedModel
+
+from qdora.adapter.layer import AdaptedLinear
+from qdora.data.sources import run_examples
+from qdora.data.tokenize import encode_pairs
+from qdora.evaluate.loglikelihood import score_examples
+from qdora.evaluate.perplexity import hidden_state_errors, text_perplexity
+from qdora.evaluate.suite import EvaluationResult, evaluate, spread
+from qdora.files.atomic import atomic_write_json, read_json_object
+from qdora.model.build_model import choose_compute, find_model
+from qdora.model.inject import adapted_layers, block_of, model_size
+from qdora.model.load import load_config
+from qdora.rank.changes import error_undone, full_weight_changes, set_magnitude_back_, weight_changes
+from qdora.recipe.settings import BaseWeightsConfig, Recipe
+from qdora.run.base import load_base
+from qdora.run.load_run import TrainedRun, load_run
 
 TEXTS_OF_TASK = 25
 """Examples of each evaluated task whose prompts with their answers are the texts."""

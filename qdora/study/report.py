@@ -1,52 +1,37 @@
 """The report of a study: every number as CSV, and a page of the main ones with their figures."""
 
 from __future__ import annotations
+
+import math
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import disk_failures
-from qdora.files.console import consoles
-from qdora.files.pages import markdown_table
-from qdora.files.pages import render_page
-from qdora.files.run_directory import RunDirectory
-from qdora.files.svg_figure import new_figure
-from qdora.files.svg_figure import svg_text
-from qdora.model.inject import block_of
-from qdora.study.compare import Arm
-from qdora.study.compare import comparisons
-from qdora.study.compare import count_primary
-from qdora.study.compare import damage_row
-from qdora.study.compare import find_arms
-from qdora.study.compare import level_seeds
-from qdora.study.compare import quality
-from qdora.study.compare import repair_row
-from qdora.study.compare import task_rows
-from qdora.study.figures import LABELS
-from qdora.study.figures import Row
-from qdora.study.figures import Rows
-from qdora.study.figures import draw_all
-from qdora.study.grid import CompareConfig
-from qdora.study.grid import RATE
-from qdora.study.grid import SEED
-from qdora.study.grid import Study
-from qdora.study.grid import in_words
-from qdora.study.grid import label_of
-from qdora.study.measure import read_guesses
-from qdora.study.results import HIGHER_IS_BETTER
-from qdora.study.results import Results
-from qdora.study.results import StudyDirectory
-from qdora.study.results import read_index
-from rich.console import Console
-from typing import Any
-from typing import TYPE_CHECKING
-import math
+from typing import TYPE_CHECKING, Any
+
 import pandas as pd
+from rich.console import Console
+
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.console import consoles
+from qdora.files.pages import markdown_table, new_figure, render_page, svg_text
+from qdora.files.run_directory import RunDirectory
+from qdora.model.inject import block_of
+from qdora.study.compare import (
+    Arm,
+    comparisons,
+    count_primary,
+    damage_row,
+    find_arms,
+    level_seeds,
+    quality,
+    repair_row,
+    task_rows,
+)
+from qdora.study.grid import RATE, SEED, CompareConfig, Study, in_words, label_of
+from qdora.study.measure import read_guesses
+from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

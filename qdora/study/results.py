@@ -6,47 +6,29 @@ Any number of processes may share it; a process locks a cell before it runs it.
 """
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from qdora.errors import UserError
-from qdora.errors import not_there
-from qdora.evaluate.before_after import by_task
-from qdora.evaluate.example_intervals import Array
-from qdora.evaluate.example_intervals import SeedScores
-from qdora.evaluate.example_intervals import TaskScores
-from qdora.evaluate.example_intervals import Weighting
-from qdora.evaluate.example_intervals import weighted_mean
-from qdora.evaluate.intervals import Array
-from qdora.evaluate.intervals import SeedScores
-from qdora.evaluate.intervals import TaskScores
-from qdora.evaluate.intervals import Weighting
-from qdora.evaluate.intervals import weighted_mean
+from typing import Any, Literal
+
+import numpy as np
+
+from qdora.errors import UserError, not_there
+from qdora.evaluate.intervals import SeedScores, TaskScores, Weighting, weighted_mean
 from qdora.evaluate.suite import by_task
-from qdora.files.atomic import atomic_write_json
-from qdora.files.atomic import lock_if_free
-from qdora.files.json_file import read_json_object
+from qdora.files.atomic import atomic_write_json, lock_if_free, read_json_object
 from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.study.cells import Cell
-from qdora.study.cells import Cells
-from qdora.study.cells import Expander
+from qdora.study.cells import Cell, Cells, Expander
 from qdora.study.grid import Study
-from typing import Any
-from typing import Literal
-import hashlib
-import json
-import math
-import numpy as np
-import os
-import socket
-import time
 
 
 class StudyDirectory:

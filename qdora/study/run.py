@@ -5,71 +5,7 @@ a finished one never runs again.
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from qdora.data.sources import has_split
-from qdora.errors import Diverged
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.errors import named
-from qdora.errors import not_one_of
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import in_turn
-from qdora.files.atomic import masked
-from qdora.files.atomic import read_json_object
-from qdora.files.console import consoles
-from qdora.files.console import duration
-from qdora.files.console import shows_bars
-from qdora.files.machine import check_gpu
-from qdora.files.run_directory import RunDirectory
-from qdora.memory.oom import free_memory
-from qdora.model.build_model import find_model
-from qdora.model.load import load_config
-from qdora.model.load import quantization_of
-from qdora.prune.pruner import quantized_layers
-from qdora.recipe.recipe_file import missing_files
-from qdora.recipe.recipe_file import read_yaml
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.settings import Recipe
-from qdora.run.report import PAGE_FILE
-from qdora.run.report import leave_page
-from qdora.run.run import train_run
-from qdora.study.cells import Cell
-from qdora.study.cells import Cells
-from qdora.study.cells import Expander
-from qdora.study.cells import equal_in_words
-from qdora.study.compare import cannot_decide
-from qdora.study.compare import never_decided
-from qdora.study.grid import load_study
-from qdora.study.measure import base_damage
-from qdora.study.measure import evaluate_magnitudes
-from qdora.study.measure import measure_by_layer
-from qdora.study.measure import measure_checkpoints
-from qdora.study.measure import write_guesses
-from qdora.study.results import Results
-from qdora.study.results import StudyDirectory
-from qdora.study.results import cells_now
-from qdora.study.results import planned_cells
-from qdora.study.results import stage_times
-from qdora.study.results import times_in_words
-from qdora.train.evals import adapter_step
-from rich.console import Console
-from rich.progress import BarColumn
-from rich.progress import MofNCompleteColumn
-from rich.progress import Progress
-from rich.progress import TextColumn
-from typing import Any
-from typing import Literal
+
 import logging
 import os
 import re
@@ -77,8 +13,35 @@ import shutil
 import socket
 import sys
 import time
-import torch
 import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from qdora.data.sources import has_split
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, named
+from qdora.files.atomic import atomic_directory, disk_failures, in_turn, masked, read_json_object
+from qdora.files.console import consoles, duration
+from qdora.files.machine import check_gpu
+from qdora.files.run_directory import RunDirectory
+from qdora.memory.oom import free_memory
+from qdora.model.build_model import find_model
+from qdora.model.load import load_config, quantization_of
+from qdora.prune.pruner import quantized_layers
+from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
+from qdora.recipe.settings import Recipe
+from qdora.run.run import train_run
+from qdora.study.cells import Cell, Expander, equal_in_words
+from qdora.study.compare import cannot_decide, never_decided
+from qdora.study.grid import load_study
+from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
+from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
+from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
 

@@ -7,13 +7,14 @@ few numbers is no 95 % interval.
 """
 
 from __future__ import annotations
-from collections.abc import Sequence
-from qdora.evaluate.intervals import CONFIDENCE
-from qdora.evaluate.intervals import Interval
-from qdora.evaluate.intervals import Spread
-from scipy import special
+
 import math
+from collections.abc import Sequence
+
 import numpy as np
+from scipy import special
+
+from qdora.evaluate.intervals import CONFIDENCE, Interval, Spread
 
 
 def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread:

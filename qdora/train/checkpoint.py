@@ -8,24 +8,23 @@ state.json                step, data position, and what the run has learnt about
 """
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from qdora.data.batches import StepLoader
 from qdora.errors import UserError
 from qdora.files.atomic import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.recipe.section import reason_of
-from qdora.train.distributed import Processes
-from qdora.train.distributed import seed_of
+from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
-from safetensors.torch import load_file
-from torch import Tensor
-from torch import nn
-from typing import Any
-import json
-import logging
-import torch
 
 FORMAT = 3
 PARAMETERS_FILE = "parameters.safetensors"

@@ -31,7 +31,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.model.inject import adapted_layers
-from qdora.recipe.train_settings import TrainConfig
+from qdora.recipe.settings import TrainConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import Shortage, batch_loss
