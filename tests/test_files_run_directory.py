@@ -26,7 +26,6 @@ from qdora.files.atomic import (
     atomic_write_bytes,
     disk_failures,
     json_text,
-    place_failures,
 )
 from qdora.files.run_directory import (
     Checkpoint,
@@ -204,7 +203,7 @@ def test_full_and_read_only_disks_give_one_line(tmp_path, number, kind):
     assert str(raised.value).startswith(f"{tmp_path / 'study'}: cannot be written: ")
     assert reason in str(raised.value)
     place = UserError if number == errno.EROFS else RunFailure  # a forbidden place is a mistake of the user
-    with pytest.raises(place, match=r"^x: cannot be .*written"), place_failures(Path("x"), "choose another"):
+    with pytest.raises(place, match=r"^x: cannot be .*written"), disk_failures(Path("x"), "choose another"):
         raise OSError(number, os.strerror(number))
 
 

@@ -112,7 +112,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
     changed, plan = within(whole.peak_bytes - 1)
     assert (same.train.parallel, changed.train.parallel) == ("auto", "shard")
     assert plan.peak_bytes < whole.peak_bytes
-    assert parts.MOVING in plan.components
+    assert parts.GATHERED in plan.components
     assert within(plan.peak_bytes, train__parallel="shard")[1] is not None
     for refused in ({"train__parallel": "replicate"}, {"adapter__init": "loftq"}, {"num_processes": 1}):
         with pytest.raises(UserError, match=r"memory\.budget"):

@@ -123,7 +123,7 @@ def a_plan(**changes: Any) -> Plan:
     moments = [
         Moment("forward", 0, resident | {parts.FORWARD: 70}),
         Moment("loss", None, resident | {parts.LOSS: 500}),
-        Moment("backward", 1, resident | {parts.WORKSPACE: 600}),
+        Moment("backward", 1, resident | {parts.BACKWARD: 600}),
         Moment("update", None, resident),
     ]
     options: dict[str, Any] = {"num_micro_batches": 6, "num_blocks": 2, "num_trainable": 1000, "step_seconds": 36.0}
@@ -137,11 +137,11 @@ def test_a_divided_card_holds_its_rows_and_what_is_gathered():
     assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
     # The table, and what it is gathered into; three blocks; a block, the head and what it is gathered into; the head
     gathered = [2 * 400, 3 * 1000, 1000 + 2 * 400, 400, 3 * 1000, 0]
-    assert [moment.by_component.get(parts.MOVING, 0) for moment in found] == gathered
+    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == gathered
     kept = {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
     assert all(kept.items() <= moment.by_component.items() for moment in found)
     assert found[2].by_component.get(parts.LOSS) is None
-    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.WORKSPACE]) == (500, 600)
+    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
     assert of_card(a_plan(), 1, 1) == a_plan()
 
 
@@ -270,7 +270,7 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone():
     expected[parts.KEPT] -= 4 * 4 * (64 * 64 // 64)
     expected[parts.BASE] -= 3 * CODES
     expected[parts.SCALES] -= 3 * SCALES
-    expected[parts.MOVING] = 2 * whole.block_bytes
+    expected[parts.STREAMING] = 2 * whole.block_bytes
     found = dict(streamed.components)
     assert found.pop(parts.SLACK) < expected.pop(parts.SLACK)
     assert found == expected

@@ -28,7 +28,7 @@ from qdora.model.source import resolve
 from qdora.plan import fake_step, fit, show
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import BlockPattern, extrapolated, find_pattern
-from qdora.plan.fit import assumed_workload, fit_recipe, largest_shapes, not_exceeded, plan, workload_of_data
+from qdora.plan.fit import assumed_workload, largest_shapes, not_exceeded, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan, public_shapes
 from qdora.quant.planned_device import planned_counts, planned_on
@@ -425,9 +425,9 @@ def test_a_changed_recipe_is_planned_for_the_worse_routing_too():
         memory__keep_scales=False, train__batch=1, data__max_length=256, train__micro_batch_tokens=256
     )
     options: dict[str, Any] = {"config": config, "device_kind": "cuda", "workload": assumed_workload}
-    _, first = fit_recipe(recipe, None, **options)
-    changed, found = fit_recipe(recipe, first.peak_bytes - 1, **options)
-    _, after = fit_recipe(changed, None, **options)
+    first = plan(recipe, **options)
+    found = plan(recipe, first.peak_bytes - 1, **options)
+    after = plan(found.recipe, **options)
     assert first.peak_bytes == first.even_routing_bytes
     assert found.changes[-1].peak_bytes == after.peak_bytes == after.even_routing_bytes
 

@@ -28,7 +28,6 @@ from qdora.files.atomic import (
     atomic_write_json,
     atomic_write_text,
     disk_failures,
-    place_failures,
     remove_directory,
     sync,
     work_lock,
@@ -119,7 +118,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
     exporting to `out`, or nothing can be made there.
     """
     with ExitStack() as stack:
-        with place_failures(out, "name another directory"):
+        with disk_failures(out, "name another directory"):
             check_new_directory(out)
             out = out.absolute()
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -333,21 +333,16 @@ def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tupl
     return lora_A.contiguous(), lora_B.contiguous()
 
 
-def selected_modules(
-    model: nn.Module, described: AdapterDescription, original: Callable[[str], str] = str
-) -> dict[str, nn.Module]:
-    """Path -> module that the settings select, in model order; it may be of a kind that carries no adapter.
-
-    `original` maps a path in a shortened model to that in the whole one.
-    """
+def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[str, nn.Module]:
+    """Path -> module that the settings select, in model order; it may be of a kind that carries no adapter."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left_out, found = routers(model), {}
     for path, module in model.named_modules():
         in_all_linear = is_linear(module) and path not in left_out and module is not head
         if isinstance(module, BareExperts):
-            selected = described.selects_parameter(original(path))
+            selected = described.selects_parameter(path)
         else:
-            selected = bool(path) and described.selects(original(path), in_all_linear=in_all_linear)
+            selected = bool(path) and described.selects(path, in_all_linear=in_all_linear)
         if selected:
             found[path] = module
     return found

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,17 +82,20 @@ def run_step(
 
     `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
     """
+    if adapter is not None:  # a rank stays with its layer when blocks are left out
+        model = copy.deepcopy(model)
+        for path, module in selected_modules(model, adapter).items():
+            if is_linear(module):
+                module.planned_rank = adapter.rank_of(path)  # type: ignore[assignment]
     blocks, pattern = block_list(model), None
     if blocks is not None:
-        ranks = {} if adapter is None else ranks_of_adapter(adapter, model)
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            path = f"{blocks[0]}.{index}."
-            own = [(name.removeprefix(path), rank) for name, rank in ranks.items() if name.startswith(path)]
-            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
+            named = block.named_modules()
+            modules = tuple((name, type(each).__name__, getattr(each, "planned_rank", 0)) for name, each in named)
             sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
-            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None, tuple(own)))
+            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
         moments, shapes = _measured(recipe, model, None, shape, adapter)
@@ -102,9 +104,7 @@ def run_step(
         longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, adapter)
         moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
     if shapes:
-        workspace = update_bytes(shapes, recipe.train.optimizer, kind)
-        workspace += moments[-1].by_component.get(parts.WORKSPACE, 0)
-        moments[-1] = moments[-1].changed({parts.WORKSPACE: workspace})
+        moments[-1] = moments[-1].changed({parts.UPDATE: update_bytes(shapes, recipe.train.optimizer, kind)})
     return moments, shapes
 
 
@@ -216,7 +216,12 @@ def _measured(
     model: Any = copy.deepcopy(whole)
     if kept is not None:
         _keep_blocks_(model, kept)
-    with FakeTensorMode(), LiveBytes() as live, _without_kernels(model), fast_grouped_attention():
+    named = model.named_modules()
+    ranks = {path: module.planned_rank for path, module in named if hasattr(module, "planned_rank")}
+    with FakeTensorMode(), LiveBytes() as live, ExitStack() as stack, fast_grouped_attention():
+        # Linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors
+        for file in {sys.modules[type(module).__module__] for module in model.modules()}:
+            stack.enter_context(replaced(file, "torch_chunk_gated_delta_rule", inspect.unwrap))
         fill_(model, recipe, live)
         if not shape.masked:
             _set_unmasked_(model)
@@ -230,11 +235,25 @@ def _measured(
         with live.label(parts.DENSE):
             extend_vocabulary(model, new_tokens)
         with live.label(parts.ADAPTERS):
+            settings = recipe.adapter
             if adapter is None:
                 put_adapters(model, recipe, new_tokens=new_tokens)
-            else:
-                _put_ranks(model, recipe, adapter, kept, new_tokens)
-            for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
+            else:  # as that one, whose values are not read
+                inject(
+                    model,
+                    kind=adapter.kind,
+                    rank=1,
+                    targets=list(ranks),
+                    rank_pattern=ranks,
+                    dropout=settings.dropout,
+                    dtype=DTYPES[settings.dtype],
+                    share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
+                )
+                set_kept_scales_(model, recipe)
+                if settings.also_train:
+                    ids = None if settings.also_train_rows == "all" else new_tokens
+                    train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
+            for layer in adapted_layers(model).values() if settings.gates is not None else ():
                 layer.add_gate()
         keep_inplace_outputs_(model)
         live.reset_peak()
@@ -328,55 +347,6 @@ def _set_unmasked_(model: PreTrainedModel) -> None:
         text.set_attn_implementation("sdpa_without_padding")
 
 
-def ranks_of_adapter(
-    adapter: AdapterDescription, model: PreTrainedModel, kept: Sequence[int] | None = None
-) -> dict[str, int]:
-    """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
-
-    `kept` are the numbers of its blocks in the whole model (None: all).
-    """
-    blocks = block_list(model)
-
-    def original(path: str) -> str:
-        if blocks is None or kept is None or not path.startswith(f"{blocks[0]}."):
-            return path
-        index, dot, rest = path.removeprefix(f"{blocks[0]}.").partition(".")
-        return f"{blocks[0]}.{kept[int(index)]}{dot}{rest}"
-
-    selected = selected_modules(model, adapter, original)
-    return {path: adapter.rank_of(original(path)) for path, module in selected.items() if is_linear(module)}
-
-
-def _put_ranks(
-    model: Any, recipe: Recipe, adapter: AdapterDescription, kept: list[int] | None, new_tokens: Sequence[int]
-) -> None:
-    """Adapters of the ranks of the one that the run resumes from, whose values are not read."""
-    ranks, settings = ranks_of_adapter(adapter, model, kept), recipe.adapter
-    inject(
-        model,
-        kind=adapter.kind,
-        rank=1,
-        dropout=settings.dropout,
-        targets=list(ranks),
-        rank_pattern=ranks,
-        share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
-        dtype=DTYPES[settings.dtype],
-    )
-    set_kept_scales_(model, recipe)
-    if settings.also_train:
-        ids = None if settings.also_train_rows == "all" else new_tokens
-        train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
-
-
-@contextmanager
-def _without_kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors."""
-    with ExitStack() as stack:
-        for file in {sys.modules[type(module).__module__] for module in model.modules()}:
-            stack.enter_context(replaced(file, "torch_chunk_gated_delta_rule", inspect.unwrap))
-        yield
-
-
 def _record(
     model: Any, parameters: dict[str, nn.Parameter], recipe: Recipe, shape: MicroBatchShape, live: LiveBytes
 ) -> list[Moment]:
@@ -461,11 +431,11 @@ def _record(
         if router_tap is not None:
             loss = loss + router_tap.loss(torch.ones_like(ids))
             router_tap.logits = ()
-    with part("backward", len(blocks) - 1 if blocks else None, parts.WORKSPACE):
+    with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap
     del inputs, ids, rows, columns, targets, router_tap
-    with part("update", None, parts.WORKSPACE):
+    with part("update", None, parts.UPDATE):
         pass
     return moments
 
@@ -476,19 +446,11 @@ def update_bytes(shapes: Shapes, name: OptimizerName, device_kind: DeviceKind) -
     sizes = {path: math.prod(shape) for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
     for keys, kind in groups_of(shapes, name):
-        if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(kind.is_matrix, []))):
+        if sum(sizes[key] for key in keys) > sum(sizes[key] for key in largest.get(kind.is_matrix, [])):
             largest[kind.is_matrix] = keys
-    return _peak_of_update(
-        tuple((path, *shapes[path]) for keys in largest.values() for path in keys), name, device_kind
-    )
-
-
-@lru_cache(maxsize=8)  # one update serves all micro-batches and most of the changes that a plan tries
-def _peak_of_update(
-    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_kind: DeviceKind
-) -> int:
     with planned_on(device_kind), FakeTensorMode(), LiveBytes() as live:
-        parameters = {path: nn.Parameter(torch.empty(shape, dtype=dtype)) for path, shape, dtype in shapes}
+        chosen = {key: shapes[key] for keys in largest.values() for key in keys}
+        parameters = {key: nn.Parameter(torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in chosen.items()}
         optimizer = AdapterOptimizer(parameters, name=name)
         for parameter in parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)

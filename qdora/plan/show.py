@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +38,7 @@ from qdora.plan.fit import (
     with_streaming,
     workload_of_data,
 )
-from qdora.plan.plan import ASSUMED, PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
+from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files, override
 from qdora.recipe.settings import Recipe
@@ -59,20 +58,11 @@ def plan_run(
 ) -> dict[str, Any]:
     """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
-    Only the config and the tokenizer of the model are loaded.
-
-    Args:
-        where: Name of the recipe in error lines.
-        budget: A size such as 40GiB (default: that of the recipe).
-        num_processes, num_hosts: Cards of the run, and machines that have equally many of them.
-    Returns:
-        "memory" as `Plan.to_dict`, of one card; with several, `process_plans` in "processes"; and "mix" as in
-        mix.json of a run, or null without a tokenizer or the Hub.
+    Of the model only the config and the tokenizer are loaded. `where` names the recipe in error lines, `num_hosts` are
+    machines with equally many cards. Returns "memory" of one card (`Plan.to_dict`), with several cards also "processes"
+    (`process_plans`), and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
     """
     _, results = consoles(console)
-    if device_kind == "cuda" and not torch.cuda.is_available():
-        card = ASSUMED["cuda"].name
-        logger.info("This machine has no GPU: bytes and seconds are those of an %s. --device cpu plans it here.", card)
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
     try:
@@ -101,8 +91,6 @@ def plan_run(
         document["processes"] = process_plans(plans, num_processes, num_hosts)
         for line in process_lines(document["processes"], num_processes, num_hosts):
             results.print(line, soft_wrap=True)
-    elif recipe.train.divides_base:
-        logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
     return document
 
 
@@ -128,7 +116,6 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Print the table of components and whether they fit, then the sentences of `plan_lines`."""
     table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
     table.add_column("component")
     table.add_column("size", justify="right")
@@ -149,7 +136,6 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Micro-batch, a stored shape, time, host memory, assumptions and what to change, one sentence each."""
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
@@ -265,9 +251,8 @@ def fastest_way(ways: Sequence[Mapping[str, Any]], link: str) -> Way | None:
 
 
 def process_lines(ways: Sequence[Mapping[str, Any]], num_processes: int, num_hosts: int) -> list[str]:
-    """A line for each way, and which one that fits is fastest, in words."""
-    where = f"{num_processes} cards" if num_hosts == 1 else f"{num_processes} cards in {num_hosts} machines"
-    lines = [f"On {where}, each card (times are estimates):"]
+    where = "" if num_hosts == 1 else f" in {num_hosts} machines"
+    lines = [f"On {num_processes} cards{where}, each card (times are estimates):"]
     for way in ways:
         times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in way["step_seconds"].items())
         verdict = "" if way["fits"] is None else f" ({'fits' if way['fits'] else 'does not fit'})"
@@ -280,7 +265,4 @@ def process_lines(ways: Sequence[Mapping[str, Any]], num_processes: int, num_hos
     best = {link: fastest_way(ways, link) for link in ways[0]["step_seconds"]}
     if None in best.values():
         return [*lines, "  None of these fits."]
-    lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}.")
-    if "stream" in best.values():
-        lines.append("  stream is train.parallel=replicate with base.residency and base.streamed_blocks.")
-    return lines
+    return [*lines, f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}."]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qdora.errors import UserError, named
 from qdora.files import run_directory
-from qdora.files.atomic import atomic_write_text, masked, place_failures
+from qdora.files.atomic import atomic_write_text, disk_failures, masked
 from qdora.files.console import consoles, duration
 from qdora.files.pages import render_page
 from qdora.files.run_directory import RunDirectory, is_without_chats, open_run, unharmed
@@ -39,7 +39,7 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
     run, folder = open_run(directory), out or directory
     draw_figures(run.metrics(), run.inside("figures"))
     try:
-        with place_failures(folder, "name another directory with --out"):
+        with disk_failures(folder, "name another directory with --out"):
             folder.mkdir(parents=True, exist_ok=True)
             facts = write_page(run, folder / PAGE_FILE)
     except (KeyError, TypeError, AttributeError) as error:
