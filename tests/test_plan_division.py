@@ -42,7 +42,7 @@ from qdora.plan.plan import (
     with_offloaded,
     with_streamed,
 )
-from qdora.plan.show import ACROSS, Way, fastest_way, plan_run, process_lines, process_plans, whole_plans
+from qdora.plan.show import ACROSS, plan_run, process_plans, whole_plans
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -169,7 +169,6 @@ def test_bytes_and_times_by_hand():
     assert found[0]["step_seconds"][slow] == pytest.approx(2 * 6.0 + gradients / ACROSS["25 Gb/s"])
     assert found[1]["step_seconds"][slow] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
     assert process_plans({"replicate": given, "shard": given}, 4)[1]["step_seconds"].keys() == {"NVLink", "PCIe 4"}
-    assert "  Fastest that fits: " in process_lines(found, 4, 2)[-1]
     # A hundred seconds to gather all, of which the forward pass hides 20 and the backward pass 40
     blocks = round(100.0 * 2 * ACROSS["25 Gb/s"])  # half of it is received
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
@@ -201,23 +200,9 @@ def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_pat
     ways = [("replicate", False, 0), ("shard", False, 0), ("stream", True, 5)]
     assert [(each["way"], each["fits"], each["num_streamed"]) for each in found] == ways
     assert found[2]["step_seconds"]["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
-    assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
     base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
     plans = whole_plans(support.one_layer_recipe(tmp_path, **base), streaming)
     assert (plans["stream"].num_streamed, plans["replicate"].tensor_bytes) == (7, 10 * GIB)
-
-
-def test_of_ways_that_are_as_fast_the_first_is_named():
-    """The times are predictions, and streaming needs memory of the host."""
-
-    def fastest(**seconds: float) -> Way | None:
-        ways: Any = seconds.items()
-        found = [{"way": way, "fits": way != "replicate", "step_seconds": {"P": each}} for way, each in ways]
-        return fastest_way(found, "P")
-
-    assert fastest(replicate=1.0, shard=5.04, stream=5.0) == "shard"
-    assert fastest(replicate=1.0, shard=5.06, stream=5.0) == "stream"
-    assert fastest(replicate=1.0) is None
 
 
 def test_the_command_plans_for_several_cards(tmp_path):

@@ -89,8 +89,8 @@ def plan_run(
     if num_processes > 1:
         plans = whole_plans(recipe, partial(plan_of, budget=card_plan.budget_bytes, may_change=False))
         document["processes"] = process_plans(plans, num_processes, num_hosts)
-        for line in process_lines(document["processes"], num_processes, num_hosts):
-            results.print(line, soft_wrap=True)
+        title = f"each of {num_processes} cards, {num_processes // num_hosts} in a machine (times are estimates)"
+        show_ways(results, document["processes"], title)
     return document
 
 
@@ -240,29 +240,17 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
     }
 
 
-def fastest_way(ways: Sequence[Mapping[str, Any]], link: str) -> Way | None:
-    """The fastest way that fits over a link; None if none fits.
-
-    Of ways that are as fast within 1 %, it is the first: `stream`, which needs memory of the host, comes last.
-    """
-    able = [way for way in ways if way["fits"] is not False]
-    least = min((way["step_seconds"][link] for way in able), default=0.0)
-    return next((way["way"] for way in able if way["step_seconds"][link] <= 1.01 * least), None)
-
-
-def process_lines(ways: Sequence[Mapping[str, Any]], num_processes: int, num_hosts: int) -> list[str]:
-    where = "" if num_hosts == 1 else f" in {num_hosts} machines"
-    lines = [f"On {num_processes} cards{where}, each card (times are estimates):"]
+def show_ways(console: Console, ways: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a row for each of `process_plans`, with the time of a step over each link."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("way")
+    for name in ("peak", "fits", "base", "received a step", "pinned on the host", "streamed"):
+        table.add_column(name, justify="right")
+    for link in ways[0]["step_seconds"]:
+        table.add_column(f"s a step, {link}", justify="right")
     for way in ways:
-        times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in way["step_seconds"].items())
-        verdict = "" if way["fits"] is None else f" ({'fits' if way['fits'] else 'does not fit'})"
-        streamed = f", {way['num_streamed']} blocks streamed" if way["num_streamed"] else ""
-        pinned = f"; {size_text(way['host_bytes'])} of pinned host memory" if way["host_bytes"] else ""
-        lines.append(
-            f"  {way['way']}: {size_text(way['peak_bytes'])}{verdict}, of which {size_text(way['base_bytes'])} base"
-            f"{streamed}{pinned}; {size_text(way['wire_bytes'])} received from others in a step, which takes {times}."
-        )
-    best = {link: fastest_way(ways, link) for link in ways[0]["step_seconds"]}
-    if None in best.values():
-        return [*lines, "  None of these fits."]
-    return [*lines, f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}."]
+        sizes = [size_text(way[name]) for name in ("base_bytes", "wire_bytes", "host_bytes")]
+        fits = {None: "", True: "yes", False: "no"}[way["fits"]]
+        times = [seconds_text(seconds) for seconds in way["step_seconds"].values()]
+        table.add_row(way["way"], size_text(way["peak_bytes"]), fits, *sizes, str(way["num_streamed"]), *times)
+    console.print(table)
