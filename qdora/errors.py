@@ -22,15 +22,13 @@ class UserError(ValueError):
 
 
 class HubFailure(UserError):
-    """The Hub does not give what is named: no connection, no access, no such name or split."""
+    """No connection to the Hub, no access, no such name or split."""
 
 
-class NoTokenizer(UserError):
-    """A model without the files of a tokenizer."""
+class NoTokenizer(UserError): ...
 
 
-class NotFinite(UserError):
-    """A weight that has NaN or infinite entries."""
+class NotFinite(UserError): ...  # NaN or infinity in a weight
 
 
 class RunFailure(RuntimeError):
@@ -41,37 +39,31 @@ class RunFailure(RuntimeError):
         super().__init__(message + (f" Safe on disk: {', '.join(self.safe)}." if safe else ""))
 
 
-class DiskFull(RunFailure):
-    """The disk is full."""
+class DiskFull(RunFailure): ...
 
 
-class Diverged(RunFailure):
-    """A number is not finite or a loss jumped: the training went wrong, not the machine."""
+class Diverged(RunFailure): ...  # a number is not finite or a loss jumped
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop and stopped.
+    """A run that was asked to stop. `checkpoint` is the newest whole one, of `step` optimizer steps, or None.
 
-    `checkpoint` is the newest whole one, of `step` optimizer steps, or None. If not `saved`, after a second signal, the
-    steps after it are lost. `how` ends the sentence "Continue with", with its blank or colon.
+    If not `saved`, after a second signal, the steps after it are lost.
     """
 
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
         self.step, self.checkpoint, self.saved = step, checkpoint, saved
-        text = f"stopped at once. Safe on disk: {checkpoint} (step {step})."
-        if saved:
-            text = f"stopped after step {step}; saved to {checkpoint}."
-        elif checkpoint is None:
-            text = "stopped at once; no checkpoint was written yet, so the run starts again at step 0."
+        text = f"stopped after step {step}; saved to {checkpoint}."
+        if not saved:
+            safe = f"Safe on disk: {checkpoint} (step {step})" if checkpoint else "no checkpoint was written yet"
+            text = f"stopped at once. {safe}."
         super().__init__(f"{text} Continue with{how}")
 
     def with_command(self, words: Sequence[str]) -> Interrupted:
-        """The same, with the words of the command that resumes."""
         return Interrupted(self.step, self.checkpoint, saved=self.saved, how=f": {shlex.join(words)}")
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a command that ends by this error."""
     if isinstance(error, UserError):
         return USER_MISTAKE
     return INTERRUPT if isinstance(error, Interrupted | KeyboardInterrupt) else FAILURE

@@ -24,7 +24,7 @@ from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
-from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, place_failures, work_lock
+from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, disk_failures, work_lock
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.memory.oom import keep_freed_memory
@@ -64,7 +64,7 @@ def export_run(
         kind = recipe_of_run(open_run(path).recipe_file).adapter.kind
         if options.audit and kind not in ("lora", "dora"):
             raise UserError(f"--audit: needs a LoRA or DoRA adapter, got adapter.kind: {kind}. Fix: remove --audit.")
-        with place_failures(out, "name another directory"):
+        with disk_failures(out, "name another directory"):
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
             _check_new_directory(out)

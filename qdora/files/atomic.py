@@ -39,20 +39,15 @@ def token_paths(value: Any, steps: tuple[int | str, ...] = ()) -> Iterator[tuple
     """The path of every key and string with an access token in nested lists and dicts."""
     if isinstance(value, str) and _TOKEN.search(value):
         yield steps
-    if len(steps) >= 20:  # a recipe is 3 deep; YAML aliases can make a cycle
-        return
-    if isinstance(value, dict):
-        for key, child in value.items():
-            if isinstance(key, str) and _TOKEN.search(key):
-                yield (*steps, key)
-            yield from token_paths(child, (*steps, str(key)))
-    elif isinstance(value, list | tuple):
-        for index, child in enumerate(value):
-            yield from token_paths(child, (*steps, index))
+    children = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    for step, child in children if len(steps) < 20 else ():  # a recipe is 3 deep; YAML aliases can make a cycle
+        if isinstance(step, str) and _TOKEN.search(step):
+            yield (*steps, step)
+        yield from token_paths(child, (*steps, step))
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed; None for another error. Rust and C++ libraries raise their own errors for such disks."""
+    """Why a write failed; None for another error. Rust and C++ libraries raise their own for such disks."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
     text = str(error) if isinstance(error, Exception) else ""
@@ -62,29 +57,24 @@ def disk_reason(error: BaseException) -> str | None:
 
 
 @contextmanager
-def disk_failures(path: Path) -> Iterator[None]:
-    """RunFailure in one line that names `path` if the disk is full or read-only."""
+def disk_failures(path: Path, fix: str = "") -> Iterator[None]:
+    """One line that names `path`: RunFailure if the disk is full or read-only.
+
+    With a `fix`, for a place that the user chose, every OSError but a full disk is a UserError.
+    """
     try:
         yield
     except (UserError, RunFailure):
         raise
     except Exception as error:
         reason = disk_reason(error)
-        if reason is None or (isinstance(error, OSError) and error.errno not in (*_FULL, errno.EROFS)):
-            raise
-        kind = DiskFull if reason == DISK_FULL else RunFailure
-        raise kind(f"{path}: cannot be written: {reason}.") from error
-
-
-@contextmanager
-def place_failures(path: Path, fix: str) -> Iterator[None]:
-    """UserError with the `fix`, or DiskFull, if the directory `path` cannot be made."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
+        if reason == DISK_FULL:
             raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
-        raise UserError(f"{path}: cannot be made or written: {error.strerror}. Fix: {fix}.") from None
+        if isinstance(error, OSError) and fix:
+            raise UserError(f"{path}: cannot be made or written: {error.strerror}. Fix: {fix}.") from None
+        if reason is None or (isinstance(error, OSError) and error.errno != errno.EROFS):
+            raise
+        raise RunFailure(f"{path}: cannot be written: {reason}.") from error
 
 
 def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
@@ -144,7 +134,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file by `atomic_file`."""
     with atomic_file(path) as aside, aside.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -152,12 +141,10 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` of UTF-8 text."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """`atomic_write_bytes` of strict JSON, indented."""
     atomic_write_bytes(path, json_bytes(value, indent=2))
 
 
@@ -205,12 +192,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a path has the name of an unfinished write."""
     return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED))
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory and everything below it, if it exists."""
     if path.exists():
         shutil.rmtree(path)
 

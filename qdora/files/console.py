@@ -49,17 +49,15 @@ def consoles(given: Console | None = None) -> tuple[Console, Console]:
 
 
 def shows_bars(console: Console) -> bool:
-    """Whether the console draws progress bars."""
     # To rich, a file is a terminal with FORCE_COLOR, and a terminal with TERM=dumb is one without bars.
     return console.is_interactive and console.file.isatty()
 
 
 def duration(seconds: float) -> str:
     """12.3 -> '12s', 75 -> '1m15s', 7260 -> '2h01m'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    minutes, rest = divmod(round(seconds), 60)
+    text = f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+    return text if minutes else f"{rest}s"
 
 
 @contextmanager
@@ -67,8 +65,7 @@ def errors_only(when: bool = True) -> Iterator[None]:
     """Inside, qdora's messages below an error are dropped."""
     logger = logging.getLogger("qdora")
     before = logger.level
-    if when:
-        logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR if when else before)
     try:
         yield
     finally:

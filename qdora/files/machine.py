@@ -29,7 +29,7 @@ VARIABLES += ("TOKENIZERS_PARALLELISM",)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and devices as JSON values, without names of the user, the host or the home directory."""
+    """JSON values, without names of the user, the host or the home directory."""
     import torch
 
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -50,18 +50,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache  # finding one takes 3 ms, and a run asks for the same ones several times
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Version of each package, None if it is not installed; imports none."""
-    return {name: _package_version(name) for name in names}
+    from importlib.metadata import PackageNotFoundError, version  # 15 ms, which the command line does not have
 
-
-@cache  # finding one takes 3 ms, and a run asks for the same ones several times
-def _package_version(name: str) -> str | None:
-    import importlib.metadata  # 15 ms, which the command line does not have
-
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def cpu_name() -> str:
@@ -125,7 +123,6 @@ def held_memory_bytes() -> int:
 
 
 def _system_text(path: str) -> str:
-    """A text of Linux about the machine; empty on other systems."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
@@ -148,7 +145,6 @@ def device_attribute(number: int, device: int = 0) -> int | None:
 
 
 def driver_version() -> str | None:
-    """Version of the driver, such as '580.65.06'; None if there is none."""
     found = re.search(r"\b\d{3}\.\d[.\d]*", _system_text(str(ROOT / "proc/driver/nvidia/version")))
     return found[0] if found else _version_by_smi()
 
@@ -196,5 +192,4 @@ def user_path(path: str | Path) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder or file of this name in the user's cache directory; it may be missing."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / name

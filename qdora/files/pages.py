@@ -68,5 +68,4 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: 
 
 
 def markdown_cell(text: str) -> str:
-    """Text on one line, without cell borders."""
     return " ".join(str(text).split()).replace("|", "\\|")

@@ -7,41 +7,48 @@ A checkpoint is whole if its complete.json lists its files and their sizes and c
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from qdora.errors import DiskFull
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.errors import not_there
+from qdora.files.atomic import DISK_FULL
+from qdora.files.atomic import PARTIAL
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import atomic_write_bytes
+from qdora.files.atomic import atomic_write_json
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import is_leftover
+from qdora.files.atomic import json_bytes
+from qdora.files.atomic import masked
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import read_json_object
+from qdora.files.atomic import remove_directory
+from qdora.files.atomic import remove_leftovers
+from qdora.files.atomic import work_lock
+from typing import Any
+from typing import NamedTuple
 import json
 import logging
 import os
 import re
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
-
 import yaml
-
-from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
-from qdora.files.atomic import (
-    DISK_FULL,
-    PARTIAL,
-    atomic_directory,
-    atomic_write_bytes,
-    atomic_write_json,
-    atomic_write_text,
-    disk_reason,
-    is_leftover,
-    json_bytes,
-    masked,
-    place_failures,
-    read_json_object,
-    remove_directory,
-    remove_leftovers,
-    work_lock,
-)
+import zlib
 
 logger = logging.getLogger("qdora")
 
@@ -76,9 +83,8 @@ def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint in the directory `path`: the state after `step` optimizer steps."""
+class Checkpoint(NamedTuple):
+    """A directory with the state after `step` optimizer steps."""
 
     step: int
     path: Path
@@ -86,10 +92,7 @@ class Checkpoint:
 
 @contextmanager
 def unharmed(name: str) -> Iterator[None]:
-    """For a file that only informs: a failure to write it is a warning. It also wraps a function.
-
-    `Processes.first` must be outside: it raises when another process has failed.
-    """
+    """For a file that only informs: a failure to write it is a warning. `Processes.first` must be outside."""
     try:
         yield
     except Exception as error:
@@ -113,15 +116,12 @@ class RunDirectory:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has written a result: metrics, checkpoints, an adapter or evaluations."""
         return any(path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval"))
 
     def evaluation_file(self, step: int) -> Path:
-        """eval/step-<step>.json, the evaluation of the state after `step` steps."""
         return self.inside("eval", f"step-{step}.json")
 
     def checkpoint_path(self, step: int) -> Path:
-        """checkpoints/step-<step>, the state after `step` steps."""
         return self.checkpoints / f"step-{step}"
 
     def inside(self, *parts: str) -> Path:
@@ -139,10 +139,9 @@ class RunDirectory:
             atomic_write_json(path, value)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, whole or, with a RunFailure, not at all. NaN becomes null.
+        """Add one line to metrics.jsonl, whole or, with a RunFailure, not at all.
 
-        The int "step" is the number of optimizer steps done. A resume from checkpoint N drops all lines of later steps,
-        so everything of step N is written before its checkpoint.
+        A resume from checkpoint N drops the lines of later steps: all of step N is written before its checkpoint.
         """
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
@@ -158,18 +157,15 @@ class RunDirectory:
         return {key: value for key, value in record.items() if key == "adopted"}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
 
     def last_step(self) -> int | None:
-        """The last step in metrics.jsonl, None if there is none."""
         lines = self.metrics()
         return int(lines[-1]["step"]) if lines else None
 
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> None:
-        """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
+        """Drop lines and own evaluations of later steps, and cut off lines; the rest stays byte for byte.
 
-        The run's own evaluations after it are removed from eval/; `qdora eval` names the split of its own.
         `evaluates_again` also drops the evaluation of `after_step`, which the run repeats.
         """
         for file in (self.path / "eval").glob("step-*.json"):
@@ -196,10 +192,7 @@ class RunDirectory:
 
     @contextmanager
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
-        """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
-
-        It replaces an older checkpoint of this step, and is removed if the block raises.
-        """
+        """A directory to fill, which becomes the whole checkpoint of `step` when the block ends."""
         what = f"the checkpoint of step {step}"
         with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
             yield path
@@ -207,13 +200,13 @@ class RunDirectory:
 
     @contextmanager
     def result_directory(self, *parts: str) -> Iterator[Path]:
-        """An empty directory that gets its name below the run when the block ends; an older one stays until then."""
+        """A directory to fill, which gets its name below the run when the block ends; an older one stays until then."""
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of all checkpoints, whole or not, in ascending order."""
-        return sorted(checkpoint.step for checkpoint in self._by_step())
+        return [checkpoint.step for checkpoint in reversed(self._by_step())]
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
@@ -222,24 +215,21 @@ class RunDirectory:
         """
         damaged: list[str] = []
         for checkpoint in self._by_step():
-            fault = checkpoint_fault(checkpoint.path)
-            if fault is None:
-                for line in damaged:
-                    logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, checkpoint.path)
-                return checkpoint
-            damaged.append(f"{checkpoint.path.name}: {fault}")
+            if (fault := checkpoint_fault(checkpoint.path)) is not None:
+                damaged.append(f"{checkpoint.path.name}: {fault}")
+                continue
+            for line in damaged:
+                logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, checkpoint.path)
+            return checkpoint
         if damaged:
-            raise RunFailure(
-                f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)}). "
-                "Fix: train again with another --run-dir."
-            )
+            every = f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)})"
+            raise RunFailure(f"{every}. Fix: train again with another --run-dir.")
         return None
 
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
-        """Keep the newest `keep` whole checkpoints and those that they need; remove the others and damaged ones.
+        """Keep the newest `keep` whole checkpoints and those that they need; returns how many others are removed.
 
         `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
-        Returns the number of removed checkpoints.
         """
         checkpoints = self._by_step()
         whole = [checkpoint for checkpoint in checkpoints if checkpoint_fault(checkpoint.path, sums=False) is None]
@@ -255,7 +245,6 @@ class RunDirectory:
         return len(removed)
 
     def _by_step(self) -> list[Checkpoint]:
-        """All checkpoints, whole or not, newest first."""
         paths = [path for path in self.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
         checkpoints = [Checkpoint(int(path.name[5:]), path) for path in paths]
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
@@ -280,7 +269,7 @@ def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     if resume and not path.is_dir():
         open_run(path)
     with ExitStack() as stack:
-        with place_failures(path, _OTHER_PLACE):
+        with disk_failures(path, _OTHER_PLACE):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
         yield
@@ -291,7 +280,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
-    with place_failures(path, _OTHER_PLACE):
+    with disk_failures(path, _OTHER_PLACE):
         path.mkdir(parents=True, exist_ok=True)
         # The environment is written first: a directory with another recipe.yaml alone may be somebody's own.
         others = sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - {LOCK})
@@ -305,7 +294,6 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
 
 
 def _clear(path: Path) -> None:
-    """Remove what an interrupted start has left in the run and in its folders: checkpoints, eval, figures, ..."""
     remove_leftovers(path)
     for folder in path.iterdir():
         remove_leftovers(folder)
@@ -320,10 +308,10 @@ def chat_date_of(path: Path) -> str:
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
-    """Resume a run: remove leftovers, and record what differs in the environment since the last start.
+    """Remove leftovers, and record what differs in the environment since the last start.
 
     `recipe` is the one to go on with, `before` the run's own with all defaults, both YAML. UserError if the recipe
-    differs in a setting that changes the training. Then call `newest_checkpoint`, and `truncate_metrics` with its step.
+    differs in a setting that changes the training.
     """
     run = open_run(path)
     try:
@@ -357,12 +345,11 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
 
 
 def open_run(path: Path) -> RunDirectory:
-    """Open a finished or interrupted run for reading. UserError if there is no run."""
+    """A finished or interrupted run. UserError if there is none."""
     run = RunDirectory(path)
-    if not run.recipe_file.is_file():
-        fix = "name the --run-dir of an earlier 'qdora train'."
-        raise UserError(not_there(path, "a run (it has no recipe.yaml)", fix))
-    return run
+    if run.recipe_file.is_file():
+        return run
+    raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name the --run-dir of an earlier 'qdora train'."))
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -376,7 +363,7 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append all of `content`, or nothing if writing fails."""
+    """All of `content`, or nothing."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as stream:
@@ -426,13 +413,13 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 @contextmanager
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
-    handler, level = logging.Handler(logging.INFO), logger.level
 
-    def emit(record: logging.LogRecord) -> None:
-        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
-        run.log(f"{mark}{record.getMessage()}")
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
+            run.log(f"{mark}{record.getMessage()}")
 
-    handler.emit = emit  # type: ignore[method-assign]
+    handler, level = Handler(logging.INFO), logger.level
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:

@@ -24,20 +24,16 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor to write."""
-
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a header calls `name`."""
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{name}').")
     return _DTYPES[name]
@@ -103,10 +99,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """File name -> its tensors, wider dtypes first; a tensor larger than the limit gets a file of its own."""
     groups: list[list[TensorSpec]] = [[]]
+    size = 0
     for spec in specs:
-        if groups[-1] and sum(each.num_bytes for each in groups[-1]) + spec.num_bytes > max_shard_bytes:
+        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
             groups.append([])
+            size = 0
         groups[-1].append(spec)
+        size += spec.num_bytes
     groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}

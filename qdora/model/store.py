@@ -29,7 +29,7 @@ from qdora.files.atomic import (
     in_turn,
     json_bytes,
     json_text,
-    place_failures,
+    disk_failures,
     read_json_object,
     sampled_digest,
 )
@@ -201,7 +201,7 @@ class BaseCache:
                 except UserError as error:
                     log.warning("%s The base is quantised again.", error, extra=OF_THIS_PROCESS)
             if stored is None:
-                with place_failures(directory, "name another directory in base.cache"):
+                with disk_failures(directory, "name another directory in base.cache"):
                     if refusal is not None:
                         raise refusal
                     self._write(directory, source, model)

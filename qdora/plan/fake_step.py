@@ -7,60 +7,76 @@ any number.
 """
 
 from __future__ import annotations
-
+from collections.abc import Hashable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
+from qdora.model.adapter_file import AdapterDescription
+from qdora.model.adapter_file import selected_modules
+from qdora.model.attention import attention_of
+from qdora.model.attention import fast_grouped_attention
+from qdora.model.attention import keep_inplace_outputs_
+from qdora.model.attention import replaced
+from qdora.model.build_model import DTYPES
+from qdora.model.build_model import put_adapters
+from qdora.model.build_model import recompute_activations
+from qdora.model.build_model import set_kept_scales_
+from qdora.model.checkpoint import tied_weights
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.inject import frozen_like
+from qdora.model.inject import inject
+from qdora.model.inject import is_linear
+from qdora.model.inject import linear_layers
+from qdora.model.inject import replace_module
+from qdora.model.load import block_list
+from qdora.model.load import chosen_layers
+from qdora.model.load import dense_dtype
+from qdora.model.load import layers_to_quantize
+from qdora.model.load import quantization_of
+from qdora.model.load import skeleton
+from qdora.model.multimodal import not_loaded
+from qdora.model.source import ModelSource
+from qdora.model.tokens import extend_vocabulary
+from qdora.model.tokens import train_embeddings
+from qdora.plan import plan as parts
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import DeviceKind
+from qdora.plan.plan import MicroBatchShape
+from qdora.plan.plan import Moment
+from qdora.quant.kernels import planned_on
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import empty_packed
+from qdora.quant.tiles import Weight
+from qdora.recipe.settings import Recipe
+from qdora.train.loss import head_nll
+from qdora.train.loss import proposed_form
+from qdora.train.loss import tapped
+from qdora.train.loss import tapped_routers
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.optimizer import OptimizerName
+from qdora.train.optimizer import groups_of
+from torch import Tensor
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+from transformers import AttentionMaskInterface
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from typing import Any
 import copy
 import gc
 import inspect
 import math
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.norms import refresh
-from qdora.model.adapter_file import AdapterDescription, selected_modules
-from qdora.model.attention import attention_of, fast_grouped_attention, keep_inplace_outputs_, replaced
-from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
-from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import (
-    adapted_layers,
-    adapter_parameters,
-    frozen_like,
-    inject,
-    is_linear,
-    linear_layers,
-    replace_module,
-)
-from qdora.model.load import (
-    block_list,
-    chosen_layers,
-    dense_dtype,
-    layers_to_quantize,
-    quantization_of,
-    skeleton,
-)
-from qdora.model.multimodal import not_loaded
-from qdora.model.source import ModelSource
-from qdora.model.tokens import extend_vocabulary, train_embeddings
-from qdora.plan import plan as parts
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
-from qdora.quant.kernels import planned_on
-from qdora.quant.packed import PackedWeight, empty_packed
-from qdora.quant.tiles import Weight
-from qdora.recipe.settings import Recipe
-from qdora.train.loss import head_nll, proposed_form, tapped, tapped_routers
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
 Step = tuple[list[Moment], Shapes]
@@ -79,17 +95,20 @@ def run_step(
 
     `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
     """
+    if adapter is not None:  # a rank stays with its layer when blocks are left out
+        model = copy.deepcopy(model)
+        for path, module in selected_modules(model, adapter).items():
+            if is_linear(module):
+                module.planned_rank = adapter.rank_of(path)  # type: ignore[assignment]
     blocks, pattern = block_list(model), None
     if blocks is not None:
-        ranks = {} if adapter is None else ranks_of_adapter(adapter, model)
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            path = f"{blocks[0]}.{index}."
-            own = [(name.removeprefix(path), rank) for name, rank in ranks.items() if name.startswith(path)]
-            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
+            named = block.named_modules()
+            modules = tuple((name, type(each).__name__, getattr(each, "planned_rank", 0)) for name, each in named)
             sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
-            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None, tuple(own)))
+            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
         moments, shapes = _measured(recipe, model, None, shape, adapter)
@@ -98,9 +117,7 @@ def run_step(
         longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, adapter)
         moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
     if shapes:
-        workspace = update_bytes(shapes, recipe.train.optimizer, kind)
-        workspace += moments[-1].by_component.get(parts.WORKSPACE, 0)
-        moments[-1] = moments[-1].changed({parts.WORKSPACE: workspace})
+        moments[-1] = moments[-1].changed({parts.UPDATE: update_bytes(shapes, recipe.train.optimizer, kind)})
     return moments, shapes
 
 
@@ -212,7 +229,12 @@ def _measured(
     model: Any = copy.deepcopy(whole)
     if kept is not None:
         _keep_blocks_(model, kept)
-    with FakeTensorMode(), LiveBytes() as live, _without_kernels(model), fast_grouped_attention():
+    named = model.named_modules()
+    ranks = {path: module.planned_rank for path, module in named if hasattr(module, "planned_rank")}
+    with FakeTensorMode(), LiveBytes() as live, ExitStack() as stack, fast_grouped_attention():
+        # Linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors
+        for file in {sys.modules[type(module).__module__] for module in model.modules()}:
+            stack.enter_context(replaced(file, "torch_chunk_gated_delta_rule", inspect.unwrap))
         fill_(model, recipe, live)
         if not shape.masked:
             _set_unmasked_(model)
@@ -226,11 +248,25 @@ def _measured(
         with live.label(parts.DENSE):
             extend_vocabulary(model, new_tokens)
         with live.label(parts.ADAPTERS):
+            settings = recipe.adapter
             if adapter is None:
                 put_adapters(model, recipe, new_tokens=new_tokens)
-            else:
-                _put_ranks(model, recipe, adapter, kept, new_tokens)
-            for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
+            else:  # as that one, whose values are not read
+                inject(
+                    model,
+                    kind=adapter.kind,
+                    rank=1,
+                    targets=list(ranks),
+                    rank_pattern=ranks,
+                    dropout=settings.dropout,
+                    dtype=DTYPES[settings.dtype],
+                    share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
+                )
+                set_kept_scales_(model, recipe)
+                if settings.also_train:
+                    ids = None if settings.also_train_rows == "all" else new_tokens
+                    train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
+            for layer in adapted_layers(model).values() if settings.gates is not None else ():
                 layer.add_gate()
         keep_inplace_outputs_(model)
         live.reset_peak()
@@ -324,54 +360,6 @@ def _set_unmasked_(model: PreTrainedModel) -> None:
         text.set_attn_implementation("sdpa_without_padding")
 
 
-def ranks_of_adapter(
-    adapter: AdapterDescription, model: PreTrainedModel, kept: Sequence[int] | None = None
-) -> dict[str, int]:
-    """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
-
-    `kept` are the numbers of its blocks in the whole model (None: all).
-    """
-    blocks = block_list(model)
-
-    def original(path: str) -> str:
-        if blocks is None or kept is None or not path.startswith(f"{blocks[0]}."):
-            return path
-        index, dot, rest = path.removeprefix(f"{blocks[0]}.").partition(".")
-        return f"{blocks[0]}.{kept[int(index)]}{dot}{rest}"
-
-    selected = selected_modules(model, adapter, original)
-    return {path: adapter.rank_of(original(path)) for path, module in selected.items() if is_linear(module)}
-
-
-def _put_ranks(
-    model: Any, recipe: Recipe, adapter: AdapterDescription, kept: list[int] | None, new_tokens: Sequence[int]
-) -> None:
-    """Adapters of the ranks of the one that the run resumes from, whose values are not read."""
-    ranks, settings = ranks_of_adapter(adapter, model, kept), recipe.adapter
-    inject(
-        model,
-        kind=adapter.kind,
-        rank=1,
-        dropout=settings.dropout,
-        targets=list(ranks),
-        rank_pattern=ranks,
-        dtype=DTYPES[settings.dtype],
-    )
-    set_kept_scales_(model, recipe)
-    if settings.also_train:
-        ids = None if settings.also_train_rows == "all" else new_tokens
-        train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
-
-
-@contextmanager
-def _without_kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors."""
-    with ExitStack() as stack:
-        for file in {sys.modules[type(module).__module__] for module in model.modules()}:
-            stack.enter_context(replaced(file, "torch_chunk_gated_delta_rule", inspect.unwrap))
-        yield
-
-
 def _record(
     model: Any, parameters: dict[str, nn.Parameter], recipe: Recipe, shape: MicroBatchShape, live: LiveBytes
 ) -> list[Moment]:
@@ -456,11 +444,11 @@ def _record(
         if router_tap is not None:
             loss = loss + router_tap.loss(torch.ones_like(ids))
             router_tap.logits = ()
-    with part("backward", len(blocks) - 1 if blocks else None, parts.WORKSPACE):
+    with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap
     del inputs, ids, rows, columns, targets, router_tap
-    with part("update", None, parts.WORKSPACE):
+    with part("update", None, parts.UPDATE):
         pass
     return moments
 
@@ -471,19 +459,11 @@ def update_bytes(shapes: Shapes, name: OptimizerName, device_kind: DeviceKind) -
     sizes = {path: math.prod(shape) for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
     for keys, kind in groups_of(shapes, name):
-        if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(kind.is_matrix, []))):
+        if sum(sizes[key] for key in keys) > sum(sizes[key] for key in largest.get(kind.is_matrix, [])):
             largest[kind.is_matrix] = keys
-    return _peak_of_update(
-        tuple((path, *shapes[path]) for keys in largest.values() for path in keys), name, device_kind
-    )
-
-
-@lru_cache(maxsize=8)  # one update serves all micro-batches and most of the changes that a plan tries
-def _peak_of_update(
-    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_kind: DeviceKind
-) -> int:
     with planned_on(device_kind), FakeTensorMode(), LiveBytes() as live:
-        parameters = {path: nn.Parameter(torch.empty(shape, dtype=dtype)) for path, shape, dtype in shapes}
+        chosen = {key: shapes[key] for keys in largest.values() for key in keys}
+        parameters = {key: nn.Parameter(torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in chosen.items()}
         optimizer = AdapterOptimizer(parameters, name=name)
         for parameter in parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)

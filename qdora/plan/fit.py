@@ -5,61 +5,81 @@ the data if it can be read, else full ones.
 """
 
 from __future__ import annotations
-
-import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-
 from qdora.adapter.experts import ExpertLinear
-from qdora.data.batches import IGNORED, MicroBatch, StepLoader
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import StepLoader
 from qdora.data.mix import Mix
-from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
-from qdora.errors import HubFailure, UserError
+from qdora.data.sources import make_loader
+from qdora.data.sources import micro_batch_tokens
+from qdora.data.sources import num_steps_of
+from qdora.errors import HubFailure
+from qdora.errors import UserError
 from qdora.files.console import errors_only
-from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
-from qdora.memory.stream import NUM_SLOTS, check_host_embedding, obstacle
+from qdora.files.machine import available_memory_bytes
+from qdora.files.machine import cpu_has_bfloat16
+from qdora.files.machine import held_memory_bytes
+from qdora.memory.stream import NUM_SLOTS
+from qdora.memory.stream import check_host_embedding
+from qdora.memory.stream import obstacle
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
+from qdora.model.build_model import Compute
+from qdora.model.build_model import DTYPES
+from qdora.model.build_model import find_source
+from qdora.model.build_model import keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
 from qdora.model.inject import linear_layers
-from qdora.model.load import block_list, load_config, quantization_of
+from qdora.model.load import block_list
+from qdora.model.load import load_config
+from qdora.model.load import quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
-from qdora.plan.fake_step import Step, empty_model, run_step
-from qdora.plan.plan import (
-    ASSUMED,
-    CONTEXT_BYTES,
-    NCCL_BYTES,
-    SLACK_SHARE,
-    Change,
-    DeviceKind,
-    MicroBatchShape,
-    Plan,
-    Work,
-    division_of,
-    of_card,
-    over_budget,
-    public_shapes,
-    streamed_blocks,
-    with_offloaded,
-    with_streamed,
-)
-from qdora.quant.kernels import Routing, planned_on
+from qdora.plan.fake_step import Step
+from qdora.plan.fake_step import empty_model
+from qdora.plan.fake_step import run_step
+from qdora.plan.plan import ASSUMED
+from qdora.plan.plan import CONTEXT_BYTES
+from qdora.plan.plan import Change
+from qdora.plan.plan import DeviceKind
+from qdora.plan.plan import MicroBatchShape
+from qdora.plan.plan import NCCL_BYTES
+from qdora.plan.plan import Plan
+from qdora.plan.plan import SLACK_SHARE
+from qdora.plan.plan import Work
+from qdora.plan.plan import division_of
+from qdora.plan.plan import of_card
+from qdora.plan.plan import over_budget
+from qdora.plan.plan import public_shapes
+from qdora.plan.plan import streamed_blocks
+from qdora.plan.plan import with_offloaded
+from qdora.plan.plan import with_streamed
+from qdora.quant.kernels import Routing
+from qdora.quant.kernels import planned_on
 from qdora.recipe.recipe_file import override
-from qdora.recipe.section import parse_size, with_settings
+from qdora.recipe.section import parse_size
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.train.distributed import CAN_DIVIDE, Processes
-from qdora.train.loss import auto_chunk, check_router_loss
+from qdora.train.distributed import CAN_DIVIDE
+from qdora.train.distributed import Processes
+from qdora.train.loss import auto_chunk
+from qdora.train.loss import check_router_loss
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from typing import Any
+import logging
+import math
+import torch
 
 logger = logging.getLogger("qdora")
 
@@ -78,9 +98,7 @@ def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
 
 
 def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
-    """The workload of tokenised data. `mix` belongs to `recipe.data`; for a recipe with other data settings, and for
-    streamed data, full micro-batches are assumed.
-    """
+    """The workload of tokenised data. With other data settings, or streamed data, full micro-batches are assumed."""
     positions: dict[tuple[int, int | None, int | None], list[int]] = {}  # plans differ in other things, mostly
 
     def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
@@ -136,110 +154,33 @@ def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
 
 @dataclass
 class Planner:
-    """Plans a recipe and its changes: models of one config without tensors, and the steps that were run."""
+    """Plans a recipe and its changes: a model on the meta device, which stays as it is, and the steps that were run."""
 
-    config: PreTrainedConfig
-    source: ModelSource
+    model: PreTrainedModel
+    dtype: torch.dtype  # of the activations
     device_kind: DeviceKind
-    models: dict[tuple[torch.dtype, str], PreTrainedModel] = field(default_factory=dict)
     steps: dict[tuple[object, ...], Step] = field(default_factory=dict)
 
-    def dtype(self, recipe: Recipe) -> torch.dtype:
-        """Dtype of the activations."""
-        name = recipe.model.dtype
-        if name == "auto":
-            name = "bfloat16" if self.device_kind == "cuda" or cpu_has_bfloat16() else "float32"
-        return DTYPES[name]
-
-    def model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-        """The model on the meta device, not to be changed."""
-        if (dtype, attention) not in self.models:
-            with errors_only():
-                self.models[dtype, attention] = empty_model(self.config, self.source, dtype, attention)
-        return self.models[dtype, attention]
-
-    def plan(
-        self,
-        recipe: Recipe,
-        shape: MicroBatchShape,
-        num_micro_batches: int,
-        dtype: torch.dtype,
-        routing: Routing = "skewed",
-    ) -> Plan:
-        """The plan of a step: one is run on fake tensors, and what is streamed or offloaded is computed from sizes.
-
-        `routing` is how the tokens of a mixture divide among its experts.
-        """
-        base, is_cuda = recipe.base, self.device_kind == "cuda"
-        model, wanted = self.model(dtype, recipe.model.attention), quantization_of(base)
-        num_blocks = len((block_list(model) or ("", []))[1])
-        moments, shapes = self._step(recipe, shape, dtype, routing)
-        work, rates = (
-            self.work(recipe, sum(math.prod(size) for size, _ in shapes.values()), dtype),
-            ASSUMED[self.device_kind],
-        )
-        host_bytes = num_streamed = embedding_bytes = block_bytes = 0
-        if base.residency != "device":
-            streamed = streamed_blocks(model, wanted, base.streamed_blocks)
-            moments, host_bytes, num_streamed = (
-                with_streamed(moments, streamed),
-                streamed.host_bytes,
-                streamed.num_streamed,
-            )
-        if work.row_bytes:
-            embedding_bytes = int(model.get_input_embeddings().weight.numel()) * dtype.itemsize
-            moments = [
-                moment.changed({parts.DENSE: moment.by_component.get(parts.DENSE, 0) - embedding_bytes})
-                for moment in moments
-            ]
-            # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
-            # less than twice the longest.
-            host_bytes += 2 << (shape.num_tokens * work.row_bytes - 1).bit_length()
-        if recipe.memory.offload_activations:
-            moments, pinned = with_offloaded(moments, num_blocks)
-            host_bytes += pinned
-        if is_cuda and num_blocks and base.quant != "none" and base.prune is None:
-            block_bytes = streamed_blocks(model, wanted, None).block_bytes
-        tied = tied_weights(model)  # parameters of their own on the meta device
-        with errors_only():
-            division = division_of(model, wanted, dtype, pruned=base.prune is not None)
-        return Plan(
-            device_kind=self.device_kind,
-            moments=moments,
-            shape=shape,
-            num_micro_batches=num_micro_batches,
-            host_bytes=host_bytes,
-            embedding_bytes=embedding_bytes,
-            block_bytes=block_bytes,
-            num_blocks=num_blocks,
-            num_streamed=num_streamed,
-            num_trainable=work.num_trainable,
-            num_weights=sum(weight.numel() for name, weight in model.named_parameters() if name not in tied),
-            step_seconds=work.step_seconds(shape, num_micro_batches, rates) if shapes else None,
-            forward_seconds=work.forward_seconds(shape, rates),
-            rates=asdict(rates),
-            context=getattr(self.config.get_text_config(), "max_position_embeddings", None),
-            division=division,
-        )
-
-    def _step(self, recipe: Recipe, shape: MicroBatchShape, dtype: torch.dtype, routing: Routing) -> Step:
-        """Run a step, unless one was run already that needs the same of everything."""
-        before = recipe.adapter.resume_from
+    def step(self, recipe: Recipe, shape: MicroBatchShape, routing: Routing) -> Step:
+        """Run a step on fake tensors, unless one was run already that needs the same of everything."""
+        before, memory = recipe.adapter.resume_from, recipe.memory
         adapter = None if before is None else describe_adapter(Path(before))
-        base = recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"})
-        memory = recipe.memory.checkpointing, recipe.memory.loss_chunk, keeps_scales(recipe)
-        train = recipe.train.optimizer, recipe.train.router_aux_loss > 0, len(recipe.model.add_tokens)
-        model = dtype, recipe.model.attention, shape, routing
-        key = (base, recipe.adapter.model_dump_json(), repr(adapter), memory, train, *model)
+        key = (
+            recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"}),
+            recipe.adapter.model_dump_json(),
+            repr(adapter),
+            (memory.checkpointing, memory.loss_chunk, keeps_scales(recipe)),
+            (recipe.train.optimizer, recipe.train.router_aux_loss > 0, len(recipe.model.add_tokens)),
+            (shape, routing),
+        )
         if key not in self.steps:
-            skeleton = self.model(dtype, recipe.model.attention)
             with errors_only(), planned_on(self.device_kind, routing), torch.random.fork_rng(devices=[]):
-                self.steps[key] = run_step(recipe, skeleton, shape, self.device_kind, adapter)
+                self.steps[key] = run_step(recipe, self.model, shape, self.device_kind, adapter)
         return self.steps[key]
 
-    def work(self, recipe: Recipe, num_trainable: int, dtype: torch.dtype) -> Work:
+    def work(self, recipe: Recipe, num_trainable: int) -> Work:
         """What a step with this many trainable parameters computes and moves."""
-        model: Any = self.model(dtype, recipe.model.attention)
+        model: Any = self.model
         blocks, base, memory = block_list(model), recipe.base, recipe.memory
         config = model.config.get_text_config()
         linear, met, top_k = 0, 0.0, getattr(config, "num_experts_per_tok", 1)
@@ -249,85 +190,73 @@ class Planner:
             met += size * (top_k / layer.num_experts if isinstance(layer, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        streamed_bytes, on_host = 0, memory.host_embeddings and self.device_kind == "cuda" and obstacle(model) is None
+        rows_on_host = memory.host_embeddings and self.device_kind == "cuda" and obstacle(model) is None
+        streamed_bytes, chunk = 0, memory.loss_chunk
         if base.residency != "device":
-            streamed = streamed_blocks(model, quantization_of(base), base.streamed_blocks)
+            streamed = parts.streamed_blocks(model, quantization_of(base), base.streamed_blocks)
             streamed_bytes = streamed.num_streamed * streamed.block_bytes
-        chunk = memory.loss_chunk
         return Work(
             num_linear=linear,
             share_met=met / max(linear, 1),
             num_head=config.vocab_size * config.hidden_size,
-            head_chunk=auto_chunk(config.vocab_size, dtype.itemsize) if chunk == "auto" else chunk,
+            head_chunk=auto_chunk(config.vocab_size, self.dtype.itemsize) if chunk == "auto" else chunk,
             num_trainable=num_trainable,
             attention_width=config.num_hidden_layers * heads * head_size,
             quantised=base.quant != "none",
             checkpointing=memory.checkpointing,
             full=recipe.adapter.kind == "full",
             streamed_bytes=streamed_bytes,
-            row_bytes=config.hidden_size * dtype.itemsize if on_host else 0,
+            row_bytes=config.hidden_size * self.dtype.itemsize if rows_on_host else 0,
+        )
+
+    def plan(self, recipe: Recipe, shape: MicroBatchShape, num_micro_batches: int, routing: Routing) -> Plan:
+        """The plan of a step. What is streamed or offloaded is computed from sizes.
+
+        `routing` is how the tokens of a mixture divide among its experts.
+        """
+        base, model = recipe.base, self.model
+        wanted, num_blocks = quantization_of(base), len((block_list(model) or ("", []))[1])
+        moments, shapes = self.step(recipe, shape, routing)
+        rates = ASSUMED[self.device_kind]
+        work = self.work(recipe, sum(math.prod(size) for size, _ in shapes.values()))
+        sizes: dict[str, Any] = dict.fromkeys(("host_bytes", "num_streamed", "embedding_bytes", "block_bytes"), 0)
+        if base.residency != "device":
+            streamed = parts.streamed_blocks(model, wanted, base.streamed_blocks)
+            moments = parts.with_streamed(moments, streamed)
+            sizes |= {"num_streamed": streamed.num_streamed, "host_bytes": streamed.host_bytes}
+        if work.row_bytes:
+            table = int(model.get_input_embeddings().weight.numel()) * self.dtype.itemsize
+            moments = [each.changed({parts.DENSE: each.by_component.get(parts.DENSE, 0) - table}) for each in moments]
+            sizes["embedding_bytes"] = table
+            # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
+            # less than twice the longest.
+            sizes["host_bytes"] += 2 << (shape.num_tokens * work.row_bytes - 1).bit_length()
+        if recipe.memory.offload_activations:
+            moments, pinned = parts.with_offloaded(moments, num_blocks)
+            sizes["host_bytes"] += pinned
+        if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
+            sizes["block_bytes"] = parts.streamed_blocks(model, wanted, None).block_bytes
+        tied = tied_weights(model)  # parameters of their own on the meta device
+        with errors_only():
+            division = parts.division_of(model, wanted, self.dtype, pruned=base.prune is not None)
+        return Plan(
+            device_kind=self.device_kind,
+            moments=moments,
+            shape=shape,
+            num_micro_batches=num_micro_batches,
+            num_blocks=num_blocks,
+            num_trainable=work.num_trainable,
+            num_weights=sum(weight.numel() for name, weight in model.named_parameters() if name not in tied),
+            step_seconds=work.step_seconds(shape, num_micro_batches, rates) if shapes else None,
+            forward_seconds=work.forward_seconds(shape, rates),
+            rates=asdict(rates),
+            context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+            division=division,
+            **sizes,
         )
 
 
 _planners: dict[tuple[object, ...], Planner] = {}  # the last one: the cells of a study have one model
-
-
-def fit_recipe(
-    recipe: Recipe,
-    budget: int | None,
-    *,
-    config: PreTrainedConfig | None = None,
-    device_kind: DeviceKind,
-    workload: Workload,
-    num_processes: int = 1,
-    num_sharing: int = 1,
-    may_change: bool = True,
-    dtype: torch.dtype | None = None,
-) -> tuple[Recipe, Plan]:
-    """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
-
-    `dtype` is what the run computes in, if its device is known.
-    """
-    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
-    if config is None:
-        source = find_source(recipe, weights=False)
-        config = load_config(source)
-    check_router_loss(recipe, config)
-    key = type(config), config.to_json_string(use_diff=False), source, device_kind
-    if key not in _planners:
-        _planners.clear()
-        _planners[key] = Planner(config, source, device_kind)
-    planner = _planners[key]
-    plain = planner.model(torch.bfloat16, recipe.model.attention)
-    if recipe.memory.host_embeddings and device_kind == "cuda":
-        check_host_embedding(plain)
-    in_dtype = dtype or planner.dtype(recipe)
-
-    def plan_of(changed: Recipe) -> Plan:
-        shapes, count = workload(changed)
-
-        def card(shape: MicroBatchShape, routing: Routing = "skewed") -> Plan:
-            return of_card(planner.plan(changed, shape, count, in_dtype, routing), num_sharing, num_processes)
-
-        plans = [card(shape) for shape in shapes]
-        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
-        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
-        most = max(plans, key=lambda each: each.peak_bytes)
-        even_bytes = None
-        if stacks(plain):
-            even = card(most.shape, "even")
-            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
-        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
-
-    def seconds_of(changed: Recipe) -> float:
-        shapes, count = workload(changed)
-        work = planner.work(changed, first.num_trainable, in_dtype)
-        return max(work.step_seconds(shape, count, ASSUMED[device_kind]) for shape in shapes)
-
-    first = plan_of(recipe)
-    if first.fits is not False or not may_change:
-        return recipe, first
-    return with_changes(recipe, first, plan_of, seconds_of)
 
 
 def plan(
@@ -340,6 +269,7 @@ def plan(
     num_processes: int = 1,
     num_sharing: int = 1,
     may_change: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """What a run needs, by component, and what to change if that is over the budget.
 
@@ -352,26 +282,61 @@ def plan(
         num_processes: Processes of the run, each on a card of its own; the plan is that of one card.
         num_sharing: Processes that divide the base; 1: each holds all of it.
         may_change: Look for changes if the plan is over the budget.
+        dtype: What the run computes in, if its device is known.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
-    shape = public_shapes().get(recipe.model.source) if config is None else None
-    if shape is not None:
-        config = shape.config()
-        with suppress(HubFailure):
-            find_source(recipe, weights=False)
-            config = shape = None
-    _, found = fit_recipe(
-        recipe,
-        parse_size(budget) if isinstance(budget, str) else budget,
-        config=config,
-        device_kind=device_kind,
-        workload=workload,
-        num_processes=num_processes,
-        num_sharing=num_sharing,
-        may_change=may_change,
-    )
-    return found if shape is None else replace(found, stored_shape=shape.source, context=shape.context)
+    limit = parse_size(budget) if isinstance(budget, str) else budget
+    public = public_shapes().get(recipe.model.source) if config is None else None
+    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
+    if config is None:
+        try:
+            source = find_source(recipe, weights=False)
+            config, public = load_config(source), None
+        except HubFailure:
+            if public is None:
+                raise
+            config = public.config()
+    check_router_loss(recipe, config)
+    name, attention = recipe.model.dtype, recipe.model.attention
+    if name == "auto":
+        name = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+    dtype = dtype or DTYPES[name]
+    key = type(config), config.to_json_string(use_diff=False), source, device_kind, dtype, attention
+    if key not in _planners:
+        _planners.clear()
+        with errors_only():
+            _planners[key] = Planner(empty_model(config, source, dtype, attention), dtype, device_kind)
+    planner = _planners[key]
+    if recipe.memory.host_embeddings and device_kind == "cuda":
+        check_host_embedding(planner.model)
+
+    def plan_of(changed: Recipe) -> Plan:
+        shapes, count = workload(changed)
+
+        def card(shape: MicroBatchShape, routing: Routing) -> Plan:
+            return of_card(planner.plan(changed, shape, count, routing), num_sharing, num_processes)
+
+        plans = [card(shape, "skewed") for shape in shapes]
+        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
+        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
+        most = max(plans, key=lambda each: each.peak_bytes)
+        even_bytes = None
+        if stacks(planner.model):
+            even = card(most.shape, "even")
+            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
+        return replace(most, recipe=changed, budget_bytes=limit, step_seconds=seconds, even_routing_bytes=even_bytes)
+
+    def seconds_of(changed: Recipe) -> float:
+        shapes, count = workload(changed)
+        work = planner.work(changed, first.num_trainable)
+        return max(work.step_seconds(shape, count, ASSUMED[device_kind]) for shape in shapes)
+
+    first = plan_of(recipe)
+    if first.fits is False and may_change:
+        fitting, first = with_changes(recipe, first, plan_of, seconds_of)
+        first = replace(first, recipe=fitting)
+    return first if public is None else replace(first, stored_shape=public.source, context=public.context)
 
 
 _Overrides = tuple[str, ...]
@@ -423,7 +388,7 @@ def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]
         before, slots = recipe.base.streamed_blocks or plan.num_blocks, 0
         if recipe.base.residency == "device":
             before, slots = 0, NUM_SLOTS
-        least = plan.block_bytes * (1 + SLACK_SHARE[plan.device_kind])
+        least = plan.block_bytes * (1 + parts.SLACK_SHARE[plan.device_kind])
         count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
         more: _Overrides = ("base.residency=host", f"base.streamed_blocks={count}")
         if not recipe.memory.checkpointing:
@@ -500,9 +465,8 @@ def within_budget(
 ) -> tuple[Recipe, Plan | None]:
     """Check a run against `memory.budget`; returns the recipe that runs, and its plan (None without a budget).
 
-    With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto it has the
-    neutral changes that it needs to fit. Over the budget: a warning with `force`, else UserError, which says what to
-    change. All `processes` of the run call this; budget auto is what the fullest of their devices has free.
+    With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto, which is
+    what the fullest device of all `processes` has free, it has the neutral changes that it needs to fit.
     """
     asked, parallel = recipe.memory.budget, recipe.train.parallel
     if asked is None:
@@ -512,31 +476,30 @@ def within_budget(
     options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
     options["num_processes"] = processes.size
     sharing = num_sharing(recipe, processes.size, processes.num_here)
-    changed, plan = fit_recipe(recipe, budget, num_sharing=sharing, **options)
-    if plan.fits:
-        return recipe, plan
+    found = plan(recipe, budget, num_sharing=sharing, **options)
+    if found.fits:
+        return recipe, found
     if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
-        _, divided = fit_recipe(shared, budget, num_sharing=processes.size, **options)
+        divided = plan(shared, budget, num_sharing=processes.size, **options)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided
-    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
-        for change in plan.changes:
+    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in found.changes):
+        for change in found.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return changed, fit_recipe(changed, budget, num_sharing=sharing, **options)[1]
+        return found.recipe, plan(found.recipe, budget, num_sharing=sharing, **options)
     if not force:
-        raise UserError(over_budget(plan))
-    logger.warning("%s", over_budget(plan, forced=True))
-    return recipe, plan
+        raise UserError(parts.over_budget(found))
+    logger.warning("%s", parts.over_budget(found, forced=True))
+    return recipe, found
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
     """Bytes of a device that a plan may count.
 
-    A plan counts the whole process, so what this one already holds is no loss. CUDA does not say how much that is: on a
-    GPU the context is neither free nor left out of the plan, and a run gets less than it could take. With several
-    processes NCCL has taken the buffers of their first group, so what a plan counts for these is added to what is free.
+    A plan counts the whole process, so what this one already holds is added: on a GPU, where CUDA does not say how much
+    that is, only the buffers that NCCL has taken for the first group of several processes.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) + (NCCL_BYTES if num_processes > 1 else 0)
-    return available_memory_bytes() + min(held_memory_bytes(), CONTEXT_BYTES["cpu"])
+        return int(torch.cuda.mem_get_info(device)[0]) + (parts.NCCL_BYTES if num_processes > 1 else 0)
+    return available_memory_bytes() + min(held_memory_bytes(), parts.CONTEXT_BYTES["cpu"])

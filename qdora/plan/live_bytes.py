@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,7 @@ from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_DEVICE_OF = torch.ops.prim.device.default
-"""What `tensor.device` calls for a fake tensor."""
-
-
-@dataclass
-class _CountedStorage:
-    """A live storage; the callback of its weak reference subtracts the bytes."""
-
-    reference: weakref.ref[UntypedStorage]
-    num_bytes: int
-    label: str
+_DEVICE_OF = torch.ops.prim.device.default  # what `tensor.device` calls for a fake tensor
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,7 +43,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._label = "other"
-        self._counted: dict[int, _CountedStorage] = {}
+        self._counted: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}  # id -> storage, bytes, label
         self._by_label: Counter[str] = Counter()
         self._live = 0
         self.peak_bytes = 0
@@ -84,16 +73,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def register(self, what: Tensor | Iterable[Tensor], label: str) -> None:
         """Count tensors that already exist, or give known ones another label."""
         for tensor in [what] if isinstance(what, Tensor) else what:
-            storage = _storage(tensor)
-            if storage is None:
-                continue
-            known = self._counted.get(id(storage))
-            if known is None:
+            if (storage := _storage(tensor)) is not None:
                 self._count(storage, label)
-            else:
-                self._by_label[known.label] -= known.num_bytes
-                self._by_label[label] += known.num_bytes
-                known.label = label
         self._note_peak()
 
     def reset_peak(self) -> None:
@@ -115,12 +96,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = _storage(tensor)
             if storage is None:
                 continue
-            if id(storage) in self._counted:
-                self._resize(storage)
+            if (counted := self._counted.get(id(storage))) is not None:
+                if storage.nbytes() != counted[1]:
+                    self._count(storage, counted[2])
                 continue
             if given is None:
-                found = (_storage(each) for each in _tensors((args, kwargs)))
-                given = {id(each) for each in found if each is not None}
+                given = {id(_storage(each)) for each in _tensors((args, kwargs))}
             # A view of an earlier tensor, or a write into it, is no new memory
             if id(storage) not in given:
                 self._count(storage, self._label)
@@ -128,29 +109,27 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, storage: UntypedStorage, label: str) -> None:
+        """Count a storage under a label with its present size, also if it was counted before."""
         key, num_bytes = id(storage), storage.nbytes()
-        self._counted[key] = _CountedStorage(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
+        if key in self._counted:
+            reference = self._counted[key][0]
+            self._forget(key)
+        else:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._counted[key] = reference, num_bytes, label
         self._by_label[label] += num_bytes
         self._live += num_bytes
 
     def _forget(self, key: int) -> None:
-        gone = self._counted.pop(key)
-        self._by_label[gone.label] -= gone.num_bytes
-        self._live -= gone.num_bytes
-
-    def _resize(self, storage: UntypedStorage) -> None:
-        counted = self._counted[id(storage)]
-        more = storage.nbytes() - counted.num_bytes
-        if more:
-            counted.num_bytes += more
-            self._by_label[counted.label] += more
-            self._live += more
+        _, num_bytes, label = self._counted.pop(key)
+        self._by_label[label] -= num_bytes
+        self._live -= num_bytes
 
     def _refresh(self) -> None:
-        for counted in list(self._counted.values()):
-            storage = counted.reference()
-            if storage is not None:
-                self._resize(storage)
+        for reference, num_bytes, label in list(self._counted.values()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != num_bytes:
+                self._count(storage, label)
 
     def _note_peak(self) -> None:
         if self._live > self.peak_bytes:
@@ -162,9 +141,7 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
     """The memory behind a tensor; None on the meta device, and for a sparse tensor, which has several storages."""
     # A fake tensor has the device that it stands for; only its storage is on meta.
     device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-    if device.type == "meta" or tensor.layout != torch.strided:
-        return None
-    return tensor.untyped_storage()
+    return None if device.type == "meta" or tensor.layout != torch.strided else tensor.untyped_storage()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

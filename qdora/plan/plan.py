@@ -5,26 +5,36 @@ the peak of the run. The time comes from a roofline: FLOPs, bytes of the device'
 """
 
 from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
-
-import torch
-import yaml
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-
-from qdora.adapter.rows import divided_tensors, is_cut_by_rows
-from qdora.memory.stream import NUM_SLOTS, Piece, Turns, pages_bytes
+from qdora.adapter.rows import divided_tensors
+from qdora.adapter.rows import is_cut_by_rows
+from qdora.memory.stream import NUM_SLOTS
+from qdora.memory.stream import Piece
+from qdora.memory.stream import Turns
+from qdora.memory.stream import pages_bytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import linear_layers
-from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
+from qdora.model.load import Quantization
+from qdora.model.load import block_list
+from qdora.model.load import chosen_layers
+from qdora.model.load import layers_to_quantize
 from qdora.quant.packed import empty_packed
 from qdora.recipe.section import size_text
+from torch import nn
+from transformers import AutoConfig
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from typing import Any
+from typing import Literal
+import torch
+import yaml
 
 GIB, MIB = 2**30, 2**20
 DeviceKind = Literal["cuda", "cpu"]
@@ -40,15 +50,17 @@ OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 para
 GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
 CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
 FORWARD = "activations"  # other tensors that the forward pass keeps for the backward pass
+BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, with its recomputed activations
 LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
-WORKSPACE = "workspace"  # backward pass of one block, with its recomputed activations; a group in float32 in its update
-MOVING = "streamed or gathered blocks"  # slots of streamed blocks; whole blocks of a divided base
+UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
+STREAMING = "streaming slots"  # slots of the streamed blocks
+GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
 NCCL = "NCCL buffers"  # what several GPUs communicate through: a constant
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
 OTHER = "other"  # ids, masks, positions
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
-COMPONENTS += (FORWARD, LOSS, WORKSPACE, MOVING, CONTEXT, NCCL, SLACK, OTHER)
+COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
 
 # cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
 # beside its tensors when most is resident: the rounded median of the runs in benchmarks/results/plan_accuracy.json,
@@ -80,71 +92,52 @@ class Moment:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all components."""
         return sum(self.by_component.values())
 
     @property
     def name(self) -> str:
-        """The moment in words, such as 'backward pass of block 79'."""
         names = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
-        text = names.get(self.phase, f"{self.phase} pass")
-        return text if self.block is None else f"{text} of block {self.block}"
+        block = "" if self.block is None else f" of block {self.block}"
+        return names.get(self.phase, f"{self.phase} pass") + block
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The micro-batch that a plan assumes: (rows, length) token ids with padding, and `num_labels` labelled positions.
-
-    masked: Attention gets a mask, for padded or packed rows. packed: Rows hold several examples. accumulated: The step
-    has earlier micro-batches, whose gradients already exist.
-    """
+    """The micro-batch that a plan assumes: (rows, length) token ids with padding."""
 
     rows: int
     length: int
-    num_labels: int
-    masked: bool
-    packed: bool = False
-    accumulated: bool = False
+    num_labels: int  # labelled positions
+    masked: bool  # attention gets a mask, for padded or packed rows
+    packed: bool = False  # rows hold several examples
+    accumulated: bool = False  # the step has earlier micro-batches, whose gradients already exist
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, with padding."""
         return self.rows * self.length
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe that needs less memory, and its peak and step time with all earlier changes.
-
-    `neutral` if the trained numbers stay the same, up to rounding.
-    """
+    """A change of the recipe that needs less memory, and its peak and step time with all earlier changes."""
 
     setting: str
     peak_bytes: int
     step_seconds: float
-    neutral: bool
-
-
-Cut = tuple[str, int, int]  # component, length of the dimension that is cut, bytes of one of its entries
+    neutral: bool  # the trained numbers stay the same, up to rounding
 
 
 @dataclass(frozen=True)
 class Division:
-    """The tensors of a base that processes divide.
+    """The tensors of a base that processes divide."""
 
-    Attributes:
-        cuts: How many tensors there are of each shape.
-        block_bytes, blocks_bytes: Bytes gathered for the largest block, and for all of them.
-        table_bytes, head_bytes: Bytes of the embeddings and of the head; a tied one counts as head.
-        tied: Whether the head is held from the embedding on.
-    """
-
-    cuts: Mapping[Cut, int]
-    block_bytes: int
-    blocks_bytes: int
-    table_bytes: int
+    # Component, length of the dimension that is cut, bytes of one of its entries -> how many tensors
+    cuts: Mapping[tuple[str, int, int], int]
+    block_bytes: int  # gathered for the largest block
+    blocks_bytes: int  # gathered for all of them
+    table_bytes: int  # of the embeddings; a tied one counts as head
     head_bytes: int
-    tied: bool
+    tied: bool  # the head is held from the embedding on
 
     def held(self, size: int) -> dict[str, int]:
         """Component -> bytes that each of `size` processes holds: as much as the first, since torch pads the others."""
@@ -158,54 +151,40 @@ class Division:
 class Plan:
     """Memory and time that a run needs.
 
-    Attributes:
-        num_micro_batches: The most micro-batches of a step.
-        num_groups: Groups of processes that the card's process communicates in.
-        assumptions: One sentence for each thing that could not be known.
-        host_bytes: Pinned host memory of streamed blocks, checkpoints and rows of an embedding on the host.
-        embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
-        block_bytes: Packed weights of the largest block that could be streamed; 0 if none can, as on a CPU.
-        num_streamed: Blocks that are streamed.
-        step_seconds: An estimate, as is forward_seconds, of a micro-batch through the blocks.
-        changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
-        even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is
-            the worse of this and of nearly all tokens choosing the same ones. None for other models.
-        division: The tensors that several processes could divide; None for a model without a list of blocks.
-        stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
-        context: Positions that the model was made for, if they are known.
+    A mixture of experts is planned for the worse of two routings: nearly all tokens choose the same experts, or they
+    divide evenly among them.
     """
 
     device_kind: DeviceKind
     moments: Sequence[Moment]
     shape: MicroBatchShape
-    num_micro_batches: int
-    num_groups: int = 0
-    assumptions: Sequence[str] = ()
-    host_bytes: int = 0
-    embedding_bytes: int = 0
-    block_bytes: int = 0
+    num_micro_batches: int  # the most of a step
+    recipe: Any = None  # with the neutral changes that it needs to fit
+    num_groups: int = 0  # of processes that the card's process communicates in
+    assumptions: Sequence[str] = ()  # one sentence for each thing that could not be known
+    host_bytes: int = 0  # pinned, for streamed blocks, checkpoints and rows of an embedding on the host
+    embedding_bytes: int = 0  # not pinned, of an input embedding on the host
+    block_bytes: int = 0  # packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
     num_blocks: int = 0
     num_streamed: int = 0
     num_trainable: int = 0
     num_weights: int = 0
-    step_seconds: float | None = None
-    forward_seconds: float = 0.0
+    step_seconds: float | None = None  # an estimate
+    forward_seconds: float = 0.0  # of a micro-batch through the blocks
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
-    changes: Sequence[Change] = ()
-    even_routing_bytes: int | None = None
-    stored_shape: str | None = None
-    context: int | None = None
-    division: Division | None = None
+    changes: Sequence[Change] = ()  # until the run fits, cheapest first; each adds to the ones before
+    even_routing_bytes: int | None = None  # peak of a mixture whose tokens divide evenly
+    stored_shape: str | None = None  # where the shape was read, if it is one of `public_shapes`
+    context: int | None = None  # positions that the model was made for, if known
+    division: Division | None = None  # what several processes could divide; None without a list of blocks
 
     @property
     def peak(self) -> Moment:
-        """The moment with the most bytes."""
         return max(self.moments, key=lambda moment: moment.num_bytes)
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of live tensors at the peak."""
         return self.peak.num_bytes
 
     @property
@@ -221,7 +200,6 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes at the peak, constants included."""
         return sum(self.components.values())
 
     @property
@@ -236,12 +214,10 @@ class Plan:
 
     @property
     def changes_fit(self) -> bool:
-        """Whether the run fits with all changes; each has those before it in it."""
         return bool(self.changes) and self.changes[-1].peak_bytes <= (self.budget_bytes or 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        computed = ("moments", "division", "device_kind", "shape", "changes", "num_groups", "forward_seconds")
+        computed = ("moments", "recipe", "division", "device_kind", "shape", "changes", "num_groups", "forward_seconds")
         return {
             "device": self.device_kind,
             "peak_bytes": self.peak_bytes,
@@ -275,8 +251,6 @@ def over_budget(plan: Plan, *, forced: bool = False) -> str:
     )
 
 
-# Bytes moved for each dequantised weight: read packed (0.5), write and read the dense tile (2 + 2), and scales
-BYTES_PER_DEQUANTISED = 4.6
 PCIE_4 = 25e9  # bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes
 
 
@@ -300,33 +274,24 @@ ASSUMED: Mapping[DeviceKind, Rates] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step computes and moves.
+    """What a step computes and moves, and its estimated time."""
 
-    Attributes:
-        num_linear: Weights of the linear layers inside the blocks. All are dequantised in each pass.
-        share_met: Share of them that a token meets; less than 1 in a mixture of experts.
-        attention_width: Query features of all blocks together: heads * head size * blocks.
-        head_chunk: Labelled tokens whose logits exist at once; None: all.
-        full: Whether the base itself is trained.
-        streamed_bytes: Bytes that come from the host in each pass over the blocks.
-        row_bytes: Bytes of a row of an embedding on the host; 0 if the embedding is on the device.
-    """
-
-    num_linear: int
+    num_linear: int  # weights of the linear layers inside the blocks, which are all dequantised in each pass
     num_head: int
     num_trainable: int
-    attention_width: int
+    attention_width: int  # query features of all blocks together: heads * head size * blocks
     quantised: bool
     checkpointing: bool
-    share_met: float = 1.0
-    head_chunk: int | None = None
-    full: bool = False
-    streamed_bytes: int = 0
-    row_bytes: int = 0
+    share_met: float = 1.0  # share of num_linear that a token meets; less than 1 in a mixture of experts
+    head_chunk: int | None = None  # labelled tokens whose logits exist at once; None: all
+    full: bool = False  # the base itself is trained
+    streamed_bytes: int = 0  # from the host in each pass over the blocks
+    row_bytes: int = 0  # of a row of an embedding on the host
 
     def decode_seconds(self, rates: Rates) -> float:
-        """A pass over the blocks has their weights dense."""
-        return self.num_linear * (BYTES_PER_DEQUANTISED if self.quantised else 2.0) / rates.bytes
+        """Having the weights of the blocks dense in one pass."""
+        # Read packed (0.5), write and read the dense tile (2 + 2), and scales
+        return self.num_linear * (4.6 if self.quantised else 2.0) / rates.bytes
 
     def forward_seconds(self, shape: MicroBatchShape, rates: Rates) -> float:
         """The forward pass of a micro-batch through the blocks, without attention."""
@@ -382,10 +347,10 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
         if moment.phase == "forward" and not any(each.phase == "forward" for each in moments):
             before = moments[-1] if moments else moment
             first = 2 * (head if division.tied else division.table_bytes)
-            moments.append(replace(before, phase="forward", block=None).changed({MOVING: first}))
+            moments.append(replace(before, phase="forward", block=None).changed({GATHERED: first}))
         if moment.phase == "loss":
-            moments.append(moment.changed({LOSS: 0, MOVING: division.block_bytes + 2 * head}))
-        moments.append(moment.changed({MOVING: gathered.get(moment.phase, 0)}))
+            moments.append(moment.changed({LOSS: 0, GATHERED: division.block_bytes + 2 * head}))
+        moments.append(moment.changed({GATHERED: gathered.get(moment.phase, 0)}))
     return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
 
 
@@ -397,7 +362,7 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
     chosen, quantised = chosen_layers(model, wanted), layers_to_quantize(model, wanted)
     shared = {name for pair in tied_weights(model).items() for name in pair}
     layers = linear_layers(model)
-    cuts: Counter[Cut] = Counter()
+    cuts: Counter[tuple[str, int, int]] = Counter()
     sizes: dict[str, int] = {}
     for path in (path for path in layers if f"{path}.weight" not in shared):
         rows, columns = map(int, layers[path].weight.shape)  # type: ignore[arg-type]
@@ -460,7 +425,7 @@ def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: 
 
 def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
     """The moments with these blocks off the device: without their bytes, but with the slots."""
-    less = {BASE: streamed.codes, SCALES: streamed.scales, MOVING: -NUM_SLOTS * streamed.block_bytes}
+    less = {BASE: streamed.codes, SCALES: streamed.scales, STREAMING: -NUM_SLOTS * streamed.block_bytes}
     return [
         moment.changed({name: moment.by_component.get(name, 0) - size for name, size in less.items()})
         for moment in moments
@@ -491,7 +456,6 @@ class PublicShape:
     context: int | None = None
 
     def config(self) -> PreTrainedConfig:
-        """The config of a model of this shape."""
         return AutoConfig.for_model(**self.values)
 
 

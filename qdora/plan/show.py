@@ -10,39 +10,50 @@ and what it sums twice; a machine has one link to the others. Blocks are gathere
 """
 
 from __future__ import annotations
-
-import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
-
-import torch
+from qdora.data import mix_plan
+from qdora.data import sources
+from qdora.errors import HubFailure
+from qdora.errors import NoTokenizer
+from qdora.errors import UserError
+from qdora.files.console import consoles
+from qdora.model.build_model import find_model
+from qdora.model.build_model import keeps_scales
+from qdora.plan import plan as parts
+from qdora.plan.fit import MOST_STEPS
+from qdora.plan.fit import Workload
+from qdora.plan.fit import all_on_device
+from qdora.plan.fit import assumed_workload
+from qdora.plan.fit import divided_recipe
+from qdora.plan.fit import num_sharing
+from qdora.plan.fit import plan
+from qdora.plan.fit import with_streaming
+from qdora.plan.fit import workload_of_data
+from qdora.plan.plan import ASSUMED
+from qdora.plan.plan import DeviceKind
+from qdora.plan.plan import PCIE_4
+from qdora.plan.plan import Plan
+from qdora.plan.plan import of_card
+from qdora.plan.plan import seconds_text
+from qdora.plan.plan import waiting_seconds
+from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.recipe_file import override
+from qdora.recipe.section import parse_size
+from qdora.recipe.section import size_text
+from qdora.recipe.settings import Recipe
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
-
-from qdora.data import mix_plan, sources
-from qdora.errors import HubFailure, NoTokenizer, UserError
-from qdora.files.console import consoles
-from qdora.model.build_model import find_model, keeps_scales
-from qdora.plan import plan as parts
-from qdora.plan.fit import (
-    MOST_STEPS,
-    Workload,
-    all_on_device,
-    assumed_workload,
-    divided_recipe,
-    num_sharing,
-    plan,
-    with_streaming,
-    workload_of_data,
-)
-from qdora.plan.plan import ASSUMED, PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
-from qdora.recipe.recipe_file import missing_files, override
-from qdora.recipe.section import parse_size, size_text
-from qdora.recipe.settings import Recipe
+from typing import Any
+from typing import Literal
+import logging
+import math
+import torch
 
 logger = logging.getLogger("qdora")
 
@@ -59,20 +70,11 @@ def plan_run(
 ) -> dict[str, Any]:
     """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
-    Only the config and the tokenizer of the model are loaded.
-
-    Args:
-        where: Name of the recipe in error lines.
-        budget: A size such as 40GiB (default: that of the recipe).
-        num_processes, num_hosts: Cards of the run, and machines that have equally many of them.
-    Returns:
-        "memory" as `Plan.to_dict`, of one card; with several, `process_plans` in "processes"; and "mix" as in
-        mix.json of a run, or null without a tokenizer or the Hub.
+    Of the model only the config and the tokenizer are loaded. `where` names the recipe in error lines, `num_hosts` are
+    machines with equally many cards. Returns "memory" of one card (`Plan.to_dict`), with several cards also "processes"
+    (`process_plans`), and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
     """
     _, results = consoles(console)
-    if device_kind == "cuda" and not torch.cuda.is_available():
-        card = ASSUMED["cuda"].name
-        logger.info("This machine has no GPU: bytes and seconds are those of an %s. --device cpu plans it here.", card)
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
     try:
@@ -97,10 +99,8 @@ def plan_run(
     if num_processes > 1:
         plans = whole_plans(recipe, partial(plan_of, budget=card_plan.budget_bytes, may_change=False))
         document["processes"] = process_plans(plans, num_processes, num_hosts)
-        for line in process_lines(document["processes"], num_processes, num_hosts):
-            results.print(line, soft_wrap=True)
-    elif recipe.train.divides_base:
-        logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
+        title = f"each of {num_processes} cards, {num_processes // num_hosts} in a machine (times are estimates)"
+        show_ways(results, document["processes"], title)
     return document
 
 
@@ -126,7 +126,6 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Print the table of components and whether they fit, then the sentences of `plan_lines`."""
     table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
     table.add_column("component")
     table.add_column("size", justify="right")
@@ -147,7 +146,6 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Micro-batch, a stored shape, time, host memory, assumptions and what to change, one sentence each."""
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
@@ -252,33 +250,17 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
     }
 
 
-def fastest_way(ways: Sequence[Mapping[str, Any]], link: str) -> Way | None:
-    """The fastest way that fits over a link; None if none fits.
-
-    Of ways that are as fast within 1 %, it is the first: `stream`, which needs memory of the host, comes last.
-    """
-    able = [way for way in ways if way["fits"] is not False]
-    least = min((way["step_seconds"][link] for way in able), default=0.0)
-    return next((way["way"] for way in able if way["step_seconds"][link] <= 1.01 * least), None)
-
-
-def process_lines(ways: Sequence[Mapping[str, Any]], num_processes: int, num_hosts: int) -> list[str]:
-    """A line for each way, and which one that fits is fastest, in words."""
-    where = f"{num_processes} cards" if num_hosts == 1 else f"{num_processes} cards in {num_hosts} machines"
-    lines = [f"On {where}, each card (times are estimates):"]
+def show_ways(console: Console, ways: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a row for each of `process_plans`, with the time of a step over each link."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("way")
+    for name in ("peak", "fits", "base", "received a step", "pinned on the host", "streamed"):
+        table.add_column(name, justify="right")
+    for link in ways[0]["step_seconds"]:
+        table.add_column(f"s a step, {link}", justify="right")
     for way in ways:
-        times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in way["step_seconds"].items())
-        verdict = "" if way["fits"] is None else f" ({'fits' if way['fits'] else 'does not fit'})"
-        streamed = f", {way['num_streamed']} blocks streamed" if way["num_streamed"] else ""
-        pinned = f"; {size_text(way['host_bytes'])} of pinned host memory" if way["host_bytes"] else ""
-        lines.append(
-            f"  {way['way']}: {size_text(way['peak_bytes'])}{verdict}, of which {size_text(way['base_bytes'])} base"
-            f"{streamed}{pinned}; {size_text(way['wire_bytes'])} received from others in a step, which takes {times}."
-        )
-    best = {link: fastest_way(ways, link) for link in ways[0]["step_seconds"]}
-    if None in best.values():
-        return [*lines, "  None of these fits."]
-    lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}.")
-    if "stream" in best.values():
-        lines.append("  stream is train.parallel=replicate with base.residency and base.streamed_blocks.")
-    return lines
+        sizes = [size_text(way[name]) for name in ("base_bytes", "wire_bytes", "host_bytes")]
+        fits = {None: "", True: "yes", False: "no"}[way["fits"]]
+        times = [seconds_text(seconds) for seconds in way["step_seconds"].values()]
+        table.add_row(way["way"], size_text(way["peak_bytes"]), fits, *sizes, str(way["num_streamed"]), *times)
+    console.print(table)

@@ -25,7 +25,7 @@ from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluate.suite import LossOrAccuracy, task_changes
 from qdora.files import run_directory
-from qdora.files.atomic import atomic_write_text, masked, place_failures, read_json_object
+from qdora.files.atomic import atomic_write_text, masked, disk_failures, read_json_object
 from qdora.files.console import consoles, duration
 from qdora.files.machine import package_versions
 from qdora.files.pages import markdown_cell, markdown_table, render_page
@@ -234,7 +234,7 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
     """
     run, folder = open_run(directory), out or directory
     draw_figures(run.metrics(), run.inside("figures"))
-    with place_failures(folder, "name another directory with --out"):
+    with disk_failures(folder, "name another directory with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         facts = write_page(run, folder / PAGE_FILE)
     consoles(console)[1].print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
