@@ -25,7 +25,7 @@ from qdora.model.tokens import extend_vocabulary, trained_matrices
 from qdora.plan import plan as parts
 from qdora.plan.fit import divided_recipe, plan
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
+from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run import base as calibration
@@ -86,7 +86,7 @@ def move_main(cache: Path, commit: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "revision"), [("base", None), ("tokenizer", "main")])
-def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
+def test_a_moved_branch(tmp_path, hub, what, revision):
     names = {"model__source": "org/small", "model__revision": revision}
     if what == "tokenizer":
         names = {"model__tokenizer": "org/words", "model__tokenizer_revision": revision}
@@ -101,11 +101,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
     before = nll(run)
     move_main(hub, NEW)
     assert nll(run) == before
-    given = tmp_path / "given.yaml"
-    given.write_text(resolved_yaml(recipe))
-    with caplog.at_level(logging.WARNING, "qdora"):
-        again = resumed_recipe(run, str(given), ["train.steps=3"])
-    assert "revision" not in caplog.text
+    again = resumed_recipe(run, ["train.steps=3"])
     # With no revision as a study resumes its cells, which have none
     train_run(override(recipe, ["train.steps=3"]) if revision is None else again, run, resume=True, console=QUIET)
     assert kept() == OLD

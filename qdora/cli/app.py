@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train a recipe: load the base, train, evaluate, save.
 
-    `--resume` uses the run's own settings, changed by `-s`, and prints where the given recipe differs.
+    `--resume` uses the run's own settings, changed by `-s`.
     """
     from qdora.recipe.recipe_file import load_recipe
 
@@ -51,7 +51,7 @@ def train(
     if resume:
         from qdora.run.run import resumed_recipe
 
-        loaded, where = resumed_recipe(directory, recipe, set_ or []), str(directory / "recipe.yaml")
+        loaded, where = resumed_recipe(directory, set_ or []), str(directory / "recipe.yaml")
     else:
         loaded, where = load_recipe(recipe, set_ or []), recipe
     from qdora.run.run import train_run

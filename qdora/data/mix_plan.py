@@ -83,24 +83,27 @@ def large_step_warning(plan: MixPlan) -> str | None:
     )
 
 
+_COLUMNS = {
+    "examples": ("num_examples", ",d"),
+    "tokens": ("num_tokens", ",d"),
+    "asked": ("share_asked", ".1%"),
+    "seen": ("share_seen", ".1%"),
+    "tokens seen": ("num_tokens_seen", ",d"),
+    "passes": ("epochs", ".2f"),
+    "cut": ("num_truncated", ",d"),
+    "dropped": ("num_dropped", ",d"),
+}
+
+
 def show_mix(console: Console, plan: MixPlan) -> None:
     """Print the plan as a table, and log the columns that training does not read."""
     draws = "" if plan.num_draws is None else f", {plan.num_draws:,} examples"
     table = Table("source", title=f"{plan.num_steps:,} steps{draws}", title_justify="left")
-    for name in ("examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped"):
+    for name in _COLUMNS:
         table.add_column(name, justify="right")
     for part in plan.sources:
-        numbers = (
-            (part.num_examples, ",d"),
-            (part.num_tokens, ",d"),
-            (part.share_asked, ".1%"),  # asked and seen are shares of the draws
-            (part.share_seen, ".1%"),
-            (part.num_tokens_seen, ",d"),
-            (part.epochs, ".2f"),
-            (part.num_truncated, ",d"),
-            (part.num_dropped, ",d"),
-        )
-        table.add_row(part.name, *("unknown" if value is None else format(value, form) for value, form in numbers))
+        cells = ((getattr(part, field), form) for field, form in _COLUMNS.values())
+        table.add_row(part.name, *("unknown" if value is None else format(value, form) for value, form in cells))
     console.print(table)
     for part in plan.sources:
         if part.unused:

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qdora.data.batches import PackedLayout
-from qdora.errors import Interrupted, UserError, first_few
+from qdora.errors import Interrupted, UserError
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
 from qdora.files.atomic import atomic_directory, atomic_write_text, disk_failures
@@ -37,22 +37,18 @@ from qdora.files.run_directory import (
     resume_run,
     unharmed,
 )
-from qdora.files.setting_keys import flat
 from qdora.files.user_paths import check_text
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
 from qdora.model.patches import weights_unread
-from qdora.model.source import is_commit
 from qdora.model.store import PrunedBase
-from qdora.recipe.faults import shown
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.base import (
     FOLDER,
-    REVISIONS,
     base_record,
     check_base,
     compress_base,
@@ -78,7 +74,7 @@ from qdora.train.distributed import Processes, mesh_of, processes_of_launch, see
 from qdora.train.evals import adapter_record, read_result
 from qdora.train.trainer import Trainer
 
-CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SharedBases = Callable[[str, Callable[[Path], None]], Path]
 """Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
@@ -304,32 +300,8 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
             prepared.loader.check_state(state)
 
 
-def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of an earlier run with `overrides`; a warning names the settings that differ from the recipe `where`.
-
-    That recipe need not be valid: options that it needs are not given again.
-    """
-    run = open_run(directory)
-    own = recipe_of_run(run.recipe_file, overrides, sections=Recipe.model_fields)
-    try:
-        given = load_recipe(where, overrides)
-    except UserError as error:
-        text = "%s continues with its own recipe.yaml. %s is not compared with it: %s"
-        logger.warning(text, directory, where, error.faults[0])
-        return own
-    mine, other = flat(settings(own)), flat(settings(given))
-    ignored = {f"model.{name}" for name in REVISIONS.values() if not is_commit(getattr(given.model, name))}
-    files = own.data.chat_template, given.data.chat_template
-    with suppress(OSError):
-        if files[0] and files[1] and Path(files[0]).read_bytes() == Path(files[1]).read_bytes():
-            ignored.add(CHAT_TEMPLATE)  # the run has its own copy
-    keys = dict.fromkeys((*mine, *other))
-    changes = [
-        f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})"
-        for key in keys
-        if key not in ignored and mine.get(key) != other.get(key)
-    ]
-    if changes and os.environ.get("RANK", "0") == "0":
-        text = "%s continues with its own recipe.yaml, which differs from %s in %s. See `qdora guide runs`."
-        logger.warning(text, directory, where, first_few(changes, 3))
-    return own
+def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an earlier run with `overrides`."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("%s continues with its own recipe.yaml, which only -s changes.", directory)
+    return recipe_of_run(open_run(directory).recipe_file, overrides, sections=Recipe.model_fields)
