@@ -168,7 +168,7 @@ def test_shares_sizes_and_caps_with_a_stream(tmp_path: Path) -> None:
     plan = plan_mix(mix, loader, 30)
     a, s = plan.sources
     assert (a.num_draws, s.num_draws, s.epochs) == (200, 100, 2.0)
-    assert (s.num_tokens, s.num_truncated, s.num_dropped, s.num_tokens_seen) == (None,) * 4
+    assert (s.num_tokens, s.num_truncated, s.num_dropped) == (None,) * 3
     for _ in range(30):
         loader.next_step()
     assert loader.streams[0].position.num_drawn == 100

@@ -205,8 +205,6 @@ def test_plan_and_run_say_the_same(tmp_path):
     assert json.loads(json_text(mix)) == json.loads((tmp_path / "run/mix.json").read_text())
     assert [part["num_draws"] for part in mix["sources"]] == [24, 24]
     assert [part["num_examples"] for part in mix["sources"]] == [28, 22]  # without those held out
-    steps = training_lines(tmp_path / "run")
-    assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in mix["sources"])
     for words in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09", "packed base", "total",
                   "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):  # fmt: skip
         assert words in text

@@ -83,9 +83,9 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        """The tokens of each example of each source; of a stream they are not known."""
-        lengths = ([0] if isinstance(part, ExampleStream) else map(len, part.examples) for part in self.tokenised)
-        return [np.fromiter(each, dtype=np.int64) for each in lengths]
+        """The tokens of each example of each source."""
+        assert not self.streams, "lengths in a stream are not known"
+        return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""
@@ -117,18 +117,11 @@ class StepLoader:
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
-        Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
+        Steps do not stop at the end of an epoch: the last one may take its first examples from the next. They end with
+        the order, where all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
-        length = self.order.length
-        if length is not None and num_draws > length:
-            # Each cap is rounded down, the epochs of the whole are not
-            if num_draws - length >= len(self.order.sizes):
-                raise UserError(
-                    f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
-                    f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
-                )
-            num_draws = length
+        num_draws = min(num_draws, self.order.length or num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
     def draws_for_steps(self, num_steps: int) -> int | None:
@@ -153,16 +146,6 @@ class StepLoader:
                 f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
         return num_draws if length is None else min(num_draws, length)
-
-    def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,); 0 from a stream."""
-        tokens = []
-        for source, count in enumerate(self.order.counts(num_draws).tolist()):
-            lengths = self._lengths[source]
-            num_passes, rest = divmod(count, len(lengths))
-            last = self.order.shuffle(source, num_passes, len(lengths))[:rest]
-            tokens.append(num_passes * lengths.sum() + lengths[last].sum())
-        return np.array(tokens, dtype=np.int64)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
         """The first steps of the order, fewer if it ends before. Not for streams."""

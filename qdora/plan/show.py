@@ -84,8 +84,6 @@ def plan_run(
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
         mix_plan.show_mix(results, mix)
-        if (warning := mix_plan.large_step_warning(mix)) is not None:
-            logger.warning(warning)
     planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_processes": num_processes}
     shared = planning | {"num_sharing": num_sharing(recipe, num_processes, num_processes // num_hosts)}
     if recipe.adapter.gates is not None:

@@ -1,10 +1,7 @@
 """The base of a run: loaded to where its recipe keeps it; with base.prune pruned once, into the run directory.
 
-A pruned base is calibrated on pieces of the training mix, or of a text file.
-
-A run records its base: recipe.yaml has the commits of a base and of another tokenizer, whatever revisions were given;
-environment.json has samples of its files; residency.json has the residency that `memory.budget: auto` chose instead of
-the recipe's own.
+A run records its base: recipe.yaml has the commits of a base and of another tokenizer, environment.json has samples of
+its files, residency.json the residency that `memory.budget: auto` chose instead of the recipe's own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.adapted_linear import drop_scales_without_room
-from qdora.data.chats import set_chat_date, set_chat_settings
+from qdora.data.chats import set_chat_date
 from qdora.errors import UserError, not_one_of
 from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.json_file import read_json_object
@@ -273,9 +273,3 @@ def load_target(
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()
     return LoadedModel(model, tokenizer, Path(os.path.abspath(target)).name)
-
-
-def render_chats_like(tokenizer: PreTrainedTokenizerBase, run: Path, recipe: Recipe) -> None:
-    """Give the template of another model's tokenizer the date and the variables that those of a run have."""
-    set_chat_date(tokenizer, chat_date_of(run))
-    set_chat_settings(tokenizer, template_kwargs=dict(recipe.data.template_kwargs))

@@ -32,7 +32,7 @@ from qdora.data.build_data import (
 from qdora.data.chats import chat_settings, set_chat_date
 from qdora.data.example import Example
 from qdora.data.mix import Mix, Source
-from qdora.data.mix_plan import MixPlan, large_step_warning, plan_mix, show_mix
+from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
 from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
 from qdora.errors import HubFailure, UserError, first_few
 from qdora.evaluate.generation import generation_faults
@@ -282,13 +282,9 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
     recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
     trains = recipe.adapter.kind != "none"
     checks = example_checks(sources, prepared.tokenizer, recipe.data)
-    warnings = context_warnings(sources, prepared.config)
-    if (large := large_step_warning(prepared.mix_plan)) is not None:
-        warnings.append(large)
     if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
         fix = "Fix: set validation in a source, or eval.tasks: []."
-        warnings.append(f"no source has validation data, so nothing is evaluated. {fix}")
-    checks += [Check("warning", text) for text in warnings]
+        checks.append(Check("warning", f"no source has validation data, so nothing is evaluated. {fix}"))
     if trains:
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
@@ -361,19 +357,6 @@ def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: Dat
         for parts, outcomes in zip(whole, found, strict=True)
         if parts and len(parts) == len(outcomes)
     ]
-
-
-def context_warnings(sources: Sequence[Source], config: PreTrainedConfig) -> list[str]:
-    """One line for each source with examples that are longer than the model has positions."""
-    positions, warnings = positions_of(config), []
-    for part in (part for part in sources if isinstance(part, TokenizedSet)):
-        long = sum(positions is not None and len(example) > positions for example in part.examples)
-        if long:
-            warnings.append(
-                f"{part.name}: {long:,} of {len(part):,} examples are longer than the model has positions "
-                f"({positions:,}). Fix: set data.max_length: {positions} and data.too_long: truncate."
-            )
-    return warnings
 
 
 def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.build_data import run_examples, task_examples, to_score
-from qdora.data.chats import prompt_text, require_chat_template
+from qdora.data.chats import prompt_text, require_chat_template, set_chat_date, set_chat_settings
 from qdora.data.example import Example, Messages, Tools, Turn
 from qdora.data.files import read_rows
 from qdora.data.formats import asked_chat
@@ -30,7 +30,7 @@ from qdora.evaluate.perplexity import read_texts, text_perplexity
 from qdora.evaluate.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
 from qdora.files.nvidia_driver import check_gpu
-from qdora.files.run_directory import open_run, unharmed
+from qdora.files.run_directory import chat_date_of, open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.attention import context_length
@@ -39,7 +39,7 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.options import EvalOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import LoadedModel, check_target, is_run, load_target, render_chats_like
+from qdora.run.load_run import LoadedModel, check_target, is_run, load_target
 from qdora.train.evals import state_step, stored_results
 
 logger = logging.getLogger("qdora")
@@ -120,9 +120,7 @@ def evaluate_target(
     """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
 
     A run keeps the results in its eval/. `console` gets progress and tables, by default standard error and output.
-
     Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
-    Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     check_options(options, target)
     texts = read_texts(options.text)
@@ -152,7 +150,8 @@ def evaluate_target(
     loaded = load_target(target, base_model=options.base_model, quant=options.quant, verb="eval", **which)
     model, tokenizer, label = loaded.model, loaded.tokenizer, loaded.label
     if options.like is not None and recipe is not None:
-        render_chats_like(tokenizer, options.like, recipe)
+        set_chat_date(tokenizer, chat_date_of(options.like))
+        set_chat_settings(tokenizer, template_kwargs=dict(recipe.data.template_kwargs))
     shown = "adapter" if loaded.run is not None and label == "final" else label
     document: dict[str, Any] = {"target": target, "label": label, "split": split}
     if examples:
