@@ -63,9 +63,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
 
-    Args:
-        placer: Prunes the base or reads a pruned one. Required exactly with base.prune.
-        mesh: The processes that divide the base, as in `ShardedBase`; None: all of it is in this process.
+    With base.prune `placer` prunes the base or reads a pruned one. `mesh` are the processes that divide the base.
     """
     assert (recipe.base.prune is None) == (placer is None)
     base, cache = recipe.base, None

@@ -158,12 +158,8 @@ def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Ite
 def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of an adapter, and what is written of its base: name, revision, form, how the form is known.
 
-    No weight of the base is read.
-
-    Args:
-        base_model: The base, as model.source. None: the one in adapter_config.json.
-        quant: How the base was held in training, one of nf4, fp4 (also with -single), int8, none. None: as qdora.json
-            or the base's own files say, else nf4 in blocks of 64 with double quantisation.
+    `base_model` is as model.source; None: the one in adapter_config.json. `quant` is how the base was held in training;
+    None: as qdora.json or the base's own files say, else nf4 in blocks of 64 with double quantisation.
     """
     adapter = user_path(adapter)
     described, file = describe_adapter(adapter), adapter / CONFIG_FILE

@@ -1,7 +1,4 @@
-"""What happens before a run loads its model: read the data, plan, and check the recipe against both.
-
-The checks at the start of a run are in words: lines of log.txt, and checks.json.
-"""
+"""What happens before a run loads its model: read the data, plan, and check the recipe against both."""
 
 from __future__ import annotations
 

@@ -72,14 +72,9 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
     """What the rows of a source that are read become, as JSON values.
 
-    num_rows                            rows to train on; None where that is not known, as for many streams
-    num_rows_read, drawn                what all other numbers are about: "all", a "sample", or the "first" of a stream
-    num_examples, num_tokens, num_in_loss   after too long examples are cut, split or dropped
-    lengths, num_too_long               quantiles of the tokens of an example, and how many are too long, before that
-    num_cut, num_dropped                of the examples that are too long
-    faults                              why a run would be refused; of a stream the faulty rows, which are skipped
-    warnings                            of the columns and the checks at the start of a run
-    examples                            the first one of each of the first rows
+    `drawn` says which these are: "all", a "sample", or the "first" of a stream. `lengths` and `num_too_long` are of what
+    is not yet cut, split or dropped. `faults` are why a run would be refused; of a stream the faulty rows, which are
+    skipped.
     """
     source = data.mix[number]
     train, _ = train_and_validation(source, data)

@@ -69,11 +69,8 @@ def run_card(
 ) -> str:
     """README.md of a run or of an export.
 
-    Args:
-        run: For its name and the evaluations that it keeps.
-        state: "final" or "step-N": the state of the adapter that the card describes.
-        check: What the verification of an export returned.
-        form: What the directory holds.
+    `state` is "final" or "step-N": that of the adapter. `check` is what the verification of an export returned, `form`
+    what the directory holds.
     """
     source, is_adopted, mix = _source(recipe), bool(run.adopted()), read_record(run, "mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
@@ -231,10 +228,7 @@ def _data(source: SourceConfig) -> str:
 
 
 def page_of_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Draw the figures of a run again and write its page to `out`/report.html; default: into the run directory.
-
-    Returns the facts (`run_facts`) and the path of the page.
-    """
+    """Draw the figures of a run again and write its page to `out` (default: the run); returns its facts and path."""
     run, folder = open_run(directory), out or directory
     draw_figures(run.metrics(), run.inside("figures"))
     with place_failures(folder, "name another directory with --out"):

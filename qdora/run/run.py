@@ -206,8 +206,7 @@ def check_model(
 ) -> PackedLayout | None:
     """Try the loaded and adapted model before its first step, and log what was found. All processes call this.
 
-    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one. Tokens that
-    cannot be learnt are named, unless the base is divided. Returns how micro-batches are packed, None if they are not.
+    Returns how micro-batches are packed, None if they are not.
     """
     layout, checks = None, dict[str, list[Check]]()
     if prepared.recipe.data.packing:
