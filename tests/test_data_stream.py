@@ -272,11 +272,11 @@ def test_faulty_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytes
     for most in (6, 0):
         fault = fault_of(numbers_of, stream(file, window=8, max_bad_rows=most), 60)
         words = f"s: {most + 1} rows are faulty, data.max_bad_rows allows {most}. The first: {file}: byte "
-        assert says(fault, f"{words} ... then resume with --resume.")
+        assert says(fault, f"{words} ... with --resume).")
 
 
 def test_how_many_faulty_rows_are_allowed(tmp_path: Path) -> None:
-    """10, or 0.1 % of the rows, known beforehand or read so far; at the start all that is known fails at once."""
+    """10, or 0.1 % of the rows, known beforehand or read so far."""
     file = tmp_path / "train.jsonl"
     file.write_text(faulty_lines(range(0, 1200, 100), 2000))  # 12 of 2,000
     assert says(fault_of(numbers_of, stream(file), 2000), "s: 11 rows are faulty, data.max_bad_rows allows 10")
@@ -287,8 +287,6 @@ def test_how_many_faulty_rows_are_allowed(tmp_path: Path) -> None:
     assert says(fault_of(stream(file).first), "s: 11 rows are faulty, data.max_bad_rows allows 10. ... raise it")
     file.write_text(faulty_lines(range(20, 30)))
     assert len(stream(file).first()) == 50
-    file.write_text(faulty_lines(range(3), 3))  # few, but all
-    assert says(fault_of(stream(file).first), "s: 3 rows are faulty")
     file.write_text(faulty_lines(range(11), 12))
     assert says(fault_of(stream(file).first), "s: 11 rows are faulty")
 

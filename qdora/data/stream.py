@@ -110,29 +110,23 @@ class ExampleStream:
 
     def check_rows(self) -> None:
         """As `first`, without the tokenizer: what only tokens tell is not checked."""
-        rows = self._sample
-        self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
+        self._check_bad([fault for fault in self._made(self._sample) if isinstance(fault, str)], len(self._sample))
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:
         return list(islice(self.shards.readers[0](0), _SAMPLE))
 
-    def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
-        most = self._most_bad(num_rows)
-        if len(bad) > most or (bad and len(bad) == num_rows):
-            raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
-
-    def _most_bad(self, num_rows: int) -> int:
-        """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
-        asked = self.data.max_bad_rows
-        size = self.source.size or self.shards.num_rows or 0
-        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, size))) if asked is None else asked
-
-    def _too_many(self, num_bad: int, most: int, shown: Sequence[str]) -> str:
-        return (
-            f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
-            "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
-        )
+    def _check_bad(self, shown: Sequence[str], num_rows: int, num_bad: int | None = None) -> None:
+        """UserError if a pass has too many faulty rows among its first `num_rows`."""
+        most, num_bad = self.data.max_bad_rows, len(shown) if num_bad is None else num_bad
+        if most is None:
+            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows or 0)))
+        if num_bad > most:
+            raise UserError(
+                f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
+                f"{'; '.join(shown[:MAX_SHOWN_FAULTS])}. Fix: mend them in place, or raise it by "
+                "-s data.max_bad_rows=N (a run that has begun: with --resume)."
+            )
 
     # The next example
 
@@ -168,10 +162,8 @@ class ExampleStream:
             if fault not in self._logged:
                 logger.warning("%s: skipped a faulty row. %s", self.name, fault)
                 self._logged.add(fault)
-        num_bad = here.num_bad - here.num_bad_before
-        most = self._most_bad(here.window * self.source.shuffle_window + here.taken)
-        if num_bad > most:
-            raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
+        num_rows = here.window * self.source.shuffle_window + here.taken
+        self._check_bad(here.bad_rows, num_rows, here.num_bad - here.num_bad_before)
 
     def _tokenize_more(self) -> None:
         if not self._window:

@@ -72,9 +72,8 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
     """What the rows of a source that are read become, as JSON values.
 
-    `drawn` says which these are: "all", a "sample", or the "first" of a stream. `lengths` and `num_too_long` are of what
-    is not yet cut, split or dropped. `faults` are why a run would be refused; of a stream the faulty rows, which are
-    skipped.
+    `drawn` says which: "all", a "sample", or the "first" of a stream. `lengths` and `num_too_long` are of what is not
+    yet cut, split or dropped. `faults` are why a run would be refused; of a stream the faulty rows, which are skipped.
     """
     source = data.mix[number]
     train, _ = train_and_validation(source, data)
