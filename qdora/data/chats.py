@@ -419,13 +419,11 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
     for number, chat in enumerate(chats):
         template = chat_template_of(tokenizer, chat.tools)
         results.append([])
-        whole, own = None, list[_Text]()
         try:
             whole, own = _texts_of(template, chat, loss_on)
-        except UserError as error:
-            results[number] = str(error)
         except RENDER_ERRORS as error:
-            results[number] = f"the chat template refuses it: {error}"
+            results[number] = str(error) if isinstance(error, UserError) else f"the chat template refuses it: {error}"
+            continue
         wholes += [] if whole is None else [(number, template, whole)]
         parts += [(number, template, text if len(own) > 1 else text._replace(turn=None)) for text in own]
     for (number, template, text), tokens in zip(wholes, _encode(tokenizer, [each[2] for each in wholes]), strict=True):
