@@ -18,10 +18,7 @@ _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.ex
 
 
 def report() -> dict[str, Any]:
-    """`environment` with the driver, kernels, free memory and disk, as JSON values.
-
-    `bitsandbytes` says per device type what is wrong with its kernels, `problems` what is wrong, each with advice.
-    """
+    """`environment` with driver, kernels, free memory and disk, and `problems`, each with advice, as JSON values."""
     unused, works = unused_gpu(), kernels()
     capability = [device_attribute(number) for number in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
     faults = [f"bitsandbytes does not work on {device}: {error}" for device, error in works.items() if error]

@@ -1,7 +1,6 @@
 """What a run tells others: README.md, the model card of a run or an export, and report.html, the page of a run.
 
-Both are made of the files of the run. The card has the Hub's front matter (model_card.md.j2); the page loads no other
-file (run_page.html.j2).
+The card has the Hub's front matter (model_card.md.j2); the page loads no other file (run_page.html.j2).
 """
 
 from __future__ import annotations

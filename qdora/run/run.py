@@ -94,10 +94,8 @@ def train_run(
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
     Args:
-        directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
-        console: Where progress and results are shown; default: standard error and standard output.
         shared_bases: Keeps pruned bases that several runs share.
     Returns JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     """
