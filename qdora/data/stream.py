@@ -27,8 +27,6 @@ _SAMPLE = 64
 """Rows from the beginning that tell one stream from another."""
 _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
 """data.max_bad_rows by default: so many, and so large a share of the rows."""
-_MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
-"""The most by which mended rows change the length of the files: whichever is more. Anything above is other data."""
 
 logger = logging.getLogger("qdora")
 
@@ -271,7 +269,7 @@ class ExampleStream:
         self._rows, self._window, self._ready = None, [], []
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one stream from another, JSON types: its shards and settings, its length, its first rows."""
+        """What tells one stream from another, JSON types: its shards and settings, its first rows."""
         data, source = self.data, self.source
         # Checkpoints hold the fingerprint, so this text must not change.
         settings = (
@@ -283,7 +281,6 @@ class ExampleStream:
         settings += " chat" if source.chat else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
-            "num_bytes": self.shards.num_bytes,
             "rows": [_row_digest(row) for row in self.first_rows],
         }
 
@@ -298,9 +295,6 @@ class ExampleStream:
         pairs = zip(before["rows"], now["rows"], strict=False)
         if len(before["rows"]) != len(now["rows"]) or any(then not in (None, row) for then, row in pairs):
             return "its first rows"
-        difference = now["num_bytes"] - before["num_bytes"]
-        if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
-            return f"its length, by {difference:+,} bytes"
         return None
 
 
