@@ -136,7 +136,7 @@ class StepLoader:
             return None
         else:
             raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream nobody knows the number of steps. "
+                "train.tokens_per_step: with max_epochs for every source and a stream the steps cannot be counted. "
                 "Fix: use train.batch, or remove max_epochs from one source."
             )
         if num_steps > possible:
