@@ -1,7 +1,7 @@
 """The built-in demo data: five small multiple-choice task families that need no network.
 
-Everything is made from the authored tables in demo_tables/, written for this project (Apache-2.0 like the rest).
-The families mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
+Everything is made from the tables in demo_tables/, written for this project (Apache-2.0 like the rest). The families
+mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
 
     demo/facts   yes or no, about a passage of invented facts
     demo/odd     which of four words does not belong

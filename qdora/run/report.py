@@ -80,8 +80,9 @@ def run_card(
         training["state"] = adapter_in_words(run) if state == "final" else state
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
+    text = " ({} draws of {} examples in all steps)"
     seen = {
-        part["name"]: f" ({part['num_draws'] or 'unknown'} draws of {part['num_examples'] or 'streamed'} examples)"
+        part["name"]: text.format(part["num_draws"] or "unknown", part["num_examples"] or "streamed")
         for part in mix.get("sources", ())
     }
     is_multimodal = "trained part" in training
