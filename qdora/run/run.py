@@ -299,6 +299,7 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
 
 def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe of an earlier run with `overrides`."""
+    recipe = recipe_of_run(open_run(directory).recipe_file, overrides, sections=Recipe.model_fields)
     if os.environ.get("RANK", "0") == "0":
         logger.info("%s continues with its own recipe.yaml, which only -s changes.", directory)
-    return recipe_of_run(open_run(directory).recipe_file, overrides, sections=Recipe.model_fields)
+    return recipe
