@@ -291,7 +291,6 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
 
 
 def _some(items: Sequence[Any]) -> Sequence[Any]:
-    """At most 1,000 of the items, at even distances."""
     return items[:: -(-len(items) // _MOST_LOOKED_AT) or 1]
 
 
