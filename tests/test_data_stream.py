@@ -1,32 +1,35 @@
 """Sources larger than memory: every row once a pass, resumed exactly from any draw, faulty rows skipped and counted."""
 
 from __future__ import annotations
-
-import itertools
-import json
-from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
-
+from pathlib import Path
 from qdora.data import files
-from qdora.data.batches import Batching, StepLoader
+from qdora.data.batches import Batching
+from qdora.data.batches import StepLoader
 from qdora.data.example import Example
-from qdora.data.files import hub_shards, local_shards
+from qdora.data.files import hub_shards
+from qdora.data.files import local_shards
 from qdora.data.formats import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
-from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import SourceConfig
 from tests import support
-from tests.data_rows import Rows, fault_of, says
+from tests.data_rows import Rows
+from tests.data_rows import fault_of
+from tests.data_rows import says
+from typing import Any
+import datasets
+import itertools
+import json
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
@@ -168,7 +171,7 @@ def test_shares_sizes_and_caps_with_a_stream(tmp_path: Path) -> None:
     plan = plan_mix(mix, loader, 30)
     a, s = plan.sources
     assert (a.num_draws, s.num_draws, s.epochs) == (200, 100, 2.0)
-    assert (s.num_tokens, s.num_truncated, s.num_dropped, s.num_tokens_seen) == (None,) * 4
+    assert (s.num_tokens, s.num_truncated, s.num_dropped) == (None,) * 3
     for _ in range(30):
         loader.next_step()
     assert loader.streams[0].position.num_drawn == 100
@@ -225,9 +228,6 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path: Path) -> None:
     assert stream(first).change_since(marks[0]) is None
     assert all(stream(first).change_since(mark) for mark in [*marks[1:], None])
     assert stream(second).change_since(marks[0]) == "its first rows"
-    size = first.stat().st_size
-    write(tmp_path, "jsonl", [*rows, *(row(number) for number in range(40_000))])
-    assert stream(first).change_since(marks[0]) == f"its length, by +{first.stat().st_size - size:,} bytes"
 
 
 # Faulty rows
@@ -276,11 +276,11 @@ def test_faulty_rows_are_skipped_counted_and_named(tmp_path: Path, caplog: pytes
     for most in (6, 0):
         fault = fault_of(numbers_of, stream(file, window=8, max_bad_rows=most), 60)
         words = f"s: {most + 1} rows are faulty, data.max_bad_rows allows {most}. The first: {file}: byte "
-        assert says(fault, f"{words} ... then resume with --resume.")
+        assert says(fault, f"{words} ... with --resume).")
 
 
 def test_how_many_faulty_rows_are_allowed(tmp_path: Path) -> None:
-    """10, or 0.1 % of the rows, known beforehand or read so far; at the start all that is known fails at once."""
+    """10, or 0.1 % of the rows, known beforehand or read so far."""
     file = tmp_path / "train.jsonl"
     file.write_text(faulty_lines(range(0, 1200, 100), 2000))  # 12 of 2,000
     assert says(fault_of(numbers_of, stream(file), 2000), "s: 11 rows are faulty, data.max_bad_rows allows 10")
@@ -291,8 +291,6 @@ def test_how_many_faulty_rows_are_allowed(tmp_path: Path) -> None:
     assert says(fault_of(stream(file).first), "s: 11 rows are faulty, data.max_bad_rows allows 10. ... raise it")
     file.write_text(faulty_lines(range(20, 30)))
     assert len(stream(file).first()) == 50
-    file.write_text(faulty_lines(range(3), 3))  # few, but all
-    assert says(fault_of(stream(file).first), "s: 3 rows are faulty")
     file.write_text(faulty_lines(range(11), 12))
     assert says(fault_of(stream(file).first), "s: 11 rows are faulty")
 

@@ -1,41 +1,55 @@
 """The base of a run: recorded, pruned once, streamed, or with new tokens; the same one in all that follows."""
 
 from __future__ import annotations
-
-import json
-import logging
-import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from qdora.errors import UserError
 from qdora.export.compare import comparison_text
 from qdora.export.export import export_run
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.build_model import choose_compute
+from qdora.model.build_model import find_model
+from qdora.model.build_model import token_ids
 from qdora.model.inject import adapted_layers
-from qdora.model.tokens import extend_vocabulary, trained_matrices
+from qdora.model.tokens import extend_vocabulary
+from qdora.model.tokens import trained_matrices
 from qdora.plan import plan as parts
-from qdora.plan.fit import divided_recipe, plan
-from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
-from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
+from qdora.plan.fit import divided_recipe
+from qdora.plan.fit import plan
+from qdora.recipe.options import EvalOptions
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.options import Sampling
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import override
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.section import with_settings
-from qdora.recipe.settings import CalibrationConfig, Recipe
+from qdora.recipe.settings import CalibrationConfig
+from qdora.recipe.settings import Recipe
 from qdora.run import base as calibration
-from qdora.run.base import FILE, keep_residency, load_base, residency_here
+from qdora.run.base import FILE
+from qdora.run.base import keep_residency
+from qdora.run.base import load_base
+from qdora.run.base import residency_here
 from qdora.run.load_run import load_run
-from qdora.run.run import resumed_recipe, train_run
-from qdora.run.verbs import evaluate_target, generate_from
+from qdora.run.run import resumed_recipe
+from qdora.run.run import train_run
+from qdora.run.verbs import evaluate_target
+from qdora.run.verbs import generate_from
+from rich.console import Console
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tests import support
 from tests.support import assert_same_run
-from tests.test_plan_memory import a_config, a_recipe
+from tests.test_plan_memory import a_config
+from tests.test_plan_memory import a_recipe
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from typing import Any
+import json
+import logging
+import pytest
+import shutil
+import torch
 
 QUIET = Console(quiet=True)
 OLD, NEW = "a" * 40, "b" * 40
@@ -86,7 +100,7 @@ def move_main(cache: Path, commit: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "revision"), [("base", None), ("tokenizer", "main")])
-def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
+def test_a_moved_branch(tmp_path, hub, what, revision):
     names = {"model__source": "org/small", "model__revision": revision}
     if what == "tokenizer":
         names = {"model__tokenizer": "org/words", "model__tokenizer_revision": revision}
@@ -101,11 +115,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
     before = nll(run)
     move_main(hub, NEW)
     assert nll(run) == before
-    given = tmp_path / "given.yaml"
-    given.write_text(resolved_yaml(recipe))
-    with caplog.at_level(logging.WARNING, "qdora"):
-        again = resumed_recipe(run, str(given), ["train.steps=3"])
-    assert "revision" not in caplog.text
+    again = resumed_recipe(run, ["train.steps=3"])
     # With no revision as a study resumes its cells, which have none
     train_run(override(recipe, ["train.steps=3"]) if revision is None else again, run, resume=True, console=QUIET)
     assert kept() == OLD

@@ -1,38 +1,49 @@
 """What is said of a run's data before it trains: validate and preview, checks of the start, limits of the model."""
 
 from __future__ import annotations
-
-import json
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, MambaConfig
-from typer.testing import CliRunner, Result
-
+from pathlib import Path
 from qdora.cli import app
 from qdora.data.chats import set_chat_settings
-from qdora.data.sources import load_source, read_data, tokenized_sources
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.data.sources import load_source
+from qdora.data.sources import read_data
+from qdora.data.sources import tokenized_sources
+from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
-from qdora.recipe.data_settings import DataConfig, SourceConfig
-from qdora.recipe.recipe_file import load_recipe, resolved_yaml
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import preview as preview_file
-from qdora.run.prepare import context_warnings, example_checks, repeated_checks, vocabulary_faults
+from qdora.run.prepare import context_warnings
+from qdora.run.prepare import example_checks
+from qdora.run.prepare import repeated_checks
+from qdora.run.prepare import vocabulary_faults
 from qdora.run.preview import visible
 from qdora.run.run import train_run
+from rich.console import Console
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tests import support
-from tests.data_rows import says, write
+from tests.data_rows import says
+from tests.data_rows import write
 from tests.page_parser import Page
+from transformers import LlamaConfig
+from transformers import MambaConfig
+from typer.testing import CliRunner
+from typer.testing import Result
+from typing import Any
+import json
+import numpy as np
+import pytest
+import unicodedata
 
 QUIET = Console(quiet=True)
 NOT_EVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -283,21 +294,17 @@ def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) 
         groups = json.loads((run / "checks.json").read_text())
         return [(each["state"], each["text"]) for group in groups.values() for each in group]
 
-    changes: dict[str, Any] = {"data__packing": True, "train__batch": 100}
-    log, repeats = train(root, run, train__steps=1, **changes), "An optimizer step takes 100 examples"
+    changes: dict[str, Any] = {"data__packing": True}
+    log = train(root, run, train__steps=1, **changes)
     found = kept()
     starts = ("sums: 0 of", "letters: 0 of", "packed examples stay apart")
     assert [log.count(f" Checked: {start}") for start in starts] == [2, 2, 1]
-    assert [text.startswith(repeats) for state, text in found if state == "warning"] == [True]
     gradients = [text for state, text in found if state == "open"]
     assert gradients == ["whether every trainable tensor gets a gradient: known after 3 updates."]
     train(root, run, resume=True, train__steps=4, **changes)
     assert len(kept()) == len(found)
     assert [text for state, text in kept() if state == "open"] == []
     assert any("in 3 updates each of the 42 trainable tensors had a gradient" in text for _, text in kept())
-    page = Page((run / "report.html").read_text()).text
-    assert page.count(repeats) == 1
-    assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in page
 
 
 def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
@@ -376,25 +383,16 @@ def tokens(name: str, *examples: list[int]) -> TokenizedSet:
     return TokenizedSet(name, tuple(made))
 
 
-def test_rows_of_the_embedding_and_positions_are_limits() -> None:
+def test_rows_of_the_embedding_are_a_limit() -> None:
     sources = [tokens("fits", [0, 9]), tokens("beyond", [1], [10, 2]), tokens("empty")]
     config = LlamaConfig(vocab_size=10)
     (fault,) = vocabulary_faults(sources, config, 0)
     assert fault.startswith("model.tokenizer: source 'beyond' has token id 10, and the model's embedding has 10 rows.")
     assert vocabulary_faults(sources, config, 1) == []  # a token of model.add_tokens
-    sources = [tokens("fits", [0] * 8), tokens("long", [0] * 9, [0] * 12, [0])]
-    (text,) = context_warnings(sources, LlamaConfig(max_position_embeddings=8))
-    assert text.startswith("long: 2 of 3 examples are longer than the model has positions (8)")
-    assert context_warnings(sources, LlamaConfig(max_position_embeddings=12)) == []
-    assert context_warnings(sources, MambaConfig()) == []  # no limit
 
 
-def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
-    support.write_llama(tmp_path / "model", max_position_embeddings=16)
+def test_limits_of_the_model_and_of_the_steps(tmp_path: Path) -> None:
     source = write(tmp_path / "long.jsonl", [{"prompt": f"{n} " * 20, "completion": " yes"} for n in range(20)])
-    log = train(tmp_path, tmp_path / "run", data__mix=[{"source": source}], train__steps=1)
-    assert "WARNING long: 19 of 19 examples are longer than the model has positions" in log
-    assert log.index("has positions") < log.index("Training ")
     support.write_llama(tmp_path / "small/model", vocab_size=100)
     (fault,) = refusal(support.tiny_recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
     assert "source 'long' has token id" in fault

@@ -83,9 +83,9 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        """The tokens of each example of each source; of a stream they are not known."""
-        lengths = ([0] if isinstance(part, ExampleStream) else map(len, part.examples) for part in self.tokenised)
-        return [np.fromiter(each, dtype=np.int64) for each in lengths]
+        """The tokens of each example of each source."""
+        assert not self.streams, "lengths in a stream are not known"
+        return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""
@@ -117,18 +117,11 @@ class StepLoader:
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
-        Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
+        Steps do not stop at the end of an epoch: the last one may take its first examples from the next. They end with
+        the order, where all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
-        length = self.order.length
-        if length is not None and num_draws > length:
-            # Each cap is rounded down, the epochs of the whole are not
-            if num_draws - length >= len(self.order.sizes):
-                raise UserError(
-                    f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
-                    f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
-                )
-            num_draws = length
+        num_draws = min(num_draws, self.order.length or num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
     def draws_for_steps(self, num_steps: int) -> int | None:
@@ -136,33 +129,22 @@ class StepLoader:
         length = self.order.length
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
-        elif self.streams:
-            if length is not None:
-                raise UserError(
-                    "train.tokens_per_step: with max_epochs for every source and a stream among them the number of "
-                    "steps is not known. Fix: use train.batch, or remove max_epochs from one source."
-                )
+        elif not self.streams:
+            sizes = self.step_sizes(num_steps)
+            num_draws, possible = sum(size.num_examples for size in sizes), len(sizes)
+        elif length is None:
             return None
         else:
-            num_draws = possible = 0
-            for size in islice(self._step_sizes(length), num_steps):
-                possible, num_draws = possible + 1, size.position + size.num_examples
+            raise UserError(
+                "train.tokens_per_step: with max_epochs for every source and a stream the steps cannot be counted. "
+                "Fix: use train.batch, or remove max_epochs from one source."
+            )
         if num_steps > possible:
             raise UserError(
                 f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
                 f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
         return num_draws if length is None else min(num_draws, length)
-
-    def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,); 0 from a stream."""
-        tokens = []
-        for source, count in enumerate(self.order.counts(num_draws).tolist()):
-            lengths = self._lengths[source]
-            num_passes, rest = divmod(count, len(lengths))
-            last = self.order.shuffle(source, num_passes, len(lengths))[:rest]
-            tokens.append(num_passes * lengths.sum() + lengths[last].sum())
-        return np.array(tokens, dtype=np.int64)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
         """The first steps of the order, fewer if it ends before. Not for streams."""
@@ -221,11 +203,8 @@ class StepLoader:
         streams = {f"source {part.name}": part.change_since(before.get(part.name)) for part in self.streams}
         changed |= {name: how for name, how in streams.items() if how is not None}
         if changed:
-            fix = "Fix: put the old one back, or start with another --run-dir."
-            lines = (
-                f"--resume: {what} differs from that of the checkpoint ({how}). {fix}" for what, how in changed.items()
-            )
-            raise UserError(*lines)
+            text = "--resume: {} differs from that of the checkpoint ({}). Fix: restore it, or take another --run-dir."
+            raise UserError(*(text.format(what, how) for what, how in changed.items()))
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -288,38 +267,23 @@ class Batching:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the examples of packed rows lie.
+    """Where the examples of packed rows lie. For the model the padding behind the last one is one more example."""
 
-    Attributes:
-        position_ids: (rows, length) int64, counted from 0 in each example and again in the padding behind the last
-            one: for the model the padding is one more example.
-        example_index: (rows, length) int64, the token's example as its index in `MicroBatch.example_ids`; -1 in
-            padding.
-    """
-
-    position_ids: Tensor
-    example_index: Tensor
+    position_ids: Tensor  # (rows, length) int64, counted from 0 in each example
+    example_index: Tensor  # (rows, length) int64, index in `MicroBatch.example_ids`; -1 in padding
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples of one forward pass, padded on the right. Without packing each is a row.
+    """Examples of one forward pass, padded on the right."""
 
-    Attributes:
-        input_ids, attention_mask: (rows, length) int64.
-        labels: (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
-        task_ids: (examples,) int64, into `task_names`.
-        task_names: All tasks of the loader, the same list in every micro-batch.
-        packing: Which tokens are whose, or None where a row is an example.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    task_ids: Tensor
-    task_names: list[str]
+    input_ids: Tensor  # (rows, length) int64
+    attention_mask: Tensor  # (rows, length) int64
+    labels: Tensor  # (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted
+    task_ids: Tensor  # (examples,) int64, into `task_names`
+    task_names: list[str]  # all tasks of the loader
     example_ids: list[str]
-    packing: Packing | None = None
+    packing: Packing | None = None  # None: each row is an example
 
     def examples(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(id, input ids, labels) of each example, (length,) int64 both, without padding."""

@@ -6,26 +6,33 @@ its end mark. One text holds all turns of a chat where it shows each of them so.
 """
 
 from __future__ import annotations
-
-import hashlib
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from datetime import date
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
-
-import jinja2
-import jinja2.meta
-import numpy as np
+from functools import cached_property
+from functools import lru_cache
 from numpy.typing import NDArray
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from qdora.data.example import Example, Messages, Tools, Turn, with_last_learnt
+from qdora.data.example import Example
+from qdora.data.example import Messages
+from qdora.data.example import Tools
+from qdora.data.example import Turn
+from qdora.data.example import with_last_learnt
 from qdora.errors import UserError
 from qdora.files.machine import user_path
-from qdora.recipe.data_settings import DataConfig, LossOn
+from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import LossOn
+from transformers.utils.chat_template_utils import render_jinja_template
+from typing import Any
+from typing import NamedTuple
+import hashlib
+import jinja2
+import jinja2.meta
+import json
+import numpy as np
+import re
 
 RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -419,13 +426,11 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
     for number, chat in enumerate(chats):
         template = chat_template_of(tokenizer, chat.tools)
         results.append([])
-        whole, own = None, list[_Text]()
         try:
             whole, own = _texts_of(template, chat, loss_on)
-        except UserError as error:
-            results[number] = str(error)
         except RENDER_ERRORS as error:
-            results[number] = f"the chat template refuses it: {error}"
+            results[number] = str(error) if isinstance(error, UserError) else f"the chat template refuses it: {error}"
+            continue
         wholes += [] if whole is None else [(number, template, whole)]
         parts += [(number, template, text if len(own) > 1 else text._replace(turn=None)) for text in own]
     for (number, template, text), tokens in zip(wholes, _encode(tokenizer, [each[2] for each in wholes]), strict=True):

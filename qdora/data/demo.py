@@ -1,7 +1,7 @@
 """The built-in demo data: five small multiple-choice task families that need no network.
 
-Everything is made from the authored tables in demo_tables/, written for this project (Apache-2.0 like the rest).
-The families mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
+Everything is made from the tables in demo_tables/, written for this project (Apache-2.0 like the rest). The families
+mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
 
     demo/facts   yes or no, about a passage of invented facts
     demo/odd     which of four words does not belong
@@ -44,16 +44,11 @@ def examples(family: str, split: str) -> list[Example]:
     """
     if split not in SPLITS:
         raise UserError(not_one_of(f"demo/{family}: split", split, SPLITS))
-    return list(_examples(family, split))
-
-
-@cache
-def _examples(family: str, split: str) -> tuple[Example, ...]:
     # An integer seed per list, from the order of FAMILIES: a new family goes to the end, or every example changes.
     rng = random.Random(100 * list(FAMILIES).index(family) + SPLITS.index(split))
     drafts: dict[str, Draft] = {}
     for prompt, answer, wrong in FAMILIES[family](split, rng):
-        drafts.setdefault(_with_choices(prompt, sorted((answer, *wrong))), (prompt, answer, wrong))
+        drafts.setdefault(prompt.replace("{choices}", ", ".join(sorted((answer, *wrong)))), (prompt, answer, wrong))
         if len(drafts) == NUM_EXAMPLES[split]:
             break
     assert len(drafts) == NUM_EXAMPLES[split], f"the tables of demo/{family} are too small for {split}"
@@ -63,11 +58,12 @@ def _examples(family: str, split: str) -> tuple[Example, ...]:
         # Counting through the positions makes them exactly uniform; "no, yes" keeps its order.
         gold = int(answer == "yes") if answer in ("no", "yes") else number % (len(choices) + 1)
         choices.insert(gold, answer)
-        made.append((_with_choices(prompt, choices), tuple(f" {choice}" for choice in choices), gold))
-    return tuple(
+        prompt = prompt.replace("{choices}", ", ".join(choices))
+        made.append((prompt, tuple(f" {choice}" for choice in choices), gold))
+    return [
         Example(f"demo/{family}", f"{family}-{split}-{number:03d}", prompt, choices[gold], choices, gold)
         for number, (prompt, choices, gold) in enumerate(_shuffled(made, rng))
-    )
+    ]
 
 
 def _facts(split: str, rng: random.Random) -> Iterator[Draft]:
@@ -149,10 +145,6 @@ FAMILIES: dict[str, Callable[[str, random.Random], Iterator[Draft]]] = {
     "next": _next,
 }
 """Family -> what drafts its questions. Task demo/<family> has its examples."""
-
-
-def _with_choices(prompt: str, choices: Sequence[str]) -> str:
-    return prompt.replace("{choices}", ", ".join(choices))
 
 
 def _part(items: Sequence[T], split: str, sizes: tuple[int, int, int]) -> list[T]:

@@ -1,4 +1,4 @@
-"""What a run will see of each source of its mix: counts and shares over its steps, as a table, and a warning."""
+"""What a run will see of each source of its mix: counts and shares over its steps, as a table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class SourcePlan:
     share_asked: float  # of the draws, by the strategy
     share_seen: float | None  # less than asked once the source is used up, more once others are
     num_draws: int | None  # examples that the run takes
-    num_tokens_seen: int | None = None
     epochs: float | None  # how often an example is seen on average; below 1, some are never seen
     unused: tuple[str, ...] = ()  # columns that its format does not read; of a stream, those of its first rows
 
@@ -46,14 +45,13 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     """What `num_steps` steps from position 0 take from each source; UserError if the sources have fewer steps."""
     num_draws = loader.draws_for_steps(num_steps)
     counts: list[int | None] = [None] * len(mix.sets)
-    tokens = counts
     if num_draws is not None:
-        counts, tokens = mix.order.counts(num_draws).tolist(), loader.tokens_of_draws(num_draws).tolist()
+        counts = list(mix.order.counts(num_draws).tolist())
     sources = []
-    for part, share, count, num_tokens in zip(mix.sets, mix.order.shares.tolist(), counts, tokens, strict=True):
-        size, known = part.num_examples if isinstance(part, ExampleStream) else len(part), dict[str, int | None]()
+    for part, share, count in zip(mix.sets, mix.order.shares.tolist(), counts, strict=True):
+        size, known = part.num_examples if isinstance(part, ExampleStream) else len(part), dict[str, int]()
         if isinstance(part, TokenizedSet):
-            known = {"num_tokens": part.num_tokens, "num_tokens_seen": num_tokens}
+            known = {"num_tokens": part.num_tokens}
             known |= {"num_truncated": part.num_truncated, "num_dropped": part.num_dropped}
         sources.append(
             SourcePlan(
@@ -70,37 +68,26 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     return MixPlan(num_steps, num_draws, tuple(sources))
 
 
-def large_step_warning(plan: MixPlan) -> str | None:
-    """A warning if an optimizer step takes more examples than all sources have, so that it repeats some; else None."""
-    sizes = [source.num_examples for source in plan.sources]
-    num_examples = sum(size or 0 for size in sizes)
-    if None in sizes or plan.num_draws is None or plan.num_draws <= plan.num_steps * num_examples:
-        return None
-    per_step = plan.num_draws / plan.num_steps
-    return (
-        f"An optimizer step takes {per_step:,.0f} examples, but the training data has only {num_examples:,}: each step "
-        f"repeats the data {per_step / num_examples:.1f} times. Fix: lower train.tokens_per_step or train.batch."
-    )
+_COLUMNS = {
+    "examples": ("num_examples", ",d"),
+    "tokens": ("num_tokens", ",d"),
+    "asked": ("share_asked", ".1%"),
+    "seen": ("share_seen", ".1%"),
+    "passes": ("epochs", ".2f"),
+    "cut": ("num_truncated", ",d"),
+    "dropped": ("num_dropped", ",d"),
+}
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:
     """Print the plan as a table, and log the columns that training does not read."""
     draws = "" if plan.num_draws is None else f", {plan.num_draws:,} examples"
     table = Table("source", title=f"{plan.num_steps:,} steps{draws}", title_justify="left")
-    for name in ("examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped"):
+    for name in _COLUMNS:
         table.add_column(name, justify="right")
     for part in plan.sources:
-        numbers = (
-            (part.num_examples, ",d"),
-            (part.num_tokens, ",d"),
-            (part.share_asked, ".1%"),  # asked and seen are shares of the draws
-            (part.share_seen, ".1%"),
-            (part.num_tokens_seen, ",d"),
-            (part.epochs, ".2f"),
-            (part.num_truncated, ",d"),
-            (part.num_dropped, ",d"),
-        )
-        table.add_row(part.name, *("unknown" if value is None else format(value, form) for value, form in numbers))
+        cells = ((getattr(part, field), form) for field, form in _COLUMNS.values())
+        table.add_row(part.name, *("unknown" if value is None else format(value, form) for value, form in cells))
     console.print(table)
     for part in plan.sources:
         if part.unused:

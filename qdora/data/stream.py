@@ -1,24 +1,31 @@
 """Examples of a source larger than memory: read, shuffled and tokenised while training, resumed exactly anywhere."""
 
 from __future__ import annotations
-
-import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
-
-import numpy as np
 from numpy.typing import NDArray
-
-from qdora.data.example import Example, RowFault
-from qdora.data.files import MAX_SHOWN_FAULTS, PlacedRow, Shards, empty_data_set
-from qdora.data.formats import FIRST_ROWS, RowExamples
-from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
+from qdora.data.example import Example
+from qdora.data.example import RowFault
+from qdora.data.files import MAX_SHOWN_FAULTS
+from qdora.data.files import PlacedRow
+from qdora.data.files import Shards
+from qdora.data.files import empty_data_set
+from qdora.data.formats import FIRST_ROWS
+from qdora.data.formats import RowExamples
+from qdora.data.tokenize import ExampleTally
+from qdora.data.tokenize import Outcome
+from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
+from typing import Any
+import hashlib
+import logging
+import numpy as np
 
 _TOKENIZED_AT_ONCE = 64
 """Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
@@ -26,8 +33,6 @@ _SAMPLE = 64
 """Rows from the beginning that tell one stream from another."""
 _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
 """data.max_bad_rows by default: so many, and so large a share of the rows."""
-_MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
-"""The most by which mended rows change the length of the files: whichever is more. Anything above is other data."""
 
 logger = logging.getLogger("qdora")
 
@@ -109,29 +114,23 @@ class ExampleStream:
 
     def check_rows(self) -> None:
         """As `first`, without the tokenizer: what only tokens tell is not checked."""
-        rows = self._sample
-        self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
+        self._check_bad([fault for fault in self._made(self._sample) if isinstance(fault, str)], len(self._sample))
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:
         return list(islice(self.shards.readers[0](0), _SAMPLE))
 
-    def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
-        most = self._most_bad(num_rows)
-        if len(bad) > most or (bad and len(bad) == num_rows):
-            raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
-
-    def _most_bad(self, num_rows: int) -> int:
-        """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
-        asked = self.data.max_bad_rows
-        size = self.source.size or self.shards.num_rows or 0
-        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, size))) if asked is None else asked
-
-    def _too_many(self, num_bad: int, most: int, shown: Sequence[str]) -> str:
-        return (
-            f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
-            "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
-        )
+    def _check_bad(self, shown: Sequence[str], num_rows: int, num_bad: int | None = None) -> None:
+        """UserError if a pass has too many faulty rows among its first `num_rows`."""
+        most, num_bad = self.data.max_bad_rows, len(shown) if num_bad is None else num_bad
+        if most is None:
+            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows or 0)))
+        if num_bad > most:
+            raise UserError(
+                f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
+                f"{'; '.join(shown[:MAX_SHOWN_FAULTS])}. Fix: mend them in place, or raise it by "
+                "-s data.max_bad_rows=N (a run that has begun: with --resume)."
+            )
 
     # The next example
 
@@ -167,10 +166,8 @@ class ExampleStream:
             if fault not in self._logged:
                 logger.warning("%s: skipped a faulty row. %s", self.name, fault)
                 self._logged.add(fault)
-        num_bad = here.num_bad - here.num_bad_before
-        most = self._most_bad(here.window * self.source.shuffle_window + here.taken)
-        if num_bad > most:
-            raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
+        num_rows = here.window * self.source.shuffle_window + here.taken
+        self._check_bad(here.bad_rows, num_rows, here.num_bad - here.num_bad_before)
 
     def _tokenize_more(self) -> None:
         if not self._window:
@@ -278,7 +275,7 @@ class ExampleStream:
         self._rows, self._window, self._ready = None, [], []
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one stream from another, JSON types: its shards and settings, its length, its first rows."""
+        """What tells one stream from another, JSON types: its shards and settings, its first rows."""
         data, source = self.data, self.source
         # Checkpoints hold the fingerprint, so this text must not change.
         settings = (
@@ -290,7 +287,6 @@ class ExampleStream:
         settings += " chat" if source.chat else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
-            "num_bytes": self.shards.num_bytes,
             "rows": [_row_digest(row) for row in self.first_rows],
         }
 
@@ -305,9 +301,6 @@ class ExampleStream:
         pairs = zip(before["rows"], now["rows"], strict=False)
         if len(before["rows"]) != len(now["rows"]) or any(then not in (None, row) for then, row in pairs):
             return "its first rows"
-        difference = now["num_bytes"] - before["num_bytes"]
-        if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
-            return f"its length, by {difference:+,} bytes"
         return None
 
 

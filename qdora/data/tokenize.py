@@ -316,16 +316,13 @@ def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) 
         return []
     eos, prefix = tokenizer.eos_token_id, special_prefix(tokenizer)
     stops = {eos, *(chat_settings(tokenizer).stop_ids or ())}
-    is_long = [not example.prompt and len(example.answer) > _PART_CHARACTERS for example in examples]
-    short = [(example.prompt, example.answer) for example, long in zip(examples, is_long, strict=True) if not long]
-    pairs = iter(encode_pairs(tokenizer, short))
+    long = [not example.prompt and len(example.answer) > _PART_CHARACTERS for example in examples]
+    pairs = [("", "") if is_long else (ex.prompt, ex.answer) for ex, is_long in zip(examples, long, strict=True)]
     encoded = []
-    for example, long in zip(examples, is_long, strict=True):
-        if long:
+    for example, is_long, (ids, start) in zip(examples, long, encode_pairs(tokenizer, pairs), strict=True):
+        if is_long:
             parts = (encode_batch(tokenizer, [part])[0] for part in text_parts(example.answer, _PART_CHARACTERS))
             ids, start = with_prefix([*chain.from_iterable(parts)], prefix), len(prefix)
-        else:
-            ids, start = next(pairs)
         end = len(ids)
         if example.answer[-1:].isspace():  # behind a stop token it is left out
             while end and ids[end - 1] not in stops and tokenizer.decode(ids[end - 1 : end]).isspace():

@@ -84,8 +84,6 @@ def plan_run(
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
         mix_plan.show_mix(results, mix)
-        if (warning := mix_plan.large_step_warning(mix)) is not None:
-            logger.warning(warning)
     if recipe.adapter.gates is not None:
         assumed.append("the gates have removed no component yet")
     plan_of = partial(plan, device_kind=device_kind, workload=workload, num_processes=num_processes)

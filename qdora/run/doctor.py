@@ -1,23 +1,19 @@
 """qdora doctor: what this machine can do, and what to run where something is missing."""
 
 from __future__ import annotations
-
+from pathlib import Path
+from qdora.errors import first_line
+from qdora.files.machine import CAPABILITY_MAJOR
+from qdora.files.machine import CAPABILITY_MINOR
+from qdora.files.machine import available_memory_bytes
+from qdora.files.machine import device_attribute
+from qdora.files.machine import driver_version
+from qdora.files.machine import environment
+from qdora.files.machine import unused_gpu
+from typing import Any
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
-
-from qdora.errors import first_line
-from qdora.files.machine import (
-    CAPABILITY_MAJOR,
-    CAPABILITY_MINOR,
-    available_memory_bytes,
-    device_attribute,
-    driver_version,
-    environment,
-    unused_gpu,
-)
 
 GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092
@@ -25,10 +21,7 @@ _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.ex
 
 
 def report() -> dict[str, Any]:
-    """`environment` with the driver, kernels, free memory and disk, as JSON values.
-
-    `bitsandbytes` says per device type what is wrong with its kernels, `problems` what is wrong, each with advice.
-    """
+    """`environment` with driver, kernels, free memory and disk, and `problems`, each with advice, as JSON values."""
     unused, works = unused_gpu(), kernels()
     capability = [device_attribute(number) for number in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
     faults = [f"bitsandbytes does not work on {device}: {error}" for device, error in works.items() if error]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.text import Text
+from tokenizers.decoders import DecodeStream
 
 from qdora.data.chats import set_chat_date
 from qdora.data.sources import draw, open_shards, train_and_validation
@@ -71,14 +72,8 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
     """What the rows of a source that are read become, as JSON values.
 
-    num_rows                            rows to train on; None where that is not known, as for many streams
-    num_rows_read, drawn                what all other numbers are about: "all", a "sample", or the "first" of a stream
-    num_examples, num_tokens, num_in_loss   after too long examples are cut, split or dropped
-    lengths, num_too_long               quantiles of the tokens of an example, and how many are too long, before that
-    num_cut, num_dropped                of the examples that are too long
-    faults                              why a run would be refused; of a stream the faulty rows, which are skipped
-    warnings                            of the columns and the checks at the start of a run
-    examples                            the first one of each of the first rows
+    `drawn` says which: "all", a "sample", or the "first" of a stream. `lengths` and `num_too_long` are of what is not
+    yet cut, split or dropped. `faults` are why a run would be refused; of a stream the faulty rows, which are skipped.
     """
     source = data.mix[number]
     train, _ = train_and_validation(source, data)
@@ -132,6 +127,15 @@ class TokenPiece(NamedTuple):
     is_special: bool
 
 
+def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Iterable[bool]) -> list[TokenPiece]:
+    """The piece of each token; all texts joined are the decoded text, special tokens included."""
+    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    stream = DecodeStream(skip_special_tokens=False)
+    texts = [stream.step(tokenizer.backend_tokenizer, id) or "" for id in ids]
+    both = zip(ids, texts, loss_mask, strict=True)
+    return [TokenPiece(text, bool(learnt), id in special) for id, text, learnt in both]
+
+
 def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
     """JSON values: id, numbers of tokens, `pieces` (`TokenPiece`), and how many are `left_out` in their middle."""
     pieces = [piece._asdict() for piece in token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask)]
@@ -143,38 +147,6 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
         "pieces": [*pieces[:_HALF], *pieces[_HALF + left_out :]],
         "left_out": left_out,
     }
-
-
-def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Iterable[bool]) -> list[TokenPiece]:
-    """The piece of each token; all texts joined are the decoded text, special tokens included."""
-    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-
-    def decoded(start: int, end: int) -> str:
-        text: str = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
-
-    def is_unfinished(start: int, end: int, text: str) -> bool:
-        """Whether the last character of the text of [start:end] becomes another one with the tokens that follow."""
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return False
-        # A character has at most 4 bytes in UTF-8, and so takes at most 4 tokens.
-        longer = (decoded(start, more) for more in range(end + 1, min(end + 4, len(ids) + 1)))
-        return any(len(other) <= len(text) or not other.startswith(text) for other in longer)
-
-    texts: list[str] = []
-    # A token is decoded behind the ones before it, since some decoders strip the space of the first. Tokens before
-    # `done` have their text; those from it on are bytes of an unfinished character.
-    start = done = 0
-    for index in range(len(ids)):
-        before, now = decoded(start, done), decoded(start, index + 1)
-        if is_unfinished(start, index + 1, now):
-            texts.append("")
-        else:
-            texts.append(now[len(before) :])
-            start, done = done, index + 1
-    both = zip(ids, texts, loss_mask, strict=True)
-    return [TokenPiece(text, bool(learnt), number in special) for number, text, learnt in both]
 
 
 def show_preview(found: Mapping[str, Any], console: Console | None = None) -> None:

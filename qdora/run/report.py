@@ -1,45 +1,62 @@
 """What a run tells others: README.md, the model card of a run or an export, and report.html, the page of a run.
 
-Both are made of the files of the run. The card has the Hub's front matter (model_card.md.j2); the page loads no other
-file (run_page.html.j2).
+The card has the Hub's front matter (model_card.md.j2); the page loads no other file (run_page.html.j2).
 """
 
 from __future__ import annotations
-
-import re
-import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
+from huggingface_hub import metadata_load
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from pydantic import ByteSize
-from rich.console import Console
-
-import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluate.suite import LossOrAccuracy, task_changes
+from qdora.evaluate.suite import LossOrAccuracy
+from qdora.evaluate.suite import task_changes
 from qdora.files import run_directory
-from qdora.files.atomic import atomic_write_text, masked, disk_failures, read_json_object
-from qdora.files.console import consoles, duration
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import masked
+from qdora.files.atomic import read_json_object
+from qdora.files.console import consoles
+from qdora.files.console import duration
 from qdora.files.machine import package_versions
-from qdora.files.pages import markdown_cell, markdown_table, render_page
-from qdora.files.run_directory import RunDirectory, open_run, unharmed
+from qdora.files.pages import markdown_cell
+from qdora.files.pages import markdown_table
+from qdora.files.pages import render_page
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import open_run
+from qdora.files.run_directory import unharmed
 from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
-from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
-from qdora.recipe.data_settings import SourceConfig, is_path
+from qdora.model.source import BUILTIN
+from qdora.model.source import BUILTIN_HUB_ID
+from qdora.model.source import LICENCE_FILES
+from qdora.model.source import ModelSource
+from qdora.model.source import public_name
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import is_path
 from qdora.recipe.options import Form
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.train.evals import adapter_in_words, adapter_record, adapter_step, state_step
+from qdora.train.evals import adapter_in_words
+from qdora.train.evals import adapter_record
+from qdora.train.evals import adapter_step
+from qdora.train.evals import state_step
 from qdora.train.logs import draw_figures
+from rich.console import Console
+from typing import Any
+from typing import Literal
+import qdora
+import re
+import statistics
+import yaml
 
 PAGE_FILE = "report.html"
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
@@ -66,11 +83,8 @@ def run_card(
 ) -> str:
     """README.md of a run or of an export.
 
-    Args:
-        run: For its name and the evaluations that it keeps.
-        state: "final" or "step-N": the state of the adapter that the card describes.
-        check: What the verification of an export returned.
-        form: What the directory holds.
+    `state` is "final" or "step-N": that of the adapter. `check` is what the verification of an export returned, `form`
+    what the directory holds.
     """
     source, is_adopted, mix = _source(recipe), bool(run.adopted()), read_record(run, "mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
@@ -81,8 +95,9 @@ def run_card(
         training["state"] = adapter_in_words(run) if state == "final" else state
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
+    text = " ({} draws of {} examples in all steps)"
     seen = {
-        part["name"]: f" ({part['num_draws'] or 'unknown'} draws of {part['num_examples'] or 'streamed'} examples)"
+        part["name"]: text.format(part["num_draws"] or "unknown", part["num_examples"] or "streamed")
         for part in mix.get("sources", ())
     }
     is_multimodal = "trained part" in training
@@ -228,10 +243,7 @@ def _data(source: SourceConfig) -> str:
 
 
 def page_of_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Draw the figures of a run again and write its page to `out`/report.html; default: into the run directory.
-
-    Returns the facts (`run_facts`) and the path of the page.
-    """
+    """Draw the figures of a run again and write its page to `out` (default: the run); returns its facts and path."""
     run, folder = open_run(directory), out or directory
     draw_figures(run.metrics(), run.inside("figures"))
     with disk_failures(folder, "name another directory with --out"):

@@ -5,67 +5,89 @@
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from qdora.data.batches import PackedLayout
+from qdora.errors import Interrupted
+from qdora.errors import UserError
+from qdora.errors import first_few
+from qdora.evaluate.generation import generation_table
+from qdora.evaluate.suite import compare_table
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import disk_failures
+from qdora.files.atomic import read_json_object
+from qdora.files.console import bar
+from qdora.files.console import consoles
+from qdora.files.machine import environment
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import create_run
+from qdora.files.run_directory import failures_logged
+from qdora.files.run_directory import flat
+from qdora.files.run_directory import log_to
+from qdora.files.run_directory import only_process
+from qdora.files.run_directory import open_run
+from qdora.files.run_directory import resume_run
+from qdora.files.run_directory import unharmed
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import weights_unread
+from qdora.model.build_model import adapt
+from qdora.model.build_model import describe_adapters
+from qdora.model.inject import model_size
+from qdora.model.multimodal import TRAINED_PART
+from qdora.model.multimodal import is_multimodal
+from qdora.model.source import is_commit
+from qdora.model.store import PrunedBase
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import shown
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
+from qdora.run.base import FOLDER
+from qdora.run.base import REVISIONS
+from qdora.run.base import base_record
+from qdora.run.base import check_base
+from qdora.run.base import compress_base
+from qdora.run.base import compression_key
+from qdora.run.base import keep_residency
+from qdora.run.base import load_base
+from qdora.run.base import with_revisions_of
+from qdora.run.prepare import PreparedRun
+from qdora.run.prepare import prepare
+from qdora.run.prepare import show_plans
+from qdora.run.prepare import token_checks
+from qdora.run.report import leave_page
+from qdora.run.report import run_card
+from qdora.train.distributed import Processes
+from qdora.train.distributed import mesh_of
+from qdora.train.distributed import processes_of_launch
+from qdora.train.distributed import seed_of
+from qdora.train.evals import adapter_record
+from qdora.train.evals import read_result
+from qdora.train.guards import CHECKS_FILE
+from qdora.train.guards import Check
+from qdora.train.guards import DIVISION
+from qdora.train.guards import PACKING
+from qdora.train.guards import TOKENS
+from qdora.train.guards import check_division
+from qdora.train.guards import packed_layout
+from qdora.train.guards import tell_checks
+from qdora.train.trainer import Trainer
+from rich.console import Console
+from transformers import PreTrainedModel
+from typing import Any
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
 import torch
-from rich.console import Console
-from transformers import PreTrainedModel
 
-from qdora.data.batches import PackedLayout
-from qdora.errors import Interrupted, UserError, first_few
-from qdora.evaluate.generation import generation_table
-from qdora.evaluate.suite import compare_table
-from qdora.files.atomic import atomic_directory, atomic_write_text, disk_failures, read_json_object
-from qdora.files.console import bar, consoles
-from qdora.files.machine import environment
-from qdora.files.run_directory import (
-    RunDirectory,
-    create_run,
-    failures_logged,
-    flat,
-    log_to,
-    only_process,
-    open_run,
-    resume_run,
-    unharmed,
-)
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.attention import weights_unread
-from qdora.model.build_model import adapt, describe_adapters
-from qdora.model.inject import model_size
-from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.model.source import is_commit
-from qdora.model.store import PrunedBase
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
-from qdora.recipe.section import shown, with_settings
-from qdora.recipe.settings import Recipe
-from qdora.run.base import (
-    FOLDER,
-    REVISIONS,
-    base_record,
-    check_base,
-    compress_base,
-    compression_key,
-    keep_residency,
-    load_base,
-    with_revisions_of,
-)
-from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
-from qdora.run.report import leave_page, run_card
-from qdora.train.distributed import Processes, mesh_of, processes_of_launch, seed_of
-from qdora.train.evals import adapter_record, read_result
-from qdora.train.guards import CHECKS_FILE, DIVISION, PACKING, TOKENS, Check, check_division, packed_layout, tell_checks
-from qdora.train.trainer import Trainer
-
-CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SharedBases = Callable[[str, Callable[[Path], None]], Path]
 """Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
@@ -85,10 +107,8 @@ def train_run(
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
     Args:
-        directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
-        console: Where progress and results are shown; default: standard error and standard output.
         shared_bases: Keeps pruned bases that several runs share.
     Returns JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     """
@@ -195,8 +215,7 @@ def check_model(
 ) -> PackedLayout | None:
     """Try the loaded and adapted model before its first step, and log what was found. All processes call this.
 
-    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one. Tokens that
-    cannot be learnt are named, unless the base is divided. Returns how micro-batches are packed, None if they are not.
+    Returns how micro-batches are packed, None if they are not.
     """
     layout, checks = None, dict[str, list[Check]]()
     if prepared.recipe.data.packing:
@@ -288,32 +307,9 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
         prepared.loader.check_state(state)
 
 
-def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of an earlier run with `overrides`; a warning names the settings that differ from the recipe `where`.
-
-    That recipe need not be valid: options that it needs are not given again.
-    """
-    run = open_run(directory)
-    own = recipe_of_run(run.recipe_file, overrides, sections=Recipe.model_fields)
-    try:
-        given = load_recipe(where, overrides)
-    except UserError as error:
-        text = "%s continues with its own recipe.yaml. %s is not compared with it: %s"
-        logger.warning(text, directory, where, error.faults[0])
-        return own
-    mine, other = flat(settings(own)), flat(settings(given))
-    ignored = {f"model.{name}" for name in REVISIONS.values() if not is_commit(getattr(given.model, name))}
-    files = own.data.chat_template, given.data.chat_template
-    with suppress(OSError):
-        if files[0] and files[1] and Path(files[0]).read_bytes() == Path(files[1]).read_bytes():
-            ignored.add(CHAT_TEMPLATE)  # the run has its own copy
-    keys = dict.fromkeys((*mine, *other))
-    changes = [
-        f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})"
-        for key in keys
-        if key not in ignored and mine.get(key) != other.get(key)
-    ]
-    if changes and os.environ.get("RANK", "0") == "0":
-        text = "%s continues with its own recipe.yaml, which differs from %s in %s. See `qdora guide runs`."
-        logger.warning(text, directory, where, first_few(changes, 3))
-    return own
+def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an earlier run with `overrides`."""
+    recipe = recipe_of_run(open_run(directory).recipe_file, overrides, sections=Recipe.model_fields)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("%s continues with its own recipe.yaml, which only -s changes.", directory)
+    return recipe
