@@ -42,10 +42,10 @@ from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_
 from qdora.model.multimodal import all_paths
 from qdora.model.tokens import (
     TrainedMatrix,
+    check_trainable,
     embedding_paths,
     is_tied,
     put_trained,
-    trainable_faults,
     trained_matrices,
 )
 
@@ -535,8 +535,7 @@ def _trained_shapes(
         path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
         if not path:
             raise UserError(f"{where}: {setting}: {name!r} must be the input embedding or the output head.")
-        if faults := trainable_faults(model, [path]):
-            raise UserError(*faults)
+        check_trainable(model, [path])
         weight = model.get_submodule(path).weight
         assert isinstance(weight, Tensor)
         size, width = weight.shape

@@ -92,13 +92,13 @@ def with_attention(
     """
     cap = softcap_of(config)
     default = None if cap is None else "eager"
-    no_flash = _no_flash(device, dtype) if device.type == "cuda" else None
-    if asked == FLASH and no_flash is not None:
-        raise UserError(f"model.attention: got {FLASH}, which {no_flash}; must be auto, sdpa or eager.")
     kinds: list[str | None] = [default if asked == "auto" else asked]
-    has_flash = device.type == "cuda" and is_flash_attn_2_available() and no_flash is None
-    if asked == "auto" and has_flash and (cap is None or FLASH in cap.computed_by):
-        kinds.insert(0, FLASH)
+    if device.type == "cuda" and asked in ("auto", FLASH) and is_flash_attn_2_available():
+        no_flash = _no_flash(device, dtype)
+        if asked == FLASH and no_flash is not None:
+            raise UserError(f"model.attention: got {FLASH}, which {no_flash}; must be auto, sdpa or eager.")
+        if asked == "auto" and no_flash is None and (cap is None or FLASH in cap.computed_by):
+            kinds.insert(0, FLASH)
     faults = []
     for kind in kinds:
         try:
