@@ -170,8 +170,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
     targets: Any = "experts" if name == "gpt_oss" else "all-linear"
     options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked, "share": share}
     layers = inject(model, kind=kind, targets=targets, **options)
-    left = start_from_error_(model, resolve(str(tmp_path)))
-    assert left.keys() == layers.keys()
+    start_from_error_(model, resolve(str(tmp_path)))
     for path, layer in layers.items():
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         keep = layer.base.keep_mask().numpy() if masked else 1.0
@@ -181,7 +180,6 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
         update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
         assert np.linalg.norm(error - update) ** 2 == pytest.approx(np.sum(squares), rel=1e-3)
         rest = np.linalg.norm(error - update * keep) / np.linalg.norm(error)
-        assert left[path] == pytest.approx(rest, abs=1e-4)
         assert rest < 1
         merged = layer.merged_weight(torch.float64).detach().numpy()
         np.testing.assert_allclose(merged, base + update * keep, atol=2e-5)
@@ -197,9 +195,6 @@ def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error
     assert not any(layer.lora_B.any() for layer in adapted_layers(model).values())
     start_adapters(model, recipe, source)
     assert [bool(layer.lora_B.any()) for layer in adapted_layers(model).values()] == [True, True, False]
-    left = start_from_error_(model, source)
-    assert left["lm_head"] == 1.0
-    assert 0 < left["model.layers.0.self_attn.q_proj"] < 1
 
 
 # --- models that do not treat linear layers as functions: the gradient of the magnitude is still the true one

@@ -399,7 +399,8 @@ def read_adapter(
             for path, module in linear.items():
                 assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
                 (a, b, m), rank, share = _names(names[path]), described.rank_of(path), described.shares.get(path)
-                num_experts, out, swapped = 1, (module.out_features,), False
+                num_experts, swapped = 1, False
+                out: tuple[int, ...] = (module.out_features,)
                 if isinstance(module, BareExperts):
                     num_experts, out = module.num_experts, (module.num_experts, module.expert_features)
                     swapped = peft_swaps(model, path)

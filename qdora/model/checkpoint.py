@@ -466,9 +466,12 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
     def turned() -> Tensor:
         return item.read().mT if transposed else item.read()
 
+    def read_expert(expert: int) -> Tensor:
+        return turned()[expert].contiguous()
+
     shape = (experts * rows, columns)
-    parts = (StoredRows(rows, lambda expert=expert: turned()[expert].contiguous()) for expert in range(experts))
-    return replace(item, shape=shape, read=lambda: turned().reshape(shape), parts=tuple(parts))
+    parts = tuple(StoredRows(rows, partial(read_expert, expert)) for expert in range(experts))
+    return replace(item, shape=shape, read=lambda: turned().reshape(shape), parts=parts)
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
         keys = [f"{start}{part}_exps.weight" for part in (("gate", "up") if is_split else (projection,))]
         held = [tensors.pop(key) for key in keys if key in tensors]
         num_experts, features = stack.num_experts, stack.expert_features
-        shape = (num_experts, features // len(keys), stack.in_features)
-        if held and [tensor.shape for tensor in held] != [shape] * len(keys):
+        each = (num_experts, features // len(keys), stack.in_features)
+        if held and [tensor.shape for tensor in held] != [each] * len(keys):
             what = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor in held)
             asked = f"{num_experts} experts of {features} rows"
             raise UserError(f"model.source: the file has {what}, the config asks for {asked}.")

@@ -267,11 +267,6 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     for name in linear.keys() - skipped:
         if f"{name}.weight" in shared:
             raise UserError(f"base.skip: must have {name}, which shares its weight with the embedding.")
-    convolved = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
-    stacked = [name for name, each in model.named_parameters() if each.ndim == 3 and name not in convolved]
-    if stacked:
-        text = "%d stacked expert weights (e.g. %s) are not linear layers and stay dense."
-        log.warning(text, len(stacked), stacked[0])
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     half = torch.float16
     return {name for name in linear.keys() - skipped if dense_dtype(model, f"{name}.weight", half) == half}
