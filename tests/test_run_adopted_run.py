@@ -171,8 +171,8 @@ def changed(adapter: Path, out: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     "settings, options, words",
     [
-        ({"task_type": "SEQ_CLS"}, {}, "task_type: must be 'CAUSAL_LM'"),
-        ({"magnitudes": False}, {}, "the magnitudes of DoRA are missing"),
+        ({"task_type": "SEQ_CLS"}, {}, "task_type: 'SEQ_CLS' is not supported"),
+        ({"magnitudes": False}, {}, "tensors missing: .*magnitude"),
         ({"base_model_name_or_path": None}, {}, "is not set.*--base-model"),
         ({"base_model_name_or_path": "/x/llama"}, {}, "/x/llama is not on this machine.*--base-model"),
         ({}, {"base_model": "./nothing"}, "--base-model: ./nothing does not exist"),

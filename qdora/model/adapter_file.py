@@ -68,10 +68,11 @@ _COMPUTED |= {"modules_to_save", "trainable_token_indices", "ensure_weight_tying
 # Who wrote the file, what it is for, how training started, run-time options. LoraConfig would import what
 # auto_mapping names.
 _WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config"}
-_WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config", "task_type"}
+_WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config"}
 _WITHOUT_EFFECT |= {"base_model_name_or_path", "revision"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", MASKED),
+    "task_type": ("CAUSAL_LM", None),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of W into the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
