@@ -57,7 +57,9 @@ def choose_compute(dtype: str) -> Compute:
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
-    return Compute(device, torch.bfloat16 if native else torch.float32)
+    chosen = torch.bfloat16 if native else torch.float32
+    logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
+    return Compute(device, chosen)
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
