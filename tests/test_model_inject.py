@@ -1,37 +1,43 @@
 """Which layers get adapters, how these start, and models that write into their outputs or read their weights."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-import torch.distributed
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    OlmoConfig,
-    OlmoForCausalLM,
-)
-
 from qdora.errors import UserError
-from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.attention import keep_inplace_outputs_, weights_unread
-from qdora.model.build_model import nearest_low_rank, recompute_activations, start_adapters, start_from_error_
-from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
+from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import save_adapter
+from qdora.model.attention import keep_inplace_outputs_
+from qdora.model.attention import weights_unread
+from qdora.model.build_model import nearest_low_rank
+from qdora.model.build_model import recompute_activations
+from qdora.model.build_model import start_adapters
+from qdora.model.build_model import start_from_error_
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.inject import frozen_layers
+from qdora.model.inject import inject
+from qdora.model.inject import matches
 from qdora.model.source import resolve
 from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import PruneConfig
 from tests import support
+from torch import Tensor
+from torch import nn
+from transformers import FalconConfig
+from transformers import FalconForCausalLM
+from transformers import GPTNeoXConfig
+from transformers import GPTNeoXForCausalLM
+from transformers import MambaConfig
+from transformers import MambaForCausalLM
+from transformers import OlmoConfig
+from transformers import OlmoForCausalLM
+from typing import Any
+import copy
+import numpy as np
+import pytest
+import torch
+import torch.distributed
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -170,8 +176,7 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
     targets: Any = "experts" if name == "gpt_oss" else "all-linear"
     options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked}
     layers = inject(model, kind=kind, targets=targets, **options)
-    left = start_from_error_(model, resolve(str(tmp_path)))
-    assert left.keys() == layers.keys()
+    start_from_error_(model, resolve(str(tmp_path)))
     for path, layer in layers.items():
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         keep = layer.base.keep_mask().numpy() if masked else 1.0
@@ -181,7 +186,6 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
         update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
         assert np.linalg.norm(error - update) ** 2 == pytest.approx(np.sum(squares), rel=1e-3)
         rest = np.linalg.norm(error - update * keep) / np.linalg.norm(error)
-        assert left[path] == pytest.approx(rest, abs=1e-4)
         assert rest < 1
         merged = layer.merged_weight(torch.float64).detach().numpy()
         np.testing.assert_allclose(merged, base + update * keep, atol=2e-5)
@@ -197,9 +201,6 @@ def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error
     assert not any(layer.lora_B.any() for layer in adapted_layers(model).values())
     start_adapters(model, recipe, source)
     assert [bool(layer.lora_B.any()) for layer in adapted_layers(model).values()] == [True, True, False]
-    left = start_from_error_(model, source)
-    assert left["lm_head"] == 1.0
-    assert 0 < left["model.layers.0.self_attn.q_proj"] < 1
 
 
 # --- models that do not treat linear layers as functions: the gradient of the magnitude is still the true one

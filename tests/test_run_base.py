@@ -369,8 +369,8 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_ru
     assert trained_matrices(load_run(tmp_path / "run").model)
     turned = {"model__add_tokens": list(reversed(TOKENS))}
     for changes, words in (
-        (WHOLE, "adapter.also_train_rows: must be new, as in the adapter in"),
-        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] and have the rows of the adapter in"),
+        (WHOLE, r"model.add_tokens: must be \[.*\], and adapter.also_train_rows that of the adapter in"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\], and adapter.also_train_rows that of"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")

@@ -13,31 +13,43 @@ backward pass of the block behind it; the device holds the last two or three.
 """
 
 from __future__ import annotations
-
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import field
+from functools import partial
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
+from qdora.adapter.rows import HostEmbedding
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.files.machine import available_memory_bytes
+from qdora.model.checkpoint import Stored
+from qdora.model.checkpoint import StoredPacked
+from qdora.model.checkpoint import tied_weights
+from qdora.model.inject import replace_module
+from qdora.model.load import Loading
+from qdora.model.load import block_list
+from qdora.model.load import place
+from qdora.model.load import place_all
+from qdora.model.load import place_frozen
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import empty_packed
+from qdora.quant.packed import from_tensors
+from torch import Tensor
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+from typing import Any
 import math
 import mmap
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
-
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear
-from qdora.adapter.norms import refresh
-from qdora.adapter.rows import HostEmbedding
-from qdora.errors import RunFailure, UserError, first_line
-from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
-from qdora.model.inject import replace_module
-from qdora.model.load import Loading, block_list, place, place_all, place_frozen
-from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 NUM_SLOTS = 2
 """Streamed blocks that are on the device at a time: one is read while the other is filled."""
@@ -533,38 +545,30 @@ class ActivationOffload:
             why = f"{model.config.model_type} has no list of blocks"
             raise UserError(f"memory.offload_activations: must be false, since {why}.")
         self._send = send or CudaHost(model.device)
-        self._inputs: dict[int, _Input] = {}
+        self._sent: dict[int, list[Away]] = {}  # block -> its input, until it is taken
         for index, block in enumerate(list(blocks[1])[:-1]):
             plain: Any = block._gradient_checkpointing_func
             block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
 
     def _checkpoint(self, block: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block's checkpoint with its inputs saved on the host; the checkpoint's own hooks apply inside the block."""
-        with saved_tensors_hooks(partial(self._out, block), self._back):
-            return plain(*args, **kwargs)
 
-    def _out(self, block: int, tensor: Tensor) -> Tensor | _Input:
-        if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
+        def out(tensor: Tensor) -> Tensor | list[Away]:
+            if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
+                return tensor
+            self._sent.pop(block, None)  # gives its pages back if its pass was broken off
+            sent = self._sent[block] = [self._send(tensor.detach())]
+            return sent
+
+        def back(sent: Tensor | list[Away]) -> Tensor:
+            if isinstance(sent, Tensor):
+                return sent
+            if not sent:
+                raise RunFailure("memory.offload_activations: a graph allows only one backward pass.")
+            tensor = sent.pop().take()
+            for before in self._sent.get(block - 1, ()):
+                before.fetch()
             return tensor
-        self._inputs.pop(block, None)  # gives its pages back if its pass was broken off
-        packed = self._inputs[block] = _Input(block, self._send(tensor.detach()))
-        return packed
 
-    def _back(self, packed: Tensor | _Input) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if packed.away is None:
-            raise RunFailure("memory.offload_activations: a graph allows only one backward pass.")
-        tensor, packed.away = packed.away.take(), None
-        before = self._inputs.get(packed.block - 1)
-        if before is not None and before.away is not None:
-            before.away.fetch()
-        return tensor
-
-
-@dataclass
-class _Input:
-    """A block's input between its passes; `away` is None after it was taken."""
-
-    block: int
-    away: Away | None
+        with saved_tensors_hooks(out, back):
+            return plain(*args, **kwargs)

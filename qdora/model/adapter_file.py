@@ -51,6 +51,7 @@ from qdora.model.inject import is_linear
 from qdora.model.inject import put_layers
 from qdora.model.multimodal import all_paths
 from qdora.model.tokens import TrainedMatrix
+from qdora.model.tokens import check_trainable
 from qdora.model.tokens import embedding_paths
 from qdora.model.tokens import is_tied
 from qdora.model.tokens import put_trained
@@ -85,10 +86,11 @@ _COMPUTED |= {"modules_to_save", "trainable_token_indices", "ensure_weight_tying
 # Who wrote the file, what it is for, how training started, run-time options. LoraConfig would import what
 # auto_mapping names.
 _WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config"}
-_WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config", "task_type"}
+_WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config"}
 _WITHOUT_EFFECT |= {"base_model_name_or_path", "revision"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", MASKED),
+    "task_type": ("CAUSAL_LM", None),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of W into the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
@@ -540,8 +542,7 @@ def _trained_shapes(
         path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
         if not path:
             raise UserError(f"{where}: {setting}: {name!r} must be the input embedding or the output head.")
-        if faults := trainable_faults(model, [path]):
-            raise UserError(*faults)
+        check_trainable(model, [path])
         weight = model.get_submodule(path).weight
         assert isinstance(weight, Tensor)
         size, width = weight.shape

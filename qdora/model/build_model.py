@@ -1,40 +1,48 @@
 """From a recipe: device and dtype, source and tokenizer, adapters on the model, and their file."""
 
 from __future__ import annotations
-
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from qdora.adapter.layer import AdaptedLinear
-from qdora.data.chats import set_chat_settings, use_data_settings
+from qdora.data.chats import set_chat_settings
+from qdora.data.chats import use_data_settings
 from qdora.errors import UserError
-from qdora.files.machine import check_gpu, cpu_has_bfloat16
-from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
+from qdora.files.machine import check_gpu
+from qdora.files.machine import cpu_has_bfloat16
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import save_adapter
 from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import HEAD, adapted_layers, inject
-from qdora.model.load import load_config, skeleton, tensors_of_source
-from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
-from qdora.model.tokens import (
-    EMBEDDING,
-    add_tokens,
-    embedding_paths,
-    extend_vocabulary,
-    is_tied,
-    new_token_ids,
-    stop_ids,
-    train_embeddings,
-    trained_matrices,
-)
+from qdora.model.inject import HEAD
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import inject
+from qdora.model.load import load_config
+from qdora.model.load import skeleton
+from qdora.model.load import tensors_of_source
+from qdora.model.source import ADAPTER_DIRECTORY
+from qdora.model.source import ModelSource
+from qdora.model.source import load_tokenizer
+from qdora.model.source import public_name
+from qdora.model.source import resolve
+from qdora.model.tokens import EMBEDDING
+from qdora.model.tokens import add_tokens
+from qdora.model.tokens import embedding_paths
+from qdora.model.tokens import extend_vocabulary
+from qdora.model.tokens import is_tied
+from qdora.model.tokens import new_token_ids
+from qdora.model.tokens import stop_ids
+from qdora.model.tokens import train_embeddings
+from qdora.model.tokens import trained_matrices
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+import logging
+import torch
 
 logger = logging.getLogger("qdora")
 
@@ -56,7 +64,9 @@ def choose_compute(dtype: str) -> Compute:
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
-    return Compute(device, torch.bfloat16 if native else torch.float32)
+    chosen = torch.bfloat16 if native else torch.float32
+    logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
+    return Compute(device, chosen)
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
@@ -170,18 +180,15 @@ def keeps_scales(recipe: Recipe) -> bool:
 
 def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:
     """Refuse an adapter with other trained rows, or rows of other tokens, than the recipe has."""
-    trained = trained_matrices(model)
-    paths = dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
+    trained, paths = trained_matrices(model), dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
     named = {paths[name] for name in recipe.adapter.also_train}
     if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
         held = ", ".join(name for name, path in paths.items() if path in trained)
         raise UserError(f"adapter.also_train: must be [{held}], as in the adapter in {directory}.")
-    if any((each.ids is None) != (ids is None) for each in trained.values()):
-        rows = "new" if ids is None else "all"
-        raise UserError(f"adapter.also_train_rows: must be {rows}, as in the adapter in {directory}.")
-    before = (describe_adapter(directory).extra or {}).get("add_tokens", [])
+    before = describe_adapter(directory).extra.get("add_tokens", [])
     if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
-        raise UserError(f"model.add_tokens: must be {before} and have the rows of the adapter in {directory}.")
+        what = f"model.add_tokens: must be {before}, and adapter.also_train_rows that"
+        raise UserError(f"{what} of the adapter in {directory}.")
 
 
 def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:
@@ -292,19 +299,15 @@ def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, float]:
+def start_from_error_(model: PreTrainedModel, source: ModelSource) -> None:
     """Set lora_A and lora_B of every adapted layer so that s B A is nearest to W - W_q, and m so that the gain is 1.
 
     Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps;
-    here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere.
-
-    In a masked layer only weights that were not pruned count. One weight of the source is read at a time. Returns path
-    -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error.
+    here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere. In a masked
+    layer only weights that were not pruned count. One weight of the source is read at a time.
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
-    stored = tensors_of_source(source, empty)
-    tied = tied_weights(empty)
-    left: dict[str, float] = {}
+    stored, tied = tensors_of_source(source, empty), tied_weights(empty)
     for path, layer in adapted_layers(model).items():
         name = f"{path}.weight"
         weight = stored[name if name in stored else tied[name]].read()  # a tied head is stored as the embedding
@@ -312,19 +315,9 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
             raise UserError(f"adapter.init: loftq: {path} is quantised in the source.")
         base = layer.base.dequantized()
         error = weight.to(base.device).float() - base
-        keep = layer.base.keep_mask() if layer.masked else None
-        if keep is not None:
+        if layer.masked and (keep := layer.base.keep_mask()) is not None:
             error.masked_fill_(~keep, 0)
         parts = layer.approximated_parts(error / layer.scaling)
-        factors = [nearest_low_rank(part, layer.rank) for part in parts]
-        layer.set_factors_(factors)
+        layer.set_factors_([nearest_low_rank(part, layer.rank) for part in parts])
         if layer.magnitude is not None:
             layer.magnitude.copy_(layer.row_norm())
-        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float()).view_as(error)
-        if keep is not None:
-            update.masked_fill_(~keep, 0)
-        size = float(error.norm())
-        left[path] = float((error - update).norm()) / size if size else 1.0
-    mean = sum(left.values()) / len(left)
-    logger.info("LoftQ: the adapters start from the error of the base and leave %.1f %% of it, on average.", 100 * mean)
-    return left

