@@ -97,10 +97,6 @@ class Processes:
         result: T = self.gather(action() if self.is_first else None, group=self.working)[0]
         return result
 
-    def first_or_all(self, action: Callable[[], T]) -> T | None:
-        """Run an action that calls the model: in the first process, like `first`; in all if they divide the base."""
-        return action() if self.shards else self.first(action)
-
     def meet(self) -> None:
         """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
         if self.size > 1:
@@ -166,8 +162,7 @@ class Processes:
         views = (p.detach().contiguous().view(bits[p.element_size()]) for p in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
-            differing = [key for key, mine, other in zip(parameters, sums[0], theirs, strict=True) if mine != other]
-            if differing:
+            if differing := [key for key, one, other in zip(parameters, sums[0], theirs, strict=True) if one != other]:
                 raise RunFailure(
                     f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
                     "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."

@@ -151,9 +151,9 @@ class Gates:
             return
         parts = torch.split(self._alive, self._ranks())
         shrinking = {path: keep for path, keep in zip(self.layers, parts, strict=True) if not bool(keep.all())}
-        there = send([keep.nonzero().squeeze(1) for keep in shrinking.values()], self.parameters[0].device)
+        indices = {path: keep.nonzero().squeeze(1) for path, keep in shrinking.items()}
         cuts: dict[str, tuple[Tensor, int]] = {}
-        for path, kept in zip(shrinking, there, strict=True):
+        for path, kept in send(indices, self.parameters[0].device).items():
             self.layers[path].keep_components_(kept)
             cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
         optimizer.cut_(cuts)
@@ -265,7 +265,8 @@ class Gates:
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
         if gates := [*self.parameters]:
-            (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
+            living = torch.where(self._alive, values, 0.0).to(gates[0].dtype)
+            living = send({"gates": living}, gates[0].device)["gates"]
             # In place, which raises the versions, so that cached norms are computed again.
             torch._foreach_copy_(gates, torch.split(living, self._ranks()))  # type: ignore[arg-type]
 

@@ -229,10 +229,8 @@ class BadSteps:
         """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
         skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
         skip = "" if self._train.on_bad_step == "skip" else ", or with -s train.on_bad_step=skip"
-        return (
-            f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, then resume with --resume and a lower "
-            f"-s train.lr=... or -s train.clip=...{skip}"
-        )
+        again = f"then resume with --resume and a lower -s train.lr=... or -s train.clip=...{skip}"
+        return f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, {again}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self._losses), "in_a_row": self._in_a_row, "num_skipped": self.num_skipped}
@@ -252,10 +250,8 @@ class Check:
 
 def kept_checks(run: RunDirectory) -> dict[str, Any]:
     """Group -> its checks in checks.json."""
-    try:
-        return read_json_object(run.inside(CHECKS_FILE))
-    except (UserError, OSError):
-        return {}
+    file = run.inside(CHECKS_FILE)
+    return read_json_object(file) if file.is_file() else {}
 
 
 def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None:

@@ -88,25 +88,21 @@ class TrainingProgress:
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or plain_console(stderr=True)
-        self._num_steps, self._start = num_steps, start
+        self._num_steps = num_steps
         self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar: Progress | None = None
-        if shows_bars(self.console):
-            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._bar = Progress(*columns, console=self.console, disable=not shows_bars(self.console))
+        self._task = self._bar.add_task("training", total=num_steps, completed=start)
 
     def __enter__(self) -> TrainingProgress:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=self._num_steps, completed=self._start)
+        self._bar.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
@@ -118,12 +114,10 @@ class TrainingProgress:
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
-            self._last_line = now
+        self._bar.update(self._task, completed=step, description=text)
+        is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
+        if self._bar.disable and is_due:
+            self._last_line = time.monotonic()
             self.console.print(text, soft_wrap=True)
 
 

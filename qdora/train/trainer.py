@@ -115,10 +115,10 @@ class Trainer:
         if self.gates is not None and self.step == 0:
             self.gates.check_budget()
         with ExitStack() as stack:
-            cpu = self.model.device.type == "cpu"
-            opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
-            self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
             if self.processes.is_first:
+                cpu = self.model.device.type == "cpu"
+                opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
+                self._tell_trackers = stack.enter_context(opened)
                 stack.callback(self._conclude)
             if self.step == 0 and asked.at_start and self.evaluations.examples:
                 start = partial(self.evaluations.measure, 0, self.evaluations.start)
@@ -210,7 +210,7 @@ class Trainer:
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             options["device"] = self.model.device
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
-            line["interference"] = self.processes.first_or_all(cosines)
+            line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
         if self.best is not None:
             results = self.evaluations.results
@@ -354,8 +354,9 @@ class Trainer:
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         usual = " That is usual only for experts that no token has chosen yet."
         checks = [guards.Check("warning", f"{text}{usual}") if missing else guards.Check("passed", text)]
-        tell = partial(guards.tell_checks, self.directory, {guards.GRADIENTS: checks})
-        self.processes.first(unharmed(guards.CHECKS_FILE)(tell))
+        if self.processes.is_first:
+            with unharmed(guards.CHECKS_FILE):
+                guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
 
     def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
         """Keep the batch that broke the step and the state before it; the parameters have not been changed.
@@ -474,17 +475,15 @@ class Trainer:
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write, in the first process; if the disk is full, keep only the newest and the best checkpoint, and again."""
-
-        def again() -> None:
-            try:
-                write()
-            except DiskFull:
-                if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
-                    raise
-                write()
-                logger.warning("The disk is full: removed older checkpoints to continue.")
-
-        self.processes.first(again)
+        if not self.processes.is_first:
+            return
+        try:
+            write()
+        except DiskFull:
+            if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
+                raise
+            write()
+            logger.warning("The disk is full: removed older checkpoints to continue.")
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
