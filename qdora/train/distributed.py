@@ -104,8 +104,7 @@ class Processes:
                 dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
 
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Let NCCL connect the groups and take its buffers now, before free memory is measured. For few elements and
-        for many it may connect in different ways."""
+        """Let NCCL connect the groups and take its buffers now, before free memory is measured."""
         with self._connected():
             for group in groups:
                 for num_elements in (1, _MESSAGE_ELEMENTS):
@@ -173,8 +172,7 @@ class Processes:
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started.
 
-    On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
-    everything else through gloo on the host, so that no GPU waits for it.
+    Tensors of GPUs go through NCCL, everything else through gloo on the host, so that no GPU waits for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -120,9 +120,7 @@ class Gates:
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
-
-        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics.
-        """
+        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics."""
         if not self.is_over:
             is_last = step + 1 == self.num_steps
             if applied:
@@ -294,18 +292,15 @@ class Gates:
 
 def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
     """The budget after `step` steps: `full` during warm-up, then down to `target` along (1 - t)^3.
-
-    Little is removed late, when the gates are known best. Source: arXiv 2303.10512, eq. 15.
-    """
+    Source: arXiv 2303.10512, eq. 15."""
     t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
     return target + (full - target) * (1.0 - t) ** 3
 
 
 def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """(n,) bool: the components to remove, the lowest in `order`, but never a layer's highest.
+    """(n,) bool: the components to remove, the lowest in `order`, (n,), but never a layer's highest.
 
-    The others cost at most `allowed`, and fall short of it by less than one component, unless the highest components of
-    all layers cost more. `order` is the worth per unit of cost, (n,), or any number of the same order.
+    The others cost at most `allowed`, unless the highest components of all layers cost more.
     """
     going = torch.zeros_like(alive)
     excess = float(cost[alive].sum()) - allowed
@@ -336,20 +331,17 @@ def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
 
 
 def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: float, chosen: Tensor) -> Tensor:
-    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p): |c| shrinks by penalty p cost, to 0 at the least.
-
-    Only the `chosen` gates, (n,) bool, shrink. The names are those of `death_penalty`; `penalty` is lambda.
-    """
+    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p) for the `chosen` gates: |c| shrinks by penalty p cost, to 0
+    at the least. The names are those of `death_penalty`."""
     shrunk = values.sign() * (values.abs() - penalty * step_size * cost).clamp_min(0.0)
     return torch.where(chosen, shrunk, values)
 
 
 def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """log_alpha + delta cost of the living gates, with delta such that their expected cost is `allowed`.
+    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`.
 
     Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence. `cost`
-    is about 1 on average. All living gates are on if `allowed` is their whole cost or more. Returns (n,), within
-    `LARGEST_LOGIT`.
+    is about 1 on average.
     """
 
     def moved(delta: float) -> Tensor:

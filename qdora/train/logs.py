@@ -68,8 +68,7 @@ logger = logging.getLogger("qdora")
 
 
 def memory_peaks() -> dict[str, int]:
-    """Peak memory: allocated on the GPU since this training began, and what torch's allocator reserved for it; without
-    a GPU resident in this process."""
+    """Peak memory: allocated on the GPU, and reserved for that; without a GPU resident in this process."""
     if torch.cuda.is_available():
         reserved = int(torch.cuda.max_memory_reserved())
         return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
@@ -142,10 +141,7 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
 def tracking(
     names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them.
-
-    A tracker that fails later gets nothing more, with a warning: a chart is not worth a run of hours.
-    """
+    """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
         PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
@@ -173,10 +169,9 @@ def tracking(
 
 
 def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """{"step": 2, "tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}: its numbers but the step."""
+    """{"step": 2, "tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}"""
     values = flat({key: value for key, value in line.items() if key != "step"}, separator="/")
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
+    return {key: float(value) for key, value in values.items() if type(value) in (int, float)}
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
@@ -199,8 +194,7 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     """Rank, and how far a layer has moved from its base; nothing is dequantised.
 
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
-    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which does not know the norms
-    of its base.
+    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA.
     """
     facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     squared, magnitude = layer.base_squared, layer.magnitude
@@ -235,10 +229,8 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
-    """Running ratio of exponentially faded sums, sum(values) / sum(weights), of the shape of both: (steps, ...).
-
-    A mean over tokens, not steps. After `half_life` steps a contribution counts half.
-    """
+    """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
+    After `half_life` steps a contribution counts half."""
     import pandas as pd
 
     sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
@@ -314,10 +306,7 @@ def _steps(steps: Lines, figure: Figure) -> None:
 
 class ExpertLoad:
     """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
-
-    The first steps show the base's division and the last ones what training made of it. The two differ by chance, too;
-    how much follows from the spread between steps. False for a model without experts.
-    """
+    False for a model without experts."""
 
     def __init__(self, model: nn.Module) -> None:
         last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
@@ -437,15 +426,11 @@ def measure(
     loss_chunk: int | None = None,
     loss_scale: LossScale | None = None,
 ) -> dict[str, Any]:
-    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise.
+    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise: JSON values.
 
     A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
     training examples no longer show whether learning one task helps another. The difference between two `halves` of the
-    examples shows how far chance alone moves a cosine. Training is not affected. The gradients are held on the host, in
-    bf16, which moves a cosine by less than 1e-3.
-
-    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
-    `num_conflicts`, the cosines more than twice their noise below 0.
+    examples shows how far chance alone moves a cosine. `num_conflicts`: cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
     batches = [half for name in names for half in halves[name]]

@@ -61,10 +61,7 @@ logger = logging.getLogger("qdora")
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of each position, (num_tokens,), in nats.
-
-    `logits` are (num_tokens, vocabulary) of any float dtype; the softmax runs in float32 (float64 for float64).
-    """
+    """-log softmax(logits)[label] of each position, (num_tokens,) float32; logits are (num_tokens, vocabulary)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(wide, labels, reduction="none")
 
@@ -271,8 +268,7 @@ def labelled_nll(
     """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
 
     The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
-    If no known form reproduces the logits of a model's first batch, the batch is run again, and from then on the model
-    itself computes all logits at once, with a warning.
+    If no known form reproduces the logits of a model's first batch, the model itself computes all logits at once.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
@@ -323,11 +319,10 @@ def _is_frozen_linear(head: nn.Module) -> bool:
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
-    """E sum_e f_e P_e over the real tokens of all routers together; f is counted and has no gradient.
+    """E sum_e f_e P_e over the real tokens of all routers together, a scalar; f is counted and has no gradient.
 
     f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability.
-    `router_logits` are (tokens, E) of each router, any float dtype, `real` (tokens,) True for tokens that are not
-    padding. Returns a scalar, float32 (float64 for float64).
+    `router_logits` are (tokens, E) of each router, `real` (tokens,) True for tokens that are not padding.
     Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for several choices as in transformers.
     """
     num_experts = router_logits[0].shape[-1]

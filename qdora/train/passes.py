@@ -70,8 +70,8 @@ class OutOfMemory(RunFailure):
 class LossScale:
     """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
 
-    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both. A step whose gradients overflow
-    is computed again with half the factor. Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
+    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both.
+    Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
     def __init__(self) -> None:
@@ -217,10 +217,7 @@ def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | Non
 
 
 def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of any dtypes and shapes, from the CPU to `device`.
-
-    For a GPU they are joined in pinned memory, from which a copy needs no wait of the host.
-    """
+    """Tensors from the CPU to `device`. For a GPU they are joined in pinned memory: one copy, no wait of the host."""
     if device.type == "cpu":
         return dict(tensors)
     sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors.values()]
@@ -287,11 +284,8 @@ def batch_loss(
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
-    """The step with empty micro-batches behind this process's own, up to the most that a process has.
-
-    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has no label, so
-    all its gradients are zero.
-    """
+    """The step with empty micro-batches, which have no label, behind this process's own: where the processes divide the
+    base, each pass gathers it from all of them."""
     if not processes.shards:
         return batch
     mine = batch.micro_batches

@@ -107,10 +107,7 @@ class Trainer:
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     def run(self) -> None:
-        """Take the steps that are left, evaluate and save. Draw the figures, however the run ends.
-
-        adapter/ gets the best step, or by default the last one.
-        """
+        """Take the steps that are left, evaluate and save. adapter/ gets the best step, or by default the last one."""
         asked = self.recipe.eval
         if self.gates is not None and self.step == 0:
             self.gates.check_budget()
@@ -225,8 +222,7 @@ class Trainer:
     def one_step(self) -> Metrics:
         """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
 
-        RunFailure, after a checkpoint of the state before it, if the step's examples cannot be read, or its gradient
-        cannot be computed (one example alone does not fit into memory), or it is bad and not skipped.
+        An error is raised after a checkpoint of the state before the step.
         """
         began, number = time.perf_counter(), self.step + 1
         self._before = self.loader.state_dict(), checkpoint.random_state()
@@ -263,8 +259,7 @@ class Trainer:
         return metrics
 
     def _gradient_that_fits(self) -> _Gradient:
-        """The step's gradient, computed again in smaller micro-batches as long as memory runs out, and with a smaller
-        loss scale as long as float16 overflows."""
+        """Again in smaller micro-batches if memory runs out, and with a smaller loss scale if float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
             self.expert_load.begin()
@@ -359,10 +354,7 @@ class Trainer:
                 guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
 
     def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
-        """Keep the batch that broke the step and the state before it; the parameters have not been changed.
-
-        After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
-        """
+        """Keep the batch that broke the step, and the state before it. After some CUDA errors all calls fail."""
         kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
         if kind is Diverged:
             text += f"; the update was not applied. {self.bad_steps.advice(kept)}."
