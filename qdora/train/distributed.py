@@ -148,10 +148,9 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise RunFailure(
-                f"process {self.rank}: the exchange with the other processes failed: {first_line(error).rstrip('.')}. "
-                "Fix: mend the cause, which one of them or the launcher may have printed, then resume with --resume."
-            ) from error
+            reason = first_line(error).split(". ")[0]
+            text = f"process {self.rank}: the exchange with the other processes failed: {reason}."
+            raise RunFailure(f"{text} Fix: mend what one of them has printed, then resume with --resume.") from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -190,8 +189,8 @@ def processes_of_launch() -> Iterator[Processes]:
             processes.join_gpus_([gpus])
         yield processes
     except Exception as error:
-        if not isinstance(error, UserError | Interrupted):
-            get_error_handler().record_exception(error)  # torchrun prints the first one of all processes
+        if not isinstance(error, Interrupted):
+            get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()
