@@ -11,28 +11,38 @@ torch's timeouts do.
 """
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import replace
+from datetime import timedelta
+from qdora.errors import Interrupted
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.files.console import END_SIGNALS
+from qdora.files.console import SAME_REQUEST_SECONDS
+from qdora.files.console import leave_closed_terminal
+from qdora.files.machine import available_memory_bytes
+from qdora.memory.oom import is_out_of_memory
+from torch import Tensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from types import FrameType
+from typing import Any
+from typing import TypeVar
 import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from types import FrameType
-from typing import Any, TypeVar
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-from qdora.errors import Interrupted, RunFailure, UserError, first_line
-from qdora.files.console import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
-from qdora.files.machine import available_memory_bytes
-from qdora.memory.oom import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -97,10 +107,6 @@ class Processes:
         result: T = self.gather(action() if self.is_first else None, group=self.working)[0]
         return result
 
-    def first_or_all(self, action: Callable[[], T]) -> T | None:
-        """Run an action that calls the model: in the first process, like `first`; in all if they divide the base."""
-        return action() if self.shards else self.first(action)
-
     def meet(self) -> None:
         """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
         if self.size > 1:
@@ -108,8 +114,7 @@ class Processes:
                 dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
 
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Let NCCL connect the groups and take its buffers now, before free memory is measured. For few elements and
-        for many it may connect in different ways."""
+        """Let NCCL connect the groups and take its buffers now, before free memory is measured."""
         with self._connected():
             for group in groups:
                 for num_elements in (1, _MESSAGE_ELEMENTS):
@@ -153,10 +158,9 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise RunFailure(
-                f"process {self.rank}: the exchange with the other processes failed: {first_line(error).rstrip('.')}. "
-                "Fix: mend the cause, which one of them or the launcher may have printed, then resume with --resume."
-            ) from error
+            reason = first_line(error).split(". ")[0]
+            text = f"process {self.rank}: the exchange with the other processes failed: {reason}."
+            raise RunFailure(f"{text} Fix: mend what one of them has printed, then resume with --resume.") from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -166,8 +170,7 @@ class Processes:
         views = (p.detach().contiguous().view(bits[p.element_size()]) for p in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
-            differing = [key for key, mine, other in zip(parameters, sums[0], theirs, strict=True) if mine != other]
-            if differing:
+            if differing := [key for key, one, other in zip(parameters, sums[0], theirs, strict=True) if one != other]:
                 raise RunFailure(
                     f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
                     "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."
@@ -178,8 +181,7 @@ class Processes:
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started.
 
-    On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
-    everything else through gloo on the host, so that no GPU waits for it.
+    Tensors of GPUs go through NCCL, everything else through gloo on the host, so that no GPU waits for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -197,8 +199,8 @@ def processes_of_launch() -> Iterator[Processes]:
             processes.join_gpus_([gpus])
         yield processes
     except Exception as error:
-        if not isinstance(error, UserError | Interrupted):
-            get_error_handler().record_exception(error)  # torchrun prints the first one of all processes
+        if not isinstance(error, Interrupted):
+            get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()

@@ -1,29 +1,38 @@
 """The evaluations of a run: measured while it trains, kept in its directory, and the best step chosen by them."""
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from qdora.data.example import Example
+from qdora.evaluate.generation import GenerationResult
+from qdora.evaluate.generation import evaluate_generated
+from qdora.evaluate.spans import batches_shared
+from qdora.evaluate.suite import EvaluationResult
+from qdora.evaluate.suite import evaluate
+from qdora.evaluate.suite import spread
+from qdora.evaluate.suite import tasks_of_other_examples
+from qdora.evaluate.suite import worse_than_before
+from qdora.files.atomic import read_json_object
+from qdora.files.console import bar
+from qdora.files.console import errors_only
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import checkpoint_fault
+from qdora.recipe.settings import MACRO
+from qdora.recipe.settings import Recipe
+from qdora.train.distributed import Processes
+from qdora.train.logs import TRAINED_FILE
+from rich.console import Console
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+from typing import TypeVar
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
-
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from qdora.data.example import Example
-from qdora.evaluate.generation import GenerationResult, evaluate_generated
-from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult, evaluate, spread, tasks_of_other_examples, worse_than_before
-from qdora.files.atomic import read_json_object
-from qdora.files.console import bar, errors_only
-from qdora.files.run_directory import RunDirectory, checkpoint_fault
-from qdora.recipe.settings import MACRO, Recipe
-from qdora.train.distributed import Processes
-from qdora.train.logs import TRAINED_FILE
 
 BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
@@ -33,11 +42,8 @@ Result = TypeVar("Result")
 
 
 class StepEvaluations:
-    """Evaluates a run by its `examples` (task -> validation examples; empty if nothing is evaluated), in the process of
-    `directory` (None in the others) with files in it.
-
-    `results` has the evaluation before the first step, called `start` ("base" or "start"), and the last, "adapter".
-    """
+    """Evaluates a run by its `examples` (task -> validation examples), in the process of `directory` with files in it.
+    results: before the first step, called `start` ("base" or "start"), and the last one, "adapter"."""
 
     def __init__(
         self,
@@ -55,10 +61,7 @@ class StepEvaluations:
         self.generated: dict[str, GenerationResult] = {}
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
-        """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics.
-
-        A warning names the tasks that are worse than before training although the average is better.
-        """
+        """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
         asked = self._settings
         chosen: dict[str, Any] = {"limit": asked.limit, "block": asked.block}
         with bar(self._console, f"evaluating, step {step}") as progress:
@@ -86,10 +89,7 @@ class StepEvaluations:
 
 
 def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> Result:
-    """Run an evaluation in all processes; each gets its result.
-
-    Whole models divide its batches (`batches_shared`). With a divided base each batch needs all processes.
-    """
+    """Run an evaluation in all processes; each gets its result. Whole models divide its batches."""
     with errors_only(not processes.is_first):
         if processes.size == 1 or processes.shards:
             return evaluate()
@@ -100,9 +100,8 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
 class BestSoFar:
     """The best value among a run's evaluations, in a tie the earlier one, and early stopping.
 
-    `question` has the JSON values that define what is compared (metric, tasks, examples); values of another question
-    are not comparable. After `patience` evaluations in a row without a better value the run is over; None: never.
-    `judged` is the step of the last evaluation that was judged.
+    Values of another `question` (metric, tasks, examples) are not comparable. After `patience` evaluations in a row
+    without a better value the run is over. `judged` is the step of the last one.
     """
 
     def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
@@ -174,10 +173,7 @@ def was_measured(run: RunDirectory, step: int) -> bool:
 def former_best(
     best: BestSoFar, recipe: Recipe, run: RunDirectory, state: Mapping[str, Any] | None, step: int
 ) -> dict[str, Any]:
-    """The state with which a run that goes on after `step` steps chooses its best one; for the first process.
-
-    It begins anew if the run chose in another way before, or if the best checkpoint is gone.
-    """
+    """The state with which a run that goes on after `step` steps chooses its best one; for the first process."""
     if state is None or state["question"] != best.question:
         fault = "The run chose the best step in another way before, or by other examples"
     elif state["step"] is not None and (lost := checkpoint_fault(run.checkpoint_path(state["step"]))):
@@ -198,9 +194,10 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    if by not in (MACRO, *evaluated) or not evaluated:
-        known = f"must be one of {', '.join((MACRO, *evaluated))}" if evaluated else "but no source has validation data"
-        faults.append(f"eval.best_by: got {by!r}, {known}.")
+    if not evaluated:
+        faults.append(f"eval.best_by: got {by!r}, but no source has validation data.")
+    elif by not in (MACRO, *evaluated):
+        faults.append(f"eval.best_by: got {by!r}, must be one of {', '.join((MACRO, *evaluated))}.")
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
@@ -248,8 +245,7 @@ def adapter_in_words(run: RunDirectory) -> str:
 
 
 def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept: before step 1, called `start`, and of "adapter"; only the latter if the two have
-    different tasks or examples."""
+    """The evaluations that a run kept, `start` and "adapter"; only the latter if their examples differ."""
     files = {start: run.evaluation_file(0)}
     if step := adapter_step(run):
         files["adapter"] = run.evaluation_file(step)

@@ -8,19 +8,12 @@ The functions at the end have vectors, (n,), with one entry for each component t
 """
 
 from __future__ import annotations
-
-import itertools
-import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from qdora.adapter.gates import gate_slope, gate_value, probability_on
+from qdora.adapter.gates import gate_slope
+from qdora.adapter.gates import gate_value
+from qdora.adapter.gates import probability_on
 from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.files.tensor_file import write_tensors
@@ -28,6 +21,14 @@ from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import send
+from safetensors.torch import load_file
+from torch import Tensor
+from torch import nn
+from typing import Any
+import itertools
+import logging
+import math
+import torch
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0
@@ -120,9 +121,7 @@ class Gates:
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
-
-        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics.
-        """
+        The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics."""
         if not self.is_over:
             is_last = step + 1 == self.num_steps
             if applied:
@@ -151,9 +150,9 @@ class Gates:
             return
         parts = torch.split(self._alive, self._ranks())
         shrinking = {path: keep for path, keep in zip(self.layers, parts, strict=True) if not bool(keep.all())}
-        there = send([keep.nonzero().squeeze(1) for keep in shrinking.values()], self.parameters[0].device)
+        indices = {path: keep.nonzero().squeeze(1) for path, keep in shrinking.items()}
         cuts: dict[str, tuple[Tensor, int]] = {}
-        for path, kept in zip(shrinking, there, strict=True):
+        for path, kept in send(indices, self.parameters[0].device).items():
             self.layers[path].keep_components_(kept)
             cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
         optimizer.cut_(cuts)
@@ -265,7 +264,8 @@ class Gates:
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
         if gates := [*self.parameters]:
-            (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
+            living = torch.where(self._alive, values, 0.0).to(gates[0].dtype)
+            living = send({"gates": living}, gates[0].device)["gates"]
             # In place, which raises the versions, so that cached norms are computed again.
             torch._foreach_copy_(gates, torch.split(living, self._ranks()))  # type: ignore[arg-type]
 
@@ -293,18 +293,15 @@ class Gates:
 
 def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
     """The budget after `step` steps: `full` during warm-up, then down to `target` along (1 - t)^3.
-
-    Little is removed late, when the gates are known best. Source: arXiv 2303.10512, eq. 15.
-    """
+    Source: arXiv 2303.10512, eq. 15."""
     t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
     return target + (full - target) * (1.0 - t) ** 3
 
 
 def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """(n,) bool: the components to remove, the lowest in `order`, but never a layer's highest.
+    """(n,) bool: the components to remove, the lowest in `order`, (n,), but never a layer's highest.
 
-    The others cost at most `allowed`, and fall short of it by less than one component, unless the highest components of
-    all layers cost more. `order` is the worth per unit of cost, (n,), or any number of the same order.
+    The others cost at most `allowed`, unless the highest components of all layers cost more.
     """
     going = torch.zeros_like(alive)
     excess = float(cost[alive].sum()) - allowed
@@ -335,20 +332,17 @@ def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
 
 
 def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: float, chosen: Tensor) -> Tensor:
-    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p): |c| shrinks by penalty p cost, to 0 at the least.
-
-    Only the `chosen` gates, (n,) bool, shrink. The names are those of `death_penalty`; `penalty` is lambda.
-    """
+    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p) for the `chosen` gates: |c| shrinks by penalty p cost, to 0
+    at the least. The names are those of `death_penalty`."""
     shrunk = values.sign() * (values.abs() - penalty * step_size * cost).clamp_min(0.0)
     return torch.where(chosen, shrunk, values)
 
 
 def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """log_alpha + delta cost of the living gates, with delta such that their expected cost is `allowed`.
+    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`.
 
     Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence. `cost`
-    is about 1 on average. All living gates are on if `allowed` is their whole cost or more. Returns (n,), within
-    `LARGEST_LOGIT`.
+    is about 1 on average.
     """
 
     def moved(delta: float) -> Tensor:

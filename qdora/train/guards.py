@@ -4,37 +4,46 @@ Each policy has a `state_dict` of JSON values, with which a resumed run goes on.
 """
 
 from __future__ import annotations
-
-import inspect
-import logging
-import math
-import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
-
 from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
-from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
-from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import json_bytes, read_json_object
+from qdora.data.batches import IGNORED
+from qdora.data.batches import PackedLayout
+from qdora.data.batches import Step
+from qdora.data.batches import StepLoader
+from qdora.errors import RunFailure
+from qdora.errors import UserError
+from qdora.files.atomic import json_bytes
+from qdora.files.atomic import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
-from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.model.attention import attention_of
+from qdora.model.attention import flash_inputs
+from qdora.model.attention import flash_lengths
+from qdora.model.attention import takes_flash_lengths
 from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import TrainConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.passes import Shortage, batch_loss
+from qdora.train.passes import Shortage
+from qdora.train.passes import batch_loss
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from typing import Any
+from typing import Literal
+import inspect
+import logging
+import math
+import statistics
+import torch
 
 CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
@@ -85,6 +94,7 @@ class Schedule:
         return train.lr_end + (train.lr - train.lr_end) * share
 
     def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
         return {"num_steps": self._num_steps, "warmup": self._warmup}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
@@ -96,10 +106,7 @@ class Schedule:
 
 
 class Backoff:
-    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit.
-
-    After a growth that did not fit, the next one waits twice as long.
-    """
+    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit."""
 
     def __init__(self, loader: StepLoader) -> None:
         self._batching = loader.batching
@@ -130,6 +137,7 @@ class Backoff:
         return {"tokens_before": before, "tokens_after": self._batching.max_tokens}
 
     def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
         waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
         return {"asked": self._asked, "used": self._batching.max_tokens, **waits}
 
@@ -186,11 +194,7 @@ class BadStep:
 
 
 class BadSteps:
-    """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`).
-
-    A step is bad if its loss or gradient is not finite, or if its loss is more than `spike` times the median of the
-    last 32 applied steps.
-    """
+    """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`)."""
 
     def __init__(self, train: TrainConfig) -> None:
         self._train = train
@@ -227,15 +231,15 @@ class BadSteps:
         """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
         skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
         skip = "" if self._train.on_bad_step == "skip" else ", or with -s train.on_bad_step=skip"
-        return (
-            f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, then resume with --resume and a lower "
-            f"-s train.lr=... or -s train.clip=...{skip}"
-        )
+        again = f"then resume with --resume and a lower -s train.lr=... or -s train.clip=...{skip}"
+        return f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, {again}"
 
     def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
         return {"losses": list(self._losses), "in_a_row": self._in_a_row, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
         self._losses = deque(state["losses"], maxlen=_WINDOW)
         self._in_a_row, self.num_skipped = state["in_a_row"], state["num_skipped"]
 
@@ -250,10 +254,8 @@ class Check:
 
 def kept_checks(run: RunDirectory) -> dict[str, Any]:
     """Group -> its checks in checks.json."""
-    try:
-        return read_json_object(run.inside(CHECKS_FILE))
-    except (UserError, OSError):
-        return {}
+    file = run.inside(CHECKS_FILE)
+    return read_json_object(file) if file.is_file() else {}
 
 
 def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None:
@@ -268,8 +270,7 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
 
 
 class MissingGradientCheck:
-    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run. It reads
-    gradients, not parameters: a healthy update can be too small to show in float32."""
+    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run."""
 
     num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
 
@@ -294,7 +295,7 @@ class MissingGradientCheck:
         flags = torch.stack([*self._arrived.values()]).tolist() if self._arrived else []
         arrived = dict(zip(self._arrived, flags, strict=True))
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        return [name for name in self._parameters if name not in self._optional and not arrived.get(name, False)]
+        return [name for name in self._parameters if name not in self._optional and not arrived.get(name)]
 
     def in_words(self, missing: Sequence[str]) -> str:
         """What `updated` found."""
@@ -313,10 +314,8 @@ def layout_for(attention: str) -> PackedLayout:
 def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     """The layout of packed rows for the model, and in words that their examples do not see each other; else UserError.
 
-    transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (any
-    number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with a state that
-    runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so each model
-    is tried, in four forward passes (six with flash attention) of at most 44 tokens.
+    transformers finds the borders of examples by positions that start again at 0. Models with a state that runs through
+    the row (Mamba, linear attention), or with positions of their own, do not support that, so each model is tried.
     """
     name, config = model.config.model_type, model.config.get_text_config()
     attention = attention_of(model) or "its own code"
@@ -392,8 +391,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
 def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
     """What was compared, in words; None if the base is not divided. All processes must call this together.
 
-    A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss:
-    RunFailure in all processes if one has another loss of the same tokens, without dropout.
+    A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss.
     """
     if not processes.shards:
         return None

@@ -3,49 +3,73 @@ router divides tokens among experts, and which data sets pull the adapter in dif
 """
 
 from __future__ import annotations
-
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.tracking import MLflowTracker
+from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import TrackioTracker
+from accelerate.tracking import WandBTracker
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+from pathlib import Path
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import evaluation_mode
+from qdora.data.batches import Batching
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import Step
+from qdora.data.batches import micro_batches
+from qdora.data.example import Example
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import tokenize_all
+from qdora.errors import UserError
+from qdora.errors import named
+from qdora.evaluate.suite import spread
+from qdora.files.atomic import atomic_write_text
+from qdora.files.atomic import masked
+from qdora.files.console import duration
+from qdora.files.console import plain_console
+from qdora.files.console import shows_bars
+from qdora.files.pages import svg_file
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import flat
+from qdora.files.run_directory import unharmed
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers
+from qdora.recipe.settings import Recipe
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
+from qdora.train.distributed import Processes
+from qdora.train.passes import LossScale
+from qdora.train.passes import step_gradient
+from rich.console import Console
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from rich.progress import TimeElapsedColumn
+from torch import nn
+from typing import Any
+from typing import TYPE_CHECKING
 import json
 import logging
 import math
+import numpy as np
 import os
 import resource
 import secrets
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from numpy.typing import ArrayLike, NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
-
-from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
-from qdora.data.example import Example
-from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedExample, tokenize_all
-from qdora.errors import UserError, named
-from qdora.evaluate.suite import spread
-from qdora.files.atomic import atomic_write_text, masked
-from qdora.files.console import duration, plain_console, shows_bars
-from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat, unharmed
-from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
-from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.distributed import Processes
-from qdora.train.passes import LossScale, step_gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +89,7 @@ logger = logging.getLogger("qdora")
 
 
 def memory_peaks() -> dict[str, int]:
-    """Peak memory: allocated on the GPU since this training began, and what torch's allocator reserved for it; without
-    a GPU resident in this process."""
+    """Peak memory: allocated on the GPU, and reserved for that; without a GPU resident in this process."""
     if torch.cuda.is_available():
         reserved = int(torch.cuda.max_memory_reserved())
         return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
@@ -85,25 +108,21 @@ class TrainingProgress:
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or plain_console(stderr=True)
-        self._num_steps, self._start = num_steps, start
+        self._num_steps = num_steps
         self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar: Progress | None = None
-        if shows_bars(self.console):
-            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._bar = Progress(*columns, console=self.console, disable=not shows_bars(self.console))
+        self._task = self._bar.add_task("training", total=num_steps, completed=start)
 
     def __enter__(self) -> TrainingProgress:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=self._num_steps, completed=self._start)
+        self._bar.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
@@ -115,12 +134,10 @@ class TrainingProgress:
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
-            self._last_line = now
+        self._bar.update(self._task, completed=step, description=text)
+        is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
+        if self._bar.disable and is_due:
+            self._last_line = time.monotonic()
             self.console.print(text, soft_wrap=True)
 
 
@@ -145,10 +162,7 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
 def tracking(
     names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them.
-
-    A tracker that fails later gets nothing more, with a warning: a chart is not worth a run of hours.
-    """
+    """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
         PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
@@ -176,10 +190,9 @@ def tracking(
 
 
 def flat_numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """{"step": 2, "tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}: its numbers but the step."""
+    """{"step": 2, "tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}"""
     values = flat({key: value for key, value in line.items() if key != "step"}, separator="/")
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
+    return {key: float(value) for key, value in values.items() if type(value) in (int, float)}
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
@@ -202,8 +215,7 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     """Rank, and how far a layer has moved from its base; nothing is dequantised.
 
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
-    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA, which does not know the norms
-    of its base.
+    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA.
     """
     facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     squared, magnitude = layer.base_squared, layer.magnitude
@@ -238,10 +250,8 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
-    """Running ratio of exponentially faded sums, sum(values) / sum(weights), of the shape of both: (steps, ...).
-
-    A mean over tokens, not steps. After `half_life` steps a contribution counts half.
-    """
+    """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
+    After `half_life` steps a contribution counts half."""
     import pandas as pd
 
     sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
@@ -317,10 +327,7 @@ def _steps(steps: Lines, figure: Figure) -> None:
 
 class ExpertLoad:
     """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
-
-    The first steps show the base's division and the last ones what training made of it. The two differ by chance, too;
-    how much follows from the spread between steps. False for a model without experts.
-    """
+    False for a model without experts."""
 
     def __init__(self, model: nn.Module) -> None:
         last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
@@ -440,15 +447,11 @@ def measure(
     loss_chunk: int | None = None,
     loss_scale: LossScale | None = None,
 ) -> dict[str, Any]:
-    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise.
+    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise: JSON values.
 
     A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
     training examples no longer show whether learning one task helps another. The difference between two `halves` of the
-    examples shows how far chance alone moves a cosine. Training is not affected. The gradients are held on the host, in
-    bf16, which moves a cosine by less than 1e-3.
-
-    Returns JSON values: the sizes of the tasks, those of `agreement`, the mean and the lowest cosine of two tasks, and
-    `num_conflicts`, the cosines more than twice their noise below 0.
+    examples shows how far chance alone moves a cosine. `num_conflicts`: cosines more than twice their noise below 0.
     """
     names, random = list(halves), random_state()
     batches = [half for name in names for half in halves[name]]

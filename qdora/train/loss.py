@@ -10,31 +10,37 @@ config proposes forms, and a comparison with the model's own logits decides.
 """
 
 from __future__ import annotations
-
-import inspect
-import itertools
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
-
-from qdora.adapter.layer import FrozenLinear, is_plain_linear
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import field
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.layer import is_plain_linear
 from qdora.errors import UserError
 from qdora.memory.shard import release
 from qdora.model.attention import text_config
 from qdora.quant.kernels import device_kind
-from qdora.quant.tiles import Weight, dense_weight
+from qdora.quant.tiles import Weight
+from qdora.quant.tiles import dense_weight
 from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedConfig
+from typing import Any
+from weakref import WeakKeyDictionary
+import inspect
+import itertools
+import logging
+import sys
+import torch
 
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
@@ -56,17 +62,12 @@ _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
 _FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
-# Parameters of transformers' function; a family whose function has others computes another loss.
-_ROUTER_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 logger = logging.getLogger("qdora")
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of each position, (num_tokens,), in nats.
-
-    `logits` are (num_tokens, vocabulary) of any float dtype; the softmax runs in float32 (float64 for float64).
-    """
+    """-log softmax(logits)[label] of each position, (num_tokens,) float32; logits are (num_tokens, vocabulary)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(wide, labels, reduction="none")
 
@@ -273,8 +274,7 @@ def labelled_nll(
     """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
 
     The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
-    If no known form reproduces the logits of a model's first batch, the batch is run again, and from then on the model
-    itself computes all logits at once, with a warning.
+    If no known form reproduces the logits of a model's first batch, the model itself computes all logits at once.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
@@ -325,11 +325,10 @@ def _is_frozen_linear(head: nn.Module) -> bool:
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
-    """E sum_e f_e P_e over the real tokens of all routers together; f is counted and has no gradient.
+    """E sum_e f_e P_e over the real tokens of all routers together, a scalar; f is counted and has no gradient.
 
     f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability.
-    `router_logits` are (tokens, E) of each router, any float dtype, `real` (tokens,) True for tokens that are not
-    padding. Returns a scalar, float32 (float64 for float64).
+    `router_logits` are (tokens, E) of each router, `real` (tokens,) True for tokens that are not padding.
     Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for several choices as in transformers.
     """
     num_experts = router_logits[0].shape[-1]
@@ -355,9 +354,8 @@ def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
     if getattr(text, "router_aux_loss_coef", None) is not None:
         families = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (config, text)]
         families.append(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None))
-        modules = {sys.modules[family.__module__] for family in families if family is not None}
-        functions = filter(None, (getattr(module, "load_balancing_loss_func", None) for module in modules))
-        if any(list(inspect.signature(function).parameters) == _ROUTER_PARAMETERS for function in functions):
+        modules = (sys.modules[family.__module__] for family in families if family is not None)
+        if any(hasattr(module, "load_balancing_loss_func") for module in modules):
             return
     why = "transformers has no auxiliary loss of routers for it"
     raise UserError(f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}: {why}.")

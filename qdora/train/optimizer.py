@@ -16,29 +16,34 @@ tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
-
-import gc
-import logging
-import math
-import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
-
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from transformers import PreTrainedModel
-
-from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
-from qdora.memory.oom import free_memory, is_out_of_memory
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS
+from qdora.files.machine import device_attribute
+from qdora.memory.oom import free_memory
+from qdora.memory.oom import is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
 from qdora.quant.kernels import is_planning
 from qdora.recipe.settings import Recipe
+from torch import Tensor
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+import gc
+import logging
+import math
+import torch
+import weakref
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -62,10 +67,8 @@ logger = logging.getLogger("qdora")
 
 
 def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
-    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, bits(master) - bits(high), int16.
-
-    No memory is allocated: `master` is contiguous and loses its values.
-    """
+    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, bits(master) - bits(high), int16. `master` is
+    contiguous and loses its values."""
     # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
     # remainder plus 2^15, and flipping the sign bit subtracts that.
     halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)  # little-endian: lower first
@@ -158,10 +161,7 @@ class FlatGroup:
         return runs
 
     def update(self, run: Sequence[str], rate: float, *, must_fit: bool) -> bool:
-        """Update one of the `runs` or a part of it, all or nothing; returns whether it fitted into memory.
-
-        Only joining allocates memory, which changes nothing yet.
-        """
+        """Update one of the `runs` or a part of it, all or nothing; returns whether it fitted into memory."""
         try:
             self._join(run)
         except (RuntimeError, MemoryError) as error:
@@ -418,11 +418,8 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter.
-
-        A group that does not fit is updated one parameter after the other. If one does not fit by itself, its error is
-        raised; others may be updated already.
-        """
+        """One update; parameters without a gradient stay. A group that does not fit in memory is updated one parameter
+        after the other."""
         for group in self._groups:
             rate = lr * group.kind.lr_ratio
             for run in group.runs():

@@ -8,27 +8,43 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
-
-from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
+from dataclasses import dataclass
+from dataclasses import replace
+from qdora.adapter.norms import norms_checked_later
+from qdora.adapter.norms import refresh
+from qdora.adapter.norms import settle_norms
+from qdora.adapter.norms import unchecked
 from qdora.adapter.rows import ids_on_host
-from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
-from qdora.errors import RunFailure, first_line
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import Packing
+from qdora.data.batches import Step
+from qdora.data.batches import StepLoader
+from qdora.errors import RunFailure
+from qdora.errors import first_line
 from qdora.memory.oom import is_out_of_memory
-from qdora.model.attention import flash_inputs, flash_lengths, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.attention import flash_inputs
+from qdora.model.attention import flash_lengths
+from qdora.model.attention import known_masks
+from qdora.model.attention import packed_mask_is_known
+from qdora.model.attention import takes_flash_lengths
 from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loss import labelled_nll, tapped_routers
+from qdora.train.loss import labelled_nll
+from qdora.train.loss import tapped_routers
+from torch import Tensor
+from torch import nn
+from typing import Any
+from typing import NamedTuple
+import itertools
+import torch
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -69,8 +85,8 @@ class OutOfMemory(RunFailure):
 class LossScale:
     """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
 
-    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both. A step whose gradients overflow
-    is computed again with half the factor. Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
+    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both.
+    Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
     def __init__(self) -> None:
@@ -143,13 +159,15 @@ def step_gradient(
                 weight = None
                 if weights is not None:
                     weight = torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
-                others = micro.input_ids, micro.attention_mask, micro.task_ids
+                options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
                 try:
-                    labels, (ids, mask, task_ids) = send_labels(micro.labels, micro.packing, weight, device, others)
-                    options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
-                    options |= {"routers": router_aux_loss > 0, "sent": labels}
-                    with known_masks(model, labels.packing, device), ids_on_host(model, micro.input_ids):
-                        loss = batch_loss(model, ids, mask, micro.labels, **options)
+                    labels = label_tensors(micro.labels, micro.packing, weight)
+                    others = {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "task_ids")}
+                    sent = send(labels | others, device)
+                    options |= {"routers": router_aux_loss > 0, "sent": (labels, sent)}
+                    packing = micro.packing and Packing(sent["position_ids"], sent["example_index"])
+                    with known_masks(model, packing, device), ids_on_host(model, micro.input_ids):
+                        loss = batch_loss(model, sent["input_ids"], sent["attention_mask"], micro.labels, **options)
                         objective = loss.nll_sum
                         if loss.router_loss is not None:
                             part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
@@ -157,7 +175,7 @@ def step_gradient(
                             aux += part * loss.router_loss.detach()
                         scaled = objective / total if loss_scale is None else objective * loss_scale.value
                         scaled.backward()  # type: ignore[no-untyped-call]
-                    nll.index_add_(0, task_ids, loss.example_nll.float())
+                    nll.index_add_(0, sent["task_ids"], loss.example_nll.float())
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -195,72 +213,33 @@ def step_gradient(
     return metrics, example_nll
 
 
-@dataclass(frozen=True)
-class SentLabels:
-    """The labelled positions of a micro-batch on the model's device, row by row."""
-
-    rows: Tensor  # (num_labelled,) int64, like the next three: the positions whose next token counts,
-    columns: Tensor
-    targets: Tensor  # that token,
-    owners: Tensor  # and its example
-    starts: Tensor  # (examples + 1,) int32, where the examples of a single packed row begin, and its end; else empty
-    packing: Packing | None
-    weights: Tensor | None  # (examples,) float32
-    longest: int  # tokens of the longest example of a single packed row
-    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
-
-
-def send_labels(
-    labels: Tensor,
-    packing: Packing | None,
-    weights: Tensor | None,
-    device: torch.device,
-    others: Sequence[Tensor] = (),
-) -> tuple[SentLabels, list[Tensor]]:
-    """The labelled positions of (rows, length) labels, which are on the CPU and not shifted, and other tensors of the
-    micro-batch, in one copy."""
+def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | None) -> dict[str, Tensor]:
+    """The labelled positions of a micro-batch, row by row: rows, columns, targets (the next token) and owners (its
+    example), (num_labelled,) int64. And weights, the packing, and starts, (examples + 1,) int32, where the examples of
+    a single packed row begin, and its end. All on the CPU, like `labels`, (rows, length), which are not shifted."""
     is_labelled = torch.zeros_like(labels, dtype=torch.bool)
     is_labelled[:, :-1] = labels[:, 1:] != IGNORED
     rows, columns = is_labelled.nonzero(as_tuple=True)
-    owner, num_examples, longest = rows, len(labels), 0
-    starts = torch.empty(0, dtype=torch.int32)
+    tensors = {"rows": rows, "columns": columns, "targets": labels[:, 1:][is_labelled[:, :-1]], "owners": rows}
+    if weights is not None:
+        tensors["weights"] = weights
     if packing is not None:
-        owner = packing.example_index.to(labels.device)[rows, columns]
-        num_examples = int(packing.example_index.max()) + 1
+        tensors |= {**vars(packing), "owners": packing.example_index.to(labels.device)[rows, columns]}
         if len(labels) == 1:
-            starts, longest = flash_lengths(packing.position_ids)
-    optional = [*([] if weights is None else [weights]), *([] if packing is None else vars(packing).values())]
-    tensors = [rows, columns, labels[:, 1:][is_labelled[:, :-1]], owner, starts, *others, *optional]
-    sent = send(tensors, device)
-    rest = sent[5 + len(others) :]
-    rows, columns, targets, owners, starts = sent[:5]
-    made = SentLabels(
-        rows,
-        columns,
-        targets,
-        owners,
-        starts,
-        packing=None if packing is None else Packing(*rest[-2:]),
-        weights=None if weights is None else rest[0],
-        longest=longest,
-        example_tokens=torch.bincount(owner, minlength=num_examples),
-    )
-    return made, sent[5 : 5 + len(others)]
+            tensors["starts"] = flash_lengths(packing.position_ids)[0]
+    return tensors
 
 
-def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of any dtypes and shapes, from the CPU to `device`.
-
-    For a GPU they are joined in pinned memory, from which a copy needs no wait of the host.
-    """
+def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors from the CPU to `device`. For a GPU they are joined in pinned memory: one copy, no wait of the host."""
     if device.type == "cpu":
-        return list(tensors)
-    sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors]
+        return dict(tensors)
+    sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors.values()]
     joined = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    for part, tensor in zip(torch.split(joined, sizes), tensors, strict=True):
+    for part, tensor in zip(torch.split(joined, sizes), tensors.values(), strict=True):
         part[: tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
-    parts = zip(torch.split(joined.to(device, non_blocking=True), sizes), tensors, strict=True)
-    return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
+    parts = zip(torch.split(joined.to(device, non_blocking=True), sizes), tensors.items(), strict=True)
+    return {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, (name, tensor) in parts}
 
 
 @dataclass(frozen=True)
@@ -283,7 +262,7 @@ def batch_loss(
     packing: Packing | None = None,
     weights: Tensor | None = None,
     routers: bool = False,
-    sent: SentLabels | None = None,
+    sent: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
@@ -293,32 +272,34 @@ def batch_loss(
     `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
     model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
     `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights`, (examples,), are those
-    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` is what
-    `send_labels` makes of labels, packing and weights, if it is at hand.
+    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` are the
+    `label_tensors` on the CPU and on the device, if they are at hand.
     """
-    sent = sent or send_labels(labels, packing, weights, input_ids.device)[0]
+    if sent is None:
+        tensors = label_tensors(labels, packing, weights)
+        sent = tensors, send(tensors, input_ids.device)
+    here, there = sent
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if packing is None or packed_mask_is_known():
         inputs["attention_mask"] = attention_mask
-    if sent.packing is not None:
-        inputs["position_ids"] = sent.packing.position_ids
-        if len(sent.starts) and takes_flash_lengths(model):
-            inputs |= flash_inputs(sent.starts, sent.longest)
+    num_examples = len(labels)
+    if packing is not None:
+        num_examples = int(packing.example_index.max()) + 1
+        inputs["position_ids"] = there["position_ids"]
+        if "starts" in there and takes_flash_lengths(model):
+            inputs |= flash_inputs(there["starts"], flash_lengths(packing.position_ids)[1])
     with tapped_routers(model) if routers else nullcontext() as tap:
-        nll = labelled_nll(model, inputs, (sent.rows, sent.columns), sent.targets, chunk)
-    zeros = torch.zeros(len(sent.example_tokens), dtype=nll.dtype, device=nll.device)
-    example_nll = zeros.index_add(0, sent.owners, nll.detach())
-    nll_sum = nll.sum() if sent.weights is None else (nll * sent.weights[sent.owners]).sum()
+        nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
+    zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
+    example_nll = zeros.index_add(0, there["owners"], nll.detach())
+    nll_sum = nll.sum() if weights is None else (nll * there["weights"][there["owners"]]).sum()
     router_loss = None if tap is None else tap.loss(attention_mask)
-    return BatchLoss(nll_sum, example_nll, sent.example_tokens, router_loss)
+    return BatchLoss(nll_sum, example_nll, torch.bincount(here["owners"], minlength=num_examples), router_loss)
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
-    """The step with empty micro-batches behind this process's own, up to the most that a process has.
-
-    Where the processes divide the base, each pass gathers it from all of them. An empty micro-batch has no label, so
-    all its gradients are zero.
-    """
+    """The step with empty micro-batches, which have no label, behind this process's own: where the processes divide the
+    base, each pass gathers it from all of them."""
     if not processes.shards:
         return batch
     mine = batch.micro_batches

@@ -107,18 +107,15 @@ class Trainer:
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     def run(self) -> None:
-        """Take the steps that are left, evaluate and save. Draw the figures, however the run ends.
-
-        adapter/ gets the best step, or by default the last one.
-        """
+        """Take the steps that are left, evaluate and save. adapter/ gets the best step, or by default the last one."""
         asked = self.recipe.eval
         if self.gates is not None and self.step == 0:
             self.gates.check_budget()
         with ExitStack() as stack:
-            cpu = self.model.device.type == "cpu"
-            opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
-            self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
             if self.processes.is_first:
+                cpu = self.model.device.type == "cpu"
+                opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
+                self._tell_trackers = stack.enter_context(opened)
                 stack.callback(self._conclude)
             if self.step == 0 and asked.at_start and self.evaluations.examples:
                 start = partial(self.evaluations.measure, 0, self.evaluations.start)
@@ -210,7 +207,7 @@ class Trainer:
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             options["device"] = self.model.device
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
-            line["interference"] = self.processes.first_or_all(cosines)
+            line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
         if self.best is not None:
             results = self.evaluations.results
@@ -225,8 +222,7 @@ class Trainer:
     def one_step(self) -> Metrics:
         """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
 
-        RunFailure, after a checkpoint of the state before it, if the step's examples cannot be read, or its gradient
-        cannot be computed (one example alone does not fit into memory), or it is bad and not skipped.
+        An error is raised after a checkpoint of the state before the step.
         """
         began, number = time.perf_counter(), self.step + 1
         self._before = self.loader.state_dict(), checkpoint.random_state()
@@ -263,8 +259,7 @@ class Trainer:
         return metrics
 
     def _gradient_that_fits(self) -> _Gradient:
-        """The step's gradient, computed again in smaller micro-batches as long as memory runs out, and with a smaller
-        loss scale as long as float16 overflows."""
+        """Again in smaller micro-batches if memory runs out, and with a smaller loss scale if float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
             self.expert_load.begin()
@@ -354,14 +349,12 @@ class Trainer:
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         usual = " That is usual only for experts that no token has chosen yet."
         checks = [guards.Check("warning", f"{text}{usual}") if missing else guards.Check("passed", text)]
-        tell = partial(guards.tell_checks, self.directory, {guards.GRADIENTS: checks})
-        self.processes.first(unharmed(guards.CHECKS_FILE)(tell))
+        if self.processes.is_first:
+            with unharmed(guards.CHECKS_FILE):
+                guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
 
     def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
-        """Keep the batch that broke the step and the state before it; the parameters have not been changed.
-
-        After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
-        """
+        """Keep the batch that broke the step, and the state before it. After some CUDA errors all calls fail."""
         kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
         if kind is Diverged:
             text += f"; the update was not applied. {self.bad_steps.advice(kept)}."
@@ -474,17 +467,15 @@ class Trainer:
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write, in the first process; if the disk is full, keep only the newest and the best checkpoint, and again."""
-
-        def again() -> None:
-            try:
-                write()
-            except DiskFull:
-                if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
-                    raise
-                write()
-                logger.warning("The disk is full: removed older checkpoints to continue.")
-
-        self.processes.first(again)
+        if not self.processes.is_first:
+            return
+        try:
+            write()
+        except DiskFull:
+            if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
+                raise
+            write()
+            logger.warning("The disk is full: removed older checkpoints to continue.")
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
