@@ -125,7 +125,7 @@ def test_a_source_of_the_same_file_gives_its_settings(tmp_path: Path, caplog: py
     assert not given_source(new, [other, other]).chat
     assert caplog.messages == []
     assert not given_source(new, [chat, other]).chat
-    assert says("\n".join(caplog.messages), f"{new} is read by the names of its columns alone ... --tasks: a.")
+    assert says("\n".join(caplog.messages), f"{new} is read by its columns alone ... --tasks: a.")
 
 
 def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
