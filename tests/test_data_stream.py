@@ -1,35 +1,32 @@
 """Sources larger than memory: every row once a pass, resumed exactly from any draw, faulty rows skipped and counted."""
 
 from __future__ import annotations
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+
+import itertools
+import json
 from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from qdora.data import files
-from qdora.data.batches import Batching
-from qdora.data.batches import StepLoader
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example
-from qdora.data.files import hub_shards
-from qdora.data.files import local_shards
+from qdora.data.files import hub_shards, local_shards
 from qdora.data.formats import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
-from tests.data_rows import Rows
-from tests.data_rows import fault_of
-from tests.data_rows import says
-from typing import Any
-import datasets
-import itertools
-import json
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
+from tests.data_rows import Rows, fault_of, says
 
 CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"

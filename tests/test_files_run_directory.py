@@ -1,40 +1,39 @@
 """The run directory: nothing finished is lost to a kill, a full disk, a torn line or a flipped bit."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from functools import reduce
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from pathlib import Path
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.files import atomic
-from qdora.files.atomic import atomic_write_bytes
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import json_text
-from qdora.files.atomic import place_failures
-from qdora.files.run_directory import Checkpoint
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import checkpoint_fault
-from qdora.files.run_directory import create_run
-from qdora.files.run_directory import only_process
-from qdora.files.run_directory import open_run
-from qdora.files.run_directory import resume_run
-from qdora.run.load_run import trained_state
-from safetensors import SafetensorError
-from tests import support
-from typing import Any
+
 import errno
 import itertools
 import json
-import numpy as np
 import os
-import pytest
 import resource
 import signal
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from qdora.errors import RunFailure, UserError
+from qdora.files import atomic
+from qdora.files.atomic import atomic_write_bytes, disk_failures, json_text
+from qdora.files.run_directory import (
+    Checkpoint,
+    RunDirectory,
+    checkpoint_fault,
+    create_run,
+    only_process,
+    open_run,
+    resume_run,
+)
+from qdora.run.load_run import trained_state
+from tests import support
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}

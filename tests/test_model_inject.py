@@ -1,43 +1,37 @@
 """Which layers get adapters, how these start, and models that write into their outputs or read their weights."""
 
 from __future__ import annotations
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from qdora.errors import UserError
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import save_adapter
-from qdora.model.attention import keep_inplace_outputs_
-from qdora.model.attention import weights_unread
-from qdora.model.build_model import nearest_low_rank
-from qdora.model.build_model import recompute_activations
-from qdora.model.build_model import start_adapters
-from qdora.model.build_model import start_from_error_
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import frozen_layers
-from qdora.model.inject import inject
-from qdora.model.inject import matches
-from qdora.model.source import resolve
-from qdora.prune.pruner import Pruner
-from qdora.recipe.settings import PruneConfig
-from tests import support
-from torch import Tensor
-from torch import nn
-from transformers import FalconConfig
-from transformers import FalconForCausalLM
-from transformers import GPTNeoXConfig
-from transformers import GPTNeoXForCausalLM
-from transformers import MambaConfig
-from transformers import MambaForCausalLM
-from transformers import OlmoConfig
-from transformers import OlmoForCausalLM
-from typing import Any
+
 import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
+
+from qdora.errors import UserError
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.attention import keep_inplace_outputs_, weights_unread
+from qdora.model.build_model import nearest_low_rank, recompute_activations, start_adapters, start_from_error_
+from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
+from qdora.model.source import resolve
+from qdora.prune.pruner import Pruner
+from qdora.recipe.settings import PruneConfig
+from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -1,52 +1,41 @@
 """qdora plan and memory.budget: a run over it is refused or changed; mix, time and public shapes without weights."""
 
 from __future__ import annotations
-from dataclasses import replace
-from huggingface_hub.errors import GatedRepoError
-from pathlib import Path
-from qdora.cli import app
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.files.atomic import json_text
-from qdora.model import source as model_source
-from qdora.model.build_model import Compute
-from qdora.model.build_model import find_model
-from qdora.plan import fit
-from qdora.plan import plan as parts
-from qdora.plan import show
-from qdora.plan.fit import assumed_workload
-from qdora.plan.fit import with_changes
-from qdora.plan.fit import workload_of_data
-from qdora.plan.plan import Change
-from qdora.plan.plan import MicroBatchShape
-from qdora.plan.plan import Moment
-from qdora.plan.plan import Plan
-from qdora.plan.show import plan_run
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import override
-from qdora.recipe.recipe_file import recipe_names
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.recipe.section import parse_size
-from qdora.recipe.section import size_text
-from qdora.recipe.settings import Recipe
-from qdora.run.run import train_run
-from qdora.train.distributed import Processes
-from qdora.train.distributed import processes_of_launch
-from rich.console import Console
-from tests import support
-from tests.support import training_lines
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-from types import SimpleNamespace
-from typing import Any
+
 import io
 import itertools
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import GatedRepoError
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.data.sources import read_data, tokenized_mix
+from qdora.errors import HubFailure, UserError
+from qdora.files.atomic import json_text
+from qdora.model import source as model_source
+from qdora.model.build_model import Compute, find_model
+from qdora.plan import fit, show
+from qdora.plan import plan as parts
+from qdora.plan.fit import assumed_workload, with_changes, workload_of_data
+from qdora.plan.plan import Change, MicroBatchShape, Moment, Plan
+from qdora.plan.show import plan_run
+from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
+from qdora.recipe.section import parse_size, size_text
+from qdora.recipe.settings import Recipe
+from qdora.run.run import train_run
+from qdora.train.distributed import Processes, processes_of_launch
+from tests import support
+from tests.support import training_lines
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 QUIET = Console(quiet=True)

@@ -1,62 +1,53 @@
 """Plans of a base that is not whole on the device: divided among processes, or with blocks streamed from the host."""
 
 from __future__ import annotations
+
+import json
 from dataclasses import replace
 from pathlib import Path
-from qdora.cli import app
-from qdora.errors import UserError
-from qdora.memory import stream as offload
-from qdora.memory.stream import HostResidency
-from qdora.memory.stream import PinnedPages
-from qdora.memory.stream import pages_bytes
-from qdora.model.build_model import keeps_scales
-from qdora.model.inject import adapted_layers
-from qdora.model.load import Quantization
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.plan import plan as parts
-from qdora.plan.fake_step import empty_model
-from qdora.plan.fit import plan
-from qdora.plan.fit import with_changes
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import CONTEXT_BYTES
-from qdora.plan.plan import Division
-from qdora.plan.plan import MicroBatchShape
-from qdora.plan.plan import Moment
-from qdora.plan.plan import NCCL_BYTES
-from qdora.plan.plan import Plan
-from qdora.plan.plan import SLACK_SHARE
-from qdora.plan.plan import StreamedBlocks
-from qdora.plan.plan import division_of
-from qdora.plan.plan import of_card
-from qdora.plan.plan import streamed_blocks
-from qdora.plan.plan import with_offloaded
-from qdora.plan.plan import with_streamed
-from qdora.plan.show import ACROSS
-from qdora.plan.show import Way
-from qdora.plan.show import fastest_way
-from qdora.plan.show import plan_run
-from qdora.plan.show import process_lines
-from qdora.plan.show import process_plans
-from qdora.plan.show import whole_plans
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.recipe.settings import Recipe
-from qdora.train.distributed import Processes
-from rich.console import Console
-from tests import support
-from tests.support import LateCopies
-from tests.support import write
-from tests.test_plan_memory import SHAPES
-from tests.test_plan_memory import SIZES
-from tests.test_plan_memory import a_recipe
-from transformers import AutoConfig
-from transformers import LlamaConfig
-from typer.testing import CliRunner
 from typing import Any
-import json
+
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from transformers import AutoConfig, LlamaConfig
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.errors import UserError
+from qdora.memory import stream as offload
+from qdora.memory.stream import HostResidency, PinnedPages, pages_bytes
+from qdora.model.build_model import keeps_scales
+from qdora.model.inject import adapted_layers
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
+from qdora.plan import plan as parts
+from qdora.plan.fake_step import empty_model
+from qdora.plan.fit import plan, with_changes
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    SLACK_SHARE,
+    Division,
+    MicroBatchShape,
+    Moment,
+    Plan,
+    StreamedBlocks,
+    division_of,
+    of_card,
+    streamed_blocks,
+    with_offloaded,
+    with_streamed,
+)
+from qdora.plan.show import ACROSS, plan_run, process_plans, whole_plans
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.settings import Recipe
+from qdora.train.distributed import Processes
+from tests import support
+from tests.support import LateCopies, write
+from tests.test_plan_memory import SHAPES, SIZES, a_recipe
 
 GIB = 2**30
 QUIET = Console(quiet=True)

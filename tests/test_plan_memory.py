@@ -1,67 +1,43 @@
 """The memory plan: live bytes and components against counts by hand and counted steps, few blocks against all."""
 
 from __future__ import annotations
+
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
 from qdora.adapter.norms import refresh
 from qdora.data.batches import MicroBatch
-from qdora.data.sources import make_loader
-from qdora.data.sources import num_steps_of
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
+from qdora.data.sources import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import save_adapter
-from qdora.model.build_model import Compute
-from qdora.model.build_model import put_adapters
+from qdora.model.build_model import Compute, put_adapters
 from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import inject
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.source import resolve
-from qdora.plan import fake_step
-from qdora.plan import fit
+from qdora.plan import fake_step, fit, show
 from qdora.plan import plan as parts
-from qdora.plan import show
-from qdora.plan.fake_step import BlockPattern
-from qdora.plan.fake_step import extrapolated
-from qdora.plan.fake_step import find_pattern
-from qdora.plan.fit import assumed_workload
-from qdora.plan.fit import fit_recipe
-from qdora.plan.fit import largest_shapes
-from qdora.plan.fit import not_exceeded
-from qdora.plan.fit import plan
-from qdora.plan.fit import workload_of_data
+from qdora.plan.fake_step import BlockPattern, extrapolated, find_pattern
+from qdora.plan.fit import assumed_workload, largest_shapes, not_exceeded, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import CONTEXT_BYTES
-from qdora.plan.plan import DeviceKind
-from qdora.plan.plan import MicroBatchShape
-from qdora.plan.plan import Moment
-from qdora.plan.plan import Plan
-from qdora.plan.plan import public_shapes
-from qdora.quant.kernels import planned_counts
-from qdora.quant.kernels import planned_on
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_from
+from qdora.plan.plan import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan, public_shapes
+from qdora.quant.kernels import planned_counts, planned_on
+from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import batch_loss
 from tests import support
-from torch import Tensor
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM
-from transformers import LlamaConfig
-from transformers import PreTrainedConfig
-from transformers import Qwen2Config
-from types import SimpleNamespace
-from typing import Any
-import contextlib
-import json
-import pytest
-import torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

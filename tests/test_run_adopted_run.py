@@ -1,34 +1,31 @@
 """Adapters that plain PEFT wrote on bitsandbytes' 4-bit base: exported, evaluated and used like a run."""
 
 from __future__ import annotations
-from bitsandbytes.functional import dequantize_4bit
-from collections.abc import Callable
-from pathlib import Path
-from qdora.cli import app
-from qdora.errors import UserError
-from qdora.export.export import export_run
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import Sampling
-from qdora.run.load_run import load_target
-from qdora.run.verbs import evaluate_target
-from qdora.run.verbs import generate_from
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from tests import reference
-from tests import support
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers import BitsAndBytesConfig
-from typer.testing import CliRunner
-from typing import Any
+
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import peft
 import pytest
-import shutil
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.errors import UserError
+from qdora.export.export import export_run
+from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
+from qdora.run.load_run import load_target
+from qdora.run.verbs import evaluate_target, generate_from
+from tests import reference, support
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

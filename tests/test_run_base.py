@@ -1,55 +1,41 @@
 """The base of a run: recorded, pruned once, streamed, or with new tokens; the same one in all that follows."""
 
 from __future__ import annotations
+
+import json
+import logging
+import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from qdora.errors import UserError
 from qdora.export.compare import comparison_text
 from qdora.export.export import export_run
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import token_ids
+from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.inject import adapted_layers
-from qdora.model.tokens import extend_vocabulary
-from qdora.model.tokens import trained_matrices
+from qdora.model.tokens import extend_vocabulary, trained_matrices
 from qdora.plan import plan as parts
-from qdora.plan.fit import divided_recipe
-from qdora.plan.fit import plan
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import Sampling
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import override
-from qdora.recipe.recipe_file import resolved_yaml
+from qdora.plan.fit import divided_recipe, plan
+from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
+from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.section import with_settings
-from qdora.recipe.settings import CalibrationConfig
-from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run import base as calibration
-from qdora.run.base import FILE
-from qdora.run.base import keep_residency
-from qdora.run.base import load_base
-from qdora.run.base import residency_here
+from qdora.run.base import FILE, keep_residency, load_base, residency_here
 from qdora.run.load_run import load_run
-from qdora.run.run import resumed_recipe
-from qdora.run.run import train_run
-from qdora.run.verbs import evaluate_target
-from qdora.run.verbs import generate_from
-from rich.console import Console
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from qdora.run.run import resumed_recipe, train_run
+from qdora.run.verbs import evaluate_target, generate_from
 from tests import support
 from tests.support import assert_same_run
-from tests.test_plan_memory import a_config
-from tests.test_plan_memory import a_recipe
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
-from typing import Any
-import json
-import logging
-import pytest
-import shutil
-import torch
+from tests.test_plan_memory import a_config, a_recipe
 
 QUIET = Console(quiet=True)
 OLD, NEW = "a" * 40, "b" * 40

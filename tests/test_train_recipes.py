@@ -1,33 +1,28 @@
 """Whole runs of other recipes: streams, packing, generated answers, cosines of tasks, routers, weights of tasks."""
 
 from __future__ import annotations
+
+import json
+import shutil
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
 from qdora.data import stream
 from qdora.data.batches import Batching
-from qdora.errors import RunFailure
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan
 from qdora.recipe.options import EvalOptions
 from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train.checkpoint import random_state
-from qdora.train.logs import agreement
-from qdora.train.logs import measure
-from tests import reference
-from tests import support
-from tests.support import ADAPTER
-from tests.support import UNEVALUATED
-from tests.support import assert_resumes
-from tests.support import same_tensors
-from tests.support import timeless
-from tests.support import training_lines
-from typing import Any
-import json
-import numpy as np
-import pytest
-import shutil
-import torch
+from qdora.train.logs import agreement, measure
+from tests import reference, support
+from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, training_lines
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -1,8 +1,21 @@
 """Whole runs on a tiny model: resumed equals uninterrupted, nothing is lost, every failure is one clear line."""
 
 from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
 from qdora.cli import app
 from qdora.data.chats import prompt_text
 from qdora.data.example import Turn
@@ -10,35 +23,15 @@ from qdora.errors import UserError
 from qdora.export.export import export_run
 from qdora.files import run_directory
 from qdora.files.run_directory import open_run
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import put_adapters
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
+from qdora.model.build_model import choose_compute, find_model, put_adapters
+from qdora.recipe.options import EvalOptions, ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run.base import load_base
 from qdora.run.load_run import load_run
-from qdora.run.run import resumed_recipe
-from qdora.run.run import train_run
+from qdora.run.run import resumed_recipe, train_run
 from qdora.run.verbs import evaluate_target
-from safetensors.torch import load_file
 from tests import support
-from tests.support import ADAPTER
-from tests.support import UNEVALUATED
-from tests.support import assert_resumes
-from tests.support import same_tensors
-from tests.support import timeless
-from tests.support import train_until
-from tests.support import training_lines
-from typer.testing import CliRunner
-from typing import Any
-import json
-import math
-import os
-import pytest
-import shutil
-import signal
-import torch
+from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, train_until, training_lines
 
 FIGURES = {"loss_per_task", "steps", "validation_nll", "validation_accuracy"}
 

@@ -6,33 +6,26 @@ its end mark. One text holds all turns of a chat where it shows each of them so.
 """
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from datetime import date
-from functools import cached_property
-from functools import lru_cache
-from numpy.typing import NDArray
-from qdora.data.example import Example
-from qdora.data.example import Messages
-from qdora.data.example import Tools
-from qdora.data.example import Turn
-from qdora.data.example import with_last_learnt
-from qdora.errors import UserError
-from qdora.files.machine import user_path
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import LossOn
-from transformers.utils.chat_template_utils import render_jinja_template
-from typing import Any
-from typing import NamedTuple
+
 import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
 import jinja2
 import jinja2.meta
-import json
 import numpy as np
-import re
+from numpy.typing import NDArray
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qdora.data.example import Example, Messages, Tools, Turn, with_last_learnt
+from qdora.errors import UserError
+from qdora.files.machine import user_path
+from qdora.recipe.data_settings import DataConfig, LossOn
 
 RENDER_ERRORS = (
     jinja2.TemplateError,

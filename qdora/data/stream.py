@@ -1,31 +1,24 @@
 """Examples of a source larger than memory: read, shuffled and tokenised while training, resumed exactly anywhere."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
-from functools import cached_property
-from itertools import islice
-from numpy.typing import NDArray
-from qdora.data.example import Example
-from qdora.data.example import RowFault
-from qdora.data.files import MAX_SHOWN_FAULTS
-from qdora.data.files import PlacedRow
-from qdora.data.files import Shards
-from qdora.data.files import empty_data_set
-from qdora.data.formats import FIRST_ROWS
-from qdora.data.formats import RowExamples
-from qdora.data.tokenize import ExampleTally
-from qdora.data.tokenize import Outcome
-from qdora.data.tokenize import TokenizedExample
-from qdora.errors import UserError
-from qdora.recipe.data_settings import DataConfig
-from typing import Any
+
 import hashlib
 import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
+
+from qdora.data.example import Example, RowFault
+from qdora.data.files import MAX_SHOWN_FAULTS, PlacedRow, Shards, empty_data_set
+from qdora.data.formats import FIRST_ROWS, RowExamples
+from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
+from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig
 
 _TOKENIZED_AT_ONCE = 64
 """Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""

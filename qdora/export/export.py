@@ -24,7 +24,7 @@ from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
-from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, disk_failures, work_lock
+from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, work_lock
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.memory.oom import keep_freed_memory

@@ -7,48 +7,40 @@ A checkpoint is whole if its complete.json lists its files and their sizes and c
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import ExitStack
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from qdora.errors import DiskFull
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.errors import not_there
-from qdora.files.atomic import DISK_FULL
-from qdora.files.atomic import PARTIAL
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import atomic_write_bytes
-from qdora.files.atomic import atomic_write_json
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import disk_reason
-from qdora.files.atomic import is_leftover
-from qdora.files.atomic import json_bytes
-from qdora.files.atomic import masked
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import read_json_object
-from qdora.files.atomic import remove_directory
-from qdora.files.atomic import remove_leftovers
-from qdora.files.atomic import work_lock
-from typing import Any
-from typing import NamedTuple
+
 import json
 import logging
 import os
 import re
 import time
 import traceback
-import yaml
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
+from qdora.files.atomic import (
+    DISK_FULL,
+    PARTIAL,
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    disk_failures,
+    disk_reason,
+    is_leftover,
+    json_bytes,
+    masked,
+    read_json_object,
+    remove_directory,
+    remove_leftovers,
+    work_lock,
+)
 
 logger = logging.getLogger("qdora")
 

@@ -13,43 +13,31 @@ backward pass of the block behind it; the device holds the last two or three.
 """
 
 from __future__ import annotations
-from collections import deque
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import field
-from functools import partial
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.norms import refresh
-from qdora.adapter.rows import HostEmbedding
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredPacked
-from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import replace_module
-from qdora.model.load import Loading
-from qdora.model.load import block_list
-from qdora.model.load import place
-from qdora.model.load import place_all
-from qdora.model.load import place_frozen
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import empty_packed
-from qdora.quant.packed import from_tensors
-from torch import Tensor
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
-from typing import Any
+
 import math
 import mmap
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.norms import refresh
+from qdora.adapter.rows import HostEmbedding
+from qdora.errors import RunFailure, UserError, first_line
+from qdora.files.machine import available_memory_bytes
+from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
+from qdora.model.inject import replace_module
+from qdora.model.load import Loading, block_list, place, place_all, place_frozen
+from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 NUM_SLOTS = 2
 """Streamed blocks that are on the device at a time: one is read while the other is filled."""

@@ -16,56 +16,29 @@ tensors (not for DoRA).
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
-from dataclasses import replace
-from pathlib import Path
-from qdora import __version__
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import BareExperts
-from qdora.adapter.experts import ExpertLinear
-from qdora.adapter.experts import Stack
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.layer import Kind
-from qdora.errors import UserError
-from qdora.errors import first_few
-from qdora.errors import first_line
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import json_bytes
-from qdora.files.atomic import read_json_object
-from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import taken_for_experts
-from qdora.model.experts import peft_swaps
-from qdora.model.experts import routers
-from qdora.model.inject import ALL_LINEAR
-from qdora.model.inject import adapted_layer
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import check_masks
-from qdora.model.inject import is_linear
-from qdora.model.inject import put_layers
-from qdora.model.multimodal import all_paths
-from qdora.model.tokens import TrainedMatrix
-from qdora.model.tokens import check_trainable
-from qdora.model.tokens import embedding_paths
-from qdora.model.tokens import is_tied
-from qdora.model.tokens import put_trained
-from qdora.model.tokens import trainable_faults
-from qdora.model.tokens import trained_matrices
-from safetensors import SafetensorError
-from safetensors import safe_open
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import TYPE_CHECKING
+
 import math
 import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qdora import __version__
+from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Kind
+from qdora.errors import UserError, first_few, first_line
+from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
+from qdora.files.tensor_file import write_tensors
+from qdora.model.checkpoint import taken_for_experts
+from qdora.model.experts import peft_swaps, routers
+from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_masks, is_linear, put_layers
+from qdora.model.multimodal import all_paths
+from qdora.model.tokens import TrainedMatrix, check_trainable, embedding_paths, is_tied, put_trained, trained_matrices
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # whose import takes a second

@@ -7,40 +7,32 @@ And two things that a model may do to its layers: change their outputs in place,
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from contextlib import ExitStack
-from contextlib import contextmanager
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.layer import evaluation_mode
-from qdora.adapter.layer import own_class
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_flash_attention_utils
+from transformers.integrations import sdpa_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
+
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.model.source import library_reason
 from qdora.quant.kernels import device_kind
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import modeling_flash_attention_utils
-from transformers.integrations import sdpa_attention
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.masking_utils import causal_mask_function
-from transformers.utils import is_flash_attn_2_available
-from transformers.utils import is_flash_attn_greater_or_equal
-from types import ModuleType
-from typing import Any
-import inspect
-import logging
-import re
-import sys
-import torch
 
 log = logging.getLogger("qdora")
 

@@ -1,48 +1,40 @@
 """From a recipe: device and dtype, source and tokenizer, adapters on the model, and their file."""
 
 from __future__ import annotations
+
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qdora.adapter.layer import AdaptedLinear
-from qdora.data.chats import set_chat_settings
-from qdora.data.chats import use_data_settings
+from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
-from qdora.files.machine import check_gpu
-from qdora.files.machine import cpu_has_bfloat16
-from qdora.model.adapter_file import describe_adapter
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import save_adapter
+from qdora.files.machine import check_gpu, cpu_has_bfloat16
+from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import HEAD
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import inject
-from qdora.model.load import load_config
-from qdora.model.load import skeleton
-from qdora.model.load import tensors_of_source
-from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.source import ModelSource
-from qdora.model.source import load_tokenizer
-from qdora.model.source import public_name
-from qdora.model.source import resolve
-from qdora.model.tokens import EMBEDDING
-from qdora.model.tokens import add_tokens
-from qdora.model.tokens import embedding_paths
-from qdora.model.tokens import extend_vocabulary
-from qdora.model.tokens import is_tied
-from qdora.model.tokens import new_token_ids
-from qdora.model.tokens import stop_ids
-from qdora.model.tokens import train_embeddings
-from qdora.model.tokens import trained_matrices
+from qdora.model.inject import HEAD, adapted_layers, inject
+from qdora.model.load import load_config, skeleton, tensors_of_source
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.tokens import (
+    EMBEDDING,
+    add_tokens,
+    embedding_paths,
+    extend_vocabulary,
+    is_tied,
+    new_token_ids,
+    stop_ids,
+    train_embeddings,
+    trained_matrices,
+)
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-import logging
-import torch
 
 logger = logging.getLogger("qdora")
 

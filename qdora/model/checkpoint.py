@@ -8,48 +8,37 @@ once on the numbers of the rows instead of on weights. The result maps each weig
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from qdora.errors import UserError
-from qdora.files.atomic import read_json_object
-from qdora.model.experts import is_transposed
-from qdora.model.experts import library_names
-from qdora.model.experts import replaced_in_4_bits
-from qdora.model.experts import stacks
-from qdora.quant.bnb import STATE_NAME
-from qdora.quant.bnb import from_bnb_state
-from qdora.quant.codebooks import MXFP4
-from qdora.quant.codebooks import MXFP4_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import RowParts
-from qdora.quant.packed import from_tensors
-from safetensors import SafetensorError
-from safetensors import safe_open
-from torch import Tensor
-from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers import PreTrainedModel
-from transformers import conversion_mapping
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.core_model_loading import WeightRenaming
-from transformers.core_model_loading import dot_natural_key
-from transformers.core_model_loading import rename_source_key
-from transformers.core_model_loading import revert_weight_conversion
-from typing import Any
-from typing import NamedTuple
+
 import copy
 import json
 import logging
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from qdora.errors import UserError
+from qdora.files.atomic import read_json_object
+from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
+from qdora.quant.bnb import STATE_NAME, from_bnb_state
+from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, RowParts, from_tensors
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,21 +6,18 @@ streamed and adapted like any linear layer. The expert module keeps its name, it
 """
 
 from __future__ import annotations
+
 from functools import partial
-from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.expert_product import padded_tokens
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.experts import ExpertLinear
-from qdora.adapter.experts import Stack
-from qdora.adapter.experts import needs_padding
-from qdora.quant.kernels import is_planning
-from qdora.quant.kernels import planned_counts
-from torch import Tensor
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from typing import Any
-import torch
+
+from qdora.adapter.expert_product import ExpertTokens, padded_tokens
+from qdora.adapter.experts import AdaptedExperts, ExpertLinear, Stack, needs_padding
+from qdora.quant.kernels import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
 """The name of `routed_forward` among transformers' implementations of experts."""

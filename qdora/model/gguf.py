@@ -10,47 +10,33 @@ up together, one expert after the other, and is read expert by expert.
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import disk_reason
-from qdora.files.atomic import in_turn
-from qdora.files.machine import cache_folder
-from qdora.files.machine import package_versions
-from qdora.model.checkpoint import StoredRows
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import in_parts
-from qdora.model.experts import library_names
-from qdora.model.experts import stacks
-from qdora.model.inject import block_of
-from torch import Tensor
-from torch import nn
-from transformers import AutoConfig
-from transformers import AutoTokenizer
-from transformers import MixtralConfig
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
-from transformers.core_model_loading import rename_source_key
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
-from transformers.modeling_gguf_pytorch_utils import TensorProcessor
-from typing import Any
+
 import hashlib
 import importlib.util
 import logging
 import math
 import mmap
-import numpy as np
 import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
+
+from qdora.errors import UserError, first_line
+from qdora.files.atomic import atomic_directory, disk_reason, in_turn
+from qdora.files.machine import cache_folder, package_versions
+from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts
+from qdora.model.experts import library_names, stacks
+from qdora.model.inject import block_of
 
 log = logging.getLogger("qdora")
 Values = np.ndarray[Any, np.dtype[Any]]

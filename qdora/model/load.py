@@ -4,67 +4,55 @@ Host memory holds the model in its final form and one tensor of the checkpoint; 
 """
 
 from __future__ import annotations
-from accelerate import init_empty_weights
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
 from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.rows import HostEmbedding
 from qdora.errors import UserError
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
-from qdora.model.checkpoint import Stored
-from qdora.model.checkpoint import StoredPacked
-from qdora.model.checkpoint import StoredRows
-from qdora.model.checkpoint import StoredTensor
-from qdora.model.checkpoint import gather_packed
-from qdora.model.checkpoint import in_parts
-from qdora.model.checkpoint import match_to_model
-from qdora.model.checkpoint import open_safetensors
-from qdora.model.checkpoint import rename_to_model
-from qdora.model.checkpoint import stored_kind
-from qdora.model.checkpoint import tied_weights
-from qdora.model.experts import stacks
-from qdora.model.experts import use_expert_layers_
-from qdora.model.gguf import check_gguf
-from qdora.model.gguf import config_of_gguf
-from qdora.model.gguf import open_gguf
-from qdora.model.gguf import settle_head
-from qdora.model.inject import HEAD
-from qdora.model.inject import frozen_like
-from qdora.model.inject import linear_layers
-from qdora.model.inject import matches
-from qdora.model.inject import replace_module
-from qdora.model.inject import unmatched
-from qdora.model.multimodal import auto_class
-from qdora.model.multimodal import is_multimodal
-from qdora.model.multimodal import leave_out_other_parts_
-from qdora.model.multimodal import not_loaded
-from qdora.model.multimodal import set_aside
-from qdora.model.multimodal import settle_tying
-from qdora.model.source import ModelSource
-from qdora.model.source import library_reason
+from qdora.model.checkpoint import (
+    Stored,
+    StoredPacked,
+    StoredRows,
+    StoredTensor,
+    gather_packed,
+    in_parts,
+    match_to_model,
+    open_safetensors,
+    rename_to_model,
+    stored_kind,
+    tied_weights,
+)
+from qdora.model.experts import stacks, use_expert_layers_
+from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
+from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
+from qdora.model.multimodal import (
+    auto_class,
+    is_multimodal,
+    leave_out_other_parts_,
+    not_loaded,
+    set_aside,
+    settle_tying,
+)
+from qdora.model.source import ModelSource, library_reason
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import packed_rows
-from qdora.quant.packed import quantize
+from qdora.quant.packed import PackedWeight, dequantize, packed_rows, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import BaseWeightsConfig
-from torch import Tensor
-from torch import nn
-from transformers import AutoConfig
-from transformers import GenerationConfig
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from typing import Any
-import logging
-import re
-import torch
 
 log = logging.getLogger("qdora")
 

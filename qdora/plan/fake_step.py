@@ -7,76 +7,52 @@ any number.
 """
 
 from __future__ import annotations
-from collections.abc import Hashable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import ExitStack
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.norms import refresh
-from qdora.model.adapter_file import AdapterDescription
-from qdora.model.adapter_file import selected_modules
-from qdora.model.attention import attention_of
-from qdora.model.attention import fast_grouped_attention
-from qdora.model.attention import keep_inplace_outputs_
-from qdora.model.attention import replaced
-from qdora.model.build_model import DTYPES
-from qdora.model.build_model import put_adapters
-from qdora.model.build_model import recompute_activations
-from qdora.model.build_model import set_kept_scales_
-from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import frozen_like
-from qdora.model.inject import inject
-from qdora.model.inject import is_linear
-from qdora.model.inject import linear_layers
-from qdora.model.inject import replace_module
-from qdora.model.load import block_list
-from qdora.model.load import chosen_layers
-from qdora.model.load import dense_dtype
-from qdora.model.load import layers_to_quantize
-from qdora.model.load import quantization_of
-from qdora.model.load import skeleton
-from qdora.model.multimodal import not_loaded
-from qdora.model.source import ModelSource
-from qdora.model.tokens import extend_vocabulary
-from qdora.model.tokens import train_embeddings
-from qdora.plan import plan as parts
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import DeviceKind
-from qdora.plan.plan import MicroBatchShape
-from qdora.plan.plan import Moment
-from qdora.quant.kernels import planned_on
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import empty_packed
-from qdora.quant.tiles import Weight
-from qdora.recipe.settings import Recipe
-from qdora.train.loss import head_nll
-from qdora.train.loss import proposed_form
-from qdora.train.loss import tapped
-from qdora.train.loss import tapped_routers
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.optimizer import OptimizerName
-from qdora.train.optimizer import groups_of
-from torch import Tensor
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
-from transformers import AttentionMaskInterface
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from typing import Any
+
 import copy
 import gc
 import inspect
 import math
 import sys
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qdora.adapter.layer import FrozenLinear
+from qdora.adapter.norms import refresh
+from qdora.model.adapter_file import AdapterDescription, selected_modules
+from qdora.model.attention import attention_of, fast_grouped_attention, keep_inplace_outputs_, replaced
+from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
+from qdora.model.checkpoint import tied_weights
+from qdora.model.inject import (
+    adapted_layers,
+    adapter_parameters,
+    frozen_like,
+    inject,
+    is_linear,
+    linear_layers,
+    replace_module,
+)
+from qdora.model.load import block_list, chosen_layers, dense_dtype, layers_to_quantize, quantization_of, skeleton
+from qdora.model.multimodal import not_loaded
+from qdora.model.source import ModelSource
+from qdora.model.tokens import extend_vocabulary, train_embeddings
+from qdora.plan import plan as parts
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
+from qdora.quant.kernels import planned_on
+from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.quant.tiles import Weight
+from qdora.recipe.settings import Recipe
+from qdora.train.loss import head_nll, proposed_form, tapped, tapped_routers
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
 Step = tuple[list[Moment], Shapes]
@@ -260,7 +236,6 @@ def _measured(
                     rank_pattern=ranks,
                     dropout=settings.dropout,
                     dtype=DTYPES[settings.dtype],
-                    share=next(iter(adapter.shares.values()), "none"),  # a run has one for all stacks
                 )
                 set_kept_scales_(model, recipe)
                 if settings.also_train:

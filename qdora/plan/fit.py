@@ -5,81 +5,52 @@ the data if it can be read, else full ones.
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from qdora.adapter.experts import ExpertLinear
-from qdora.data.batches import IGNORED
-from qdora.data.batches import MicroBatch
-from qdora.data.batches import StepLoader
+from qdora.data.batches import IGNORED, MicroBatch, StepLoader
 from qdora.data.mix import Mix
-from qdora.data.sources import make_loader
-from qdora.data.sources import micro_batch_tokens
-from qdora.data.sources import num_steps_of
-from qdora.errors import HubFailure
-from qdora.errors import UserError
+from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
+from qdora.errors import HubFailure, UserError
 from qdora.files.console import errors_only
-from qdora.files.machine import available_memory_bytes
-from qdora.files.machine import cpu_has_bfloat16
-from qdora.files.machine import held_memory_bytes
-from qdora.memory.stream import NUM_SLOTS
-from qdora.memory.stream import check_host_embedding
-from qdora.memory.stream import obstacle
+from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
+from qdora.memory.stream import NUM_SLOTS, check_host_embedding, obstacle
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.build_model import Compute
-from qdora.model.build_model import DTYPES
-from qdora.model.build_model import find_source
-from qdora.model.build_model import keeps_scales
+from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
 from qdora.model.inject import linear_layers
-from qdora.model.load import block_list
-from qdora.model.load import load_config
-from qdora.model.load import quantization_of
+from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
-from qdora.plan.fake_step import Step
-from qdora.plan.fake_step import empty_model
-from qdora.plan.fake_step import run_step
-from qdora.plan.plan import ASSUMED
-from qdora.plan.plan import CONTEXT_BYTES
-from qdora.plan.plan import Change
-from qdora.plan.plan import DeviceKind
-from qdora.plan.plan import MicroBatchShape
-from qdora.plan.plan import NCCL_BYTES
-from qdora.plan.plan import Plan
-from qdora.plan.plan import SLACK_SHARE
-from qdora.plan.plan import Work
-from qdora.plan.plan import division_of
-from qdora.plan.plan import of_card
-from qdora.plan.plan import over_budget
-from qdora.plan.plan import public_shapes
-from qdora.plan.plan import streamed_blocks
-from qdora.plan.plan import with_offloaded
-from qdora.plan.plan import with_streamed
-from qdora.quant.kernels import Routing
-from qdora.quant.kernels import planned_on
+from qdora.plan.fake_step import Step, empty_model, run_step
+from qdora.plan.plan import (
+    ASSUMED,
+    Change,
+    DeviceKind,
+    MicroBatchShape,
+    Plan,
+    Work,
+    of_card,
+    public_shapes,
+)
+from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.recipe_file import override
-from qdora.recipe.section import parse_size
-from qdora.recipe.section import with_settings
+from qdora.recipe.section import parse_size, with_settings
 from qdora.recipe.settings import Recipe
-from qdora.train.distributed import CAN_DIVIDE
-from qdora.train.distributed import Processes
-from qdora.train.loss import auto_chunk
-from qdora.train.loss import check_router_loss
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from typing import Any
-import logging
-import math
-import torch
+from qdora.train.distributed import CAN_DIVIDE, Processes
+from qdora.train.loss import auto_chunk, check_router_loss
 
 logger = logging.getLogger("qdora")
 

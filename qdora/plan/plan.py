@@ -5,36 +5,26 @@ the peak of the run. The time comes from a roofline: FLOPs, bytes of the device'
 """
 
 from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
-from qdora.adapter.rows import divided_tensors
-from qdora.adapter.rows import is_cut_by_rows
-from qdora.memory.stream import NUM_SLOTS
-from qdora.memory.stream import Piece
-from qdora.memory.stream import Turns
-from qdora.memory.stream import pages_bytes
-from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import linear_layers
-from qdora.model.load import Quantization
-from qdora.model.load import block_list
-from qdora.model.load import chosen_layers
-from qdora.model.load import layers_to_quantize
-from qdora.quant.packed import empty_packed
-from qdora.recipe.section import size_text
-from torch import nn
-from transformers import AutoConfig
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
+
 import torch
 import yaml
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from qdora.adapter.rows import divided_tensors, is_cut_by_rows
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns, pages_bytes
+from qdora.model.checkpoint import tied_weights
+from qdora.model.inject import linear_layers
+from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
+from qdora.quant.packed import empty_packed
+from qdora.recipe.section import size_text
 
 GIB, MIB = 2**30, 2**20
 DeviceKind = Literal["cuda", "cpu"]

@@ -10,50 +10,38 @@ and what it sums twice; a machine has one link to the others. Blocks are gathere
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import replace
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from qdora.data import mix_plan
-from qdora.data import sources
-from qdora.errors import HubFailure
-from qdora.errors import NoTokenizer
-from qdora.errors import UserError
-from qdora.files.console import consoles
-from qdora.model.build_model import find_model
-from qdora.model.build_model import keeps_scales
-from qdora.plan import plan as parts
-from qdora.plan.fit import MOST_STEPS
-from qdora.plan.fit import Workload
-from qdora.plan.fit import all_on_device
-from qdora.plan.fit import assumed_workload
-from qdora.plan.fit import divided_recipe
-from qdora.plan.fit import num_sharing
-from qdora.plan.fit import plan
-from qdora.plan.fit import with_streaming
-from qdora.plan.fit import workload_of_data
-from qdora.plan.plan import ASSUMED
-from qdora.plan.plan import DeviceKind
-from qdora.plan.plan import PCIE_4
-from qdora.plan.plan import Plan
-from qdora.plan.plan import of_card
-from qdora.plan.plan import seconds_text
-from qdora.plan.plan import waiting_seconds
-from qdora.recipe.recipe_file import missing_files
-from qdora.recipe.recipe_file import override
-from qdora.recipe.section import parse_size
-from qdora.recipe.section import size_text
-from qdora.recipe.settings import Recipe
+from typing import Any, Literal
+
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
-from typing import Any
-from typing import Literal
-import logging
-import math
-import torch
+
+from qdora.data import mix_plan, sources
+from qdora.errors import HubFailure, NoTokenizer, UserError
+from qdora.files.console import consoles
+from qdora.model.build_model import find_model, keeps_scales
+from qdora.plan import plan as parts
+from qdora.plan.fit import (
+    MOST_STEPS,
+    Workload,
+    all_on_device,
+    assumed_workload,
+    divided_recipe,
+    num_sharing,
+    plan,
+    with_streaming,
+    workload_of_data,
+)
+from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
+from qdora.recipe.recipe_file import missing_files, override
+from qdora.recipe.section import parse_size, size_text
+from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
 

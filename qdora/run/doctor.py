@@ -1,19 +1,23 @@
 """qdora doctor: what this machine can do, and what to run where something is missing."""
 
 from __future__ import annotations
-from pathlib import Path
-from qdora.errors import first_line
-from qdora.files.machine import CAPABILITY_MAJOR
-from qdora.files.machine import CAPABILITY_MINOR
-from qdora.files.machine import available_memory_bytes
-from qdora.files.machine import device_attribute
-from qdora.files.machine import driver_version
-from qdora.files.machine import environment
-from qdora.files.machine import unused_gpu
-from typing import Any
+
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import first_line
+from qdora.files.machine import (
+    CAPABILITY_MAJOR,
+    CAPABILITY_MINOR,
+    available_memory_bytes,
+    device_attribute,
+    driver_version,
+    environment,
+    unused_gpu,
+)
 
 GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092

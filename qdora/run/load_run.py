@@ -1,69 +1,39 @@
 """Load a run again with its adapter, or any model that `qdora eval` and `qdora generate` are given."""
 
 from __future__ import annotations
+
+import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qdora.adapter.layer import drop_scales_without_room
 from qdora.data.chats import set_chat_date
-from qdora.data.chats import set_chat_settings
-from qdora.errors import UserError
-from qdora.errors import not_one_of
-from qdora.files.atomic import atomic_write_json
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import read_json_object
-from qdora.files.machine import check_gpu
-from qdora.files.machine import user_path
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import chat_date_of
-from qdora.files.run_directory import open_run
-from qdora.model.adapter_file import CONFIG_FILE
-from qdora.model.adapter_file import describe_adapter
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import read_adapter
-from qdora.model.build_model import Compute
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import set_kept_scales_
-from qdora.model.build_model import token_ids
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import adapter_parameters
-from qdora.model.load import load_config
-from qdora.model.load import load_model
-from qdora.model.load import skeleton
-from qdora.model.load import stored_form
-from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.source import BUILTIN
-from qdora.model.source import has_tokenizer
-from qdora.model.source import load_tokenizer
-from qdora.model.source import public_name
-from qdora.model.source import resolve
+from qdora.errors import UserError, not_one_of
+from qdora.files.atomic import atomic_write_json, atomic_write_text, read_json_object
+from qdora.files.machine import check_gpu, user_path
+from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
+from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
+from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
+from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.model.load import load_config, load_model, skeleton, stored_form
+from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
 from qdora.model.store import PrunedBase
 from qdora.model.tokens import extend_vocabulary
-from qdora.recipe.data_settings import DEMO_TASKS
-from qdora.recipe.data_settings import is_path
-from qdora.recipe.recipe_file import override
-from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.data_settings import DEMO_TASKS, is_path
+from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import FOLDER
-from qdora.run.base import check_base
-from qdora.run.base import load_base
-from qdora.run.base import residency_here
-from qdora.train.checkpoint import PARAMETERS_FILE
-from qdora.train.checkpoint import copy_parameters
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-from typing import NamedTuple
-import logging
-import os
-import tempfile
-import torch
+from qdora.run.base import FOLDER, check_base, load_base, residency_here
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 # What --quant takes for a model in full precision, and for an adapter; -single is without double quantisation
 _QUANTS = ("nf4", "fp4", "int8")

@@ -1,88 +1,67 @@
 """What happens before a run loads its model: read the data, plan, and check the recipe against both."""
 
 from __future__ import annotations
-from collections.abc import Collection
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+
+import hashlib
+import logging
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor, float16
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 from qdora.data.batches import StepLoader
-from qdora.data.chats import chat_settings
-from qdora.data.chats import set_chat_date
+from qdora.data.chats import chat_settings, set_chat_date
 from qdora.data.example import Example
-from qdora.data.mix import Mix
-from qdora.data.mix import Source
-from qdora.data.mix_plan import MixPlan
-from qdora.data.mix_plan import large_step_warning
-from qdora.data.mix_plan import plan_mix
-from qdora.data.mix_plan import show_mix
-from qdora.data.sources import check_first_rows
-from qdora.data.sources import make_loader
-from qdora.data.sources import micro_batch_tokens
-from qdora.data.sources import num_steps_of
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_mix
-from qdora.data.sources import tokenized_sources
-from qdora.data.tokenize import ExampleTally
-from qdora.data.tokenize import TokenizedExample
-from qdora.data.tokenize import TokenizedSet
-from qdora.data.tokenize import text_batches
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.errors import first_few
+from qdora.data.mix import Mix, Source
+from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
+from qdora.data.sources import (
+    check_first_rows,
+    make_loader,
+    micro_batch_tokens,
+    num_steps_of,
+    read_data,
+    tokenized_mix,
+    tokenized_sources,
+)
+from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
+from qdora.errors import HubFailure, UserError, first_few
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import json_bytes
-from qdora.files.run_directory import PLAN_FILE
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import chat_date_of
-from qdora.files.run_directory import unharmed
+from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of, unharmed
 from qdora.model.attention import positions_of
-from qdora.model.build_model import Compute
-from qdora.model.build_model import choose_compute
-from qdora.model.build_model import find_model
-from qdora.model.build_model import find_source
-from qdora.model.build_model import find_tokenizer
-from qdora.model.build_model import find_tokenizer_source
+from qdora.model.build_model import (
+    Compute,
+    choose_compute,
+    find_model,
+    find_source,
+    find_tokenizer,
+    find_tokenizer_source,
+)
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.model.tokens import untrained_rows
-from qdora.plan.fit import within_budget
-from qdora.plan.fit import workload_of_data
+from qdora.plan.fit import within_budget, workload_of_data
 from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
-from qdora.run.base import base_record
-from qdora.run.base import calibration_tokens
-from qdora.run.base import pinned
+from qdora.run.base import base_record, calibration_tokens, pinned
 from qdora.train.distributed import Processes
-from qdora.train.evals import evaluated_sources
-from qdora.train.evals import selection_faults
-from qdora.train.guards import CHECKS_FILE
-from qdora.train.guards import Check
-from qdora.train.guards import DATA
-from qdora.train.guards import GRADIENTS
-from qdora.train.guards import kept_checks
-from qdora.train.guards import tell_checks
+from qdora.train.evals import evaluated_sources, selection_faults
+from qdora.train.guards import CHECKS_FILE, DATA, GRADIENTS, Check, kept_checks, tell_checks
 from qdora.train.logs import interference_faults
 from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
-from rich.console import Console
-from torch import Tensor
-from torch import float16
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-import hashlib
-import logging
-import numpy as np
-import socket
 
 logger = logging.getLogger("qdora")
 

@@ -4,59 +4,41 @@ The card has the Hub's front matter (model_card.md.j2); the page loads no other 
 """
 
 from __future__ import annotations
+
+import re
+import statistics
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from huggingface_hub import ModelCard
-from huggingface_hub import ModelCardData
-from huggingface_hub import metadata_load
 from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from pydantic import ByteSize
+from rich.console import Console
+
+import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluate.suite import LossOrAccuracy
-from qdora.evaluate.suite import task_changes
+from qdora.evaluate.suite import LossOrAccuracy, task_changes
 from qdora.files import run_directory
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import masked
-from qdora.files.atomic import read_json_object
-from qdora.files.console import consoles
-from qdora.files.console import duration
+from qdora.files.atomic import atomic_write_text, disk_failures, masked, read_json_object
+from qdora.files.console import consoles, duration
 from qdora.files.machine import package_versions
-from qdora.files.pages import markdown_cell
-from qdora.files.pages import markdown_table
-from qdora.files.pages import render_page
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import open_run
-from qdora.files.run_directory import unharmed
+from qdora.files.pages import markdown_cell, markdown_table, render_page
+from qdora.files.run_directory import RunDirectory, open_run, unharmed
 from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
-from qdora.model.source import BUILTIN
-from qdora.model.source import BUILTIN_HUB_ID
-from qdora.model.source import LICENCE_FILES
-from qdora.model.source import ModelSource
-from qdora.model.source import public_name
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.data_settings import is_path
+from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
+from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.options import Form
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.train.evals import adapter_in_words
-from qdora.train.evals import adapter_record
-from qdora.train.evals import adapter_step
-from qdora.train.evals import state_step
+from qdora.train.evals import adapter_in_words, adapter_record, adapter_step, state_step
 from qdora.train.logs import draw_figures
-from rich.console import Console
-from typing import Any
-from typing import Literal
-import qdora
-import re
-import statistics
-import yaml
 
 PAGE_FILE = "report.html"
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")

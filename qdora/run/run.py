@@ -5,87 +5,62 @@
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Sequence
-from contextlib import ExitStack
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
-from qdora.data.batches import PackedLayout
-from qdora.errors import Interrupted
-from qdora.errors import UserError
-from qdora.errors import first_few
-from qdora.evaluate.generation import generation_table
-from qdora.evaluate.suite import compare_table
-from qdora.files.atomic import atomic_directory
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import disk_failures
-from qdora.files.atomic import read_json_object
-from qdora.files.console import bar
-from qdora.files.console import consoles
-from qdora.files.machine import environment
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import create_run
-from qdora.files.run_directory import failures_logged
-from qdora.files.run_directory import flat
-from qdora.files.run_directory import log_to
-from qdora.files.run_directory import only_process
-from qdora.files.run_directory import open_run
-from qdora.files.run_directory import resume_run
-from qdora.files.run_directory import unharmed
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.attention import weights_unread
-from qdora.model.build_model import adapt
-from qdora.model.build_model import describe_adapters
-from qdora.model.inject import model_size
-from qdora.model.multimodal import TRAINED_PART
-from qdora.model.multimodal import is_multimodal
-from qdora.model.source import is_commit
-from qdora.model.store import PrunedBase
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.section import shown
-from qdora.recipe.section import with_settings
-from qdora.recipe.settings import Recipe
-from qdora.run.base import FOLDER
-from qdora.run.base import REVISIONS
-from qdora.run.base import base_record
-from qdora.run.base import check_base
-from qdora.run.base import compress_base
-from qdora.run.base import compression_key
-from qdora.run.base import keep_residency
-from qdora.run.base import load_base
-from qdora.run.base import with_revisions_of
-from qdora.run.prepare import PreparedRun
-from qdora.run.prepare import prepare
-from qdora.run.prepare import show_plans
-from qdora.run.prepare import token_checks
-from qdora.run.report import leave_page
-from qdora.run.report import run_card
-from qdora.train.distributed import Processes
-from qdora.train.distributed import mesh_of
-from qdora.train.distributed import processes_of_launch
-from qdora.train.distributed import seed_of
-from qdora.train.evals import adapter_record
-from qdora.train.evals import read_result
-from qdora.train.guards import CHECKS_FILE
-from qdora.train.guards import Check
-from qdora.train.guards import DIVISION
-from qdora.train.guards import PACKING
-from qdora.train.guards import TOKENS
-from qdora.train.guards import check_division
-from qdora.train.guards import packed_layout
-from qdora.train.guards import tell_checks
-from qdora.train.trainer import Trainer
-from rich.console import Console
-from transformers import PreTrainedModel
-from typing import Any
+
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qdora.data.batches import PackedLayout
+from qdora.errors import Interrupted, UserError
+from qdora.evaluate.generation import generation_table
+from qdora.evaluate.suite import compare_table
+from qdora.files.atomic import atomic_directory, atomic_write_text, disk_failures, read_json_object
+from qdora.files.console import bar, consoles
+from qdora.files.machine import environment
+from qdora.files.run_directory import (
+    RunDirectory,
+    create_run,
+    failures_logged,
+    log_to,
+    only_process,
+    open_run,
+    resume_run,
+    unharmed,
+)
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import weights_unread
+from qdora.model.build_model import adapt, describe_adapters
+from qdora.model.inject import model_size
+from qdora.model.multimodal import TRAINED_PART, is_multimodal
+from qdora.model.store import PrunedBase
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
+from qdora.run.base import (
+    FOLDER,
+    base_record,
+    check_base,
+    compress_base,
+    compression_key,
+    keep_residency,
+    load_base,
+    with_revisions_of,
+)
+from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
+from qdora.run.report import leave_page, run_card
+from qdora.train.distributed import Processes, mesh_of, processes_of_launch, seed_of
+from qdora.train.evals import adapter_record, read_result
+from qdora.train.guards import CHECKS_FILE, DIVISION, PACKING, TOKENS, Check, check_division, packed_layout, tell_checks
+from qdora.train.trainer import Trainer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SharedBases = Callable[[str, Callable[[Path], None]], Path]

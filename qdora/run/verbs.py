@@ -1,77 +1,52 @@
 """qdora eval and qdora generate: score a run, an export, an adapter or a bare model, or let it answer."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Sequence
-from pathlib import Path
-from qdora.data.chats import prompt_text
-from qdora.data.chats import require_chat_template
-from qdora.data.chats import set_chat_date
-from qdora.data.chats import set_chat_settings
-from qdora.data.example import Example
-from qdora.data.example import Messages
-from qdora.data.example import RowFault
-from qdora.data.example import Tools
-from qdora.data.example import Turn
-from qdora.data.files import read_rows
-from qdora.data.formats import asked_chat
-from qdora.data.sources import given_source
-from qdora.data.sources import has_splits
-from qdora.data.sources import open_source
-from qdora.data.sources import place_of
-from qdora.data.sources import run_examples
-from qdora.data.sources import task_examples
-from qdora.data.sources import to_score
-from qdora.data.sources import trained_on
-from qdora.data.tokenize import encode_batch
-from qdora.data.tokenize import special_prefix
-from qdora.data.tokenize import with_prefix
-from qdora.errors import UserError
-from qdora.errors import not_one_of
-from qdora.evaluate.generation import evaluate_generated
-from qdora.evaluate.generation import generate
-from qdora.evaluate.generation import generation_faults
-from qdora.evaluate.generation import generation_table
-from qdora.evaluate.harness import evaluate_harness
-from qdora.evaluate.harness import find_harness_tasks
-from qdora.evaluate.harness import harness_table
-from qdora.evaluate.perplexity import read_texts
-from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.suite import compare_table
-from qdora.evaluate.suite import evaluate
-from qdora.files.console import bar
-from qdora.files.console import consoles
-from qdora.files.machine import check_gpu
-from qdora.files.machine import user_path
-from qdora.files.run_directory import chat_date_of
-from qdora.files.run_directory import open_run
-from qdora.files.run_directory import unharmed
-from qdora.memory.oom import keep_freed_memory
-from qdora.model.attention import context_length
-from qdora.model.tokens import stop_ids_of_model
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import TASKS
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import Sampling
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.recipe.settings import Recipe
-from qdora.run.load_run import LoadedModel
-from qdora.run.load_run import check_target
-from qdora.run.load_run import is_run
-from qdora.run.load_run import load_target
-from qdora.run.load_run import render_chats_like
-from qdora.train.evals import state_step
-from qdora.train.evals import stored_results
-from rich.console import Console
-from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import TextStreamer
-from typing import Any
+
 import hashlib
 import logging
 import re
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import TextStreamer
+
+from qdora.data.chats import prompt_text, require_chat_template, set_chat_date, set_chat_settings
+from qdora.data.example import Example, Messages, RowFault, Tools, Turn
+from qdora.data.files import read_rows
+from qdora.data.formats import asked_chat
+from qdora.data.sources import (
+    given_source,
+    has_splits,
+    open_source,
+    place_of,
+    run_examples,
+    task_examples,
+    to_score,
+    trained_on,
+)
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
+from qdora.errors import UserError, not_one_of
+from qdora.evaluate.generation import evaluate_generated, generate, generation_faults, generation_table
+from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
+from qdora.evaluate.perplexity import read_texts, text_perplexity
+from qdora.evaluate.suite import compare_table, evaluate
+from qdora.files.console import bar, consoles
+from qdora.files.machine import check_gpu, user_path
+from qdora.files.run_directory import chat_date_of, open_run, unharmed
+from qdora.memory.oom import keep_freed_memory
+from qdora.model.attention import context_length
+from qdora.model.tokens import stop_ids_of_model
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
+from qdora.recipe.options import EvalOptions, Sampling
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.settings import Recipe
+from qdora.run.load_run import LoadedModel, check_target, is_run, load_target
+from qdora.train.evals import state_step, stored_results
 
 logger = logging.getLogger("qdora")
 

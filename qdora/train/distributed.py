@@ -11,38 +11,28 @@ torch's timeouts do.
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import replace
-from datetime import timedelta
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.files.console import END_SIGNALS
-from qdora.files.console import SAME_REQUEST_SECONDS
-from qdora.files.console import leave_closed_terminal
-from qdora.files.machine import available_memory_bytes
-from qdora.memory.oom import is_out_of_memory
-from torch import Tensor
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from types import FrameType
-from typing import Any
-from typing import TypeVar
+
 import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from qdora.errors import Interrupted, RunFailure, UserError, first_line
+from qdora.files.console import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
+from qdora.files.machine import available_memory_bytes
+from qdora.memory.oom import is_out_of_memory
 
 T = TypeVar("T")
 

@@ -8,12 +8,19 @@ The functions at the end have vectors, (n,), with one entry for each component t
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from qdora.adapter.gates import gate_slope
-from qdora.adapter.gates import gate_value
-from qdora.adapter.gates import probability_on
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qdora.adapter.gates import gate_slope, gate_value, probability_on
 from qdora.adapter.layer import AdaptedLinear
 from qdora.errors import UserError
 from qdora.files.tensor_file import write_tensors
@@ -21,14 +28,6 @@ from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import send
-from safetensors.torch import load_file
-from torch import Tensor
-from torch import nn
-from typing import Any
-import itertools
-import logging
-import math
-import torch
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0

@@ -4,46 +4,37 @@ Each policy has a `state_dict` of JSON values, with which a resumed run goes on.
 """
 
 from __future__ import annotations
-from collections import deque
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from qdora.adapter.layer import evaluation_mode
-from qdora.adapter.norms import refresh
-from qdora.data.batches import IGNORED
-from qdora.data.batches import PackedLayout
-from qdora.data.batches import Step
-from qdora.data.batches import StepLoader
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.files.atomic import json_bytes
-from qdora.files.atomic import read_json_object
-from qdora.files.run_directory import RunDirectory
-from qdora.memory.oom import free_memory
-from qdora.model.attention import attention_of
-from qdora.model.attention import flash_inputs
-from qdora.model.attention import flash_lengths
-from qdora.model.attention import takes_flash_lengths
-from qdora.model.inject import adapted_layers
-from qdora.recipe.settings import TrainConfig
-from qdora.train.distributed import Processes
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.passes import Shortage
-from qdora.train.passes import batch_loss
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
-from typing import Any
-from typing import Literal
+
 import inspect
 import logging
 import math
 import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from qdora.adapter.layer import evaluation_mode
+from qdora.adapter.norms import refresh
+from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
+from qdora.errors import RunFailure, UserError
+from qdora.files.atomic import json_bytes, read_json_object
+from qdora.files.run_directory import RunDirectory
+from qdora.memory.oom import free_memory
+from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.model.inject import adapted_layers
+from qdora.recipe.settings import TrainConfig
+from qdora.train.distributed import Processes
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import Shortage, batch_loss
 
 CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"

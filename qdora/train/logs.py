@@ -3,73 +3,49 @@ router divides tokens among experts, and which data sets pull the adapter in dif
 """
 
 from __future__ import annotations
-from accelerate import PartialState
-from accelerate.tracking import GeneralTracker
-from accelerate.tracking import MLflowTracker
-from accelerate.tracking import TensorBoardTracker
-from accelerate.tracking import TrackioTracker
-from accelerate.tracking import WandBTracker
-from collections import deque
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from functools import partial
-from numpy.typing import ArrayLike
-from numpy.typing import NDArray
-from pathlib import Path
-from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.layer import AdaptedLinear
-from qdora.adapter.layer import evaluation_mode
-from qdora.data.batches import Batching
-from qdora.data.batches import IGNORED
-from qdora.data.batches import MicroBatch
-from qdora.data.batches import Step
-from qdora.data.batches import micro_batches
-from qdora.data.example import Example
-from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedExample
-from qdora.data.tokenize import tokenize_all
-from qdora.errors import UserError
-from qdora.errors import named
-from qdora.evaluate.suite import spread
-from qdora.files.atomic import atomic_write_text
-from qdora.files.atomic import masked
-from qdora.files.console import duration
-from qdora.files.console import plain_console
-from qdora.files.console import shows_bars
-from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import flat
-from qdora.files.run_directory import unharmed
-from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
-from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state
-from qdora.train.checkpoint import set_random_state
-from qdora.train.distributed import Processes
-from qdora.train.passes import LossScale
-from qdora.train.passes import step_gradient
-from rich.console import Console
-from rich.progress import BarColumn
-from rich.progress import MofNCompleteColumn
-from rich.progress import Progress
-from rich.progress import TextColumn
-from rich.progress import TimeElapsedColumn
-from torch import nn
-from typing import Any
-from typing import TYPE_CHECKING
+
 import json
 import logging
 import math
-import numpy as np
 import os
 import resource
 import secrets
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from numpy.typing import ArrayLike, NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.layer import AdaptedLinear, evaluation_mode
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
+from qdora.data.example import Example
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedExample, tokenize_all
+from qdora.errors import UserError, named
+from qdora.evaluate.suite import spread
+from qdora.files.atomic import atomic_write_text, masked
+from qdora.files.console import duration, plain_console, shows_bars
+from qdora.files.pages import svg_file
+from qdora.files.run_directory import RunDirectory, flat, unharmed
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers
+from qdora.recipe.settings import Recipe
+from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.distributed import Processes
+from qdora.train.passes import LossScale, step_gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,37 +10,30 @@ config proposes forms, and a comparison with the model's own logits decides.
 """
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import nullcontext
-from dataclasses import dataclass
-from dataclasses import field
-from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.layer import is_plain_linear
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
+
+from qdora.adapter.layer import FrozenLinear, is_plain_linear
 from qdora.errors import UserError
 from qdora.memory.shard import release
 from qdora.model.attention import text_config
 from qdora.quant.kernels import device_kind
-from qdora.quant.tiles import Weight
-from qdora.quant.tiles import dense_weight
+from qdora.quant.tiles import Weight, dense_weight
 from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state
-from qdora.train.checkpoint import set_random_state
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers import PreTrainedConfig
-from typing import Any
-from weakref import WeakKeyDictionary
-import inspect
-import itertools
-import logging
-import sys
-import torch
+from qdora.train.checkpoint import random_state, set_random_state
 
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""

@@ -16,34 +16,29 @@ tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import gc
+import logging
+import math
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from qdora.files.machine import CONCURRENT_MANAGED_ACCESS
-from qdora.files.machine import device_attribute
-from qdora.memory.oom import free_memory
-from qdora.memory.oom import is_out_of_memory
+from typing import Any, Literal, NamedTuple
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
+from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
 from qdora.quant.kernels import is_planning
 from qdora.recipe.settings import Recipe
-from torch import Tensor
-from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
-from transformers import PreTrainedModel
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
-import gc
-import logging
-import math
-import torch
-import weakref
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 

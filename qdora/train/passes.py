@@ -8,43 +8,27 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from dataclasses import replace
-from qdora.adapter.norms import norms_checked_later
-from qdora.adapter.norms import refresh
-from qdora.adapter.norms import settle_norms
-from qdora.adapter.norms import unchecked
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
 from qdora.adapter.rows import ids_on_host
-from qdora.data.batches import IGNORED
-from qdora.data.batches import MicroBatch
-from qdora.data.batches import Packing
-from qdora.data.batches import Step
-from qdora.data.batches import StepLoader
-from qdora.errors import RunFailure
-from qdora.errors import first_line
+from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
+from qdora.errors import RunFailure, first_line
 from qdora.memory.oom import is_out_of_memory
-from qdora.model.attention import flash_inputs
-from qdora.model.attention import flash_lengths
-from qdora.model.attention import known_masks
-from qdora.model.attention import packed_mask_is_known
-from qdora.model.attention import takes_flash_lengths
+from qdora.model.attention import flash_inputs, flash_lengths, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
-from qdora.train.checkpoint import random_state
-from qdora.train.checkpoint import set_random_state
+from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loss import labelled_nll
-from qdora.train.loss import tapped_routers
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import NamedTuple
-import itertools
-import torch
+from qdora.train.loss import labelled_nll, tapped_routers
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
