@@ -65,10 +65,7 @@ def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
-
-    `dtype` is the one that bitsandbytes dequantises to by default.
-    """
+    """The inverse of `from_bnb_state`; large tensors share memory. bitsandbytes dequantises to `dtype` by default."""
     if packed.kind == "int8":
         layout = torch.zeros((), dtype=torch.uint8, device=packed.device)
         return {"weight": packed.packed, "SCB": packed.absmax, "weight_format": layout}
