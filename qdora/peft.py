@@ -59,13 +59,7 @@ from qdora.adapter.algebra import (
     scaled_B,
     squared_row_norm,
 )
-from qdora.adapter.product import (
-    Kept,
-    Operands,
-    adapted_linear,
-    operands_of,
-    product_dtype,
-)
+from qdora.adapter.product import Kept, Operands, adapted_linear, operands_of, product_dtype
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
 try:
@@ -130,20 +124,12 @@ class Dora(DoraLinearVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        unmerged = module.__dict__["_qdora_unmerged"].weight
+        unmerged = module.__dict__["_qdora_unmerged"][0]
         base = dequantize(_packed(module, unmerged)[0], torch.float32)
         a, b, s = _factors(module, active_adapter)
         own_gain = gain_of_sum(merged_weight(base, a, b, s), module.lora_magnitude_vector[active_adapter].weight)
         before = orig_weight.float() if module.merged_adapters else base
         return merged_weight(before, a, b, s).mul_(own_gain.unsqueeze(1)).to(orig_weight.dtype)
-
-
-class _Unmerged(NamedTuple):
-    """A base before a merge."""
-
-    weight: Any  # Params4bit
-    attributes: dict[str, Any]  # of the weight, which PEFT's merge changes
-    bias: Tensor | None
 
 
 class Linear4bit(_Peft):  # type: ignore[misc]
@@ -167,7 +153,8 @@ class Linear4bit(_Peft):  # type: ignore[misc]
             _adopt(self, name)
         if not self.merged:
             bias = None if base.bias is None else base.bias.data
-            self.__dict__["_qdora_unmerged"] = _Unmerged(base.weight, dict(vars(base.weight)), bias)
+            # The base before a merge, with the attributes of its weight, which PEFT's merge changes.
+            self.__dict__["_qdora_unmerged"] = base.weight, dict(vars(base.weight)), bias
         _OWN["merge"](self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -238,14 +225,13 @@ def report(model: nn.Module) -> dict[str, LayerReport]:
         if type(layer).forward is Linear4bit.forward:
             why = layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
             way = why or "fast"
-        row = LayerReport(way, None, None, None)
+        rows[path] = LayerReport(way, None, None, None)
         name = next((name for name in layer.active_adapters if name in layer.lora_magnitude_vector), None)
         if name is not None:
             m = layer.lora_magnitude_vector[name].weight
             narrow = m.numel() >= 4096 and overrides.pid2config.get(id(m), {}).get("optim_bits") != 32
             decays = f"{path}.lora_magnitude_vector.{name}.weight" in decayed
-            row = LayerReport(way, m.dtype, 8 if narrow else 32, decays)
-        rows[path] = row
+            rows[path] = LayerReport(way, m.dtype, 8 if narrow else 32, decays)
     return rows
 
 

@@ -1,1 +1,1 @@
-"""The layers: a frozen, possibly quantised linear map, and the adapted linear map on top of it."""
+"""The layers: a frozen, possibly quantised linear map, and LoRA or DoRA on it; their products and norms."""

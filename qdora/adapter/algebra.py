@@ -73,11 +73,8 @@ def nearest_bfloat16(master: Tensor) -> Tensor:
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A low-rank factor in the dtype of the products.
-
-    float32 goes to bfloat16 as the optimizer splits it. So an adapter stored in float32 and one stored in bfloat16 with
-    its low bits beside it multiply with the same numbers and train alike, bit for bit.
-    """
+    """A low-rank factor in the dtype of the products. float32 goes to bfloat16 as the optimizer splits it: an adapter
+    stored in float32 and one stored in bfloat16 with its low bits beside it train alike, bit for bit."""
     if factor.dtype == torch.float32 and dtype == torch.bfloat16:
         return nearest_bfloat16(factor)
     return factor.to(dtype)
@@ -130,13 +127,6 @@ def squared_row_norm(weight: Weight) -> Tensor:
     return torch.cat(parts)
 
 
-class FactoredNorm(NamedTuple):
-    """Row norms from the factored sum."""
-
-    norm: Tensor  # (n, out), wrong in the cancelled rows
-    cancelled: Tensor  # (n, out) bool: rows whose sum has cancelled
-
-
 @torch.no_grad()
 @full_precision()
 def factored_norms(
@@ -147,14 +137,14 @@ def factored_norms(
     *,
     base_squared: Tensor,
     dtype: torch.dtype,
-) -> FactoredNorm:
+) -> tuple[Tensor, Tensor]:
     """Euclidean norm of each row of W + s B A of n layers alike, from three terms; no host waits for its GPU.
 
         ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
-    Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked. Each weight is read on its own; all else is one
-    operation for all layers, since its launches would cost more than its arithmetic. Source: DoRA, arXiv 2402.09353,
-    eq. 5.
+    Returns the norms, (n, out), and where they are wrong: the sum has cancelled, below `CANCELLATION` of ||w||^2. Each
+    weight is read on its own; all else is one operation for all layers, since its launches would cost more than its
+    arithmetic. Source: DoRA, arXiv 2402.09353, eq. 5.
 
     Bases (out, in) are of one kind; A is (n, rank, in), B (n, out, rank), and `base_squared`, ||w||^2, (n, out).
     The tiles of W and W A^T are in `dtype`; all else is summed in float32 or wider.
@@ -170,7 +160,7 @@ def factored_norms(
 
 def norms_of_products(
     products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
-) -> FactoredNorm:
+) -> tuple[Tensor, Tensor]:
     """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype."""
     wide = base_squared.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)
@@ -179,7 +169,7 @@ def norms_of_products(
     inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
     squared = torch.add(base_squared, inner.mul_(b).sum(dim=-1), alpha=scaling)
     cancelled = squared < CANCELLATION * base_squared
-    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
+    return squared.clamp_min_(0).sqrt_(), cancelled
 
 
 @torch.no_grad()
@@ -252,10 +242,8 @@ class Gain(NamedTuple):
 
 @torch.no_grad()
 def gain(magnitude: Tensor, norm: Tensor) -> Gain:
-    """g = m / n per row, (out,), and 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
-
-    A live row with m = 0 gets m = 2^-100: its output counts as zero everywhere but in its own gradient.
-    """
+    """g = m / n per row, (out,), and 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN."""
+    # A live row with m = 0 counts as zero everywhere but in its own gradient.
     floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
     return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
 

@@ -1,10 +1,8 @@
 """Dropout from a seed, which draws the same zeros wherever they are needed: forward, recompute and backward.
 
-A GPU draws a mask, one launch. A CPU draws the zeroed positions, not a random number for every element: a Poisson(-n
-log(1 - p)) number of positions uniformly out of n. The hits of one position are then Poisson(-log(1 - p)),
-independently of all others, and it stays with probability exp(log(1 - p)) = 1 - p. At p = 0.05 that takes 0.051 draws
-an element. On a CPU, which draws random numbers one after the other, a mask of 256 x 4096 takes 4.3 ms and the
-positions 0.15 ms.
+A GPU draws a mask, one launch. A CPU draws the zeroed positions: a Poisson(-n log(1 - p)) number of positions uniformly
+out of n. The hits of one position are then Poisson(-log(1 - p)), independently of all others, and it stays with
+probability exp(log(1 - p)) = 1 - p. On a CPU a mask of 256 x 4096 takes 4.3 ms and the positions 0.15 ms.
 """
 
 from __future__ import annotations

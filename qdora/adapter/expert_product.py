@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from qdora.adapter.algebra import Gain, rounded, row_factor, scaled_rows
 from qdora.adapter.dropout import drop_, dropped
 from qdora.adapter.product import (
-    WRITTEN,
     FrozenMap,
     add_product_,
     add_transposed_product_,
@@ -128,10 +127,8 @@ class ExpertTokens:
 
 @dataclass(eq=False)
 class Run:
-    """Experts with tokens, in the order of these, and their tokens, which lie together.
-
-    `first` is the index of the first of them among all experts of `every` that have tokens.
-    """
+    """Experts with tokens, in the order of these, and their tokens, which lie together; the first of them is number
+    `first` among all experts of `every` that have tokens."""
 
     experts: tuple[int, ...]
     tokens: slice
@@ -217,10 +214,7 @@ def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
 
 
 def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
-    """The weights of a run's experts, in this order, as one weight (n * out, in).
-
-    Consecutive experts share the memory of the stack's codes; others are copied.
-    """
+    """The weights of a run's experts as one weight (n * out, in), in this order; no copy if they are consecutive."""
     rows, columns = stack.shape[0] // num_experts, stack.shape[1]
     if isinstance(stack, Tensor):
         return run.pick(stack.view(num_experts, rows, columns)).reshape(-1, columns)
@@ -243,10 +237,8 @@ def experts_together(rows: int, columns: int, itemsize: int, device: torch.devic
 
 
 def has_kernel(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's grouped product has a kernel for these: bf16 on a GPU, features that are multiples of 16 bytes.
-
-    That kernel is for compute capability 9 and 10. For other GPUs torch has a loop, which first makes the host wait.
-    """
+    """Whether torch's grouped product has a kernel for these: bf16 on a GPU, features that are multiples of 16 bytes,
+    compute capability 9 or 10. For other GPUs torch has a loop, which first makes the host wait."""
     if device_kind(x.device) != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in sizes):
         return False
     if is_planning():
@@ -299,22 +291,18 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
 
 
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
-    """y = x W_e^T + bias_e with frozen W and bias, differentiable any number of times with respect to x.
-
-    x is (tokens, in), sorted by expert, the stack (experts * out, in), the bias (experts, out).
-    """
+    """y = x W_e^T + bias_e with frozen W, (experts * out, in), and bias, (experts, out), differentiable any number of
+    times with respect to x, (tokens, in), sorted by expert."""
 
     def product(of: Tensor, transposed: bool) -> Tensor:
-        rows, columns = _expert_shape(weight, tokens)
+        rows, columns = weight.shape[0] // len(tokens.counts), weight.shape[1]
         of = of.contiguous()  # a gradient may be one row for all tokens, which the grouped kernel does not take
         into = of.new_zeros(of.shape[0], columns if transposed else rows)
         for run in tokens.runs(experts_together(rows, columns, of.itemsize, of.device)):
             _add_run_(into, of, weight, run, None, transposed=transposed)
         return into
 
-    out: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        x.to(product_dtype(x)), product, False
-    )
+    out: Tensor = FrozenMap.apply(x.to(product_dtype(x)), product, False)  # type: ignore[no-untyped-call, unused-ignore]
     return out if bias is None else add_expert_bias(out, bias, tokens)
 
 
@@ -339,10 +327,6 @@ def _add_run_(
     into += grouped_product(of, matrices if transposed else matrices.mT, run)
 
 
-def _expert_shape(weight: Weight, tokens: ExpertTokens) -> tuple[int, int]:
-    return weight.shape[0] // len(tokens.counts), weight.shape[1]
-
-
 def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
     """The mask bits of one expert of a stack, whose mask is whole bytes."""
     assert keep_bits.numel() % num_experts == 0, "the mask of an expert is whole bytes"
@@ -350,11 +334,8 @@ def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
 
 
 class StackCall(NamedTuple):
-    """The arguments of a product that have no gradient.
-
-    `weight` and `keep_bits` are of the whole stack, as is `gain`, (experts, out), right for the experts that have
-    tokens. `scaling` includes dropout's 1 / (1 - p).
-    """
+    """The arguments of a product that have no gradient: weight, mask and gain, (experts, out), of the whole stack, the
+    gain right for the experts that have tokens. `scaling` includes dropout's 1 / (1 - p)."""
 
     weight: Weight
     tokens: ExpertTokens
@@ -372,7 +353,8 @@ class StackCall(NamedTuple):
 
     def runs(self, x: Tensor) -> Iterator[Run]:
         """The experts with tokens, as many at a time as share launches."""
-        together = experts_together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
+        rows, columns = self.weight.shape[0] // len(self.tokens.counts), self.weight.shape[1]
+        together = experts_together(rows, columns, x.itemsize, x.device)
         return self.tokens.runs(1 if self.keep_bits is not None else together)
 
     def dropped(self, x: Tensor, run: Run) -> Tensor:
@@ -431,7 +413,8 @@ class AdaptedStack(torch.autograd.Function):
         dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
-            raise RuntimeError(WRITTEN)
+            fix = "call qdora.model.patches.keep_inplace_outputs_(model) before training"
+            raise RuntimeError(f"the model has written into the output of an adapted layer. Fix: {fix}.")
         call: StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None

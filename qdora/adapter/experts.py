@@ -62,10 +62,8 @@ class ExpertLinear(nn.Module):
 
 
 class FrozenExperts(FrozenLinear):
-    """y = x W_e^T + bias_e with W, (experts * out, in), packed or dense, and bias, (experts, out), frozen.
-
-    To everything that reads weights it is a frozen layer of experts * out rows.
-    """
+    """y = x W_e^T + bias_e, W packed or dense, and bias, (experts, out), frozen; to whoever reads weights a layer of
+    experts * out rows."""
 
     def __init__(
         self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
@@ -94,8 +92,7 @@ class AdaptedExperts(AdaptedLinear):
     """`AdaptedLinear` for each expert of a stack: y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e.
 
     lora_A is (experts, rank, in), lora_B (experts, out, rank), magnitude (experts, out). A gate belongs to one rank
-    component of all experts. The row norms of an expert are computed when tokens reach it, once for each state of the
-    parameters.
+    component of all experts. The row norms of an expert are computed when tokens reach it.
     """
 
     base: FrozenExperts
@@ -125,20 +122,18 @@ class AdaptedExperts(AdaptedLinear):
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
         assert tokens is not None, "a stack of experts needs to know whose tokens these are"
-        bias, dropout = self.base.bias, self.present_dropout
+        bias, dropout, x = self.base.bias, self.present_dropout, x.to(product_dtype(x)).contiguous()
         call = StackCall(
             self.base.stored_weight,
             tokens,
             self._mask_bits,
-            gain=self._gain_of(tokens, product_dtype(x)),
+            gain=self._gain_of(tokens, x.dtype),
             scaling=self.scaling / (1.0 - dropout),
             dropout=dropout,
             seed=draw_seed() if dropout > 0.0 else 0,
             keeps_copy=self.keeps_copy and bias is None,  # a bias makes another tensor
         )
-        out: Tensor = AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            x.to(product_dtype(x)).contiguous(), self.lora_A, self.gated_B(), self.magnitude, call
-        )
+        out: Tensor = AdaptedStack.apply(x, self.lora_A, self.gated_B(), self.magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
         return out if bias is None else add_expert_bias(out, bias, tokens)
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
@@ -191,14 +186,14 @@ class AdaptedExperts(AdaptedLinear):
                 norms.append(norm.unsqueeze(0))
                 continue
             if len(squared) == 1:
-                found = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
+                norm, lost = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
             else:
                 ((_, tile),) = row_tiles(part, dtype)
                 with full_precision():
                     products = tile.view(*squared.shape, -1) @ a.mT
-                    found = norms_of_products(products, a, b, scaling, base_squared=squared)
-            norms.append(found.norm)
-            cancelled.append(found.cancelled)
+                    norm, lost = norms_of_products(products, a, b, scaling, base_squared=squared)
+            norms.append(norm)
+            cancelled.append(lost)
         whole = torch.cat(norms)
         if bits is not None or isinstance(whole, FakeTensor):
             return whole
@@ -243,13 +238,10 @@ Stack = BareExperts | AdaptedExperts
 
 
 def needs_padding(stack: Stack, x: Tensor) -> bool:
-    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`.
-
-    Each expert of a trainable or a masked stack has launches of its own on every device.
-    """
+    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
     base = stack.base if isinstance(stack, AdaptedExperts) else stack
     if not isinstance(base, FrozenExperts) or (isinstance(stack, AdaptedExperts) and stack.masked):
-        return False
+        return False  # each expert has launches of its own on every device
     shape, x = (base.expert_features, base.in_features), x.new_empty(0, dtype=product_dtype(x))
     return experts_together(*shape, x.itemsize, x.device) > 1 and not has_kernel(x, *shape)
 

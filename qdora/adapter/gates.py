@@ -55,10 +55,8 @@ class _FoldGate(torch.autograd.Function):
 
 
 def gate_value(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The gate z of a draw, or for evaluation clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1), eq. 13.
-
-    `noise` is u of the draw, uniform in (0, 1), in the shape of log_alpha; None for evaluation.
-    """
+    """The gate z of a draw with u = `noise`, uniform in (0, 1); without noise, for evaluation, clip(sigmoid(log_alpha)
+    (zeta - gamma) + gamma, 0, 1), eq. 13."""
     return (_concrete(log_alpha, noise) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
 

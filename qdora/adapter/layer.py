@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from qdora.adapter.algebra import Gain, gain, gain_of_sum, merged_weight, rounded, row_norm, squared_row_norm
 from qdora.adapter.gates import fold_gate
-from qdora.adapter.product import (
-    Kept,
-    Operands,
-    adapted_linear,
-    frozen_linear,
-    operands_of,
-    product_dtype,
-)
+from qdora.adapter.product import Kept, Operands, adapted_linear, frozen_linear, operands_of, product_dtype
 from qdora.adapter.rows import RowShare, never_narrowed
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, from_tensors, mask_from_bits
 from qdora.quant.tiles import Weight, dense_weight, wide_dtype
@@ -174,8 +167,7 @@ class AdaptedLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if masked and base.keep_bits is None:
-            raise ValueError("a masked adapter needs a base that was pruned here, got one without a mask.")
+        assert not masked or base.keep_bits is not None, "a masked adapter needs a base that was pruned here"
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
@@ -255,11 +247,18 @@ class AdaptedLinear(nn.Module):
     def operands(self, dtype: torch.dtype) -> Operands:
         """What the products in `dtype` read, made once for each state of the parameters."""
 
+        def norm() -> Tensor:
+            a, b = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
+            return self._norm_of(a, b, dtype)
+
         def made() -> Operands:
             self.dtype = dtype
+            own = None
+            if self.magnitude is not None:
+                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), norm))
             base = self.base.stored_weight if self.may_keep_scales else None
             scaling = self.scaling / (1.0 - self.present_dropout)
-            return operands_of(self.lora_A, self.gated_B(), self._gain(dtype), scaling, dtype, kept_of=base)
+            return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
 
         found: Operands = self.kept_operands.get(*self.state(dtype), made)
         return found
@@ -267,16 +266,6 @@ class AdaptedLinear(nn.Module):
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA."""
         return self.operands(dtype).gain
-
-    def _gain(self, dtype: torch.dtype) -> Gain | None:
-        if self.magnitude is None:
-            return None
-
-        def made() -> Tensor:
-            a, b = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
-            return self._norm_of(a, b, dtype)
-
-        return gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), made))
 
     def norm_state(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
         """The parameters, and all else, that the row norm depends on."""
@@ -375,17 +364,17 @@ class AdaptedLinear(nn.Module):
         cast once. `base`, (out, in), takes the place of the layer's own weight, in the norm as well."""
         wide = torch.promote_types(dtype, torch.float32)
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
+        return self._merged(weight, self.magnitude).to(dtype)
+
+    def _merged(self, weight: Tensor, magnitude: Tensor | None) -> Tensor:
         keep = self.base.keep_mask() if self.masked else None
-        merged = merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep_mask=keep)
-        return merged.to(dtype)
+        return merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, magnitude, keep_mask=keep)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
         if self.magnitude is None:
             return None
-        weight = self.base.dequantized(self.base.wide_dtype)
-        keep = self.base.keep_mask() if self.masked else None
-        adapted = merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, keep_mask=keep)
+        adapted = self._merged(self.base.dequantized(self.base.wide_dtype), None)
         return gain_of_sum(adapted, self.magnitude)
 
     def extra_repr(self) -> str:

@@ -70,8 +70,8 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     whose parameters have not changed, that are masked (a masked norm asks nothing), and stacks of experts: the forward
     pass computes the rest. The weights of all layers are read together, so streamed ones must be of one block.
 
-    If bases are divided among processes, all must call this together, in the same state: norms are gathered in one
-    collective. Weights that are not divided by rows are left to the forward pass. Returns how many norms were computed.
+    If bases are divided among processes, all must call this together: norms are gathered in one collective; weights
+    that are not divided by rows are left to the forward pass. Returns how many norms were computed.
     """
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
@@ -117,7 +117,9 @@ def _check(groups: Sequence[_Alike]) -> None:
     for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
         each.layers[number].asks_at_once = has_cancelled
         if has_cancelled:
-            each.measure_again(number)
+            found = each.norm[number], each.cancelled[number], each.weights[number]
+            factors, s = (each.lora_A[number], each.lora_B[number]), each.layers[number].scaling
+            measure_cancelled_(*found, *factors, s, dtype=each.dtype)
 
 
 class _Alike:
@@ -137,11 +139,6 @@ class _Alike:
         self.norm, self.cancelled = factored_norms(
             self.weights, self.lora_A, self.lora_B, s, base_squared=squared, dtype=dtype
         )
-
-    def measure_again(self, number: int) -> None:
-        found = self.norm[number], self.cancelled[number], self.weights[number]
-        factors, scaling = (self.lora_A[number], self.lora_B[number]), self.layers[number].scaling
-        measure_cancelled_(*found, *factors, scaling, dtype=self.dtype)
 
     def keep(self) -> None:
         """Keep norms and operands in the layers; nothing is left here."""
@@ -198,9 +195,11 @@ def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> No
             bits = share.keep_bits()
             norms.append(row_norm(weight, a, b, s, base_squared=squared, dtype=dtype, keep_bits=bits))
         else:
-            found = factored_norms([weight], a[None], b[None], s, base_squared=squared[None], dtype=dtype)
-            norms.append(found.norm[0])
-            asked.append((layer, dtype, found.norm[0], found.cancelled[0]))
+            (norm,), (cancelled,) = factored_norms(
+                [weight], a[None], b[None], s, base_squared=squared[None], dtype=dtype
+            )
+            norms.append(norm)
+            asked.append((layer, dtype, norm, cancelled))
     answers = torch.stack([cancelled.any() for *_, cancelled in asked]).tolist() if asked else []
     for (layer, dtype, norm, cancelled), has_cancelled in zip(asked, answers, strict=True):
         if has_cancelled:

@@ -43,10 +43,6 @@ from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import PackedWeight, mask_from_bits
 from qdora.quant.tiles import Weight, column_tiles, is_one_tile, own_scales, row_tiles, with_scales
 
-WRITTEN = (
-    "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
-    "call qdora.model.patches.keep_inplace_outputs_(model) before training."
-)
 # Up to 4 tokens bitsandbytes never makes a dense weight, and up to 1,536 (0.50.2) it may not, which its own
 # measurements decide for each GPU and shape. For the widest weights they prefer a dense one from 33 tokens (sm_100) to
 # 257 (sm_89) on.
@@ -63,9 +59,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     else:
         x = x.to(product_dtype(x))
         product = functools.partial(_tiled_product, weight=weight)
-        out = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            x.reshape(-1, x.shape[-1]), product, False
-        )
+        out = FrozenMap.apply(x.reshape(-1, x.shape[-1]), product, False)  # type: ignore[no-untyped-call, unused-ignore]
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -142,9 +136,7 @@ class FrozenMap(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         _ = ctx.saved_tensors
-        dx: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            grads[0], ctx.product, not ctx.transposed
-        )
+        dx: Tensor = FrozenMap.apply(grads[0], ctx.product, not ctx.transposed)  # type: ignore[no-untyped-call, unused-ignore]
         return dx, None, None
 
 
@@ -161,11 +153,10 @@ def decoding() -> Iterator[None]:
 def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
     """x W^T, (tokens, in) -> (tokens, out), without a graph; None where no kernel computes it, so that tiles must.
 
-    One kernel reads the codes and writes no dense tile. Decoding reads every weight for a handful of tokens;
-    bitsandbytes' `gemm_4bit` reads 0.56 bytes a weight for it (codes, and float32 scales of blocks of 64), where a
-    dense tile of 16 bits is written and read again: 4.6 bytes. The kernel rounds otherwise than tiles (0.26 % of a
-    weight in place of 0.17 %). Scores that are compared must not depend on how many tokens a batch has, so only
-    `decoding` uses it.
+    Decoding reads every weight for a handful of tokens: bitsandbytes' `gemm_4bit` 0.56 bytes a weight (codes, and
+    float32 scales of blocks of 64), a dense tile of 16 bits, written and read again, 4.6. The kernel rounds otherwise
+    (0.26 % of a weight in place of 0.17 %). Scores that are compared must not depend on how many tokens a batch has, so
+    only `decoding` uses it.
     """
     if not _DECODING.get() or device_kind(x.device) == "cpu" or not isinstance(weight, PackedWeight):
         return None
@@ -317,9 +308,7 @@ def adapted_linear(
     x = x.to(product_dtype(x))
     # A flat copy is made here, where the graph keeps it in the place of x, and not in both passes.
     rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
-    y: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        rows, lora_A, lora_B, magnitude, call
-    )
+    y: Tensor = _AdaptedLinear.apply(rows, lora_A, lora_B, magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
     return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -343,23 +332,18 @@ class _Call(NamedTuple):
             if self.keep_bits is not None:
                 out = masked_product(dropped(x, self.dropout, self.seed), self.keep_bits, a, b)
             else:
-                low = self._low_rank_input(x)
+                if self.dropout == 0.0:
+                    low = x @ a.T
+                else:
+                    low = x.new_empty(x.shape[0], a.shape[0])
+                    for tokens, zeros in dropped_slices(x, self.dropout, self.seed):
+                        torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
                 fused = fused_product(x, base) if may_fuse and factor is None else None
                 if fused is not None:  # rounded before the sum
                     return fused.addmm_(low, b.T), low
                 out = low @ b.T
             add_product_(out, x, base, factor)
         return out, low
-
-    def _low_rank_input(self, x: Tensor) -> Tensor:
-        """drop(x) A^T without the factor 1 / (1 - p): (tokens, rank)."""
-        a = self.operands.a
-        if self.dropout == 0.0:
-            return x @ a.T
-        low = x.new_empty(x.shape[0], a.shape[0])
-        for tokens, zeros in dropped_slices(x, self.dropout, self.seed):
-            torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
-        return low
 
     def dropped_input_gradients(
         self, x: Tensor, d_low: Tensor, need_x: bool, need_a: bool

@@ -184,9 +184,9 @@ class RowShare:
     last equally long, as torch's `fully_shard` does it. Where block scales do not cross rows, that dimension counts
     rows, so that a process can compute what belongs to its rows alone, such as their norms.
 
-    Of `form`, the weight, and `keep_bits`, its mask, only shapes are read, and the scales of double quantised scales;
-    the rest may be on the meta device. If not `by_rows`, a process can compute nothing from its part. `parts` are name
-    -> this process's part of the tensor, cut along its first dimension; a DTensor once it is sharded.
+    Of `form`, the weight, and `keep_bits`, its mask, only shapes are read, and the scales of double quantised scales.
+    If not `by_rows`, a process can compute nothing from its part. `parts` are name -> this process's part of the
+    tensor, cut along its first dimension; a DTensor once it is sharded.
     """
 
     def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from qdora.adapter.expert_product import ExpertTokens
@@ -228,23 +229,17 @@ def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[lis
     hidden = args[0] if args else kwargs["hidden_states"]
     step = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
     for start in range(0, len(hidden), step):
-        cut = functools.partial(_cut, count=len(hidden), some=slice(start, start + step))
-        yield [cut(value) for value in args], {key: cut(value) for key, value in kwargs.items()}
 
+        def cut(value: Any, some: slice = slice(start, start + step)) -> Any:
+            is_cut = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(hidden)
+            return value[some] if is_cut else value
 
-def _cut(value: Any, *, count: int, some: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[some] if value.ndim > 1 and value.shape[0] == count else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cut(item, count=count, some=some) for item in value)
-    return value
+        yield tree_map(cut, (list(args), dict(kwargs)))
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Path -> `layer_record` of each linear layer that is quantised without pruning; one weight is in memory at a time.
-
-    Empty for kind "none" and for a quantised checkpoint.
-    """
+    """Path -> `layer_record` of each linear layer that is quantised without pruning, one after the other; none for kind
+    "none" and for a quantised checkpoint."""
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
         return {}

@@ -83,11 +83,10 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
     """The mask (out, in) of a pattern that keeps the highest scores.
 
     `scores` are the costs of removing each weight, (out, in), finite, not negative; that of a row or column is the sum
-    over its weights. Counts are exact: round(sparsity * size) per group are pruned, and m - n of every m. `group` is
-    that of an unstructured pattern: the whole tensor, or each row.
+    over its weights. round(sparsity * size) per group are pruned, and m - n of every m. `group` is that of an
+    unstructured pattern: the whole tensor, or each row.
     """
     rows, columns = scores.shape
-    check_shape(pattern, (rows, columns))
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if pattern.kind == "n:m":
         groups = scores.reshape(-1, pattern.of)
@@ -103,10 +102,8 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`.
-
-    For "wanda" they are the squares of each column, for "sparsegpt" all of X^T X.
-    """
+    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`: for "wanda" the
+    squares of each column, for "sparsegpt" all of X^T X."""
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
         shape = (in_features,) if method == "wanda" else (in_features, in_features)
@@ -170,11 +167,8 @@ def prune_weight(
 def mask_by_scores(
     weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
 ) -> Tensor:
-    """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude.
-
-    Source: Wanda, arXiv 2306.11695, eq. 1. If all inputs are 0 (an expert without tokens), every column counts the
-    same.
-    """
+    """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude. If
+    all are 0 (an expert without tokens), columns count the same. Source: Wanda, arXiv 2306.11695, eq. 1."""
     scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
     if statistics is None:
         return keep_mask(scores, pattern, group or "tensor")

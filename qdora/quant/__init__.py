@@ -1,1 +1,1 @@
-"""Pure functions on tensors: quantisers, the DoRA algebra, pruning, losses."""
+"""Low-bit weights: their formats, quantising, dense tiles, bitsandbytes' kernels and checkpoints."""

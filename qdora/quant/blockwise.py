@@ -38,11 +38,9 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
-    Blocks run along the flattened rows and may cross them; the last one may be short. The weight may have any float
-    dtype and is rounded to float32 first. Source: QLoRA, arXiv 2305.14314, sec. 3.
-
-    Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
-        absmax of a zero block is 0 (1e-38 in a short last block).
+    Blocks run along the flattened rows and may cross them; the last one may be short. The weight is rounded to float32
+    first. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns codes (ceil(numel / 2),) uint8, first of two weights in the
+    high nibble, and absmax (blocks,) float32, 0 for a zero block (1e-38 in a short last block).
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -90,9 +88,8 @@ def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tenso
 
         scale = code[q] * nested_absmax[block // 256] + offset
 
-    Source: QLoRA, arXiv 2305.14314, sec. 3.
-
-    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32.
+    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, arXiv
+    2305.14314, sec. 3.
     """
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
@@ -105,8 +102,7 @@ def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
 
     A value divided by the absmax of its block is rounded to a 16-bit grid over [-1, 1], and the grid point to the
     nearest value of `code`: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 farther off than the nearest value.
-
-    Returns: Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    Returns codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -157,10 +153,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
 
-    This is the format of bitsandbytes' LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1). Products are in
-    float32.
-
-    Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
+    Codes are (out, in) int8, absmax (out,) float32, 0 for a zero row. This is the format of bitsandbytes' LLM.int8()
+    without outliers (arXiv 2208.07339, sec. 2.1).
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -179,11 +173,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast.
-
-    A GPU makes 16 bits in one pass without workspace, by absmax / 127: off from the definition by an ulp of float32
-    before the cast.
-    """
+    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast. A GPU makes 16
+    bits in one pass by absmax / 127: off from the definition by an ulp of float32 before the cast."""
     if dtype == torch.float32:
         return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)

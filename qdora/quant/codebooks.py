@@ -5,11 +5,9 @@ NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,13 +20,20 @@ CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
 """Kinds whose weights are codes of a table -> bits of a tightly packed code."""
 SIMULATED = ("nf3", "nf2")
 """Kinds that are held in more bits than they need."""
-# Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
+# Quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0: of b bits 2^(b - 1) positive values, one fewer
+# negative. The outermost is 1 - d with d halfway between 1 / 2^(b + 1) and 1 / (2^(b + 1) - 2); from there the
+# probabilities run evenly to 1/2. Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_NF3 = (
+    -1.0, -0.5350227084855379, -0.24693143181157526, 0.0,
+    0.18333748033548752, 0.3819939543209139, 0.6229857417143423, 1.0,
+)  # fmt: skip
+_NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
@@ -49,29 +54,8 @@ def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     if kind == "fp4":
         positive = [value / 12 for value in _FP4_TIMES_12]
         return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
-    values = {"nf4": _NF4, "int4": _INT4}.get(kind) or normal_quantiles(CODE_BITS[kind])
+    values = {"nf4": _NF4, "nf3": _NF3, "nf2": _NF2, "int4": _INT4}[kind]
     return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def normal_quantiles(bits: int) -> tuple[float, ...]:
-    """The NormalFloat values of a width: quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0.
-
-    2^(bits - 1) positive values, one fewer negative, and 0. The outermost quantile is 1 - d with d halfway between
-    1 / 2^(bits + 1) and 1 / (2^(bits + 1) - 2); from there the probabilities run evenly to 1/2, the quantile 0.
-
-    Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E; gives its NF4 to seven digits.
-    """
-    half = 2 ** (bits - 1)
-    outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
-
-    def side(count: int) -> list[float]:
-        step = (outermost - 0.5) / count
-        return [float(ndtri(outermost - index * step)) for index in range(count)]
-
-    positive, negative = side(half), side(half - 1)
-    largest = positive[0]
-    return (*(-value / largest for value in negative), 0.0, *(value / largest for value in reversed(positive)))
 
 
 # (kind, device) -> the two values of each byte. A table made under FakeTensorMode would break every later call.

@@ -18,23 +18,20 @@ from torch import Tensor
 
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 
-# Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live.
-_PLANNED: ContextVar[str | None] = ContextVar("planned_device_type", default=None)
-
 Routing = Literal["even", "skewed"]
 """How a plan divides tokens among the experts of a mixture: evenly, or nearly all of them to the same experts."""
-_ROUTING: ContextVar[Routing] = ContextVar("planned_routing", default="even")
+# Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live.
+_PLANNED: ContextVar[tuple[str, Routing] | None] = ContextVar("planned_device_type_and_routing", default=None)
 
 
 @contextmanager
 def planned_on(device_type: str, routing: Routing = "even") -> Iterator[None]:
     """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda")."""
-    tokens = _PLANNED.set(device_type), _ROUTING.set(routing)
+    token = _PLANNED.set((device_type, routing))
     try:
         yield
     finally:
-        _PLANNED.reset(tokens[0])
-        _ROUTING.reset(tokens[1])
+        _PLANNED.reset(token)
 
 
 def is_planning() -> bool:
@@ -44,7 +41,8 @@ def is_planning() -> bool:
 
 def device_kind(device: torch.device) -> str:
     """The type of the device that a tensor is on, or that a fake one stands for: it decides tiles and kernels."""
-    return _PLANNED.get() or device.type
+    planned = _PLANNED.get()
+    return device.type if planned is None else planned[0]
 
 
 def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
@@ -53,7 +51,8 @@ def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
     Skewed, `top_k` experts get nearly all tokens. Every other expert gets one, where that leaves enough of them: as
     many experts as may be share a launch with the busy ones, and their weights do not lie together.
     """
-    if _ROUTING.get() == "even":
+    planned = _PLANNED.get()
+    if planned is None or planned[1] == "even":
         each, more = divmod(num_tokens * top_k, num_experts)
         return [each + (expert < more) for expert in range(num_experts)]
     step = 2 if (num_experts + 1) // 2 >= top_k else 1

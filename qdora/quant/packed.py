@@ -26,10 +26,7 @@ TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offs
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Decodes the 8-bit block scales q of double quantisation: scale = code[q] * absmax[block // 256] + offset.
-
-    Source: QLoRA, arXiv 2305.14314, sec. 3.
-    """
+    """Decodes 8-bit block scales q: scale = code[q] * absmax[block // 256] + offset. Source: arXiv 2305.14314."""
 
     absmax: Tensor  # (ceil(blocks / 256),) float32
     code: Tensor  # the values of the dynamic map, (256,) float32, ascending

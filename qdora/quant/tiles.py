@@ -116,7 +116,7 @@ def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: i
     if weight.shape[1] % weight.block_size:
         yield slice(0, total), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
         return
-    codes, scales = _codes(weight), _row_scales(weight, row_factor)
+    codes, scales = weight.packed.view(weight.shape[0], -1), _row_scales(weight, row_factor)
     per_byte = 1 if weight.kind == "int8" else 2
     for run in runs:
         if dim == 0:
@@ -128,27 +128,18 @@ def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: i
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
-    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32, 32 bits for each block.
-
-    None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
-    """
+    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32. None for a dense weight,
+    and if blocks cross rows: a scale then does not belong to one row."""
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
     return _row_scales(weight, row_factor).reshape(-1)
 
 
 def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
-    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor.
-
-    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
-    """
+    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor. Its tiles are
+    those of `row_tiles(weight, dtype, row_factor)` bit for bit."""
     assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
-
-
-def _codes(weight: PackedWeight) -> Tensor:
-    """The codes by rows: (out, in) int8, or (out, in / 2) uint8."""
-    return weight.packed if weight.kind == "int8" else weight.packed.view(weight.shape[0], -1)
 
 
 def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
