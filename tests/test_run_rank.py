@@ -121,7 +121,7 @@ def test_rivals_keep_to_what_was_asked(whole):
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"method": "curvatur"}, "--method: 'curvature', 'svd' got 'curvatur' mean"),
+    ({"method": "curvatur"}, "--method: 'curvature', 'svd' got 'curvatur'"),
     ({"curvature": "fisher", "eigenvalues": 3}, "--curvature: 'fisher' 'hessian' 'gauss_newton'"),
     ({"curvature": "gauss_newton"}, "--curvature: --eigenvalues"),
     ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),

@@ -120,7 +120,6 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> Non
 
 
 def set_up_output() -> None:
-    """Logging, warnings and consoles of this process."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
@@ -277,8 +276,7 @@ def generate(
     from qdora.run.generate import answer_chats, generate_from, nowhere
 
     if (prompt is None) == (chats is None):
-        given = "neither" if prompt is None else "both"
-        raise UserError(f"generate: exactly one of --prompt and --chats must be given, got {given}.")
+        raise UserError(f"generate: exactly one of --prompt, --chats; got {'neither' if prompt is None else 'both'}.")
     unused = {"--system": system is not None, "--raw": raw} if chats is not None else {}
     if faults := [f"{name}: is not used with --chats. Fix: remove it." for name, given in unused.items() if given]:
         raise UserError(*faults)
