@@ -84,6 +84,8 @@ def write_safetensors(
             del tensor
             if written != spec.num_bytes:
                 raise ValueError(f"tensor '{spec.name}' has {written} bytes, announced are {spec.num_bytes}.")
+        if next(remaining, None) is not None:  # which also lets a generator count its last one
+            raise ValueError(f"more tensors than the {len(specs)} announced.")
         file.flush()
         os.fsync(file.fileno())
         return end
