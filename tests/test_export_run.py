@@ -232,18 +232,18 @@ def test_a_public_repository_is_not_written_to_by_accident(tmp_path, monkeypatch
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"format": "peft", "dtype": "float16"}, ["--dtype: .*--format merged or nf4-lora, got peft"]),
-    ({"format": "nf4lora"}, [r"--format: .*'merged'.*got 'nf4lora'\. Did you mean 'nf4-lora'\?"]),
+    ({"format": "nf4lora"}, [r"--format: .*'merged'.*got 'nf4lora'"]),
     (
         {"format": "nf4-lora", "base": "original", "requantize": True},
         ["--base: .*--format merged or gguf, got nf4-lora", "--requantize: .*merged", "--requantize: .*dequantized"],
     ),
-    ({"base": "orignal"}, [r"--base: .*got 'orignal'\. Did you mean 'original'"]),
+    ({"base": "orignal"}, [r"--base: .*'original', got 'orignal'"]),
     (
         {"format": "gguf", "dtype": "float16", "shard_size": "1GB", "requantize": True},
         [f"{name}: .*got gguf" for name in ("--requantize", "--dtype", "--shard-size")],
     ),
     ({"gguf_type": "q8_0"}, ["--gguf-type: .*--format gguf, got merged"]),
-    ({"format": "gguf", "gguf_type": "q8"}, [r"--gguf-type: .*got 'q8'\. Did you mean 'q8_0'"]),
+    ({"format": "gguf", "gguf_type": "q8"}, [r"--gguf-type: .*'q8_0', .*got 'q8'"]),
     *(({"shard_size": text}, ["--shard-size: must be"]) for text in ("", "2", "GB", "-1GB", "0GB")),
     *(({"push": name}, ["--push: got "]) for name in ("", "a/b/c", "../x", "a b", "my--model", 97 * "a")),
 ]

@@ -352,7 +352,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
         lambda model: load_adapter(model, tmp_path / "run" / "adapter"),
         lambda model: inject(model, rank=2, masked=True),
     ):
-        with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
+        with pytest.raises(UserError, match=r"keep.* was not pruned"):
             call(support.resident_model(tmp_path / "model"))
 
 
@@ -362,5 +362,5 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
     train_run(recipe, tmp_path / "run")
     result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
-    with pytest.raises(UserError, match=r"--requantize: .*pruned.* remove --requantize"):
+    with pytest.raises(UserError, match=r"--requantize: .*pruned base"):
         export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))

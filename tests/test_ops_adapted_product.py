@@ -435,7 +435,7 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk_and_automatic_chunks_fil
 
 def test_chunks_and_derivatives_that_are_refused():
     hidden, weight, _, labels, _ = a_head(3, 5, 2)
-    with pytest.raises(ValueError, match="got 0"):
+    with pytest.raises(ValueError, match="must not be zero"):
         chunked_nll(hidden, weight, labels, chunk=0)
     with pytest.raises(RuntimeError, match="no second derivative"):  # else curvature would be wrong without a word
         torch.autograd.grad(chunked_nll(hidden.requires_grad_(), weight, labels).sum(), hidden, create_graph=True)

@@ -1,35 +1,36 @@
 """Quantising: against plain loops and bitsandbytes on the same input, what must hold for any input, and checkpoints."""
 
 from __future__ import annotations
-from bitsandbytes import functional as bnb_functional
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from qdora.errors import UserError
-from qdora.quant import blockwise
-from qdora.quant import codebooks
-from qdora.quant import kernels
-from qdora.quant.bnb import from_bnb_state
-from qdora.quant.bnb import to_bnb_state
-from qdora.quant.packed import BLOCK_SIZES
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import RowParts
-from qdora.quant.packed import block_scales
-from qdora.quant.packed import choose_backend
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import empty_packed
-from qdora.quant.packed import from_tensors
-from qdora.quant.packed import quantize
-from qdora.quant.packed import zero_packed
-from scipy.stats import norm
-from tests import reference_quant as reference
-from torch._subclasses.fake_tensor import FakeTensorMode
-import bitsandbytes as bnb
+
 import json
 import math
+
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as bnb_functional
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qdora.errors import UserError
+from qdora.quant import blockwise, codebooks, kernels
+from qdora.quant.bnb import from_bnb_state, to_bnb_state
+from qdora.quant.packed import (
+    BLOCK_SIZES,
+    PackedWeight,
+    RowParts,
+    block_scales,
+    choose_backend,
+    dequantize,
+    empty_packed,
+    from_tensors,
+    quantize,
+    zero_packed,
+)
+from tests import reference_quant as reference
 
 FOUR_BITS, RESEARCH = ("nf4", "fp4"), ("nf3", "nf2", "int4")
 KINDS = (*FOUR_BITS, "int8", *RESEARCH)

@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 from transformers import GenerationConfig
 
-from qdora.adapter import layer
+from qdora.adapter import layer as layer_module
+from qdora.adapter import product as products_of_layers
 from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.spans import Span, score_spans
@@ -156,7 +157,7 @@ def test_what_does_not_fit(run: Path, tmp_path: Path) -> None:
         ({"data": f"{tmp_path}/tset.jsonl"}, "tset.jsonl: no such file."),
         ({"data": data}, "fit no format"),
         ({"data": data, "split": "test"}, "--split: ... test.jsonl has no splits"),
-        ({"data": str(tmp_path)}, "no file for split 'validation' ... there are test"),
+        ({"data": str(tmp_path)}, "no file for split 'validation'"),
         ({"data": data, "tasks": ["sums", "letters"]}, "--tasks: with --data names one source"),
         ({"data": data, "tasks": ["sum"]}, "--tasks: ... got 'sum', ... sums, letters. Did you mean 'sums'"),
         ({"data": data, "tasks": ["piqa"]}, "--data: must be a folder ... with --tasks piqa"),
@@ -213,7 +214,7 @@ def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytes
         calls.append(len(x))
         return product(x, *args, **options)
 
-    monkeypatch.setattr(product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(products_of_layers, "device_kind", lambda _device: "cuda")
     monkeypatch.setattr(kernels, "has_product", lambda _kind: True)
     monkeypatch.setattr(kernels, "product_4bit", counted)
     loaded = load_target(str(run), verb="test")
@@ -263,7 +264,7 @@ def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.M
     expected = scores(target, **options)
     for task, of_run in scores(run, limit=4).items():
         assert expected[task]["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.03)
-    monkeypatch.setattr(layer, "_free_bytes", lambda _device: 0)
+    monkeypatch.setattr(layer_module, "_free_bytes", lambda _device: 0)
     layers = adapted_layers(load_target(str(target), verb="eval").model).values()
     assert [layer.keeps_scales for layer in layers] == [False] * 14
     assert scores(target, **options) == expected

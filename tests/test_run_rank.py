@@ -1,8 +1,19 @@
 """qdora rank: spectra of a run's layers against matrices formed in the test, ranks of gates, and recipes that train."""
 
 from __future__ import annotations
+
+import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
 from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export import export_run
@@ -10,24 +21,13 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
 from qdora.plan.fit import plan
 from qdora.rank.gradient import gradient_spectra
-from qdora.rank.rank import rank_faults
-from qdora.rank.rank import rank_run
-from qdora.rank.rank import ranks_of_gates
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import RankSettings
+from qdora.rank.rank import rank_faults, rank_run, ranks_of_gates
+from qdora.recipe.options import ExportOptions, RankSettings
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
-from rich.console import Console
 from tests import support
 from tests.support import CURVED_LAYERS
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
-from typing import Any
-import json
-import numpy as np
-import pytest
-import torch
 
 QUIET = Console(quiet=True)
 GATES = {"mean_rank": 2.0, "warmup": 2, "anneal": 4, "shrink_every": 2, "lr": 0.05}

@@ -4,52 +4,30 @@ A verb imports what it needs when it runs, so that `qdora --help` is fast.
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import MutableMapping
-from importlib import resources
-from pathlib import Path
-from pydantic.fields import FieldInfo
-from qdora.errors import FAILURE
-from qdora.errors import Interrupted
-from qdora.errors import RunFailure
-from qdora.errors import UserError
-from qdora.errors import exit_code
-from qdora.errors import named
-from qdora.errors import not_one_of
-from qdora.errors import not_there
-from qdora.files.atomic import json_text
-from qdora.files.console import END_SIGNALS
-from qdora.files.console import is_told_here
-from qdora.files.console import leave_closed_terminal
-from qdora.files.console import show_only
-from qdora.files.machine import CONCURRENT_MANAGED_ACCESS
-from qdora.files.machine import VIRTUAL_MEMORY_MANAGEMENT
-from qdora.files.machine import device_attribute
-from qdora.recipe.options import AtStep
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import Options
-from qdora.recipe.options import RankSettings
-from qdora.recipe.options import Sampling
-from qdora.recipe.options import WhichOrBase
-from types import FrameType
-from typing import Annotated
-from typing import Any
-from typing import Literal
-from typing import cast
-from typing import get_args
-from typing import get_origin
+
 import functools
 import inspect
 import io
 import logging
 import os
-import qdora
 import signal
 import sys
-import typer
 import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from importlib import resources
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+import qdora
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named, not_one_of, not_there
+from qdora.files.atomic import json_text
+from qdora.files.console import END_SIGNALS, is_told_here, leave_closed_terminal, show_only
+from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
+from qdora.recipe.options import AtStep, EvalOptions, ExportOptions, Options, RankSettings, Sampling, WhichOrBase
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qdora.data.batches import PackedLayout
@@ -129,7 +130,12 @@ def train_run(
             console=progress,
         )
         if checkpoint is not None:
-            trainer.restore(checkpoint)
+            try:
+                trainer.restore(checkpoint)
+            except UserError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+                raise UserError(f"{checkpoint}: is no checkpoint of this version of qdora: {error}") from error
         step, again = trainer.step, trainer.evaluates_again
         processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))
         try:

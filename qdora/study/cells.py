@@ -45,8 +45,9 @@ _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
 this value they have no part in a key, so the cells of those studies stay done."""
-_GONE = {"train.compile": False, "adapter.experts.share": "none"}
-"""Settings that have left, which have a part in every key."""
+_GONE = {"train.compile": False}
+_GONE_OF_ADAPTERS = {"adapter.experts.share": "none"}
+"""Settings that have left, which have a part in every key, and in that of LoRA and DoRA."""
 
 
 def key_of(recipe: Recipe) -> str:
@@ -56,7 +57,7 @@ def key_of(recipe: Recipe) -> str:
     their path only.
     """
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    decisive = _without(found, _LATER) | _GONE
+    decisive = _without(found, _LATER) | _GONE | (_GONE_OF_ADAPTERS if "adapter.rank" in found else {})
     decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
     contents = {str(path): list(map(_content, files)) for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
