@@ -161,7 +161,7 @@ def test_what_does_not_fit(run: Path, tmp_path: Path) -> None:
         ({"data": data, "tasks": ["sums", "letters"]}, "--tasks: with --data names one source"),
         ({"data": data, "tasks": ["sum"]}, "--tasks: ... got 'sum', ... sums, letters. Did you mean 'sums'"),
         ({"data": data, "tasks": ["piqa"]}, "--data: must be a folder ... with --tasks piqa"),
-        ({"split": "test"}, "--split: sums has no test split, ... Fix: name a file with --data"),
+        ({"split": "test"}, "--split: sums has no test split. Fix: name data with --data"),
     ):
         assert says("\n".join(faults_of(scores, run, **options)), words), words
     bare = shutil.copytree(run, tmp_path / "run")

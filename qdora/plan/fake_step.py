@@ -389,7 +389,6 @@ def _record(
     with live.label(parts.KEPT):
         for layer in layers:
             layer.gain(model.dtype)
-            layer.operands(model.dtype)
     # The parameters have just been updated, so that the gains are taken anew.
     torch.autograd.graph.increment_version(list(parameters.values()))
     live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)

@@ -94,6 +94,8 @@ def chunked_nll(
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
     # Asked here, since gradients are off inside the function.
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
+    assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
     nll: Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, weight, bias, labels, scale, softcap, chunk, wants_gradient
     )
