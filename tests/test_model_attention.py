@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -62,9 +63,10 @@ from tests.support import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from tiny_families import FAMILIES, spread_
 
+CONFIGS = copy.deepcopy(CHECKPOINT_CONFIGS)  # building with an attention writes its name into them
 SINKS = GptOssConfig(**CHECKPOINT_SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=8)
 NEEDS_MORE_THAN_SDPA: dict[str, tuple[Any, Any, str]] = {
-    "a soft-cap": (CHECKPOINT_CONFIGS["gemma2"], Gemma2PreTrainedModel, r"soft-caps .* \(attn_logit_softcapping 2\)"),
+    "a soft-cap": (CONFIGS["gemma2"], Gemma2PreTrainedModel, r"soft-caps .* \(attn_logit_softcapping 2\)"),
     "sinks": (SINKS, GptOssPreTrainedModel, r"has sinks \(model\.layers\.0\.self_attn\.sinks\)"),
 }
 
@@ -95,7 +97,7 @@ def test_attention_is_chosen_by_what_the_model_needs(need, monkeypatch, caplog):
 
 def test_other_models_get_sdpa_unless_eager_is_asked_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    for config in (Gemma2Config(**CHECKPOINT_SIZES, attn_logit_softcapping=None), CHECKPOINT_CONFIGS["llama"]):
+    for config in (Gemma2Config(**CHECKPOINT_SIZES, attn_logit_softcapping=None), CONFIGS["llama"]):
         directory = checkpoint(tmp_path / config.model_type, config)
         with caplog.at_level(logging.DEBUG, "qdora"):
             assert load_checkpoint(directory).config._attn_implementation == "sdpa"
@@ -143,14 +145,14 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int
 def test_flash_attention_needs_a_gpu_and_dtype_that_have_its_kernels(flash_attention, capability, dtype, refused):
     flash_attention(capability)
     tried: list[str | None] = []
-    build, where = building(CHECKPOINT_CONFIGS["llama"], tried), ON_GPU | {"dtype": dtype}
-    with_attention(build, CHECKPOINT_CONFIGS["llama"], "auto", **where)
+    build, where = building(CONFIGS["llama"], tried), ON_GPU | {"dtype": dtype}
+    with_attention(build, CONFIGS["llama"], "auto", **where)
     assert tried == [None if refused else "flash_attention_2"]
     if refused:
         with pytest.raises(
             UserError, match=rf"^model\.attention: got flash_attention_2, which {refused}; must be auto"
         ):
-            with_attention(build, CHECKPOINT_CONFIGS["llama"], "flash_attention_2", **where)
+            with_attention(build, CONFIGS["llama"], "flash_attention_2", **where)
         assert len(tried) == 1
 
 
@@ -177,7 +179,7 @@ def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
 
 def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(flash_attention, monkeypatch, caplog):
     flash_attention((8, 0))
-    llama = CHECKPOINT_CONFIGS["llama"]
+    llama = CONFIGS["llama"]
     monkeypatch.setattr(GptOssPreTrainedModel, "_supports_sdpa", True)
     with caplog.at_level(logging.INFO, "qdora"):
         for config, fails in ((llama, ("flash_attention_2", None)), (SINKS, ("eager",))):
