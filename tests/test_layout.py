@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -111,6 +112,13 @@ finally:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
     assert done.stdout.rstrip().endswith("[]")
     assert "train" in done.stdout
+
+
+def test_what_the_scripts_import_exists() -> None:
+    text = "\n".join(script.read_text() for script in (PACKAGE.parent / "scripts").iterdir())
+    imports = re.findall(r"from qdora\S* import \w+", text)
+    assert imports
+    exec("\n".join(imports), {})
 
 
 def test_only_a_selection_by_the_mark_asks_for_gpus() -> None:
