@@ -217,7 +217,7 @@ def test_errors_of_a_right_file(merged, mixture, tmp_path, type_, least, most):
         ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
         ("experts", "q8_0", r"blk\.0\.ffn_(up|gate)_exps\.weight \(Q8_0\): its error is"),
         ("halves", "f16", r"blk\.0\.ffn_gate_exps\.weight \(F16\): its error is"),
-        ("gone", "f16", "asks for 4 experts of 128 rows"),
+        ("gone", "f16", r"must have \[4, 64, 64\] each"),
     ],
 )
 def test_a_fault_is_seen(merged, mixture, tmp_path, monkeypatch, fault, type_, message):
