@@ -15,7 +15,6 @@ published checkpoints have such a projection, so other layers of that name are l
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -45,10 +44,7 @@ CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.s
 MASKED = "QDORA_MASKED_LORA"
 """peft_type of an adapter that keeps the zeros of its base. PEFT refuses it; it would compute something else."""
 _PREFIX = "base_model.model."
-_MAGNITUDE_NOTE = (
-    "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
-    "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
-)
+_FORMULA = "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W dequantised, m in float32"
 
 _COMPUTED = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "target_parameters"}
 _COMPUTED |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
@@ -88,11 +84,6 @@ class AdapterDescription:
 
     def alpha_of(self, path: str) -> float:
         return float(self._match(self.config.alpha_pattern, path, self.config.lora_alpha))
-
-    def scaling_of(self, path: str) -> float:
-        """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
-        rank = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def _match(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         from peft.utils.other import get_pattern_key
@@ -178,16 +169,11 @@ def adapter_config(
         "use_dora": first.kind == "dora",
         "use_rslora": first.rank_stabilized,
         "target_modules": sorted(targets),
-        "exclude_modules": None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "auto_mapping": None,
         **({"target_parameters": parameters} if parameters else {}),
     }
 
@@ -248,7 +234,7 @@ def save_adapter(
         "format": 1,
         "qdora_version": __version__,
         "kind": "dora" if config["use_dora"] else "lora",
-        "formula": _MAGNITUDE_NOTE,
+        "formula": _FORMULA,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
             path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
@@ -277,7 +263,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     """
     described, stored, matrices = read_adapter(model, directory)
     adapted = {}
-    for path, tensors in stored.items():
+    for path, (lora_A, lora_B, magnitude) in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
             kind=described.kind,
@@ -285,15 +271,15 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             alpha=described.alpha_of(path),
             rank_stabilized=described.config.use_rslora,
             dropout=described.config.lora_dropout,
-            dtype=torch.promote_types(tensors.lora_A.dtype, tensors.lora_B.dtype) if dtype is None else dtype,
+            dtype=torch.promote_types(lora_A.dtype, lora_B.dtype) if dtype is None else dtype,
             masked=described.masked,
             generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
-            layer.lora_A.copy_(tensors.lora_A)
-            layer.lora_B.copy_(tensors.lora_B)
-            if layer.magnitude is not None and tensors.magnitude is not None:
-                layer.magnitude.copy_(tensors.magnitude)
+            layer.lora_A.copy_(lora_A)
+            layer.lora_B.copy_(lora_B)
+            if layer.magnitude is not None and magnitude is not None:
+                layer.magnitude.copy_(magnitude)
         adapted[path] = layer
     put_layers(model, adapted)
     if matrices:
@@ -301,20 +287,10 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     return adapted
 
 
-@dataclass(frozen=True, eq=False)
-class StoredLayer:
-    """One layer of an adapter file, on the CPU, in the shapes of `AdaptedLinear` or `AdaptedExperts`."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor | None
-    scaling: float
-
-
 def read_adapter(
     model: nn.Module, directory: Path
-) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
-    """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
+) -> tuple[AdapterDescription, dict[str, tuple[Tensor, Tensor, Tensor | None]], dict[str, TrainedMatrix]]:
+    """The adapter of `directory`: its settings, path -> A, B, m in model order, path -> trained embedding or head.
 
     A tied head is not listed. Only names and shapes of `model` are used; it may be on "meta".
     """
@@ -326,9 +302,7 @@ def read_adapter(
         raise UserError(f"{where}: target_modules: must select linear layers (got {others}).")
     if described.masked:
         check_masks(linear, where)
-    trained = _trained_shapes(model, described, where)
-    for path in set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}:
-        raise UserError(f"{where}: target_modules: {path} is trained whole or in rows.")
+    trained = _trained_rows(model, described, where)
     weights, faults = directory / WEIGHTS_FILE, list[str]()
     layers, matrices, names = {}, {}, _peft_paths(linear)
     with reading(str(weights)), safe_open(weights, framework="pt") as file:
@@ -355,8 +329,10 @@ def read_adapter(
             if isinstance(module, BareExperts):
                 lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
             magnitude = take(m, *out) if described.kind == "dora" else None
-            layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path))
-        for path, (ids, shape) in trained.items():
+            layers[path] = lora_A, lora_B, magnitude
+        for path, ids in trained.items():
+            size, width = model.get_submodule(path).weight.shape  # type: ignore[misc]
+            shape = (size if ids is None else len(ids), width)
             values = take(_matrix_name(path, ids), *shape)
             if ids is None and is_tied(model):  # its copy as the head
                 take(_matrix_name(embedding_paths(model)[1], None), *shape)
@@ -433,7 +409,6 @@ def _as_peft(lora_A: Tensor, lora_B: Tensor, *, swapped: bool) -> tuple[Tensor, 
 
 
 def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    """The inverse of `_as_peft`."""
     lora_A, lora_B = a.view(num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
     if swapped:
         lora_A, lora_B = lora_B.mT, lora_A.mT
@@ -460,33 +435,29 @@ def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[st
     return modules
 
 
-def _trained_shapes(
-    model: nn.Module, described: AdapterDescription, where: str
-) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]:
-    """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads."""
-    config, trained = described.config, dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]()
+def _trained_rows(model: nn.Module, described: AdapterDescription, where: str) -> dict[str, tuple[int, ...] | None]:
+    """Path of a trained embedding or head -> ids of its trained rows, None for all."""
+    config, trained = described.config, dict[str, tuple[int, ...] | None]()
     rows = config.trainable_token_indices or {}  # a list is of the input embedding
-    rows = rows if isinstance(rows, dict) else {"": rows}
-    asked: list[tuple[str, str, tuple[int, ...] | None]] = [
-        ("modules_to_save", name, None) for name in config.modules_to_save or ()
-    ]
-    asked += [("trainable_token_indices", name, tuple(ids)) for name, ids in rows.items()]
-    known = embedding_paths(model) if asked else ("", "")
-    for setting, name, ids in asked:
-        path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
-        if not path:
-            raise UserError(f"{where}: {setting}: {name!r} must be the input embedding or the output head.")
+    asked: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name in config.modules_to_save or ()]
+    asked += [(name, tuple(ids)) for name, ids in (rows if isinstance(rows, dict) else {"": rows}).items()]
+    if not asked:
+        return trained
+    embedding, head = embedding_paths(model)
+    for name, ids in asked:
+        paths = [path for path in (embedding, head) if path and f".{path}".endswith(f".{name}")]
+        if name and not paths:
+            raise UserError(f"{where}: {name!r} must be the input embedding or the output head.")
+        path = paths[0] if name else embedding
         check_trainable(model, [path])
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
-        size, width = weight.shape
-        if ids is not None and max(ids, default=0) >= size:
-            raise UserError(f"{where}: {setting}: must be below {size} (got {max(ids)}).")
-        trained[path] = ids, (size if ids is None else len(ids), width)
-    if trained and is_tied(model):
-        settings = {ids for ids, _ in trained.values()}
+        size = len(model.get_submodule(path).weight)  # type: ignore[arg-type]
+        if max(ids or (), default=0) >= size:
+            raise UserError(f"{where}: trainable_token_indices: must be below {size}.")
+        trained[path] = ids
+    if is_tied(model):
+        settings = set(trained.values())
         # PEFT unties a tied head that it does not train in the same way.
-        if known[0] not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
-            raise UserError(f"{where}: {asked[0][0]}: the adapter unties the model's head, which is not supported.")
-        trained.pop(known[1], None)
+        if embedding not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
+            raise UserError(f"{where}: the adapter unties the model's head, which is not supported.")
+        trained.pop(head, None)
     return trained

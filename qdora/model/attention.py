@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
@@ -34,7 +34,7 @@ log = logging.getLogger("qdora")
 FLASH = "flash_attention_2"
 # attn_logit_softcapping of Gemma 2; final_logit_softcapping is of the output head.
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
-_SINKS = re.compile(r"(^|_)sinks?(_|$)")
+_SINKS = re.compile(r"[._]sinks?(?![^._])[^.]*(\.[^.]*)?$")
 # What the flash kernels need, torch's and those of flash-attn.
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_CAPABILITY = (8, 0)  # Ampere
@@ -63,25 +63,17 @@ def with_attention(
     auto takes eager where scores are capped or have sinks, which other kinds may drop without a word, else
     flash_attention_2 where it is installed and fits, else transformers' choice.
     """
-    need = softcap_of(config)
-    kinds: list[str | None] = [asked] if asked != "auto" else [None if need is None else "eager"]
+    need, model = softcap_of(config), None
+    choice = asked if asked != "auto" else None if need is None else "eager"
     has_flash = device.type == "cuda" and is_flash_attn_2_available() and dtype in _FLASH_DTYPES
     if asked == "auto" and need is None and has_flash and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY:
-        kinds.insert(0, FLASH)
-    for kind in kinds:
-        try:
-            model = build(kind)
-        except ValueError:  # transformers has no flash attention for this model
-            if kind == kinds[-1]:
-                raise
-            continue
-        if kind != FLASH or _fits_flash(model):
-            break
-        if asked == FLASH:
-            raise UserError(f"model.attention: {FLASH} does not compute the attention of {name}.")
-    need = need or next(
-        (path for path, _ in model.named_parameters() if any(map(_SINKS.search, path.split(".")[-2:]))), None
-    )
+        with suppress(ValueError):  # transformers has no flash attention for this model
+            model = build(FLASH)
+    if model is None or not _fits_flash(model):
+        model = build(choice)
+    if asked == FLASH and not _fits_flash(model):
+        raise UserError(f"model.attention: {FLASH} does not compute the attention of {name}.")
+    need = need or next((name for name, _ in model.named_parameters() if _SINKS.search(name)), None)
     if need is not None and attention_of(model) != "eager":
         if asked != "auto":
             raise UserError(f"model.attention: must be auto or eager for {name}, which has {need} (got {asked}).")
@@ -100,7 +92,6 @@ def _fits_flash(model: PreTrainedModel) -> bool:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -111,7 +102,6 @@ def positions_of(config: Any) -> int | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """`positions_of` the model's config."""
     return positions_of(getattr(model, "config", None))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear, Kind
 from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.machine import check_gpu, cpu_has_bfloat16
@@ -43,8 +43,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Compute:
-    """Device and dtype of the computation."""
-
     device: torch.device
     dtype: torch.dtype
 
@@ -72,7 +70,6 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source` and `find_tokenizer`."""
     source = find_source(recipe, weights=weights)
     return source, find_tokenizer(recipe, source, find_tokenizer_source(recipe, source))
 
@@ -94,13 +91,7 @@ def find_tokenizer(recipe: Recipe, source: ModelSource, tokenizer_source: ModelS
     return tokenizer
 
 
-def token_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of the recipe's new tokens in the tokenizer of `find_model`."""
-    return new_token_ids(tokenizer, recipe.model.add_tokens)
-
-
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on activation checkpointing of the decoder blocks."""
     # transformers 5.2x renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -115,15 +106,16 @@ def adapt(
     adapter: Path | None = None,
 ) -> None:
     """Make a loaded base the model that is trained: rows for new tokens, and fresh adapters or those of `adapter`."""
-    new_tokens = token_ids(recipe, tokenizer)
+    new_tokens = new_token_ids(tokenizer, recipe.model.add_tokens)
     extend_vocabulary(model, new_tokens)
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
     head = model.get_output_embeddings()
     if isinstance(head, AdaptedLinear) and head.base.share is not None:
         # Its loss reads it in chunks, whose number differs between processes.
         raise UserError(f"adapter.targets: must not have the head with train.parallel {recipe.train.parallel}.")
-    if adapter is None:
-        start_adapters(model, recipe, source)
+    settings = recipe.adapter
+    if settings.init == "loftq" and settings.kind in ("lora", "dora") and not (adapter or settings.resume_from):
+        start_from_error_(model, source)
     keep_inplace_outputs_(model)
 
 
@@ -134,19 +126,58 @@ def put_adapters(
 
     `new_tokens`: ids of the recipe's new tokens, whose rows `extend_vocabulary` has made.
     """
-    settings = recipe.adapter
+    settings, dtype = recipe.adapter, DTYPES[recipe.adapter.dtype]
     if settings.kind in ("none", "full"):
         return
+    only_magnitudes = settings.kind == "magnitude"
+    # DoRA whose B stays 0, so every program that reads DoRA reads it.
+    kind: Kind = "lora" if settings.kind == "lora" else "dora"
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
-    _put_layers(model, recipe, directory)
+    if directory is not None:
+        layers = load_adapter(model, directory, dtype=None if only_magnitudes else dtype)
+        held = next(iter(layers.values())).kind
+        if held != kind:
+            raise UserError(f"adapter.kind: must be {held}, as in {directory} (got {settings.kind}).")
+        for layer in layers.values():
+            layer.dropout = layer.dropout if only_magnitudes else settings.dropout
+    elif only_magnitudes:
+        layers = inject(model, kind=kind, rank=1, alpha=1.0, targets=settings.targets, dtype=dtype)
+    else:
+        layers = inject(
+            model,
+            kind=kind,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            rank_stabilized=settings.rank_stabilized,
+            dropout=settings.dropout,
+            targets=settings.targets,
+            rank_pattern=settings.rank_pattern,
+            same_scaling=settings.same_scaling,
+            expert_rank=settings.experts.rank,
+            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `adapt` replaces it for loftq
+            dtype=dtype,
+            masked=settings.mask == "keep",
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+        )
+    if only_magnitudes:
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
     set_kept_scales_(model, recipe)
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
-    if not trained_matrices(model):
+    trained = trained_matrices(model)
+    if not trained:
         if settings.also_train:
             train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
         return
     assert directory is not None
-    _check_same_rows(model, recipe, directory, ids)
+    paths = dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
+    named = {paths[name] for name in settings.also_train}
+    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
+        raise UserError(f"adapter.also_train: must have the matrices that {directory} has.")
+    before = describe_adapter(directory).extra.get("add_tokens", [])
+    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
+        raise UserError(f"model.add_tokens: must be {before}, with also_train_rows as in {directory}.")
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -158,58 +189,6 @@ def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
 def keeps_scales(recipe: Recipe) -> bool:
     """Whether adapted layers keep decoded scales: `memory.keep_scales`, unless the base is streamed or divided."""
     return recipe.memory.keep_scales and recipe.base.residency == "device" and not recipe.train.divides_base
-
-
-def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:
-    trained, paths = trained_matrices(model), dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
-    named = {paths[name] for name in recipe.adapter.also_train}
-    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
-        held = ", ".join(name for name, path in paths.items() if path in trained)
-        raise UserError(f"adapter.also_train: must be [{held}], as in {directory}.")
-    before = describe_adapter(directory).extra.get("add_tokens", [])
-    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
-        raise UserError(f"model.add_tokens: must be {before}, with also_train_rows as in {directory}.")
-
-
-def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:
-    settings = recipe.adapter
-    assert settings.kind != "none"
-    assert settings.kind != "full"
-    if settings.kind == "magnitude":
-        # DoRA whose B stays 0, so every program that reads DoRA reads it.
-        if directory is None:
-            dtype = DTYPES[settings.dtype]
-            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets, dtype=dtype)
-        else:
-            layers = load_adapter(model, directory)
-        for layer in layers.values():
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
-        return
-    if directory is None:
-        inject(
-            model,
-            kind=settings.kind,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            rank_stabilized=settings.rank_stabilized,
-            dropout=settings.dropout,
-            targets=settings.targets,
-            rank_pattern=settings.rank_pattern,
-            same_scaling=settings.same_scaling,
-            expert_rank=settings.experts.rank,
-            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
-            dtype=DTYPES[settings.dtype],
-            masked=settings.mask == "keep",
-            generator=torch.Generator().manual_seed(recipe.train.seed),
-        )
-        return
-    layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
-    held = next(iter(layers.values())).kind
-    if held != settings.kind:
-        raise UserError(f"adapter.kind: must be {held}, as in {directory} (got {settings.kind}).")
-    for layer in layers.values():
-        layer.dropout = settings.dropout
 
 
 def write_adapter(
@@ -244,13 +223,6 @@ def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
     frozen = sum(layer.in_features * layer.out_features for layer in layers.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
-
-
-def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
-    """Give fresh adapters LoftQ's start if the recipe asks for it."""
-    settings = recipe.adapter
-    if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
-        start_from_error_(model, source)
 
 
 @torch.no_grad()

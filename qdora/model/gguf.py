@@ -106,8 +106,6 @@ class GgufHeader:
 
 
 class _Cursor:
-    """A position in a mapped header."""
-
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at = content, 0
 
@@ -123,19 +121,15 @@ class _Cursor:
 
     def skip_array(self) -> None:
         kind, length = self.take("IQ")
-        if kind not in (_STRING, _ARRAY):
+        if kind != _STRING:
             self.at += length * struct.calcsize(_SCALARS[kind])
             return
         for _ in range(length):
-            if kind == _ARRAY:
-                self.skip_array()
-            else:
-                (size,) = self.take("Q")  # first: it moves `at`, too
-                self.at += size
+            (size,) = self.take("Q")  # first: it moves `at`, too
+            self.at += size
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         cursor = _Cursor(content)
         magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
@@ -163,13 +157,12 @@ def require_gguf() -> None:
         raise UserError('model.source: a .gguf file needs the package gguf. Fix: pip install "qdora[gguf]"')
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(header: GgufHeader) -> None:
     """Check that all tensors are in the file: broken downloads are common."""
-    require_gguf()
     import gguf
 
-    header = read_header(path)
-    architecture, where = header.architecture, f"model.source: {path}:"
+    path, architecture = header.path, header.architecture
+    where = f"model.source: {path}:"
     if architecture not in {*LAYOUTS, *GGUF_SUPPORTED_ARCHITECTURES}:
         raise UserError(f"{where} the layout of {architecture!r} in GGUF files is not known.")
     if (architecture, header.settings.get(f"{architecture}.block_count")) in _SCALE_NOT_STORED:
@@ -181,12 +174,12 @@ def check_gguf(path: Path) -> None:
             raise UserError(f"{where} tensor '{tensor.name}' does not fit: the file is damaged or cut short.")
 
 
-def settle_head(path: Path, config: PreTrainedConfig) -> None:
+def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
     """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, byte for byte, as Qwen's do.
 
     transformers takes any stored head for an untied one, which would drift away from the embedding in training.
     """
-    tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if head is None or embedding is None or head.type != embedding.type or head.shape != embedding.shape:
         return
@@ -197,7 +190,6 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """`gguf_tensors` of a base."""
     header = read_header(path)
     if any(tensor.name in _ROTARY_FACTORS for tensor in header.tensors):
         log.warning("%s: its rotary factors are not read: the model differs in long texts.", path)
@@ -285,7 +277,9 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
     family for that of its experts.
     """
+    require_gguf()
     header = read_header(path)
+    check_gguf(header)
     config = _kept(header, "config", AutoConfig.from_pretrained)
     num_experts, num_chosen = (
         header.settings.get(f"{header.architecture}.{name}") for name in ("expert_count", "expert_used_count")
@@ -300,6 +294,7 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
         if f"{part}.weight" in widths and hasattr(config, name):
             setattr(config, name, widths[f"{part}.weight"])
+    _tie_equal_head(header, config)
     return config
 
 

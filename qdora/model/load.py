@@ -39,16 +39,9 @@ from qdora.model.checkpoint import (
     tied_weights,
 )
 from qdora.model.experts import stacks, use_expert_layers_
-from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
+from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
-from qdora.model.multimodal import (
-    auto_class,
-    is_multimodal,
-    leave_out_other_parts_,
-    not_loaded,
-    set_aside,
-    settle_tying,
-)
+from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import PackedWeight, dequantize, packed_rows, quantize
@@ -111,9 +104,6 @@ class Loading:
 Placer = Callable[[Loading], None]
 """Reads the stored tensors and puts them into the model: `place_all`, or one that prunes, streams or divides."""
 
-Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
-"""Source and skeleton -> model name -> stored tensor, as `tensors_of_source`."""
-
 
 def load_model(
     source: ModelSource,
@@ -126,7 +116,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     progress: Progress | None = None,
-    reader: Reader | None = None,
+    reader: Callable[[ModelSource, PreTrainedModel], dict[str, Stored]] | None = None,
     placer: Placer | None = None,
     before_reading: Callable[[PreTrainedModel, torch.device], None] | None = None,
 ) -> PreTrainedModel:
@@ -140,10 +130,7 @@ def load_model(
         quant: As base.quant; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        progress: Called with the tensors done and all of them.
         before_reading: Called with the model and `device` before any weight is read (memory/stream.py).
-    Returns:
-        The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
@@ -174,12 +161,9 @@ def load_model(
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The transformers config of a source; a GGUF file's config is made from its metadata."""
     with reading(f"model.source: {source.name}: its config"):
         if source.is_gguf:
-            check_gguf(source.path)
             config = config_of_gguf(source.path)
-            settle_head(source.path, config)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
             settle_tying(config, source.path)
@@ -200,8 +184,7 @@ def skeleton(
             model: PreTrainedModel = family.from_config(
                 config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
             )
-        if is_multimodal(config):
-            leave_out_other_parts_(model)
+        leave_out_other_parts_(model)
         use_expert_layers_(model)
         return model
 
@@ -328,7 +311,6 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    """The generation config in the directory of a source, if it has one."""
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
     with reading(f"model.source: {source.name}: its generation_config.json"):

@@ -94,14 +94,14 @@ def resolve(
         return ModelSource("gguf", path, source)
     if path.exists() or is_path(source):
         raise UserError(f"{setting}: must be a directory, a .gguf file, a Hub id or '{BUILTIN}' (got {source}).")
-    if trust_remote_code and not is_commit(revision):
+    if trust_remote_code and not _COMMIT.fullmatch(revision or ""):
         raise UserError(
             "model.trust_remote_code: needs model.revision to be a full commit: a branch can be moved to other code."
         )
     patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES, *(["*.py"] if trust_remote_code else [])]
     path = _download(source, revision, patterns, setting)
     # The cache names a snapshot by its commit, which the record of a run needs.
-    commit = path.name if is_commit(path.name) else revision
+    commit = path.name if _COMMIT.fullmatch(path.name) else revision
     if config:
         check_directory(path, weights=False, setting=setting)
     if trust_remote_code:
@@ -111,10 +111,6 @@ def resolve(
     if config and weights:
         check_directory(path, setting=setting)
     return ModelSource("hub", path, source, commit, trust_remote_code)
-
-
-def is_commit(revision: str | None) -> bool:
-    return _COMMIT.fullmatch(revision or "") is not None
 
 
 def public_name(source: str) -> str | None:
@@ -147,8 +143,8 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
         is_adapter = (path / "adapter_config.json").is_file()
         what = "holds an adapter, not a model; adapter.resume_from takes one" if is_adapter else "has no config.json"
         raise UserError(f"{setting}: {path} {what}.")
-    settings = read_json_object(path / "config.json").get("quantization_config")
-    stored_kind(settings if isinstance(settings, dict) else None)
+    with reading(f"{setting}: {path}: its quantization_config"):
+        stored_kind(read_json_object(path / "config.json").get("quantization_config"))
     if weights:
         if not any(path.glob("*.safetensors*")) and any(path.glob("*.bin")):
             raise UserError(f"{setting}: {path} holds pickle, which can run any code. Fix: convert it to safetensors.")
@@ -183,7 +179,6 @@ def _check_place_of_code(path: Path, source: str) -> None:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds the files of a tokenizer."""
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 

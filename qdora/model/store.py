@@ -43,7 +43,6 @@ from qdora.quant.tiles import Weight
 
 log = logging.getLogger("qdora")
 
-_CACHE_FORMAT = 2
 # A file's tensors are in memory until it is written.
 _FILE_BYTES = 256 << 20
 _PRUNED_RECORD_FILE = "compressed.json"
@@ -66,7 +65,6 @@ class PrunedLayer:
 
     @property
     def sparsity(self) -> float:
-        """Pruned weights / all weights."""
         return self.num_pruned / self.num_weights
 
 
@@ -131,7 +129,7 @@ class PrunedBase:
 
     def __init__(self, directory: Path) -> None:
         record, stored = read_json_object(directory / _PRUNED_RECORD_FILE), _stored_in(directory)
-        self.directory, self.key = directory, str(record["key"])
+        self.key = str(record["key"])
         self.stored = dict[str, Stored]()
         for path in record["layers"]:
             bits = stored[f"{path}.keep_bits"]
@@ -149,7 +147,7 @@ class PrunedBase:
 
 @dataclass
 class BaseCache:
-    """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
+    """A `reader` of `load_model` that quantises a source into a directory once and reads it from there later.
 
     `wanted` says how to hold the linear layers (not "none"), `directory` is that of the last base.
     """
@@ -161,11 +159,10 @@ class BaseCache:
     directory: Path | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        """Model name -> weight."""
         if self.wanted.kind == MXFP4:  # the source holds it packed
             return tensors_of_source(source, model)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        decides = {"format": _CACHE_FORMAT, "quantization": asdict(self.wanted), "model": shapes}
+        decides = {"format": 2, "quantization": asdict(self.wanted), "model": shapes}
         key = hashlib.sha256(json_text({**decides, "files": fingerprints(source)}).encode()).hexdigest()
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):

@@ -86,13 +86,13 @@ def train_embeddings(
 ) -> None:
     """Make the embedding, the head or both trainable, after the adapters are on.
 
-    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding. `ids` are the rows to train; None:
-    whole matrices in their own dtype. `has_new`: the model has new tokens, and `ids` are those.
+    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding. `ids` are the rows to train
+    (None: all). `has_new`: the model has new tokens, and `ids` are those.
     """
     embedding_path, head_path = embedding_paths(model)
     needed = {EMBEDDING} if is_tied(model) else {EMBEDDING, HEAD} if ids is not None or has_new else set()
     if not needed <= set(names):  # the rows of new tokens would stay at their start
-        raise UserError(f"adapter.also_train: must have {' and '.join(sorted(needed))} for {_name(model)}.")
+        raise UserError(f"adapter.also_train: must have {' and '.join(sorted(needed))} for this model.")
     paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
     check_trainable(model, [*paths, head_path] if is_tied(model) else paths)
     wanted = None if ids is None else tuple(sorted(ids))
@@ -140,14 +140,13 @@ def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
 
 
 def trained_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of `trained_matrices`."""
     matrices = trained_matrices(model).items()
     return [f"{path}.{'weight' if matrix.ids is None else 'trained.rows'}" for path, matrix in matrices]
 
 
 @torch.no_grad()
 def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int]) -> list[int]:
-    """Tokens whose rows are zero, and neither trained nor adapted; `read` are of the embedding, `learnt` of the head."""
+    """Tokens whose rows are zero and not trained; `read` are of the embedding, `learnt` of the head."""
     found: set[int] = set()
     for module, ids in zip(_modules(model), (read, learnt), strict=True):
         plain: Any = module.base if isinstance(module, RowEmbedding | RowHead) else module
@@ -164,13 +163,12 @@ def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapte
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
     is_table = type(embedding) in (nn.Embedding, HostEmbedding) or hasattr(embedding, "embed_scale")
     if embedding_path in paths and not is_table:
-        raise UserError(f"{where}: the embedding of {_name(model)} is a {type(embedding).__name__}.")
+        raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__}).")
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the head shares the matrix of the embedding."""
     names = {f"{path}.weight" for path in embedding_paths(model)}
     return any({target, origin} == names for target, origin in tied_weights(model).items())
 
@@ -182,30 +180,25 @@ def embedding_paths(model: Any) -> tuple[str, str]:
     return paths.get(id(embedding), ""), paths.get(id(head), "")
 
 
-def _name(model: Any) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
 def _modules(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens at which the model ends an answer: of its generation config, else its config, and the tokenizer's end."""
-    config = load_config(source)
-    named: Any = getattr(config, "eos_token_id", None)
-    if named is None:  # multimodal models keep it with their text model
-        named = getattr(config.get_text_config(), "eos_token_id", None)
-    if (generation := published_generation(source)) is not None:
-        named = generation.eos_token_id
-    return _stops(named, tokenizer)
+    config: Any = published_generation(source)
+    if config is None:
+        config = load_config(source)
+        if getattr(config, "eos_token_id", None) is None:  # multimodal models keep it with their text model
+            config = config.get_text_config()
+    return _stops(config, tokenizer)
 
 
 def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
-    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
-    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+    return _stops(getattr(model, "generation_config", None), tokenizer)
 
 
-def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+def _stops(config: Any, tokenizer: Any) -> frozenset[int]:
+    named = getattr(config, "eos_token_id", None)
     listed = named if isinstance(named, list | tuple) else [named]
     return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
