@@ -140,6 +140,11 @@ def test_flash_attention_needs_a_gpu_and_dtype_that_have_its_kernels(flash_atten
     tried: list[str | None] = []
     with_attention(building(CONFIGS["llama"], tried), CONFIGS["llama"], "auto", **ON_GPU | {"dtype": dtype})
     assert tried == ["flash_attention_2" if fits else None]
+    if not fits:
+        with pytest.raises(UserError, match=r"^model\.attention: flash_attention_2 does not fit"):
+            with_attention(
+                building(CONFIGS["llama"], []), CONFIGS["llama"], "flash_attention_2", **ON_GPU | {"dtype": dtype}
+            )
 
 
 LOCAL: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
@@ -155,7 +160,7 @@ def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
     tried: list[str | None] = []
     with_attention(building(config, tried), config, "auto", **ON_GPU)
     assert tried == ["flash_attention_2", None]
-    with pytest.raises(UserError, match=r"^model\.attention: flash_attention_2 does not compute"):
+    with pytest.raises(UserError, match=r"^model\.attention: flash_attention_2 does not fit"):
         with_attention(building(config, tried), config, "flash_attention_2", **ON_GPU)
 
 

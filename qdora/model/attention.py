@@ -66,13 +66,14 @@ def with_attention(
     need, model = softcap_of(config), None
     choice = asked if asked != "auto" else None if need is None else "eager"
     has_flash = device.type == "cuda" and is_flash_attn_2_available() and dtype in _FLASH_DTYPES
-    if asked == "auto" and need is None and has_flash and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY:
+    has_flash = has_flash and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    if asked == "auto" and need is None and has_flash:
         with suppress(ValueError):  # transformers has no flash attention for this model
             model = build(FLASH)
     if model is None or not _fits_flash(model):
         model = build(choice)
-    if asked == FLASH and not _fits_flash(model):
-        raise UserError(f"model.attention: {FLASH} does not compute the attention of {name}.")
+    if asked == FLASH and not (has_flash and _fits_flash(model)):
+        raise UserError(f"model.attention: {FLASH} does not fit {name}, its dtype or this device.")
     need = need or next((name for name, _ in model.named_parameters() if _SINKS.search(name)), None)
     if need is not None and attention_of(model) != "eager":
         if asked != "auto":
@@ -120,14 +121,13 @@ def attention_of(model: nn.Module) -> str | None:
 def replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Inside, the function of that name is `make(function)`, if the module has it."""
     before = getattr(module, name, None)
-    if before is None:
-        yield
-        return
-    setattr(module, name, make(before))
+    if before is not None:
+        setattr(module, name, make(before))
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is not None:
+            setattr(module, name, before)
 
 
 def fast_grouped_attention() -> AbstractContextManager[None]:

@@ -6,7 +6,6 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,21 +203,11 @@ def _ranks(
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 
 
-@dataclass(frozen=True)
-class ModelSize:
+def model_size(model: nn.Module) -> dict[str, int]:
     """Weights of the linear layers without the output head, and bytes of these, the whole base and the adapter.
 
-    Bytes include scales; codes of simulated formats count as tightly packed.
+    Tied weights count once. Bytes include scales; codes of simulated formats count as tightly packed.
     """
-
-    num_linear_weights: int
-    num_linear_bytes: int
-    num_base_bytes: int
-    num_adapter_bytes: int
-
-
-def model_size(model: nn.Module) -> ModelSize:
-    """Size of a causal LM, with or without adapters; tied weights count once."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     while isinstance(head, RowHead | AdaptedLinear):
         head = head.base
@@ -248,4 +237,5 @@ def model_size(model: nn.Module) -> ModelSize:
             kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
             own = [each for each in (*module._parameters.values(), *kept) if each is not None]
             other += sum(_DENSE_BYTES * each.numel() for each in own if is_new(each))
-    return ModelSize(weights, linear, linear + other, adapter)
+    sizes = {"num_linear_weights": weights, "num_linear_bytes": linear, "num_base_bytes": linear + other}
+    return sizes | {"num_adapter_bytes": adapter}
