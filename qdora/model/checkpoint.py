@@ -269,7 +269,7 @@ def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> li
     others |= {path: name for path, name in classes.items() if name != "Linear"}
     if not others:
         return []
-    what = f"transformers does not load {len(others)} layers in 4 bits (e.g. a {next(iter(others.values()))})"
+    what = f"transformers does not load {len(others)} layers in 4 bits (such as {next(iter(others.values()))})"
     return [f"{option}: {what}. Fix: use --format merged."]
 
 
