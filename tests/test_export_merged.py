@@ -404,7 +404,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path, running):
     out, index = tmp_path / "out", tmp_path / "out/model.safetensors.index.json"
     export_merged(running, None, out, max_shard_bytes=20_000)
     index.write_text(index.read_text().replace("model-00002", "../model-00002"))
-    with pytest.raises(UserError, match=r"'\.\./model-00002-.*' is not a plain"):
+    with pytest.raises(UserError, match=r"'\.\./model-00002-.*' is not a .safetensors file"):
         verify(running, out)
     with pytest.raises(UserError, match="cannot load it"):
         verify(running, tmp_path / "nowhere")

@@ -204,6 +204,6 @@ def test_its_adapter_is_not_left_out(tmp_path, monkeypatch):
         torch.testing.assert_close(support.logits_of(loaded.model).float(), expected, rtol=0, atol=0.05)
         recipe: dict[str, Any] = {"model": {"source": name}, "data": {"mix": [{"task": "demo/facts"}]}}
         recipe["train"] = {"steps": 1, "batch": 1, "lr": 1e-4}
-        with pytest.raises(UserError, match=r"is a 4-bit base whose adapter, in adapter/, would be left out"):
+        with pytest.raises(UserError, match=r"has an adapter\. Fix: set adapter\.resume_from="):
             find_source(recipe_from(recipe))
         find_source(recipe_from(recipe | {"adapter": {"resume_from": str(tmp_path / commit / "adapter")}}))

@@ -200,7 +200,7 @@ def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
     support.write_llama(tmp_path / "model", tie_word_embeddings=False)
     settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
     for error in support.run_processes(2, train, settings, tmp_path / "run"):
-        assert "adapter.targets: must not have the output head with train.parallel shard" in error
+        assert "adapter.targets: must not have the head with train.parallel shard" in error
 
 
 def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:

@@ -178,8 +178,6 @@ def test_ranks_of_experts_and_routers_that_stay_as_they_are(tmp_path):
         assert type(block.mlp.shared_expert_gate) is nn.Linear
         assert block.mlp.gate.weight.dtype == torch.bfloat16
         assert not block.mlp.gate.weight.requires_grad
-    with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
-        adapted(expert_rank=2, targets=["q_proj"])
     with pytest.raises(UserError, match=r"'expert' matches no linear layer; must be .* v_proj"):
         adapted(targets=["expert"])
 
@@ -237,26 +235,21 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path, monkeypatch):
     assert_close(logits(kept), logits(library))
 
 
-SCALES = "model.layers.1.mlp.experts.down_proj_scales"
 LOST = [f"model.layers.1.mlp.experts.{part}_proj.weight" for part in ("3.gate", "3.up", "3.down")]
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 # Model, what is done to its tensors and its config, quantisation, and words of each fault.
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], dict[str, Any], str, list[str]]] = {
-    "NaN": ("mxfp4", lambda t: t[SCALES][2, 5, 1].fill_(255), {}, "mxfp4", [f"^model.source: '{SCALES}' has 1 block"]),
-    "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"base\.quant: mxfp4 is read from checkpoints that hold it"]),
-    "dense": ("gpt_oss", dict, {}, "mxfp4", [r"base\.quant: mxfp4 is read from checkpoints that hold it"]),
+    "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"base\.quant: mxfp4 needs a checkpoint that holds it"]),
+    "dense": ("gpt_oss", dict, {}, "mxfp4", [r"base\.quant: mxfp4 needs a checkpoint that holds it"]),
     "one lost": ("qwen3_moe", lambda t: t.pop(LOST[1]), {}, "nf4", ["tensors are missing, or must be cut"]),
-    "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", ["gate_up_proj|experts"] * 2),
+    "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", ["experts"] * 2),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_experts_that_do_not_fit_are_named(tmp_path, case):
     name, change, config, quant, words = REFUSED[case]
-    if name == "mxfp4":
-        support.write_mxfp4(tmp_path)
-    else:
-        support.mixture(name).save_pretrained(tmp_path)
+    support.mixture(name).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -405,7 +398,7 @@ def test_a_run_from_start_to_exports(family, tmp_path):
 def test_other_families_a_processors_chat_template_and_a_base_from_the_cache(tmp_path, caplog):
     LlavaConfig().save_pretrained(tmp_path / "llava")
     save_file({"weight": torch.zeros(1)}, tmp_path / "llava/model.safetensors")
-    match = r"the language part of a multimodal model can be trained for gemma3, .*qwen3_5 \(got llava\)\."
+    match = r"must be of gemma3, .*qwen3_5 \(got llava\)\."
     with pytest.raises(UserError, match=match):
         load_checkpoint(tmp_path / "llava")
     stored = support.write_multimodal(tmp_path / "model", "qwen3_vl")

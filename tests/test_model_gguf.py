@@ -118,7 +118,7 @@ def placed(at: Callable[[bytes], int], number: int, size: int) -> Callable[[byte
     return change
 
 
-BROKEN = "header is broken or cut short"
+BROKEN, CUT = "its config cannot be used", r"does not fit: the file is damaged or cut short"
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ BROKEN = "header is broken or cut short"
         # A read of so many bytes would take the memory for them before it finds that they are not there.
         (placed(lambda file: 24, 2**64 - 1, 8), BROKEN),
         (placed(head_entry, 2**32 - 1, 4), BROKEN),
-        (placed(head_entry, 0, 4), r"header is broken|shape \[\]"),
-        (placed(lambda file: head_entry(file) + 20, 99, 4), "has the type 99 and the shape"),
-        (placed(lambda file: head_entry(file) + 4, 0, 8), r"the shape \[97, 0\], which"),
-        (placed(lambda file: head_entry(file) + 12, 2**62, 8), "the file is cut short"),
+        (placed(head_entry, 0, 4), f"{BROKEN}|{CUT}"),
+        (placed(lambda file: head_entry(file) + 20, 99, 4), f"{BROKEN}.*99"),
+        (placed(lambda file: head_entry(file) + 4, 0, 8), CUT),
+        (placed(lambda file: head_entry(file) + 12, 2**62, 8), CUT),
         (lambda file: file.replace(b"output.weight", b"output\xffweight"), BROKEN),
-        (lambda file: file[:-5000], r"'output\.weight' lies beyond the end"),
+        (lambda file: file[:-5000], rf"'output\.weight' {CUT}"),
         (lambda file: file[:700], BROKEN),
-        (lambda file: b"hello world, this is no model" * 10, f"{BROKEN}.*starts with b'hell'"),
-        (placed(lambda file: 4, 1, 4), f"{BROKEN}.*version 1"),
+        (lambda file: b"hello world, this is no model" * 10, "is no GGUF file of version"),
+        (placed(lambda file: 4, 1, 4), "is no GGUF file of version"),
     ],
 )
 def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage, fault):
@@ -198,28 +198,25 @@ def test_transformers_reads_the_same_where_it_knows_the_widths(tmp_path):
 def test_experts_that_do_not_fit_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fakes, "FAULT", "gone")
     path = mixture(tmp_path, "qwen3_moe")
-    fault = r"has 'blk\.0\.ffn_gate_exps\.weight' \[4, 64, 64\], the config asks for 4 experts of 128 rows"
+    fault = r"blk\.0\.ffn_gate_exps\.weight, .*: must have \[4, 64, 64\] each"
     with pytest.raises(UserError, match=fault):
         load_checkpoint(path)
     monkeypatch.setattr(fakes, "FAULT", "")
     count = fakes.add_settings
     monkeypatch.setattr(fakes, "add_settings", lambda writer, config: count(writer, config | {"num_experts": 3}))
-    with pytest.raises(UserError, match=r"\[4, 64, 64\], the config asks for 3 experts"):
+    with pytest.raises(UserError, match=r"must have \[3, 64, 64\] each"):
         load_checkpoint(mixture(tmp_path, "qwen3_moe"))
 
 
 # --- the tokenizer, which is read from the header once
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, llama, monkeypatch, fits):
+def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, llama, monkeypatch):
     """Threads here: a lock on a file that was opened twice holds between them as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from_file: list[str] = []
 
     def save(folder: Path) -> None:
-        if not fits:
-            raise Exception("No space left on device (os error 28)")  # as tokenizers does
         (folder / "tokenizer.json").write_text("{}")
         time.sleep(0.3)
         (folder / "chat_template.jinja").write_text("{}")
@@ -231,9 +228,8 @@ def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, lla
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(tokenizer_of_gguf, [llama] * 3))
-    assert from_file == ["m.gguf"] * (1 if fits else 3)  # used all the same
-    assert all(each.files == {"tokenizer.json", "chat_template.jinja"} for each in found if fits)
-    assert bool(list((tmp_path / "cache").rglob("tokenizer"))) == fits
+    assert from_file == ["m.gguf"]
+    assert all(each.files == {"tokenizer.json", "chat_template.jinja"} for each in found)
 
 
 # --- the built-in model
@@ -282,5 +278,5 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin, tmp_path, monkeyp
         ids = read(text)["input_ids"]
         assert each(text)["input_ids"] == ids
         assert each.decode(ids) == read.decode(ids)
-    # settle_head, which reads the weights, is what may tie the head.
+    # `_tie_equal_head`, which reads the weights, is what may tie the head.
     assert load_config(builtin).to_dict() == config.to_dict() | {"tie_word_embeddings": True}

@@ -153,7 +153,7 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     before = checkpoint_logits(dense)
     assert len(inject(dense, rank=2)) == 8
     torch.testing.assert_close(checkpoint_logits(dense), before, rtol=1e-5, atol=1e-5)
-    said = "transformers does not load 8 layers of this model in 4 bits .*a FalconLinear.*--format merged"
+    said = "transformers does not load 8 layers in 4 bits .*FalconLinear.*--format merged"
     with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
         check_foldable(model, torch.float32)
 
@@ -168,11 +168,11 @@ MISSPELT = [r"base\.skip: 'upproj' matches no linear layer.* up_proj"]
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
     "skip": ("llama", {}, NF4 | {"skip": ["lm_head", "upproj"]}, MISSPELT),
     "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head, which shares its weight with the embedding"]),
-    "transposed": (GPT2, {}, NF4, [r"gpt2 keeps its weights transposed .*Fix: set base\.quant: none"]),
-    "gptq": ("llama", GPTQ, {}, [r"bitsandbytes or .* \(got 'gptq'\)"]),
+    "transposed": (GPT2, {}, NF4, [r"base\.quant: must be none for a model of Conv1D"]),
+    "gptq": ("llama", GPTQ, {}, [r"bitsandbytes \(got 'gptq'\)"]),
     "model type": ("llama", {"model_type": "lama"}, {}, ["its config cannot be used"]),
-    "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["cannot be built: .*can't allocate memory"]),
-    "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: module 'torch' has no attribute 'xxx"]),
+    "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["config cannot be used: .*can't allocate memory"]),
+    "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: .*module 'torch' has no attribute 'xxx"]),
 }
 
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeyp
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
     monkeypatch.setattr("qdora.model.checkpoint.get_model_conversion_mapping", lambda model: [turned])
-    with pytest.raises(UserError, match=r"llama: tensors .* must be cut or permuted, .* \(model\.layers"):
+    with pytest.raises(UserError, match=r"llama: tensors .* must be cut or permuted \(model\.layers"):
         load_checkpoint(tmp_path, quant="nf4")
 
 
@@ -218,7 +218,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]
             r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'",
             r"no tensor 'model\.norm\.weight'",
             r"'model\.layers\.0\.mlp\.upp_proj\.weight' has no place in the model",
-            r"'lm_head\.weight' has shape \[98, 64\], config\.json asks for \[97, 64\]",
+            r"'lm_head\.weight' has shape \[98, 64\], must have \[97, 64\]",
         ],
     ),
     "integers": (lambda t: t | {UP: t[UP].int()}, {}, [rf"tensor '{UP}' has dtype I32, must be of floating point"]),
@@ -294,7 +294,7 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
         reference.get_submodule(name).weight.data = expected
     torch.testing.assert_close(checkpoint_logits(model), checkpoint_logits(reference), rtol=1e-5, atol=1e-5)
     assert not hasattr(model.config, "quantization_config")
-    with pytest.raises(UserError, match=f"base\\.quant: 'none', but the checkpoint is already quantised in {kind}"):
+    with pytest.raises(UserError, match=rf"base\.quant: must be {kind}, .* \(got none\)"):
         load_checkpoint(tmp_path / "m", quant="none")
 
 

@@ -57,26 +57,26 @@ def indexed(weight_map: Any) -> dict[str, str]:
 OUTSIDE = {"a": "../outside.safetensors", "b": "/etc/outside.safetensors", "c": "model-1.bin", "d": 3, "f": ".."}
 SHARDS = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
 MISSING = "model-00001-of-00002.safetensors"
-NOT_PLAIN = [f"weight_map: '{re.escape(str(name))}' is not a plain" for name in OUTSIDE.values()]
+NOT_PLAIN = [f"weight_map: {re.escape(repr(name))} is not a" for name in OUTSIDE.values()]
 LONG, OF_HUB = {str(i): f"m-{i}.safetensors" for i in range(100)}, {"revision": "main", "trust_remote_code": True}
 # Files, the source among them, options, and words of each fault.
 REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
-    "misspelt": ({"models/llama-3/x": ""}, "models/lama-3", {}, [r"does not exist\. Did you mean 'llama-3'\?"]),
+    "misspelt": ({"models/llama-3/x": ""}, "models/lama-3", {}, [r"must be a directory.*lama-3\)"]),
     "pickle": ({**CONFIG, "pytorch_model.bin": ""}, "", {}, ["pickle, which can run any code"]),
     "empty": ({}, "", {}, [r"no config\.json"]),
-    "adapter": (ADAPTER, "", {}, [r"^model\.source: .* an adapter, not a model\. Fix: name the base model here"]),
-    "adapter to a command": (ADAPTER, "", {"setting": "generate"}, ["^generate: .* an adapter.* Fix: name its base"]),
-    "text": ({"m.txt": ""}, "m.txt", {}, [r"must be a \.gguf file, a directory"]),
+    "adapter": (ADAPTER, "", {}, [r"^model\.source: .* an adapter, not a model; adapter\.resume_from"]),
+    "adapter to a command": (ADAPTER, "", {"setting": "generate"}, ["^generate: .* an adapter, not a model"]),
+    "text": ({"m.txt": ""}, "m.txt", {}, [r"must be a directory, a \.gguf file"]),
     "of the Hub": (CONFIG, "", OF_HUB, ["is local: a revision"]),
-    "fp8": (FP8, "", {"weights": False}, [r"^model\.source: the checkpoint must be quantised by .* \(got 'fp8'\)"]),
+    "fp8": (FP8, "", {"weights": False}, [r"^model\.source: must be in full precision.* \(got 'fp8'\)"]),
     "index": (
         {SHARDS[0]: "", **indexed(OUTSIDE | {"e": MISSING})},
         "",
         {},
-        [*NOT_PLAIN, rf"{MISSING} is not in the directory"],
+        [*NOT_PLAIN, rf"'{MISSING}' is not a"],
     ),
     "long index": (indexed(LONG), "", {}, ["m-"] * 10 + ["90 more"]),
-    "empty index": (indexed({}), "", {}, ["weight_map: must be a non-empty table"]),
+    "empty index": (indexed({}), "", {}, ["weight_map: is empty"]),
     "no JSON": ({**CONFIG, INDEX: '{"weight_map": '}, "", {}, ["cannot be read as JSON"]),
 }
 
@@ -97,7 +97,7 @@ def test_directories_what_they_must_hold_and_what_is_no_hub_id(tmp_path, monkeyp
     assert resolve(str(put(tmp_path / "tokenizer", CONFIG)), weights=False).kind == "directory"
     resolve(str(put(tmp_path / "fp8", FP8)), config=False, weights=False)  # its tokenizer is as good as any
     for source in ("a/b/c", "org/na me", "", "org/", "-x/y", "org/X.GGUF"):
-        with pytest.raises(UserError, match=r"model\.source: .*(does not exist|no config\.json)"):
+        with pytest.raises(UserError, match=r"model\.source: .*(must be a directory|no config\.json)"):
             resolve(source)
 
 
@@ -107,7 +107,7 @@ def test_shards_in_the_order_of_the_index_and_one_that_is_cut_short(tmp_path):
     assert [file.name for file in shard_files(tmp_path)] == [SHARDS[1], SHARDS[0], SHARDS[2]]
     file = model_directory(tmp_path / "m") / WEIGHTS
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* Fix: download or copy it again"):
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be used: "):
         open_safetensors(tmp_path / "m")
 
 
@@ -158,7 +158,7 @@ def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(tmp_path
     ):
         put(tmp_path / COMMIT, {file: json.dumps({"auto_map": classes})})
         resolve("org/name", COMMIT)  # runs no code
-        fault = rf"trust_remote_code: org/name: {file} takes code from org/other on the Hub"
+        fault = rf"trust_remote_code: org/name: {file} takes code from org/other, "
         with pytest.raises(UserError, match=fault):
             resolve("org/name", COMMIT, trust_remote_code=True)
         put(tmp_path / COMMIT, {file: "{}"})
@@ -169,9 +169,9 @@ class ProxyError(Exception):
 
 
 FAILURES = {
-    "offline": (LocalEntryNotFoundError("one\ntwo"), True, "the Hub cannot be reached .*Did you mean 'other'"),
-    "proxy": (ProxyError("403"), True, r"org/othr: the Hub cannot be reached \(ProxyError: 403\)\.$"),
-    "full disk": (OSError(28, "No space left"), False, r"org/othr: \[Errno 28\] No space left$"),
+    "offline": (LocalEntryNotFoundError("one\ntwo"), True, "the Hub cannot be reached"),
+    "proxy": (ProxyError("403"), True, "org/othr: ProxyError: 403$"),
+    "full disk": (OSError(28, "No space left"), False, r"org/othr: OSError: \[Errno 28\] No space left$"),
 }
 
 
@@ -256,8 +256,8 @@ def test_a_recipe_may_name_another_tokenizer(tmp_path):
     support.tokenizer(chat_template="only here").save_pretrained(tmp_path / "tokenizer")
     assert find_model(recipe)[1].chat_template == "only here"
     put(tmp_path / "empty", {})
-    for name, words in {"empty": "has no tokenizer, expected one of", "nowhere": "does not exist"}.items():
-        with pytest.raises(UserError, match=rf"^model\.tokenizer: .*{name} {words}"):
+    for name, words in {"empty": "has no tokenizer, expected one of", "nowhere": r"must be .*"}.items():
+        with pytest.raises(UserError, match=rf"^model\.tokenizer: .*{words}"):
             find_model(support.tiny_recipe(tmp_path, model__tokenizer=str(tmp_path / name)))
     put(tmp_path / "model", {"generation_config.json": "{bad"})
     with pytest.raises(UserError, match=r"its generation_config\.json cannot be used: "):

@@ -483,5 +483,5 @@ def test_a_run_goes_on_where_peft_stopped(root, tmp_path):
         assert torch.allclose(logits(theirs), ours, rtol=1e-4, atol=1e-4) == (name == "still")
     found = json.loads((tmp_path / "on/adapter/adapter_config.json").read_text())
     assert (found["r"], found["lora_alpha"], found["use_dora"]) == (4, 8, True)
-    with pytest.raises(UserError, match=r"adapter\.kind: must be dora, as the adapter in"):
+    with pytest.raises(UserError, match=r"adapter\.kind: must be dora, as in"):
         train_run(support.tiny_recipe(root, **changes | {"adapter__kind": "lora"}), tmp_path / "run")

@@ -171,10 +171,10 @@ def changed(adapter: Path, out: Path, **settings: Any) -> Path:
     "settings, options, words",
     [
         ({"task_type": "SEQ_CLS"}, {}, "task_type: 'SEQ_CLS' is not supported"),
-        ({"magnitudes": False}, {}, "tensors missing: .*magnitude"),
+        ({"magnitudes": False}, {}, "magnitude_vector must hold finite numbers"),
         ({"base_model_name_or_path": None}, {}, "is not set.*--base-model"),
         ({"base_model_name_or_path": "/x/llama"}, {}, "/x/llama is not on this machine.*--base-model"),
-        ({}, {"base_model": "./nothing"}, "--base-model: ./nothing does not exist"),
+        ({}, {"base_model": "./nothing"}, "--base-model: must be a directory, .*nothing"),
         ({}, {"quant": "nf8"}, "--quant: got 'nf8'"),
         ({}, {"step": 2}, "--step.*used only with a run"),
     ],

@@ -19,9 +19,9 @@ from qdora.export.compare import comparison_text
 from qdora.export.export import export_run
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
-from qdora.model.tokens import extend_vocabulary, trained_matrices
+from qdora.model.tokens import extend_vocabulary, new_token_ids, trained_matrices
 from qdora.plan import plan as parts
 from qdora.plan.fit import divided_recipe, plan
 from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
@@ -301,7 +301,7 @@ def test_new_rows_move_and_all_others_stay_bit_for_bit(root, rows_run):
     asked = token_recipe(root, **NEW_ROWS)
     source, tokenizer = find_model(asked)
     model: Any = load_base(asked, source, choose_compute("float32"))
-    extend_vocabulary(model, token_ids(asked, tokenizer))
+    extend_vocabulary(model, new_token_ids(tokenizer, asked.model.add_tokens))
     start, loaded = model.get_input_embeddings().weight.detach(), load_run(rows_run)
     ids = loaded.tokenizer.convert_tokens_to_ids(TOKENS)
     assert loaded.tokenizer("<sum>1 + 1 =")["input_ids"][0] == ids[0]
@@ -355,8 +355,8 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_ru
     assert trained_matrices(load_run(tmp_path / "run").model)
     turned = {"model__add_tokens": list(reversed(TOKENS))}
     for changes, words in (
-        (WHOLE, r"model.add_tokens: must be \[.*\], and adapter.also_train_rows that of the adapter in"),
-        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\], and adapter.also_train_rows that of"),
+        (WHOLE, r"model.add_tokens: must be \[.*\], with also_train_rows as in"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\], with also_train_rows as in"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")

@@ -105,7 +105,7 @@ def test_the_export_is_audited_and_runs_elsewhere(run, tmp_path):
     assert forms.keys() == {"adapter", "base", "merged", "original", "requantized", "nf4-lora"}
     assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < forms["base"]["logits"]["kl_mean"]
     assert forms["original"]["logits"]["kl_mean"] > 1e-4
-    assert "a stack of experts" in forms["nf4-lora"]["why_not"]
+    assert "ExpertLinear" in forms["nf4-lora"]["why_not"]
     loaded, library = load_run(run), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     for model in (load_model(resolve(str(out)), quant="none", compute_dtype=torch.float32), library):
         torch.testing.assert_close(logits(model), logits(loaded.model), rtol=0, atol=2e-4)
@@ -126,7 +126,7 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
     assert layers[name]["update"] == pytest.approx(expected, rel=1e-3)
     record = json.loads((run / FILE).read_text())
     assert (record["num_steps"], record["window"], len(record["blocks"])) == (4, 2, 2)
-    with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
+    with pytest.raises(UserError, match=r"does not load 4 layers .* ExpertLinear\)\. Fix: use --format merged"):
         export_run(run, tmp_path / "out", ExportOptions(format="nf4-lora"), console=QUIET)
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +364,7 @@ class Tied(nn.Module):
 
 def test_bytes_against_a_count_by_hand() -> None:
     def counted(model: nn.Module) -> list[int]:
-        size = asdict(model_size(model))
+        size = model_size(model)
         return [size[f"num_{name}"] for name in ("linear_weights", "linear_bytes", "base_bytes", "adapter_bytes")]
 
     model, others = Tied(), 2 * (60 + 48 + 8 + 12)  # the head is the embedding, and no linear layer

@@ -238,7 +238,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("model", {}, "is not a run .*Fix: add --tasks, --data, --text, --harness or --like RUN"),
     ("model", {"text": [Path("t.txt")], "step": 2}, "--step and --base are used only with a run"),
     ("model", {"tasks": ["boolqq"]}, "--tasks: got 'boolqq', must be one of .*Did you mean 'boolq'"),
-    ("modell", {}, r"modell does not exist\..* 'model'"),
+    ("modell", {}, r"must be a directory.*modell"),
 ]
 
 

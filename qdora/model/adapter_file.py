@@ -8,33 +8,30 @@
     adapter_config.json          PEFT's settings, read by `peft.LoraConfig`
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
-The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts
-and refuses it. It takes the inputs of Llama 4's experts for their outputs, so A and B are swapped in the file. PEFT
-takes a name in `target_modules` (gate_proj) for the stack of experts if single experts in published checkpoints have a
-projection of that name. So other layers of that name are listed by their weights in `target_parameters`, with the same
-tensors (not for DoRA).
+PEFT has no DoRA for experts and refuses it. It takes the inputs of Llama 4's experts for their outputs, so A and B are
+swapped in the file. It takes a name in `target_modules` (gate_proj) for the stack of experts if single experts in
+published checkpoints have such a projection, so other layers of that name are listed in `target_parameters`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qdora import __version__
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Kind
-from qdora.errors import UserError, first_few, first_line
+from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import taken_for_experts
+from qdora.model.checkpoint import reading, taken_for_experts
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_masks, is_linear, put_layers
 from qdora.model.multimodal import all_paths
@@ -46,18 +43,13 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
 MASKED = "QDORA_MASKED_LORA"
 """peft_type of an adapter that keeps the zeros of its base. PEFT refuses it; it would compute something else."""
-_FORMAT = 1
 _PREFIX = "base_model.model."
-_MAGNITUDE_NOTE = (
-    "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
-    "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
-)
+_FORMULA = "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W dequantised, m in float32"
 
 _COMPUTED = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "target_parameters"}
 _COMPUTED |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
 _COMPUTED |= {"modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
-# Who wrote the file, what it is for, how training started, run-time options. LoraConfig would import what
-# auto_mapping names.
+# Who wrote the file, how training started, run-time options. LoraConfig would import what auto_mapping names.
 _WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config"}
 _WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config"}
 _WITHOUT_EFFECT |= {"base_model_name_or_path", "revision"}
@@ -71,11 +63,10 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """The JSON files of an adapter; the last four are what qdora.json adds.
+    """The JSON files of an adapter; `extra` and `base` (name_or_path, revision, quant) are of qdora.json.
 
     `all_linear`: of the modules that `config` selects only the linear layers but the head and routers. `masked`: B A
-    keeps the zeros of a pruned base, which PEFT cannot do. `base`: name_or_path, revision and quant of the base.
-    `scalings`: path -> s.
+    keeps the zeros of a pruned base, which PEFT cannot do.
     """
 
     config: LoraConfig
@@ -83,24 +74,16 @@ class AdapterDescription:
     masked: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
-    scalings: dict[str, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
         return "dora" if self.config.use_dora else "lora"
 
     def rank_of(self, path: str) -> int:
-        """Rank of the layer at `path`."""
         return int(self._match(self.config.rank_pattern, path, self.config.r))
 
     def alpha_of(self, path: str) -> float:
-        """Alpha of the layer at `path`."""
         return float(self._match(self.config.alpha_pattern, path, self.config.lora_alpha))
-
-    def scaling_of(self, path: str) -> float:
-        """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
-        rank = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def _match(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         from peft.utils.other import get_pattern_key
@@ -111,14 +94,6 @@ class AdapterDescription:
     def selects_parameter(self, name: str) -> bool:
         """Whether a parameter carries an adapter: a stack of experts by its path, a linear layer as <path>.weight."""
         return f".{name}".endswith(tuple(f".{target}" for target in self.config.target_parameters or ()))
-
-    def selects(self, path: str, *, in_all_linear: bool) -> bool:
-        """Whether the module at `path` carries an adapter, if it is no stack of experts."""
-        from peft.tuners.tuners_utils import check_target_module_exists
-
-        if self.selects_parameter(f"{path}.weight"):
-            return True
-        return (in_all_linear or not self.all_linear) and bool(check_target_module_exists(self.config, path))
 
 
 def describe_adapter(directory: Path) -> AdapterDescription:
@@ -138,32 +113,22 @@ def describe_adapter(directory: Path) -> AdapterDescription:
             is_off = value is False or value in (defaults.get(name), None, [], {}, "")
             is_right = is_off or name in _COMPUTED | _WITHOUT_EFFECT
         if not is_right:
-            faults.append(f"{name}: {value!r} is not supported; it may change what the adapter computes.")
+            faults.append(f"{where}: {name}: {value!r} is not supported.")
     read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}
     if not read.get("target_modules") and not read.get("target_parameters"):
         # PEFT has a table of layers for some types of models where it is null.
-        faults.append("target_modules: must name layers.")
+        faults.append(f"{where}: target_modules: must name layers.")
     if read.get("ensure_weight_tying") and not (read.get("modules_to_save") or read.get("trainable_token_indices")):
-        faults.append("ensure_weight_tying: is not supported: it ties adapters of the embedding and the head.")
+        faults.append(f"{where}: ensure_weight_tying: is not supported without modules_to_save.")
     if faults:
-        raise UserError(*(f"{where}: {fault}" for fault in faults))
+        raise UserError(*faults)
     all_linear = str(read.get("target_modules")).lower() == ALL_LINEAR  # PEFT needs a live model for it
-    try:
+    with reading(where):
         config = LoraConfig(**read | ({"target_modules": ".*"} if all_linear else {}))
-    except (TypeError, ValueError) as error:  # settings that exclude each other
-        raise UserError(f"{where}: {first_line(error)}") from error
-    described = AdapterDescription(config, all_linear, settings["peft_type"] == MASKED)
-    if not (directory / RECORD_FILE).exists():
-        return described
-    record = read_json_object(directory / RECORD_FILE)
-    if record.get("format") != _FORMAT:
-        raise UserError(f"{directory / RECORD_FILE}: format: must be {_FORMAT} (got {record.get('format')!r}).")
-    return replace(
-        described,
-        extra=record["extra"],
-        base=record["base"],
-        scalings={path: layer["scaling"] for path, layer in record["layers"].items()},
-    )
+    file = directory / RECORD_FILE
+    record = read_json_object(file) if file.exists() else {}
+    is_masked, extra, base = settings["peft_type"] == MASKED, record.get("extra", {}), record.get("base", {})
+    return AdapterDescription(config, all_linear, is_masked, extra, base)
 
 
 def adapter_config(
@@ -176,9 +141,8 @@ def adapter_config(
 ) -> dict[str, Any]:
     """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
-    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. A setting
-    that older releases of PEFT do not know is written only where it is used. Linear layers in `as_parameters` are named
-    by their weights, as stacks of experts are. `all_paths`: of all modules of the model.
+    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. Linear
+    layers in `as_parameters` are named by their weights, as stacks are. `all_paths`: of all modules of the model.
     """
     first = next(iter(layers.values()))
     names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}
@@ -205,16 +169,11 @@ def adapter_config(
         "use_dora": first.kind == "dora",
         "use_rslora": first.rank_stabilized,
         "target_modules": sorted(targets),
-        "exclude_modules": None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "auto_mapping": None,
         **({"target_parameters": parameters} if parameters else {}),
     }
 
@@ -229,7 +188,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def sizes_in_words(directory: Path, rank: int, alpha: float) -> tuple[str, str]:
-    """Rank and alpha of an adapter on disk, such as ("2 to 8", "16"), or those given if there is none."""
+    """Rank and alpha of an adapter on disk, such as ("2 to 8", "16"), or those given."""
     path = directory / CONFIG_FILE
     config: Any = read_json_object(path) if path.exists() else {"r": rank, "lora_alpha": alpha}
     pairs = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
@@ -249,14 +208,14 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model` as a directory that appears whole or not at all and replaces an older adapter.
 
-    The bytes depend only on the arguments and the version of qdora. `base_quant` is how the base was quantised
-    ({"quant": "nf4", "block_size": 64, ...}), `extra` more facts for qdora.json (step, data, metrics).
+    `base_quant` is how the base was quantised ({"quant": "nf4", "block_size": 64, ...}), `extra` more facts for
+    qdora.json (step, data, metrics).
     """
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("the model carries no adapters to save; call inject() first.")
+        raise ValueError("the model carries no adapters to save.")
     if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
-        raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
+        raise UserError(f"{directory}: is not empty and holds no adapter.")
     matrices = trained_matrices(model)
     whole = [path for path, matrix in matrices.items() if matrix.ids is None]
     config = adapter_config(
@@ -272,10 +231,10 @@ def save_adapter(
         rows = {path: list(matrix.ids) for path, matrix in matrices.items() if matrix.ids is not None}
         config["trainable_token_indices"] = rows
     record = {
-        "format": _FORMAT,
+        "format": 1,
         "qdora_version": __version__,
         "kind": "dora" if config["use_dora"] else "lora",
-        "formula": _MAGNITUDE_NOTE,
+        "formula": _FORMULA,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
             path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
@@ -299,14 +258,12 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
-    The model changes only if the whole adapter fits. No file but the three named ones is opened. lora_A and lora_B get
-    `dtype`, by default the file's (the wider of the two); magnitudes are float32. Returns path -> layer.
+    The model changes only if the whole adapter fits. lora_A and lora_B get `dtype`, by default the wider one of the
+    file; magnitudes are float32. Returns path -> layer.
     """
-    if adapted_layers(model):
-        raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
     described, stored, matrices = read_adapter(model, directory)
     adapted = {}
-    for path, tensors in stored.items():
+    for path, (lora_A, lora_B, magnitude) in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
             kind=described.kind,
@@ -314,15 +271,15 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             alpha=described.alpha_of(path),
             rank_stabilized=described.config.use_rslora,
             dropout=described.config.lora_dropout,
-            dtype=torch.promote_types(tensors.lora_A.dtype, tensors.lora_B.dtype) if dtype is None else dtype,
+            dtype=torch.promote_types(lora_A.dtype, lora_B.dtype) if dtype is None else dtype,
             masked=described.masked,
             generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
-            layer.lora_A.copy_(tensors.lora_A)
-            layer.lora_B.copy_(tensors.lora_B)
-            if layer.magnitude is not None and tensors.magnitude is not None:
-                layer.magnitude.copy_(tensors.magnitude)
+            layer.lora_A.copy_(lora_A)
+            layer.lora_B.copy_(lora_B)
+            if layer.magnitude is not None and magnitude is not None:
+                layer.magnitude.copy_(magnitude)
         adapted[path] = layer
     put_layers(model, adapted)
     if matrices:
@@ -330,26 +287,12 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     return adapted
 
 
-@dataclass(frozen=True, eq=False)
-class StoredLayer:
-    """One layer of an adapter file, on the CPU, in the shapes of `AdaptedLinear` or `AdaptedExperts`.
-
-    `magnitude` is None for LoRA, `scaling` is s.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor | None
-    scaling: float
-
-
 def read_adapter(
     model: nn.Module, directory: Path
-) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
-    """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
+) -> tuple[AdapterDescription, dict[str, tuple[Tensor, Tensor, Tensor | None]], dict[str, TrainedMatrix]]:
+    """The adapter of `directory`: its settings, path -> A, B, m in model order, path -> trained embedding or head.
 
-    Settings that are not supported and tensors that do not fit are refused. A tied head is not listed. Only names and
-    shapes of `model` are used; it may be on "meta".
+    A tied head is not listed. Only names and shapes of `model` are used; it may be on "meta".
     """
     described, where = describe_adapter(directory), str(directory / CONFIG_FILE)
     selected = selected_modules(model, described)
@@ -359,75 +302,66 @@ def read_adapter(
         raise UserError(f"{where}: target_modules: must select linear layers (got {others}).")
     if described.masked:
         check_masks(linear, where)
-    trained = _trained_shapes(model, described, where)
-    for path in set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}:
-        raise UserError(f"{where}: target_modules: {path} is trained whole or in rows.")
-    weights, wrong = directory / WEIGHTS_FILE, dict[str, list[str]]()
+    trained = _trained_rows(model, described, where)
+    weights, faults = directory / WEIGHTS_FILE, list[str]()
     layers, matrices, names = {}, {}, _peft_paths(linear)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
-            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
+    with reading(str(weights)), safe_open(weights, framework="pt") as file:
+        end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
+        stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
 
-            def take(name: str, *shape: int) -> Tensor:
-                if name not in stored:
-                    wrong.setdefault("missing", []).append(name)
-                    return torch.empty(shape)
-                tensor: Tensor = file.get_tensor(stored.pop(name))
-                if tuple(tensor.shape) != shape:
-                    what = f"{name} {list(tensor.shape)} instead of {list(shape)}"
-                    wrong.setdefault("of the wrong shape", []).append(what)
-                    return torch.empty(shape)
-                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                    wrong.setdefault("without finite numbers", []).append(name)
-                return tensor
+        def take(name: str, *shape: int) -> Tensor:
+            tensor: Tensor = file.get_tensor(stored.pop(name)) if name in stored else torch.empty(0)
+            is_right = tuple(tensor.shape) == shape and tensor.is_floating_point()
+            if not is_right or not torch.isfinite(tensor).all():
+                faults.append(f"{name} must hold finite numbers {list(shape)}")
+                return torch.empty(shape)
+            return tensor
 
-            for path, module in linear.items():
-                assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-                (a, b, m), rank = _names(names[path]), described.rank_of(path)
-                num_experts, out, swapped = 1, [module.out_features], False
-                if isinstance(module, BareExperts):
-                    num_experts, out = module.num_experts, [module.num_experts, module.expert_features]
-                    swapped = peft_swaps(model, path)
-                rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
-                lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
-                if isinstance(module, BareExperts):
-                    lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
-                magnitude = take(m, *out) if described.kind == "dora" else None
-                layers[path] = StoredLayer(lora_A, lora_B, magnitude, described.scaling_of(path))
-            for path, (ids, shape) in trained.items():
-                values = take(_matrix_name(path, ids), *shape)
-                if ids is None and is_tied(model):  # its copy as the head
-                    take(_matrix_name(embedding_paths(model)[1], None), *shape)
-                if ids is not None:
-                    order = sorted(range(len(ids)), key=ids.__getitem__)
-                    values, ids = values[order], tuple(ids[index] for index in order)
-                matrices[path] = TrainedMatrix(values, ids)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: cannot be read as safetensors: {error}") from error
-    wrong["unexpected"] = sorted(stored.values())
-    faults = [f"{weights}: {len(names)} tensors {what}: {first_few(names)}." for what, names in wrong.items() if names]
+        for path, module in linear.items():
+            assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
+            (a, b, m), rank = _names(names[path]), described.rank_of(path)
+            num_experts, out, swapped = 1, [module.out_features], False
+            if isinstance(module, BareExperts):
+                num_experts, out = module.num_experts, [module.num_experts, module.expert_features]
+                swapped = peft_swaps(model, path)
+            rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
+            lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
+            if isinstance(module, BareExperts):
+                lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
+            magnitude = take(m, *out) if described.kind == "dora" else None
+            layers[path] = lora_A, lora_B, magnitude
+        for path, ids in trained.items():
+            size, width = model.get_submodule(path).weight.shape  # type: ignore[misc]
+            shape = (size if ids is None else len(ids), width)
+            values = take(_matrix_name(path, ids), *shape)
+            if ids is None and is_tied(model):  # its copy as the head
+                take(_matrix_name(embedding_paths(model)[1], None), *shape)
+            if ids is not None:
+                order = sorted(range(len(ids)), key=ids.__getitem__)
+                values, ids = values[order], tuple(ids[index] for index in order)
+            matrices[path] = TrainedMatrix(values, ids)
+    faults += [f"{name} has no place" for name in stored.values()]
     if faults:
-        raise UserError(*faults)
+        raise UserError(f"{weights}: {first_few(faults)}.")
     return described, layers, matrices
 
 
 def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) -> dict[str, Tensor]:
-    """lora_A and lora_B of all adapted layers as PEFT names and shapes them; `b_of` gives the B of a layer."""
+    """lora_A and lora_B of all adapted layers as PEFT names and shapes them; `b_of` gives the B."""
     layers = adapted_layers(model)
     tensors: dict[str, Tensor] = {}
     for path, name in _peft_paths(layers).items():
         layer = layers[path]
         a, b = layer.lora_A.detach(), b_of(layer)
         if isinstance(layer, AdaptedExperts):
-            a, b = _as_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
+            a, b = _as_peft(a, b, swapped=peft_swaps(model, path))
         a_name, b_name, _ = _names(name)
         tensors |= {a_name: a, b_name: b}
     return tensors
 
 
 def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The inverse of `factor_tensors`: path -> A and B, those of experts without sharing, of layers that have both."""
+    """The inverse of `factor_tensors`: path -> A and B of the layers that have both."""
     factors, layers = {}, adapted_layers(model)
     for path, name in _peft_paths(layers).items():
         layer, (a, b, _) = layers[path], (tensors.get(each) for each in _names(name))
@@ -439,7 +373,6 @@ def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def _names(path: str) -> tuple[str, str, str]:
-    """Names in the file of a layer's lora_A, lora_B and magnitude."""
     start = f"{_PREFIX}{path}.lora_"
     return f"{start}A.weight", f"{start}B.weight", f"{start}magnitude_vector"
 
@@ -465,20 +398,17 @@ def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return paths
 
 
-def _as_peft(lora_A: Tensor, lora_B: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
+def _as_peft(lora_A: Tensor, lora_B: Tensor, *, swapped: bool) -> tuple[Tensor, Tensor]:
     """The factors of experts as PEFT has them: (experts * rank, in), (out, rank * experts) with the expert last.
 
     If `swapped` they are those of the transposed update, A^T B^T (`peft_swaps`).
     """
     if swapped:
         lora_A, lora_B = lora_B.mT, lora_A.mT
-    a = lora_A.expand(num_experts, -1, -1).flatten(0, 1)
-    b = lora_B.expand(num_experts, -1, -1).permute(1, 2, 0).flatten(1)
-    return a.contiguous(), b.contiguous()
+    return lora_A.flatten(0, 1).contiguous(), lora_B.permute(1, 2, 0).flatten(1).contiguous()
 
 
 def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    """The inverse of `_as_peft`, without sharing."""
     lora_A, lora_B = a.view(num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
     if swapped:
         lora_A, lora_B = lora_B.mT, lora_A.mT
@@ -487,46 +417,47 @@ def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tupl
 
 def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[str, nn.Module]:
     """Path -> module that the settings select, in model order; it may be of a kind that carries no adapter."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left_out, modules = routers(model), {}
     for path, module in model.named_modules():
-        in_all_linear = is_linear(module) and path not in left_out and module is not head
         if isinstance(module, BareExperts):
             selected = described.selects_parameter(path)
         else:
-            selected = bool(path) and described.selects(path, in_all_linear=in_all_linear)
+            is_open = not described.all_linear or (is_linear(module) and path not in left_out and module is not head)
+            selected = path and (
+                described.selects_parameter(f"{path}.weight")
+                or (is_open and check_target_module_exists(described.config, path))
+            )
         if selected:
             modules[path] = module
     return modules
 
 
-def _trained_shapes(
-    model: nn.Module, described: AdapterDescription, where: str
-) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]:
-    """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads."""
-    config, trained = described.config, dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]()
+def _trained_rows(model: nn.Module, described: AdapterDescription, where: str) -> dict[str, tuple[int, ...] | None]:
+    """Path of a trained embedding or head -> ids of its trained rows, None for all."""
+    config, trained = described.config, dict[str, tuple[int, ...] | None]()
     rows = config.trainable_token_indices or {}  # a list is of the input embedding
-    rows = rows if isinstance(rows, dict) else {"": rows}
-    asked: list[tuple[str, str, tuple[int, ...] | None]]
-    asked = [("modules_to_save", name, None) for name in config.modules_to_save or ()]
-    asked += [("trainable_token_indices", name, tuple(ids)) for name, ids in rows.items()]
-    known = embedding_paths(model) if asked else ("", "")
-    for setting, name, ids in asked:
-        path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
-        if not path:
-            raise UserError(f"{where}: {setting}: {name!r} must be the input embedding or the output head.")
+    asked: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name in config.modules_to_save or ()]
+    asked += [(name, tuple(ids)) for name, ids in (rows if isinstance(rows, dict) else {"": rows}).items()]
+    if not asked:
+        return trained
+    embedding, head = embedding_paths(model)
+    for name, ids in asked:
+        paths = [path for path in (embedding, head) if path and f".{path}".endswith(f".{name}")]
+        if name and not paths:
+            raise UserError(f"{where}: {name!r} must be the input embedding or the output head.")
+        path = paths[0] if name else embedding
         check_trainable(model, [path])
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
-        size, width = weight.shape
-        if ids is not None and max(ids, default=0) >= size:
-            raise UserError(f"{where}: {setting}: the model has {size} rows, got token {max(ids)}.")
-        trained[path] = ids, (size if ids is None else len(ids), width)
-    if trained and is_tied(model):
-        settings = {ids for ids, _ in trained.values()}
+        size = len(model.get_submodule(path).weight)  # type: ignore[arg-type]
+        if max(ids or (), default=0) >= size:
+            raise UserError(f"{where}: trainable_token_indices: must be below {size}.")
+        trained[path] = ids
+    if is_tied(model):
+        settings = set(trained.values())
         # PEFT unties a tied head that it does not train in the same way.
-        if known[0] not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
-            what = "the adapter unties the model's head from its embedding, which is not supported"
-            raise UserError(f"{where}: {asked[0][0]}: {what}.")
-        trained.pop(known[1], None)
+        if embedding not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
+            raise UserError(f"{where}: the adapter unties the model's head, which is not supported.")
+        trained.pop(head, None)
     return trained

@@ -1,9 +1,6 @@
 """Attention: the fastest implementation that computes what a model needs, and its masks without reading from a GPU.
 
-transformers passes a soft-cap or sinks to any implementation, and some releases let one that knows neither drop them
-without a word: 5.0 to 5.18 run Gemma 2 with sdpa, and its logits are off by a fifth of their range.
-
-And two things that a model may do to its layers: change their outputs in place, and read their weights.
+Besides: models that change the outputs of their layers in place, or read their weights.
 """
 
 from __future__ import annotations
@@ -13,9 +10,8 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -25,51 +21,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
+from transformers.utils import is_flash_attn_2_available
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
-from qdora.model.source import library_reason
 from qdora.quant.kernels import device_kind
 
 log = logging.getLogger("qdora")
 
 FLASH = "flash_attention_2"
-# attn_logit_softcapping of Gemma 2; the cap of the output head (final_logit_softcapping) is another thing.
+# attn_logit_softcapping of Gemma 2; final_logit_softcapping is of the output head.
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
-_SINKS = re.compile(r"(^|_)sinks?(_|$)")
-# What kernels of flash attention need, torch's and those of flash-attn.
+_SINKS = re.compile(r"[._]sinks?(?![^._])[^.]*(\.[^.]*)?$")
+# What the flash kernels need, torch's and those of flash-attn.
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_CAPABILITY = (8, 0)  # Ampere
 _FLASH_HEAD = 256  # features of a head: the most that flash-attn takes
-_SOFTCAP_SINCE = "2.6.0"  # of flash-attn
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a model's attention needs beyond softmax(scale * Q K^T + mask) V, and the kinds that compute it."""
-
-    what: str
-    computed_by: tuple[str, ...]
-
-
-def softcap_of(config: PreTrainedConfig) -> Need | None:
-    """The cap of the attention scores that the language part of a config sets."""
-    for key, value in config.get_text_config().to_dict().items():
-        if _SOFTCAP.search(key) and isinstance(value, int | float) and value:
-            flash = is_flash_attn_2_available() and is_flash_attn_greater_or_equal(_SOFTCAP_SINCE)
-            return Need(f"soft-caps its scores ({key} {value:g})", ("eager", FLASH) if flash else ("eager",))
-    return None
-
-
-def _sinks_of(model: nn.Module) -> Need | None:
-    """The trained logits that a model's attention adds to the softmax (gpt-oss), by the names of its parameters."""
-    for name, _ in model.named_parameters():
-        if any(map(_SINKS.search, name.split(".")[-2:])):
-            return Need(f"has sinks ({name})", ("eager",))
-    return None
+def softcap_of(config: PreTrainedConfig) -> str | None:
+    """The setting of a config that caps the scores of its attention."""
+    settings = config.get_text_config().to_dict().items()
+    return next(
+        (key for key, value in settings if _SOFTCAP.search(key) and isinstance(value, int | float) and value), None
+    )
 
 
 def with_attention(
@@ -81,86 +58,51 @@ def with_attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Build a model with the attention that model.attention asks for; `auto` is chosen by what the model needs. Logged.
+    """Build a model with the attention that model.attention asks for; `build(None)` takes transformers' choice.
 
-    `build(None)` takes transformers' choice. auto takes flash_attention_2 where it is installed and the GPU has its
-    kernels, else transformers' choice (sdpa where the model has it), and eager in place of either where it does not
-    compute a soft-cap or sinks.
+    auto takes eager where scores are capped or have sinks, which other kinds may drop without a word, else
+    flash_attention_2 where it is installed and fits, else transformers' choice.
     """
-    cap = softcap_of(config)
-    default = None if cap is None else "eager"
-    kinds: list[str | None] = [default if asked == "auto" else asked]
-    if device.type == "cuda" and asked in ("auto", FLASH) and is_flash_attn_2_available():
-        no_flash = _no_flash(device, dtype)
-        if asked == FLASH and no_flash is not None:
-            raise UserError(f"model.attention: got {FLASH}, which {no_flash}; must be auto, sdpa or eager.")
-        if asked == "auto" and no_flash is None and (cap is None or FLASH in cap.computed_by):
-            kinds.insert(0, FLASH)
-    faults = []
-    for kind in kinds:
-        try:
-            model = build(kind)
-            fault = _unfit_for_flash(model) if kind == FLASH else None
-        except Exception as error:  # a config may hold anything
-            fault = f"cannot be built: {library_reason(error)}"
-        if fault is None:
-            break
-        faults.append(fault)
-    else:
-        raise UserError(f"model: {name}: {faults[-1]}")
-    for fault in faults:
-        log.info("%s is not run with %s: it %s.", name, FLASH, fault)
-    need = cap or _sinks_of(model)
-    if need is not None and model.config._attn_implementation not in need.computed_by:
+    need, model = softcap_of(config), None
+    choice = asked if asked != "auto" else None if need is None else "eager"
+    has_flash = device.type == "cuda" and is_flash_attn_2_available() and dtype in _FLASH_DTYPES
+    has_flash = has_flash and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    if asked == "auto" and need is None and has_flash:
+        with suppress(ValueError):  # transformers has no flash attention for this model
+            model = build(FLASH)
+    if model is None or not _fits_flash(model):
+        model = build(choice)
+    if asked == FLASH and not (has_flash and _fits_flash(model)):
+        raise UserError(f"model.attention: {FLASH} does not fit {name}, its dtype or this device.")
+    need = need or next((name for name, _ in model.named_parameters() if _SINKS.search(name)), None)
+    if need is not None and attention_of(model) != "eager":
         if asked != "auto":
-            what = f"got {asked}, but the attention of {name} {need.what}, which {asked} does not compute"
-            raise UserError(f"model.attention: {what}; must be auto or {' or '.join(need.computed_by)}.")
-        try:
-            model = build("eager")
-        except Exception as error:
-            raise UserError(f"model: {name}: cannot be built: {library_reason(error)}") from error
-    why = "" if need is None else f", since its attention {need.what}"
-    log.log(logging.INFO if why else logging.DEBUG, "Attention of %s: %s%s.", name, attention_of(model), why)
+            raise UserError(f"model.attention: must be auto or eager for {name}, which has {need} (got {asked}).")
+        model = build("eager")
+    log.debug("Attention of %s: %s.", name, attention_of(model))
     return model
 
 
-def _unfit_for_flash(model: PreTrainedModel) -> str | None:
-    """Why a model must not run with flash_attention_2, though transformers built it so; None if it may.
-
-    GPT-Neo's own class for it leaves out the windows of its local layers. Falcon's fails with ALiBi, and in float32,
-    in which exports are checked. flash-attn refuses heads of more than 256 features in the first forward pass (the
-    global layers of Gemma 4).
-    """
+def _fits_flash(model: PreTrainedModel) -> bool:
+    """False where flash attention fails, or computes something else although transformers built it."""
+    # GPT-Neo's own class for it leaves out the windows of its local layers; Falcon's fails with ALiBi.
     if not model._can_set_attn_implementation():
-        return "has a class of its own for each attention"
+        return False
     sizes = (getattr(module, "head_dim", 0) for module in model.modules())
-    widest = max((size for size in sizes if isinstance(size, int)), default=0)
-    return f"has heads of {widest} features, more than the 256 of flash-attn" if widest > _FLASH_HEAD else None
-
-
-def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash-attn has no kernel for a GPU and dtype, which transformers does not ask; None if it has one."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _FLASH_CAPABILITY:
-        return "needs a GPU of compute capability 8.0 or more, and this one has {}.{}".format(*capability)
-    if dtype not in _FLASH_DTYPES:
-        return f"has no kernels for {str(dtype).removeprefix('torch.')} (model.dtype)"
-    return None
+    return all(size <= _FLASH_HEAD for size in sizes if isinstance(size, int))
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the language model: the config itself if it has no such part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def positions_of(config: Any) -> int | None:
-    """The most tokens that the positions of a config's model allow, or None where it sets no limit."""
+    """The most tokens that the positions of a config's model allow; None: no limit."""
     length = getattr(text_config(config), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
 
 
 def context_length(model: nn.Module) -> int | None:
-    """`positions_of` the model's config."""
     return positions_of(getattr(model, "config", None))
 
 
@@ -177,23 +119,21 @@ def attention_of(model: nn.Module) -> str | None:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, the function of that name is `make(function)`; a module without it, of another version, is unchanged."""
+    """Inside, the function of that name is `make(function)`, if the module has it."""
     before = getattr(module, name, None)
-    if before is None:
-        yield
-        return
-    setattr(module, name, make(before))
+    if before is not None:
+        setattr(module, name, make(before))
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is not None:
+            setattr(module, name, before)
 
 
 def fast_grouped_attention() -> AbstractContextManager[None]:
     """Inside, sdpa repeats keys and values where torch's flash kernel does not run.
 
-    That is on CUDA in float32, and on CUDA devices of a compute capability below 8.0 in any dtype; a plan for a GPU
-    counts the same, for this machine's GPU if it has one, else for one of 8.0 or more. Elsewhere nothing changes.
+    That is on CUDA in float32, and below compute capability 8.0 in any dtype. A plan takes this machine's GPU, if any.
     """
     is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < _FLASH_CAPABILITY
     dtypes = () if is_old else _FLASH_DTYPES
@@ -209,11 +149,10 @@ _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 
 @contextmanager
 def known_masks(model: nn.Module, packing: Packing | None, device: torch.device) -> Iterator[None]:
-    """Inside, `model` makes its masks for one micro-batch on a GPU without reading from it; on a CPU nothing changes.
+    """Inside, `model` makes the masks of one micro-batch on a GPU without reading from it; on a CPU nothing changes.
 
-    This holds for sdpa, which keeps a fast kernel (`fast_grouped_attention`), and flash attention; packed rows of flash
-    attention must have `flash_lengths`. Where a model allows a token more than the tokens before it, its padding stays
-    masked. `packing` is that of the rows, on the device; None if each row is an example, padded on the right.
+    For sdpa and flash attention; packed rows of the latter must have `flash_lengths`. `packing` is that of the rows, on
+    the device; None if each row is an example, padded on the right.
     """
     if device.type == "cpu":
         yield
@@ -249,7 +188,7 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
 
 
 def packed_mask_is_known() -> bool:
-    """Whether the mask of packed rows is at hand, so that an attention mask in the inputs only says: do not look."""
+    """Whether the mask of packed rows is at hand, so that the inputs' mask is not looked at."""
     return _PACKED.get()
 
 
@@ -260,10 +199,10 @@ def takes_flash_lengths(model: nn.Module) -> bool:
 
 
 def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
-    """Where the examples of one packed row begin, with its end, (examples + 1,) int32; and the longest one's tokens.
+    """Starts of the examples of a packed row, and its end, (examples + 1,) int32; and the length of the longest.
 
-    For `flash_inputs`. Without them each layer finds both by the positions, which the host reads from the GPU.
-    `position_ids` (1, length) int64 on the CPU count from 0 in each example.
+    Without them each layer finds both by the positions, which the host reads from the GPU. `position_ids` (1, length)
+    int64 on the CPU count from 0 in each example.
     """
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     borders = torch.cat([starts, torch.tensor([position_ids.shape[1]])])
@@ -289,7 +228,7 @@ def _within_examples(
     mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
 ) -> Any:
-    """A mask by positions in the example, as windows count them, among the tokens of one example (or of padding)."""
+    """A mask by positions in the example, as windows count them, among the tokens of one example."""
 
     def within(batch: Any, head: Any, query: Any, key: Any) -> Any:
         seen = mask_function(batch, head, position_ids[batch, query], position_ids[batch, key])
@@ -303,15 +242,12 @@ def _within_examples(
 def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
     """Let the adapted layers whose outputs the model changes in place keep a copy of them while they train.
 
-    The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a
-    few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
-    another tensor, and LoRA need no copy. Returns the paths of the layers.
+    The gradient of a magnitude is read from the output. One forward pass of a few tokens finds the layers, by torch's
+    count of the changes of each tensor. Returns their paths.
     """
-    layers = {
-        path: layer
-        for path, layer in adapted_layers(model).items()
-        if layer.magnitude is not None and layer.base.bias is None
-    }
+    # A bias is added into another tensor, and LoRA needs no output.
+    own = adapted_layers(model).items()
+    layers = {path: layer for path, layer in own if layer.magnitude is not None and layer.base.bias is None}
     if not layers:
         return []
     outputs: list[tuple[str, Tensor, int]] = []
@@ -331,18 +267,12 @@ def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def weights_unread(model: nn.Module) -> Iterator[None]:
-    """Raise a UserError where the model reads the weight of an adapted or frozen layer itself, as Mamba does.
-
-    Mamba 2 and others do so only while they train.
-    """
+    """Raise a UserError where the model reads the weight of an adapted or frozen layer itself, as Mamba does."""
     try:
         yield
     except AttributeError as error:
-        path = next((path for path, each in model.named_modules() if each is error.obj), None)
-        if path is None or error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
+        path = next((path for path, each in model.named_modules() if each is error.obj), "")
+        if error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
             raise
-        name = path.rpartition(".")[2]
-        raise UserError(
-            f"adapter.targets: this model reads the weight of {path} itself, which a quantised or an adapted layer "
-            f"does not hold. Fix: name {name} in base.skip and leave it out of adapter.targets."
-        ) from None
+        fix = f"Fix: name {path.rpartition('.')[2]} in base.skip and leave it out of adapter.targets."
+        raise UserError(f"adapter.targets: this model reads the weight of {path} itself. {fix}") from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import AdaptedLinear, Kind
 from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.machine import check_gpu, cpu_has_bfloat16
@@ -43,8 +43,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Compute:
-    """Device and dtype of the computation."""
-
     device: torch.device
     dtype: torch.dtype
 
@@ -67,21 +65,17 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
     own = source.path / ADAPTER_DIRECTORY
     if (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
-        raise UserError(
-            f"model.source: {source.name} is a 4-bit base whose adapter, in adapter/, would be left out. "
-            f"Fix: name a merged export, or go on from it with adapter.resume_from={own}."
-        )
+        raise UserError(f"model.source: {source.name} has an adapter. Fix: set adapter.resume_from={own}.")
     return source
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source` and `find_tokenizer`."""
     source = find_source(recipe, weights=weights)
     return source, find_tokenizer(recipe, source, find_tokenizer_source(recipe, source))
 
 
 def find_tokenizer_source(recipe: Recipe, source: ModelSource) -> ModelSource:
-    """Where the recipe's tokenizer is: the base `source` itself, or the place that model.tokenizer names."""
+    """Where the recipe's tokenizer is: the base `source` itself, or what model.tokenizer names."""
     model = recipe.model
     if model.tokenizer is None:
         return source
@@ -89,7 +83,7 @@ def find_tokenizer_source(recipe: Recipe, source: ModelSource) -> ModelSource:
 
 
 def find_tokenizer(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe whose base is `source`, with new tokens and what its data section says of chats."""
+    """The tokenizer of a recipe whose base is `source`, with new tokens and the data section's chat settings."""
     tokenizer = load_tokenizer(tokenizer_source)
     add_tokens(tokenizer, recipe.model.add_tokens)
     use_data_settings(tokenizer, recipe.data)
@@ -97,14 +91,8 @@ def find_tokenizer(recipe: Recipe, source: ModelSource, tokenizer_source: ModelS
     return tokenizer
 
 
-def token_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of the recipe's new tokens in the tokenizer of `find_model`."""
-    return new_token_ids(tokenizer, recipe.model.add_tokens)
-
-
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Turn on activation checkpointing of the decoder blocks."""
-    # transformers 5.2x renamed it: the old name warns there, and earlier releases do not have the new one.
+    # transformers 5.2x renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -117,49 +105,82 @@ def adapt(
     *,
     adapter: Path | None = None,
 ) -> None:
-    """Make a loaded base the model that is trained: rows for new tokens, and adapters.
-
-    The adapters are fresh ones with their start, or those of the directory `adapter`.
-    """
-    new_tokens = token_ids(recipe, tokenizer)
+    """Make a loaded base the model that is trained: rows for new tokens, and fresh adapters or those of `adapter`."""
+    new_tokens = new_token_ids(tokenizer, recipe.model.add_tokens)
     extend_vocabulary(model, new_tokens)
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
     head = model.get_output_embeddings()
     if isinstance(head, AdaptedLinear) and head.base.share is not None:
-        raise UserError(
-            f"adapter.targets: must not have the output head with train.parallel {recipe.train.parallel}: its loss "
-            "reads it in chunks, whose number differs between processes."
-        )
-    if adapter is None:
-        start_adapters(model, recipe, source)
+        # Its loss reads it in chunks, whose number differs between processes.
+        raise UserError(f"adapter.targets: must not have the head with train.parallel {recipe.train.parallel}.")
+    settings = recipe.adapter
+    if settings.init == "loftq" and settings.kind in ("lora", "dora") and not (adapter or settings.resume_from):
+        start_from_error_(model, source)
     keep_inplace_outputs_(model)
 
 
 def put_adapters(
     model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None, *, new_tokens: Sequence[int] = ()
 ) -> None:
-    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from).
+    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from), and train embeddings.
 
-    Embeddings that are also trained follow, from the directory if it has some. `new_tokens` are the ids of the recipe's
-    new tokens, whose rows `extend_vocabulary` has made.
+    `new_tokens`: ids of the recipe's new tokens, whose rows `extend_vocabulary` has made.
     """
-    settings = recipe.adapter
+    settings, dtype = recipe.adapter, DTYPES[recipe.adapter.dtype]
     if settings.kind in ("none", "full"):
         return
+    only_magnitudes = settings.kind == "magnitude"
+    # DoRA whose B stays 0, so every program that reads DoRA reads it.
+    kind: Kind = "lora" if settings.kind == "lora" else "dora"
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
-    _put_layers(model, recipe, directory)
+    if directory is not None:
+        layers = load_adapter(model, directory, dtype=None if only_magnitudes else dtype)
+        held = next(iter(layers.values())).kind
+        if held != kind:
+            raise UserError(f"adapter.kind: must be {held}, as in {directory} (got {settings.kind}).")
+        for layer in layers.values():
+            layer.dropout = layer.dropout if only_magnitudes else settings.dropout
+    elif only_magnitudes:
+        layers = inject(model, kind=kind, rank=1, alpha=1.0, targets=settings.targets, dtype=dtype)
+    else:
+        layers = inject(
+            model,
+            kind=kind,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            rank_stabilized=settings.rank_stabilized,
+            dropout=settings.dropout,
+            targets=settings.targets,
+            rank_pattern=settings.rank_pattern,
+            same_scaling=settings.same_scaling,
+            expert_rank=settings.experts.rank,
+            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `adapt` replaces it for loftq
+            dtype=dtype,
+            masked=settings.mask == "keep",
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+        )
+    if only_magnitudes:
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
     set_kept_scales_(model, recipe)
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
-    if not trained_matrices(model):
+    trained = trained_matrices(model)
+    if not trained:
         if settings.also_train:
             train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
         return
     assert directory is not None
-    _check_same_rows(model, recipe, directory, ids)
+    paths = dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
+    named = {paths[name] for name in settings.also_train}
+    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
+        raise UserError(f"adapter.also_train: must have the matrices that {directory} has.")
+    before = describe_adapter(directory).extra.get("add_tokens", [])
+    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
+        raise UserError(f"model.add_tokens: must be {before}, with also_train_rows as in {directory}.")
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Let the adapted layers keep decoded block scales as the recipe says: none where a streamed base saves memory."""
     keep = keeps_scales(recipe)
     for layer in adapted_layers(model).values():
         layer.keeps_scales = keep
@@ -170,61 +191,6 @@ def keeps_scales(recipe: Recipe) -> bool:
     return recipe.memory.keep_scales and recipe.base.residency == "device" and not recipe.train.divides_base
 
 
-def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:
-    """Refuse an adapter with other trained rows, or rows of other tokens, than the recipe has."""
-    trained, paths = trained_matrices(model), dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
-    named = {paths[name] for name in recipe.adapter.also_train}
-    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
-        held = ", ".join(name for name, path in paths.items() if path in trained)
-        raise UserError(f"adapter.also_train: must be [{held}], as in the adapter in {directory}.")
-    before = describe_adapter(directory).extra.get("add_tokens", [])
-    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
-        what = f"model.add_tokens: must be {before}, and adapter.also_train_rows that"
-        raise UserError(f"{what} of the adapter in {directory}.")
-
-
-def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:
-    """Fresh adapters, or those of a directory."""
-    settings = recipe.adapter
-    assert settings.kind != "none"
-    assert settings.kind != "full"
-    if settings.kind == "magnitude":
-        # DoRA whose B stays 0, so every program that reads DoRA reads it.
-        if directory is None:
-            dtype = DTYPES[settings.dtype]
-            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets, dtype=dtype)
-        else:
-            layers = load_adapter(model, directory)
-        for layer in layers.values():
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
-        return
-    if directory is None:
-        inject(
-            model,
-            kind=settings.kind,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            rank_stabilized=settings.rank_stabilized,
-            dropout=settings.dropout,
-            targets=settings.targets,
-            rank_pattern=settings.rank_pattern,
-            same_scaling=settings.same_scaling,
-            expert_rank=settings.experts.rank,
-            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
-            dtype=DTYPES[settings.dtype],
-            masked=settings.mask == "keep",
-            generator=torch.Generator().manual_seed(recipe.train.seed),
-        )
-        return
-    layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
-    held = next(iter(layers.values())).kind
-    if held != settings.kind:
-        raise UserError(f"adapter.kind: must be {held}, as the adapter in {directory} (got {settings.kind}).")
-    for layer in layers.values():
-        layer.dropout = settings.dropout
-
-
 def write_adapter(
     model: PreTrainedModel,
     recipe: Recipe,
@@ -233,10 +199,7 @@ def write_adapter(
     shipped: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapter of a run in PEFT's format, with its base.
-
-    If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
-    """
+    """Write the adapter of a run in PEFT's format; if `shipped`, a base that only this machine has is not named."""
     if recipe.model.add_tokens:
         extra = {"add_tokens": list(recipe.model.add_tokens), **(extra or {})}
     base, quant = recipe.base, dict[str, Any](quant=recipe.base.quant)
@@ -262,21 +225,12 @@ def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
     return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
 
 
-def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
-    """Give fresh adapters LoftQ's start, which reads the source, if the recipe asks for it."""
-    settings = recipe.adapter
-    if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
-        start_from_error_(model, source)
-
-
 @torch.no_grad()
 def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors L (out, rank), R (rank, in) of the matrix of at most `rank` nearest to `matrix` in the Frobenius norm.
 
-    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values; `matrix` (out, in) is float32 or float64.
-
-    Computed from the eigenvectors of the smaller Gram matrix, many times faster than a full decomposition; in float32
-    singular values below 1e-3 of the largest are inexact, and too small to matter.
+    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values; `matrix` (out, in) is float32 or float64. By the
+    eigenvectors of the smaller Gram matrix: in float32 singular values below 1e-3 of the largest are inexact.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
@@ -295,8 +249,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> None:
     """Set lora_A and lora_B of every adapted layer so that s B A is nearest to W - W_q, and m so that the gain is 1.
 
     Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps;
-    here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere. In a masked
-    layer only weights that were not pruned count. One weight of the source is read at a time.
+    here it stays as it is, so that the adapter can be used on it anywhere. One weight is read at a time.
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
     stored, tied = tensors_of_source(source, empty), tied_weights(empty)

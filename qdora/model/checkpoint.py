@@ -1,10 +1,9 @@
 """Safetensors checkpoints, read one tensor at a time, as the tensors of the model: other names, other pieces.
 
-A shard is opened again for every tensor. That costs 30 microseconds; closing it gives the mapped pages back, so that
-memory holds one tensor of the file and not all that was read so far.
+A shard is opened again for every tensor, which costs 30 microseconds: closing it gives the mapped pages back.
 
-transformers says how to convert pieces (experts one by one), by operations on whole tensors. Here these operations run
-once on the numbers of the rows instead of on weights. The result maps each weight to row ranges of stored tensors.
+transformers converts pieces (experts one by one) by operations on whole tensors. Here these operations run once on the
+numbers of the rows instead. The result maps each weight to row ranges of stored tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qdora.errors import UserError
+from qdora.errors import UserError, named
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
@@ -48,12 +48,21 @@ _PART = re.compile(
     r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
 )
-_E8M0_NAN = 255
-"""The exponent of a block scale of MXFP4 that is not a number."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Errors of a library that reads a model's files are UserErrors: a file may hold anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be used: {named(error)[:300]}") from error
 
 
 class StoredRows(NamedTuple):
-    """Some consecutive rows of a stored matrix, and the function that reads them."""
+    """Consecutive rows of a stored matrix."""
 
     rows: int
     read: Callable[[], Tensor]
@@ -61,11 +70,11 @@ class StoredRows(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A dense tensor of a checkpoint, not read yet; `dtype` and the bytes of an element are those of its header.
+    """A dense tensor of a checkpoint, not read yet; `dtype` and `itemsize` are those of its header.
 
-    `read` returns a tensor of this shape on the CPU. It may be a read-only view of a mapped file: copy it before it is
-    written to or kept. `parts` gives a matrix in parts of whole rows, if the file has it so; `key` is the first's.
-    `keep_bits` reads the pruning mask of a weight.
+    `read` returns a tensor on the CPU, perhaps a view of a mapped file: copy it before it is written to or kept.
+    `parts` gives a matrix in parts of whole rows, if the file has it so; `key` is the first's. `keep_bits` reads the
+    pruning mask of a weight.
     """
 
     key: str
@@ -77,7 +86,6 @@ class StoredTensor:
     keep_bits: Callable[[], Tensor] | None = None
 
     def read_rows(self) -> Tensor | RowParts:
-        """The weight, in parts if the file has it so."""
         parts = self.parts
         if parts is None:
             return self.read()
@@ -85,13 +93,12 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values in the file."""
         return torch.Size(self.shape).numel() * self.itemsize
 
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in), `keep_bits` as in `StoredTensor`."""
+    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in)."""
 
     key: str
     shape: tuple[int, ...]
@@ -108,24 +115,22 @@ Stored = StoredTensor | StoredPacked
 def shard_files(directory: Path) -> list[Path]:
     """The safetensors files of the model in `directory`. model.safetensors wins over an index, as in transformers.
 
-    An index may only name plain files in the directory, since it comes with the download and must not point elsewhere.
+    An index comes with the download: it may name plain files in the directory alone.
     """
     single, index = directory / "model.safetensors", directory / INDEX_FILE
     if single.is_file():
         return [single]
     if not index.is_file():
         raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.")
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map: must be a non-empty table of tensor name -> shard file.")
-    faults, names = [], list(dict.fromkeys(map(str, weight_map.values())))
-    for name in names:
-        if _SHARD_NAME.fullmatch(name) is None:
-            faults.append(f"{index}: weight_map: {name!r} is not a plain .safetensors file name.")
-        elif not (directory / name).is_file():
-            faults.append(f"{index}: weight_map: the shard {name} is not in the directory.")
-    if faults:
-        raise UserError(*shorten(faults))
+    with reading(str(index)):
+        names = list(dict.fromkeys(read_json_object(index)["weight_map"].values()))
+        faults = [
+            f"{index}: weight_map: {name!r} is not a .safetensors file in the directory."
+            for name in names
+            if not _SHARD_NAME.fullmatch(str(name)) or not (directory / name).is_file()
+        ]
+    if faults or not names:
+        raise UserError(*shorten(faults or [f"{index}: weight_map: is empty."]))
     return [directory / name for name in names]
 
 
@@ -133,16 +138,13 @@ def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> di
     """Checkpoint key -> tensor; only headers are read. `files` default to `shard_files`."""
     stored: dict[str, StoredTensor] = {}
     for file in shard_files(directory) if files is None else files:
-        try:
-            with safe_open(str(file), framework="pt", device="cpu") as shard:
-                for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
-                    piece = shard.get_slice(key)
-                    shape, dtype = tuple(map(int, piece.get_shape())), piece.get_dtype()
-                    bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
-                    itemsize = 1 if bits is None else max(1, int(bits.group()) // 8)
-                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), itemsize, dtype)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: cannot be read: {error}. Fix: download or copy it again.") from error
+        with reading(str(file)), safe_open(str(file), framework="pt", device="cpu") as shard:
+            for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
+                piece = shard.get_slice(key)
+                shape, dtype = tuple(map(int, piece.get_shape())), piece.get_dtype()
+                bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
+                itemsize = 1 if bits is None else max(1, int(bits.group()) // 8)
+                stored[key] = StoredTensor(key, shape, partial(_read, file, key), itemsize, dtype)
     return stored
 
 
@@ -155,13 +157,12 @@ def _read(file: Path, key: str) -> Tensor:
 def in_parts(
     key: str, shape: tuple[int, ...], parts: Sequence[StoredRows], *, itemsize: int, dtype: str
 ) -> StoredTensor:
-    """A tensor that is read in parts of rows, one after the other; a vector's parts are kept together."""
-    made = tuple(parts)
+    """A tensor that is read in parts of rows; a vector's parts are kept together."""
 
     def read() -> Tensor:
-        return torch.cat([part.read() for part in made]).view(shape)
+        return torch.cat([part.read() for part in parts]).view(shape)
 
-    return StoredTensor(key, shape, read, itemsize, dtype, parts=made if len(shape) == 2 else None)
+    return StoredTensor(key, shape, read, itemsize, dtype, parts=tuple(parts) if len(shape) == 2 else None)
 
 
 def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
@@ -180,33 +181,28 @@ def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
     """The stored tensors that the model needs, in the model's order; `stored` has model names.
 
-    If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
-    and `model.config.tie_word_embeddings` becomes False.
+    If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers.
     """
     redundant = set()
     for target, origin in tied_weights(model).items():
         first, second = stored.get(target), stored.get(origin)
         if first is None or second is None:
             continue
-        both_dense = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
-        if both_dense and first.shape == second.shape and torch.equal(first.read(), second.read()):  # type: ignore[arg-type]
+        dense = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
+        if dense and torch.equal(first.read(), second.read()):  # type: ignore[arg-type]
             redundant.add(target)
             continue
-        text = "%s and %s differ in the checkpoint although config.json ties them, so they are not tied."
-        log.warning(text, target, origin)
+        log.warning("%s and %s differ in the checkpoint, so they are not tied.", target, origin)
         model.all_tied_weights_keys.pop(target)
         model.config.tie_word_embeddings = False
-    expected: dict[str, Tensor] = model.state_dict()
-    tied = tied_weights(model)
+    expected, tied = model.state_dict(), tied_weights(model)
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     faults = []
     for name, tensor in expected.items():
-        if name in stored:
-            continue
         partners = {tied.get(name), *(target for target, origin in tied.items() if origin in (name, tied.get(name)))}
-        if not partners & stored.keys() and (tensor.is_meta or not _matches_any(name, may_lack)):
+        if not {name, *partners} & stored.keys() and (tensor.is_meta or not _matches_any(name, may_lack)):
             faults.append(f"model.source: the checkpoint has no tensor '{name}'.")
     for name, item in stored.items():
         where = f"model.source: the checkpoint's tensor '{item.key}'"
@@ -214,8 +210,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
             if not _matches_any(name, may_hold):
                 faults.append(f"{where} has no place in the model.")
         elif item.shape != tuple(expected[name].shape):
-            asked = list(expected[name].shape)
-            faults.append(f"{where} has shape {list(item.shape)}, config.json asks for {asked}.")
+            faults.append(f"{where} has shape {list(item.shape)}, must have {list(expected[name].shape)}.")
         elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
             faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
     if faults:
@@ -231,35 +226,29 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
 def shorten(faults: Iterable[object]) -> list[str]:
     """The first faults and the number of the others; a wrong config has one for every tensor."""
     lines = [str(fault) for fault in faults]
-    more = len(lines) - _MOST_FAULTS
-    return lines if more <= 0 else [*lines[:_MOST_FAULTS], f"... and {more} more like these."]
+    return lines[:_MOST_FAULTS] + [f"... and {len(lines) - _MOST_FAULTS} more."] * (len(lines) > _MOST_FAULTS)
 
 
 def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def stored_kind(settings: object) -> str | None:
+def stored_kind(settings: Mapping[str, Any] | None) -> str | None:
     """nf4, fp4, int8 or mxfp4 from config.quantization_config; None for full precision."""
-    if settings is None:
+    if not settings:
         return None
-    table: Mapping[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()  # type: ignore[attr-defined]
-    method = table.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in table else None)
-    method = str(getattr(method, "value", method))
+    method = settings.get("quant_method", "bitsandbytes")
     if method == MXFP4:
         return MXFP4
     if method != "bitsandbytes":
-        raise UserError(
-            f"model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4, if at all (got {method!r}). "
-            "Fix: name the model from which it was made."
-        )
-    return "int8" if table.get("load_in_8bit") else str(table.get("bnb_4bit_quant_type", "fp4"))
+        raise UserError(f"model.source: must be in full precision, mxfp4 or of bitsandbytes (got {method!r}).")
+    return "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
 
 
 def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers ("nf4" or "fp4").
 
-    bitsandbytes computes in `dtype`; `dense` holds the paths of the linear layers that are not quantised.
+    bitsandbytes computes in `dtype`; `dense`: paths of the linear layers that are not quantised.
     """
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -274,17 +263,14 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
 def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
-    In a 4-bit model it builds Llama 4's experts one by one, so their stacks count even if they are dense.
-    `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
+    It builds Llama 4's experts one by one then. `classes`: path -> class of each quantised layer in the model's code.
     """
-    stack = "stack of experts"
-    others = dict.fromkeys(replaced_in_4_bits(model), stack)
-    others |= {path: stack if name == "ExpertLinear" else name for path, name in classes.items() if name != "Linear"}
+    others = dict.fromkeys(replaced_in_4_bits(model), "ExpertLinear")
+    others |= {path: name for path, name in classes.items() if name != "Linear"}
     if not others:
         return []
-    path, name = next(iter(others.items()))
-    what = f"{len(others)} layers of this model in 4 bits (e.g. {path}, a {name})"
-    return [f"{option}: transformers does not load {what}. Fix: use --format merged."]
+    what = f"transformers does not load {len(others)} layers in 4 bits (such as {next(iter(others.values()))})"
+    return [f"{option}: {what}. Fix: use --format merged."]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -302,8 +288,6 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
-    if lone := parts.keys() - dense.keys():
-        raise UserError(f"model.source: the checkpoint has block scales for '{min(lone)}', but not the weight.")
     return blocks | {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
 
 
@@ -314,8 +298,6 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
 
     def read() -> PackedWeight:
         codes, exponents = blocks.read(), scales.read().clone()
-        if num_nan := int((exponents == _E8M0_NAN).sum()):
-            raise UserError(f"model.source: '{scales.key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN.")
         # The first of two weights is in the low half there, and in the high half here.
         tensors = {"packed": ((codes << 4) | (codes >> 4)).reshape(-1), "absmax": exponents.reshape(-1)}
         return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
@@ -331,25 +313,16 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
 
     if "SCB" in parts:
         return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], double_quant=False, read=read)
-    try:
-        name = next(part for part in parts if part.startswith(STATE_NAME))
+    with reading(f"model.source: {weight.key}"):
+        (name,) = (part for part in parts if part.startswith(STATE_NAME))
         state = json.loads(bytes(parts[name].read().tolist()))
         shape, block_size = tuple(map(int, state["shape"])), int(state["blocksize"])
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
     nested = "weight.nested_absmax" in parts
     return StoredPacked(weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read)
 
 
-_MOST_PIECES = 8  # a conversion that cuts a tensor into more permutes its rows
-
-
-class _NotInRows(Exception):
-    """A conversion does more than to put rows together."""
-
-
 def _numbered(shape: Sequence[int], first: int) -> Tensor:
-    """Row numbers from `first` on in the place of a weight, whose columns are one; of a vector each entry is a row."""
+    """Row numbers from `first` on in the place of a weight, whose columns are one."""
     shape = (*shape[:-1], 1) if len(shape) > 1 else shape
     return torch.arange(first, first + torch.Size(shape).numel()).view(*shape)
 
@@ -361,8 +334,6 @@ def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tupl
     owner = torch.bucketize(flat, starts, right=True) - 1
     jumps = (flat.diff() != 1) | (owner.diff() != 0)
     bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
-    if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
-        raise _NotInRows
     pieces = []
     for start, stop in pairwise(bounds):
         first, key = first_rows[int(owner[start])]
@@ -376,7 +347,7 @@ def _convert(
 ) -> dict[str, StoredTensor]:
     """The model's tensors that a conversion makes from `items`: key -> pattern of the converter, and the tensor.
 
-    `name` is their name after transformers' renaming. _NotInRows if columns are permuted, rows cut or reordered.
+    `name` is their name after transformers' renaming. Fails if columns are permuted, rows cut or reordered.
     """
     run = copy.deepcopy(converter)
     first, first_rows = 0, []
@@ -386,24 +357,16 @@ def _convert(
         run.add_tensor(name, key, pattern, numbers)
         first_rows.append((first, key))
         first += numbers.numel()
-    try:
-        converted: dict[str, Any] = run.convert(name, model=model, config=model.config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # Operations on columns meet columns of length 1, and fail in many ways.
-        raise _NotInRows from error
-    stored = {key: item for key, (_, item) in items.items()}
-    columns = {item.shape[1:][-1:] for item in stored.values()}  # none of vectors
-    if len(columns) != 1:
-        raise _NotInRows
-    (width,), made = columns, {}
+    converted: dict[str, Any] = run.convert(name, model=model, config=model.config)
+    (width,), made = {item.shape[1:][-1:] for _, item in items.values()}, {}  # empty of vectors
     for target, numbers in converted.items():
         numbers = numbers[0] if isinstance(numbers, list) else numbers
         if numbers.ndim > 1 and numbers.shape[-1] != 1:
-            raise _NotInRows
+            raise ValueError("its columns are permuted")
         shape = (numbers.numel(), *width) if width else tuple(numbers.shape)
         pieces = _pieces(numbers, first_rows)
-        parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, stored[key], rows)) for key, rows in pieces]
-        some = stored[pieces[0][0]]
+        parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, items[key][1], rows)) for key, rows in pieces]
+        some = items[pieces[0][0]][1]
         made[target] = in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
     return made
 
@@ -418,31 +381,24 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    expected = model.state_dict()
-    # Only which names there are is asked of it.
-    expected |= dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
+    names = dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
+    expected = model.state_dict() | names  # only its names are asked for
     renamed: dict[str, Stored] = {}
-    groups: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
-    refused: dict[str, str] = {}
+    groups: dict[str, dict[str, tuple[str, Any]]] = {}
     for key, item in stored.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
         if pattern is None:
             renamed[name] = replace(item, key=key)
-        elif isinstance(item, StoredTensor):
-            groups.setdefault(name, {})[key] = (pattern, item)
         else:
-            refused.setdefault(pattern, f"{key} -> {name}")
+            groups.setdefault(name, {})[key] = (pattern, item)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     for name, items in groups.items():
         key, (pattern, _) = next(iter(items.items()))
         try:
             renamed |= _convert(name, items, by_pattern[pattern], model)
-        except _NotInRows:
-            refused.setdefault(pattern, f"{key} -> {name}")
-    if refused:
-        what = "tensors are missing, or must be cut or permuted, which is not supported"
-        lines = (f"model.source: {model.config.model_type}: {what} ({example})." for example in refused.values())
-        raise UserError(*shorten(lines))
+        except Exception as error:  # operations on columns meet columns of length 1, and fail in many ways
+            what = f"tensors are missing, or must be cut or permuted ({key} -> {name})"
+            raise UserError(f"model.source: {model.config.model_type}: {what}.") from error
     return to_stacks(renamed, model)
 
 
@@ -477,7 +433,7 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
 
 @dataclass(frozen=True)
 class Published:
-    """A tensor of a published checkpoint: consecutive rows of a stack, of its shape, transposed if it is."""
+    """A tensor of a published checkpoint: consecutive rows of a stack, which may be transposed."""
 
     shape: tuple[int, ...]
     rows: slice
@@ -496,7 +452,6 @@ def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
     for key, held in revert_weight_conversion(model, {path: numbers}).items():
         flat = held.reshape(-1)
         start = int(flat[0])
-        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
         sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
         found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
     return found
@@ -507,11 +462,10 @@ _CHANGED_BY_PEFT = ("mixtral", "qwen2_moe")
 
 
 def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
-    """Those of some linear layers that PEFT takes for experts: their names end as those of single experts do.
+    """The linear layers that PEFT takes for experts: their names end as those of single experts do.
 
-    transformers has stacks where older releases had single experts. So PEFT reads `gate_proj` in `target_modules`, even
-    at the end of a whole path, as the stack of all `gate_proj`, and drops a shared expert or a first dense layer with
-    no more than a warning.
+    PEFT reads `gate_proj` in `target_modules`, even at the end of a whole path, as the stack of all `gate_proj`, and
+    drops a shared expert or a first dense layer.
     """
     experts = stacks(model)
     if not experts or not isinstance(model, PreTrainedModel):

@@ -1,8 +1,7 @@
 """Mixtures of experts: the stacked parameters of transformers' expert modules as layers of qdora.
 
-transformers keeps the experts of a block as two parameters, (experts, out, in) or transposed, and computes all models
-through one interface. Each parameter becomes a layer of its own here, a stack, which is then quantised, pruned,
-streamed and adapted like any linear layer. The expert module keeps its name, its gate and its norms.
+transformers keeps the experts of a block as two parameters, (experts, out, in) or transposed. Each becomes a layer of
+its own here, a stack, which is quantised, pruned, streamed and adapted like any linear layer.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ from qdora.adapter.experts import AdaptedExperts, ExpertLinear, Stack, needs_pad
 from qdora.quant.kernels import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
-"""The name of `routed_forward` among transformers' implementations of experts."""
+"""Name of `routed_forward` among transformers' implementations of experts."""
 _LLAMA4 = "Llama4TextExperts"
 """It has no interface, its weights are transposed, and every expert gets every token, most of them times 0."""
 
 
 def use_expert_layers_(model: PreTrainedModel) -> None:
-    """Replace the stacked parameters of all expert modules by `ExpertLinear`s, in place.
-
-    A weight that the model keeps transposed, (experts, in, out), is turned.
-    """
+    """Replace the stacked parameters of all expert modules by `ExpertLinear`s, in place; transposed ones are turned."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
     for module in list(model.modules()):
         owner: Any = module
@@ -55,12 +51,10 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
-    """The module that a stack is in."""
     return model.get_submodule(path.rpartition(".")[0])
 
 
 def is_transposed(model: nn.Module, path: str) -> bool:
-    """Whether transformers keeps a stack as (experts, in, out)."""
     owner = _owner(model, path)
     return type(owner).__name__ == _LLAMA4 or bool(getattr(owner, "is_transposed", False))
 
@@ -71,7 +65,7 @@ def peft_swaps(model: nn.Module, path: str) -> bool:
 
 
 def replaced_in_4_bits(model: nn.Module) -> list[str]:
-    """Stacks in whose place transformers builds the experts one by one for a model in 4 bits, so that it reads none."""
+    """Stacks in whose place transformers builds the experts one by one for a model in 4 bits."""
     return [path for path in stacks(model) if type(_owner(model, path)).__name__ == _LLAMA4]
 
 
@@ -99,10 +93,7 @@ def routers(model: nn.Module) -> set[str]:
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of x, (tokens, ...), by `order`: each is taken `times` times, and `inverse` is the way back.
-
-    More places than that make an `order` with padding, -1, whose rows are 0.
-    """
+    """Rows of x, (tokens, ...), by `order`, each `times` times; -1: a row of 0. `inverse` is the way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, times: int) -> Tensor:
@@ -161,10 +152,7 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
 
 
 def _llama4_forward(owner: Any, hidden_states: Tensor) -> Tensor:
-    """The forward pass of Llama 4's experts: only the tokens of an expert are computed, not those times 0.
-
-    (experts * tokens, hidden), all tokens for each expert, most of them 0 -> the same shape.
-    """
+    """The forward pass of Llama 4's experts, (experts * tokens, hidden) -> the same, without tokens times 0."""
     num_experts = owner.num_experts
     if is_planning():
         chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)

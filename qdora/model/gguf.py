@@ -1,12 +1,11 @@
 """Reading GGUF files: the header, and tensors one at a time, dequantised to float32 in transformers' layout.
 
-The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
-takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+The header is read here: the reader of the package `gguf` makes arrays of every word of the vocabulary, which takes
+seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 
-Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
-rows of q and k, and adds 1 to Gemma's norms). Of experts llama.cpp's converter writes a tensor for each of the gate, up
-and down projections of a block, (experts, out, in), or gate and up as one if it is told to. A stack here holds gate and
-up together, one expert after the other, and is read expert by expert.
+Names come from the tables of `gguf`, layouts from transformers' readers (llama.cpp interleaves the rows of q and k, and
+adds 1 to Gemma's norms). Of experts the file has a tensor for each of gate, up and down, (experts, out, in), or gate
+and up as one. A stack here holds gate and up together, one expert after the other, and is read expert by expert.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
 
-from qdora.errors import UserError, first_line
-from qdora.files.atomic import atomic_directory, disk_reason, in_turn
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_directory, in_turn
 from qdora.files.machine import cache_folder, package_versions
 from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts
 from qdora.model.experts import library_names, stacks
@@ -50,10 +49,9 @@ LAYOUTS: dict[str, str | None] = {name: name for name in TENSOR_PROCESSORS} | {"
 LAYOUTS |= dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
 LAYOUTS |= dict.fromkeys(("cohere2", "command-r", "glm4moe", "llama4", "olmo2", "olmoe"))
 LAYOUTS |= dict.fromkeys(("phi3", "qwen2", "qwen3", "seed_oss", "stablelm", "starcoder2"))
-"""Architecture -> the one whose tensors the converter changes alike, for transformers; None: unchanged. Every change is
-undone here; transformers reads a few more architectures, as they are."""
-# The 27B models of Gemma 2 and 3 scale their attention by another width than the head's. GGUF files do not store it;
-# llama.cpp knows it from the number of layers, transformers does not.
+"""Architecture -> the one whose tensors the converter changes alike, for transformers; None: unchanged."""
+# The 27B models of Gemma 2 and 3 scale their attention by another width than the head's, which llama.cpp knows from the
+# number of layers.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
 _ROWS_AT_ONCE = 4096
 
@@ -70,14 +68,13 @@ class GgufTensor:
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """`shape` with the last size in stored bytes."""
         import gguf
 
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type)]
         return (*self.shape[:-1], self.shape[-1] // block * block_bytes)
 
     def stored_rows(self) -> Values:
-        """The stored bytes as (rows, bytes per row), mapped; dropping the array gives its pages back."""
+        """The stored bytes as (rows, bytes per row), mapped."""
         shape = self.byte_shape
         flat = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(math.prod(shape),))
         # asarray: slicing a memmap costs more than dequantising a small slice.
@@ -87,10 +84,9 @@ class GgufTensor:
         """Some rows in float32, (rows, in), dequantised some at a time, since `gguf` would hold them twice."""
         import gguf
 
-        stored = self.stored_rows()[rows]
-        kind = gguf.GGMLQuantizationType(self.type)
-        values = np.empty((stored.shape[0], self.shape[-1]), dtype=np.float32)
-        for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
+        stored, kind = self.stored_rows()[rows], gguf.GGMLQuantizationType(self.type)
+        values = np.empty((len(stored), self.shape[-1]), dtype=np.float32)
+        for start in range(0, len(stored), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             values[part] = gguf.dequantize(stored[part], kind)
         return values
@@ -106,13 +102,10 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """Name in llama.cpp: llama, qwen2, gemma2, ..."""
         return str(self.settings.get("general.architecture", ""))
 
 
 class _Cursor:
-    """A place in a mapped header. A number behind the end is a struct.error."""
-
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at = content, 0
 
@@ -128,79 +121,65 @@ class _Cursor:
 
     def skip_array(self) -> None:
         kind, length = self.take("IQ")
-        if kind not in (_STRING, _ARRAY):
+        if kind != _STRING:
             self.at += length * struct.calcsize(_SCALARS[kind])
             return
         for _ in range(length):
-            if kind == _ARRAY:
-                self.skip_array()
-            else:
-                (size,) = self.take("Q")  # first: it moves `at`, too
-                self.at += size
+            (size,) = self.take("Q")  # first: it moves `at`, too
+            self.at += size
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            cursor = _Cursor(content)
-            magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError(f"it starts with {magic!r} and version {version}")
-            settings: dict[str, Any] = {}
-            for _ in range(num_settings):
-                key, (kind,) = cursor.string(), cursor.take("I")
-                if kind == _ARRAY:
-                    cursor.skip_array()
-                else:
-                    settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
-            entries = []
-            for _ in range(num_tensors):
-                name, (num_dims,) = cursor.string(), cursor.take("I")
-                entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
-            alignment = settings.get("general.alignment", 32)
-            data = -(-cursor.at // alignment) * alignment
-    except Exception as error:  # of a damaged header, in many ways
-        reason = f"its GGUF header is broken or cut short: {first_line(error)}"
-        raise UserError(f"model.source: {path}: {reason}") from error
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        cursor = _Cursor(content)
+        magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise UserError(f"model.source: {path}: is no GGUF file of version 2 or 3.")
+        settings: dict[str, Any] = {}
+        for _ in range(num_settings):
+            key, (kind,) = cursor.string(), cursor.take("I")
+            if kind == _ARRAY:
+                cursor.skip_array()
+            else:
+                settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
+        entries = []
+        for _ in range(num_tensors):
+            name, (num_dims,) = cursor.string(), cursor.take("I")
+            entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
+        alignment = settings.get("general.alignment", 32)
+        data = -(-cursor.at // alignment) * alignment
     tensors = tuple(GgufTensor(path, name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
 
 def require_gguf() -> None:
-    """Raise UserError, with the command to run, if the package `gguf` is missing."""
     if importlib.util.find_spec("gguf") is None:
-        fix = 'pip install "qdora[gguf]"'
-        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {fix}")
+        raise UserError('model.source: a .gguf file needs the package gguf. Fix: pip install "qdora[gguf]"')
 
 
-def check_gguf(path: Path) -> None:
-    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape."""
-    require_gguf()
+def check_gguf(header: GgufHeader) -> None:
+    """Check that all tensors are in the file: broken downloads are common."""
     import gguf
 
-    header = read_header(path)
-    architecture, where = header.architecture, f"model.source: {path}:"
+    path, architecture = header.path, header.architecture
+    where = f"model.source: {path}:"
     if architecture not in {*LAYOUTS, *GGUF_SUPPORTED_ARCHITECTURES}:
         raise UserError(f"{where} the layout of {architecture!r} in GGUF files is not known.")
     if (architecture, header.settings.get(f"{architecture}.block_count")) in _SCALE_NOT_STORED:
         raise UserError(f"{where} the attention scale of this {architecture} is not in GGUF files.")
     for tensor in header.tensors:
-        block = gguf.GGML_QUANT_SIZES.get(tensor.type, (0, 0))[0]
-        if not block or min(tensor.shape, default=0) < 1 or tensor.shape[-1] % block:
-            what = f"has the type {tensor.type} and the shape {list(tensor.shape)}"
-            raise UserError(f"{where} tensor '{tensor.name}' {what}, which the package gguf does not know.")
-        if tensor.offset + math.prod(tensor.byte_shape) > path.stat().st_size:
-            raise UserError(f"{where} tensor '{tensor.name}' lies beyond the end: the file is cut short.")
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+        fits = min(tensor.shape, default=0) > 0 and tensor.shape[-1] % block == 0
+        if not fits or tensor.offset + math.prod(tensor.byte_shape) > path.stat().st_size:
+            raise UserError(f"{where} tensor '{tensor.name}' does not fit: the file is damaged or cut short.")
 
 
-def settle_head(path: Path, config: PreTrainedConfig) -> None:
-    """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, as Qwen's files do.
+def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
+    """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, byte for byte, as Qwen's do.
 
-    transformers takes any stored head for an untied one, which would drift away from the embedding in training. Only a
-    head that is equal byte for byte is tied.
+    transformers takes any stored head for an untied one, which would drift away from the embedding in training.
     """
-    tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if head is None or embedding is None or head.type != embedding.type or head.shape != embedding.shape:
         return
@@ -211,16 +190,14 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """`gguf_tensors` of a base; the user is told of rotary factors, which are not read."""
     header = read_header(path)
-    if factors := next((tensor.name for tensor in header.tensors if tensor.name in _ROTARY_FACTORS), None):
-        text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original in long texts."
-        log.warning(text, path, factors)
+    if any(tensor.name in _ROTARY_FACTORS for tensor in header.tensors):
+        log.warning("%s: its rotary factors are not read: the model differs in long texts.", path)
     return gguf_tensors(header, model)
 
 
 def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows."""
+    """Model name -> tensor of the file, not read yet. `model` is a skeleton. An embedding keeps its own rows."""
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names, stored = _model_names(header, model, processor), dict[str, StoredTensor]()
@@ -235,14 +212,13 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
         held = [tensors.pop(key) for key in keys if key in tensors]
         num_experts, features = stack.num_experts, stack.expert_features
         each = (num_experts, features // len(keys), stack.in_features)
-        if held and [tensor.shape for tensor in held] != [each] * len(keys):
-            what = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor in held)
-            asked = f"{num_experts} experts of {features} rows"
-            raise UserError(f"model.source: the file has {what}, the config asks for {asked}.")
-        if held:
-            parts = [StoredRows(features, partial(_read_expert, held, expert)) for expert in range(num_experts)]
-            name = f"{path}.weight"
-            stored[name] = in_parts(held[0].name, shapes[name], parts, itemsize=4, dtype="F32")
+        if not held:
+            continue
+        if [tensor.shape for tensor in held] != [each] * len(keys):
+            raise UserError(f"model.source: {', '.join(keys)}: must have {list(each)} each.")
+        parts = [StoredRows(features, partial(_read_expert, held, expert)) for expert in range(num_experts)]
+        name = f"{path}.weight"
+        stored[name] = in_parts(held[0].name, shapes[name], parts, itemsize=4, dtype="F32")
     for key, tensor in tensors.items():
         if key not in names:
             raise UserError(f"model.source: the file's tensor '{key}' has no place in the model.")
@@ -262,8 +238,7 @@ def _read_tensor(tensor: GgufTensor, processor: TensorProcessor, shape: tuple[in
     # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:
-        what = f"has shape {list(result.shape)}, the config asks for {list(shape)}"
-        raise UserError(f"model.source: tensor '{tensor.name}' {what}.")
+        raise UserError(f"model.source: tensor '{tensor.name}' has {list(result.shape)}, must have {list(shape)}.")
     return result
 
 
@@ -288,7 +263,7 @@ def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPr
 
 
 def _stems(name: str) -> list[tuple[str, str]]:
-    """How a name may be written: one of the package's table, and what the converter puts behind it."""
+    """How a name may be written: one of the table of `gguf`, and what the converter puts behind it."""
     stem, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
         return [(stem, f".{leaf}")]
@@ -297,14 +272,15 @@ def _stems(name: str) -> list[tuple[str, str]]:
 
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
-    """The config, with what a file says of its experts and transformers does not read.
+    """The config, with what a file says of its experts.
 
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
     family for that of its experts.
     """
+    require_gguf()
     header = read_header(path)
+    check_gguf(header)
     config = _kept(header, "config", AutoConfig.from_pretrained)
-
     num_experts, num_chosen = (
         header.settings.get(f"{header.architecture}.{name}") for name in ("expert_count", "expert_used_count")
     )
@@ -318,20 +294,19 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
         if f"{part}.weight" in widths and hasattr(config, name):
             setattr(config, name, widths[f"{part}.weight"])
+    _tie_equal_head(header, config)
     return config
 
 
 def tokenizer_of_gguf(path: Path) -> Any:
-    """The tokenizer."""
     require_gguf()
     return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
 
 
 def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
-    """What `load` makes of the file, through a copy in the user's cache directory if the disk takes one.
+    """What `load` makes of the file, kept in the user's cache directory.
 
-    transformers turns each word of the vocabulary into arrays whenever it reads a header, which takes seconds for a
-    config and again for a tokenizer. The small files that they are saved as are read by later commands.
+    transformers turns each word of the vocabulary into arrays whenever it reads a header, which takes seconds.
     """
     path = header.path
     # The header, and the versions that read it.
@@ -343,14 +318,8 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     if not folder.is_dir():
         with in_turn(folder):
             if not folder.is_dir():  # another process may have made it meanwhile
-                made = load(str(path.parent), gguf_file=path.name)
-                try:
-                    with atomic_directory(folder) as aside:
-                        made.save_pretrained(aside)
-                except Exception as error:
-                    if disk_reason(error) is None:
-                        raise
-                    return made
+                with atomic_directory(folder) as aside:
+                    load(str(path.parent), gguf_file=path.name).save_pretrained(aside)
     kept = load(str(folder), local_files_only=True)
     kept.name_or_path = str(path.parent)
     return kept

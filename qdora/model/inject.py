@@ -6,7 +6,6 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +42,12 @@ def inject(
     masked: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, AdaptedLinear]:
-    """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
+    """Replace linear layers of `model` by adapted ones, in place; everything else is frozen. Returns path -> layer.
 
     `targets`: "all-linear" (all but the output head and routers), or names: the last part of a module's path
     ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path ("model.layers.3.*.q_proj").
-    `rank_pattern`: name or pattern -> rank instead of `rank`; the longest matching key wins. `expert_rank` is that of
-    the stacks that no pattern matches. With `same_scaling` layers of another rank get the alpha that gives them the
-    scaling of `rank`. The rest as in AdaptedLinear.
-
-    Returns path -> layer, in model order.
+    `rank_pattern`: name or pattern -> rank; the longest matching key wins. `expert_rank`: of the stacks that no pattern
+    matches. `same_scaling`: layers of another rank get the alpha that gives them the scaling of `rank`.
     """
     linear = linear_layers(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -60,7 +56,7 @@ def inject(
         # GPT-NeoX calls its head embed_out.
         chosen = {name: module for name, module in linear.items() if module is not head and not matches(name, HEAD)}
         if not chosen:
-            raise UserError("adapter.targets: 'all-linear' finds no linear layer in this model.")
+            raise UserError("adapter.targets: this model has no linear layer.")
     else:
         if faults := unmatched("adapter.targets", patterns, linear):
             raise UserError(*faults)
@@ -68,8 +64,6 @@ def inject(
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
-    if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
-        raise UserError("adapter.experts: no target is an expert of this model.")
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0
@@ -91,15 +85,12 @@ def inject(
 
 def adapted_layer(module: nn.Module, **options: Any) -> AdaptedLinear:
     """The adapted layer of a linear layer or a stack of experts; `options` are those of AdaptedLinear."""
-    base: FrozenLinear
-    if isinstance(module, FrozenLinear):
-        base = module
-    else:  # it shares the weight
+    if not isinstance(module, FrozenLinear):  # it shares the weight
         assert isinstance(module, nn.Linear | ExpertLinear)
-        base = frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
-    if isinstance(base, FrozenExperts):
-        return AdaptedExperts(base, **options)
-    return AdaptedLinear(base, **options)
+        bias = None if module.bias is None else module.bias.detach()
+        module = frozen_like(module, module.weight.detach(), bias)
+    kind = AdaptedExperts if isinstance(module, FrozenExperts) else AdaptedLinear
+    return kind(module, **options)
 
 
 def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
@@ -113,18 +104,13 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     kinds = FrozenLinear | AdaptedLinear | HostEmbedding
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
-    # As torch's own helper does, which would search a list for each buffer.
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
 def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
-    """Raise UserError if a layer that must keep its zeros was not pruned."""
     for name, layer in chosen.items():
         if getattr(layer, "keep_bits", None) is None:
-            raise UserError(f"{where}: keep, but {name} was not pruned. Fix: choose targets among the pruned layers.")
-        weights = layer.expert_features * layer.in_features if isinstance(layer, BareExperts) else 0
-        if weights % 8:
-            raise UserError(f"{where}: keep, but each expert of {name} has {weights} weights, not a multiple of 8.")
+            raise UserError(f"{where}: keep, but {name} was not pruned.")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -145,15 +131,13 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Path -> trainable parameter, in model order, without gates, which have an optimizer of their own
-    (train/gates.py). In full fine-tuning these are the parameters of the model."""
+    """Path -> trainable parameter, in model order, without gates, which have an optimizer of their own."""
     gates = {id(layer.gate) for layer in adapted_layers(model).values() if layer.gate is not None}
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: parameter for name, parameter in found.items() if id(parameter) not in gates}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted path `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -161,14 +145,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def frozen_like(
     module: nn.Module, weight: Weight, bias: Tensor | None, keep_bits: Tensor | None = None
 ) -> FrozenLinear:
-    """The frozen layer that takes the place of a linear layer or a stack of experts."""
     if isinstance(module, BareExperts):
         return FrozenExperts(weight, module.num_experts, bias, keep_bits)
     return FrozenLinear(weight, bias, keep_bits)
 
 
 def block_of(path: str) -> int | None:
-    """The number of the block in a path: model.layers.3.self_attn.q_proj -> 3; None outside of the blocks."""
+    """Number of the block in a path: model.layers.3.self_attn.q_proj -> 3; None outside of the blocks."""
     found = re.search(r"\.(\d+)\.", path)
     return None if found is None else int(found[1])
 
@@ -186,10 +169,9 @@ def unmatched(where: str, patterns: Iterable[str], names: Iterable[str], what: s
     """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers."""
     paths = list(names)
     leaves = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+    lost = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
     return [
-        f"{where}: '{pattern}' matches no {what} layer; must be a path, a shell pattern over it, or one of {leaves}."
-        for pattern in patterns
-        if not any(matches(path, pattern) for path in paths)
+        f"{where}: '{pattern}' matches no {what} layer; must be a path, a pattern, or {leaves}." for pattern in lost
     ]
 
 
@@ -200,7 +182,6 @@ def most_rank(module: nn.Module) -> int:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can carry an adapter."""
     return isinstance(module, FrozenLinear | ExpertLinear) or is_plain_linear(module)
 
 
@@ -210,47 +191,32 @@ def _ranks(
     if faults := unmatched("adapter.rank_pattern", rank_pattern, chosen, "adapted"):
         raise UserError(*faults)
     ranks = {}
-    smallest_first = sorted(chosen.items(), key=lambda item: most_rank(item[1]))
-    for name, module in smallest_first:
+    for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
         of_experts = expert_rank if isinstance(module, BareExperts) else None
         ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
         if ranks[name] > most_rank(module):
-            where = "adapter.experts.rank" if of_experts else "adapter.rank"
-            where = f"adapter.rank_pattern['{keys[-1]}']" if keys else where
-            limit = f"must be at most {most_rank(module)} for layer {name} (got {ranks[name]})"
-            raise UserError(f"{where}: {limit}. Fix: lower it, or give such layers a rank in adapter.rank_pattern.")
+            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
     return ranks
 
 
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 
 
-@dataclass(frozen=True)
-class ModelSize:
+def model_size(model: nn.Module) -> dict[str, int]:
     """Weights of the linear layers without the output head, and bytes of these, the whole base and the adapter.
 
-    Bytes include scales; codes of simulated formats count as tightly packed, lora_B as stored.
+    Tied weights count once. Bytes include scales; codes of simulated formats count as tightly packed.
     """
-
-    num_linear_weights: int
-    num_linear_bytes: int
-    num_base_bytes: int
-    num_adapter_bytes: int
-
-
-def model_size(model: nn.Module) -> ModelSize:
-    """Size of a causal LM, with or without adapters; tied weights count once."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     while isinstance(head, RowHead | AdaptedLinear):
         head = head.base
     seen: set[tuple[Any, Any]] = set()
 
     def is_new(tensor: Tensor) -> bool:  # tied weights share their memory
-        place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-        known = place in seen
-        seen.add(place)
-        return not known
+        size, memory = len(seen), (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        seen.add(memory)
+        return len(seen) > size
 
     weights = linear = other = adapter = 0
     for module in model.modules():
@@ -271,4 +237,5 @@ def model_size(model: nn.Module) -> ModelSize:
             kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
             own = [each for each in (*module._parameters.values(), *kept) if each is not None]
             other += sum(_DENSE_BYTES * each.numel() for each in own if is_new(each))
-    return ModelSize(weights, linear, linear + other, adapter)
+    sizes = {"num_linear_weights": weights, "num_linear_bytes": linear, "num_base_bytes": linear + other}
+    return sizes | {"num_adapter_bytes": adapter}

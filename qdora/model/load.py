@@ -33,22 +33,16 @@ from qdora.model.checkpoint import (
     in_parts,
     match_to_model,
     open_safetensors,
+    reading,
     rename_to_model,
     stored_kind,
     tied_weights,
 )
 from qdora.model.experts import stacks, use_expert_layers_
-from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
+from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
-from qdora.model.multimodal import (
-    auto_class,
-    is_multimodal,
-    leave_out_other_parts_,
-    not_loaded,
-    set_aside,
-    settle_tying,
-)
-from qdora.model.source import ModelSource, library_reason
+from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
+from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import PackedWeight, dequantize, packed_rows, quantize
 from qdora.quant.tiles import Weight
@@ -57,8 +51,7 @@ from qdora.recipe.settings import BaseWeightsConfig
 log = logging.getLogger("qdora")
 
 DEFAULT_SKIP = (HEAD,)
-_DENSE_PART_ELEMENTS = 1 << 24
-"""Weights of a part in which a stored MXFP4 weight is dequantised: 32 MiB."""
+_DENSE_PART_ELEMENTS = 1 << 24  # a stored MXFP4 weight is dequantised in parts of 32 MiB
 
 
 @dataclass(frozen=True)
@@ -72,16 +65,15 @@ class Quantization:
 
 
 def quantization_of(base: BaseWeightsConfig) -> Quantization:
-    """How a recipe holds the linear layers."""
     return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is being filled. `stored` holds model name -> tensor to read.
+    """A model that is being filled. `stored`: model name -> tensor to read.
 
-    `layers` are the paths of all linear layers that are not skipped, even if `wanted.kind` is "none", and empty for a
-    quantised checkpoint; `compute_dtype` is that of all other floating-point tensors.
+    `layers`: paths of the linear layers that are not skipped, none in a quantised checkpoint. `compute_dtype`: of all
+    other floating-point tensors.
     """
 
     model: PreTrainedModel
@@ -93,16 +85,12 @@ class Loading:
     progress: Progress | None = None
 
     def quantizes(self, name: str, item: Stored) -> bool:
-        """Whether a tensor is a dense weight to be quantised."""
         path, _, leaf = name.rpartition(".")
         is_layer = leaf == "weight" and path in self.layers and self.wanted.kind != "none"
         return is_layer and isinstance(item, StoredTensor) and item.keep_bits is None
 
     def read(self, name: str, item: Stored) -> Weight:
-        """A tensor, or the weight of a layer quantised on `device`, in parts if the file has parts.
-
-        One that is not quantised here may be a read-only view (`StoredTensor`).
-        """
+        """A tensor, perhaps a read-only view of the file, or the weight of a layer quantised on `device`."""
         if not self.quantizes(name, item):
             return item.read()
         assert isinstance(item, StoredTensor)
@@ -110,15 +98,11 @@ class Loading:
         return quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of a floating-point tensor that is not quantised."""
         return dense_dtype(self.model, name, self.compute_dtype)
 
 
 Placer = Callable[[Loading], None]
-"""Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes, streams or divides."""
-
-Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
-"""Source and skeleton -> model name -> stored tensor, as `tensors_of_source`."""
+"""Reads the stored tensors and puts them into the model: `place_all`, or one that prunes, streams or divides."""
 
 
 def load_model(
@@ -132,7 +116,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     progress: Progress | None = None,
-    reader: Reader | None = None,
+    reader: Callable[[ModelSource, PreTrainedModel], dict[str, Stored]] | None = None,
     placer: Placer | None = None,
     before_reading: Callable[[PreTrainedModel, torch.device], None] | None = None,
 ) -> PreTrainedModel:
@@ -140,18 +124,13 @@ def load_model(
 
     Source -> config -> skeleton -> tensors to read (`reader`) -> layers to quantise -> placed one by one (`placer`).
     A weight is quantised from the dtype of the file, without a rounding in between. Embeddings, norms, biases and
-    skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
+    skipped layers are in `compute_dtype` (or float32 if the model demands it).
 
     Args:
         quant: As base.quant; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        progress: Called with the tensors done and all of them.
-        reader: Finds the weights (default `tensors_of_source`; see model/store.py).
-        placer: Puts the tensors into the model (default `place_all`; see prune/pruner.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/stream.py).
-    Returns:
-        The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
@@ -171,8 +150,6 @@ def load_model(
     tie_and_move_buffers(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not left, f"never filled: {left[:5]}"
     if (generation := published_generation(source)) is not None:
         model.generation_config = generation
     model.config._name_or_path = source.name
@@ -184,19 +161,12 @@ def load_model(
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The transformers config of a source; a GGUF file's config is made from its metadata."""
-    try:
+    with reading(f"model.source: {source.name}: its config"):
         if source.is_gguf:
-            check_gguf(source.path)
             config = config_of_gguf(source.path)
-            settle_head(source.path, config)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
             settle_tying(config, source.path)
-    except UserError:
-        raise
-    except Exception as error:  # a config may hold anything: sizes below 0 or of 10^12, text for numbers
-        raise UserError(f"model.source: {source.name}: its config cannot be used: {library_reason(error)}") from error
     return config
 
 
@@ -214,17 +184,16 @@ def skeleton(
             model: PreTrainedModel = family.from_config(
                 config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
             )
-        if is_multimodal(config):
-            leave_out_other_parts_(model)
+        leave_out_other_parts_(model)
         use_expert_layers_(model)
         return model
 
-    return with_attention(build, config, attention, name=source.name, device=device, dtype=dtype)
+    with reading(f"model.source: {source.name}: its config"):
+        return with_attention(build, config, attention, name=source.name, device=device, dtype=dtype)
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Path and list of the decoder blocks, the units of checkpointing: the longest list of
-    `GradientCheckpointingLayer`s; None if the model has no such list."""
+    """Path and list of the decoder blocks: the longest list of `GradientCheckpointingLayer`s."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
     of_blocks = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
     return max(of_blocks, key=lambda each: len(each[1]), default=None)
@@ -239,7 +208,7 @@ def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, 
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers to quantise; none for a dense base. MXFP4 is the form of experts alone."""
+    """Paths of the linear layers to quantise. MXFP4 is the form of experts alone."""
     if wanted.kind == MXFP4:
         return chosen_layers(model, wanted) & stacks(model).keys()
     return set() if wanted.kind == "none" else chosen_layers(model, wanted)
@@ -249,10 +218,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped."""
     linear, head = linear_layers(model), model.get_output_embeddings()
     if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise UserError(
-            f"base: {model.config.model_type} keeps its weights transposed (Conv1D), which is not supported. "
-            "Fix: set base.quant: none and adapter.kind: full or none."
-        )
+        raise UserError("base.quant: must be none for a model of Conv1D layers (GPT-2), and adapter.kind full or none.")
     if faults := unmatched("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear):
         raise UserError(*faults)
     skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
@@ -262,7 +228,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     for name in linear.keys() - skipped:
         if f"{name}.weight" in shared:
             raise UserError(f"base.skip: must have {name}, which shares its weight with the embedding.")
-    # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
+    # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits.
     half = torch.float16
     return {name for name in linear.keys() - skipped if dense_dtype(model, f"{name}.weight", half) == half}
 
@@ -323,7 +289,7 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
 
 
 def tie_(model: PreTrainedModel) -> set[str]:
-    """Let tied weights be one tensor, which the skeleton may hold twice. Returns the names of all of them."""
+    """Let tied weights be one tensor, which the skeleton may hold twice. Returns their names."""
     pairs = tied_weights(model)
     for target, origin in pairs.items():
         first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
@@ -336,7 +302,6 @@ def tie_(model: PreTrainedModel) -> set[str]:
 
 
 def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Tie the tied weights and move the buffers. Called again after more weights are read."""
     tie_(model)
     for module in model.modules():
         away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
@@ -346,14 +311,10 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    """The generation config in the directory of a source, if it has one."""
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
-    try:
+    with reading(f"model.source: {source.name}: its generation_config.json"):
         return GenerationConfig.from_pretrained(str(source.path))
-    except Exception as error:
-        what = "its generation_config.json cannot be used"
-        raise UserError(f"model.source: {source.name}: {what}: {library_reason(error)}") from error
 
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
@@ -372,32 +333,26 @@ def settle_stored(
 ) -> tuple[dict[str, Stored], set[str]]:
     """The tensors to read, and those of `layers` that are still to be quantised.
 
-    A checkpoint in bitsandbytes' formats is used as it is. MXFP4 is, too, if the recipe asks for it; otherwise it is
-    dequantised part by part. `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint
-    were dense.
+    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it. `kind` is that of the
+    checkpoint's config.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     kinds = sorted({item.kind for item in packed.values()})
     if wanted.kind == MXFP4 and not packed:
-        raise UserError("base.quant: mxfp4 is read from checkpoints that hold it (gpt-oss), and this one does not.")
+        raise UserError("base.quant: mxfp4 needs a checkpoint that holds it (gpt-oss).")
     if wanted.kind != MXFP4 and kinds == [MXFP4]:
-        text = "%d weights are stored in mxfp4 (e.g. %s) and are dequantised. base.quant: mxfp4 keeps them as they are."
-        log.info(text, len(packed), next(iter(packed)))
+        log.info("%d weights in mxfp4 are dequantised; base.quant: mxfp4 would keep them.", len(packed))
         held: dict[str, PackedWeight] = {}
         return {**stored, **{name: _dense(item, held) for name, item in packed.items()}}, layers
     if not packed and kind is None:
         return dict(stored), layers
     if kinds != [wanted.kind]:
-        stored_as = kinds[0] if kinds else kind
-        raise UserError(
-            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {stored_as} and is used "
-            f"as it is. Fix: set base.quant: {stored_as}, or name the model in full precision."
-        )
+        raise UserError(f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind}).")
     return dict(stored), set()
 
 
 def _dense(item: StoredPacked, held: dict[str, PackedWeight]) -> StoredTensor:
-    """A packed weight, dequantised some rows at a time; `held` has the one that was read last, shared by all."""
+    """A packed weight, dequantised some rows at a time; `held` has the one that was read last."""
     rows, columns = item.shape
     step = max(1, _DENSE_PART_ELEMENTS // columns)
     starts = range(0, rows, step)

@@ -1,8 +1,7 @@
 """The language part of a multimodal model. The rest (vision tower, projector) is not loaded, and exports copy it.
 
-The model keeps its multimodal class: its layers have the names that they have in the whole model, so an adapter fits
-that in PEFT, and a text gets the positions that the whole model gives it. Parts that only images need are replaced by
-an empty `NotLoaded`.
+The model keeps its multimodal class and the names of its layers, so an adapter fits the whole model in PEFT. Parts that
+only images need are replaced by an empty `NotLoaded`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from qdora.files.atomic import read_json_object
 from qdora.model.checkpoint import Stored, StoredTensor
 
 _FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
-"""model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
+"""model_type of the configs whose text logits were compared with those of the whole model."""
 
 TRAINED_PART = "the language part; what is for images is neither loaded nor trained, and unchanged in exports"
 
 
 class NotLoaded(nn.Module):
-    """Stands for a part that stays in the files of its source; `stored` and `directory` come from `set_aside`."""
+    """Stands for a part that stays in the files of its source."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -50,34 +49,29 @@ class NotLoaded(nn.Module):
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Whether the language part of a config's model can be loaded alone."""
     return config.model_type in _FAMILIES
 
 
 def auto_class(config: PreTrainedConfig, name: str = "") -> Any:
-    """The auto class of transformers for the model of a config; UserError if the model `name` cannot be trained."""
     if is_multimodal(config):
         return AutoModelForImageTextToText
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not (
         type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     ):
-        part = f"the language part of a multimodal model can be trained for {', '.join(_FAMILIES)}"
-        raise UserError(f"model.source: {name}: {part} (got {config.model_type}).")
+        raise UserError(f"model.source: {name}: must be of {', '.join(_FAMILIES)} (got {config.model_type}).")
     return AutoModelForCausalLM
 
 
 def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
-    """Give a Mistral 3 config the tying of its text model if config.json says nothing, as its checkpoints have it.
-
-    transformers' default for the whole is tied. Its loader finds two different tensors and unties them, but a plan,
-    which sees no tensors, would leave out the head.
-    """
+    """Give a Mistral 3 config the tying of its text model: a plan, which sees no tensors, would leave out the head."""
     if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(directory / "config.json"):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
 
 
 def leave_out_other_parts_(model: PreTrainedModel) -> None:
-    """Replace every module beside the text model and the output head by a `NotLoaded`, in place."""
+    """Replace all modules of a multimodal model but the text model and the output head by `NotLoaded`s, in place."""
+    if not is_multimodal(model.config):
+        return
     text: Any = model.get_decoder()
     head = model.get_output_embeddings()
     path = next(name for name, module in model.named_modules() if module is text)
@@ -117,7 +111,7 @@ def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -
         elif isinstance(item, StoredTensor):
             parts[holder].stored[item.key] = item
         else:
-            raise UserError(f"model.source: {directory}: {name} is quantised, and only the language part may be.")
+            raise UserError(f"model.source: {directory}: {name} must not be quantised.")
     return language
 
 
@@ -127,18 +121,17 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 
 def all_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules of the whole model, also of those that are not loaded."""
+    """Paths of all modules, also of those that are not loaded."""
     others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.paths]
     return [path for path, _ in model.named_modules()] + others
 
 
 def linear_not_loaded(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that are not loaded."""
     return [f"{path}.{inner}".removesuffix(".") for path, part in not_loaded(model).items() for inner in part.linear]
 
 
 def processor_files(model: nn.Module) -> dict[str, str]:
-    """Name -> text of the files that make the images of a multimodal model into tensors."""
+    """Name -> text of the files that make images into tensors."""
     directory = next((part.directory for part in not_loaded(model).values()), None)
     names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
     files = [] if directory is None else [directory / name for name in names]

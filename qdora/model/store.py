@@ -4,8 +4,7 @@
     base/ in a run with base.prune    compressed.json, model.safetensors    the pruned layers and `<path>.keep_bits`
 
 The directory of a cached base is named for a hash of the settings, the names and shapes of the model's tensors, and the
-model's files (names, sizes, times, samples of their bytes). Weights that are not quantised keep the checkpoint's dtype,
-so the compute dtype is not part of it.
+model's files. Weights that are not quantised keep the checkpoint's dtype, so the compute dtype is not part of it.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.errors import UserError
 from qdora.files.atomic import (
     atomic_directory,
     disk_failures,
@@ -33,7 +30,7 @@ from qdora.files.atomic import (
     read_json_object,
     sampled_digest,
 )
-from qdora.files.console import OF_THIS_PROCESS, Progress
+from qdora.files.console import Progress
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import Stored, StoredTensor, gather_packed, match_to_model, open_safetensors, shard_files
 from qdora.model.load import Loading, Quantization, layers_to_quantize, place_all, settle_stored, tensors_of_source
@@ -46,21 +43,18 @@ from qdora.quant.tiles import Weight
 
 log = logging.getLogger("qdora")
 
-_CACHE_FORMAT = 2
-# A file's tensors are in memory until it is written; this is less than a block of a large model.
+# A file's tensors are in memory until it is written.
 _FILE_BYTES = 256 << 20
 _PRUNED_RECORD_FILE = "compressed.json"
 _PRUNED_FILE_BYTES = 5 * 2**30
-Record = TypeVar("Record", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
     """Counts and error of a pruned and quantised layer.
 
-    `num_zeros` counts all zeros of the result, since a weight can also be quantised to 0. `relative_error` is
-    ||W' - W|| / ||W|| (Frobenius norm) of the dense weight W and the result W'. `num_packed_bytes` are the bytes of the
-    result in its format (`PackedWeight.num_packed_bytes`), which stores zeros, too.
+    `num_zeros`: also the weights that are quantised to 0. `relative_error`: ||W' - W|| / ||W|| (Frobenius norm) of the
+    dense weight W and the result W'. `num_packed_bytes`: as `PackedWeight.num_packed_bytes`.
     """
 
     num_weights: int
@@ -71,17 +65,7 @@ class PrunedLayer:
 
     @property
     def sparsity(self) -> float:
-        """Pruned weights / all weights."""
         return self.num_pruned / self.num_weights
-
-
-def read_record(file: Path, kind: type[Record]) -> Record:
-    """The pydantic model in a JSON file."""
-    try:
-        return kind.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def _stored_in(directory: Path) -> dict[str, Stored]:
@@ -89,10 +73,7 @@ def _stored_in(directory: Path) -> dict[str, Stored]:
 
 
 def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file_bytes: int) -> None:
-    """Write (model name, weight), made one after the other, to safetensors files; memory holds the tensors of one file.
-
-    A file's tensors have at most `max_file_bytes`; a larger weight gets a file of its own.
-    """
+    """Write (model name, weight) to safetensors files of at most `max_file_bytes`; memory holds one of them."""
     files = (folder / f"model-{number:05d}.safetensors" for number in range(10**5))
     held: dict[str, Tensor] = {}
     for name, weight in weights:
@@ -112,8 +93,7 @@ def save_pruned_base(
 ) -> dict[str, Any]:
     """Write the pruned layers of a freshly loaded base; the directory appears whole and replaces an older one.
 
-    `layers` is `Pruner.layers`; `key` is a hash of all that decides the pruned weights; `settings` are JSON values of
-    the recipe. Returns the content of compressed.json.
+    `layers` is `Pruner.layers`; `key` a hash of all that decides the pruned weights. Returns compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
@@ -123,8 +103,8 @@ def save_pruned_base(
     def weights() -> Iterator[tuple[str, Weight]]:
         for path, report in layers.items():
             layer = model.get_submodule(path)
-            assert isinstance(layer, FrozenLinear), path
-            assert layer.keep_bits is not None, path
+            assert isinstance(layer, FrozenLinear)
+            assert layer.keep_bits is not None
             shape = (layer.out_features, layer.in_features)
             record["layers"][path] = layer_record(layer.kind, shape, layer.block_size, report)
             yield f"{path}.weight", layer.stored_weight
@@ -140,7 +120,6 @@ def save_pruned_base(
 
 
 def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
-    """JSON values of a layer: kind, shape (out, in), block size, counts and error."""
     form = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
     return {**form, **asdict(layer)}
 
@@ -150,7 +129,7 @@ class PrunedBase:
 
     def __init__(self, directory: Path) -> None:
         record, stored = read_json_object(directory / _PRUNED_RECORD_FILE), _stored_in(directory)
-        self.directory, self.key = directory, str(record["key"])
+        self.key = str(record["key"])
         self.stored = dict[str, Stored]()
         for path in record["layers"]:
             bits = stored[f"{path}.keep_bits"]
@@ -159,23 +138,18 @@ class PrunedBase:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Put the pruned layers in as they are stored, and the other tensors as `place_all` does."""
         place_all(self.added_to(load))
 
     def added_to(self, load: Loading) -> Loading:
         """With the pruned layers instead of the source's."""
-        for name in self.stored:
-            if name.removesuffix(".weight") not in load.layers:
-                raise UserError(f"{self.directory}: {name} is not of a layer that this model and recipe prune.")
         return replace(load, stored={**load.stored, **self.stored})
 
 
 @dataclass
 class BaseCache:
-    """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
+    """A `reader` of `load_model` that quantises a source into a directory once and reads it from there later.
 
-    `root` holds all packed bases. `wanted` says how to hold the linear layers (not "none"), `device` where they are
-    quantised. `directory` is that of the last base.
+    `wanted` says how to hold the linear layers (not "none"), `directory` is that of the last base.
     """
 
     root: Path
@@ -185,33 +159,23 @@ class BaseCache:
     directory: Path | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        """Model name -> weight."""
         if self.wanted.kind == MXFP4:  # the source holds it packed
             return tensors_of_source(source, model)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        decides = {"format": _CACHE_FORMAT, "quantization": asdict(self.wanted), "model": shapes}
+        decides = {"format": 2, "quantization": asdict(self.wanted), "model": shapes}
         key = hashlib.sha256(json_text({**decides, "files": fingerprints(source)}).encode()).hexdigest()
         directory = self.directory = self.root / key[:20]
-        stored: dict[str, Stored] | None = None
-        with in_turn(directory) as refusal:
-            if directory.is_dir():
-                try:
-                    stored = _stored_in(directory)
-                    log.info("Reading the packed base from %s.", directory)
-                except UserError as error:
-                    log.warning("%s The base is quantised again.", error, extra=OF_THIS_PROCESS)
-            if stored is None:
+        with in_turn(directory):
+            if not directory.is_dir():
                 with disk_failures(directory, "name another directory in base.cache"):
-                    if refusal is not None:
-                        raise refusal
                     self._write(directory, source, model)
-                stored = _stored_in(directory)
-            elif not_loaded(model):  # an export copies these from the source
-                tensors_of_source(source, model)
-        return match_to_model(stored, model)
+            else:
+                log.info("Reading the packed base from %s.", directory)
+                if not_loaded(model):  # an export copies these from the source
+                    tensors_of_source(source, model)
+        return match_to_model(_stored_in(directory), model)
 
     def _write(self, directory: Path, source: ModelSource, model: PreTrainedModel) -> None:
-        """Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB)."""
         stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
         stored, layers = settle_stored(stored, None, self.wanted, layers)
         load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
@@ -220,8 +184,7 @@ class BaseCache:
         def weights() -> Iterator[tuple[str, Weight]]:
             for done, (name, item) in enumerate(stored.items(), start=1):
                 value = load.read(name, item)
-                # A dense one may be a view of the checkpoint's file.
-                yield name, value.clone() if isinstance(value, Tensor) else value
+                yield name, value.clone() if isinstance(value, Tensor) else value  # it may be a view of the file
                 del value
                 if self.progress is not None:
                     self.progress(done, len(stored))

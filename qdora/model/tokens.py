@@ -22,7 +22,7 @@ EMBEDDING = "embed_tokens"
 
 _MEAN_ROWS = 4096  # rows widened to float32 at a time
 _UNTRAINED = 1e-16
-"""Largest number of a row that the base never trained, which some bases keep as tiny numbers. Source: unsloth."""
+"""Largest number of a row that the base never trained. Source: unsloth."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +36,16 @@ class TrainedMatrix:
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Add tokens to a tokenizer; they get the next ids in the order of `tokens`.
 
-    They are not special: decoded text keeps them. Text is never split inside them, whatever is beside them.
+    They are not special: decoded text keeps them. Text is never split inside them.
     """
-    if not tokens:
-        return
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab() if tokens else {}
     for token in tokens:
         if token in vocabulary:
             raise UserError(f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already.")
-    first = max(vocabulary.values()) + 1
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    if list(new_token_ids(tokenizer, tokens)) != list(range(first, first + len(tokens))):
-        raise UserError("model.add_tokens: this tokenizer does not number new tokens one after the other.")
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
-    """The ids that `add_tokens` gave."""
     return tuple(tokenizer.convert_tokens_to_ids(list(tokens))) if tokens else ()
 
 
@@ -59,20 +53,15 @@ def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> 
 def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Give new tokens rows in the embedding and in the head, which start at the mean of the rows of all older tokens.
 
-    Many models have more rows than their tokenizer has tokens; such rows are used first, and start anew, too. The
-    matrices are replaced, so a row that is mapped from a file is not written. `ids` follow those of all other tokens.
+    Rows that no token has yet are used first, and start anew, too. `ids` follow those of all other tokens.
     """
     if not ids:
         return
     embedding, head = _modules(model)
     check_trainable(model, embedding_paths(model)[1:], "model.add_tokens")
-    if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
-        raise UserError(f"model.add_tokens: {_name(model)} has a table of the vocabulary in each layer.")
     older = ids[0]
     for module in (embedding,) if is_tied(model) else (embedding, head):
         weight = module.weight
-        if older > len(weight):
-            raise UserError(f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows.")
         known = weight[:older]
         total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
         new = (total / older).to(weight.dtype).expand(len(ids), -1)
@@ -97,20 +86,14 @@ def train_embeddings(
 ) -> None:
     """Make the embedding, the head or both trainable, after the adapters are on.
 
-    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding, named or not. `ids` are the rows
-    to train, None for whole matrices in their own dtype. `has_new`: the model has new tokens, and `ids` are those.
+    `names` are `EMBEDDING`, `HEAD` or both; a tied head is trained with the embedding. `ids` are the rows to train
+    (None: all). `has_new`: the model has new tokens, and `ids` are those.
     """
     embedding_path, head_path = embedding_paths(model)
+    needed = {EMBEDDING} if is_tied(model) else {EMBEDDING, HEAD} if ids is not None or has_new else set()
+    if not needed <= set(names):  # the rows of new tokens would stay at their start
+        raise UserError(f"adapter.also_train: must have {' and '.join(sorted(needed))} for this model.")
     paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
-    if is_tied(model) and EMBEDDING not in names:
-        what = f"the head of {_name(model)} is its embedding (tied)"
-        raise UserError(f"adapter.also_train: {what}. Fix: name {EMBEDDING}, which trains both.")
-    if (ids is not None or has_new) and not is_tied(model) and len(paths) < 2:
-        missing = HEAD if EMBEDDING in names else EMBEDDING
-        raise UserError(
-            f"adapter.also_train: {missing} of {_name(model)} has rows of its own for the new tokens, which "
-            f"would stay at their start. Fix: set it to [{EMBEDDING}, {HEAD}]."
-        )
     check_trainable(model, [*paths, head_path] if is_tied(model) else paths)
     wanted = None if ids is None else tuple(sorted(ids))
     matrices = {}
@@ -122,7 +105,7 @@ def train_embeddings(
 
 
 def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None:
-    """Train the matrices at these paths, from the values given; of a tied pair one is enough."""
+    """Train the matrices at these paths, from these values; of a tied pair one is enough."""
     embedding_path, head_path = embedding_paths(model)
     if is_tied(model) and matrices:
         matrices = dict.fromkeys((embedding_path, head_path), next(iter(matrices.values())))
@@ -157,18 +140,13 @@ def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
 
 
 def trained_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of `trained_matrices`."""
-    return [
-        f"{path}.{'weight' if each.ids is None else 'trained.rows'}" for path, each in trained_matrices(model).items()
-    ]
+    matrices = trained_matrices(model).items()
+    return [f"{path}.{'weight' if matrix.ids is None else 'trained.rows'}" for path, matrix in matrices]
 
 
 @torch.no_grad()
 def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int]) -> list[int]:
-    """The tokens that training cannot reach: their rows are zero, and neither trained nor under an adapter.
-
-    `read` are looked up in the embedding, `learnt` in the head, unless that is quantised or adapted.
-    """
+    """Tokens whose rows are zero and not trained; `read` are of the embedding, `learnt` of the head."""
     found: set[int] = set()
     for module, ids in zip(_modules(model), (read, learnt), strict=True):
         plain: Any = module.base if isinstance(module, RowEmbedding | RowHead) else module
@@ -185,15 +163,12 @@ def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapte
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
     is_table = type(embedding) in (nn.Embedding, HostEmbedding) or hasattr(embedding, "embed_scale")
     if embedding_path in paths and not is_table:
-        what = f"does more than look up rows ({type(embedding).__name__})"
-        raise UserError(f"{where}: the embedding of {_name(model)} {what}.")
+        raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
-        form = "a head with a bias" if type(head) is nn.Linear else type(head).__name__
-        raise UserError(f"{where}: the head must be dense, without a bias and without an adapter, got {form}.")
+        raise UserError(f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__}).")
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the head shares the matrix of the embedding."""
     names = {f"{path}.weight" for path in embedding_paths(model)}
     return any({target, origin} == names for target, origin in tied_weights(model).items())
 
@@ -205,31 +180,25 @@ def embedding_paths(model: Any) -> tuple[str, str]:
     return paths.get(id(embedding), ""), paths.get(id(head), "")
 
 
-def _name(model: Any) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
 def _modules(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
-    tokenizer's end of sequence."""
-    config = load_config(source)
-    named: Any = getattr(config, "eos_token_id", None)
-    if named is None:  # multimodal models keep it with their text model
-        named = getattr(config.get_text_config(), "eos_token_id", None)
-    if (generation := published_generation(source)) is not None:
-        named = generation.eos_token_id
-    return _stops(named, tokenizer)
+    """Tokens at which the model ends an answer: of its generation config, else its config, and the tokenizer's end."""
+    config: Any = published_generation(source)
+    if config is None:
+        config = load_config(source)
+        if getattr(config, "eos_token_id", None) is None:  # multimodal models keep it with their text model
+            config = config.get_text_config()
+    return _stops(config, tokenizer)
 
 
 def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
-    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
-    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+    return _stops(getattr(model, "generation_config", None), tokenizer)
 
 
-def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+def _stops(config: Any, tokenizer: Any) -> frozenset[int]:
+    named = getattr(config, "eos_token_id", None)
     listed = named if isinstance(named, list | tuple) else [named]
     return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)

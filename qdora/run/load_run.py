@@ -22,12 +22,12 @@ from qdora.files.atomic import atomic_write_json, atomic_write_text, read_json_o
 from qdora.files.machine import check_gpu, user_path
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
-from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
+from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model, skeleton, stored_form
 from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
 from qdora.model.store import PrunedBase
-from qdora.model.tokens import extend_vocabulary
+from qdora.model.tokens import extend_vocabulary, new_token_ids
 from qdora.recipe.data_settings import DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
@@ -94,7 +94,7 @@ def load_run(
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)
     pruned = None if recipe.base.prune is None else PrunedBase(run.inside(FOLDER))
     model = load_base(loaded, source, compute, placer=pruned)
-    extend_vocabulary(model, token_ids(recipe, tokenizer))
+    extend_vocabulary(model, new_token_ids(tokenizer, recipe.model.add_tokens))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +233,7 @@ def conclude(trainer: Trainer, results: Console) -> dict[str, Any]:
         "best": adapter_record(run),
         "final_loss": losses[-1] if losses else None,
         **describe_adapters(trainer.model),  # gates may have removed components
-        "size": asdict(model_size(trainer.model)),
+        "size": model_size(trainer.model),
         "evaluations": {label: result.to_dict() for label, result in evals.results.items()},
     }
 

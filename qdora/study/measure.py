@@ -76,7 +76,7 @@ def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dic
             set_magnitude_back_(layer)
     (directory / "eval").mkdir(parents=True, exist_ok=True)
     atomic_write_json(directory / "eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
-    return {"size": asdict(model_size(run.model)), "files": {"scores": "eval/set-back.json"}}
+    return {"size": model_size(run.model), "files": {"scores": "eval/set-back.json"}}
 
 
 def _own_evaluation(run: TrainedRun) -> EvaluationResult:
@@ -128,7 +128,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
     for block in sorted({block for path in layers if (block := block_of(path)) is not None}):
         with without_adapter([layer for path, layer in layers.items() if block_of(path) == block]):
             blocks.append({"block": block, "rise": nll() - whole})
-    return {"size": asdict(model_size(run.model)), "changes": changes, "blocks": blocks, "nll": whole}
+    return {"size": model_size(run.model), "changes": changes, "blocks": blocks, "nll": whole}
 
 
 def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
         nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
         told = {path: asdict(change) for path, change in changes.items() if block_of(path) is not None}
         found.append({"step": step, "nll": nll, "changes": told})
-    return {"size": asdict(model_size(run.model)), "checkpoints": found}
+    return {"size": model_size(run.model), "checkpoints": found}
 
 
 @contextmanager
