@@ -330,7 +330,7 @@ def test_resumed_equals_uninterrupted(root, run, tmp_path):
 def test_exports_have_the_rows_and_the_tokens(run, tmp_path):
     loaded, out = load_run(run), tmp_path / "merged"
     ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    options: dict[str, Any] = {"merged": {"dtype": "float32", "audit": run.name == "rows"}, "nf4-lora": {}}
+    options: dict[str, Any] = {"merged": {"dtype": "float32"}, "nf4-lora": {}}
     options |= {"peft": {}} if run.name == "rows" else {}
     for form, own in options.items():
         exported = export_run(run, tmp_path / form, ExportOptions(format=form, **own), console=QUIET)

@@ -1,4 +1,4 @@
-"""Compare models by their logits: an export with the running model, and all forms side by side (`--audit`).
+"""Compare an export with the running model by their logits.
 
 Three sets of logits on the same held-out text:
 
@@ -8,45 +8,27 @@ Three sets of logits on the same held-out text:
 
 exported - reference is the error of the export and of its dtype; reference - running is what the running model's 16-bit
 arithmetic costs. A right export is closer to the reference than the running model is.
-
-The audit writes no files: each adapted layer gives its place to the layer that the files of a form would hold.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.data.example import Example
 from qdora.data.sources import run_examples
 from qdora.errors import UserError
-from qdora.evaluate.intervals import mean_stderr
-from qdora.evaluate.suite import EvaluationResult, evaluate
-from qdora.export.merge import no_original
-from qdora.export.nf4_lora import check_foldable
-from qdora.files.console import bar
-from qdora.files.pages import markdown_table
 from qdora.model.attention import softcap_of
-from qdora.model.build_model import find_source
-from qdora.model.checkpoint import Stored
-from qdora.model.inject import adapted_layers, frozen_layers, frozen_like, replace_module
-from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton, tensors_of_source
-from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.packed import quantize
-from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import TrainedRun
 
 logger = logging.getLogger("qdora")
 
@@ -71,7 +53,6 @@ _DIFFER = {
 }
 _FALLBACK = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."
 NARROW = (torch.float16, torch.bfloat16)
-_NUM_EXAMPLES = 32  # most examples of a task in an audit: differences are paired, so few are enough
 
 
 # --- the text
@@ -282,125 +263,3 @@ def verdict(
         "reference_vs_running": noise,
         "tolerance": tolerance,
     }
-
-
-# --- the audit
-
-
-Layer = AdaptedLinear | FrozenLinear
-Form = Callable[[str, Layer], Weight | None]
-"""Path and layer -> the weight of the frozen layer in its place; None leaves it as it is."""
-
-
-@torch.no_grad()
-def audit(trained: TrainedRun, dtype: torch.dtype, console: Console) -> dict[str, Any]:
-    """Compare every form with the running adapter, all in float32 arithmetic. One form at a time is in memory.
-
-    Merged weights are in `dtype`. Returns JSON values; `forms` has the difference of each form's logits from the
-    adapter's, the NLL by task, and the mean NLL difference per example with its standard error, or `why_not`.
-    """
-    model = trained.model
-    examples = {task: each for task, each in validation_examples(trained.recipe).items() if each}
-    sequences = comparison_text(trained.tokenizer, examples, max_tokens=1024, max_length=256).sequences
-    device = next(model.parameters()).device
-    forms: dict[str, Form | str] = {"adapter": lambda _path, _layer: None, **export_forms(trained, dtype)}
-    found: dict[str, dict[str, Any]] = {}
-    reference: list[Tensor] = []
-    before: EvaluationResult | None = None
-    with float32_arithmetic(model), bar(console, "auditing") as progress:
-        for number, (name, form) in enumerate(forms.items(), start=1):
-            progress(number, len(forms))
-            if isinstance(form, str):
-                found[name] = {"why_not": form}
-                continue
-            with in_form(model, form):
-                logits = [logits_of(model, torch.tensor([ids], device=device)) for ids in sequences]
-                reference = reference or logits
-                difference = LogitDifference()
-                for expected, own in zip(reference, logits, strict=True):
-                    difference.add(expected, own)
-                found[name] = {"logits": difference.to_dict()}
-                if examples:
-                    result = evaluate(model, trained.tokenizer, examples, limit=_NUM_EXAMPLES)
-                    before = before or result
-                    pairs = zip(result.per_example, before.per_example, strict=True)
-                    gap = mean_stderr([own["nll"] - other["nll"] for own, other in pairs])
-                    found[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
-                    found[name]["nll_difference"] = {"mean": gap.value, "stderr": gap.stderr}
-    num_examples = 0 if before is None else len(before.per_example)
-    return {"num_positions": sum(map(len, sequences)), "num_examples": num_examples, "forms": found}
-
-
-def export_forms(trained: TrainedRun, dtype: torch.dtype) -> dict[str, Form | str]:
-    """The weights of each form of a LoRA or DoRA model, or why the form is not possible."""
-    model, base = trained.model, trained.recipe.base
-    source = find_source(trained.recipe)
-    of_source, stored, quantized = no_original(trained.recipe, source), dict[str, Stored](), set[str]()
-    if not of_source:
-        empty = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
-        stored = tensors_of_source(source, empty)
-        quantized = layers_to_quantize(empty, quantization_of(base))
-
-    def merged(_path: str, layer: Layer, to: torch.dtype = dtype) -> Weight | None:
-        return layer.merged_weight(to) if isinstance(layer, AdaptedLinear) else None
-
-    def original(path: str, layer: Layer) -> Weight | None:
-        if path not in quantized:
-            return None
-        weight = stored[f"{path}.weight"].read()
-        assert isinstance(weight, Tensor)
-        if isinstance(layer, FrozenLinear):
-            return weight.float().to(layer.device, dtype)
-        return layer.merged_weight(dtype, base=weight.float().to(layer.base.device))
-
-    def requantized(path: str, layer: Layer) -> Weight | None:
-        packed = layer.base.packed_weight if isinstance(layer, AdaptedLinear) else None
-        if packed is None or isinstance(layer, FrozenLinear):
-            return merged(path, layer)
-        return quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
-
-    try:
-        check_foldable(model, torch.float32)
-        of_nf4 = ""
-    except UserError as error:
-        of_nf4 = error.faults[0]
-    return {
-        "base": lambda _path, layer: layer.base.stored_weight if isinstance(layer, AdaptedLinear) else None,
-        "merged": merged,
-        "original": of_source or original,
-        "requantized": requantized if base.quant in FOUR_BIT_KINDS else "the base is not in 4 bits",
-        # g W and s g B A, which its files hold, add up to the merged weight within float32's rounding.
-        "nf4-lora": of_nf4 or partial(merged, to=torch.float32),
-    }
-
-
-@contextmanager
-def in_form(model: PreTrainedModel, form: Form) -> Iterator[None]:
-    """Inside the block `model` has the layers of a form; afterwards it is as it was."""
-    layers: dict[str, Layer] = {**adapted_layers(model)}
-    layers |= {path: layer for path, layer in frozen_layers(model).items() if path.removesuffix(".base") not in layers}
-    try:
-        for path, layer in layers.items():
-            if (weight := form(path, layer)) is not None:
-                base = layer.base if isinstance(layer, AdaptedLinear) else layer
-                replace_module(model, path, frozen_like(base, weight, base.bias).eval())
-        yield
-    finally:
-        for path, layer in layers.items():
-            replace_module(model, path, layer)
-
-
-def audit_table(found: Mapping[str, Any]) -> str:
-    """The result of `audit` in Markdown."""
-    tasks = list(found["forms"]["adapter"].get("nll_per_token", {}))
-    columns = ["form", "largest logit difference", "mean KL (nats)", "same next token"]
-    columns += [f"NLL per token, {task}" for task in tasks]
-    rows = []
-    for name, form in found["forms"].items():
-        if "why_not" in form:
-            rows.append([f"{name}: {form['why_not']}", *[""] * (len(columns) - 1)])
-            continue
-        largest, kl, same = (form["logits"][key] for key in ("max_logit_difference", "kl_mean", "argmax_agreement"))
-        nlls = (f"{form['nll_per_token'][task]:.4f}" for task in tasks)
-        rows.append([name, f"{largest:.3g}", f"{kl:.3g}", f"{same:.2%}", *nlls])
-    return markdown_table(columns, rows)

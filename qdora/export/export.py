@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.export.compare import audit, audit_table, comparison_text, validation_examples
+from qdora.export.compare import comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
 from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
@@ -33,7 +33,7 @@ from qdora.model.checkpoint import shorten, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import parse_size
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import card_files, run_card
@@ -61,9 +61,6 @@ def export_run(
     place, notes = out.absolute(), []
     with ExitStack() as stack:
         path = stack.enter_context(_opened(run, options))
-        kind = recipe_of_run(open_run(path).recipe_file).adapter.kind
-        if options.audit and kind not in ("lora", "dora"):
-            raise UserError(f"--audit: needs a LoRA or DoRA adapter, got adapter.kind: {kind}. Fix: remove --audit.")
         with disk_failures(out, "name another directory"):
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
@@ -83,12 +80,6 @@ def export_run(
             if zeros["kept"] < zeros["pruned"]:
                 still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
                 notes.append(f"the merge is dense: {still}; adapter.mask: keep keeps them all")
-        if options.audit and (check is None or check["passed"]):
-            if options.base == "original":
-                del trained
-                trained = load_run(path, step=options.step)
-            document["audit"] = audit(trained, _merged_dtype(trained.model.config.model_type, options), console)
-            notes.append(audit_table(document["audit"]))
         card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))

@@ -98,8 +98,6 @@ class ExportOptions(Which):
     """Quantise the merged model to 4 bits again."""
     shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
     """Largest weights file, such as 2GB."""
-    audit: bool = False
-    """Also compare all forms of the model (slow)."""
     push: str | None = None
     """Upload it to this repository of the Hub; a new one is private."""
     public: bool = False
