@@ -185,8 +185,8 @@ class Sampling(Options):
 class RankSettings(Options):
     """How `qdora rank` chooses."""
 
-    method: Literal["curvature", "svd", "gradient", "gates"] = "curvature"
-    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
+    method: Literal["curvature", "svd", "gates"] = "curvature"
+    """curvature, svd (of the trained update), or gates (the ranks that the run's own gates chose)."""
     budget: str | None = None
     """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -211,9 +211,8 @@ class RankSettings(Options):
     about 8 MiB a token of a 135M model."""
 
     used_with: ClassVar = (
-        ("budget threshold max_rank layers", "method", "curvature svd gradient"),
-        ("examples micro_batch_tokens", "method", "curvature gradient"),
-        ("draws eigenvalues curvature norm", "method", "curvature"),
+        ("budget threshold max_rank layers", "method", "curvature svd"),
+        ("examples micro_batch_tokens draws eigenvalues curvature norm", "method", "curvature"),
     )
 
     def faults(self) -> Iterator[str]:
