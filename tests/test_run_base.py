@@ -252,7 +252,7 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned):
 
 def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
-    chosen = override(given, ["base.residency=host", "base.streamed_blocks=1", "memory.host_embeddings=true"])
+    chosen = override(given, ["base.residency=host", "base.streamed_blocks=1"])
     divided = divided_recipe(chosen)
     keep_residency(run, given, given)
     assert not (tmp_path / FILE).exists()
