@@ -35,18 +35,18 @@ logger = logging.getLogger("qdora")
 _POSITIONS = 64  # compared at a time: bounds the float64 copies of the logits to 64 x vocabulary
 # Relative error of one rounding to the dtype.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# In units of the spread (standard deviation over the vocabulary) of the logits. Measured on SmolLM2-135M with all 210
-# layers adapted and moved: rounding its weights costs on average 2.7 roundings in float16 and 3.3 in bfloat16, and
-# float32 arithmetic in another order of summation 3e-6. The largest of 4 million differences is 8 to 13 times the mean.
+# In units of the spread (standard deviation over the vocabulary) of the logits. Measured on SmolLM2-135M, all layers
+# adapted: rounding its weights costs 2.7 roundings in float16 and 3.3 in bfloat16 on average, another order of float32
+# sums 3e-6. The largest of 4 million differences is 8 to 13 times the mean.
 _ROUNDINGS_ALLOWED = 16.0
 _ARITHMETIC_ALLOWED = 3e-5
 _MAX_OVER_MEAN = 40.0
-# At a rare position any rounding is amplified a hundredfold (measured: bfloat16 arithmetic off by 30 at one of 579
-# positions, by 0.4 in the median). So the largest error allowed at a position is in units of the running model's own
-# error there, scaled from its dtype to the stored one. Over 579 positions of SmolLM2-135M, float16 and bfloat16 exports
-# were at 0.26 in the median and at most at 0.78. The limit is above 1, since each of the two errors is one draw.
+# A rare position amplifies any rounding a hundredfold (bfloat16 arithmetic: 30 at one of 579, 0.4 in the median), so
+# the largest error allowed there is in units of the running model's own error, scaled from its dtype to the stored one.
+# Measured: 0.26 in the median, at most 0.78. Above 1, since each of the two errors is one draw.
 _OVER_OWN_NOISE = 2.0
 _NUM_TEXTS = 24  # about 2,000 tokens: enough for a maximum over positions to be meaningful
+_MAX_TOKENS, _MAX_LENGTH = 2048, 512
 _DIFFER = {
     "mean_logit_difference": "the logits of the export differ from those of the trained model",
     "kl_mean": "the probabilities of the export differ from those of the trained model (KL, in nats)",
@@ -67,19 +67,11 @@ class ComparisonText:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def comparison_text(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Mapping[str, Sequence[Example]],
-    *,
-    max_tokens: int = 2048,
-    max_length: int = 512,
-) -> ComparisonText:
-    """The text of 24 examples, at most `max_length` tokens of each and `max_tokens` in total."""
-    texts = texts_of(examples)
-    sequences: list[list[int]] = []
-    left = max_tokens
+def comparison_text(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]]) -> ComparisonText:
+    """The text of 24 examples, at most 512 tokens of each and 2,048 in total."""
+    texts, sequences, left = texts_of(examples), list[list[int]](), _MAX_TOKENS
     for text in texts:
-        ids = list(tokenizer(text)["input_ids"])[: min(max_length, left)]
+        ids = list(tokenizer(text)["input_ids"])[: min(_MAX_LENGTH, left)]
         if ids:
             sequences.append(ids)
             left -= len(ids)
@@ -118,10 +110,7 @@ class LogitDifference:
     same: list[float] = field(default_factory=list)  # 1 where both have the same argmax
 
     def add(self, logits: Tensor, other: Tensor) -> None:
-        """Add positions, (positions, vocabulary) in any float dtype.
-
-        KL(logits || other) is computed in float64: it is of second order in the difference.
-        """
+        """Add positions, (positions, vocabulary). KL(logits || other) in float64: it is of second order."""
         pairs = zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True)
         for first, second in ((first.double(), second.double()) for first, second in pairs):
             gap = (first - second).abs()
@@ -184,8 +173,7 @@ def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
 
-    Frozen layers stay as they are: they compute in the dtype of the activations. The cost is a float32 copy of what is
-    not packed (embeddings, head, adapters).
+    Frozen layers stay as they are: they compute in the dtype of the activations.
     """
     parameters: list[tuple[torch.nn.Parameter, Tensor]] = []
     buffers: list[tuple[torch.nn.Module, str, Tensor]] = []
@@ -217,24 +205,21 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 def verdict(
     total: Comparison | None, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
 ) -> dict[str, Any]:
-    """Decide whether an export passes, from its logits and from the `faults` of reloading and of its files.
+    """Decide whether an export passes, from its logits and the `faults` found before; returns JSON values.
 
-    The mean difference of the logits may be 16 roundings to `stored` of their spread, or, in models that amplify errors
-    more, the running model's own error scaled from its dtype to the stored one. The mean KL is at most of the order of
-    the squared difference. Of a `lossy` format only NaN is a fault. Returns JSON values: the three differences, the
-    tolerance, `passed`, `faults`, and `ill_conditioned`, the number of positions whose error is above the tolerance but
-    explained by the running model's own error there. Without logits `num_positions` is 0.
+    The mean difference of the logits may be 16 roundings to `stored` of their spread, or the running model's own error
+    scaled from its dtype to the stored one; the mean KL the squared difference. Of a `lossy` format only NaN is a
+    fault. `ill_conditioned` counts positions over the tolerance that the running model's own error explains.
     """
     result: dict[str, Any] = {
-        "dtype": str(stored).removeprefix("torch."),
-        "running_dtype": str(running_dtype).removeprefix("torch."),
+        name: str(dtype).removeprefix("torch.") for name, dtype in (("dtype", stored), ("running_dtype", running_dtype))
     }
     if total is None:
         return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
     errors, noises = total.exported_vs_reference.largest, total.reference_vs_running.largest
     spread = sum(total.spread) / len(total.spread)
-    # A model that runs in float32 has no error of its own, so it explains nothing.
+    # A model that runs in float32 has no error of its own.
     scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
     mean = math.inf if lossy else mean + _ARITHMETIC_ALLOWED * spread
@@ -248,9 +233,8 @@ def verdict(
     ]
     if wrong:
         worst = max(wrong, key=lambda at: math.inf if math.isnan(errors[at]) else errors[at])
-        where = f"at {len(wrong)} of {len(errors)} positions, most at position {worst}"
-        allowed = f"(allowed {tolerance['max_logit_difference']:.3g})"
-        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed} {where}")
+        allowed = f"(allowed {tolerance['max_logit_difference']:.3g}), most at position {worst}"
+        faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed}")
     return {
         "passed": not faults,
         "faults": faults,

@@ -49,11 +49,9 @@ def export_nf4_lora(
 ) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
-    The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32. What is not
-    quantised (embeddings, norms, head) is in `dtype`, as the products of bitsandbytes; default: the model's own, which
-    rounds nothing. `published_as` is the Hub id that `directory` will have, for the adapter's file; without it the file
-    names no base, since a path would be wrong as soon as the directory is moved. `options` are those of
-    `write_checkpoint`. Returns what was written, for export.json.
+    lora_A is as it is stored, lora_B = g B in float32. What is not quantised is in `dtype`; default: the model's own,
+    which rounds nothing. `published_as` is the Hub id of `directory`, for the adapter's file; without it the file names
+    no base. `options` are those of `write_checkpoint`. Returns what was written, as JSON.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
@@ -152,12 +150,10 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     else:
         for path, layer in frozen.items():
             if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
-                faults.append(
-                    f"{path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of the block size "
-                    f"{layer.block_size}, so some blocks cross from one row into the next, and no gain can scale them"
-                )
+                size = f"in_features {layer.in_features} is no multiple of the block size {layer.block_size}"
+                faults.append(f"{path.removesuffix('.base')}: {size}")
         faults += [
-            f"{path} is a DoRA layer on a dense weight, and rounding g W to {dtype} loses digits; use --dtype float32"
+            f"{path} is a DoRA layer on a dense weight, which needs --dtype float32"
             for path, layer in layers.items()
             if layer.magnitude is not None and layer.base.kind == "dense" and dtype != torch.float32
         ]
