@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -150,7 +149,7 @@ def test_each_form_with_its_card_is_the_model_that_was_trained(dora_run, tmp_pat
     assert options.requantize or gap.abs().max() < (5e-3 if is_dense else 2e-5)  # float16, or float32
 
 
-def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplog):
+def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path):
     config = Gemma2Config(**support.LM_SIZES | {"vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
@@ -158,7 +157,6 @@ def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplo
     for dtype, written in ((None, "bfloat16"), ("float16", "float16")):
         export_run(tmp_path / "run", tmp_path / written, ExportOptions(dtype=dtype))
         assert json.loads((tmp_path / written / "config.json").read_text())["dtype"] == written
-        assert ("--dtype float16: activations of gemma2 models can overflow" in caplog.text) == (dtype is not None)
 
 
 def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
@@ -166,7 +164,7 @@ def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
     check_servable(model)
     layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
     layer.base.stored_weight[3] = layer.lora_B.data[3] = layer.base_squared[3] = 0.0
-    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* Fix: use --format merged or --format nf4-lora"):
+    with pytest.raises(UserError, match=r"up_proj: PEFT gives NaN .* Fix: use --format merged"):
         check_servable(model)
 
 
@@ -233,27 +231,24 @@ def test_options_without_effect_are_refused_and_others_are_not(options, words):
 
 
 def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run, tmp_path, monkeypatch):
-    """The working directory would be replaced under the feet of whoever stands in it; a mount point cannot be."""
+    """The working directory would be replaced under the feet of whoever stands in it."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
-    for name in ("here", "disk"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     for place, words in (
         *((tmp_path / name, "Fix: name another directory") for name in ("file/out", "n" * 250, "n" * 300)),
         (Path("/proc/x/y"), "/proc/x/y: .* Fix: name another directory"),
         (tmp_path / "file", "must be a new or empty directory"),
         (tmp_path / "link", "must be a new or empty directory"),
         (tmp_path, "must be a new or empty directory"),
-        (Path(), r"\.: .*Fix: name a directory inside it"),
-        (tmp_path / "disk", r"disk: .*Fix: name a directory inside it"),
+        (Path(), r"\.: .*not the working directory"),
     ):
         with pytest.raises(UserError, match=words):
             export_run(dora_run, place, PEFT)
     with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here", "link"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here", "link"]
 
 
 # --- what is left where an export stops

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.errors import UserError
-from qdora.export.compare import comparison_text
 from qdora.export.export import export_run
-from qdora.export.verify import verify_merged
+from qdora.export.verify import comparison_text, verify_merged
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.inject import adapted_layers

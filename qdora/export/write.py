@@ -89,7 +89,12 @@ def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSourc
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     stacked = {f"{path}.weight": path for path in stacks(model)}
     single = {name: source.shaped for name, source in sources.items() if name not in redundant | stacked.keys()}
-    names = _checkpoint_names(model, single)
+    # If the published form stacks or splits tensors, the module's names stay.
+    theirs = library_names(model)
+    named = {theirs.get(name, name): tensor for name, tensor in single.items()}
+    published = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
+    renames = published.keys() == {id(tensor) for tensor in single.values()}
+    names = {name: published[id(tensor)] if renames else name for name, tensor in single.items()}
     specs: dict[str, TensorSpec] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, source in sources.items():
@@ -172,16 +177,6 @@ def _piece(source: Source, piece: Published) -> Tensor:
     return rows.view(experts, size, columns).mT
 
 
-def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
-    """Module name -> published name. If the published form stacks or splits tensors, the module's names stay."""
-    theirs = library_names(model)
-    named = {theirs.get(name, name): tensor for name, tensor in shaped.items()}
-    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
-    if stored.keys() != {id(tensor) for tensor in shaped.values()}:
-        return {name: name for name in shaped}
-    return {name: stored[id(tensor)] for name, tensor in shaped.items()}
-
-
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
     config: PreTrainedConfig = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -224,7 +219,9 @@ def write_checkpoint(
             tensor = plan.makers[spec.name]()
             if tensor.is_floating_point():
                 largest = max(largest, (_largest(spec, tensor), spec.name), key=lambda each: each[0])
-            yield _cast(spec, tensor)
+            flat = tensor.detach().reshape(-1)
+            starts = range(0, flat.numel(), _SLICE)
+            yield (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in starts)
             done += spec.num_bytes
             if progress is not None:
                 progress(done, total_bytes)
@@ -249,11 +246,6 @@ def write_checkpoint(
         "max_abs": largest[0],
         "max_abs_tensor": largest[1],
     }
-
-
-def _cast(spec: TensorSpec, tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.detach().reshape(-1)
-    return (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in range(0, flat.numel(), _SLICE))
 
 
 def _largest(spec: TensorSpec, tensor: Tensor) -> float:
