@@ -1,9 +1,8 @@
 """Export a run as one GGUF file for llama.cpp, and check that the file holds the merged model.
 
-llama.cpp's own programs write the file from a merged checkpoint, in processes of their own without the network: a
-script in its repository (`convert_hf_to_gguf.py`) converts, and a compiled program (`llama-quantize`), or the same
-function in the package llama-cpp-python, quantises. The check reads the tensors as those of a base are read, which
-shares no code with the converter, and lets llama-cpp-python compute logits where it is installed.
+llama.cpp's `convert_hf_to_gguf.py` converts a merged checkpoint, and `llama-quantize`, or the same function in the
+package llama-cpp-python, quantises it. The check reads the tensors as those of a base are read, which shares no code
+with the converter, and lets llama-cpp-python compute logits where it is installed.
 """
 
 from __future__ import annotations

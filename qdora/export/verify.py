@@ -203,29 +203,21 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
     Frozen layers stay as they are: they compute in the dtype of the activations.
     """
-    parameters: list[tuple[torch.nn.Parameter, Tensor]] = []
-    buffers: list[tuple[torch.nn.Module, str, Tensor]] = []
     attention = model.config._attn_implementation
+    tensors = list[Tensor | None](model.parameters())
+    for module in model.modules():
+        if not isinstance(module, FrozenLinear):
+            tensors += module._buffers.values()
+    narrow = [(each, each.data) for each in tensors if each is not None and each.dtype in NARROW]
     try:
         if attention is not None and "flash" in attention:  # flash kernels have no float32
             model.set_attn_implementation("sdpa" if softcap_of(model.config) is None else "eager")
-        for parameter in model.parameters():  # each once, shared ones too
-            if parameter.dtype in NARROW:
-                parameters.append((parameter, parameter.data))
-                parameter.data = parameter.data.float()
-        for module in model.modules():
-            if isinstance(module, FrozenLinear):
-                continue
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.dtype in NARROW:
-                    buffers.append((module, name, buffer))
-                    module._buffers[name] = buffer.float()
+        for tensor, data in narrow:
+            tensor.data = data.float()
         yield
     finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for tensor, data in narrow:
+            tensor.data = data
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
 
@@ -331,9 +323,9 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     weights = compare_weights(model, weight, torch.float32)
     faults += _faults_of_files(model, directory, files, text, weights)
     stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
-    exact = stored == model.dtype and not trained_matrices(model)  # trained rows are float32 and are rounded
-    found = verdict(total, faults, torch.float32 if exact else stored, model.dtype)
-    return found | {"num_texts": len(text.sequences), "weights": weights}
+    if stored == model.dtype and not trained_matrices(model):  # trained rows are float32 and are rounded
+        stored = torch.float32
+    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
 
 
 def _compared(
