@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qdora.export.compare import LogitDifference, texts_of, validation_examples
 from qdora.export.export import export_run
+from qdora.export.verify import LogitDifference, texts_of, validation_examples
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run

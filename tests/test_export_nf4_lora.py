@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.export.compare import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.verify import verify_nf4_lora
+from qdora.export.verify import ComparisonText, float32_arithmetic, verify_nf4_lora
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import recipe_from

@@ -1,10 +1,9 @@
-"""qdora export of a whole run in every format, its audit and upload, and what is left where it stops."""
+"""qdora export of a whole run in every format, its upload, and what is left where it stops."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 from qdora.errors import RunFailure, UserError
 from qdora.export import export as export_module
 from qdora.export import write
-from qdora.export.compare import audit_table, export_forms, float32_arithmetic, in_form
 from qdora.export.export import check_servable, export_run, push
 from qdora.files.atomic import work_lock
 from qdora.model.adapter_file import load_adapter
@@ -120,9 +118,7 @@ def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path):
         ("nf4-lora", NF4, "PeftModel.from_pretrained"),
     ],
 )
-def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
-    dora_run, tmp_path, form, options, words
-):
+def test_each_form_with_its_card_is_the_model_that_was_trained(dora_run, tmp_path, form, options, words):
     out, beside = tmp_path / "out", {"README.md": "---\nlicense: mit\n---\n", "LICENSE": "Permission is granted"}
     for name, text in beside.items():
         (dora_run.parent / "model" / name).write_text(text)
@@ -148,17 +144,12 @@ def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
     reloaded = load_model(resolve(str(out)), compute_dtype=torch.float32, **how)
     if form == "nf4-lora":
         load_adapter(reloaded, out / "adapter")
-    trained = load_run(dora_run)
-    running, held = trained.model, export_forms(trained, torch.float16)[form]
-    before = support.logits_of(running, IDS)
-    with float32_arithmetic(running), in_form(running, held):
-        found = support.logits_of(running, IDS)
-    # fp16 also rounds the embeddings of the files
-    assert (found - support.logits_of(reloaded, IDS)).abs().max() < (5e-3 if is_dense else 2e-5)
-    assert torch.equal(support.logits_of(running, IDS), before)
+    running = load_run(dora_run, original=form == "original").model
+    gap = support.logits_of(running, IDS) - support.logits_of(reloaded, IDS)
+    assert options.requantize or gap.abs().max() < (5e-3 if is_dense else 2e-5)  # float16, or float32
 
 
-def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplog):
+def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path):
     config = Gemma2Config(**support.LM_SIZES | {"vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
@@ -166,7 +157,6 @@ def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplo
     for dtype, written in ((None, "bfloat16"), ("float16", "float16")):
         export_run(tmp_path / "run", tmp_path / written, ExportOptions(dtype=dtype))
         assert json.loads((tmp_path / written / "config.json").read_text())["dtype"] == written
-        assert ("--dtype float16: activations of gemma2 models can overflow" in caplog.text) == (dtype is not None)
 
 
 def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
@@ -174,7 +164,7 @@ def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
     check_servable(model)
     layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
     layer.base.stored_weight[3] = layer.lora_B.data[3] = layer.base_squared[3] = 0.0
-    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* Fix: use --format merged or --format nf4-lora"):
+    with pytest.raises(UserError, match=r"up_proj: PEFT gives NaN .* Fix: use --format merged"):
         check_servable(model)
 
 
@@ -187,22 +177,6 @@ def test_a_tokenizer_keeps_what_llama_cpp_needs(tmp_path):
     assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
     assert json.loads((tmp_path / "out/added_tokens.json").read_text())["<new>"] == len(tokenizer) - 1
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a <new>").input_ids == tokenizer("a <new>").input_ids
-
-
-def test_the_audit_compares_every_form(dora_run, tmp_path):
-    options = ExportOptions(base="original", dtype="float32", audit=True)
-    found = export_run(dora_run, tmp_path / "out", options)["audit"]
-    assert json.loads((tmp_path / "out/export.json").read_text())["audit"] == json.loads(json.dumps(found))
-    forms = found["forms"]
-    assert forms["adapter"]["logits"]["max_logit_difference"] == 0
-    for name in ("merged", "nf4-lora"):
-        assert forms[name]["logits"]["kl_mean"] < 1e-9
-        assert abs(forms[name]["nll_difference"]["mean"]) < 1e-4
-    for name in ("original", "requantized", "base"):
-        assert forms[name]["logits"]["kl_mean"] > 1e-6
-        assert forms[name]["nll_per_token"].keys() == {"sums", "letters"}
-    rows = audit_table(found).splitlines()[2:]
-    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(forms)
 
 
 # --- uploads
@@ -257,27 +231,24 @@ def test_options_without_effect_are_refused_and_others_are_not(options, words):
 
 
 def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run, tmp_path, monkeypatch):
-    """The working directory would be replaced under the feet of whoever stands in it; a mount point cannot be."""
+    """The working directory would be replaced under the feet of whoever stands in it."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
-    for name in ("here", "disk"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     for place, words in (
         *((tmp_path / name, "Fix: name another directory") for name in ("file/out", "n" * 250, "n" * 300)),
         (Path("/proc/x/y"), "/proc/x/y: .* Fix: name another directory"),
         (tmp_path / "file", "must be a new or empty directory"),
         (tmp_path / "link", "must be a new or empty directory"),
         (tmp_path, "must be a new or empty directory"),
-        (Path(), r"\.: .*Fix: name a directory inside it"),
-        (tmp_path / "disk", r"disk: .*Fix: name a directory inside it"),
+        (Path(), r"\.: .*not the working directory"),
     ):
         with pytest.raises(UserError, match=words):
             export_run(dora_run, place, PEFT)
     with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here", "link"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here", "link"]
 
 
 # --- what is left where an export stops
@@ -289,7 +260,6 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
         (PEFT, "json_bytes", OSError(errno.ENOSPC, "No space left")),  # the last file
         (ExportOptions(), "run_card", KeyboardInterrupt()),  # after the check
         (NF4, "verify_nf4_lora", torch.OutOfMemoryError("20 GiB")),
-        (ExportOptions(format="peft", audit=True), "audit", torch.OutOfMemoryError("20 GiB")),
     ],
 )
 def test_a_directory_of_that_name_holds_a_checked_export_or_does_not_exist(

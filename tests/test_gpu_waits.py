@@ -22,7 +22,7 @@ from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.spans import Span, score_spans
 from qdora.files.run_directory import RunDirectory
 from qdora.memory import stream as offload
-from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
+from qdora.memory.stream import ActivationOffload, HostResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
@@ -93,12 +93,10 @@ def one_step(packed=False):
     return SimpleNamespace(batching=batching, step=step, next_step=lambda: step, state_dict=dict)
 
 
-def model_on(device, source, *, streamed=False, host_embedding=False, offload=False, **adapters):
+def model_on(device, source, *, streamed=False, offload=False, **adapters):
     """NF4, DoRA of rank 4 in bf16, blocks that are recomputed."""
     options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "device": device}
     options["placer"] = HostResidency(None, copies=CopiesNow) if streamed else None
-    if host_embedding:
-        options["before_reading"] = keep_embedding_on_host
     model = load_model(resolve(str(source)), **options)
     generator = torch.Generator().manual_seed(0)
     inject(model, **{"kind": "dora", "rank": 4, "dtype": torch.bfloat16, "generator": generator} | adapters)
@@ -147,15 +145,14 @@ CASES: dict[str, dict[str, Any]] = {
     "streamed": {"streamed": True},
     "packed": {"packed": True},
     "dropout": {"dropout": 0.25},
-    "host embedding": {"host_embedding": True},
     "offload": {"offload": True},
     "lora": {"kind": "lora"},
     "gates": {"gates": GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=2, shrink_every=1, lr=0.1)},
 }
 FAST = ("padded", "streamed")
 ONCE = Counter({"train/passes.py: read = joined.tolist()": 1})
-# Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
-MORE_COPIES = {"host embedding": 1, "offload": 4}
+# Of a micro-batch, beside the one of its inputs: the inputs of two blocks out and back.
+MORE_COPIES = {"offload": 4}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES])

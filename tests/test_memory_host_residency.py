@@ -1,4 +1,4 @@
-"""Host memory: frozen weights copied into slots as late as they may be, the input embedding, checkpoints."""
+"""Host memory: frozen weights copied into slots as late as they may be, and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qdora.adapter.rows import HostEmbedding
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
-from qdora.export.compare import float32_arithmetic
 from qdora.export.export import export_run
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import stream
@@ -35,26 +33,22 @@ from qdora.memory.stream import (
     HostResidency,
     Piece,
     Ring,
-    check_host_embedding,
     interleaved,
-    keep_embedding_on_host,
 )
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
 from qdora.model.store import BaseCache
 from qdora.plan.fake_step import empty_model
-from qdora.plan.fit import plan
-from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes, streamed_blocks
+from qdora.plan.plan import public_shapes, streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import recipe_from
 from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train.logs import measure
 from tests import support
 from tests.false_gpu import FakeCuda, FakeCudart, is_mapped
-from tests.support import CHECKPOINT_SIZES, LateCopies, assert_same_run, stream_on_cpu
+from tests.support import LateCopies, assert_same_run, stream_on_cpu
 
 ALL = "all-linear"
 
@@ -272,7 +266,7 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
     driver = FakeCudart(most=1 << 20).put_in(monkeypatch)
     monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.AcceleratorError("CUDA error: out of memory")))
     with pytest.raises(UserError, match=r"the system refuses them \(out of memory \(2\)\)\. Fix: lower"):
-        stream._pin(pieces_of((2048, 2048), num_blocks=1), torch.device("cuda"), 1 << 40, 0)
+        stream._pin(pieces_of((2048, 2048), num_blocks=1), torch.device("cuda"), 1 << 40)
     assert driver.log == []
 
 
@@ -280,7 +274,7 @@ def test_memory_is_locked_as_long_as_a_view_of_it_lives(monkeypatch: pytest.Monk
     driver = FakeCudart().put_in(monkeypatch)
     pieces = pieces_of((64, 64), (64, 128), num_blocks=2)
     size = sum(piece.num_bytes for piece in pieces)
-    stream._pin(pieces, torch.device("cuda"), size, 0)
+    stream._pin(pieces, torch.device("cuda"), size)
     assert list(driver.locked.values()) == [size]
     (address,) = driver.locked
     view = pieces[1].tensors(pieces[1].host, "1")["packed"]
@@ -299,7 +293,7 @@ def test_pinned_memory_is_as_large_as_the_packed_base(monkeypatch: pytest.Monkey
     monkeypatch.setattr(mmap, "MAP_PRIVATE", mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE: more than the machine has
     weights = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
     pieces = pieces_of(*weights, num_blocks=32)
-    stream._pin(pieces, torch.device("cuda"), 1 << 40, 0)
+    stream._pin(pieces, torch.device("cuda"), 1 << 40)
     # Half a byte a weight, a byte for 64 of them, and a float32 for 256 of those
     num_weights = 32 * sum(rows * columns for rows, columns in weights)
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
@@ -308,94 +302,6 @@ def test_pinned_memory_is_as_large_as_the_packed_base(monkeypatch: pytest.Monkey
     model = empty_model(config, support.config_source(), torch.bfloat16, "sdpa")
     planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
-
-
-def test_an_embedding_on_the_host_changes_no_number(source: Path) -> None:
-    options: dict[str, Any] = {"quant": "nf4", "before_reading": keep_embedding_on_host}
-    there = load_model(resolve(str(source)), compute_dtype=torch.float32, **options)
-    models = [support.adapt_streamed(model) for model in (support.resident_model(source), there)]
-    assert isinstance(there.get_input_embeddings(), HostEmbedding)
-    expected, found = (support.streamed_gradients(model) for model in models)
-    support.assert_equal_tensors(found, expected)
-    assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    assert "model.embed_tokens.weight" in models[1]._ddp_params_and_buffers_to_ignore  # wrappers do not send it
-    # float32 arithmetic widens it and gives it back
-    model = load_model(resolve(str(source)), compute_dtype=torch.bfloat16, **options)
-    other = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.bfloat16)
-    table = model.get_input_embeddings().weight
-    with torch.no_grad(), float32_arithmetic(model), float32_arithmetic(other):
-        found, expected = (each(input_ids=support.STREAMED_IDS[0]).logits for each in (model, other))
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected)
-    assert model.get_input_embeddings().weight is table
-    assert table.dtype == torch.bfloat16
-    # Token ids go where the rows go
-    there.get_input_embeddings().to("meta")
-    assert next(there.parameters()).device == there.device == torch.device("meta")
-
-
-def test_rows_go_to_the_device_and_the_table_stays() -> None:
-    """ "meta" is any device that is not the CPU."""
-    table = torch.randn(7, 4, dtype=torch.bfloat16)
-    embedding = HostEmbedding(table, torch.device("cpu"))
-    model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 2)).to("meta")
-    assert embedding.weight is table
-    assert {parameter.device.type for parameter in model.parameters()} == {embedding.device.type} == {"meta"}
-    rows: Tensor = embedding(torch.tensor([[1, 2, 3]]))
-    assert (rows.device.type, rows.shape) == ("meta", (1, 3, 4))
-    embedding.to(torch.float32)
-    assert torch.equal(embedding.weight, table.float())
-    # Its state is that of an embedding
-    assert embedding.state_dict().keys() == {"weight"}
-    embedding.load_state_dict({"weight": table.float() + 1})
-    assert torch.equal(embedding.weight, table.float() + 1)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        embedding.load_state_dict({})
-
-
-def plan_of(config: LlamaConfig, **memory: object) -> Plan:
-    document = {
-        "model": {"source": "somewhere/model", "dtype": "bfloat16"},
-        "adapter": {"targets": ["q_proj"]},
-        "data": {"mix": [{"task": "demo/facts"}], "max_length": 64},
-        "train": {"steps": 3, "batch": 2},
-        "memory": memory,
-    }
-    return plan(recipe_from(document), config=config)
-
-
-def one_block(**sizes: Any) -> LlamaConfig:
-    small = {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1}
-    return LlamaConfig(**CHECKPOINT_SIZES | small | sizes)
-
-
-def test_a_shared_or_computing_embedding_is_refused() -> None:
-    tied = one_block(tie_word_embeddings=True)
-    sizes = CHECKPOINT_SIZES | {"tie_word_embeddings": False, "head_dim": 16}
-    with torch.device("meta"):
-        models = LlamaForCausalLM(tied), Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
-    said = r"host_embeddings: must be false, .*embedding of llama is its output head", "gemma3_text does more than look"
-    for model, words in zip(models, said, strict=True):
-        with pytest.raises(UserError, match=words):
-            check_host_embedding(model)
-    with pytest.raises(UserError, match="output head as well"):
-        plan_of(tied, host_embeddings=True)
-
-
-def test_a_plan_has_the_embedding_on_the_host() -> None:
-    config = one_block()
-    there, here = plan_of(config, host_embeddings=True), plan_of(config)
-    table = config.vocab_size * config.hidden_size * 2
-    assert (there.embedding_bytes, here.embedding_bytes) == (table, 0)
-    assert here.components[DENSE] - there.components[DENSE] == table
-    # Rows of a micro-batch, in torch's pinned memory: a power of two, and as much for all shorter ones
-    pinned = there.host_bytes // 2
-    assert pinned & (pinned - 1) == here.host_bytes == 0
-    assert pinned / 2 < there.shape.num_tokens * config.hidden_size * 2 <= pinned
-    assert there.step_seconds is not None
-    assert here.step_seconds is not None
-    rows = there.shape.num_tokens * there.num_micro_batches * config.hidden_size * 2
-    assert there.step_seconds - here.step_seconds == pytest.approx(rows / ASSUMED["cuda"].link, rel=1e-6)
 
 
 class LateHost:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
+from qdora.adapter.rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
-from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapter_parameters, inject
 from qdora.model.tokens import (
@@ -64,7 +63,6 @@ def test_rows_that_the_base_never_trained():
     assert untrained_rows(model, everything, everything) == [2, 5, 7]
     assert untrained_rows(model, [0, 5], [8]) == [5]
     assert untrained_rows(model, [0], []) == []
-    model.embed = HostEmbedding(model.embed.weight.data, torch.device("cpu"))
     model.head = RowHead(model.head, TrainedRows([1], torch.ones(1, 6)))
     assert untrained_rows(model, everything, everything) == [2, 5, 7]
     model.head.base.weight.requires_grad_(True)
@@ -258,19 +256,3 @@ def test_added_tokens_get_the_next_ids_and_are_never_split():
     fault = rf"add_tokens: '<tool>' is token {size} of this tokenizer already"
     with pytest.raises(UserError, match=fault):
         add_tokens(tokenizer, ("<new>", "<tool>"))
-
-
-def test_an_embedding_on_the_host_takes_trained_rows(tmp_path):
-    support.base_model("qwen2").save_pretrained(tmp_path)
-    found = []
-    for hook in (None, keep_embedding_on_host):
-        model = support.load_checkpoint(tmp_path, quant="nf4", before_reading=hook)
-        extend_vocabulary(model, NEW)
-        inject(model, dtype=torch.float32, rank=2, generator=torch.Generator().manual_seed(0))
-        train_embeddings(model, BOTH, NEW)
-        support.move_all_parameters_(model)
-        loss = batch_loss(model, IDS, torch.ones_like(IDS), IDS.clone()).nll_sum
-        loss.backward()
-        found.append([loss, *(p.grad for p in adapter_parameters(model).values())])
-    assert isinstance(model.get_input_embeddings().base, HostEmbedding)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -315,8 +315,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
     options: dict[str, Any] = {"eval__tasks": [], "eval__limit": ..., "train__checkpoint_every": ..., "train__lr": 1e-2}
     options |= {"base__prune": prune, "base__quant": quant} | adapter
     train_run(support.tiny_recipe(tmp_path, **options), tmp_path / "run")
-    is_audited = (kind, quant, pattern) == RUNS[0]
-    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=is_audited))
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert result["verification"]["passed"]
     assert result["zeros"] == {"pruned": result["zeros"]["pruned"], "kept": result["zeros"]["pruned"]}
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -336,13 +335,8 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
         assert bool(zeros[~keep].all())
         if pattern == "2:4":
             assert int((~zeros).view(-1, 4).sum(1).max()) <= 2
-    if not is_audited:
+    if (kind, quant, pattern) != RUNS[0]:
         return
-    # The merge is the model; there is no source to merge on, and no plain LoRA that masks.
-    forms = result["audit"]["forms"]
-    assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < 1e-6 < forms["base"]["logits"]["kl_mean"]
-    assert "pruned" in forms["original"]["why_not"]
-    assert "cannot mask B A" in forms["nf4-lora"]["why_not"]
     for refused in ("peft", "nf4-lora"):
         with pytest.raises(UserError, match="cannot mask B A"):
             export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format=refused))

@@ -179,7 +179,7 @@ def test_all_changes_that_go_together_are_proposed(tmp_path):
     assert of(data__max_length=1024, adapter__rank=16, adapter__experts={"rank": 6}, memory__checkpointing=False) == [
         "train.micro_batch_tokens=1024", "memory.keep_scales=false", "memory.loss_chunk=64",
         "memory.checkpointing=true", "memory.checkpointing=true, memory.offload_activations=true",
-        "memory.host_embeddings=true", "base.residency=host, base.streamed_blocks=4",
+        "base.residency=host, base.streamed_blocks=4",
         "train.optimizer=paged_adamw_8bit", "adapter.rank=8, adapter.alpha=4", "adapter.experts.rank=3",
         "data.max_length=512, train.micro_batch_tokens=512, data.too_long=truncate",
     ]  # fmt: skip
@@ -194,7 +194,6 @@ def test_all_changes_that_go_together_are_proposed(tmp_path):
     for changes, streams in ((whole, True), ({"train__parallel": "shard"}, False)):
         settings = of(**changes)
         assert any("residency" in setting for setting in settings) is streams
-        assert not any("host_embeddings" in setting for setting in settings)
 
 
 def test_plan_and_run_say_the_same(tmp_path):

@@ -231,8 +231,7 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         ("model.trust_remote_code=true", "model.trust_remote_code commit"),
         ("model.trust_remote_code=true; model.source=o/m; model.revision=main", "model.trust_remote_code commit"),
         *((f"train.parallel=shard; {more}", "train.parallel shard") for more in (
-            FULL, MATRICES, HOST, "adapter.init=loftq", "memory.host_embeddings=true")),
-        *((f"memory.host_embeddings=true; {more}", "memory.host_embeddings false") for more in (FULL, MATRICES)),
+            FULL, MATRICES, HOST, "adapter.init=loftq")),
         ("model.add_tokens=[<a>]", "adapter.also_train embed_tokens"),
         (f"model.add_tokens=[<a>]; {NONE}", "model.add_tokens adapter.kind none"),
         (f"model.add_tokens=[<a>]; {HALF}; adapter.also_train=[embed_tokens]", "model.add_tokens base.prune.method"),

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.errors import UserError
-from qdora.export.compare import comparison_text
 from qdora.export.export import export_run
-from qdora.export.verify import verify_merged
+from qdora.export.verify import comparison_text, verify_merged
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
@@ -252,7 +251,7 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned):
 
 def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
-    chosen = override(given, ["base.residency=host", "base.streamed_blocks=1", "memory.host_embeddings=true"])
+    chosen = override(given, ["base.residency=host", "base.streamed_blocks=1"])
     divided = divided_recipe(chosen)
     keep_residency(run, given, given)
     assert not (tmp_path / FILE).exists()
@@ -330,7 +329,7 @@ def test_resumed_equals_uninterrupted(root, run, tmp_path):
 def test_exports_have_the_rows_and_the_tokens(run, tmp_path):
     loaded, out = load_run(run), tmp_path / "merged"
     ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    options: dict[str, Any] = {"merged": {"dtype": "float32", "audit": run.name == "rows"}, "nf4-lora": {}}
+    options: dict[str, Any] = {"merged": {"dtype": "float32"}, "nf4-lora": {}}
     options |= {"peft": {}} if run.name == "rows" else {}
     for form, own in options.items():
         exported = export_run(run, tmp_path / form, ExportOptions(format=form, **own), console=QUIET)

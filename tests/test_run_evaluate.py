@@ -20,8 +20,8 @@ from qdora.adapter import product as products_of_layers
 from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.spans import Span, score_spans
-from qdora.export.compare import compare_logits
 from qdora.export.export import export_run
+from qdora.export.verify import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import kernels

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -20,7 +19,7 @@ from qdora.export.export import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
 from qdora.plan.fit import plan
-from qdora.rank.gradient import gradient_spectra
+from qdora.rank.gradient import update_gradients
 from qdora.rank.rank import rank_faults, rank_run, ranks_of_gates
 from qdora.recipe.options import ExportOptions, RankSettings
 from qdora.recipe.recipe_file import load_recipe
@@ -75,9 +74,8 @@ def test_curvature_gives_a_recipe_that_trains(whole, root):
 
 
 def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix():
-    """Layers without a mask: `test_spectra_of_stacks_are_those_of_the_formed_matrices`."""
     model, batches = support.float64_adapted(masked=True), support.curved_batches()
-    found = gradient_spectra(model, list(CURVED_LAYERS), batches, 5, norm="held")
+    found = update_gradients(model, list(CURVED_LAYERS), batches, lambda _, gradient: gradient, norm="held")
     gains, keeps, moved = {}, {}, {}
     for name, layer in adapted_layers(model).items():
         base = layer.base.dequantized(torch.float64)
@@ -96,10 +94,7 @@ def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix():
         count += int((labels != -100).sum())
     gradients = torch.autograd.grad(total / count, list(moved.values()))
     for name, gradient in zip(moved, gradients, strict=True):
-        values = torch.linalg.svdvals(gradient * keeps[name]).square().numpy()
-        np.testing.assert_allclose(found[name].energies, values[:5], rtol=1e-6, atol=1e-12 * values[0])
-        assert found[name].total == pytest.approx(values.sum(), rel=1e-6)
-        assert found[name].cost == sum(gradient.shape)
+        torch.testing.assert_close(found[name], gradient * keeps[name], rtol=1e-6, atol=1e-9)
 
 
 def test_rivals_keep_to_what_was_asked(whole):
@@ -107,7 +102,7 @@ def test_rivals_keep_to_what_was_asked(whole):
     assert all(layer["rank"] == layer["effective_rank"] for layer in found["layers"].values())
     for asked, budget, most in (
         (RankSettings(method="svd", budget="50%"), 0.5, 4),
-        (RankSettings(method="gradient", max_rank=9, examples=4), 1, 9),
+        (RankSettings(layers=["k_proj"], max_rank=9, examples=2), 1, 9),
     ):
         found = rank_run(whole, asked, console=QUIET)
         assert found["budget"] == int(budget * found["num_parameters_of_run"])
@@ -123,8 +118,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"curvature": "fisher", "eigenvalues": 3}, "--curvature: 'fisher' 'hessian' 'gauss_newton'"),
     ({"curvature": "gauss_newton"}, "--curvature: --eigenvalues"),
     ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),
-    ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature or gradient, got"),
-    ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd or gradient, got"),
+    ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature, got"),
+    ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd, got"),
     ({"draws": 7}, "--draws: got 7, 0 (exact) 8"), ({"draws": -1}, "--draws: greater 0, got -1"),
     ({"method": "svd"}, "--budget: got 100% less than 100%"), ({"method": "gates"}, "no gates adapter.gates"),
     ({"threshold": 1.5}, "--threshold: less 1, got 1.5"), ({"threshold": 0.0}, "--threshold: greater 0, got 0.0"),
@@ -157,7 +152,7 @@ def test_layers_left_out_keep_their_scaling(root):
     run = root / "patterned"
     train_run(support.tiny_recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1), run, console=QUIET)
     before = {name: (layer.rank, layer.alpha) for name, layer in adapted_layers(load_run(run).model).items()}
-    asked = RankSettings(method="gradient", layers=["v_proj", "down_proj"], max_rank=9, examples=2)
+    asked = RankSettings(layers=["v_proj", "down_proj"], max_rank=9, examples=2)
     document = rank_run(run, asked, console=QUIET)
     assert any(layer["rank"] != layer["rank_of_run"] for layer in document["layers"].values())
     after, left_out = retrained(document, root / "patterned-again"), set(before) - set(document["layers"])
@@ -171,11 +166,9 @@ def test_a_masked_run(root):
     train_run(support.tiny_recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=QUIET)
     with pytest.raises(UserError, match=r"--method svd: with adapter\.mask keep"):
         rank_run(run, RankSettings(method="svd", budget="50%"), console=QUIET)
-    for method in ("gradient", "curvature"):
-        asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2)
-        document = rank_run(run, asked, console=QUIET)
-        assert load_recipe(document["recipe"]).adapter.mask == "keep"
-        assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
+    document = rank_run(run, RankSettings(layers=["k_proj"], max_rank=4, examples=2), console=QUIET)
+    assert load_recipe(document["recipe"]).adapter.mask == "keep"
+    assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ def test_a_matrix_that_gets_no_gradient_is_found(root: Path, tmp_path: Path, mon
     assert found["state"] == "warning"
 
 
-@pytest.mark.parametrize("setting", ["base__residency", "memory__offload_activations", "memory__host_embeddings"])
+@pytest.mark.parametrize("setting", ["base__residency", "memory__offload_activations"])
 def test_what_needs_a_gpu_is_refused(root: Path, tmp_path: Path, setting: str) -> None:
     value = "host" if setting == "base__residency" else True
     with pytest.raises(UserError, match=rf"{setting.replace('__', '.')}: .*needs a GPU"):

@@ -207,14 +207,13 @@ class AdaptedExperts(AdaptedLinear):
     def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
         return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
 
-    def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
-        return self.merged_rows(slice(0, self.out_features), dtype, base=base)
+        return self.merged_rows(slice(0, self.out_features), dtype)
 
-    def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+    def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""
-        wide = torch.promote_types(dtype, torch.float32)
-        weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
+        weight = self.base.dequantized_rows(rows, torch.promote_types(dtype, torch.float32))
         keep = self.base.keep_mask(rows) if self.masked else None
         factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
         return merged_rows(weight, rows.start, *factors, keep_mask=keep).to(dtype)

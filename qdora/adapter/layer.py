@@ -359,11 +359,10 @@ class AdaptedLinear(nn.Module):
         for parameter, parts in zip((self.lora_B, self.lora_A), zip(*factors, strict=True), strict=True):
             parameter.copy_(torch.stack(parts).view(parameter.shape))
 
-    def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that equals this layer without its bias: merged in float32 (float64 for float64),
-        cast once. `base`, (out, in), takes the place of the layer's own weight, in the norm as well."""
-        wide = torch.promote_types(dtype, torch.float32)
-        weight = self.base.dequantized(wide) if base is None else base.to(wide)
+        cast once."""
+        weight = self.base.dequantized(torch.promote_types(dtype, torch.float32))
         return self._merged(weight, self.magnitude).to(dtype)
 
     def _merged(self, weight: Tensor, magnitude: Tensor | None) -> Tensor:

@@ -1,5 +1,4 @@
-"""Rows of a matrix: those of an embedding that are trained, or that go from the host to a GPU, and those of a frozen
-weight that this process holds."""
+"""Rows of a matrix: those of an embedding that are trained, and those of a frozen weight that this process holds."""
 
 from __future__ import annotations
 
@@ -56,8 +55,8 @@ class TrainedRows(nn.Module):
 
 
 class RowEmbedding(nn.Module):
-    """An embedding that takes some rows from `trained`, and all others from its frozen base: nn.Embedding, a subclass
-    with `embed_scale` (Gemma), which scales the trained rows, too, or HostEmbedding."""
+    """An embedding with some rows from `trained`, the others from its frozen base: nn.Embedding, or a subclass with
+    `embed_scale` (Gemma), which scales the trained rows, too."""
 
     def __init__(self, base: nn.Module, trained: TrainedRows) -> None:
         super().__init__()
@@ -110,7 +109,7 @@ class RowHead(nn.Module):
 @torch.no_grad()
 def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
     """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
-    base: nn.Embedding | nn.Linear | HostEmbedding = module.base  # type: ignore[assignment]
+    base: nn.Embedding | nn.Linear = module.base  # type: ignore[assignment]
     return with_rows(base.weight, module.trained.ids.tolist(), module.trained.rows)
 
 
@@ -120,61 +119,6 @@ def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
     merged = weight.detach().to(torch.float32, copy=True)
     merged[list(ids)] = rows.detach().to(merged)
     return merged
-
-
-class HostEmbedding(nn.Module):
-    """A frozen embedding whose table stays on the CPU and whose rows go to `device`.
-
-    The table, `weight` (words, features), is a buffer, which `model.to` casts but does not move; it is on "meta" until
-    it is read. `rows` is an empty parameter with the dtype and the device of the rows, in no file: transformers reads
-    the dtype and the device of a model from its first parameter.
-    """
-
-    weight: Tensor
-    away = ("weight",)
-
-    def __init__(self, weight: Tensor, device: torch.device) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.rows = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rows go."""
-        return self.rows.device
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(...) token ids to (..., features) on `device`. For ids of a GPU the host waits (`ids_on_host` avoids it)."""
-        rows = functional.embedding(ids.to(self.weight.device), self.weight)
-        if self.device.type in ("cpu", "meta"):
-            return rows.to(self.device)
-        return rows.pin_memory().to(self.device, non_blocking=True)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostEmbedding:
-        weight = self._buffers.pop("weight")
-        assert weight is not None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers["weight"] = weight.to(self.rows.dtype)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}rows"]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows.detach()}, prefix, *args)
-
-
-@contextmanager
-def ids_on_host(model: Any, ids: Tensor) -> Iterator[None]:
-    """Inside, an input embedding on the host looks up these ids, of the CPU, in place of the same ones of a GPU."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    embedding = getattr(embedding, "base", embedding)
-    if not isinstance(embedding, HostEmbedding):
-        yield
-        return
-    with embedding.register_forward_pre_hook(lambda _module, _args: (ids,)):
-        yield
 
 
 class RowShare:

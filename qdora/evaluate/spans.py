@@ -24,7 +24,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qdora.adapter.layer import evaluation_mode
-from qdora.adapter.rows import ids_on_host
 from qdora.data.chats import shared_length
 from qdora.errors import first_line
 from qdora.files.console import Progress
@@ -331,7 +330,7 @@ def _scores(
         inputs |= {"position_ids": positions.to(device), "cache" if is_new else "past_key_values": cache}
     row, column = row.to(device), column.to(device)
     masks = known_masks(model, None, device) if past is None else nullcontext()
-    with masks, ids_on_host(model, ids), head_input(model, lambda hidden: hidden[row, column][None]):
+    with masks, head_input(model, lambda hidden: hidden[row, column][None]):
         output = model(input_ids=ids.to(device), attention_mask=mask.to(device), **inputs)
     sums = np.zeros(len(spans))
     if scored:

@@ -1,1 +1,1 @@
-"""Export a trained model in every form, verify it and audit it."""
+"""Export a trained model in every form, and verify it."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import create_repo, repo_info, upload_folder
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx2's or httpx's
 from rich.console import Console
@@ -18,22 +16,21 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.export.compare import audit, audit_table, comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
 from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
+from qdora.export.verify import comparison_text, validation_examples, verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
 from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, work_lock
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, find_source, write_adapter
-from qdora.model.checkpoint import shorten, taken_for_experts
+from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import parse_size
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import card_files, run_card
@@ -52,22 +49,20 @@ def export_run(
 ) -> dict[str, Any]:
     """Write a run's model to the new or empty directory `out`, check it, and return the content of `out`/export.json.
 
-    `run` may also be an adapter of any trainer in PEFT's format. The directory appears when all is written and checked;
-    what stops an export earlier leaves nothing. RunFailure if the reloaded model differs from the running one; `out` is
-    then kept for inspection.
+    `run` may also be an adapter in PEFT's format. The directory appears when all is written and checked. RunFailure if
+    the reloaded model differs from the running one; `out` is then kept for inspection.
     """
     console, results = consoles(console)
     keep_freed_memory()
     place, notes = out.absolute(), []
     with ExitStack() as stack:
         path = stack.enter_context(_opened(run, options))
-        kind = recipe_of_run(open_run(path).recipe_file).adapter.kind
-        if options.audit and kind not in ("lora", "dora"):
-            raise UserError(f"--audit: needs a LoRA or DoRA adapter, got adapter.kind: {kind}. Fix: remove --audit.")
         with disk_failures(out, "name another directory"):
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
-            _check_new_directory(out)
+            is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+            if out.is_symlink() or not is_new or place == Path.cwd():
+                raise UserError(f"{out}: must be a new or empty directory, and not the working directory.")
         stack.enter_context(disk_failures(out))
         folder = stack.enter_context(atomic_directory(place))
         writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter}
@@ -80,15 +75,7 @@ def export_run(
         zeros = _pruned_zeros(trained) if options.form == "merged" else None
         if zeros is not None:
             document["zeros"] = zeros
-            if zeros["kept"] < zeros["pruned"]:
-                still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
-                notes.append(f"the merge is dense: {still}; adapter.mask: keep keeps them all")
-        if options.audit and (check is None or check["passed"]):
-            if options.base == "original":
-                del trained
-                trained = load_run(path, step=options.step)
-            document["audit"] = audit(trained, _merged_dtype(trained.model.config.model_type, options), console)
-            notes.append(audit_table(document["audit"]))
+            notes.append(f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are zero after the merge")
         card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))
@@ -97,18 +84,13 @@ def export_run(
         if check["num_positions"]:
             exact = check["exported_vs_reference"]
             notes[-1] += (
-                f" on {check['num_positions']:,} tokens. From the adapter in float32: largest logit difference "
-                f"{exact['max_logit_difference']:.3g}, mean KL {exact['kl_mean']:.2g} nats, same next token "
-                f"{exact['argmax_agreement']:.2%}"
+                f" on {check['num_positions']:,} tokens; largest logit difference {exact['max_logit_difference']:.3g}, "
+                f"mean KL {exact['kl_mean']:.2g} nats, same next token {exact['argmax_agreement']:.2%}"
             )
     for note in notes:
         results.print(note, soft_wrap=True)
     if check is not None and not check["passed"]:
-        raise RunFailure(
-            f"{out}: do not use this export, its model is not the one that was trained: {'; '.join(check['faults'])}. "
-            "Its files are kept for inspection. Fix: delete it and export again.",
-            safe=[run],
-        )
+        raise RunFailure(f"{out}: do not use it, it is not the trained model: {'; '.join(check['faults'])}", safe=[run])
     results.print(f"exported model: {out}", soft_wrap=True)
     if options.push is not None:
         document["pushed"] = push(out, options.push, private=not options.public)
@@ -123,33 +105,18 @@ def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
     of_others = {"--step": options.step} if adopts else {"--base-model": options.base_model, "--quant": options.quant}
     for name, value in of_others.items():
         if value is not None:
-            used_with, got = ("a run", "an adapter") if adopts else ("an adapter", "a run")
-            raise UserError(f"{name}: used only with {used_with}, got {got}. Fix: remove {name}.")
-    if not adopts:
+            raise UserError(f"{name}: used only with {'a run' if adopts else 'an adapter'}.")
+    if adopts:
+        with adopted_run(run, options.base_model, options.quant) as path:
+            yield path
+    else:
         yield run
-        return
-    with adopted_run(run, options.base_model, options.quant) as path:
-        yield path
-
-
-def _check_new_directory(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"{out}: must be a new or empty directory. Fix: delete it, or name another directory.")
-    if os.path.ismount(out) or out.absolute() == Path.cwd():
-        raise UserError(f"{out}: is a mount point or the working directory. Fix: name a directory inside it.")
-
-
-def _merged_dtype(kind: str, options: ExportOptions) -> torch.dtype:
-    """The dtype of a merge; `kind` is the type of the model."""
-    return DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
 
 
 def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     kind = load_config(find_source(load_recipe(open_run(run).recipe_file), weights=False)).model_type
-    if kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype == "float16":
-        said = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
-        logger.warning(said, kind)
-    trained, written = write_merge(run, folder, options, _merged_dtype(kind, options), console)
+    dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
+    trained, written = write_merge(run, folder, options, dtype, console)
     console.print("comparing the merged model with the running one")
     verify = verify_requantized if options.requantize else verify_merged
     check = verify(trained.model, folder, comparison_text(trained.tokenizer, validation_examples(trained.recipe)))
@@ -196,16 +163,9 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
 
 def check_servable(model: PreTrainedModel) -> None:
     """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN."""
-    faults = []
     for path, layer in adapted_layers(model).items():
-        num_zero = 0 if layer.magnitude is None else int((layer.row_norm() == 0).sum())
-        if num_zero:
-            faults.append(
-                f"--format peft: {path}: {num_zero} of {layer.out_features} rows of W + s B A are zero, and PEFT's "
-                "DoRA gives NaN there. Fix: use --format merged or --format nf4-lora, which write zero rows."
-            )
-    if faults:
-        raise UserError(*shorten(faults))
+        if layer.magnitude is not None and (layer.row_norm() == 0).any():
+            raise UserError(f"--format peft: {path}: PEFT gives NaN for its zero rows. Fix: use --format merged.")
 
 
 def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
@@ -223,18 +183,15 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:
-    """Upload every file as one commit, with the account of `hf auth login`; returns its address.
+    """Upload every file as one commit; returns its address.
 
-    A missing repository (NAME or ORGANISATION/NAME) is created; an existing one keeps its visibility, and a private
-    upload to a public one is refused.
+    A missing repository (NAME or ORGANISATION/NAME) is created; a private upload to a public one is refused.
     """
-    files = f"{shlex.quote(str(directory))}{' --private' if private else ''}"
+    again = f"{shlex.quote(str(directory))}{' --private' if private else ''}"
     try:
         repository = create_repo(name, private=private, exist_ok=True).repo_id
         if private and not repo_info(repository).private:
-            fix = f"The export is complete. Fix: hf upload OTHER_NAME {files}"
-            raise UserError(f"--push: {name} is public, so nothing was uploaded. {fix}")
+            raise UserError(f"--push: {name} is public. Fix: hf upload OTHER_NAME {again}")
         return str(upload_folder(repo_id=repository, folder_path=directory, commit_message="Model exported by qdora"))
     except (HTTPError, OSError) as error:
-        fix = f"The export is complete. Fix: hf upload {name} {files}"
-        raise RunFailure(f"--push: {name}: {first_line(error)} {fix}") from error
+        raise RunFailure(f"--push: {name}: {first_line(error)} Fix: hf upload {name} {again}") from error

@@ -1,9 +1,8 @@
 """Export a run as one GGUF file for llama.cpp, and check that the file holds the merged model.
 
-llama.cpp's own programs write the file from a merged checkpoint, in processes of their own without the network: a
-script in its repository (`convert_hf_to_gguf.py`) converts, and a compiled program (`llama-quantize`), or the same
-function in the package llama-cpp-python, quantises. The check reads the tensors as those of a base are read, which
-shares no code with the converter, and lets llama-cpp-python compute logits where it is installed.
+llama.cpp's `convert_hf_to_gguf.py` converts a merged checkpoint, and `llama-quantize`, or the same function in the
+package llama-cpp-python, quantises it. The check reads the tensors as those of a base are read, which shares no code
+with the converter, and lets llama-cpp-python compute logits where it is installed.
 """
 
 from __future__ import annotations
@@ -27,9 +26,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.compare import ComparisonText, comparison_text, validation_examples, verdict
 from qdora.export.merge import write_merge
-from qdora.export.verify import logits_compared, verify_merged
+from qdora.export.verify import (
+    ComparisonText,
+    comparison_text,
+    logits_compared,
+    validation_examples,
+    verdict,
+    verify_merged,
+)
 from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
@@ -46,8 +51,8 @@ from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 
-# Largest allowed ||error|| / ||weight|| of types below 8 bits, and of Q2_K. llama.cpp's quantiser has 0.01 to 0.19 in
-# Q3_K to Q6_K, and 0.24 to 0.54 in Q2_K (most for sparse weights); a tensor at another one's place has 1.4.
+# Largest allowed ||error|| / ||weight|| below 8 bits, and of Q2_K. llama.cpp's quantiser has 0.01 to 0.19 in Q3_K to
+# Q6_K, 0.24 to 0.54 in Q2_K; a tensor at another one's place has 1.4.
 _LOSSY, _LOSSY_2_BITS = 0.3, 0.8
 _KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, nats; SmolLM2-135M has 0.005 in q8_0
 # Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0.
@@ -75,10 +80,7 @@ def export_gguf(
     tools = find_llama_cpp(options.llama_cpp, type_)
     recipe = load_recipe(open_run(run).recipe_file)
     if is_multimodal(load_config(find_source(recipe, weights=False))):
-        raise UserError(
-            "--format gguf: the model is multimodal, and the comparison with the file is made for models of text "
-            "alone. Fix: use --format merged, and llama.cpp's converter on it."
-        )
+        raise UserError("--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged.")
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"
     trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
     console.print(f"converting to {type_}")
@@ -102,8 +104,7 @@ def export_gguf(
 
 
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
-    """The programs: in `named` (llama.cpp's folder, its repository or where its programs are installed, or its
-    converter), else in what QDORA_LLAMA_CPP names, else in PATH."""
+    """The programs: in `named` (llama.cpp's folder or its converter), else in QDORA_LLAMA_CPP, else in PATH."""
     given = named or os.environ.get(_FOLDER)
     folder = user_path(given) if given else None
 
@@ -118,10 +119,8 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
     else:
         converter = next(filter(None, (program(folder, name) for name in _CONVERTERS)), "")
     if not converter:
-        raise UserError(
-            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  git clone --depth 1 https://github.com"
-            f"/ggml-org/llama.cpp && pip install sentencepiece  and name the folder with --llama-cpp or in {_FOLDER}."
-        )
+        get = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece"
+        raise UserError(f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  {get}, use --llama-cpp.")
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:
         return command, None
@@ -129,10 +128,7 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
         return command, [quantizer]
     if importlib.util.find_spec("llama_cpp") is not None:
         return command, [sys.executable, "-c", _QUANTIZE]
-    raise UserError(
-        f"--gguf-type: {type_} needs llama.cpp's quantiser. Fix: run  pip install llama-cpp-python  (it compiles for "
-        f"some minutes), or build llama-quantize, or use {' or '.join(CONVERTED)}."
-    )
+    raise UserError(f"--gguf-type: {type_} needs llama.cpp's quantiser. Fix: run  pip install llama-cpp-python")
 
 
 def write_gguf(tools: Tools, merged: Path, out: Path, type_: GgufType) -> None:
@@ -162,10 +158,9 @@ def _run(command: Sequence[str], out: Path, what: str) -> None:
 def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText) -> dict[str, Any]:
     """Compare a GGUF file with the dense checkpoint behind it, and that with the running model.
 
-    Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `compare_tensors`, and its end
-    token and chat template are the tokenizer's. Where llama-cpp-python is installed, the logits are those that it
-    computes with the file, else the checkpoint's. They have no tolerance in fewer than 8 bits: the figures say how far
-    they are. Returns the result of `verify_merged`, with `tensors`.
+    Passed means: the checkpoint passes `verify_merged`, every tensor of the file `compare_tensors`, and its end token
+    and chat template are the tokenizer's. Where llama-cpp-python is installed, the logits are those of the file, with
+    no tolerance below 8 bits. Returns the result of `verify_merged`, with `tensors`.
     """
     model, tokenizer, header = trained.model, trained.tokenizer, read_header(file)
     check = verify_merged(model, merged, text)
@@ -210,14 +205,9 @@ class InLlamaCpp(nn.Module):
 def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], list[str]]:
     """Compare every tensor of a GGUF file with the dense checkpoint that it was made from, expert by expert.
 
-    A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
-    be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
-    0.3 of the norm, of Q2_K within 0.8. An embedding may lack its last rows: the converter leaves out those without a
-    word. One tensor or expert is in memory at a time.
-
-    Returns: JSON values (number of tensors of each type; largest |error| of those in 16 and 32 bits, error of q8_0 in
-        units of the largest allowed, largest ||error|| / ||weight|| of the others), and faults. If llama.cpp's layout
-        of the architecture is unknown, all tensors are counted as `num_unchecked`.
+    In 16 or 32 bits it must be equal (where a layout adds 1, within a rounding), in q8_0 within half a step of its
+    block and the rounding of the step, else within 0.3 of the norm (Q2_K: 0.8). An embedding may lack its last rows,
+    which have no word. Returns JSON values and faults; of an unknown layout all tensors are `num_unchecked`.
     """
     import gguf
 
@@ -264,7 +254,7 @@ def _pairs(item: StoredTensor, expected: StoredTensor) -> Iterator[tuple[Tensor,
 
 
 def _error(type_: str, values: Tensor, expected: Tensor) -> tuple[str, float, float]:
-    """The measure of a type, the error by it, and that error in units of what rounding to the type allows."""
+    """The measure of a type, the error by it, and that error over what rounding to the type allows."""
     error = (values - expected).abs()
     if type_ in ("F32", "F16", "BF16"):
         largest = error / (2.0**-23 * (1 + expected.abs()))

@@ -48,14 +48,13 @@ _STATE_BYTES = 256
 def write_merge(
     run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
 ) -> tuple[TrainedRun, dict[str, Any]]:
-    """Write the merged model of a run with a model card; returns the running model, on the base of the merge, and what
-    was written."""
+    """Write the merged model of a run with a model card; returns the running model and what was written."""
     recipe = load_recipe(open_run(run).recipe_file)
     if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
         raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
     if options.requantize and (recipe.base.prune is not None or recipe.base.quant not in FOUR_BIT_KINDS):
         got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
-        raise UserError(f"--requantize: the base must be held in nf4 or fp4 (got {got}). Fix: remove the option.")
+        raise UserError(f"--requantize: the base must be in nf4 or fp4, got {got}.")
     trained = load_run(run, step=options.step, original=options.base == "original")
     with bar(console, "merging") as progress:
         written = export_merged(
@@ -92,10 +91,9 @@ def export_merged(
     requantize: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a model with adapted layers or without as a transformers checkpoint; returns what was written, as JSON.
+    """Write a model as a transformers checkpoint in `dtype`; returns what was written, as JSON.
 
-    Float tensors get `dtype`, but for those that training keeps in float32. With `requantize` the layers of a base in
-    nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
+    With `requantize` the layers of a base in nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
     """
     start = time.perf_counter()
     plan = plan_export(model, dtype)

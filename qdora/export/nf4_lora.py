@@ -12,9 +12,9 @@ The scales are written in float32: double quantisation would round each of them 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.quant.bnb import FOUR_BIT_KINDS, to_bnb_state
 from qdora.quant.packed import PackedWeight, block_scales
 
-Gain = Callable[[AdaptedLinear], Tensor | None]
-
 
 def export_nf4_lora(
     model: PreTrainedModel,
@@ -49,24 +47,16 @@ def export_nf4_lora(
 ) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
-    The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32. What is not
-    quantised (embeddings, norms, head) is in `dtype`, as the products of bitsandbytes; default: the model's own, which
-    rounds nothing. `published_as` is the Hub id that `directory` will have, for the adapter's file; without it the file
-    names no base, since a path would be wrong as soon as the directory is moved. `options` are those of
-    `write_checkpoint`. Returns what was written, for export.json.
+    lora_A is as it is stored, lora_B = g B in float32. What is not quantised is in `dtype`; default: the model's own,
+    which rounds nothing. `published_as` is the Hub id of `directory`, for the adapter's file; without it the file names
+    no base. `options` are those of `write_checkpoint`. Returns what was written, as JSON.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
     check_foldable(model, dtype)
     layers = adapted_layers(model)
-
-    @cache
-    def gain(layer: AdaptedLinear) -> Tensor | None:
-        """(out,) float32, of experts (experts, out); None for LoRA."""
-        found = layer.merged_gain()
-        return None if found is None else found.float()
-
-    plan = plan_export(model, dtype, partial(_scaled_base, gain=gain, dtype=dtype))
+    gains = {layer: gain.float() for layer in layers.values() if (gain := layer.merged_gain()) is not None}
+    plan = plan_export(model, dtype, partial(_scaled_base, gains=gains, dtype=dtype))
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
     plan.config.quantization_config = quantization_config(
         first.kind, double_quant=False, dtype=dtype, dense=dense_layers(model)
@@ -82,8 +72,8 @@ def export_nf4_lora(
     config["use_dora"] = False
 
     def scaled_B(layer: AdaptedLinear) -> Tensor:
-        found = gain(layer)
-        return layer.stored_B() if found is None else layer.stored_B().float() * found.unsqueeze(-1)
+        b = layer.stored_B()
+        return b.float() * gains[layer].unsqueeze(-1) if layer in gains else b
 
     tensors = factor_tensors(model, scaled_B)
     adapter = directory / ADAPTER_DIRECTORY
@@ -96,21 +86,22 @@ def export_nf4_lora(
         "block_size": first.block_size,
         "dtype": str(dtype).removeprefix("torch."),
         **{name: written[name] for name in ("files", "num_tensors", "num_bytes")},
-        "num_folded_layers": sum(gain(layer) is not None for layer in layers.values()),
+        "num_folded_layers": len(gains),
         "num_adapted_layers": len(layers),
         "num_adapter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "seconds": time.perf_counter() - start,
     }
 
 
-def _scaled_base(layer: AdaptedLinear | FrozenLinear, *, gain: Gain, dtype: torch.dtype) -> Mapping[str, Source]:
-    """The tensors of a layer's base, its rows times the gain."""
+def _scaled_base(
+    layer: AdaptedLinear | FrozenLinear, *, gains: Mapping[AdaptedLinear, Tensor], dtype: torch.dtype
+) -> Mapping[str, Source]:
+    """The tensors of a layer's base, its rows times the gain, (out,) float32, of experts (experts, out)."""
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    adapted = layer if isinstance(layer, AdaptedLinear) and layer.magnitude is not None else None
+    gain = gains.get(layer) if isinstance(layer, AdaptedLinear) else None
 
     def scaled(values: Tensor, rows: slice = slice(None)) -> Tensor:
-        found = None if adapted is None else gain(adapted)
-        return values if found is None else values * found.reshape(-1, 1)[rows]  # not in place: it may be the model's
+        return values if gain is None else values * gain.reshape(-1, 1)[rows]  # not in place: it may be the model's
 
     # Read again when it is written: by then, the tensors of a streamed block hold another block.
     def packed_now() -> PackedWeight:
@@ -122,9 +113,10 @@ def _scaled_base(layer: AdaptedLinear | FrozenLinear, *, gain: Gain, dtype: torc
         return scaled(block_scales(packed_now()).reshape(base.out_features, -1)).reshape(-1)
 
     if base.packed_weight is None:
-        if adapted is None:
-            return dense_weight_sources(base)
-        dense = dense_weight_sources(base)["weight"]
+        sources = dense_weight_sources(base)
+        if gain is None:
+            return sources
+        dense = sources["weight"]
         read = dense.rows
         rows = None if read is None else lambda some: scaled(read(some).float(), some)
         return {"weight": Source(dense.shaped.float(), lambda: scaled(dense.make().float()), rows=rows)}
@@ -152,12 +144,10 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     else:
         for path, layer in frozen.items():
             if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
-                faults.append(
-                    f"{path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of the block size "
-                    f"{layer.block_size}, so some blocks cross from one row into the next, and no gain can scale them"
-                )
+                size = f"in_features {layer.in_features} is no multiple of the block size {layer.block_size}"
+                faults.append(f"{path.removesuffix('.base')}: {size}")
         faults += [
-            f"{path} is a DoRA layer on a dense weight, and rounding g W to {dtype} loses digits; use --dtype float32"
+            f"{path} is a DoRA layer on a dense weight, which needs --dtype float32"
             for path, layer in layers.items()
             if layer.magnitude is not None and layer.base.kind == "dense" and dtype != torch.float32
         ]

@@ -1,7 +1,7 @@
 """Plan and write a checkpoint directory: weights cast and written shard by shard, config, tokenizer and other files.
 
 A plan has each tensor's published name, shape and dtype, and the function that makes it when it is written, so one
-tensor of the output is in memory at a time. Every export that writes weights ends in `write_checkpoint`.
+tensor of the output is in memory at a time.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while th
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
+    """A tensor before it has a name in the output: a meta tensor of its shape, and what returns it.
 
-    `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is that of the
-    output if the format fixes it (packed weights, block scales), else that of the export. `rows` returns some rows of
-    the tensor; a stack of experts has it, since checkpoints may hold the experts one by one.
+    `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is set where the
+    format fixes it (packed weights, block scales). `rows` returns some rows of a stack of experts, which checkpoints
+    may hold one by one.
     """
 
     shaped: Tensor
@@ -61,10 +61,7 @@ WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What a checkpoint directory holds; the model, which may be on "meta", gives the generation config.
-
-    `makers` are in the order of writing; they return float32 or the dtype of the spec.
-    """
+    """What a checkpoint directory holds. `makers`, in the order of writing, return float32 or the dtype of the spec."""
 
     model: PreTrainedModel
     config: PreTrainedConfig
@@ -73,19 +70,13 @@ class CheckpointPlan:
 
 
 def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
-    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense)."""
-    return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
+    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense).
 
-
-def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype) -> CheckpointPlan:
-    """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
-
-    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
-    source does not fix a dtype get `dtype`, or float32 where training keeps that (`dense_dtype`). Parts of a multimodal
-    model that are not loaded are copied from its source, with its names and dtypes. Tied weights are listed once if the
-    config ties them. A head that got a weight of its own (it was quantised or adapted) is listed, and the config no
-    longer ties it.
+    Tensors have the names of the model's published checkpoints, and `dtype`, unless their source fixes one or training
+    keeps float32 (`dense_dtype`). Parts of a multimodal model that are not loaded are copied from its source. Tied
+    weights are listed once; a head with a weight of its own (quantised or adapted) is no longer tied in the config.
     """
+    sources = dict(_sources(model, weights or dense_weight_sources))
     config = _plain_config(model, dtype)
     redundant = set()
     for target, origin in tied_weights(model).items():
@@ -98,7 +89,12 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     stacked = {f"{path}.weight": path for path in stacks(model)}
     single = {name: source.shaped for name, source in sources.items() if name not in redundant | stacked.keys()}
-    names = _checkpoint_names(model, single)
+    # If the published form stacks or splits tensors, the module's names stay.
+    theirs = library_names(model)
+    named = {theirs.get(name, name): tensor for name, tensor in single.items()}
+    published = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
+    renames = published.keys() == {id(tensor) for tensor in single.values()}
+    names = {name: published[id(tensor)] if renames else name for name, tensor in single.items()}
     specs: dict[str, TensorSpec] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, source in sources.items():
@@ -181,21 +177,7 @@ def _piece(source: Source, piece: Published) -> Tensor:
     return rows.view(experts, size, columns).mT
 
 
-def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
-    """Module name -> name in the model's published checkpoints; transformers renames some tensors on loading.
-
-    If the published form stacks or splits tensors, the module's names stay: transformers reads those, too.
-    """
-    theirs = library_names(model)
-    named = {theirs.get(name, name): tensor for name, tensor in shaped.items()}
-    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
-    if stored.keys() != {id(tensor) for tensor in shaped.values()}:
-        return {name: name for name in shaped}
-    return {name: stored[id(tensor)] for name, tensor in shaped.items()}
-
-
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
-    """The config of a dense model in `dtype`: without quantisation, with the name of the architecture."""
     config: PreTrainedConfig = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     for part in [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]:
@@ -214,18 +196,15 @@ def write_checkpoint(
     progress: Progress | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint into an empty directory; a weights file is larger than `max_shard_bytes` for one tensor only.
+    """Write a checkpoint into an empty directory; `extra_files` maps names to texts (a model card).
 
-    `progress` is called with the bytes written and all bytes; `extra_files` maps names to texts (a model card). Returns
-    JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in the tensor `max_abs_tensor`.
-    UserError for a weight outside the range of its dtype; RunFailure for NaN, or without room on the disk.
+    Returns JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in `max_abs_tensor`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
-    free = shutil.disk_usage(directory).free
-    if free < total_bytes:
+    if (free := shutil.disk_usage(directory).free) < total_bytes:
         room = f"{total_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
-        raise RunFailure(f"The export needs {room}. Fix: free space, or name a directory on another disk.")
+        raise RunFailure(f"The export needs {room}.")
     shards = split_state_dict_into_shards_factory(
         dict(plan.specs),
         get_storage_size=lambda spec: spec.num_bytes,
@@ -240,7 +219,9 @@ def write_checkpoint(
             tensor = plan.makers[spec.name]()
             if tensor.is_floating_point():
                 largest = max(largest, (_largest(spec, tensor), spec.name), key=lambda each: each[0])
-            yield _cast(spec, tensor)
+            flat = tensor.detach().reshape(-1)
+            starts = range(0, flat.numel(), _SLICE)
+            yield (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in starts)
             done += spec.num_bytes
             if progress is not None:
                 progress(done, total_bytes)
@@ -267,25 +248,16 @@ def write_checkpoint(
     }
 
 
-def _cast(spec: TensorSpec, tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.detach().reshape(-1)
-    return (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in range(0, flat.numel(), _SLICE))
-
-
 def _largest(spec: TensorSpec, tensor: Tensor) -> float:
     """The largest |value|, which the dtype of `spec` must be able to hold."""
     ends = [abs(float(end)) for end in tensor.aminmax()] if tensor.numel() else [0.0]  # NaN if any value is
     largest, limit = max(ends), torch.finfo(spec.dtype).max
     if not all(end < torch.inf for end in ends):
         num_bad = tensor.numel() - int(tensor.isfinite().sum())
-        bad = f"{spec.name}: {num_bad} of {tensor.numel()} values are NaN or infinite."
-        raise RunFailure(f"The merged model is broken, nothing was written. {bad}")
+        raise RunFailure(f"{spec.name}: {num_bad} of {tensor.numel()} values are NaN or infinite.")
     if largest > limit:
-        name = str(spec.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{spec.name}: largest |w| is {largest:.6g}, must be at most {limit:.6g} in {name}. "
-            "Fix: export in bfloat16 or float32."
-        )
+        over = f"{spec.name}: largest |w| is {largest:.6g}, must be at most {limit:.6g} in {spec.dtype}"
+        raise UserError(f"{over}. Fix: export in bfloat16 or float32.")
     return largest
 
 
@@ -295,17 +267,16 @@ def _write_config(plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | Non
     config = json.loads(plan.config.to_json_string())
     for part in (config, config.get("text_config") or {}):
         theta = (part.get("rope_parameters") or {}).get("rope_theta")
-        if theta is not None:  # readers older than transformers 5 look for it beside rope_parameters
+        if theta is not None:  # where readers older than transformers 5 look
             part.setdefault("rope_theta", theta)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
         generation = copy.deepcopy(plan.model.generation_config)
         end = None if tokenizer is None else tokenizer.eos_token_id
-        if end is not None:  # a run also stops at its tokenizer's end, which may be of another model
-            named = generation.eos_token_id
-            ids = named if isinstance(named, list) else [] if named is None else [named]
-            if end not in ids:
-                generation.eos_token_id = [*ids, end] if ids else end
+        named = generation.eos_token_id
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if end is not None and end not in ids:  # a run also stops at its tokenizer's end, which may be of another model
+            generation.eos_token_id = [*ids, end] if ids else end
         # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
         generation.to_json_file(directory / "generation_config.json")
     if tokenizer is not None:

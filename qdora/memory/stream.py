@@ -1,12 +1,10 @@
-"""What a GPU keeps in the host's memory: frozen blocks, the input embedding, and the inputs of checkpointed blocks.
+"""What a GPU keeps in the host's memory: frozen blocks, and the inputs of checkpointed blocks.
 
 A step uses the blocks in one order forward and in the reverse order backward, where the recomputation of a checkpoint
 and the backward pass of a block come one after the other and need one load. Two slots on the device take turns: one
 holds the block in use, the other is filled with the one that comes next. Every block lies in one piece of pinned
 memory, so a block is one copy. A layer's tensors are views of its block's slot, or of the host's piece while the block
 is in no slot. Nothing is ever copied back.
-
-The embedding of 128,256 words by 8,192 features takes 2.0 GiB; a micro-batch of 2,048 tokens reads 32 MiB of it.
 
 A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back during the
 backward pass of the block behind it; the device holds the last two or three.
@@ -31,11 +29,9 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.adapter.norms import refresh
-from qdora.adapter.rows import HostEmbedding
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
-from qdora.model.inject import replace_module
+from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
@@ -250,8 +246,7 @@ class HostResidency:
                 continue
             shape = (item.shape[0], item.shape[1])
             pieces[turn].add(path, empty_packed(kind, shape, block_size, double_quant, "meta"))
-        embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
-        _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
+        _pin(pieces, device, self._free_bytes())
 
         def place_in_turn(load: Loading, name: str, item: Stored) -> None:
             path, turn = name.removesuffix(".weight"), turns.of(name)
@@ -297,13 +292,13 @@ class SlotCopies:
                 layer._buffers.update(piece.tensors(memory, path))
 
 
-def _pin(pieces: Sequence[Piece], device: torch.device, free: int, embedding_bytes: int) -> None:
-    """Give every block its piece of host memory, of which the embedding takes bytes later."""
+def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
+    """Give every block its piece of host memory."""
     sizes = [piece.num_bytes for piece in pieces]
     short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, "
     fix = ". Fix: lower base.streamed_blocks."
-    if free < sum(sizes) + embedding_bytes:
-        raise UserError(f"{short}and {(free - embedding_bytes) / 2**30:.1f} GiB are free for this process{fix}")
+    if free < sum(sizes):
+        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{fix}")
     try:
         memory = page_locked(sum(sizes), device)
     except (RuntimeError, OSError) as error:
@@ -353,35 +348,6 @@ def _before_block(block: nn.Module, _args: Any) -> None:
             "memory.checkpointing."
         )
     refresh(module for module in block.modules() if isinstance(module, AdaptedLinear))
-
-
-def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the embedding of `model` must be on the device, as the end of a sentence about it; None if it need not."""
-    kind = type(model.get_input_embeddings())
-    shared = {name for pair in tied_weights(model).items() for name in pair}
-    if f"{_path(model)}.weight" in shared:
-        return "is its output head as well, which computes on the device"
-    return None if kind is nn.Embedding else f"does more than look up rows ({kind.__name__})"
-
-
-def check_host_embedding(model: PreTrainedModel) -> None:
-    """Raise UserError if the embedding of `model` cannot stay in the host's memory."""
-    if (why := obstacle(model)) is not None:
-        what = f"the embedding of {model.config.model_type} {why}"
-        raise UserError(f"memory.host_embeddings: must be false, since {what}.")
-
-
-def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace the input embedding of a model before its weights are read."""
-    check_host_embedding(model)
-    embedding: Any = model.get_input_embeddings()
-    replace_module(model, _path(model), HostEmbedding(embedding.weight.detach(), device))
-
-
-def _path(model: PreTrainedModel) -> str:
-    embedding = model.get_input_embeddings()
-    path: str = next(name for name, module in model.named_modules() if module is embedding)
-    return path
 
 
 # Smaller inputs are masks and positions.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Init, Kind, is_plain_linear
-from qdora.adapter.rows import HostEmbedding, RowHead
+from qdora.adapter.rows import RowHead
 from qdora.errors import UserError
 from qdora.model.experts import routers
 from qdora.quant.tiles import Weight
@@ -101,7 +101,7 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
         layer.train(model.training)
         replace_module(model, name, layer)
     # DistributedDataParallel must not send the base, the same in every process, before each forward pass.
-    kinds = FrozenLinear | AdaptedLinear | HostEmbedding
+    kinds = FrozenLinear | AdaptedLinear
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]

@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.rows import HostEmbedding
 from qdora.errors import UserError
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
@@ -118,7 +117,6 @@ def load_model(
     progress: Progress | None = None,
     reader: Callable[[ModelSource, PreTrainedModel], dict[str, Stored]] | None = None,
     placer: Placer | None = None,
-    before_reading: Callable[[PreTrainedModel, torch.device], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights; every linear layer is quantised except the skipped ones.
 
@@ -130,7 +128,6 @@ def load_model(
         quant: As base.quant; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        before_reading: Called with the model and `device` before any weight is read (memory/stream.py).
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
@@ -144,8 +141,6 @@ def load_model(
         log.info("The model is multimodal, and only its language part is loaded and trained.")
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     stored, layers = settle_stored(stored, kind, wanted, layers)
-    if before_reading is not None:
-        before_reading(model, device)
     (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     tie_and_move_buffers(model, device)
     for parameter in model.parameters():
@@ -275,11 +270,9 @@ def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor
 
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Set a parameter or buffer of a module. Buffers and integers keep their dtype, a `HostEmbedding` its device."""
+    """Set a parameter or buffer of a module. Buffers and integers keep their dtype."""
     old = getattr(module, leaf)
-    if isinstance(module, HostEmbedding):
-        device = torch.device("cpu")
-    elif leaf in module._buffers and not isinstance(module, FrozenLinear):
+    if leaf in module._buffers and not isinstance(module, FrozenLinear):
         dtype = old.dtype
     elif not value.is_floating_point():
         dtype = value.dtype
@@ -304,7 +297,7 @@ def tie_(model: PreTrainedModel) -> set[str]:
 def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     tie_(model)
     for module in model.modules():
-        away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
+        away = module.away if isinstance(module, FrozenLinear) else ()
         for name, buffer in module._buffers.items():
             if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.rows import HostEmbedding, RowEmbedding, RowHead, TrainedRows
+from qdora.adapter.rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, replace_module
@@ -66,9 +66,6 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
         total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
         new = (total / older).to(weight.dtype).expand(len(ids), -1)
         longer = torch.cat([known, new, weight[older + len(ids) :]])
-        if isinstance(module, HostEmbedding):
-            module.weight = longer
-            continue
         module.weight = nn.Parameter(longer, requires_grad=weight.requires_grad)
         setattr(module, "out_features" if isinstance(module, nn.Linear) else "num_embeddings", len(longer))
     if is_tied(model):
@@ -117,9 +114,9 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
                 module.weight.data = matrix.values.to(module.weight, copy=True)  # not in place: it may be of a file
             module.weight.requires_grad_(True)
             continue
-        device = module.device if isinstance(module, HostEmbedding) else module.weight.device
         if id(matrix) not in shared:
-            shared[id(matrix)] = TrainedRows(matrix.ids, matrix.values.detach().to(device, torch.float32, copy=True))
+            values = matrix.values.detach().to(module.weight.device, torch.float32, copy=True)
+            shared[id(matrix)] = TrainedRows(matrix.ids, values)
         made = RowHead if path == head_path else RowEmbedding
         replace_module(model, path, made(module, shared[id(matrix)]))
 
@@ -150,8 +147,7 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
     found: set[int] = set()
     for module, ids in zip(_modules(model), (read, learnt), strict=True):
         plain: Any = module.base if isinstance(module, RowEmbedding | RowHead) else module
-        is_dense = isinstance(plain, nn.Embedding | HostEmbedding) or type(plain) is nn.Linear
-        if not is_dense or plain.weight.requires_grad:
+        if not (isinstance(plain, nn.Embedding) or type(plain) is nn.Linear) or plain.weight.requires_grad:
             continue
         for some in torch.split(torch.tensor(ids, dtype=torch.long, device=plain.weight.device), _MEAN_ROWS):
             found.update(some[plain.weight[some].abs().amax(1) <= _UNTRAINED].tolist())
@@ -161,7 +157,7 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
 def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapter.also_train") -> None:
     """Refuse an embedding or a head at one of these paths that cannot be trained."""
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
-    is_table = type(embedding) in (nn.Embedding, HostEmbedding) or hasattr(embedding, "embed_scale")
+    is_table = type(embedding) is nn.Embedding or hasattr(embedding, "embed_scale")
     if embedding_path in paths and not is_table:
         raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):

@@ -25,7 +25,7 @@ from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
 from qdora.errors import HubFailure, UserError
 from qdora.files.console import errors_only
 from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
-from qdora.memory.stream import NUM_SLOTS, check_host_embedding, obstacle
+from qdora.memory.stream import NUM_SLOTS
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
@@ -161,7 +161,6 @@ class Planner:
             met += size * (top_k / layer.num_experts if isinstance(layer, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        rows_on_host = memory.host_embeddings and self.device_kind == "cuda" and obstacle(model) is None
         streamed_bytes, chunk = 0, memory.loss_chunk
         if base.residency != "device":
             streamed = parts.streamed_blocks(model, quantization_of(base), base.streamed_blocks)
@@ -177,7 +176,6 @@ class Planner:
             checkpointing=memory.checkpointing,
             full=recipe.adapter.kind == "full",
             streamed_bytes=streamed_bytes,
-            row_bytes=config.hidden_size * self.dtype.itemsize if rows_on_host else 0,
         )
 
     def plan(self, recipe: Recipe, shape: MicroBatchShape, num_micro_batches: int, routing: Routing) -> Plan:
@@ -190,18 +188,11 @@ class Planner:
         moments, shapes = self.step(recipe, shape, routing)
         rates = ASSUMED[self.device_kind]
         work = self.work(recipe, sum(math.prod(size) for size, _ in shapes.values()))
-        sizes: dict[str, Any] = dict.fromkeys(("host_bytes", "num_streamed", "embedding_bytes", "block_bytes"), 0)
+        sizes: dict[str, Any] = dict.fromkeys(("host_bytes", "num_streamed", "block_bytes"), 0)
         if base.residency != "device":
             streamed = parts.streamed_blocks(model, wanted, base.streamed_blocks)
             moments = parts.with_streamed(moments, streamed)
             sizes |= {"num_streamed": streamed.num_streamed, "host_bytes": streamed.host_bytes}
-        if work.row_bytes:
-            table = int(model.get_input_embeddings().weight.numel()) * self.dtype.itemsize
-            moments = [each.changed({parts.DENSE: each.by_component.get(parts.DENSE, 0) - table}) for each in moments]
-            sizes["embedding_bytes"] = table
-            # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
-            # less than twice the longest.
-            sizes["host_bytes"] += 2 << (shape.num_tokens * work.row_bytes - 1).bit_length()
         if recipe.memory.offload_activations:
             moments, pinned = parts.with_offloaded(moments, num_blocks)
             sizes["host_bytes"] += pinned
@@ -279,8 +270,6 @@ def plan(
         with errors_only():
             _planners[key] = Planner(empty_model(config, source, dtype, attention), dtype, device_kind)
     planner = _planners[key]
-    if recipe.memory.host_embeddings and device_kind == "cuda":
-        check_host_embedding(planner.model)
 
     def plan_of(changed: Recipe) -> Plan:
         shapes, count = workload(changed)
@@ -384,8 +373,6 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
     """Overrides that may need less memory: neutral ones, and others. `_overridden` leaves out invalid ones."""
     train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
     asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
-    keeps_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
-    keeps_embedding |= train.divides_base
     recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
     neutral: list[tuple[bool, _Overrides]] = [
         (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
@@ -396,7 +383,6 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
         (not memory.checkpointing, recompute),
         (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
-        (on_gpu and not memory.host_embeddings and not keeps_embedding, ("memory.host_embeddings=true",)),
     ]
     short, experts = data.max_length // 2, adapter.experts.rank or 1
     trains_adapter, new = adapter.kind in ("lora", "dora"), adapter.resume_from is None
@@ -423,7 +409,7 @@ def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
 
 def divided_recipe(recipe: Recipe) -> Recipe | None:
     """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
-    return _overridden(all_on_device(recipe), ("memory.host_embeddings=false", "train.parallel=shard"))
+    return _overridden(all_on_device(recipe), ("train.parallel=shard",))
 
 
 def all_on_device(recipe: Recipe) -> Recipe:

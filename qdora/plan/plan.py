@@ -152,8 +152,7 @@ class Plan:
     recipe: Any = None  # with the neutral changes that it needs to fit
     num_groups: int = 0  # of processes that the card's process communicates in
     assumptions: Sequence[str] = ()  # one sentence for each thing that could not be known
-    host_bytes: int = 0  # pinned, for streamed blocks, checkpoints and rows of an embedding on the host
-    embedding_bytes: int = 0  # not pinned, of an input embedding on the host
+    host_bytes: int = 0  # pinned, for streamed blocks and checkpoints
     block_bytes: int = 0  # packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
     num_blocks: int = 0
     num_streamed: int = 0
@@ -276,7 +275,6 @@ class Work:
     head_chunk: int | None = None  # labelled tokens whose logits exist at once; None: all
     full: bool = False  # the base itself is trained
     streamed_bytes: int = 0  # from the host in each pass over the blocks
-    row_bytes: int = 0  # of a row of an embedding on the host
 
     def decode_seconds(self, rates: Rates) -> float:
         """Having the weights of the blocks dense in one pass."""
@@ -304,7 +302,6 @@ class Work:
         num_chunks = -(-shape.num_labels // (self.head_chunk or max(shape.num_labels, 1)))
         seconds += 4.0 * self.num_head * max(shape.num_labels / rates.flops, num_chunks / rates.bytes)
         seconds += waiting_seconds(self.streamed_bytes / rates.link, self.forward_seconds(shape, rates))
-        seconds += shape.num_tokens * self.row_bytes / rates.link
         return num_micro_batches * seconds + 30.0 * self.num_trainable / rates.bytes
 
 

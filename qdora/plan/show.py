@@ -148,8 +148,8 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.step_seconds is not None:
         seconds = seconds_text(plan.step_seconds)
         lines.append(f"Estimated time: {seconds} per step on one card, by a roofline of {plan.rates['name']}.")
-    if plan.host_bytes or plan.embedding_bytes:
-        lines.append(f"Host memory: {size_text(plan.host_bytes)} pinned, {size_text(plan.embedding_bytes)} not pinned.")
+    if plan.host_bytes:
+        lines.append(f"Host memory: {size_text(plan.host_bytes)} pinned.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
     if plan.fits is False:
         how = "To fit, change one after the other (cheapest first; times are estimates):"

@@ -1,7 +1,7 @@
-"""The gradient of the loss by an adapter's update s B A as one matrix, and two cheap measures of rank.
+"""The gradient of the loss by an adapter's update s B A as one matrix, and the spectrum of the trained update.
 
-The measures are the spectrum of the trained update and that of the gradient. A component is a singular direction and
-its energy the square of its singular value: the best rank-r matrix holds the first r (Eckart and Young).
+A component is a singular direction and its energy the square of its singular value: the best rank-r matrix holds the
+first r (Eckart and Young).
 """
 
 from __future__ import annotations
@@ -176,33 +176,3 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
         small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
         energies += torch.linalg.svdvals(small).square().cpu().numpy()
     return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
-
-
-def gradient_spectra(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Sequence[MicroBatch],
-    most: int,
-    *,
-    norm: Norm,
-    progress: Progress | None = None,
-) -> dict[str, LayerSpectrum]:
-    """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`; of stacks as `update_spectrum`.
-
-    At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
-    """
-    adapted = adapted_layers(model)
-
-    def spectrum(name: str, gradient: Tensor) -> LayerSpectrum:
-        found = torch.stack([_squared_values(part) for part in adapted[name].approximated_parts(gradient)]).sum(dim=0)
-        return LayerSpectrum(found[:most].cpu().numpy(), float(found.sum()), adapted[name].parameters_per_rank)
-
-    return update_gradients(model, layers, batches, spectrum, norm=norm, progress=progress)
-
-
-def _squared_values(matrix: Tensor) -> Tensor:
-    """All squared singular values of a matrix, falling, float64."""
-    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
-    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    found: Tensor = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0.0)
-    return found

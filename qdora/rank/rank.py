@@ -1,4 +1,4 @@
-"""qdora rank: a rank for each layer of a run, from its curvature, gradient, trained update or gates, as a recipe."""
+"""qdora rank: a rank for each layer of a run, from its curvature, trained update or gates, as a recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.rank.allocate import LayerSpectrum, allocate, draw_rank_map, draw_spectra, effective_rank
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions
 from qdora.rank.curvature import Norm, layer_spectrum
-from qdora.rank.gradient import gradient_spectra, update_spectrum
+from qdora.rank.gradient import update_spectrum
 from qdora.recipe.options import RankSettings
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
@@ -34,7 +34,6 @@ _THRESHOLD = 0.9
 _ENERGY = {
     "curvature": "worth in nats",
     "svd": "squared singular value of the update",
-    "gradient": "squared singular value of the gradient",
 }
 Details = dict[str, dict[str, Any]]
 """Layer -> JSON values about it; under "" those about all layers."""
@@ -79,10 +78,7 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     elif adapter.resume_from is not None:
         faults.append("its ranks come from adapter.resume_from, not from its recipe.")
     if adapter.mask == "keep" and asked.method == "svd":
-        faults.append(
-            "--method svd: with adapter.mask keep the rank of the update is not that of B A. Fix: use --method "
-            "curvature or gradient."
-        )
+        faults.append("--method svd: with adapter.mask keep the rank of the update is not that of B A.")
     return [f"{path}: {fault}" for fault in faults]
 
 
@@ -105,14 +101,8 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         spectra, details = {name: update_spectrum(layer) for name, layer in layers.items()}, Details()
     else:
         batches, about = training_batches(trained, asked.examples, asked.micro_batch_tokens)
-        if asked.method == "gradient":
-            norm = "none" if norm == "none" else "held"  # training follows the gradient with the norm held
-            with bar(progress, "gradients") as done:
-                spectra = gradient_spectra(trained.model, list(layers), batches, most, norm=norm, progress=done)
-            details = {"": about | {"norm": norm}}
-        else:
-            spectra, details = _by_curvature(trained, layers, limits, batches, norm, asked=asked, progress=progress)
-            details[""] = about | {"norm": norm, "draws": asked.draws}
+        spectra, details = _by_curvature(trained, layers, limits, batches, norm, asked=asked, progress=progress)
+        details[""] = about | {"norm": norm, "draws": asked.draws}
     spectra = {
         name: LayerSpectrum(each.energies[: limits[name]], each.total, each.cost) for name, each in spectra.items()
     }

@@ -98,8 +98,6 @@ class ExportOptions(Which):
     """Quantise the merged model to 4 bits again."""
     shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
     """Largest weights file, such as 2GB."""
-    audit: bool = False
-    """Also compare all forms of the model (slow)."""
     push: str | None = None
     """Upload it to this repository of the Hub; a new one is private."""
     public: bool = False
@@ -187,8 +185,8 @@ class Sampling(Options):
 class RankSettings(Options):
     """How `qdora rank` chooses."""
 
-    method: Literal["curvature", "svd", "gradient", "gates"] = "curvature"
-    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
+    method: Literal["curvature", "svd", "gates"] = "curvature"
+    """curvature, svd (of the trained update), or gates (the ranks that the run's own gates chose)."""
     budget: str | None = None
     """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -213,9 +211,8 @@ class RankSettings(Options):
     about 8 MiB a token of a 135M model."""
 
     used_with: ClassVar = (
-        ("budget threshold max_rank layers", "method", "curvature svd gradient"),
-        ("examples micro_batch_tokens", "method", "curvature gradient"),
-        ("draws eigenvalues curvature norm", "method", "curvature"),
+        ("budget threshold max_rank layers", "method", "curvature svd"),
+        ("examples micro_batch_tokens draws eigenvalues curvature norm", "method", "curvature"),
     )
 
     def faults(self) -> Iterator[str]:

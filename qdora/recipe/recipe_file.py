@@ -451,7 +451,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     untrained = added and not full and not nothing and "embed_tokens" not in adapter.also_train
     is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
     exact, is_packed, loftq = plain and prune is None, not plain and prune is None, adapter.init == "loftq"
-    undivided = full or adapter.also_train or loftq or away or memory.host_embeddings
+    undivided = full or adapter.also_train or loftq or away
     labels = [source.label for source in data.mix]
     tasks = evals.tasks or labels
     rows: list[tuple[str, str, Any]] = [
@@ -484,10 +484,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ("train.micro_batch_tokens", f"be at least data.max_length ({data.max_length})",
          micro != "auto" and micro < data.max_length),
         ("train.parallel", "be auto or replicate where all weights, embeddings or heads are trained, with loftq, and "
-         "with base.residency or memory.host_embeddings on the host", train.divides_base and undivided),
+         "with base.residency host", train.divides_base and undivided),
         ("memory.checkpointing", "be true with base.residency host", away and not memory.checkpointing),
-        ("memory.host_embeddings", "be false with adapter.kind full and adapter.also_train_rows all",
-         memory.host_embeddings and (full or matrices)),
         ("eval.best_by", "not be the average and also a source", MACRO in labels and evals.best_by == MACRO),
         ("eval.best_by", f"be one of {', '.join([MACRO, *tasks])}", evals.best_by not in (None, MACRO, *tasks)),
     ]  # fmt: skip

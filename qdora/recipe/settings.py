@@ -254,9 +254,6 @@ class MemoryConfig(Section):
     offload_activations: Flag = False
     """With a GPU: keep the checkpoints of the blocks in pinned host memory between the passes; they are copied while
     other blocks compute."""
-    host_embeddings: Flag = False
-    """With a GPU: keep the input embedding in host memory, which sends the rows of each micro-batch. Not for models
-    whose head shares the embedding."""
     keep_scales: Flag = True
     """Decode the block scales of a quantised base once for each optimizer step, not for every product. It takes half a
     bit a weight with blocks of 64. A streamed base keeps none. Generation keeps them where training did."""

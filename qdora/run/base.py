@@ -30,7 +30,7 @@ from qdora.files.console import Progress
 from qdora.files.machine import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.shard import ShardedBase
-from qdora.memory.stream import ActivationOffload, HostResidency, keep_embedding_on_host
+from qdora.memory.stream import ActivationOffload, HostResidency
 from qdora.model.attention import positions_of
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, load_model, quantization_of
@@ -74,7 +74,6 @@ def load_base(
         placer = ShardedBase(mesh, placer)
     elif base.residency == "host" and base.quant != "none":
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
-    on_host = recipe.memory.host_embeddings and compute.device.type == "cuda"
     model = load_model(
         source,
         quant=base.quant,
@@ -87,7 +86,6 @@ def load_base(
         progress=progress,
         reader=cache,
         placer=placer,
-        before_reading=keep_embedding_on_host if on_host else None,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():
@@ -206,8 +204,7 @@ def check_base(run: RunDirectory, source: ModelSource) -> None:
 
 
 def _residency(recipe: Recipe) -> dict[str, Any]:
-    base, on_host = recipe.base, recipe.memory.host_embeddings
-    return {"residency": base.residency, "streamed_blocks": base.streamed_blocks, "host_embeddings": on_host}
+    return {"residency": recipe.base.residency, "streamed_blocks": recipe.base.streamed_blocks}
 
 
 def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
@@ -230,9 +227,8 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
     """
     file = run.inside(FILE)
     chosen = read_json_object(file) if file.exists() else _residency(recipe)
-    on_host, streamed = chosen.pop("host_embeddings"), chosen
-    if streamed["residency"] == "host" and (device.type != "cuda" or differentiated):
+    if chosen["residency"] == "host" and (device.type != "cuda" or differentiated):
         why = "the whole base is needed at once" if differentiated else f"this machine computes on {device.type}"
         logger.info("base.residency: using device instead of host, because %s.", why)
-        streamed = {"residency": "device", "streamed_blocks": None}
-    return with_settings(recipe, base=streamed, memory={"host_embeddings": on_host})
+        chosen = {"residency": "device", "streamed_blocks": None}
+    return with_settings(recipe, base=chosen)

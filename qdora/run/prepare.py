@@ -157,7 +157,6 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
         needs_gpu = {
             "base.residency: host": recipe.base.residency == "host",
             "memory.offload_activations": recipe.memory.offload_activations,
-            "memory.host_embeddings": recipe.memory.host_embeddings,
         }
         faults += [f"{name}: needs a GPU." for name, asked in needs_gpu.items() if asked]
     return faults

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
-from qdora.adapter.rows import ids_on_host
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
 from qdora.errors import RunFailure, first_line
 from qdora.memory.oom import is_out_of_memory
@@ -150,7 +149,7 @@ def step_gradient(
                     sent = send(labels | others, device)
                     options |= {"routers": router_aux_loss > 0, "sent": (labels, sent)}
                     packing = micro.packing and Packing(sent["position_ids"], sent["example_index"])
-                    with known_masks(model, packing, device), ids_on_host(model, micro.input_ids):
+                    with known_masks(model, packing, device):
                         loss = batch_loss(model, sent["input_ids"], sent["attention_mask"], micro.labels, **options)
                         objective = loss.nll_sum
                         if loss.router_loss is not None:
