@@ -328,4 +328,4 @@ def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_
             distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
 
     for error in support.run_processes(3, unequal):
-        assert "unless each machine has equally many processes, got hybrid with 1 and 2 of them" in error
+        assert "unless each machine has equally many processes" in error

@@ -1,8 +1,4 @@
-"""qdora train, from top to bottom: read and plan, load, adapt, train, evaluate, save.
-
-`prepare` reads the data and checks everything before the model is loaded (run/prepare.py); the steps are the trainer's
-(train/trainer.py).
-"""
+"""qdora train, from top to bottom: prepare (run/prepare.py), load, adapt, train (train/trainer.py), conclude."""
 
 from __future__ import annotations
 
@@ -82,11 +78,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
-    Args:
-        resume: Continue from the newest whole checkpoint, or from the start where there is none.
-        force: Start although the plan is over memory.budget.
-        shared_bases: Keeps pruned bases that several runs share.
-    Returns JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
+    resume: continue from the newest whole checkpoint. force: start although the plan is over memory.budget.
+    shared_bases: keeps pruned bases that several runs share. Returns JSON values in the first process: the run
+    directory, steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
@@ -156,10 +150,8 @@ def base_of_run(
     resume: bool,
     shared: SharedBases | None,
 ) -> PreTrainedModel:
-    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
-
-    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
-    """
+    """The frozen base of a run. With base.prune the first process prunes it, with `shared` once for all runs with the
+    same key, and all processes read its files in the run directory."""
     recipe, directory = prepared.recipe, run.inside(FOLDER)
     what = recipe, prepared.source, prepared.compute
     mesh = mesh_of(processes, prepared.compute.device, recipe.train.parallel)
@@ -194,10 +186,7 @@ def base_of_run(
 def check_model(
     model: PreTrainedModel, run: RunDirectory, processes: Processes, prepared: PreparedRun
 ) -> PackedLayout | None:
-    """Try the loaded and adapted model before its first step, and log what was found. All processes call this.
-
-    Returns how micro-batches are packed, None if they are not.
-    """
+    """Try the adapted model before its first step; returns how micro-batches are packed. All processes call this."""
     layout, checks = None, dict[str, list[Check]]()
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
@@ -240,10 +229,7 @@ def conclude(trainer: Trainer, results: Console) -> dict[str, Any]:
 
 
 def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
-    """Create the run directory, or with `resume` open it; it holds the recipe as it was given.
-
-    Its recipe.yaml names the run's own copy of a chat template, so a later change of the file has no effect.
-    """
+    """Create the run directory, or with `resume` open it. Its recipe.yaml names the run's copy of a chat template."""
     given, template, run = prepared.given, None, RunDirectory(directory)
     if given.data.chat_template is not None:
         template = str(prepared.tokenizer.chat_template)
@@ -279,7 +265,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
 
 def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
-    """Refuse other data than that of the newest checkpoint while nothing is written yet."""
+    """Refuse other data than the newest checkpoint's before anything is written."""
     steps = run.checkpoint_steps()
     newest, state = run.checkpoint_path(steps[-1] if steps else 0), None
     with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told

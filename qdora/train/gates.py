@@ -1,10 +1,8 @@
 """Trainable gates on rank components: their own Adam, a falling budget, and the removal of dead components.
 
-Between steps every gate has its deterministic value. The values are float64 on the CPU, one flat vector over all
-layers; the gates of the layers are copies.
-
-The functions at the end have vectors, (n,), with one entry for each component that still exists, over all layers:
-`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
+Between steps every gate has its deterministic value. The values are float64 on the CPU, vectors (n,) with one entry
+for each component that still exists, over all layers; the gates of the layers are copies. `cost` is a component's share
+of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
@@ -77,8 +75,8 @@ class Gates:
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
             low, high, value = (f"{cost / unit:,.10g}" for cost in (least, self.full, self.target))
-            text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
-            raise UserError(f"adapter.gates.{name}: got {value}, {text}")
+            text = f"got {value}, must be at least {low} (one component a layer) and less than {high}."
+            raise UserError(f"adapter.gates.{name}: {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -323,9 +321,8 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
 def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
     """The weight of the L1 penalty at which a proximal step takes a gate c, of `values`, to 0: |c| / (p cost), (n,).
 
-    The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
-    size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
-    the loss when the component is removed.
+    With Adam's step size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first
+    order, the change of the loss when the component is removed.
     """
     return values.abs() / (step_size * cost)
 
@@ -338,11 +335,8 @@ def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: floa
 
 
 def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`.
-
-    Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence. `cost`
-    is about 1 on average.
-    """
+    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`: of
+    independent gates that keep the budget on average the nearest in KL divergence."""
 
     def moved(delta: float) -> Tensor:
         return (log_alpha + delta * cost).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)

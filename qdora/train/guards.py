@@ -1,6 +1,6 @@
-"""What a run decides from its steps (rate, smaller micro-batches, bad steps), and tries with its model before them.
+"""A run's policies (rate, smaller micro-batches, bad steps), and checks of its model before the first step.
 
-Each policy has a `state_dict` of JSON values, with which a resumed run goes on. Checks are in log.txt and checks.json.
+The `state_dict` of a policy has JSON values. Checks are in log.txt and checks.json.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import evaluation_mode
@@ -38,8 +36,6 @@ from qdora.train.passes import Shortage, batch_loss
 
 CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
-# Steps that must fit before micro-batches grow for the first time.
-_FIRST_WAIT = 32
 # A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
 _WINDOW, _LEAST_LOSSES = 32, 8
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
@@ -97,12 +93,10 @@ class Schedule:
 
 
 class Backoff:
-    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit."""
+    """Tokens of a micro-batch: half as many when memory runs out."""
 
     def __init__(self, loader: StepLoader) -> None:
-        self._batching = loader.batching
-        self._asked = loader.batching.max_tokens
-        self._wait, self._num_good, self._has_grown = _FIRST_WAIT, 0, False
+        self._batching, self._asked = loader.batching, loader.batching.max_tokens
 
     def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
         """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
@@ -111,32 +105,17 @@ class Backoff:
         if shortage.num_examples == 1 or before <= 1:
             return None
         self._batching.max_tokens = min(before, shortage.num_tokens) // 2
-        if self._has_grown:
-            self._wait *= 2
-        self._num_good, self._has_grown = 0, False
         free_memory()
         return {"tokens_before": before, "tokens_after": self._batching.max_tokens, "reason": shortage.reason}
 
-    def grow(self) -> dict[str, Any] | None:
-        """Count a step that fitted. Returns the line to log if the next one has more tokens."""
-        before = self._batching.max_tokens
-        self._num_good += 1
-        if before >= self._asked or self._num_good < self._wait:
-            return None
-        self._batching.max_tokens = min(2 * before, self._asked)
-        self._num_good, self._has_grown = 0, True
-        return {"tokens_before": before, "tokens_after": self._batching.max_tokens}
-
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
-        return {"asked": self._asked, "used": self._batching.max_tokens, **waits}
+        return {"asked": self._asked, "used": self._batching.max_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, unless the recipe asks for another size now."""
         if state["asked"] == self._asked:
             self._batching.max_tokens = state["used"]
-            self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
 
 
 @dataclass(frozen=True)
@@ -169,19 +148,10 @@ class BadStep:
         return found
 
     def write(self, directory: Path, examples: list[dict[str, Any]], tokenizer: Any) -> None:
-        """Write all processes' examples of the step, to look at them (batch.json, with their text) and to run them
-        again (batch.safetensors: input_ids, attention_mask, labels (examples, longest) int64; nll_sum float64)."""
+        """Write batch.json: all processes' examples of the step, with their text."""
         document = {name: getattr(self, name) for name in ("step", "reason", "loss", "gradient_norm")}
         document["examples"] = [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples]
         (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
-        ids, labels = ([torch.tensor(each[name]) for each in examples] for name in ("input_ids", "labels"))
-        tensors = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "nll_sum": torch.tensor([each["nll_sum"] for each in examples], dtype=torch.float64),
-        }
-        save_file(tensors, directory / "batch.safetensors")
 
 
 class BadSteps:
@@ -221,9 +191,8 @@ class BadSteps:
     def advice(self, kept: Path) -> str:
         """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
         skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
-        skip = "" if self._train.on_bad_step == "skip" else ", or with -s train.on_bad_step=skip"
-        again = f"then resume with --resume and a lower -s train.lr=... or -s train.clip=...{skip}"
-        return f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, {again}"
+        batch = "/".join(kept.parts[-2:])
+        return f"{skipped}Fix: look at {batch}, then resume with a lower -s train.lr or with -s train.on_bad_step=skip."
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
@@ -237,7 +206,7 @@ class BadSteps:
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question, in words; `open` where it is not known yet."""
+    """The answer to one question; `open` where it is not known yet."""
 
     state: Literal["passed", "warning", "open"]
     text: str
@@ -288,13 +257,6 @@ class MissingGradientCheck:
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
         return [name for name in self._parameters if name not in self._optional and not arrived.get(name)]
 
-    def in_words(self, missing: Sequence[str]) -> str:
-        """What `updated` found."""
-        if not missing:
-            return f"in {self.num_updates} updates each of the {self.num_tensors:,} trainable tensors had a gradient."
-        number = f"in {self.num_updates} updates {len(missing):,} of {self.num_tensors:,} trainable tensors"
-        return f"{number} had no gradient, e.g. {missing[0]}: they did not train."
-
 
 def layout_for(attention: str) -> PackedLayout:
     """The layout of packed rows for an attention implementation of transformers."""
@@ -305,8 +267,7 @@ def layout_for(attention: str) -> PackedLayout:
 def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     """The layout of packed rows for the model, and in words that their examples do not see each other; else UserError.
 
-    transformers finds the borders of examples by positions that start again at 0. Models with a state that runs through
-    the row (Mamba, linear attention), or with positions of their own, do not support that, so each model is tried.
+    transformers finds the borders of examples by positions that start again at 0, which not all models support.
     """
     name, config = model.config.model_type, model.config.get_text_config()
     attention = attention_of(model) or "its own code"
@@ -335,21 +296,16 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
     most_wrong = _SPREAD * max(rms(rounding), eps * rms(alone))
     if seen <= most and wrong <= most_wrong:  # NaN fails both
-        rows = ["one row without padding" if layout == "single" else "rows with a mask"]
-        rows += sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-        return layout, (
-            f"packed examples stay apart: other tokens in one example change the logits of the next by {seen:.2g}, "
-            f"rounding by up to {most:.2g} (tried with this model: attention by {attention}, {', '.join(rows)})."
-        )
+        said = f"packed examples stay apart: other tokens in one change the next one's logits by {seen:.2g}, "
+        return layout, f"{said}rounding by up to {most:.2g} (attention by {attention})."
     if not seen <= most:
         fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
     else:
         fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
         most = most_wrong
-    instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
     raise UserError(
         f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
-        f"rounding is {most:.2g}. Fix: data.packing: false{instead}."
+        f"rounding is {most:.2g}. Fix: data.packing: false."
     )
 
 
@@ -396,8 +352,6 @@ def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
     model.train(training)
     for rank, loss in enumerate(losses):
         if not math.isclose(loss, losses[0], rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
-            raise RunFailure(
-                f"train.parallel: the base is not the same when it is divided: process {rank} has a loss of "
-                f"{loss:.8g}, process 0 of {losses[0]:.8g}. Fix: train with train.parallel: replicate, and report it."
-            )
+            text = f"process {rank} has a loss of {loss:.8g}, process 0 of {losses[0]:.8g}"
+            raise RunFailure(f"train.parallel: the base is not the same when it is divided: {text}.")
     return f"all processes have one loss with the divided base, {losses[0]:.6g}."

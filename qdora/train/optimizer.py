@@ -5,14 +5,12 @@ distance of the two bit patterns. To join, update in float32 and split again tra
 at 4 bytes a parameter; a copy and a float32 master take 6. Gradients accumulate in float32 (`Tensor.grad_dtype`).
 
 Parameters are updated together, so that a GPU gets a few launches for all of them. They stay tensors of their own;
-their averages and low bits lie behind each other in flat tensors, of which each has a view. An update joins parameters
-and gradients to flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit
-format, or of a vectorised loop, and zeros fill up its last one: its update is the same bit for bit whatever its
-neighbours.
+their averages and low bits lie in flat tensors, of which each has a view. An update joins parameters and gradients to
+flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit format, or of a
+vectorised loop, filled up with zeros: its update is the same bit for bit whatever its neighbours.
 
-The averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its 8-bit states. A
-paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after each
-tensor: `AdapterOptimizer` waits before the host reads pages.
+A paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after
+each tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
-from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
@@ -155,15 +152,9 @@ class FlatGroup:
             runs[-1].append(key)
         return runs
 
-    def update(self, run: Sequence[str], rate: float, *, must_fit: bool) -> bool:
-        """Update one of the `runs` or a part of it, all or nothing; returns whether it fitted into memory."""
-        try:
-            self._join(run)
-        except (RuntimeError, MemoryError) as error:
-            self._release()
-            if must_fit or not is_out_of_memory(error):
-                raise
-            return False
+    def update(self, run: Sequence[str], rate: float) -> None:
+        """Update one of the `runs`."""
+        self._join(run)
         if self.weight_decay:
             self._master.mul_(1.0 - rate * self.weight_decay)
         self.inner.param_groups[0]["lr"] = rate
@@ -183,7 +174,6 @@ class FlatGroup:
         # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
         # (of row norms) go by the version.
         torch.autograd.graph.increment_version([self.parameters[key] for key in run])
-        return True
 
     def low(self, key: str) -> Tensor | None:
         """The low bits of a parameter, int16 of its shape; None if it is stored in float32."""
@@ -320,13 +310,9 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str
     return state
 
 
-def _is_page(value: Any) -> bool:
-    return getattr(value, "is_paged", False)
-
-
 def _page_of(page: Any, part: Any) -> Any:
     """A part of a state; marked as paged, as bitsandbytes does it, if the state is."""
-    if _is_page(page):
+    if getattr(page, "is_paged", False):
         part.is_paged, part.page_deviceid = True, page.page_deviceid
     return part
 
@@ -366,12 +352,10 @@ class AdapterOptimizer:
     smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
     update, and applied here: bitsandbytes' kernels differ between devices (its issues 1992 and 2010).
 
-    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding, which are few, use the
-    same rule with float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude.
-    Matrices that are `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would
-    shrink. `lr_ratios`: last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv
-    2402.12354). `betas`: by default those of the papers. All states are made here, so that a later update needs no more
-    memory than a float32 copy of some parameters.
+    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding use the same rule with
+    float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude. Matrices that are
+    `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would shrink. `lr_ratios`:
+    last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354).
     """
 
     def __init__(
@@ -397,35 +381,23 @@ class AdapterOptimizer:
             self._options["eps"] = eps
         self._weight_decay = weight_decay
         parts = {key: key.rpartition(".")[2] for key in self.parameters}
-        for part in lr_ratios or {}:
-            if part not in parts.values():
-                known = ", ".join(sorted({*parts.values()}))
-                raise ValueError(f"lr_ratios: {part} names no parameter, must be one of {known}.")
         self._rates = {key: (lr_ratios or {}).get(part, 1.0) for key, part in parts.items()}
         self.undecayed = frozenset(undecayed)
         pages = any(can_page(parameter) for parameter in self.parameters.values())
         if pages:
             gc.collect()  # an earlier run's optimizer gives its pages back
         self._groups = self._made_groups(self.parameters)
-        if name.startswith("paged") and not pages and not is_planning():
-            why = "the driver cannot page" if torch.cuda.is_available() else "no CUDA here"
-            logger.info("%s: %s, so its states are not paged; the arithmetic is the same.", name, why)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update; parameters without a gradient stay. A group that does not fit in memory is updated one parameter
-        after the other."""
+        """One update; parameters without a gradient stay."""
         for group in self._groups:
             rate = lr * group.kind.lr_ratio
             for run in group.runs():
-                if not group.update(run, rate, must_fit=False):
-                    free_memory()
-                    for key in run:
-                        group.update([key], rate, must_fit=True)
+                group.update(run, rate)
 
     @torch.no_grad()
     def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
-        """Groups of these parameters, with the states that a first step would make."""
         shapes = {key: (tuple(self.parameters[key].shape), self.parameters[key].dtype) for key in keys}
         groups = []
         for members, kind in groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed):
@@ -534,7 +506,8 @@ class AdapterOptimizer:
 
     def _wait_for_pages(self) -> None:
         """Wait for the GPU if it may still write pages, which the host reads as its own memory."""
-        if torch.cuda.is_available() and any(map(_is_page, (v for g in self._groups for v in g.state.values()))):
+        states = (value for group in self._groups for value in group.state.values())
+        if torch.cuda.is_available() and any(getattr(value, "is_paged", False) for value in states):
             torch.cuda.synchronize()
 
 

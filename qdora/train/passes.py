@@ -1,8 +1,7 @@
 """The gradient of one step: forward and backward passes of its micro-batches.
 
 The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
-of them, so neither padding nor the split into micro-batches changes it. With the weights w_t of tasks t
-(`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
+of them. With the weights w_t of tasks t (`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
 
 A micro-batch goes to a GPU in one copy, and the host waits once, for the numbers of the step.
 """
@@ -52,9 +51,8 @@ class Shortage(NamedTuple):
         """What is wrong if the micro-batch is a single example, which cannot be split."""
         return (
             f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
-            "Fix: resume with --resume and -s memory.loss_chunk=64, with -s memory.checkpointing=true if it is off, or "
-            "on a GPU with -s memory.offload_activations=true or -s base.residency=host. Or start a new run with fewer "
-            "tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
+            "Fix: resume with --resume and -s memory.loss_chunk=64 or -s memory.checkpointing=true, or start a new run "
+            "with a lower data.max_length."
         )
 
 
@@ -250,14 +248,10 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Logits are computed at labelled positions only, a chunk at a time (`loss.labelled_nll`). A batch without a labelled
-    token gives a zero sum.
-
     `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
     model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
-    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights`, (examples,), are those
-    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` are the
-    `label_tensors` on the CPU and on the device, if they are at hand.
+    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights` are (examples,). `sent`
+    are the `label_tensors` on the CPU and on the device, if they are at hand.
     """
     if sent is None:
         tensors = label_tensors(labels, packing, weights)
@@ -322,8 +316,6 @@ def task_weight_faults(recipe: Recipe, loader: StepLoader) -> list[str]:
             weight = source.loss_weight or 1.0
             other, label = first.setdefault(task, (weight, source.label))
             if weight != other:
-                faults.append(
-                    f"data.mix: task {task} is in {label} with loss_weight {other:g} and in {source.label} with "
-                    f"{weight:g}. Fix: one weight for a task, or another `name`."
-                )
+                text = f"is in {label} with loss_weight {other:g} and in {source.label} with {weight:g}."
+                faults.append(f"data.mix: task {task} {text}")
     return faults

@@ -1,7 +1,6 @@
 """A run in training: its loop, and the one owner of all that its steps change.
 
-A step is a gradient (train/passes.py) and an update (train/optimizer.py). If memory runs out, it is computed again in
-smaller micro-batches; if its numbers are bad, it is not applied. Between steps the run is evaluated and saved. All
+If memory runs out, a step is computed again in smaller micro-batches; if its numbers are bad, it is not applied. All
 processes of a run call every method for the same step; the first one writes the files.
 """
 
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.batches import Step, StepLoader
 from qdora.data.example import Example
-from qdora.errors import DiskFull, Diverged, Interrupted, RunFailure, UserError, first_line
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory, checkpoint_fault, unharmed
@@ -146,8 +145,6 @@ class Trainer:
                 metrics = self.one_step()
                 if "skipped" not in metrics and any(map(self.due, logged)):
                     self.write_metrics(metrics)
-                if (grown := self.backoff.grow()) is not None:
-                    self.write_metrics({"step": self.step, "micro_batches_grow": grown})
                 progress.step(metrics)
                 self.evaluate_and_save()
             if self.stop.agreed():  # in the last step: before the last evaluation
@@ -159,7 +156,6 @@ class Trainer:
 
     @property
     def _evaluates(self) -> bool:
-        """Whether an evaluation follows the present step, other than the one after training."""
         every, is_last = self.recipe.eval.every, self.step == self.num_steps
         return every is not None and self.due(every) and not is_last and bool(self.evaluations.examples)
 
@@ -178,8 +174,7 @@ class Trainer:
         """Evaluate and save when due; Interrupted after a requested stop.
 
         After a stop only the checkpoint is written, since a launcher soon kills the processes; what was due is measured
-        when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an evaluation
-        fails in the only process, a checkpoint is written before its error is raised.
+        when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line.
         """
         if self.step < self.num_steps and self.stop.agreed():
             raise Interrupted(self.step, self.save())
@@ -292,10 +287,9 @@ class Trainer:
             gradient = _Gradient(self.loader.next_step())
         except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
             reason = "; ".join(error.faults) if isinstance(error, UserError) else repr(error)
-            fix = "" if "Fix: " in reason else " Fix: resume with --resume once it can be read."
             self._restore()
             safe = [self.save()] if alone else []
-            raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.{fix}", safe=safe) from error
+            raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.", safe=safe) from error
         reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
         if alone and self.gates is not None:
             reads["gates"] = self.gates.gradient
@@ -316,8 +310,7 @@ class Trainer:
             if isinstance(error, passes.OutOfMemory):
                 gradient.shortage = error.shortage
             else:
-                what = f"cannot be computed: {first_line(error)} The update was not applied."
-                gradient.fault = f"{what} Fix the cause, then resume with --resume."
+                gradient.fault = f"cannot be computed: {first_line(error)} The update was not applied."
         per_rank = processes.gather((gradient.fault, gradient.shortage, gradient.metrics))
         if shortages := [short for _, short, _ in per_rank if short]:
             # Among all processes the one that leaves least to cut.
@@ -338,12 +331,13 @@ class Trainer:
         return gradient
 
     def _check_gradients(self, lr: float) -> None:
-        """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
-        backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
+        """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
         missing = self._missing_gradients.updated(lr)
         if missing is None:
             return
-        text = self._missing_gradients.in_words(missing)
+        total = self._missing_gradients.num_tensors
+        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
+        text += f", e.g. {missing[0]}." if missing else "."
         if missing and self.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
@@ -357,7 +351,7 @@ class Trainer:
         """Keep the batch that broke the step, and the state before it. After some CUDA errors all calls fail."""
         kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
         if kind is Diverged:
-            text += f"; the update was not applied. {self.bad_steps.advice(kept)}."
+            text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
         try:
             self._restore()
             return kind(text, safe=[self.save(), kept])
@@ -378,7 +372,8 @@ class Trainer:
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and send it to the trackers."""
-        self._write(lambda: self.directory.append_metrics(metrics))
+        if self.processes.is_first:
+            self.directory.append_metrics(metrics)
         if self._tell_trackers is not None:
             self._tell_trackers(metrics)
 
@@ -387,8 +382,7 @@ class Trainer:
         self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
         random = self.processes.gather(checkpoint.random_state())
-
-        def write() -> None:
+        if self.processes.is_first:
             with self.directory.checkpoint_directory(self.step) as directory:
                 self._write_trained(directory, directory / "adapter")
                 if self.gates is not None:
@@ -401,8 +395,6 @@ class Trainer:
                     random=random,
                     policies={name: policy.state_dict() for name, policy in self._policies().items()},
                 )
-
-        self._write(write)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
@@ -432,12 +424,12 @@ class Trainer:
 
     def _save_final(self) -> None:
         """Write adapter/, from the best checkpoint or from the model if none was chosen, and trained.json."""
-
-        def write() -> None:
-            if self.best is None or self.best.step is None:
-                with self.directory.result_directory("adapter") as directory:
-                    self._write_trained(directory, directory)
-                return
+        if not self.processes.is_first:
+            return
+        if self.best is None or self.best.step is None:
+            with self.directory.result_directory("adapter") as directory:
+                self._write_trained(directory, directory)
+        else:
             best = self.directory.checkpoint_path(self.best.step)
             if fault := checkpoint_fault(best):
                 raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
@@ -448,34 +440,17 @@ class Trainer:
                     shutil.copyfile(file, directory / file.name)
                 record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
-
-        self._write(write)
-        keep_trained = partial(logs.keep_trained, self.directory, self.model, self.step)
-        self.processes.first(unharmed(logs.TRAINED_FILE)(keep_trained))
+        with unharmed(logs.TRAINED_FILE):
+            logs.keep_trained(self.directory, self.model, self.step)
 
     def _keep_batch(self, bad: guards.BadStep) -> Path:
         """Write all processes' examples of a step that was not applied. Returns the directory."""
         examples = [example for mine in self.processes.gather(bad.examples()) for example in mine]
         parts = "bad-steps", f"step-{bad.step}"
-
-        def write() -> None:
+        if self.processes.is_first:
             with self.directory.result_directory(*parts) as directory:
                 bad.write(directory, examples, self.tokenizer)
-
-        self._write(write)
         return self.directory.inside(*parts)
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write, in the first process; if the disk is full, keep only the newest and the best checkpoint, and again."""
-        if not self.processes.is_first:
-            return
-        try:
-            write()
-        except DiskFull:
-            if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
-                raise
-            write()
-            logger.warning("The disk is full: removed older checkpoints to continue.")
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
