@@ -113,10 +113,17 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     scored = scored_examples(recipe, validation, num_steps)
-    unscored = processes.from_first(lambda: _scoring_faults(recipe, scored, tokenizer, positions_of(config)))
+
+    def unscored() -> list[str]:
+        """What the first evaluation would refuse, which may come only after many steps."""
+        context = positions_of(config)
+        found = {name: scoring_faults(tokenizer, examples, context) for name, examples in scored.items()}
+        files = {source.label: f" ({source.validation})" if source.validation else "" for source in recipe.data.mix}
+        return [f"validation data{files[name]}: {fault}" for name, faults in found.items() for fault in faults]
+
     faults = [
         *_machine_faults(recipe, compute),
-        *unscored,
+        *processes.from_first(unscored),
         *_data_faults(recipe, validation, num_steps, loader, config),
     ]
     faults += [
@@ -213,18 +220,6 @@ def scored_examples(
     return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
 
 
-def _scoring_faults(
-    recipe: Recipe, scored: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, context: int | None
-) -> list[str]:
-    """What the first evaluation would refuse, which may come only after many steps."""
-    files = {source.label: source.validation for source in recipe.data.mix}
-    return [
-        f"validation data{f' ({files[name]})' if files[name] else ''}: {fault}"
-        for name, examples in scored.items()
-        for fault in scoring_faults(tokenizer, examples, context)
-    ]
-
-
 def _check_alike(
     processes: Processes,
     loader: StepLoader,
@@ -232,7 +227,6 @@ def _check_alike(
     num_steps: int,
     source: ModelSource,
 ) -> None:
-    """UserError in all processes if one of them, perhaps on another machine, has other data or another base."""
     if processes.size == 1:
         return
     mine = {

@@ -170,7 +170,6 @@ def show_preview(found: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def _tokens(example: Mapping[str, Any]) -> Text:
-    """The tokens of an example, one behind the other."""
     text, pieces = Text(), example["pieces"]
     for number, piece in enumerate(pieces):
         if example["left_out"] and number == _HALF:

@@ -25,7 +25,7 @@ from qdora.files.atomic import atomic_write_text, disk_failures, masked, read_js
 from qdora.files.console import consoles, duration
 from qdora.files.machine import package_versions
 from qdora.files.pages import markdown_cell, markdown_table, render_page
-from qdora.files.run_directory import RunDirectory, open_run, unharmed
+from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
@@ -220,12 +220,6 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
         facts = write_page(run, folder / PAGE_FILE)
     consoles(console)[1].print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
     return {"page": str(folder / PAGE_FILE), **facts}
-
-
-def leave_page(run: RunDirectory) -> None:
-    """`write_page` for a run that ends, however it ends: a failure is logged and never raises."""
-    with unharmed(PAGE_FILE):
-        write_page(run, run.inside(PAGE_FILE))
 
 
 def write_page(run: RunDirectory, file: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from qdora.run.base import (
     with_revisions_of,
 )
 from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
-from qdora.run.report import leave_page, run_card
+from qdora.run.report import PAGE_FILE, run_card, write_page
 from qdora.train.distributed import Processes, mesh_of, processes_of_launch, seed_of
 from qdora.train.evals import adapter_record, read_result
 from qdora.train.guards import CHECKS_FILE, DIVISION, PACKING, TOKENS, Check, check_division, packed_layout, tell_checks
@@ -97,7 +97,7 @@ def train_run(
         run = open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
             last.enter_context(log_to(run))
-            last.callback(leave_page, run)
+            last.callback(unharmed(PAGE_FILE)(lambda: write_page(run, run.inside(PAGE_FILE))))
         show_plans(prepared, run, processes, progress)
 
         recipe, tokenizer, loader = prepared.recipe, prepared.tokenizer, prepared.loader
@@ -250,7 +250,11 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
             file = run.inside(CHAT_TEMPLATE_FILE)
             if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
                 raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
-            _check_data(prepared, run)
+            steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
+            with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
+                state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
+            if state is not None:
+                prepared.loader.check_state(state)
             if before.data.chat_template is not None:
                 before = with_settings(before, data={"chat_template": CHAT_TEMPLATE_FILE})
             resume_run(directory, resolved_yaml(given), record(), before=resolved_yaml(before))
@@ -262,16 +266,6 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
     processes.first(opened)
     return run
-
-
-def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
-    """Refuse other data than the newest checkpoint's before anything is written."""
-    steps = run.checkpoint_steps()
-    newest, state = run.checkpoint_path(steps[-1] if steps else 0), None
-    with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
-        state = read_json_object(newest / "state.json")["loader"]
-    if state is not None:
-        prepared.loader.check_state(state)
 
 
 def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:

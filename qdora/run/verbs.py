@@ -65,6 +65,7 @@ def check_options(options: EvalOptions, target: str) -> None:
         f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
         "--step: is not used with --base.": options.step is not None and options.base,
         "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
+        f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,
         f"--data: must be a folder of <task>/<split> files with --tasks {', '.join(named)}, got {path}.": (
             bool(named) and not path.is_dir()
         ),
@@ -195,7 +196,6 @@ def _in_a_name(what: Sequence[str]) -> str:
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
-    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
     if loaded.run is not None:
         file = f"eval/{loaded.label}-{name}.json"
         with unharmed(str(loaded.run.path / file)):
@@ -203,7 +203,6 @@ def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
-    """Task -> its examples: of own data, or of the run's sources and of the built-in tasks that are named."""
     if not reads_tasks(options):
         return {}
     if (place := own_data(options)) is not None:
@@ -235,7 +234,6 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
 
 
 def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> dict[str, list[Example]]:
-    """Examples of own data under its name. A warning says if the run trained on it."""
     mix = () if recipe is None else recipe.data.mix
     labels = [source.label for source in mix if source.source is not None]
     like = next(iter(options.tasks), None)

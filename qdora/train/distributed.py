@@ -267,7 +267,6 @@ def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype and device, with at most `_MESSAGE_ELEMENTS` together (or one larger tensor)."""
     run: list[Tensor] = []
     for tensor in tensors:
         alike = run and (run[0].dtype, run[0].device) == (tensor.dtype, tensor.device)

@@ -160,7 +160,6 @@ class Gates:
 
     @torch.no_grad()
     def _fold(self, optimizer: AdapterOptimizer) -> None:
-        """Multiply lora_B by the remaining gates and drop them: the budget is reached."""
         for path, layer in self.layers.items():
             assert layer.gate is not None
             optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
@@ -202,11 +201,9 @@ class Gates:
         self.settle()
 
     def _raw_factors(self) -> dict[str, nn.Parameter]:
-        """lora_B of the layers that have a gate."""
         return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
     def _update(self, step: int) -> None:
-        """Adam, then the budget."""
         gradient = self.gradient().cpu() if self._gradient is None else self._gradient
         if self.settings.mode == "hard_concrete":
             if step < self.num_warmup:
@@ -223,12 +220,10 @@ class Gates:
             self._keep_budget(step + 1, step_size)
 
     def _step_size(self) -> Tensor:
-        """Adam's step size of every component: the rate divided by the root of the second average."""
         second = self._exp_avg_sq / (1 - _BETAS[1] ** max(self.num_updates, 1))
         return self.settings.lr / (second.sqrt() + _EPS)
 
     def _keep_budget(self, done: int, step_size: Tensor) -> None:
-        """Kill the components that exceed the budget after `done` steps, and shrink those that soon will."""
         cost, layer = self._costs(), self._layer_numbers()
         fade = max(1, round(_FADE * self.num_anneal))
         phases = (self.full, self.target, self.num_warmup, self.num_anneal)
@@ -275,7 +270,6 @@ class Gates:
         return values.repeat_interleave(torch.tensor(self._ranks()))
 
     def _costs(self) -> Tensor:
-        """Each component's share of the budget: its parameters, or 1 if the budget counts ranks."""
         by_ranks = self.settings.parameters is None
         return self._per_component(lambda layer: 1 if by_ranks else layer.parameters_per_rank)
 
@@ -283,7 +277,6 @@ class Gates:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
 
     def _names(self) -> list[tuple[str, int]]:
-        """(path of the layer, number at the start) of each component."""
         paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
         return list(zip(paths, self._origin.tolist(), strict=True))
 

@@ -24,7 +24,7 @@ from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import json_bytes, read_json_object
+from qdora.files.atomic import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
@@ -38,16 +38,13 @@ CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
 # A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
 _WINDOW, _LEAST_LOSSES = 32, 8
-# Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
-# differ between the rows, so that a model that reads the positions of the first row only fails, too.
+# Tokens of the probed example, of that before it in each of two rows (whose borders differ), and of that behind it.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
-# Largest root mean square between a packed example and the same one alone, in units of measured rounding (SmolLM2-135M
-# in bf16: 1.5). Other neighbours in rows of the same shape may change a logit by one unit.
+# Largest root mean square between a packed example and the same one alone, in units of rounding (SmolLM2-135M: 1.5).
 _SPREAD = 8.0
-# Rounding in units of the logits, at least: in float32 a row of another length may take other kernels (1e-6), and
-# an example that sees its neighbour moves logits by more than 0.1.
+# Least rounding in units of the logits; an example that sees its neighbour moves logits by more than 0.1.
 _LEAST = 1e-4
-# Relative differences allowed between the losses of two processes that divide a base: sums on GPUs may differ in order.
+# Relative differences allowed between the losses of two processes that divide a base.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 _ROUNDING_16 = 5e-3
 _NUM_TOKENS = 32
@@ -59,8 +56,8 @@ class Schedule:
     """The learning rate of a run of `num_steps`.
 
     Warm-up rises linearly and reaches `train.lr` at its last step. The rate then stays (constant) or falls to
-    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983, without restarts), which it would reach one step
-    after the last. A run that is extended keeps its warm-up, and continues at the rate of a run of the new length.
+    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983), which it would reach one step after the last.
+    A run that is extended keeps its warm-up.
     """
 
     def __init__(self, train: TrainConfig, num_steps: int) -> None:
@@ -85,7 +82,7 @@ class Schedule:
         return {"num_steps": self._num_steps, "warmup": self._warmup}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after `step` steps; a warning says what follows if the run is longer now."""
+        """Go on after `step` steps; the run may be longer now."""
         self._warmup = state["warmup"]
         if state["num_steps"] != self._num_steps:
             text = "The run has %d steps now, %d before: from step %d on the learning rate is that of a %s schedule."
@@ -118,40 +115,22 @@ class Backoff:
             self._batching.max_tokens = state["used"]
 
 
-@dataclass(frozen=True)
-class BadStep:
-    """Step number `step`, from 1, which was not applied, with what this process knows of it."""
-
-    step: int
-    reason: str
-    batch: Step
-    loss: float
-    """Over all processes, like `gradient_norm`; NaN if unknown."""
-    gradient_norm: float
-    example_nll: list[Tensor]
-    """Summed NLL of each example of each micro-batch, (examples,)."""
-
-    def examples(self) -> list[dict[str, Any]]:
-        """This process's examples of the step, as JSON values; `nll_sum` is NaN if it is not known."""
-        try:
-            losses = [value for part in self.example_nll for value in part.tolist()]
-        except RuntimeError:  # nothing can be read from a GPU after some errors
-            losses = []
-        found: list[dict[str, Any]] = []
-        for micro in self.batch.micro_batches:
-            for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
-                found.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
-                found[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
-                found[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
-        for example, nll in zip(found, losses, strict=False):  # none is known if the step failed early
-            example["nll_sum"] = nll
-        return found
-
-    def write(self, directory: Path, examples: list[dict[str, Any]], tokenizer: Any) -> None:
-        """Write batch.json: all processes' examples of the step, with their text."""
-        document = {name: getattr(self, name) for name in ("step", "reason", "loss", "gradient_norm")}
-        document["examples"] = [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples]
-        (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
+def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """This process's examples of a step, as JSON values; `nll_sum` is NaN if it is not known. `example_nll` are the
+    summed NLL of each example, (examples,) of each micro-batch."""
+    try:
+        losses = [value for part in example_nll for value in part.tolist()]
+    except RuntimeError:  # nothing can be read from a GPU after some errors
+        losses = []
+    examples: list[dict[str, Any]] = []
+    for micro in batch.micro_batches:
+        for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
+            examples.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
+            examples[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
+            examples[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    for example, nll in zip(examples, losses, strict=False):  # none is known if the step failed early
+        example["nll_sum"] = nll
+    return examples
 
 
 class BadSteps:

@@ -27,7 +27,7 @@ from torch import nn
 
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
+from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, tokenize_all
@@ -38,7 +38,6 @@ from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
 from qdora.files.run_directory import RunDirectory, flat, unharmed
 from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -175,12 +174,6 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
         for key, value in flat(values).items()
         if value is not None
     }
-
-
-def keep_trained(run: RunDirectory, model: nn.Module, step: int) -> None:
-    """Write trained.json: what `step` steps did to each layer."""
-    layers = [{"path": path, **layer_facts(layer)} for path, layer in adapted_layers(model).items()]
-    run.write_json(TRAINED_FILE, {"step": step, "layers": layers})
 
 
 @torch.no_grad()
@@ -361,15 +354,15 @@ class ExpertLoad:
 
 
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
-    """What is missing for a measurement: two tasks with validation examples, and evaluations at its steps."""
+    """What is missing for a measurement: evaluations at its steps, two tasks with validation examples."""
     every, evaluated = recipe.interference.every, recipe.eval.every
     if every is None:
         return []
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
-    if min(counts.values(), default=0) < _LEAST_PROBED or len(counts) < 2:
-        return [f"interference.every: needs two sources with {_LEAST_PROBED} validation examples each, got {counts}."]
     if evaluated is None or every % evaluated:
         return [f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}."]
+    if min(counts.values(), default=0) < _LEAST_PROBED or len(counts) < 2:
+        return [f"interference.every: needs two sources with {_LEAST_PROBED} validation examples each, got {counts}."]
     return []
 
 
@@ -384,17 +377,6 @@ def probe_examples(
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
     return examples
-
-
-def halves_of(
-    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
-) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
-    """The micro-batches of the two halves of each task's examples."""
-    halves = {}
-    for name, examples in probed.items():
-        tasks = list({example.task: None for example in examples})
-        halves[name] = (micro_batches(examples[0::2], batching, tasks), micro_batches(examples[1::2], batching, tasks))
-    return halves
 
 
 def measure(
@@ -470,7 +452,6 @@ def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
 
 
 def _plain(values: Any) -> Any:
-    """JSON values: nested lists with six digits, None for nan."""
     if np.ndim(values) > 0:
         return [_plain(each) for each in values]
     return None if np.isnan(values) else float(f"{values:.6g}")

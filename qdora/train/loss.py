@@ -36,19 +36,16 @@ from qdora.train.checkpoint import random_state, set_random_state
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
 LEAST_CHUNK = 16
-"""Tokens of the shortest automatic chunk. Every chunk reads the whole head twice: with 16 tokens of a 49k vocabulary
-that took 3 times as long on a CPU as with 256."""
+"""Tokens of the shortest automatic chunk; every chunk reads the whole head twice."""
 # Logits widened to float32 at a time. On a CPU 4 MiB, which stay in its cache: 1.5 times as fast as 128 MiB.
 _SLICE_LOGITS = 2**23
 _CPU_SLICE_LOGITS = 2**20
 # Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
 _CHECKPOINTED_BYTES = 16
-# Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
-# multiplies by a field with Granite's name, so both are tried.
+# Fields of transformers' configs. Granite divides, HyperCLOVA X multiplies by a field of that name: both are tried.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
-# Positions at which logits are compared, each also with a hidden state many times as large: a cap of 30 does not show
-# in logits near 1.
+# Positions at which logits are compared, also with larger hidden states: a cap of 30 does not show in logits near 1.
 _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
@@ -239,7 +236,6 @@ def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
 
 
 def _proposals(config: Any) -> list[LogitForm]:
-    """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
     config = text_config(config)
 
     def numbers(names: tuple[str, ...]) -> list[float]:

@@ -204,7 +204,6 @@ class FlatGroup:
         return state
 
     def _join(self, run: Sequence[str]) -> None:
-        """The master and its gradient: of a single parameter in float32 its own memory."""
         parameters = [self.parameters[key] for key in run]
         master = self._flat([parameter.detach() for parameter in parameters], run)
         self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
@@ -221,7 +220,6 @@ class FlatGroup:
         return torch.cat([part for part in parts if part.numel()])
 
     def _is_plain(self, run: Sequence[str]) -> bool:
-        """Whether a run is one parameter that lies in memory as in the flat tensors."""
         parameter = self.parameters[run[0]]
         return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
 
@@ -295,7 +293,6 @@ def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
-    """The state that a first step would make."""
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -505,7 +502,6 @@ class AdapterOptimizer:
         return next(group for group in self._groups if key in group.parameters)
 
     def _wait_for_pages(self) -> None:
-        """Wait for the GPU if it may still write pages, which the host reads as its own memory."""
         states = (value for group in self._groups for value in group.state.values())
         if torch.cuda.is_available() and any(getattr(value, "is_paged", False) for value in states):
             torch.cuda.synchronize()

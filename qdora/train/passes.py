@@ -67,7 +67,6 @@ class OutOfMemory(RunFailure):
 class LossScale:
     """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
 
-    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both.
     Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
@@ -111,15 +110,12 @@ def step_gradient(
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
-    The host waits for a GPU once, at the end. There it learns, too, whether a row norm was wrong (`unchecked`); the
-    gradient is then computed again.
-
-    `router_aux_loss` is the factor of the routers' auxiliary loss; that of a step is the mean over the micro-batches of
-    all processes, each weighted by its tokens without padding. `reads` are numbers of the gradient that are read with
-    the step's own, by name: its norm, the gradient of gates.
+    The host waits for a GPU once, at the end; if it then learns that a row norm was wrong (`unchecked`), the gradient
+    is computed again. The routers' auxiliary loss of a step is the mean over all micro-batches, weighted by tokens.
+    `reads` are numbers of the gradient that are read with the step's own, by name.
 
     Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
-    of each micro-batch's examples, (examples,), on the device, so that nothing waits for it.
+    of each micro-batch's examples, (examples,), on the device.
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
@@ -276,8 +272,7 @@ def batch_loss(
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
-    """The step with empty micro-batches, which have no label, behind this process's own: where the processes divide the
-    base, each pass gathers it from all of them."""
+    """The step with empty micro-batches behind this process's own: each pass gathers a divided base from all."""
     if not processes.shards:
         return batch
     mine = batch.micro_batches

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.batches import Step, StepLoader
+from qdora.data.batches import Step, StepLoader, micro_batches
 from qdora.data.example import Example
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes
@@ -57,11 +57,8 @@ class _Gradient:
 
 
 class Trainer:
-    """Trains a model with adapters by a recipe. The first process sends its adapters to all processes.
-
-    `validation` has the validation examples of each source; `optimizer` is by default the recipe's, over all that it
-    trains. `step` counts the optimizer steps done.
-    """
+    """Trains a model with adapters by a recipe; `validation` has the validation examples of each source. `step` counts
+    the optimizer steps done."""
 
     def __init__(
         self,
@@ -101,8 +98,7 @@ class Trainer:
         self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
-        # The states of the loader and of the random generators before the present step.
-        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
+        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}  # states of loader and generators before a step
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     def run(self) -> None:
@@ -198,7 +194,11 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began, halves = time.perf_counter(), logs.halves_of(self._probed, self.loader.batching)
+            began, halves = time.perf_counter(), {}
+            for name, examples in self._probed.items():
+                tasks = list({example.task: None for example in examples})
+                one, two = (micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1))
+                halves[name] = one, two
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             options["device"] = self.model.device
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
@@ -215,10 +215,7 @@ class Trainer:
         return is_better
 
     def one_step(self) -> Metrics:
-        """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
-
-        An error is raised after a checkpoint of the state before the step.
-        """
+        """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers."""
         began, number = time.perf_counter(), self.step + 1
         self._before = self.loader.state_dict(), checkpoint.random_state()
         gradient = self._gradient_that_fits()
@@ -238,12 +235,11 @@ class Trainer:
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         else:
-            bad = guards.BadStep(number, fault, gradient.batch, loss, norm, gradient.example_nll)
+            kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
-                raise self._failure(bad, Diverged if gradient.fault is None else RunFailure)
+                raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
             numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
             metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
-            kept = self._keep_batch(bad)
             self.write_metrics({"step": number, "skipped": metrics["skipped"]})
             logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
@@ -254,7 +250,6 @@ class Trainer:
         return metrics
 
     def _gradient_that_fits(self) -> _Gradient:
-        """Again in smaller micro-batches if memory runs out, and with a smaller loss scale if float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
             self.expert_load.begin()
@@ -281,7 +276,6 @@ class Trainer:
             self._restore()
 
     def _gradient(self) -> _Gradient:
-        """The gradient of the next step's examples, summed over all processes in the parameters' `grad`."""
         processes, alone = self.processes, self.processes.size == 1
         try:
             gradient = _Gradient(self.loader.next_step())
@@ -347,10 +341,10 @@ class Trainer:
             with unharmed(guards.CHECKS_FILE):
                 guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
 
-    def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
-        """Keep the batch that broke the step, and the state before it. After some CUDA errors all calls fail."""
-        kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
-        if kind is Diverged:
+    def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
+        """Save the state before the step that failed. After some CUDA errors all calls fail."""
+        kind = Diverged if diverged else RunFailure
+        if diverged:
             text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
         try:
             self._restore()
@@ -359,7 +353,6 @@ class Trainer:
             return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
-        """Back to before the step: drop the gradients, restore the states of the loader and of the generators."""
         self.optimizer.zero_grad()
         self.loader.load_state_dict(self._before[0])
         checkpoint.set_random_state(self._before[1])
@@ -400,7 +393,6 @@ class Trainer:
         return self.directory.checkpoint_path(self.step)
 
     def _policies(self) -> dict[str, Any]:
-        """Name in state.json -> the policies of this run."""
         policies = {
             "micro_batch_tokens": self.backoff,
             "schedule": self.schedule,
@@ -423,7 +415,6 @@ class Trainer:
         write_adapter(self.model, self.recipe, adapter, extra=extra)
 
     def _save_final(self) -> None:
-        """Write adapter/, from the best checkpoint or from the model if none was chosen, and trained.json."""
         if not self.processes.is_first:
             return
         if self.best is None or self.best.step is None:
@@ -441,15 +432,20 @@ class Trainer:
                 record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
         with unharmed(logs.TRAINED_FILE):
-            logs.keep_trained(self.directory, self.model, self.step)
+            layers = [{"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()]
+            self.directory.write_json(logs.TRAINED_FILE, {"step": self.step, "layers": layers})
 
-    def _keep_batch(self, bad: guards.BadStep) -> Path:
-        """Write all processes' examples of a step that was not applied. Returns the directory."""
-        examples = [example for mine in self.processes.gather(bad.examples()) for example in mine]
-        parts = "bad-steps", f"step-{bad.step}"
+    def _keep_batch(self, reason: str, gradient: _Gradient) -> Path:
+        """Write bad-steps/step-N/batch.json: the examples of a step that was not applied, of all processes."""
+        mine = guards.batch_examples(gradient.batch, gradient.example_nll)
+        examples = [example for theirs in self.processes.gather(mine) for example in theirs]
+        parts = "bad-steps", f"step-{self.step + 1}"
         if self.processes.is_first:
+            numbers = {name: gradient.metrics[name] for name in ("loss", "gradient_norm")}
+            texts = [{"text": self.tokenizer.decode(example["input_ids"]), **example} for example in examples]
+            document = {"step": self.step + 1, "reason": reason, **numbers, "examples": texts}
             with self.directory.result_directory(*parts) as directory:
-                bad.write(directory, examples, self.tokenizer)
+                (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
         return self.directory.inside(*parts)
 
     def restore(self, path: Path) -> None:
