@@ -244,9 +244,6 @@ def _check_alike(
             raise UserError(f"process {rank} on {name} has another {what} than process 0 on {host}.")
 
 
-# Checks at the start of a run
-
-
 _NEAR = 4  # a stop token among the last tokens of an answer ends it: some templates write a line end behind it
 _MOST_LOOKED_AT = 1000
 

@@ -70,11 +70,6 @@ def run_card(
         training["state"] = adapter_in_words(run) if state == "final" else state
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
-    text = " ({} draws of {} examples in all steps)"
-    seen = {
-        part["name"]: text.format(part["num_draws"] or "unknown", part["num_examples"] or "streamed")
-        for part in mix.get("sources", ())
-    }
     is_multimodal = "trained part" in training
     metadata = ModelCardData(
         base_model=hub_id,
@@ -99,7 +94,7 @@ def run_card(
         model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
         has_own_code=form != "gguf" and has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
-        data=[markdown_cell(_data(part) + seen.get(part.label, "")) for part in data],
+        data=[markdown_cell(_data(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
         texts=[] if form == "run" else [*_licence_files(source)],

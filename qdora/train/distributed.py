@@ -32,15 +32,12 @@ from qdora.memory.oom import is_out_of_memory
 
 T = TypeVar("T")
 
-# Gradient elements in one message: 64 MiB of float32.
-_MESSAGE_ELEMENTS = 1 << 24
+_MESSAGE_ELEMENTS = 1 << 24  # gradient elements in one message
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-# How long the others wait for a process before a checkpoint. torch's own timeout of a message on the host (30 minutes)
-# does not say who is missing.
+# How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
 _PATIENCE = timedelta(minutes=20)
-# How long the others wait while the first process prunes a base, measures or writes.
-_WORK_PATIENCE = timedelta(days=1)
+_WORK_PATIENCE = timedelta(days=1)  # while the first process prunes a base, measures or writes
 _STOPPING = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
 

@@ -220,8 +220,7 @@ class MissingGradientCheck:
         self._arrived: dict[str, Tensor] = {}
 
     def updated(self, lr: float) -> list[str] | None:
-        """After the last update that is looked at, the tensors that had no gradient in any of them; otherwise None.
-        Called after each update, while its gradients exist; one with `lr` 0 does not count."""
+        """After the third update with `lr` > 0, the tensors without a gradient in all three; otherwise None."""
         if lr == 0.0 or self._num_seen == self.num_updates:
             return None
         self._num_seen += 1
@@ -315,7 +314,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
 
 @torch.no_grad()
 def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
-    """What was compared, in words; None if the base is not divided. All processes must call this together.
+    """What was compared; None if the base is not divided. All processes call this together.
 
     A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss.
     """

@@ -52,8 +52,7 @@ EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-# Most optimizer steps at the start and at the end whose division of tokens among experts is compared.
-_WINDOW = 10
+_WINDOW = 10  # most optimizer steps at the start and at the end whose division of tokens among experts is compared
 _LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 

@@ -91,8 +91,7 @@ def groups_of(
     ratios: Mapping[str, float] | None = None,
     undecayed: Collection[str] = (),
 ) -> list[tuple[list[str], GroupKind]]:
-    """The parameters (key -> shape and dtype) that are updated together: one kind, and at most _GROUP_ELEMENTS elements
-    or one key. The grouping changes no number."""
+    """The parameters (key -> shape and dtype) that are updated together: one kind, at most _GROUP_ELEMENTS elements."""
     groups: list[tuple[list[str], GroupKind]] = []
     newest: dict[GroupKind, list[str]] = {}
     sizes: dict[GroupKind, int] = {}
@@ -256,8 +255,7 @@ def _inner_optimizer(
     rule = "Lion" if "lion" in name else "AdamW"
     is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
     paged, bits = "Paged" if is_paged else "", "8bit" if kind.is_8bit else "32bit"
-    # The code books of 8-bit states are computed from values, so outside the fake mode of a plan; the plan then counts
-    # tensors of their size.
+    # The code books of 8-bit states are computed from values, so outside the fake mode of a plan.
     with _disable_current_modes() if is_planning() else nullcontext():
         inner = getattr(bnb.optim, f"{paged}{rule}{bits}")([master], **options, weight_decay=0.0)
     if is_paged:
@@ -276,8 +274,8 @@ def can_page(parameter: Tensor) -> bool:
 
 
 def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back. bitsandbytes never frees a
-    page, so those of this process are used again, once no tensor lies in them any more."""
+    """Zeros of the shape of `master` in a page, host memory that a GPU reads. bitsandbytes never frees one, so pages in
+    which no tensor lies any more are used again."""
     size = master.numel() * dtype.itemsize
     fitting = [(page.nbytes, index) for index, page in enumerate(_FREE_PAGES) if page.nbytes >= size]
     if fitting:
@@ -411,7 +409,6 @@ class AdapterOptimizer:
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a float32 scalar on their device (0 if there are none)."""
-        # A few kernels on CUDA instead of one for each parameter.
         return torch.nn.utils.get_total_norm(self._gradients())
 
     @torch.no_grad()
@@ -466,8 +463,7 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Multiply a parameter, as the layer reads it, by `factor`, broadcast and nowhere 0, and divide its averages by
-        the factor, or its square for those of squares, as its gradient is."""
+        """Multiply a parameter by `factor`, nowhere 0, and divide its averages by the factor or its square."""
         parameter, state = self.parameters[key].detach(), self.state(key)
         folded, low = parameter.float() * factor, self._group_of(key).low(key)
         if low is None:

@@ -192,9 +192,9 @@ def step_gradient(
 
 
 def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | None) -> dict[str, Tensor]:
-    """The labelled positions of a micro-batch, row by row: rows, columns, targets (the next token) and owners (its
-    example), (num_labelled,) int64. And weights, the packing, and starts, (examples + 1,) int32, where the examples of
-    a single packed row begin, and its end. All on the CPU, like `labels`, (rows, length), which are not shifted."""
+    """The labelled positions of a micro-batch: rows, columns, targets (the next token) and owners (its example),
+    (num_labelled,) int64; weights, the packing, and starts, (examples + 1,) int32, where the examples of a single
+    packed row begin, and its end. All on the CPU, like `labels`, (rows, length)."""
     is_labelled = torch.zeros_like(labels, dtype=torch.bool)
     is_labelled[:, :-1] = labels[:, 1:] != IGNORED
     rows, columns = is_labelled.nonzero(as_tuple=True)
@@ -209,7 +209,7 @@ def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | Non
 
 
 def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors from the CPU to `device`. For a GPU they are joined in pinned memory: one copy, no wait of the host."""
+    """Tensors from the CPU to `device`; for a GPU joined in pinned memory: one copy, no wait of the host."""
     if device.type == "cpu":
         return dict(tensors)
     sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors.values()]
