@@ -241,14 +241,14 @@ def test_the_pieces_joined_are_the_text(text: str) -> None:
     ids = [*PLAIN(text, add_special_tokens=False)["input_ids"], PLAIN.eos_token_id]
     mask = [index % 3 == 2 for index in range(len(ids))]
     pieces = token_pieces(PLAIN, ids, mask)
-    assert "".join(piece.text for piece in pieces) == text + PLAIN.eos_token
-    assert [piece.in_loss for piece in pieces] == mask
-    assert [piece.is_special for piece in pieces] == [False] * (len(ids) - 1) + [True]
+    assert "".join(piece["text"] for piece in pieces) == text + PLAIN.eos_token
+    assert [piece["in_loss"] for piece in pieces] == mask
+    assert [piece["is_special"] for piece in pieces] == [False] * (len(ids) - 1) + [True]
 
 
 def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None:
     ids = PLAIN("a👍b", add_special_tokens=False)["input_ids"]
-    assert [piece.text for piece in token_pieces(PLAIN, ids, [True] * 6)] == ["a", "", "", "", "👍", "b"]
+    assert [piece["text"] for piece in token_pieces(PLAIN, ids, [True] * 6)] == ["a", "", "", "", "👍", "b"]
     for length, left_out in ((400, 0), (401, 1), (1001, 601)):
         one = TokenizedExample("task", "id", np.full(length, 40, dtype=np.int32), np.arange(length) >= length // 2)
         found = shown_example(one, PLAIN)

@@ -262,7 +262,7 @@ def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, cap
     assert residency_here(run, chosen, gpu, differentiated=True).base.residency == "device"
     with caplog.at_level(logging.INFO, logger="qdora"):
         assert residency_here(run, chosen, torch.device("cpu")).base.residency == "device"
-    assert "using device instead of host, because this machine computes on cpu" in caplog.text
+    assert "using device instead of host" in caplog.text
 
 
 # --- with new tokens

@@ -288,7 +288,7 @@ def test_a_merged_model_answers_alike(
     with caplog.at_level("WARNING", "qdora"):
         found = answer(target)
     assert (found["num_new_tokens"], found["stopped"]) == (5, "context")
-    assert f"ends after 5 tokens: with the prompt of {full['num_prompt_tokens']} it fills" in caplog.text
+    assert "ends after 5 tokens: it fills" in caplog.text
     assert full["text"].startswith(found["text"])
     assert answer(target, max_new_tokens=5)["stopped"] == "length"
     positions = {"max_position_embeddings": full["num_prompt_tokens"]}

@@ -121,7 +121,7 @@ def test_all_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: st
     settings.append(recipe(tmp_path / "copy", train__steps=1))
     file = tmp_path / "copy" / changed
     file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
-    text = rf"process 1 on \S+ has {different} than process 0 on \S+\. Fix: give all machines the same files"
+    text = rf"process 1 on \S+ has {different} than process 0 on \S+\."
     for error in support.run_processes(2, lambda rank: train(rank, settings[rank], tmp_path / "run")):
         assert re.search(text, error)
 
@@ -328,4 +328,4 @@ def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_
             distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
 
     for error in support.run_processes(3, unequal):
-        assert "unless each machine has equally many processes, got hybrid with 1 and 2 of them" in error
+        assert "unless each machine has equally many processes" in error

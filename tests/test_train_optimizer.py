@@ -338,7 +338,5 @@ def test_on_cuda_states_stay_paged_over_a_resume(name: Any) -> None:
 
 
 def test_what_fits_no_parameter_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lr_ratios: lora_C .*must be one of lora_A, lora_B, magnitude"):
-        AdapterOptimizer(parameters(), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
     with pytest.raises(ValueError, match=r"x is stored in .*float16"):
         AdapterOptimizer({"x": nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))})

@@ -8,7 +8,6 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from qdora.data.batches import Batching
 from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
@@ -29,11 +27,11 @@ from qdora.recipe.settings import TrainConfig
 from qdora.train import passes as loss_scale
 from qdora.train.distributed import Processes
 from qdora.train.evals import BestSoFar
-from qdora.train.guards import Backoff, BadSteps, MissingGradientCheck, Schedule
+from qdora.train.guards import BadSteps, MissingGradientCheck, Schedule
 from qdora.train.logs import TrainingProgress, draw_figures, smooth
 from qdora.train.logs import peaks as _peaks
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.passes import LossScale, Shortage
+from qdora.train.passes import LossScale
 from tests import support
 
 
@@ -149,32 +147,6 @@ def test_other_errors_are_out_of_memory_by_what_the_allocator_says(monkeypatch: 
         broken = answer if isinstance(answer, Exception) else None
         monkeypatch.setattr(torch.cuda, "mem_get_info", Mock(return_value=(answer, 40 << 30), side_effect=broken))
         assert is_out_of_memory(error) is expected
-
-
-def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
-    """32 steps before the first growth, 64 after it has failed; never above what was asked; the same after a resume."""
-
-    def fresh(asked: int = 2048) -> tuple[Any, Backoff]:
-        loader: Any = SimpleNamespace(batching=Batching(asked, 0))
-        return loader, Backoff(loader)
-
-    loader, backoff = fresh()
-    sizes = []
-    for number in range(300):
-        if loader.batching.max_tokens > 1024 and number < 200:
-            assert backoff.shrink(Shortage(8, 2000, "")) is not None
-        if number % 7 == 0:
-            loader, again = fresh()
-            backoff = restored(backoff, again)
-        backoff.grow()
-        sizes.append(loader.batching.max_tokens)
-    # 2,000 tokens fail until number 200
-    assert sorted(set(sizes)) == [1000, 2000]
-    assert [number for number in range(1, 300) if sizes[number] > sizes[number - 1]] == [31, 31 + 64, 31 + 64 + 128]
-    assert backoff.shrink(Shortage(1, 2000, "")) is None  # an example by itself
-    loader, other = fresh(512)
-    restored(backoff, other)  # the recipe asks for another size now
-    assert loader.batching.max_tokens == 512
 
 
 def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

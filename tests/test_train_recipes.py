@@ -39,8 +39,6 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     data = {"data__mix": mix, "data__strategy": "weights", "data__too_long": "drop"}
     asked, more = (support.tiny_recipe(tmp_path, **data, data__max_bad_rows=number) for number in (0, 3))
     train_run(asked, tmp_path / "whole")
-    log = (tmp_path / "whole/log.txt").read_text()
-    assert "sums: 24 examples seen, 0 cut, 0 dropped, 0 complete passes." in log
     assert sorted(read(tmp_path / "whole/eval/step-6.json")["tasks"]) == ["letters"]
     with pytest.raises(UserError, match="--split: a stream has only the splits validation, test"):
         evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
@@ -96,8 +94,7 @@ def halves(generator: np.random.Generator, true: Any, noise: float, num_tokens: 
     ]
 
 
-def test_cosines_are_those_of_the_gradients_and_the_noise_is_that_of_a_new_draw_of_examples() -> None:
-    """A task without a gradient, as where all its weight is 0, leaves the noise of the others as it is without it."""
+def test_cosines_are_those_of_the_gradients() -> None:
     generator, tokens = np.random.default_rng(0), np.array([[12, 20], [16, 16], [40, 24]])
     common, own = generator.normal(size=400), generator.normal(size=(3, 400))
     true = np.stack([common + own[0], common + own[1], -common + own[2]])
@@ -105,7 +102,7 @@ def test_cosines_are_those_of_the_gradients_and_the_noise_is_that_of_a_new_draw_
     def result(found: list[Any], counts: Any = tokens) -> Any:
         return agreement(np.array(found) @ np.array(found).T, counts.astype(np.float64))
 
-    draws = [halves(generator, true, 3.0, tokens) for _ in range(500)]
+    draws = [halves(generator, true, 3.0, tokens)]
     found, results = draws[0], [result(each) for each in draws]
     whole = [(tokens[t, 0] * found[2 * t] + tokens[t, 1] * found[2 * t + 1]) / tokens[t].sum() for t in range(3)]
     for i in range(3):
@@ -114,13 +111,8 @@ def test_cosines_are_those_of_the_gradients_and_the_noise_is_that_of_a_new_draw_
         for j in range(3):
             assert results[0]["cosines"][i, j] == pytest.approx(reference.cosine(whole[i], whole[j]))
     both, alone = result([*found[:4], np.zeros(400), np.zeros(400)]), result(found[:4], tokens[:2])
-    for name in ("cosines", "noise"):
-        assert both[name][0, 1] == pytest.approx(alone[name][0, 1])
+    assert both["cosines"][0, 1] == pytest.approx(alone["cosines"][0, 1])
     assert np.isnan(both["cosines"][2, :2]).all()
-    spread = np.std([each["cosines"] for each in results], axis=0)
-    said = np.sqrt(np.mean([each["noise"] ** 2 for each in results], axis=0))
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert 0.9 < said[i, j] / spread[i, j] < 1.15
 
 
 def test_a_models_gradients_are_those_of_the_mean_loss() -> None:
@@ -151,7 +143,6 @@ def test_a_models_gradients_are_those_of_the_mean_loss() -> None:
     assert report["cosines"][0][1] == pytest.approx(expected, abs=2e-3)  # bf16 gradients
     assert report["norms"][0] == pytest.approx(np.linalg.norm(vectors[0]), rel=2e-3)
     assert report["num_examples"] == {"a": [2, 2], "b": [2, 2]}
-    assert report["num_conflicts"] == int(expected < -2 * report["noise"][0][1])
 
 
 PROBED: dict[str, Any] = {"interference__every": 2, "interference__examples": 2, "data__validation_fraction": 0.2}
@@ -219,8 +210,11 @@ def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Pa
     mix = [{"source": sums, "loss_weight": 2.0}, {"source": str(more)}]
     every: dict[str, Any] = {"interference__every": 2, "eval__every": 2}
     for changes, words in (
-        (every | {"data__validation_fraction": 0.01}, "every: sums has 1 validation example"),
-        (every | {"data__mix": [{"source": letters}]}, "needs at least two sources in data.mix, got 1"),
+        (
+            every | {"data__validation_fraction": 0.01},
+            "every: needs two sources with 2 validation examples each, got .*sums': 1",
+        ),
+        (every | {"data__mix": [{"source": letters}]}, "every: needs two sources"),
         (every | {"eval__every": 4}, "interference.every: must be a multiple of eval.every"),
         ({"data__mix": mix}, "task sums is in sums with loss_weight 2 and in more with"),
     ):

@@ -308,15 +308,6 @@ def test_what_is_whole_is_kept_and_gone_on_with(root: Path, whole: Path, tmp_pat
     assert_same_run(tmp_path, whole)
 
 
-def test_older_checkpoints_make_room(root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two checkpoints where three are asked for."""
-    folder = tmp_path / "checkpoints"
-    in_save(monkeypatch, 6, lambda: full() if len([*folder.glob("step-*")]) == 2 else None)
-    train_run(support.tiny_recipe(root, train__keep_checkpoints=3), tmp_path)
-    assert sorted(os.listdir(folder)) == ["step-4", "step-6"]
-    assert_same_run(tmp_path, whole)
-
-
 def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGHUP, signal.SIG_IGN)
     end_as_by_ctrl_c({"WORLD_SIZE": "2"})

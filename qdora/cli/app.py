@@ -272,7 +272,7 @@ def generate(
     It answers a prompt, or each conversation of a file.
     """
     from qdora.files.run_directory import failures_logged
-    from qdora.run.verbs import answer_chats, generate_from, nowhere
+    from qdora.run.verbs import answer_chats, generate_from
 
     if (prompt is None) == (chats is None):
         raise UserError(f"generate: exactly one of --prompt, --chats; got {'neither' if prompt is None else 'both'}.")
@@ -281,17 +281,17 @@ def generate(
         raise UserError(*faults)
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        if not _asked["json"]:
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     loaded = which.model_dump(exclude={"base"}) | {"base_only": which.base}
-    shown = nowhere if _asked["json"] else write
     with failures_logged(Path(target), "generate"):
         if chats is not None:
-            result = answer_chats(target, chats, sampling, write=shown, **loaded)
+            result = answer_chats(target, chats, sampling, write=write, **loaded)
         else:
             text = sys.stdin.read() if prompt == "-" else str(prompt)
-            result = generate_from(target, text, sampling, system=system, raw=raw, write=shown, **loaded)
+            result = generate_from(target, text, sampling, system=system, raw=raw, write=write, **loaded)
     emit(result)
 
 

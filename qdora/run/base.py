@@ -1,7 +1,7 @@
 """The base of a run: loaded to where its recipe keeps it; with base.prune pruned once, into the run directory.
 
-A run records its base: recipe.yaml has the commits of a base and of another tokenizer, environment.json has samples of
-its files, residency.json the residency that `memory.budget: auto` chose instead of the recipe's own.
+recipe.yaml has the commits of a base and of another tokenizer, environment.json has samples of its files,
+residency.json the residency that `memory.budget: auto` chose.
 """
 
 from __future__ import annotations
@@ -64,13 +64,12 @@ def load_base(
 
     With base.prune `placer` prunes the base or reads a pruned one. `mesh` are the processes that divide the base.
     """
-    assert (recipe.base.prune is None) == (placer is None)
     base, cache = recipe.base, None
     if base.quant != "none" and base.cache is not None:
         root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
         cache = BaseCache(root, quantization_of(base), compute.device, progress)
     if mesh is not None:
-        assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
+        assert placer is None or isinstance(placer, PrunedBase)
         placer = ShardedBase(mesh, placer)
     elif base.residency == "host" and base.quant != "none":
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
@@ -107,10 +106,7 @@ def compress_base(
     key: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
-
-    `key` is the `compression_key` of the other arguments.
-    """
+    """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says."""
     prune = recipe.base.prune
     assert prune is not None
     pruner = Pruner(prune, calibration)
@@ -137,10 +133,7 @@ def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calib
 def calibration_tokens(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, config: PreTrainedConfig
 ) -> Tensor | None:
-    """Pieces of the calibration text, (sequences, length) int64; None if nothing is pruned or no inputs are measured.
-
-    Of the mix: the training examples of all sources but streams, in a random order so that a piece spans several.
-    """
+    """Pieces of the calibration text, (sequences, length) int64; None if no inputs are measured."""
     prune = recipe.base.prune
     if prune is None or prune.method == "magnitude":
         return None
@@ -197,10 +190,7 @@ def check_base(run: RunDirectory, source: ModelSource) -> None:
     if before is None or sorted(map(str, before.values())) == sorted(map(str, now.values())):
         return
     different = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
-    raise UserError(
-        f"{run.path}: {source.name} is not the base that was trained on: {first_few(different)} differs. "
-        "Fix: restore the base, or train with another --run-dir."
-    )
+    raise UserError(f"{run.path}: {source.name} is not the base that was trained on: {first_few(different)} differs.")
 
 
 def _residency(recipe: Recipe) -> dict[str, Any]:
@@ -208,11 +198,8 @@ def _residency(recipe: Recipe) -> dict[str, Any]:
 
 
 def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
-    """Write residency.json if the recipe that runs has another residency than the one given; else remove it.
-
-    If the base is divided only by that choice, the file is not written: a process that later loads all of the base
-    takes the residency that was given.
-    """
+    """Write residency.json if the recipe that runs has another residency than the one given, unless the base is divided
+    only by that choice."""
     now_divided = applied.train.divides_base and not given.train.divides_base
     if _residency(applied) != _residency(given) and not now_divided:
         run.write_json(FILE, _residency(applied))
@@ -221,14 +208,11 @@ def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
 
 
 def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
-    """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU.
-
-    A change is logged. With `differentiated` gradients are taken without checkpointing, which host cannot do.
-    """
+    """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU
+    and not if it is `differentiated` without checkpointing."""
     file = run.inside(FILE)
     chosen = read_json_object(file) if file.exists() else _residency(recipe)
     if chosen["residency"] == "host" and (device.type != "cuda" or differentiated):
-        why = "the whole base is needed at once" if differentiated else f"this machine computes on {device.type}"
-        logger.info("base.residency: using device instead of host, because %s.", why)
+        logger.info("base.residency: using device instead of host.")
         chosen = {"residency": "device", "streamed_blocks": None}
     return with_settings(recipe, base=chosen)

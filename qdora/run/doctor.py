@@ -82,7 +82,6 @@ def kernel_error(device: str) -> str | None:
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
         packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
         error = float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
-    # A library that does not load, an operation without a kernel, a driver that does not fit
-    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as failure:
+    except (ImportError, OSError, RuntimeError, AttributeError) as failure:
         return first_line(failure)
     return None if error < _MAX_NF4_ERROR else f"values are off by {error:.2f}, expected 0.09"

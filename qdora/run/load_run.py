@@ -67,14 +67,9 @@ def load_run(
 ) -> TrainedRun:
     """Load the base and the adapter of a run.
 
-    No layer keeps decoded scales where the recipe says so, or where a GPU has no room for them. UserError if there is
-    no such checkpoint, nothing is trained yet, or the base has changed.
-
-    Args:
-        step: Checkpoint; None: the finished adapter, or the newest checkpoint of an unfinished run.
-        original: Put the adapter on the source's own weights, dense in the dtype that its config names.
-        widened: Compute in float32 with an attention that supports it, whatever the recipe says. A GPU holds the whole
-            base, since second derivatives read any block at any time.
+    step: None is the finished adapter, or the newest checkpoint of an unfinished run. original: the adapter on the
+    source's own weights, dense in the dtype of its config. widened: float32 with an attention that supports it, the
+    whole base on the GPU.
     """
     run = open_run(path)
     recipe = recipe_of_run(run.recipe_file)
@@ -156,8 +151,8 @@ def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Ite
 def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of an adapter, and what is written of its base: name, revision, form, how the form is known.
 
-    `base_model` is as model.source; None: the one in adapter_config.json. `quant` is how the base was held in training;
-    None: as qdora.json or the base's own files say, else nf4 in blocks of 64 with double quantisation.
+    `base_model`: None is the one in adapter_config.json. `quant` is how the base was held in training; None: as
+    qdora.json or the base's files say, else nf4 in blocks of 64 with double quantisation.
     """
     adapter = user_path(adapter)
     described, file = describe_adapter(adapter), adapter / CONFIG_FILE
@@ -176,7 +171,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         if quant not in _ADAPTER_QUANTS:
             raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
         if stored["quant"] not in ("none", "mxfp4"):
-            raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}. Fix: remove --quant.")
+            raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}.")
         kind, _, single = quant.partition("-")
         base, known = {"quant": kind} | ({"double_quant": False} if single else {}), "--quant"
     elif trained_on:
@@ -229,23 +224,18 @@ def load_target(
 ) -> LoadedModel:
     """Load a run with its adapter, an adapter on its base, or a model: a directory, a Hub id, builtin, a GGUF file.
 
-    A checkpoint that bitsandbytes quantised stays as it is stored. A directory of `qdora export --format nf4-lora` gets
-    its adapter.
-
-    Args:
-        step, base_only: Of a run, see `load_run`.
-        base_model, quant: Of an adapter, see `adopted_recipe`. A model in full precision: hold its linear layers in
-            nf4, fp4 or int8; None: dense.
+    A directory of `qdora export --format nf4-lora` gets its adapter. `base_model` and `quant` are as in
+    `adopted_recipe`; of a model in full precision `quant` holds its linear layers in nf4, fp4 or int8.
     """
     if base_model is not None and not is_adapter(target):
-        raise UserError(f"--base-model: is used only with an adapter, got {target}. Fix: remove it.")
+        raise UserError(f"--base-model: is used only with an adapter, got {target}.")
     if is_run(target):
         if quant is not None:
             raise UserError(f"--quant: is not used with a run, whose recipe says it, got {target}.")
         trained = load_run(Path(target), step=step, base_only=base_only)
         return LoadedModel(trained.model, trained.tokenizer, trained.state, trained.run)
     if step is not None or base_only:
-        raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
+        raise UserError(f"{verb}: --step and --base are used only with a run, got {target}.")
     if is_adapter(target):
         with adopted_run(Path(target), base_model, quant) as path:
             trained = load_run(path)
@@ -258,7 +248,7 @@ def load_target(
     tokenizer = load_tokenizer(source, setting=verb)
     form = stored_form(source)
     if quant is not None and form["quant"] != "none":
-        raise UserError(f"--quant: {target} is quantised already, in {form['quant']}. Fix: remove --quant.")
+        raise UserError(f"--quant: {target} is quantised already, in {form['quant']}.")
     form = form if quant is None else {"quant": quant}
     model = load_model(source, device=compute.device, compute_dtype=compute.dtype, **form)
     adapter = source.path / ADAPTER_DIRECTORY

@@ -88,7 +88,7 @@ class PreparedRun:
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:
     """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
-    UserError has all faults of the recipe, its data or the plan; with `force` a plan over memory.budget is a warning.
+    With `force` a plan over memory.budget is a warning.
     """
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
@@ -113,10 +113,17 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     scored = scored_examples(recipe, validation, num_steps)
-    unscored = processes.from_first(lambda: _scoring_faults(recipe, scored, tokenizer, positions_of(config)))
+
+    def unscored() -> list[str]:
+        """What the first evaluation would refuse, which may come only after many steps."""
+        context = positions_of(config)
+        found = {name: scoring_faults(tokenizer, examples, context) for name, examples in scored.items()}
+        files = {source.label: f" ({source.validation})" if source.validation else "" for source in recipe.data.mix}
+        return [f"validation data{files[name]}: {fault}" for name, faults in found.items() for fault in faults]
+
     faults = [
         *_machine_faults(recipe, compute),
-        *unscored,
+        *processes.from_first(unscored),
         *_data_faults(recipe, validation, num_steps, loader, config),
     ]
     faults += [
@@ -178,13 +185,12 @@ def _data_faults(
         faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
     if asked.every is not None and asked.tasks is None and not validation:
-        fix = "Fix: set validation in a source, or eval.every: null."
-        faults.append(f"eval.every: got {asked.every}, but no source has validation data. {fix}")
+        faults.append(f"eval.every: got {asked.every}, but no source has validation data.")
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
     return faults + [
-        f"eval.tasks: {name!r} has no validation data in this mix. Fix: set validation in this source."
+        f"eval.tasks: {name!r} has no validation data in this mix."
         for name in asked.tasks or ()
         if name not in validation
     ]
@@ -197,10 +203,8 @@ def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_a
     for part in (part for part in sources if isinstance(part, TokenizedSet)):
         largest = max((int(example.input_ids.max()) for example in part.examples), default=0)
         if size is not None and largest >= size + num_added:
-            faults.append(
-                f"model.tokenizer: source {part.name!r} has token id {largest:,}, and the model's embedding has "
-                f"{size:,} rows. Fix: use the tokenizer that belongs to the model."
-            )
+            text = f"has token id {largest:,}, and the model's embedding has {size:,} rows."
+            faults.append(f"model.tokenizer: source {part.name!r} {text}")
     return faults
 
 
@@ -215,18 +219,6 @@ def scored_examples(
     return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
 
 
-def _scoring_faults(
-    recipe: Recipe, scored: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, context: int | None
-) -> list[str]:
-    """What the first evaluation would refuse, which may come only after many steps."""
-    files = {source.label: source.validation for source in recipe.data.mix}
-    return [
-        f"validation data{f' ({files[name]})' if files[name] else ''}: {fault}"
-        for name, examples in scored.items()
-        for fault in scoring_faults(tokenizer, examples, context)
-    ]
-
-
 def _check_alike(
     processes: Processes,
     loader: StepLoader,
@@ -234,7 +226,6 @@ def _check_alike(
     num_steps: int,
     source: ModelSource,
 ) -> None:
-    """UserError in all processes if one of them, perhaps on another machine, has other data or another base."""
     if processes.size == 1:
         return
     mine = {
@@ -248,17 +239,11 @@ def _check_alike(
     host, first = per_rank[0]
     for rank, (name, theirs) in enumerate(per_rank):
         if different := [what for what in first if theirs[what] != first[what]]:
-            raise UserError(
-                f"process {rank} on {name} has another {' and another '.join(different)} than process 0 on {host}. "
-                "Fix: give all machines the same files, settings and versions."
-            )
+            what = " and another ".join(different)
+            raise UserError(f"process {rank} on {name} has another {what} than process 0 on {host}.")
 
 
-# Checks at the start of a run
-
-
-_NEAR = 4
-"""A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
+_NEAR = 4  # a stop token among the last tokens of an answer ends it: some templates write a line end behind it
 _MOST_LOOKED_AT = 1000
 
 
@@ -274,13 +259,11 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
 
 
 def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
-    """Log what is known before the model is loaded. A run that goes on keeps what is known of its gradients."""
     recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
     trains = recipe.adapter.kind != "none"
     checks = example_checks(sources, prepared.tokenizer, recipe.data)
     if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
-        fix = "Fix: set validation in a source, or eval.tasks: []."
-        checks.append(Check("warning", f"no source has validation data, so nothing is evaluated. {fix}"))
+        checks.append(Check("warning", "no source has validation data, so nothing is evaluated."))
     if trains:
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
@@ -340,7 +323,7 @@ def repeated_checks(
 
 
 def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
-    """The token ids of each example that can be encoded as a whole, as int32; of some chats in several parts."""
+    """The token ids, int32, of each example that is encoded whole; of some chats in several parts."""
     tally = ExampleTally(name, data.max_length, data.too_long)
     try:
         found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
@@ -355,7 +338,7 @@ def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: Dat
 
 
 def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
-    """A warning that names the tokens of the data that cannot be learnt; some examples of each source are looked at."""
+    """A warning with the tokens of the data that cannot be learnt; some examples of each source are looked at."""
     examples = [example for part in sources for example in _some(part.first())]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
@@ -364,26 +347,21 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     names = [tokenizer.convert_ids_to_tokens(id) for id in untrained_rows(model, read, learnt)]
     if not names:
         return []
-    return [
-        Check(
-            "warning",
-            f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows in the "
-            "embedding or the output head are zero, and an adapter does not change them. Fix: name the instruct "
-            "version of the model in model.source, or set adapter.also_train: [embed_tokens, lm_head] and "
-            "adapter.also_train_rows: all.",
-        )
-    ]
+    text = (
+        f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and an "
+    )
+    fix = "Fix: name the instruct version in model.source, or train them (adapter.also_train_rows: all)."
+    return [Check("warning", f"{text}adapter does not change them. {fix}")]
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check the first rows of some sources as a run does at its start, and with data.too_long: error all their lengths,
-    for `qdora validate`."""
+    """Check the first rows of some sources, and with data.too_long: error all their lengths, for `qdora validate`."""
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":
         return
     try:
         _, tokenizer = find_model(recipe, weights=False)
-    except HubFailure as error:  # anything else a run would refuse, too
+    except HubFailure as error:
         logger.info("The lengths of the examples are not checked: there is no tokenizer: %s", error.faults[0])
         return
     train, _ = read_data(recipe.data, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from itertools import chain, islice, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -31,20 +31,15 @@ from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import example_checks
 
-_MOST_ROWS, _MOST_CHARACTERS = 2000, 1 << 23
-"""Of a source that are read: enough for shares and lengths, few enough for seconds."""
-_HALF = 200
-"""Tokens of an example that are shown from its beginning, and from its end."""
+_MOST_ROWS, _MOST_CHARACTERS = 2000, 1 << 23  # of a source that are read, in seconds
+_HALF = 200  # tokens of an example that are shown from its beginning, and from its end
 _QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 
 
 def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
-    """Tokenise some rows of each source as a run does. Loads the tokenizer and the config of the model, no weights.
-
-    Returns JSON values: the settings that decide what becomes of the sources, the `sources` (`_preview_source`) with
-    `num_shown` examples each, and `is_refused`, whether a run would end before its first step.
-    """
+    """Tokenise some rows of each source as a run does, without weights. Returns JSON values: settings, the `sources`
+    with `num_shown` examples each, and `is_refused`, whether a run would end before its first step."""
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
     _, tokenizer = find_model(recipe, weights=False)
@@ -70,10 +65,10 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
 
 
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
-    """What the rows of a source that are read become, as JSON values.
+    """What the rows of a source that are read become: `drawn` "all", a "sample", or the "first" of a stream.
 
-    `drawn` says which: "all", a "sample", or the "first" of a stream. `lengths` and `num_too_long` are of what is not
-    yet cut, split or dropped. `faults` are why a run would be refused; of a stream the faulty rows, which are skipped.
+    `lengths` and `num_too_long` are of what is not yet cut. `faults` are why a run would be refused; of a stream the
+    faulty rows, which are skipped.
     """
     source = data.mix[number]
     train, _ = train_and_validation(source, data)
@@ -116,29 +111,19 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     }
 
 
-class TokenPiece(NamedTuple):
-    """One token: what it adds to the text before it, whether it is a label, whether the tokenizer calls it special.
-
-    `text` is empty for the first tokens of a character that several tokens spell out byte by byte: the last has it.
-    """
-
-    text: str
-    in_loss: bool
-    is_special: bool
-
-
-def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Iterable[bool]) -> list[TokenPiece]:
-    """The piece of each token; all texts joined are the decoded text, special tokens included."""
+def token_pieces(tokenizer: Any, ids: Sequence[int], loss_mask: Iterable[bool]) -> list[dict[str, Any]]:
+    """Of each token its `text`, whether it is `in_loss`, and whether it `is_special`. `text` is what it adds to those
+    before it: empty for the first tokens of a character that several tokens spell out byte by byte."""
     special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
     stream = DecodeStream(skip_special_tokens=False)
     texts = [stream.step(tokenizer.backend_tokenizer, id) or "" for id in ids]
     both = zip(ids, texts, loss_mask, strict=True)
-    return [TokenPiece(text, bool(learnt), id in special) for id, text, learnt in both]
+    return [{"text": text, "in_loss": bool(learnt), "is_special": id in special} for id, text, learnt in both]
 
 
 def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
-    """JSON values: id, numbers of tokens, `pieces` (`TokenPiece`), and how many are `left_out` in their middle."""
-    pieces = [piece._asdict() for piece in token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask)]
+    """JSON values: id, numbers of tokens, `token_pieces`, and how many are `left_out` in their middle."""
+    pieces = token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask)
     left_out = max(0, len(pieces) - 2 * _HALF)
     return {
         "id": example.id,
@@ -168,14 +153,11 @@ def show_preview(found: Mapping[str, Any], console: Console | None = None) -> No
         say(source["name"], "bold")
         rows = "" if source["num_rows"] is None else f" of {source['num_rows']:,}"
         share = source["num_in_loss"] / max(source["num_tokens"], 1)
-        sizes = ", ".join(f"{name} {size:,}" for name, size in source["lengths"].items())
         say(
             f"  {source['drawn']} rows: {source['num_rows_read']:,}{rows}; {source['num_examples']:,} examples, "
-            f"{source['num_tokens']:,} tokens, {share:.1%} of them in the loss"
-        )
-        say(
-            f"  tokens of an example: {sizes}; {source['num_too_long']:,} longer than data.max_length, of which "
-            f"{source['num_cut']:,} are cut and {source['num_dropped']:,} dropped"
+            f"{source['num_tokens']:,} tokens, {share:.1%} of them in the loss; lengths "
+            f"{', '.join(f'{name} {size:,}' for name, size in source['lengths'].items())}; {source['num_too_long']:,} "
+            f"longer than data.max_length ({source['num_cut']:,} cut, {source['num_dropped']:,} dropped)"
         )
         skipped = " (skipped)" if source["drawn"] == "first" else ""
         for text in (*(f"{fault}{skipped}" for fault in source["faults"]), *source["warnings"]):
@@ -188,7 +170,6 @@ def show_preview(found: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def _tokens(example: Mapping[str, Any]) -> Text:
-    """The tokens of an example, one behind the other."""
     text, pieces = Text(), example["pieces"]
     for number, piece in enumerate(pieces):
         if example["left_out"] and number == _HALF:
@@ -206,7 +187,7 @@ def _tokens(example: Mapping[str, Any]) -> Text:
 
 
 def visible(text: str) -> str:
-    """Text in which no character hides or reorders others: a line end and a tab have a mark, the rest is escaped."""
+    """Text in which no character hides or reorders others."""
     return "".join(
         _SHOWN.get(letter) or (letter if letter.isprintable() else letter.encode("unicode_escape").decode())
         for letter in text

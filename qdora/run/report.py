@@ -1,7 +1,4 @@
-"""What a run tells others: README.md, the model card of a run or an export, and report.html, the page of a run.
-
-The card has the Hub's front matter (model_card.md.j2); the page loads no other file (run_page.html.j2).
-"""
+"""README.md, the model card of a run or an export (model_card.md.j2), and report.html, the page of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from qdora.files.atomic import atomic_write_text, disk_failures, masked, read_js
 from qdora.files.console import consoles, duration
 from qdora.files.machine import package_versions
 from qdora.files.pages import markdown_cell, markdown_table, render_page
-from qdora.files.run_directory import RunDirectory, open_run, unharmed
+from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import sizes_in_words
 from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
@@ -51,7 +48,7 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 
 
 def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> dict[str, str]:
-    """Name -> text of the card of an export before its check, and of the licence files of its base."""
+    """Name -> text of an export's card before its check, and of the licence files of its base."""
     return {**_licence_files(_source(recipe)), "README.md": run_card(run, recipe, state, form=form)}
 
 
@@ -63,11 +60,7 @@ def run_card(
     *,
     form: Form | Literal["run"] = "run",
 ) -> str:
-    """README.md of a run or of an export.
-
-    `state` is "final" or "step-N": that of the adapter. `check` is what the verification of an export returned, `form`
-    what the directory holds.
-    """
+    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
     source, is_adopted, mix = _source(recipe), bool(run.adopted()), read_record(run, "mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
@@ -77,11 +70,6 @@ def run_card(
         training["state"] = adapter_in_words(run) if state == "final" else state
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
-    text = " ({} draws of {} examples in all steps)"
-    seen = {
-        part["name"]: text.format(part["num_draws"] or "unknown", part["num_examples"] or "streamed")
-        for part in mix.get("sources", ())
-    }
     is_multimodal = "trained part" in training
     metadata = ModelCardData(
         base_model=hub_id,
@@ -106,7 +94,7 @@ def run_card(
         model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
         has_own_code=form != "gguf" and has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
-        data=[markdown_cell(_data(part) + seen.get(part.label, "")) for part in data],
+        data=[markdown_cell(_data(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
         texts=[] if form == "run" else [*_licence_files(source)],
@@ -132,11 +120,8 @@ def training_facts(run: RunDirectory, recipe: Recipe) -> dict[str, str]:
 
 
 def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
-    """Each evaluation of the state after `step` steps, with that of the base on the same data, and the changes.
-
-    First that of the run itself, then those of `qdora eval` (eval/final-NAME.json or step-N-NAME.json, and
-    base-NAME.json). Answers in words are evaluations of their own. `rows` are the cells of a table, from "task" on.
-    """
+    """Each evaluation of the state after `step` steps, with that of the base on the same data, and the changes: first
+    the run's own, then those of `qdora eval`. `rows` are the cells of a table, from "task" on."""
     named = [(f"validation{end}", f"step-0{end}", f"step-{step}{end}") for end in ("", "-generated")]
     for file in sorted((run.path / "eval").glob("*.json")):
         name = re.sub(r"^(final|step-\d+)-(?!generated$)", "", file.stem)
@@ -185,7 +170,6 @@ def _source(recipe: Recipe) -> ModelSource | None:
 
 
 def _licence(source: ModelSource | None) -> dict[str, Any]:
-    """license, license_name and license_link, as the card or the GGUF header of the base states them."""
     stated: Mapping[str, Any] = {}
     if source is not None and source.is_gguf:
         settings = read_header(source.path).settings
@@ -202,7 +186,6 @@ def _licence(source: ModelSource | None) -> dict[str, Any]:
 
 
 def _licence_files(source: ModelSource | None) -> dict[str, str]:
-    """Name -> text of the licence files in the directory of a base."""
     if source is None or source.is_gguf:
         return {}
     files = sorted({file for pattern in LICENCE_FILES for file in source.path.glob(pattern) if file.is_file()})
@@ -210,7 +193,6 @@ def _licence_files(source: ModelSource | None) -> dict[str, str]:
 
 
 def _data_id(source: SourceConfig) -> str | None:
-    """The data set's id on the Hub; None for a file or a built-in demo."""
     if source.task in HUB_TASKS:
         return HUB_TASKS[source.task].id
     return None if source.source is None or is_path(source.source) else source.source
@@ -225,7 +207,7 @@ def _data(source: SourceConfig) -> str:
 
 
 def page_of_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Draw the figures of a run again and write its page to `out` (default: the run); returns its facts and path."""
+    """Draw a run's figures again and write its page to `out` (default: the run); returns its facts and path."""
     run, folder = open_run(directory), out or directory
     draw_figures(run.metrics(), run.inside("figures"))
     with disk_failures(folder, "name another directory with --out"):
@@ -233,12 +215,6 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
         facts = write_page(run, folder / PAGE_FILE)
     consoles(console)[1].print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
     return {"page": str(folder / PAGE_FILE), **facts}
-
-
-def leave_page(run: RunDirectory) -> None:
-    """`write_page` for a run that ends, however it ends: a failure is logged and never raises."""
-    with unharmed(PAGE_FILE):
-        write_page(run, run.inside(PAGE_FILE))
 
 
 def write_page(run: RunDirectory, file: Path) -> dict[str, Any]:
@@ -271,7 +247,6 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
 
 
 def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`state`: finished, stopped early, unfinished or not trained; the steps done, planned and kept; all as `text`."""
     kept, num_steps = run.checkpoint_steps(), read_record(run, "mix.json").get("num_steps")
     done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
     num_done, newest = max([0, *done, *kept]), max(kept, default=None)
@@ -294,7 +269,6 @@ def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, An
 
 
 def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Label -> loss, speed, time and memory of the logged steps, and the machine."""
     machine, plan = read_record(run, "environment.json"), read_record(run, run_directory.PLAN_FILE)
     gpus = [gpu["name"] for gpu in machine.get("devices", [])]
     found = {"machine": ", ".join(gpus) or machine.get("cpu", "")}

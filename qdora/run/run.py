@@ -1,8 +1,4 @@
-"""qdora train, from top to bottom: read and plan, load, adapt, train, evaluate, save.
-
-`prepare` reads the data and checks everything before the model is loaded (run/prepare.py); the steps are the trainer's
-(train/trainer.py).
-"""
+"""qdora train, from top to bottom: prepare (run/prepare.py), load, adapt, train (train/trainer.py), conclude."""
 
 from __future__ import annotations
 
@@ -56,7 +52,7 @@ from qdora.run.base import (
     with_revisions_of,
 )
 from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
-from qdora.run.report import leave_page, run_card
+from qdora.run.report import PAGE_FILE, run_card, write_page
 from qdora.train.distributed import Processes, mesh_of, processes_of_launch, seed_of
 from qdora.train.evals import adapter_record, read_result
 from qdora.train.guards import CHECKS_FILE, DIVISION, PACKING, TOKENS, Check, check_division, packed_layout, tell_checks
@@ -81,11 +77,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
-    Args:
-        resume: Continue from the newest whole checkpoint, or from the start where there is none.
-        force: Start although the plan is over memory.budget.
-        shared_bases: Keeps pruned bases that several runs share.
-    Returns JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
+    resume: continue from the newest whole checkpoint. force: start although the plan is over memory.budget.
+    shared_bases: keeps pruned bases that several runs share. Returns JSON values in the first process: the run
+    directory, steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
@@ -102,7 +96,7 @@ def train_run(
         run = open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
             last.enter_context(log_to(run))
-            last.callback(leave_page, run)
+            last.callback(unharmed(PAGE_FILE)(lambda: write_page(run, run.inside(PAGE_FILE))))
         show_plans(prepared, run, processes, progress)
 
         recipe, tokenizer, loader = prepared.recipe, prepared.tokenizer, prepared.loader
@@ -155,10 +149,8 @@ def base_of_run(
     resume: bool,
     shared: SharedBases | None,
 ) -> PreTrainedModel:
-    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
-
-    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
-    """
+    """The frozen base of a run. With base.prune the first process prunes it, with `shared` once for all runs with the
+    same key, and all processes read its files in the run directory."""
     recipe, directory = prepared.recipe, run.inside(FOLDER)
     what = recipe, prepared.source, prepared.compute
     mesh = mesh_of(processes, prepared.compute.device, recipe.train.parallel)
@@ -193,10 +185,7 @@ def base_of_run(
 def check_model(
     model: PreTrainedModel, run: RunDirectory, processes: Processes, prepared: PreparedRun
 ) -> PackedLayout | None:
-    """Try the loaded and adapted model before its first step, and log what was found. All processes call this.
-
-    Returns how micro-batches are packed, None if they are not.
-    """
+    """Try the adapted model before its first step; returns how micro-batches are packed. All processes call this."""
     layout, checks = None, dict[str, list[Check]]()
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
@@ -239,10 +228,7 @@ def conclude(trainer: Trainer, results: Console) -> dict[str, Any]:
 
 
 def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
-    """Create the run directory, or with `resume` open it; it holds the recipe as it was given.
-
-    Its recipe.yaml names the run's own copy of a chat template, so a later change of the file has no effect.
-    """
+    """Create the run directory, or with `resume` open it. Its recipe.yaml names the run's copy of a chat template."""
     given, template, run = prepared.given, None, RunDirectory(directory)
     if given.data.chat_template is not None:
         template = str(prepared.tokenizer.chat_template)
@@ -263,7 +249,11 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
             file = run.inside(CHAT_TEMPLATE_FILE)
             if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
                 raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
-            _check_data(prepared, run)
+            steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
+            with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
+                state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
+            if state is not None:
+                prepared.loader.check_state(state)
             if before.data.chat_template is not None:
                 before = with_settings(before, data={"chat_template": CHAT_TEMPLATE_FILE})
             resume_run(directory, resolved_yaml(given), record(), before=resolved_yaml(before))
@@ -275,16 +265,6 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
     processes.first(opened)
     return run
-
-
-def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
-    """Refuse other data than that of the newest checkpoint while nothing is written yet."""
-    steps = run.checkpoint_steps()
-    newest, state = run.checkpoint_path(steps[-1] if steps else 0), None
-    with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
-        state = read_json_object(newest / "state.json")["loader"]
-    if state is not None:
-        prepared.loader.check_state(state)
 
 
 def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:

@@ -64,7 +64,6 @@ def check_options(options: EvalOptions, target: str) -> None:
     rules = {
         f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
         "--step: is not used with --base.": options.step is not None and options.base,
-        "--harness-include: is used only with --harness.": options.harness_include is not None and not options.harness,
         "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
         f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,
         f"--data: must be a folder of <task>/<split> files with --tasks {', '.join(named)}, got {path}.": (
@@ -102,10 +101,7 @@ def split_read(options: EvalOptions) -> str | None:
 
 
 def kept_as(options: EvalOptions, recipe: Recipe | None) -> str:
-    """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
-
-    An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
-    """
+    """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval."""
     split = split_read(options)
     parts = [] if split is None else [split]
     own = None if recipe is None else recipe.eval
@@ -125,19 +121,16 @@ def evaluate_target(
 ) -> dict[str, Any]:
     """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
 
-    A run keeps the results in its eval/. `console` gets progress and tables, by default standard error and output.
-    Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
+    A run keeps the results in its eval/. Returns JSON values: the evaluation, stored results, generated answers,
+    perplexity, harness results.
     """
     check_options(options, target)
     texts = read_texts(options.text)
     check_gpu()
-    # A wrong name is found before the data is read or fetched.
     check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
     if not (is_run(target) or options.like or options.tasks or options.data or options.text or options.harness):
-        raise UserError(
-            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
-            "Fix: add --tasks, --data, --text, --harness or --like RUN."
-        )
+        fix = "Fix: add --tasks, --data, --text, --harness or --like RUN."
+        raise UserError(f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. {fix}")
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
@@ -193,19 +186,16 @@ def evaluate_target(
 
 
 def _of_places(places: Sequence[str]) -> str:
-    """Tells files apart that have the same name."""
     return hashlib.sha256("\0".join(places).encode()).hexdigest()[:8]
 
 
 def _in_a_name(what: Sequence[str]) -> str:
-    """Names of tasks or files, as a part of the name of a file."""
     joined = "+".join(re.sub(r"[^\w.]+", "-", name) for name in what)
     # File systems end at 255 bytes
     return joined if len(joined) <= 100 else hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
-    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
     if loaded.run is not None:
         file = f"eval/{loaded.label}-{name}.json"
         with unharmed(str(loaded.run.path / file)):
@@ -213,10 +203,6 @@ def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
-    """Task -> its examples: of own data, or of the run's sources and of the built-in tasks that are named.
-
-    The commonsense tasks come from `options.data` where it is given, whatever the run's sources are called.
-    """
     if not reads_tasks(options):
         return {}
     if (place := own_data(options)) is not None:
@@ -248,7 +234,6 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
 
 
 def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> dict[str, list[Example]]:
-    """Examples of own data under its name. A warning says if the run trained on it."""
     mix = () if recipe is None else recipe.data.mix
     labels = [source.label for source in mix if source.source is not None]
     like = next(iter(options.tasks), None)
@@ -265,10 +250,6 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
 # qdora generate
 
 
-def nowhere(text: str) -> None:
-    """`write` for a caller that waits for the whole answer."""
-
-
 def generate_from(
     target: str,
     prompt: str,
@@ -276,19 +257,18 @@ def generate_from(
     *,
     system: str | None = None,
     raw: bool = False,
-    write: Write = nowhere,
+    write: Write = lambda text: None,
     **which: Any,
 ) -> dict[str, Any]:
     """Load a run, an adapter or a model and let it answer a prompt; `raw` skips the chat template.
 
-    `write` gets each piece of text as soon as it is known; `which` are step, base_only, base_model, quant of
-    `load_target`. Returns JSON values: the text, token counts, seconds, why it stopped: "end" of sequence, "length"
-    (`max_new_tokens`), or "context", since prompt and answer fill the model's context.
+    `write` gets each piece of text as soon as it is known; `which` are options of `load_target`. Returns JSON values:
+    the text, token counts, seconds, why it stopped: "end" of sequence, "length" (`max_new_tokens`), or "context".
     """
     if not prompt:
-        raise UserError("--prompt: is empty. Fix: give some text.")
+        raise UserError("--prompt: is empty.")
     if system is not None and raw:
-        raise UserError("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
+        raise UserError("--system: is not used with --raw, which skips the chat template.")
     keep_freed_memory()
     loaded = load_target(target, verb="generate", **which)
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
@@ -297,12 +277,9 @@ def generate_from(
 
 
 def answer_chats(
-    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = nowhere, **which: Any
+    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = lambda text: None, **which: Any
 ) -> dict[str, Any]:
-    """As `generate_from`, for each conversation of a data file of the format messages or sharegpt.
-
-    The last turn of a conversation is not the assistant's. Returns JSON values with `answers` in the order of the file.
-    """
+    """As `generate_from`, for each conversation of a data file (messages or sharegpt); returns `answers` in order."""
     chats = read_chats(user_path(file))
     keep_freed_memory()
     loaded = load_target(target, verb="generate", **which)
@@ -315,7 +292,7 @@ def answer_chats(
 
 
 def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
-    """(place, turns, tools) of each row. Raises UserError with all faults."""
+    """(place, turns, tools) of each row."""
     rows, chats, faults = read_rows(file), [], []
     for place, row in rows:
         try:
@@ -329,7 +306,6 @@ def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
 
 
 def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
-    """The answer to the tokens of a prompt, as JSON values. `where` they come from, for messages."""
     model, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
     if context is not None and len(ids) >= context:
         raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
@@ -351,8 +327,7 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
     ended = bool(new) and new[-1] in stops
     is_cut = not ended and most < sampling.max_new_tokens
     if is_cut:
-        text = "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens."
-        logger.warning(text, most, len(ids), context)
+        logger.warning("The answer ends after %d tokens: it fills the model's context of %d tokens.", most, context)
     return {
         "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
         "num_prompt_tokens": len(ids),
@@ -374,11 +349,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Messages, tools: Tools = (), where: str = "--prompt"
 ) -> list[int]:
-    """The tokens that the model sees before it answers these turns. `where` they come from, for messages."""
+    """The tokens that the model sees before it answers these turns."""
     require_chat_template(tokenizer, where)
-    try:
-        text = prompt_text(tokenizer, turns, tools)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    text = prompt_text(tokenizer, turns, tools)
     # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -41,10 +41,7 @@ def write_state(
     random: Sequence[Mapping[str, Tensor]],
     policies: Mapping[str, Any],
 ) -> None:
-    """Write everything but the parameters into an existing directory; `step` steps are done.
-
-    `random` is the `random_state` of every process, in the order of ranks; `policies` are JSON values by name.
-    """
+    """Write everything but the parameters; `random` is the `random_state` of every process."""
     write_tensors(directory / "optimizer.safetensors", optimizer.state_tensors())
     tensors = {_numbered(kind, rank): state for rank, states in enumerate(random) for kind, state in states.items()}
     write_tensors(directory / "random.safetensors", tensors)
@@ -64,7 +61,7 @@ def read_state(
 ) -> tuple[int, dict[str, Any]]:
     """Restore `write_state`, after the parameters; returns the number of steps done, and the policies.
 
-    A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
+    A process without a random state in the checkpoint seeds its generators from `seed`.
     """
     state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:

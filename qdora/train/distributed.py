@@ -2,12 +2,8 @@
 a share of every step's examples.
 
 In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
-and short messages on the host. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole
-run, to hide milliseconds (20 M float32 gradients). All start from the same parameters, compute the same sums and take
-the same step; `require_equal` checks before every checkpoint that their parameters are equal.
-
-A process that fails ends: its connections break, and torchrun ends the others and prints the first error. After a hang
-torch's timeouts do.
+and short messages on the host. DistributedDataParallel would reduce in every micro-batch. `require_equal` checks before
+every checkpoint that their parameters are equal. If a process fails, torchrun ends the others.
 """
 
 from __future__ import annotations
@@ -36,24 +32,18 @@ from qdora.memory.oom import is_out_of_memory
 
 T = TypeVar("T")
 
-# Gradient elements in one message: 64 MiB of float32.
-_MESSAGE_ELEMENTS = 1 << 24
+_MESSAGE_ELEMENTS = 1 << 24  # gradient elements in one message
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-# How long the others wait for a process before a checkpoint. torch's own timeout of a message on the host (30 minutes)
-# does not say who is missing.
+# How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
 _PATIENCE = timedelta(minutes=20)
-# How long the others wait while the first process prunes a base, measures or writes.
-_WORK_PATIENCE = timedelta(days=1)
+_WORK_PATIENCE = timedelta(days=1)  # while the first process prunes a base, measures or writes
 _STOPPING = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train one run together: this one is number `rank` of `size`, by default the only one.
-
-    Every method must be called by all processes, in the same order.
-    """
+    """The processes that train one run together. All must call every method, in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -114,8 +104,7 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes, equal bit for bit in all of them. A missing one counts
-        as zeros, unless it is missing in all processes."""
+        """Replace every gradient by its sum over the processes, equal bit for bit in all of them."""
         if self.size == 1:
             return
         present = self.gather([parameter.grad is not None for parameter in parameters])
@@ -149,8 +138,7 @@ class Processes:
             if is_out_of_memory(error):
                 raise
             reason = first_line(error).split(". ")[0]
-            text = f"process {self.rank}: the exchange with the other processes failed: {reason}."
-            raise RunFailure(f"{text} Fix: mend what one of them has printed, then resume with --resume.") from error
+            raise RunFailure(f"process {self.rank}: the exchange with the other processes failed: {reason}.") from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -161,18 +149,13 @@ class Processes:
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
             if differing := [key for key, one, other in zip(parameters, sums[0], theirs, strict=True) if one != other]:
-                raise RunFailure(
-                    f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
-                    "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."
-                )
+                what = f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ)"
+                raise RunFailure(f"{what}. Fix: resume from the last checkpoint with --resume.")
 
 
 @contextmanager
 def processes_of_launch() -> Iterator[Processes]:
-    """Connect the processes that torchrun or `accelerate launch` has started.
-
-    Tensors of GPUs go through NCCL, everything else through gloo on the host, so that no GPU waits for it.
-    """
+    """Connect the processes of torchrun or `accelerate launch`: tensors of GPUs by NCCL, all else by gloo."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()
@@ -199,18 +182,15 @@ def processes_of_launch() -> Iterator[Processes]:
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
     """The processes as `memory.shard.ShardedBase` takes them; None if each holds the whole base.
 
-    With `parallel` hybrid the processes of a machine, whose numbers must follow each other, divide the base, and
-    machines repeat it.
+    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it.
     """
     if not processes.shards:
         return None
     if not CAN_DIVIDE:
         raise UserError(f"train.parallel: {parallel} needs torch 2.12, this is {torch.__version__}.")
     hybrid = parallel == "hybrid"
-    sizes = sorted(set(processes.gather(processes.num_here))) if hybrid else []
-    if len(sizes) > 1:
-        need = "must be shard or replicate unless each machine has equally many processes"
-        raise UserError(f"train.parallel: {need}, got hybrid with {' and '.join(map(str, sizes))} of them.")
+    if hybrid and len(set(processes.gather(processes.num_here))) > 1:
+        raise UserError("train.parallel: must be shard or replicate unless each machine has equally many processes.")
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:
@@ -256,8 +236,7 @@ class StopRequest:
 def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
 
-    A signal that is ignored stays so (SIGHUP under nohup), but not under torchrun: it handles these signals itself,
-    passes them on, and kills processes that have not ended after 30 s.
+    A signal that is ignored stays so (SIGHUP under nohup), but not under torchrun, which kills after 30 s.
     """
     request = StopRequest(processes)
     asked_at = 0.0
@@ -285,7 +264,6 @@ def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype and device, with at most `_MESSAGE_ELEMENTS` together (or one larger tensor)."""
     run: list[Tensor] = []
     for tensor in tensors:
         alike = run and (run[0].dtype, run[0].device) == (tensor.dtype, tensor.device)

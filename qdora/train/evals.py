@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 
 
 class StepEvaluations:
-    """Evaluates a run by its `examples` (task -> validation examples), in the process of `directory` with files in it.
-    results: before the first step, called `start` ("base" or "start"), and the last one, "adapter"."""
+    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step, called `start`
+    ("base" or "start"), and the last one, "adapter"."""
 
     def __init__(
         self,
@@ -91,8 +91,7 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
 class BestSoFar:
     """The best value among a run's evaluations, in a tie the earlier one, and early stopping.
 
-    Values of another `question` (metric, tasks, examples) are not comparable. After `patience` evaluations in a row
-    without a better value the run is over. `judged` is the step of the last one.
+    Values of another `question` (metric, tasks, examples) are not comparable. `judged` is the step of the last one.
     """
 
     def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
@@ -192,8 +191,9 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
-            need = f"must be nll_per_token for {by}, whose examples have no choices"
-            faults.append(f"eval.best_metric: got {metric}, {need}.")
+            faults.append(
+                f"eval.best_metric: got {metric}, must be nll_per_token for {by}, whose examples have no choices."
+            )
     if every >= num_steps:
         faults.append(f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by.")
     return faults

@@ -1,10 +1,8 @@
 """Trainable gates on rank components: their own Adam, a falling budget, and the removal of dead components.
 
-Between steps every gate has its deterministic value. The values are float64 on the CPU, one flat vector over all
-layers; the gates of the layers are copies.
-
-The functions at the end have vectors, (n,), with one entry for each component that still exists, over all layers:
-`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
+Between steps every gate has its deterministic value. The values are float64 on the CPU, vectors (n,) with one entry
+for each component that still exists, over all layers; the gates of the layers are copies. `cost` is a component's share
+of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
@@ -77,8 +75,8 @@ class Gates:
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
             low, high, value = (f"{cost / unit:,.10g}" for cost in (least, self.full, self.target))
-            text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
-            raise UserError(f"adapter.gates.{name}: got {value}, {text}")
+            text = f"got {value}, must be at least {low} (one component a layer) and less than {high}."
+            raise UserError(f"adapter.gates.{name}: {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -162,7 +160,6 @@ class Gates:
 
     @torch.no_grad()
     def _fold(self, optimizer: AdapterOptimizer) -> None:
-        """Multiply lora_B by the remaining gates and drop them: the budget is reached."""
         for path, layer in self.layers.items():
             assert layer.gate is not None
             optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
@@ -204,11 +201,9 @@ class Gates:
         self.settle()
 
     def _raw_factors(self) -> dict[str, nn.Parameter]:
-        """lora_B of the layers that have a gate."""
         return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
     def _update(self, step: int) -> None:
-        """Adam, then the budget."""
         gradient = self.gradient().cpu() if self._gradient is None else self._gradient
         if self.settings.mode == "hard_concrete":
             if step < self.num_warmup:
@@ -225,12 +220,10 @@ class Gates:
             self._keep_budget(step + 1, step_size)
 
     def _step_size(self) -> Tensor:
-        """Adam's step size of every component: the rate divided by the root of the second average."""
         second = self._exp_avg_sq / (1 - _BETAS[1] ** max(self.num_updates, 1))
         return self.settings.lr / (second.sqrt() + _EPS)
 
     def _keep_budget(self, done: int, step_size: Tensor) -> None:
-        """Kill the components that exceed the budget after `done` steps, and shrink those that soon will."""
         cost, layer = self._costs(), self._layer_numbers()
         fade = max(1, round(_FADE * self.num_anneal))
         phases = (self.full, self.target, self.num_warmup, self.num_anneal)
@@ -277,7 +270,6 @@ class Gates:
         return values.repeat_interleave(torch.tensor(self._ranks()))
 
     def _costs(self) -> Tensor:
-        """Each component's share of the budget: its parameters, or 1 if the budget counts ranks."""
         by_ranks = self.settings.parameters is None
         return self._per_component(lambda layer: 1 if by_ranks else layer.parameters_per_rank)
 
@@ -285,7 +277,6 @@ class Gates:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
 
     def _names(self) -> list[tuple[str, int]]:
-        """(path of the layer, number at the start) of each component."""
         paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
         return list(zip(paths, self._origin.tolist(), strict=True))
 
@@ -323,9 +314,8 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
 def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
     """The weight of the L1 penalty at which a proximal step takes a gate c, of `values`, to 0: |c| / (p cost), (n,).
 
-    The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
-    size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
-    the loss when the component is removed.
+    With Adam's step size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first
+    order, the change of the loss when the component is removed.
     """
     return values.abs() / (step_size * cost)
 
@@ -338,11 +328,8 @@ def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: floa
 
 
 def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`.
-
-    Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence. `cost`
-    is about 1 on average.
-    """
+    """log_alpha + delta cost of the living gates, (n,), with delta such that their expected cost is `allowed`: of
+    independent gates that keep the budget on average the nearest in KL divergence."""
 
     def moved(delta: float) -> Tensor:
         return (log_alpha + delta * cost).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)

@@ -1,6 +1,6 @@
-"""What a run decides from its steps (rate, smaller micro-batches, bad steps), and tries with its model before them.
+"""A run's policies (rate, smaller micro-batches, bad steps), and checks of its model before the first step.
 
-Each policy has a `state_dict` of JSON values, with which a resumed run goes on. Checks are in log.txt and checks.json.
+The `state_dict` of a policy has JSON values. Checks are in log.txt and checks.json.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import json_bytes, read_json_object
+from qdora.files.atomic import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
@@ -38,20 +36,15 @@ from qdora.train.passes import Shortage, batch_loss
 
 CHECKS_FILE = "checks.json"
 DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
-# Steps that must fit before micro-batches grow for the first time.
-_FIRST_WAIT = 32
 # A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
 _WINDOW, _LEAST_LOSSES = 32, 8
-# Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
-# differ between the rows, so that a model that reads the positions of the first row only fails, too.
+# Tokens of the probed example, of that before it in each of two rows (whose borders differ), and of that behind it.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
-# Largest root mean square between a packed example and the same one alone, in units of measured rounding (SmolLM2-135M
-# in bf16: 1.5). Other neighbours in rows of the same shape may change a logit by one unit.
+# Largest root mean square between a packed example and the same one alone, in units of rounding (SmolLM2-135M: 1.5).
 _SPREAD = 8.0
-# Rounding in units of the logits, at least: in float32 a row of another length may take other kernels (1e-6), and
-# an example that sees its neighbour moves logits by more than 0.1.
+# Least rounding in units of the logits; an example that sees its neighbour moves logits by more than 0.1.
 _LEAST = 1e-4
-# Relative differences allowed between the losses of two processes that divide a base: sums on GPUs may differ in order.
+# Relative differences allowed between the losses of two processes that divide a base.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 _ROUNDING_16 = 5e-3
 _NUM_TOKENS = 32
@@ -63,8 +56,8 @@ class Schedule:
     """The learning rate of a run of `num_steps`.
 
     Warm-up rises linearly and reaches `train.lr` at its last step. The rate then stays (constant) or falls to
-    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983, without restarts), which it would reach one step
-    after the last. A run that is extended keeps its warm-up, and continues at the rate of a run of the new length.
+    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983), which it would reach one step after the last.
+    A run that is extended keeps its warm-up.
     """
 
     def __init__(self, train: TrainConfig, num_steps: int) -> None:
@@ -89,7 +82,7 @@ class Schedule:
         return {"num_steps": self._num_steps, "warmup": self._warmup}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after `step` steps; a warning says what follows if the run is longer now."""
+        """Go on after `step` steps; the run may be longer now."""
         self._warmup = state["warmup"]
         if state["num_steps"] != self._num_steps:
             text = "The run has %d steps now, %d before: from step %d on the learning rate is that of a %s schedule."
@@ -97,12 +90,10 @@ class Schedule:
 
 
 class Backoff:
-    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit."""
+    """Tokens of a micro-batch: half as many when memory runs out."""
 
     def __init__(self, loader: StepLoader) -> None:
-        self._batching = loader.batching
-        self._asked = loader.batching.max_tokens
-        self._wait, self._num_good, self._has_grown = _FIRST_WAIT, 0, False
+        self._batching, self._asked = loader.batching, loader.batching.max_tokens
 
     def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
         """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
@@ -111,77 +102,35 @@ class Backoff:
         if shortage.num_examples == 1 or before <= 1:
             return None
         self._batching.max_tokens = min(before, shortage.num_tokens) // 2
-        if self._has_grown:
-            self._wait *= 2
-        self._num_good, self._has_grown = 0, False
         free_memory()
         return {"tokens_before": before, "tokens_after": self._batching.max_tokens, "reason": shortage.reason}
 
-    def grow(self) -> dict[str, Any] | None:
-        """Count a step that fitted. Returns the line to log if the next one has more tokens."""
-        before = self._batching.max_tokens
-        self._num_good += 1
-        if before >= self._asked or self._num_good < self._wait:
-            return None
-        self._batching.max_tokens = min(2 * before, self._asked)
-        self._num_good, self._has_grown = 0, True
-        return {"tokens_before": before, "tokens_after": self._batching.max_tokens}
-
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
-        return {"asked": self._asked, "used": self._batching.max_tokens, **waits}
+        return {"asked": self._asked, "used": self._batching.max_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, unless the recipe asks for another size now."""
         if state["asked"] == self._asked:
             self._batching.max_tokens = state["used"]
-            self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
 
 
-@dataclass(frozen=True)
-class BadStep:
-    """Step number `step`, from 1, which was not applied, with what this process knows of it."""
-
-    step: int
-    reason: str
-    batch: Step
-    loss: float
-    """Over all processes, like `gradient_norm`; NaN if unknown."""
-    gradient_norm: float
-    example_nll: list[Tensor]
-    """Summed NLL of each example of each micro-batch, (examples,)."""
-
-    def examples(self) -> list[dict[str, Any]]:
-        """This process's examples of the step, as JSON values; `nll_sum` is NaN if it is not known."""
-        try:
-            losses = [value for part in self.example_nll for value in part.tolist()]
-        except RuntimeError:  # nothing can be read from a GPU after some errors
-            losses = []
-        found: list[dict[str, Any]] = []
-        for micro in self.batch.micro_batches:
-            for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
-                found.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
-                found[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
-                found[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
-        for example, nll in zip(found, losses, strict=False):  # none is known if the step failed early
-            example["nll_sum"] = nll
-        return found
-
-    def write(self, directory: Path, examples: list[dict[str, Any]], tokenizer: Any) -> None:
-        """Write all processes' examples of the step, to look at them (batch.json, with their text) and to run them
-        again (batch.safetensors: input_ids, attention_mask, labels (examples, longest) int64; nll_sum float64)."""
-        document = {name: getattr(self, name) for name in ("step", "reason", "loss", "gradient_norm")}
-        document["examples"] = [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples]
-        (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
-        ids, labels = ([torch.tensor(each[name]) for each in examples] for name in ("input_ids", "labels"))
-        tensors = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "nll_sum": torch.tensor([each["nll_sum"] for each in examples], dtype=torch.float64),
-        }
-        save_file(tensors, directory / "batch.safetensors")
+def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """This process's examples of a step, as JSON values; `nll_sum` is NaN if it is not known. `example_nll` are the
+    summed NLL of each example, (examples,) of each micro-batch."""
+    try:
+        losses = [value for part in example_nll for value in part.tolist()]
+    except RuntimeError:  # nothing can be read from a GPU after some errors
+        losses = []
+    examples: list[dict[str, Any]] = []
+    for micro in batch.micro_batches:
+        for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
+            examples.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
+            examples[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
+            examples[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    for example, nll in zip(examples, losses, strict=False):  # none is known if the step failed early
+        example["nll_sum"] = nll
+    return examples
 
 
 class BadSteps:
@@ -221,9 +170,8 @@ class BadSteps:
     def advice(self, kept: Path) -> str:
         """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
         skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
-        skip = "" if self._train.on_bad_step == "skip" else ", or with -s train.on_bad_step=skip"
-        again = f"then resume with --resume and a lower -s train.lr=... or -s train.clip=...{skip}"
-        return f"{skipped}Fix: look at the batch in {'/'.join(kept.parts[-2:])}, {again}"
+        batch = "/".join(kept.parts[-2:])
+        return f"{skipped}Fix: look at {batch}, then resume with a lower -s train.lr or with -s train.on_bad_step=skip."
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
@@ -237,7 +185,7 @@ class BadSteps:
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question, in words; `open` where it is not known yet."""
+    """The answer to one question; `open` where it is not known yet."""
 
     state: Literal["passed", "warning", "open"]
     text: str
@@ -272,8 +220,7 @@ class MissingGradientCheck:
         self._arrived: dict[str, Tensor] = {}
 
     def updated(self, lr: float) -> list[str] | None:
-        """After the last update that is looked at, the tensors that had no gradient in any of them; otherwise None.
-        Called after each update, while its gradients exist; one with `lr` 0 does not count."""
+        """After the third update with `lr` > 0, the tensors without a gradient in all three; otherwise None."""
         if lr == 0.0 or self._num_seen == self.num_updates:
             return None
         self._num_seen += 1
@@ -288,13 +235,6 @@ class MissingGradientCheck:
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
         return [name for name in self._parameters if name not in self._optional and not arrived.get(name)]
 
-    def in_words(self, missing: Sequence[str]) -> str:
-        """What `updated` found."""
-        if not missing:
-            return f"in {self.num_updates} updates each of the {self.num_tensors:,} trainable tensors had a gradient."
-        number = f"in {self.num_updates} updates {len(missing):,} of {self.num_tensors:,} trainable tensors"
-        return f"{number} had no gradient, e.g. {missing[0]}: they did not train."
-
 
 def layout_for(attention: str) -> PackedLayout:
     """The layout of packed rows for an attention implementation of transformers."""
@@ -305,8 +245,7 @@ def layout_for(attention: str) -> PackedLayout:
 def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     """The layout of packed rows for the model, and in words that their examples do not see each other; else UserError.
 
-    transformers finds the borders of examples by positions that start again at 0. Models with a state that runs through
-    the row (Mamba, linear attention), or with positions of their own, do not support that, so each model is tried.
+    transformers finds the borders of examples by positions that start again at 0, which not all models support.
     """
     name, config = model.config.model_type, model.config.get_text_config()
     attention = attention_of(model) or "its own code"
@@ -335,21 +274,16 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
     most_wrong = _SPREAD * max(rms(rounding), eps * rms(alone))
     if seen <= most and wrong <= most_wrong:  # NaN fails both
-        rows = ["one row without padding" if layout == "single" else "rows with a mask"]
-        rows += sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-        return layout, (
-            f"packed examples stay apart: other tokens in one example change the logits of the next by {seen:.2g}, "
-            f"rounding by up to {most:.2g} (tried with this model: attention by {attention}, {', '.join(rows)})."
-        )
+        said = f"packed examples stay apart: other tokens in one change the next one's logits by {seen:.2g}, "
+        return layout, f"{said}rounding by up to {most:.2g} (attention by {attention})."
     if not seen <= most:
         fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
     else:
         fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
         most = most_wrong
-    instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
     raise UserError(
         f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
-        f"rounding is {most:.2g}. Fix: data.packing: false{instead}."
+        f"rounding is {most:.2g}. Fix: data.packing: false."
     )
 
 
@@ -380,7 +314,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
 
 @torch.no_grad()
 def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
-    """What was compared, in words; None if the base is not divided. All processes must call this together.
+    """What was compared; None if the base is not divided. All processes call this together.
 
     A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss.
     """
@@ -396,8 +330,6 @@ def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
     model.train(training)
     for rank, loss in enumerate(losses):
         if not math.isclose(loss, losses[0], rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
-            raise RunFailure(
-                f"train.parallel: the base is not the same when it is divided: process {rank} has a loss of "
-                f"{loss:.8g}, process 0 of {losses[0]:.8g}. Fix: train with train.parallel: replicate, and report it."
-            )
+            text = f"process {rank} has a loss of {loss:.8g}, process 0 of {losses[0]:.8g}"
+            raise RunFailure(f"train.parallel: the base is not the same when it is divided: {text}.")
     return f"all processes have one loss with the divided base, {losses[0]:.6g}."

@@ -1,12 +1,9 @@
-"""What a run shows of its training: progress, experiment trackers, figures, what training did to each layer, how a
-router divides tokens among experts, and which data sets pull the adapter in different directions.
-"""
+"""What a run shows of its training: progress, trackers, figures, layers, expert loads, gradients of data sets."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import resource
 import secrets
@@ -30,7 +27,7 @@ from torch import nn
 
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
+from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, tokenize_all
@@ -41,7 +38,6 @@ from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
 from qdora.files.run_directory import RunDirectory, flat, unharmed
 from qdora.model.experts import stacks
-from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -56,8 +52,7 @@ EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-# Most optimizer steps at the start and at the end whose division of tokens among experts is compared.
-_WINDOW = 10
+_WINDOW = 10  # most optimizer steps at the start and at the end whose division of tokens among experts is compared
 _LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
@@ -180,18 +175,12 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
     }
 
 
-def keep_trained(run: RunDirectory, model: nn.Module, step: int) -> None:
-    """Write trained.json: what `step` steps did to each layer."""
-    layers = [{"path": path, **layer_facts(layer)} for path, layer in adapted_layers(model).items()]
-    run.write_json(TRAINED_FILE, {"step": step, "layers": layers})
-
-
 @torch.no_grad()
 def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
-    """Rank, and how far a layer has moved from its base; nothing is dequantised.
+    """Rank, and how far a layer has moved from its base; None for LoRA.
 
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
-    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask. None for LoRA.
+    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
     """
     facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     squared, magnitude = layer.base_squared, layer.magnitude
@@ -209,16 +198,14 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
 
 
 def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
-    """Log what the run has seen of each streamed source, and add it to mix.json."""
+    """Add what the run has seen of each streamed source to mix.json."""
     seen = {}
     for part in streams:
         here = part.position
         counts = {"num_examples": here.num_drawn, "num_truncated": here.num_truncated}
         counts |= {"num_dropped": here.num_dropped, "num_passes": here.epoch}
-        logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts.values())
         if here.num_bad:
-            text = "%s: %d faulty rows were skipped. The first: %s"
-            logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
+            logger.warning("%s: %d faulty rows were skipped, such as %s", part.name, here.num_bad, here.bad_rows[0])
         faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
         seen[part.name] = counts | faulty
     if seen:
@@ -235,8 +222,7 @@ def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
 
 
 def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
-    """Draw the lines of metrics.jsonl as SVG: loss_per_task, steps, and with two evaluations validation_nll and
-    validation_accuracy. Returns the files. One that cannot be drawn is logged and never raises."""
+    """Draw the lines of metrics.jsonl as SVG; returns the files. One that cannot be drawn is logged."""
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
     plots: dict[str, Callable[[Figure], None]] = {}
@@ -252,7 +238,7 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
             with svg_file(directory / f"{name}.svg", 5.6, 3.6) as figure:  # inches: on a page two stand side by side
                 plot(figure)
             files.append(directory / f"{name}.svg")
-        except Exception as error:  # the run is worth more than its pictures: fonts, a full disk, a strange metric
+        except Exception as error:  # the run is worth more than its pictures
             logger.warning("figures/%s.svg was not drawn: %s: %s", name, type(error).__name__, error)
     return files
 
@@ -277,7 +263,6 @@ def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
 
 
 def _plot(figure: Figure, label: str, lines: Lines, names: Sequence[str], values: Array) -> None:
-    """A curve per task, which has one colour in all figures, and one of all tasks, the last column."""
     axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(lines) < 50 else "-"
     for name, curve in zip([*names, "all"], values.T, strict=True):
         whole: Any = {"color": "black", "linewidth": 2} if name == "all" else {}
@@ -347,23 +332,17 @@ class ExpertLoad:
     def record(self) -> dict[str, Any]:
         """JSON values: the number of steps, and `window`, how many at each end are compared.
 
-        Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
-        went to other experts than at the start; and `noise`, what `moved` would be if the router had not changed: the
-        difference of an expert's two means over n steps is normal with the variance 2 v / n, v the variance of its
-        share between the steps of a group, and the mean of its absolute value is sqrt(4 v / (pi n)).
+        Of each block: the share of each expert in the first and in the last of them, and `moved`, the share of tokens
+        that went to other experts than at the start.
         """
         window = min(_WINDOW, max(1, self.num_steps // 2))
         blocks = {}
         for owner in self._now:
             ends = [np.array(self._first[owner][:window]), np.array(self._recent[owner][-window:])]
             first, last = (counts.sum(axis=0) / max(1, counts.sum()) for counts in ends)
-            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None, "noise": None}
+            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None}
             if self.num_steps > 1:
                 blocks[owner]["moved"] = float(np.abs(last - first).sum() / 2)
-            if window > 1:
-                shares = [counts / counts.sum(axis=1, keepdims=True).clip(1) for counts in ends]
-                variance = np.mean([share.var(axis=0, ddof=1) for share in shares], axis=0)
-                blocks[owner]["noise"] = float(np.sqrt(variance / (math.pi * window)).sum())
         return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
 
     def write(self, run: RunDirectory) -> None:
@@ -374,18 +353,16 @@ class ExpertLoad:
 
 
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
-    """What is missing for a measurement: two tasks with validation examples, and evaluations at its steps."""
+    """What is missing for a measurement: evaluations at its steps, two tasks with validation examples."""
     every, evaluated = recipe.interference.every, recipe.eval.every
     if every is None:
         return []
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
-    need = f"validation examples, must be at least {_LEAST_PROBED}."
-    faults = [f"interference.every: {name} has {n} {need}" for name, n in counts.items() if n < _LEAST_PROBED]
     if evaluated is None or every % evaluated:
-        faults.append(f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}.")
-    if len(recipe.data.mix) < 2:
-        faults.append("interference.every: needs at least two sources in data.mix, got 1.")
-    return faults
+        return [f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}."]
+    if min(counts.values(), default=0) < _LEAST_PROBED or len(counts) < 2:
+        return [f"interference.every: needs two sources with {_LEAST_PROBED} validation examples each, got {counts}."]
+    return []
 
 
 def probe_examples(
@@ -398,20 +375,7 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
-        if len(examples[source.label]) < _LEAST_PROBED:
-            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
-
-
-def halves_of(
-    probed: Mapping[str, Sequence[TokenizedExample]], batching: Batching
-) -> dict[str, tuple[list[MicroBatch], list[MicroBatch]]]:
-    """The micro-batches of the two halves of each task's examples."""
-    halves = {}
-    for name, examples in probed.items():
-        tasks = list({example.task: None for example in examples})
-        halves[name] = (micro_batches(examples[0::2], batching, tasks), micro_batches(examples[1::2], batching, tasks))
-    return halves
 
 
 def measure(
@@ -423,11 +387,10 @@ def measure(
     loss_chunk: int | None = None,
     loss_scale: LossScale | None = None,
 ) -> dict[str, Any]:
-    """Cosines between the gradients of tasks by all adapter parameters, without dropout, and their noise: JSON values.
+    """Cosines between the gradients of tasks by all adapter parameters, without dropout: JSON values.
 
     A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
-    training examples no longer show whether learning one task helps another. The difference between two `halves` of the
-    examples shows how far chance alone moves a cosine. `num_conflicts`: cosines more than twice their noise below 0.
+    training examples no longer show whether learning one task helps another.
     """
     names, random = list(halves), random_state()
     batches = [half for name in names for half in halves[name]]
@@ -463,49 +426,31 @@ def measure(
         **{name: _plain(values) for name, values in result.items()},
         "mean_cosine": _plain(cosines.mean()),
         "lowest_cosine": _plain(cosines.min()),
-        "num_conflicts": int((cosines < -2.0 * result["noise"][pairs]).sum()),
     }
 
 
 def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
-    """Cosines and their noise, from the inner products of half gradients.
+    """Cosines from the inner products of half gradients, `gram`, (2 tasks, 2 tasks), the halves of a task together;
+    `num_tokens`, (tasks, 2), are the answer tokens of each half.
 
-    With h1, h2 the gradients of a task's halves (means over n1 and n2 tokens) and w = n1 / (n1 + n2), the task's
-    gradient is g = w h1 + (1 - w) h2, and e = sqrt(w (1 - w)) (h1 - h2) is a draw of its error: E |e|^2 is its
-    variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
-    Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
-
-    `gram` are the inner products, (2 tasks, 2 tasks): both halves of the first task, both of the second, and so on;
-    `num_tokens`, (tasks, 2), the answer tokens of each half. Returns `cosines` (tasks, tasks); `noise`, the standard
-    error of each from the choice of examples, nan on the diagonal; `own_cosines` (tasks,) between the halves of a task:
-    near 0 its examples are too few, and its cosines to other tasks are drawn towards 0; `norms` (tasks,).
+    A task's gradient is the mean of its halves' h1 and h2, weighted by tokens. Returns `cosines` (tasks, tasks);
+    `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too few; `norms` (tasks,).
     """
     num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    mean, error = np.zeros((num_tasks, 2 * num_tasks)), np.zeros((num_tasks, 2 * num_tasks))
+    mean = np.zeros((num_tasks, 2 * num_tasks))
     for task in range(num_tasks):
         mean[task, 2 * task : 2 * task + 2] = weights[task]
-        error[task, 2 * task : 2 * task + 2] = np.array([1.0, -1.0]) * np.sqrt(weights[task].prod())
     products = mean @ gram @ mean.T
     norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
-    scale = np.outer(norms, norms)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = products / scale
-        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i is task i's error along each g_j
-        errors = along - cosines * along.diagonal()[:, None]
+        cosines = products / np.outer(norms, norms)
         halves = gram.diagonal().reshape(num_tasks, 2)
         own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
-    np.fill_diagonal(errors, 0.0)
-    # A task whose gradient is zero has no cosine with the others; it says nothing of their noise.
-    num_others = (~np.isnan(errors)).sum(axis=1) - 1
-    squares = np.nansum(errors**2, axis=1) / np.maximum(num_others, 1)
-    noise = np.sqrt(squares[:, None] + squares[None, :])
-    np.fill_diagonal(noise, np.nan)
-    return {"cosines": cosines, "noise": noise, "own_cosines": own, "norms": norms}
+    return {"cosines": cosines, "own_cosines": own, "norms": norms}
 
 
 def _plain(values: Any) -> Any:
-    """JSON values: nested lists with six digits, None for nan."""
     if np.ndim(values) > 0:
         return [_plain(each) for each in values]
     return None if np.isnan(values) else float(f"{values:.6g}")

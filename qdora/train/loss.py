@@ -1,12 +1,10 @@
 """From the last hidden state to the loss: the output head, what a model does to its logits, and the NLL per token.
 
-The loss of a step is a ratio of sums, never a mean of means, so nothing is averaged here.
-
-The logits of all tokens never exist at once: those of a chunk are made, turned in place into their own gradient, and
+The logits of all tokens never exist at once: those of a chunk are turned in place into their own gradient, and
 multiplied with the head again. One gradient of the size of the hidden states remains for the backward pass.
 
-Models differ in what follows the output head: Gemma caps its logits, Granite divides them, Cohere multiplies them. The
-config proposes forms, and a comparison with the model's own logits decides.
+Gemma caps its logits, Granite divides them, Cohere multiplies them: the config proposes forms, and a comparison with
+the model's own logits decides.
 """
 
 from __future__ import annotations
@@ -38,19 +36,16 @@ from qdora.train.checkpoint import random_state, set_random_state
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
 LEAST_CHUNK = 16
-"""Tokens of the shortest automatic chunk. Every chunk reads the whole head twice: with 16 tokens of a 49k vocabulary
-that took 3 times as long on a CPU as with 256."""
+"""Tokens of the shortest automatic chunk; every chunk reads the whole head twice."""
 # Logits widened to float32 at a time. On a CPU 4 MiB, which stay in its cache: 1.5 times as fast as 128 MiB.
 _SLICE_LOGITS = 2**23
 _CPU_SLICE_LOGITS = 2**20
 # Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
 _CHECKPOINTED_BYTES = 16
-# Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
-# multiplies by a field with Granite's name, so both are tried.
+# Fields of transformers' configs. Granite divides, HyperCLOVA X multiplies by a field of that name: both are tried.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
-# Positions at which logits are compared, each also with a hidden state many times as large: a cap of 30 does not show
-# in logits near 1.
+# Positions at which logits are compared, also with larger hidden states: a cap of 30 does not show in logits near 1.
 _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
@@ -66,7 +61,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def auto_chunk(vocabulary: int, bytes_per_logit: int) -> int:
-    """Tokens whose logits take `CHUNK_BYTES`, at least `LEAST_CHUNK`."""
+    """Tokens whose logits take `CHUNK_BYTES`."""
     return max(CHUNK_BYTES // (vocabulary * bytes_per_logit), LEAST_CHUNK)
 
 
@@ -82,20 +77,15 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
-    `hidden` is (num_tokens, in) of any float dtype; both products run in it, the softmax in float32 (float64 for
-    float64). Its gradient is rounded once per token to this dtype. The frozen head W, (vocabulary, in), is dense or
-    packed; a packed one is dequantised whole, once a call. `softcap` is c (Gemma 2, arXiv 2408.00118, sec. 2). Returns
+    `hidden` is (num_tokens, in); both products run in its dtype, the softmax in float32 (float64 for float64). The
+    frozen head W, (vocabulary, in), is dense or packed. `softcap` is c (Gemma 2, arXiv 2408.00118, sec. 2). Returns
     (num_tokens,) float32 (float64 for float64), nats, differentiable once, with respect to `hidden` only.
-
-    Peak beside the result: the logits of `chunk` tokens in hidden's dtype (their gradient overwrites them), and 32 MiB
-    (4 MiB on a CPU; twice that with a softcap) of them in float32.
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
-    # Asked here, since gradients are off inside the function.
-    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
     assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad  # gradients are off inside the function
     nll: Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, weight, bias, labels, scale, softcap, chunk, wants_gradient
     )
@@ -246,7 +236,6 @@ def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
 
 
 def _proposals(config: Any) -> list[LogitForm]:
-    """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
     config = text_config(config)
 
     def numbers(names: tuple[str, ...]) -> list[float]:
@@ -268,8 +257,8 @@ def labelled_nll(
 ) -> Tensor:
     """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
 
-    The model's head is skipped; the head, and what the model does to its output, are applied here to the head's inputs.
-    If no known form reproduces the logits of a model's first batch, the model itself computes all logits at once.
+    The model's head is skipped, and applied here to its inputs. If no known form reproduces the logits of a model's
+    first batch, the model itself computes all logits at once.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
@@ -295,10 +284,11 @@ def labelled_nll(
 def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
     """NLL of each token, (num_tokens,) float32, from its last hidden state, (num_tokens, hidden).
 
-    A frozen linear head uses `chunked_nll`. Any other head (adapted, trained, of its own class) runs under a
-    checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
+    Any head but a frozen linear one runs under a checkpoint, chunk by chunk, so that its parameters get gradients.
     """
-    if _is_frozen_linear(head):
+    linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
+    replaced = "forward" in vars(head)  # accelerate's offloading does that
+    if linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
         options: Any = {"bias": head.bias, "scale": form.scale, "softcap": form.softcap, "chunk": chunk}
         return chunked_nll(hidden, weight, targets, **options)  # type: ignore[arg-type]
@@ -310,13 +300,6 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
 
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.cat([checkpoint(nll_of, part, labels, use_reentrant=False) for part, labels in parts])
-
-
-def _is_frozen_linear(head: nn.Module) -> bool:
-    """Whether the head is h W^T + bias and nothing else, without trainable parameters."""
-    linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
-    replaced = "forward" in vars(head)  # accelerate's offloading does that
-    return linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
@@ -365,17 +348,14 @@ class RouterTap:
 
     def loss(self, real: Tensor) -> Tensor:
         """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
-        if not self.logits:  # not every config shows that no block has a router
+        if not self.logits:
             raise UserError("train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers")
         return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
 
 
 @contextmanager
 def tapped_routers(model: Any) -> Iterator[RouterTap]:
-    """Record what the routers of a model compute inside the block.
-
-    The decoder is asked, not the model, which would also compute the loss itself and count the padding of packed rows.
-    """
+    """Record the routers' logits. The decoder is asked: the model would count the padding of packed rows."""
     tap = RouterTap(model.config.get_text_config().num_experts_per_tok)
 
     def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,14 +5,12 @@ distance of the two bit patterns. To join, update in float32 and split again tra
 at 4 bytes a parameter; a copy and a float32 master take 6. Gradients accumulate in float32 (`Tensor.grad_dtype`).
 
 Parameters are updated together, so that a GPU gets a few launches for all of them. They stay tensors of their own;
-their averages and low bits lie behind each other in flat tensors, of which each has a view. An update joins parameters
-and gradients to flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit
-format, or of a vectorised loop, and zeros fill up its last one: its update is the same bit for bit whatever its
-neighbours.
+their averages and low bits lie in flat tensors, of which each has a view. An update joins parameters and gradients to
+flat float32 tensors and writes the result back. Each parameter begins at a whole block of the 8-bit format, or of a
+vectorised loop, filled up with zeros: its update is the same bit for bit whatever its neighbours.
 
-The averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its 8-bit states. A
-paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after each
-tensor: `AdapterOptimizer` waits before the host reads pages.
+A paged state is a CPU tensor over memory that a GPU can read. Unlike in bitsandbytes nothing waits for the GPU after
+each tensor: `AdapterOptimizer` waits before the host reads pages.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, device_attribute
-from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
@@ -94,8 +91,7 @@ def groups_of(
     ratios: Mapping[str, float] | None = None,
     undecayed: Collection[str] = (),
 ) -> list[tuple[list[str], GroupKind]]:
-    """The parameters (key -> shape and dtype) that are updated together: one kind, and at most _GROUP_ELEMENTS elements
-    or one key. The grouping changes no number."""
+    """The parameters (key -> shape and dtype) that are updated together: one kind, at most _GROUP_ELEMENTS elements."""
     groups: list[tuple[list[str], GroupKind]] = []
     newest: dict[GroupKind, list[str]] = {}
     sizes: dict[GroupKind, int] = {}
@@ -155,15 +151,9 @@ class FlatGroup:
             runs[-1].append(key)
         return runs
 
-    def update(self, run: Sequence[str], rate: float, *, must_fit: bool) -> bool:
-        """Update one of the `runs` or a part of it, all or nothing; returns whether it fitted into memory."""
-        try:
-            self._join(run)
-        except (RuntimeError, MemoryError) as error:
-            self._release()
-            if must_fit or not is_out_of_memory(error):
-                raise
-            return False
+    def update(self, run: Sequence[str], rate: float) -> None:
+        """Update one of the `runs`."""
+        self._join(run)
         if self.weight_decay:
             self._master.mul_(1.0 - rate * self.weight_decay)
         self.inner.param_groups[0]["lr"] = rate
@@ -183,7 +173,6 @@ class FlatGroup:
         # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
         # (of row norms) go by the version.
         torch.autograd.graph.increment_version([self.parameters[key] for key in run])
-        return True
 
     def low(self, key: str) -> Tensor | None:
         """The low bits of a parameter, int16 of its shape; None if it is stored in float32."""
@@ -214,7 +203,6 @@ class FlatGroup:
         return state
 
     def _join(self, run: Sequence[str]) -> None:
-        """The master and its gradient: of a single parameter in float32 its own memory."""
         parameters = [self.parameters[key] for key in run]
         master = self._flat([parameter.detach() for parameter in parameters], run)
         self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
@@ -231,7 +219,6 @@ class FlatGroup:
         return torch.cat([part for part in parts if part.numel()])
 
     def _is_plain(self, run: Sequence[str]) -> bool:
-        """Whether a run is one parameter that lies in memory as in the flat tensors."""
         parameter = self.parameters[run[0]]
         return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
 
@@ -268,8 +255,7 @@ def _inner_optimizer(
     rule = "Lion" if "lion" in name else "AdamW"
     is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
     paged, bits = "Paged" if is_paged else "", "8bit" if kind.is_8bit else "32bit"
-    # The code books of 8-bit states are computed from values, so outside the fake mode of a plan; the plan then counts
-    # tensors of their size.
+    # The code books of 8-bit states are computed from values, so outside the fake mode of a plan.
     with _disable_current_modes() if is_planning() else nullcontext():
         inner = getattr(bnb.optim, f"{paged}{rule}{bits}")([master], **options, weight_decay=0.0)
     if is_paged:
@@ -288,8 +274,8 @@ def can_page(parameter: Tensor) -> bool:
 
 
 def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back. bitsandbytes never frees a
-    page, so those of this process are used again, once no tensor lies in them any more."""
+    """Zeros of the shape of `master` in a page, host memory that a GPU reads. bitsandbytes never frees one, so pages in
+    which no tensor lies any more are used again."""
     size = master.numel() * dtype.itemsize
     fitting = [(page.nbytes, index) for index, page in enumerate(_FREE_PAGES) if page.nbytes >= size]
     if fitting:
@@ -305,7 +291,6 @@ def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
-    """The state that a first step would make."""
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -320,13 +305,9 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str
     return state
 
 
-def _is_page(value: Any) -> bool:
-    return getattr(value, "is_paged", False)
-
-
 def _page_of(page: Any, part: Any) -> Any:
     """A part of a state; marked as paged, as bitsandbytes does it, if the state is."""
-    if _is_page(page):
+    if getattr(page, "is_paged", False):
         part.is_paged, part.page_deviceid = True, page.page_deviceid
     return part
 
@@ -366,12 +347,10 @@ class AdapterOptimizer:
     smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
     update, and applied here: bitsandbytes' kernels differ between devices (its issues 1992 and 2010).
 
-    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding, which are few, use the
-    same rule with float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude.
-    Matrices that are `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would
-    shrink. `lr_ratios`: last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv
-    2402.12354). `betas`: by default those of the papers. All states are made here, so that a later update needs no more
-    memory than a float32 copy of some parameters.
+    Matrices use `name`. Vectors (magnitudes, biases, norms) and trained rows of an embedding use the same rule with
+    float32 states, never paged, without weight decay: 8-bit states are too coarse for a magnitude. Matrices that are
+    `undecayed`, such as embeddings, have no decay either: a row whose token does not occur would shrink. `lr_ratios`:
+    last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354).
     """
 
     def __init__(
@@ -397,35 +376,23 @@ class AdapterOptimizer:
             self._options["eps"] = eps
         self._weight_decay = weight_decay
         parts = {key: key.rpartition(".")[2] for key in self.parameters}
-        for part in lr_ratios or {}:
-            if part not in parts.values():
-                known = ", ".join(sorted({*parts.values()}))
-                raise ValueError(f"lr_ratios: {part} names no parameter, must be one of {known}.")
         self._rates = {key: (lr_ratios or {}).get(part, 1.0) for key, part in parts.items()}
         self.undecayed = frozenset(undecayed)
         pages = any(can_page(parameter) for parameter in self.parameters.values())
         if pages:
             gc.collect()  # an earlier run's optimizer gives its pages back
         self._groups = self._made_groups(self.parameters)
-        if name.startswith("paged") and not pages and not is_planning():
-            why = "the driver cannot page" if torch.cuda.is_available() else "no CUDA here"
-            logger.info("%s: %s, so its states are not paged; the arithmetic is the same.", name, why)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update; parameters without a gradient stay. A group that does not fit in memory is updated one parameter
-        after the other."""
+        """One update; parameters without a gradient stay."""
         for group in self._groups:
             rate = lr * group.kind.lr_ratio
             for run in group.runs():
-                if not group.update(run, rate, must_fit=False):
-                    free_memory()
-                    for key in run:
-                        group.update([key], rate, must_fit=True)
+                group.update(run, rate)
 
     @torch.no_grad()
     def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
-        """Groups of these parameters, with the states that a first step would make."""
         shapes = {key: (tuple(self.parameters[key].shape), self.parameters[key].dtype) for key in keys}
         groups = []
         for members, kind in groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed):
@@ -442,7 +409,6 @@ class AdapterOptimizer:
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a float32 scalar on their device (0 if there are none)."""
-        # A few kernels on CUDA instead of one for each parameter.
         return torch.nn.utils.get_total_norm(self._gradients())
 
     @torch.no_grad()
@@ -497,8 +463,7 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Multiply a parameter, as the layer reads it, by `factor`, broadcast and nowhere 0, and divide its averages by
-        the factor, or its square for those of squares, as its gradient is."""
+        """Multiply a parameter by `factor`, nowhere 0, and divide its averages by the factor or its square."""
         parameter, state = self.parameters[key].detach(), self.state(key)
         folded, low = parameter.float() * factor, self._group_of(key).low(key)
         if low is None:
@@ -533,8 +498,8 @@ class AdapterOptimizer:
         return next(group for group in self._groups if key in group.parameters)
 
     def _wait_for_pages(self) -> None:
-        """Wait for the GPU if it may still write pages, which the host reads as its own memory."""
-        if torch.cuda.is_available() and any(map(_is_page, (v for g in self._groups for v in g.state.values()))):
+        states = (value for group in self._groups for value in group.state.values())
+        if torch.cuda.is_available() and any(getattr(value, "is_paged", False) for value in states):
             torch.cuda.synchronize()
 
 

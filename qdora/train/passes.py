@@ -1,8 +1,7 @@
 """The gradient of one step: forward and backward passes of its micro-batches.
 
 The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
-of them, so neither padding nor the split into micro-batches changes it. With the weights w_t of tasks t
-(`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
+of them. With the weights w_t of tasks t (`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
 
 A micro-batch goes to a GPU in one copy, and the host waits once, for the numbers of the step.
 """
@@ -51,9 +50,8 @@ class Shortage(NamedTuple):
         """What is wrong if the micro-batch is a single example, which cannot be split."""
         return (
             f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
-            "Fix: resume with --resume and -s memory.loss_chunk=64, with -s memory.checkpointing=true if it is off, or "
-            "on a GPU with -s memory.offload_activations=true or -s base.residency=host. Or start a new run with fewer "
-            "tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
+            "Fix: resume with --resume and -s memory.loss_chunk=64 or -s memory.checkpointing=true, or start a new run "
+            "with a lower data.max_length."
         )
 
 
@@ -68,7 +66,6 @@ class OutOfMemory(RunFailure):
 class LossScale:
     """The factor of a step's summed loss in a float16 backward pass; the float32 gradients are divided by it.
 
-    float16 holds nothing below 6e-8 and nothing above 65,504, and gradients pass both.
     Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
@@ -112,15 +109,12 @@ def step_gradient(
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
-    The host waits for a GPU once, at the end. There it learns, too, whether a row norm was wrong (`unchecked`); the
-    gradient is then computed again.
-
-    `router_aux_loss` is the factor of the routers' auxiliary loss; that of a step is the mean over the micro-batches of
-    all processes, each weighted by its tokens without padding. `reads` are numbers of the gradient that are read with
-    the step's own, by name: its norm, the gradient of gates.
+    The host waits for a GPU once, at the end; if it then learns that a row norm was wrong (`unchecked`), the gradient
+    is computed again. The routers' auxiliary loss of a step is the mean over all micro-batches, weighted by tokens.
+    `reads` are numbers of the gradient that are read with the step's own, by name.
 
     Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
-    of each micro-batch's examples, (examples,), on the device, so that nothing waits for it.
+    of each micro-batch's examples, (examples,), on the device.
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
@@ -197,9 +191,9 @@ def step_gradient(
 
 
 def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | None) -> dict[str, Tensor]:
-    """The labelled positions of a micro-batch, row by row: rows, columns, targets (the next token) and owners (its
-    example), (num_labelled,) int64. And weights, the packing, and starts, (examples + 1,) int32, where the examples of
-    a single packed row begin, and its end. All on the CPU, like `labels`, (rows, length), which are not shifted."""
+    """The labelled positions of a micro-batch: rows, columns, targets (the next token) and owners (its example),
+    (num_labelled,) int64; weights, the packing, and starts, (examples + 1,) int32, where the examples of a single
+    packed row begin, and its end. All on the CPU, like `labels`, (rows, length)."""
     is_labelled = torch.zeros_like(labels, dtype=torch.bool)
     is_labelled[:, :-1] = labels[:, 1:] != IGNORED
     rows, columns = is_labelled.nonzero(as_tuple=True)
@@ -214,7 +208,7 @@ def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | Non
 
 
 def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors from the CPU to `device`. For a GPU they are joined in pinned memory: one copy, no wait of the host."""
+    """Tensors from the CPU to `device`; for a GPU joined in pinned memory: one copy, no wait of the host."""
     if device.type == "cpu":
         return dict(tensors)
     sizes = [-(-tensor.nbytes // _UNIT) * _UNIT for tensor in tensors.values()]
@@ -249,14 +243,10 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Logits are computed at labelled positions only, a chunk at a time (`loss.labelled_nll`). A batch without a labelled
-    token gives a zero sum.
-
     `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
     model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
-    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights`, (examples,), are those
-    of each example's tokens in `nll_sum`. `routers`: also compute the routers' auxiliary loss. `sent` are the
-    `label_tensors` on the CPU and on the device, if they are at hand.
+    `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights` are (examples,). `sent`
+    are the `label_tensors` on the CPU and on the device, if they are at hand.
     """
     if sent is None:
         tensors = label_tensors(labels, packing, weights)
@@ -281,8 +271,7 @@ def batch_loss(
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
-    """The step with empty micro-batches, which have no label, behind this process's own: where the processes divide the
-    base, each pass gathers it from all of them."""
+    """The step with empty micro-batches behind this process's own: each pass gathers a divided base from all."""
     if not processes.shards:
         return batch
     mine = batch.micro_batches
@@ -321,8 +310,6 @@ def task_weight_faults(recipe: Recipe, loader: StepLoader) -> list[str]:
             weight = source.loss_weight or 1.0
             other, label = first.setdefault(task, (weight, source.label))
             if weight != other:
-                faults.append(
-                    f"data.mix: task {task} is in {label} with loss_weight {other:g} and in {source.label} with "
-                    f"{weight:g}. Fix: one weight for a task, or another `name`."
-                )
+                text = f"is in {label} with loss_weight {other:g} and in {source.label} with {weight:g}."
+                faults.append(f"data.mix: task {task} {text}")
     return faults

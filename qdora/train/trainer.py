@@ -1,7 +1,6 @@
 """A run in training: its loop, and the one owner of all that its steps change.
 
-A step is a gradient (train/passes.py) and an update (train/optimizer.py). If memory runs out, it is computed again in
-smaller micro-batches; if its numbers are bad, it is not applied. Between steps the run is evaluated and saved. All
+If memory runs out, a step is computed again in smaller micro-batches; if its numbers are bad, it is not applied. All
 processes of a run call every method for the same step; the first one writes the files.
 """
 
@@ -24,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.batches import Step, StepLoader
+from qdora.data.batches import Step, StepLoader, micro_batches
 from qdora.data.example import Example
-from qdora.errors import DiskFull, Diverged, Interrupted, RunFailure, UserError, first_line
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory, checkpoint_fault, unharmed
@@ -58,11 +57,8 @@ class _Gradient:
 
 
 class Trainer:
-    """Trains a model with adapters by a recipe. The first process sends its adapters to all processes.
-
-    `validation` has the validation examples of each source; `optimizer` is by default the recipe's, over all that it
-    trains. `step` counts the optimizer steps done.
-    """
+    """Trains a model with adapters by a recipe; `validation` has the validation examples of each source. `step` counts
+    the optimizer steps done."""
 
     def __init__(
         self,
@@ -102,8 +98,7 @@ class Trainer:
         self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
-        # The states of the loader and of the random generators before the present step.
-        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
+        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}  # states of loader and generators before a step
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     def run(self) -> None:
@@ -146,8 +141,6 @@ class Trainer:
                 metrics = self.one_step()
                 if "skipped" not in metrics and any(map(self.due, logged)):
                     self.write_metrics(metrics)
-                if (grown := self.backoff.grow()) is not None:
-                    self.write_metrics({"step": self.step, "micro_batches_grow": grown})
                 progress.step(metrics)
                 self.evaluate_and_save()
             if self.stop.agreed():  # in the last step: before the last evaluation
@@ -159,7 +152,6 @@ class Trainer:
 
     @property
     def _evaluates(self) -> bool:
-        """Whether an evaluation follows the present step, other than the one after training."""
         every, is_last = self.recipe.eval.every, self.step == self.num_steps
         return every is not None and self.due(every) and not is_last and bool(self.evaluations.examples)
 
@@ -178,8 +170,7 @@ class Trainer:
         """Evaluate and save when due; Interrupted after a requested stop.
 
         After a stop only the checkpoint is written, since a launcher soon kills the processes; what was due is measured
-        when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an evaluation
-        fails in the only process, a checkpoint is written before its error is raised.
+        when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line.
         """
         if self.step < self.num_steps and self.stop.agreed():
             raise Interrupted(self.step, self.save())
@@ -203,7 +194,11 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began, halves = time.perf_counter(), logs.halves_of(self._probed, self.loader.batching)
+            began, halves = time.perf_counter(), {}
+            for name, examples in self._probed.items():
+                tasks = list({example.task: None for example in examples})
+                one, two = (micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1))
+                halves[name] = one, two
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             options["device"] = self.model.device
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
@@ -220,10 +215,7 @@ class Trainer:
         return is_better
 
     def one_step(self) -> Metrics:
-        """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers.
-
-        An error is raised after a checkpoint of the state before the step.
-        """
+        """One gradient and one update, which is not made if the step is bad and skipped. Returns the step's numbers."""
         began, number = time.perf_counter(), self.step + 1
         self._before = self.loader.state_dict(), checkpoint.random_state()
         gradient = self._gradient_that_fits()
@@ -243,12 +235,11 @@ class Trainer:
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         else:
-            bad = guards.BadStep(number, fault, gradient.batch, loss, norm, gradient.example_nll)
+            kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
-                raise self._failure(bad, Diverged if gradient.fault is None else RunFailure)
+                raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
             numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
             metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
-            kept = self._keep_batch(bad)
             self.write_metrics({"step": number, "skipped": metrics["skipped"]})
             logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
@@ -259,7 +250,6 @@ class Trainer:
         return metrics
 
     def _gradient_that_fits(self) -> _Gradient:
-        """Again in smaller micro-batches if memory runs out, and with a smaller loss scale if float16 overflows."""
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
             self.expert_load.begin()
@@ -286,16 +276,14 @@ class Trainer:
             self._restore()
 
     def _gradient(self) -> _Gradient:
-        """The gradient of the next step's examples, summed over all processes in the parameters' `grad`."""
         processes, alone = self.processes, self.processes.size == 1
         try:
             gradient = _Gradient(self.loader.next_step())
         except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
             reason = "; ".join(error.faults) if isinstance(error, UserError) else repr(error)
-            fix = "" if "Fix: " in reason else " Fix: resume with --resume once it can be read."
             self._restore()
             safe = [self.save()] if alone else []
-            raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.{fix}", safe=safe) from error
+            raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.", safe=safe) from error
         reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
         if alone and self.gates is not None:
             reads["gates"] = self.gates.gradient
@@ -316,8 +304,7 @@ class Trainer:
             if isinstance(error, passes.OutOfMemory):
                 gradient.shortage = error.shortage
             else:
-                what = f"cannot be computed: {first_line(error)} The update was not applied."
-                gradient.fault = f"{what} Fix the cause, then resume with --resume."
+                gradient.fault = f"cannot be computed: {first_line(error)} The update was not applied."
         per_rank = processes.gather((gradient.fault, gradient.shortage, gradient.metrics))
         if shortages := [short for _, short, _ in per_rank if short]:
             # Among all processes the one that leaves least to cut.
@@ -338,12 +325,13 @@ class Trainer:
         return gradient
 
     def _check_gradients(self, lr: float) -> None:
-        """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
-        backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
+        """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
         missing = self._missing_gradients.updated(lr)
         if missing is None:
             return
-        text = self._missing_gradients.in_words(missing)
+        total = self._missing_gradients.num_tensors
+        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
+        text += f", e.g. {missing[0]}." if missing else "."
         if missing and self.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
@@ -353,11 +341,11 @@ class Trainer:
             with unharmed(guards.CHECKS_FILE):
                 guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
 
-    def _failure(self, bad: guards.BadStep, kind: type[RunFailure]) -> RunFailure:
-        """Keep the batch that broke the step, and the state before it. After some CUDA errors all calls fail."""
-        kept, text = self._keep_batch(bad), f"step {bad.step}: {bad.reason}"
-        if kind is Diverged:
-            text += f"; the update was not applied. {self.bad_steps.advice(kept)}."
+    def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
+        """Save the state before the step that failed. After some CUDA errors all calls fail."""
+        kind = Diverged if diverged else RunFailure
+        if diverged:
+            text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
         try:
             self._restore()
             return kind(text, safe=[self.save(), kept])
@@ -365,7 +353,6 @@ class Trainer:
             return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
-        """Back to before the step: drop the gradients, restore the states of the loader and of the generators."""
         self.optimizer.zero_grad()
         self.loader.load_state_dict(self._before[0])
         checkpoint.set_random_state(self._before[1])
@@ -378,7 +365,8 @@ class Trainer:
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and send it to the trackers."""
-        self._write(lambda: self.directory.append_metrics(metrics))
+        if self.processes.is_first:
+            self.directory.append_metrics(metrics)
         if self._tell_trackers is not None:
             self._tell_trackers(metrics)
 
@@ -387,8 +375,7 @@ class Trainer:
         self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
         random = self.processes.gather(checkpoint.random_state())
-
-        def write() -> None:
+        if self.processes.is_first:
             with self.directory.checkpoint_directory(self.step) as directory:
                 self._write_trained(directory, directory / "adapter")
                 if self.gates is not None:
@@ -401,14 +388,11 @@ class Trainer:
                     random=random,
                     policies={name: policy.state_dict() for name, policy in self._policies().items()},
                 )
-
-        self._write(write)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
 
     def _policies(self) -> dict[str, Any]:
-        """Name in state.json -> the policies of this run."""
         policies = {
             "micro_batch_tokens": self.backoff,
             "schedule": self.schedule,
@@ -431,13 +415,12 @@ class Trainer:
         write_adapter(self.model, self.recipe, adapter, extra=extra)
 
     def _save_final(self) -> None:
-        """Write adapter/, from the best checkpoint or from the model if none was chosen, and trained.json."""
-
-        def write() -> None:
-            if self.best is None or self.best.step is None:
-                with self.directory.result_directory("adapter") as directory:
-                    self._write_trained(directory, directory)
-                return
+        if not self.processes.is_first:
+            return
+        if self.best is None or self.best.step is None:
+            with self.directory.result_directory("adapter") as directory:
+                self._write_trained(directory, directory)
+        else:
             best = self.directory.checkpoint_path(self.best.step)
             if fault := checkpoint_fault(best):
                 raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
@@ -448,34 +431,22 @@ class Trainer:
                     shutil.copyfile(file, directory / file.name)
                 record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
+        with unharmed(logs.TRAINED_FILE):
+            layers = [{"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()]
+            self.directory.write_json(logs.TRAINED_FILE, {"step": self.step, "layers": layers})
 
-        self._write(write)
-        keep_trained = partial(logs.keep_trained, self.directory, self.model, self.step)
-        self.processes.first(unharmed(logs.TRAINED_FILE)(keep_trained))
-
-    def _keep_batch(self, bad: guards.BadStep) -> Path:
-        """Write all processes' examples of a step that was not applied. Returns the directory."""
-        examples = [example for mine in self.processes.gather(bad.examples()) for example in mine]
-        parts = "bad-steps", f"step-{bad.step}"
-
-        def write() -> None:
+    def _keep_batch(self, reason: str, gradient: _Gradient) -> Path:
+        """Write bad-steps/step-N/batch.json: the examples of a step that was not applied, of all processes."""
+        mine = guards.batch_examples(gradient.batch, gradient.example_nll)
+        examples = [example for theirs in self.processes.gather(mine) for example in theirs]
+        parts = "bad-steps", f"step-{self.step + 1}"
+        if self.processes.is_first:
+            numbers = {name: gradient.metrics[name] for name in ("loss", "gradient_norm")}
+            texts = [{"text": self.tokenizer.decode(example["input_ids"]), **example} for example in examples]
+            document = {"step": self.step + 1, "reason": reason, **numbers, "examples": texts}
             with self.directory.result_directory(*parts) as directory:
-                bad.write(directory, examples, self.tokenizer)
-
-        self._write(write)
+                (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
         return self.directory.inside(*parts)
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write, in the first process; if the disk is full, keep only the newest and the best checkpoint, and again."""
-        if not self.processes.is_first:
-            return
-        try:
-            write()
-        except DiskFull:
-            if not self.directory.prune_checkpoints(1, checkpoint.best_step_in):
-                raise
-            write()
-            logger.warning("The disk is full: removed older checkpoints to continue.")
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
