@@ -48,11 +48,10 @@ from torch import Tensor, nn
 
 from qdora.adapter.algebra import (
     Gain,
+    checked_norms,
     entries_at_a_time,
-    factored_norms,
     gain,
     gain_of_sum,
-    measure_cancelled_,
     merged_weight,
     rounded,
     row_norm,
@@ -214,7 +213,7 @@ class LayerReport(NamedTuple):
 
 
 def report(model: nn.Module) -> dict[str, LayerReport]:
-    """How each of PEFT's Linear4bit layers computes, by its path, and what its magnitudes get from an optimizer."""
+    """How each of PEFT's Linear4bit layers computes, by its path."""
     from transformers import Trainer
 
     decayed = set(Trainer.get_decay_parameter_names(None, model))
@@ -283,8 +282,8 @@ def _is_quantized(base: Any) -> bool:
 
 
 def _undo_repacking(base: Any) -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes rewrites a weight and its quant_state in place, in the first evaluation
-    without gradients, into a layout that `dequantize_4bit` misreads. Keep it from that, and undo it."""
+    """On a CPU with AVX512-BF16 bitsandbytes rewrites a weight in place, in the first evaluation without gradients,
+    into a layout that `dequantize_4bit` misreads."""
     if not getattr(base, "support_avx512bf16_for_cpu", False):
         return
     base.support_avx512bf16_for_cpu = False
@@ -432,8 +431,7 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
 
 
 def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
-    """The operands of a DoRA layer. Those of layers alike that have had a backward pass are made with them and kept,
-    since the small operations of a norm take longer to send than to compute."""
+    """The operands of a DoRA layer, made and kept together with those of layers alike that have had a backward pass."""
     others = [(other, its) for other, its in _passed.pop(alike, {}).items() if other is not layer]
     others = [(other, its) for other, its in others if _is_whole(other, its, alike)]
     limit = entries_at_a_time(alike.device) // (alike.shapes[1][0] * max(alike.shapes[0]))
@@ -448,10 +446,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
         for (each, its), magnitude in zip(rows, magnitudes, strict=True)
     ]
     a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
-    norm, cancelled = factored_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
-    for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
-        if has_cancelled:
-            measure_cancelled_(norm[i], cancelled[i], weights[i], a[i], b[i], s, dtype=dtype)
+    norm = checked_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
     value, inverse = gain(m, norm)
     factor = value.unsqueeze(-1) * (s / (1.0 - alike.dropout))
     scaled = scaled_B(b.flatten(0, 1), factor.flatten(0, 1), dtype).view_as(b)

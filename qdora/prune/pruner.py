@@ -1,9 +1,8 @@
 """Pruning a base while it is loaded, block by block: read, measure, prune, quantise, run.
 
-One forward pass of the model on the calibration text drives it. When it reaches a block, the block's weights are read,
-and its inputs are run through it to measure the inputs of its linear layers. These layers are pruned and quantised, and
-the inputs are run through the block once more, so that the next block is measured on what the pruned blocks compute.
-Memory holds one dense block at a time.
+One forward pass on the calibration text drives it. Each block's weights are read, its inputs are run through it to
+measure its linear layers, these are pruned and quantised, and the inputs are run through once more. Memory holds one
+dense block at a time.
 """
 
 from __future__ import annotations
@@ -53,11 +52,8 @@ _Statistics = list[InputStatistics | None]
 
 
 class Pruner:
-    """A `Placer` that prunes the linear layers of the blocks.
-
-    `calibration` holds token ids (sequences, length) for methods that measure inputs, None for magnitude. After the
-    load `layers` holds path -> counts and error of each pruned layer.
-    """
+    """A `Placer` that prunes the linear layers of the blocks. `calibration` holds token ids (sequences, length), None
+    for magnitude. After the load `layers` holds path -> counts and error."""
 
     def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
         assert (calibration is None) == (settings.method == "magnitude"), "only magnitude measures no text"
@@ -238,8 +234,7 @@ def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[lis
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Path -> `layer_record` of each linear layer that is quantised without pruning, one after the other; none for kind
-    "none" and for a quantised checkpoint."""
+    """Path -> `layer_record` of each linear layer that is quantised without pruning."""
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
         return {}

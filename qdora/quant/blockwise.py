@@ -1,9 +1,8 @@
 """Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
-On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
-quantisation: its float32 mean depends on the number of threads. Its CUDA kernels differ in details (ties, constants off
-by an ulp), and store a zero block of NF4 as -1 times 0, which double quantisation turns into small non-zero weights.
-This definition holds on every device: a zero weight always decodes to zero.
+On a CPU every code and scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double quantisation,
+whose float32 mean depends on the number of threads. Its CUDA kernels differ in details and store a zero block of NF4 as
+-1 times 0, which double quantisation turns into small weights. Here a zero weight always decodes to zero.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
-    Blocks run along the flattened rows and may cross them; the last one may be short. The weight is rounded to float32
-    first. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns codes (ceil(numel / 2),) uint8, first of two weights in the
-    high nibble, and absmax (blocks,) float32, 0 for a zero block (1e-38 in a short last block).
+    Blocks run along the flattened rows; the last one may be short. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns
+    codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32, 0 for a zero
+    block.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -84,12 +83,11 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits by `quantize_8bit`.
+    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits.
 
         scale = code[q] * nested_absmax[block // 256] + offset
 
-    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, arXiv
-    2305.14314, sec. 3.
+    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, sec. 3.
     """
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
@@ -100,9 +98,8 @@ def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tenso
 def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Blockwise 8-bit codes of float32 values (n,), by the values `code`, (256,) float32, ascending, within [-1, 1].
 
-    A value divided by the absmax of its block is rounded to a 16-bit grid over [-1, 1], and the grid point to the
-    nearest value of `code`: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 farther off than the nearest value.
-    Returns codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    A value divided by the absmax of its block is rounded to a 16-bit grid, and the grid point to the nearest value of
+    `code`, as by bitsandbytes' CPU kernel. Returns codes (n,) uint8 and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -139,7 +136,7 @@ def dequantize_4bit(
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each run of `block_size` float32 values (n,) by its scale, in place; the last run may be short."""
+    """Multiply each run of `block_size` float32 values (n,) by its scale; the last run may be short."""
     whole = values.numel() // block_size
     values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
     if whole * block_size < values.numel():
@@ -153,8 +150,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
 
-    Codes are (out, in) int8, absmax (out,) float32, 0 for a zero row. This is the format of bitsandbytes' LLM.int8()
-    without outliers (arXiv 2208.07339, sec. 2.1).
+    Codes are (out, in) int8, absmax (out,) float32: LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1).
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -173,8 +169,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast. A GPU makes 16
-    bits in one pass by absmax / 127: off from the definition by an ulp of float32 before the cast."""
+    """packed * absmax / 127, (out, in): float32 products, then one cast. A GPU makes 16 bits in one pass, off by an ulp
+    of float32."""
     if dtype == torch.float32:
         return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)

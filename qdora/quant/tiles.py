@@ -1,7 +1,6 @@
 """A frozen weight as a sequence of dense tiles, so that no product needs the whole dense weight at once.
 
-A factor per row costs nothing in the block scales of a packed weight whose blocks do not cross rows: dequantising with
-absmax * g gives the tile of diag(g) W with the roundings of a tile of W.
+A factor per row goes into the block scales: absmax * g gives the tile of diag(g) W with no further rounding.
 """
 
 from __future__ import annotations
@@ -47,11 +46,8 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
-    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
-
-    `other` is the length of the other dimension of a tile, `itemsize` the bytes of an element. Every run but the last
-    starts and ends at a multiple of `align`.
-    """
+    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda". `other` is a
+    tile's other dimension; every run but the last is a multiple of `align`."""
     budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
     fits = budget // (other * itemsize)
     if total <= fits:
@@ -86,9 +82,8 @@ def _round_up(length: int, align: int) -> int:
 def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles (rows, in) of whole rows of diag(row_factor) W, in order, in any float dtype.
 
-    Products of codes, scales and factors, (out,) float32 (float64 for float64 weights), are float32, then cast once. A
-    tile may share memory with the weight. A loop that ends with `del tile` holds one at a time. A weight whose blocks
-    cross rows comes as one tile; with blocks of 64 no common model has one.
+    Products of codes, scales and factors, (out,), are float32 (float64 for float64 weights), then cast once. A tile may
+    share memory with the weight; a loop that ends with `del tile` holds one. Blocks that cross rows give one tile.
     """
     return _tiles(weight, dtype, row_factor, 0)
 
@@ -128,16 +123,15 @@ def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: i
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
-    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32. None for a dense weight,
-    and if blocks cross rows: a scale then does not belong to one row."""
+    """The decoded block scales of diag(row_factor) W, for `with_scales`: (blocks,) float32; None for a dense weight,
+    and if blocks cross rows."""
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
     return _row_scales(weight, row_factor).reshape(-1)
 
 
 def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
-    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor. Its tiles are
-    those of `row_tiles(weight, dtype, row_factor)` bit for bit."""
+    """diag(row_factor) W from the codes of W and the `own_scales` of W and that factor: the same tiles, bit for bit."""
     assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 

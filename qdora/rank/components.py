@@ -82,13 +82,11 @@ Array = NDArray[np.float64]
 class Directions:
     """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
 
-    The parts of a stack have their numbers in rows, (parts, components), and their vectors in the shapes of the stack's
-    factors, whose rank is then `components`: those of one part, of (experts * out), are (experts, out). A part with
-    fewer components than others ends in zeros.
+    Of a stack the numbers are (parts, components), the vectors (experts, out, components) and (experts, in,
+    components); a part with fewer components than others ends in zeros.
 
     Attributes:
-        left, right: U, (out, components), and V, (in, components), columns of length 1. Of a stack (experts, out,
-            components) and (experts, in, components).
+        left, right: U, (out, components), and V, (in, components), columns of length 1.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
         tail: (), squared Frobenius norm of the gradient across held and new components.
@@ -101,7 +99,7 @@ class Directions:
     tail: Array
 
     def matrix(self, index: tuple[int, ...]) -> Tensor:
-        """E_i, (out, in), or (experts * out, in) of a stack; `index` is that of its number in `sizes`."""
+        """E_i, (out, in), or (experts * out, in) of a stack."""
         u, v = self.left[..., index[-1]], self.right[..., index[-1]]
         if len(index) == 1:
             return torch.outer(u, v)
@@ -118,8 +116,7 @@ class Components:
 
     Attributes:
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures, from the spread over the draws; 0 where they are exact.
-            Where a curvature is too small by chance, so is its error.
+        errors: (components,) standard errors of the curvatures, from the spread over the draws.
     """
 
     directions: Directions
@@ -135,7 +132,7 @@ class Components:
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
-        """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
+        """The greatest `most` worths. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
         new = self.directions.sizes == 0.0
         slope = (self.directions.slopes**2 * new).sum(axis=-1)
@@ -197,10 +194,10 @@ def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
-    """The held components and the `num_new` steepest ones across them, U and V in the gradient's dtype.
+    """The held components and at most `num_new` steepest ones across them.
 
     `held` is U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; `gradient` is G = dF/dD,
-    (out, in). There are at most min(out, in) - r new components, and those without slope are left out.
+    (out, in).
     """
     left, sizes, right = (each.double() for each in held)
     wide = gradient.double()
@@ -218,8 +215,7 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
 
 
 def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank. One of each
-    of `approximated_parts`."""
+    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it, for each of `approximated_parts`."""
     found = []
     for b, a in layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double()):
         left, first = torch.linalg.qr(b)
@@ -233,8 +229,8 @@ def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (out, n), largest singular values (n,) and right vectors (in, n), from the Gram matrix of the short
-    side. Values below 1e-6 of the largest are left out: the Gram matrix loses them."""
+    """Left vectors (out, n), largest singular values (n,), right vectors (in, n), from the Gram matrix of the short
+    side, which loses values below 1e-6 of the largest."""
     tall = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if tall else matrix
     squared, vectors = torch.linalg.eigh(short @ short.T)
@@ -281,10 +277,8 @@ def drawn_curvatures(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Components]:
-    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
-
-    The model runs as in `update_gradients`. The relative error falls with sqrt(draws x rows).
-    """
+    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once. The relative
+    error falls with sqrt(draws x rows)."""
     adapted = adapted_layers(model)
     device = next(iter(directions.values())).left.device
     probes = {name: Probe(adapted[name], each, norm) for name, each in directions.items()}
@@ -330,10 +324,9 @@ class Probe:
     ) -> Callable[[Tensor], None]:
         """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row.
 
-        `x` is (..., in), `output` (..., out), and `layout` (rows, positions) of the micro-batch; the slopes are (rows,
-        components). Where a tensor has another layout, or may have because both numbers are the same, all tokens count
-        as one row: the mean stays right, the spread is larger. So they do in a stack of experts, whose layout is its
-        tokens, sorted by expert, and whose slopes are (1, parts, components).
+        `x` is (..., in), `output` (..., out), `layout` (rows, positions) of the micro-batch, slopes (rows, components).
+        Where the layout may be another, all tokens count as one row: the mean stays right, the spread is larger. So in
+        a stack of experts, whose slopes are (1, parts, components).
         """
         if isinstance(layout, ExpertTokens):
             return functools.partial(self._of_experts, x, output, layout, take)
@@ -392,7 +385,7 @@ def squared_slopes(
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
-    (sets, components) or (sets, parts, components) float64 on the CPU.
+    (sets, [parts,] components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 
@@ -422,10 +415,7 @@ def squared_slopes(
 
 
 def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, tokens) int64 on the logits' device, each from its token's softmax.
-
-    The uniform numbers come from a CPU generator, so the labels are the same on every device, up to rounding.
-    """
+    """(draws, tokens) int64, each from its token's softmax, by uniform numbers of a CPU generator."""
     chance = torch.rand(len(logits), draws, dtype=torch.float64, generator=generator)
     parts = []
     for some, chances in zip(torch.split(logits, _CHUNK), torch.split(chance, _CHUNK), strict=True):
