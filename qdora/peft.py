@@ -9,16 +9,15 @@
     python -m qdora.peft llamafactory-cli train qdora.yaml    # patch() in a command and in its processes
     plugins: [qdora.peft.AxolotlPlugin]                       # in axolotl's YAML
 
-Config, trainer, files and the LoraLayer interface stay PEFT's. The layer reads the 4-bit base tile by tile and holds
-neither a second output nor a dense weight. Three more things differ:
+Config, trainer, files and the LoraLayer interface stay PEFT's. Besides speed and memory three things differ:
 
-- Magnitudes start at the norm of the dequantised base in float32 and stay float32 through `model.to(bfloat16)`, casts
-  of `.data` and autocast; 8-bit optimizers of bitsandbytes keep 32-bit states for them. A zero row stays zero.
-- `unmerge` puts the packed base back bit for bit; PEFT quantises it anew, with an error that grows from merge to merge.
+- Magnitudes start at the norm of the dequantised base in float32 and stay float32; 8-bit optimizers of bitsandbytes
+  keep 32-bit states for them. A zero row stays zero.
+- `unmerge` puts the packed base back bit for bit; PEFT quantises it anew.
 - Dropout acts on the adapter's input alone; with DoRA PEFT drops the input of the base, too.
 
-The norm of a DoRA layer is kept until its parameters change: until a step of an optimizer, a `copy_`, a loaded state, a
-backward pass of the layer or a change of train/eval. After other writes through `.data` call `changed(model)`.
+A DoRA layer's norm is kept until an optimizer's step, a `copy_`, a loaded state, a backward pass of the layer or a
+change of train/eval. After other writes through `.data` call `changed(model)`.
 """
 
 from __future__ import annotations

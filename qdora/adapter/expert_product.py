@@ -37,12 +37,11 @@ from qdora.quant.tiles import Weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
-# Columns times tokens of a sum over tokens on a GPU, whose products are formed in float32: 64 MiB.
+# Columns times tokens of a sum over tokens on a GPU: 64 MiB of float32.
 _ENTRIES_PER_SUM = 1 << 24
 # Most rows of padding, as a fraction of the tokens of the experts that are padded to one count.
 _MOST_PADDING = 0.25
-# Experts that are not in ascending order need copies of their codes. They are ordered by count where that saves more
-# groups than this, each of which has some eleven launches a stack and micro-batch.
+# Experts out of order need copies of their codes: ordered by count where that saves more groups (11 launches each).
 _WORTH_COPIES = 16
 
 

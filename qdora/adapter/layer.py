@@ -123,11 +123,6 @@ class FrozenLinear(nn.Module):
                 self._buffers[name] = before.to(after.device)
         return self
 
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        block = f", block_size={self.block_size}" if self.block_size else ""
-        return f"{self.in_features}, {self.out_features}, {self.kind}{block}, bias={self.bias is not None}"
-
 
 class AdaptedLinear(nn.Module):
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
@@ -163,7 +158,6 @@ class AdaptedLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        assert not masked or base.keep_bits is not None, "a masked adapter needs a base that was pruned here"
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
@@ -176,9 +170,8 @@ class AdaptedLinear(nn.Module):
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
-        # The base's block scales, decoded and times g, are made once for each state of the parameters, not for every
-        # product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64. It saves a
-        # GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
+        # Block scales times g are decoded once for each state of the parameters: half a bit a weight at blocks of 64.
+        # It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
         self.keeps_scales = True
         self.keeps_copy = False  # of the output, since the model writes into it (`model.patches`)
         self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
@@ -327,7 +320,6 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def keep_components_(self, kept: Tensor) -> None:
         """Keep these rank components, (n,) int64, ascending, n >= 1; parameters and scaling stay the same."""
-        assert 0 < len(kept) <= self.rank, "a layer keeps one component or more"
         fraction = len(kept) / self.rank
         self.rank = len(kept)
         self.alpha *= math.sqrt(fraction) if self.rank_stabilized else fraction

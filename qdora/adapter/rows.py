@@ -109,14 +109,8 @@ class RowHead(nn.Module):
 def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
     """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
     base: nn.Embedding | nn.Linear | HostEmbedding = module.base  # type: ignore[assignment]
-    return with_rows(base.weight, module.trained.ids.tolist(), module.trained.rows)
-
-
-@torch.no_grad()
-def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
-    """A float32 copy of `weight` (vocabulary, features), in which the rows `ids` are `rows`."""
-    merged = weight.detach().to(torch.float32, copy=True)
-    merged[list(ids)] = rows.detach().to(merged)
+    merged = base.weight.detach().to(torch.float32, copy=True)
+    merged[module.trained.ids.tolist()] = module.trained.rows.detach().to(merged)
     return merged
 
 
@@ -228,7 +222,7 @@ class RowShare:
         return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
 
     def keep_bits(self) -> Tensor | None:
-        """`quant.packed.mask_bits` of the rows of this process; None for a weight without a mask."""
+        """`quant.packed.mask_bits` of the rows of this process; None without a mask."""
         return self.local["keep_bits"].reshape(-1) if "keep_bits" in self.parts else None
 
     def whole(self) -> tuple[Weight, Tensor | None]:

@@ -43,7 +43,7 @@ def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     if ":" in name:
         keep, of = map(int, name.split(":"))
         return SparsityPattern("n:m", 1 - keep / of, keep, of)
-    assert sparsity is not None, "only n:m implies its sparsity"
+    assert sparsity is not None
     return SparsityPattern(cast(PatternKind, name), sparsity)
 
 
@@ -230,10 +230,7 @@ def _inverse_factor(input_products: Tensor, damping: float, name: str) -> Tensor
     damped = input_products + torch.diag(added.expand(len(diagonal)))
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info):
-        raise UserError(
-            f"{name}: X^T X of the calibration text is not positive definite with damping {damping}. "
-            "Fix: raise base.prune.damping, or use more calibration text."
-        )
+        raise UserError(f"{name}: base.prune.damping: {damping} leaves X^T X not positive definite. Fix: raise it.")
     eye = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
     factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
     return factor

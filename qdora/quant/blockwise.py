@@ -14,14 +14,12 @@ from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind
 
-# Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
-# block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
-# large takes 2 to 4 times as long, since malloc gives such blocks back to the system); a GPU needs few, large launches.
+# Weights handled at a time: multiples of every block size, and even, so that chunks share no byte. On a CPU a chunk
+# stays in the cache (8 times as large takes 2 to 4 times as long); a GPU needs few, large launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
-# The same for int8: the workspace is a few times 4 bytes a weight of the chunk.
 _CHUNK_OF_ROWS = 1 << 20
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
 _ONE_127TH = 7.874015718698502e-3
@@ -105,7 +103,6 @@ def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     absmax = blocks.abs().amax(dim=1)
     # In a zero block this is NaN; its codes are set below.
     unit = (blocks * (1.0 / absmax)[:, None]).clamp_(-1, 1)
-    # bitsandbytes fuses the product and the sum; the floor is the same (compared around all 65,536 steps).
     point = ((unit + 1.0) * 0.5 * 65535 + 0.5).floor_()
     codes = torch.bucketize(point * 2 / 65535 - 1, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
     codes.masked_fill_((absmax == 0)[:, None], 0)
@@ -159,8 +156,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
         part = weight[start : start + rows].float()
         scale = part.abs().amax(dim=1)
         absmax[start : start + rows] = scale
-        # 127 / scale overflows for a scale below 4e-37; such a row counts as zero, and inf * 0 would be NaN.
-        # The rounded reciprocal times 127, as bitsandbytes forms it.
+        # 127 / scale overflows below 4e-37: such a row counts as zero. The rounded reciprocal, as in bitsandbytes.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
         packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
     _refuse_not_finite(absmax, name)

@@ -105,7 +105,6 @@ def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTab
     """`decision_bounds` as a grid; see `DecisionTable`."""
     bounds, code = decision_bounds(kind)
     of_bound = cell(bounds)
-    assert bool((of_bound.diff() > 0).all()), "two bounds share a cell: raise _CELLS_PER_UNIT"
     cells = torch.arange(2 * _CELLS_PER_UNIT + 1, dtype=torch.int32)
     rank = (of_bound[None, :] < cells[:, None]).sum(dim=1).to(torch.uint8)
     bound = torch.full(cells.shape, 2.0)

@@ -20,18 +20,14 @@ Weight = PackedWeight | Tensor
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
-# Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU needs few,
-# large products: with 128 MiB a layer of 4096 x 14336 has one tile and one of 8192 x 28672 four.
+# Most bytes of a dense tile. A GPU needs few, large products: a layer of 4096 x 14336 has one tile.
 _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 128 << 20
-# A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
-# multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
+# A weight that must be cut on a CPU is cut into tiles of about this size, which stay in the cache.
 _CPU_CUT_BYTES = 8 << 20
-# Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
-# 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
+# Rows (or columns) of a tile on a CPU: with AMX oneDNN's bf16 product takes twice the time with 384 to 768.
 _LONG, _SHORT = 1024, 256
-# On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
-# multiples of the output tile of cuBLAS's 16-bit kernels.
+# On a GPU the runs are equally long (a short last one leaves most of the chip idle) and multiples of cuBLAS's tile.
 _GPU_STEP = 128
 
 
@@ -58,11 +54,9 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
         length = _round_up(-(-total // -(-total // longest)), step)
         return [slice(start, min(start + length, total)) for start in range(0, total, length)]
     long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
-    # At least one long run where it fits at all; more of them together up to the size of a cut.
     long *= min(fits // long, max(1, _CPU_CUT_BYTES // (other * itemsize * long)))
     runs, start = [], 0
     while start < total:
-        # The rest behind the long runs is cut into short ones.
         length = long if 0 < long <= total - start else short
         runs.append(slice(start, min(start + length, total)))
         start += length

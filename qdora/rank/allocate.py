@@ -71,7 +71,6 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int
 
 
 def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
-    """How many of each pool's first components to take: the largest sum that fits."""
     values = [np.concatenate([[0.0], np.cumsum(energies)]) for energies in pools]
     bounds = [_bound(pools[start:], costs[start:]) for start in range(len(pools))]
     # Below this, sums in another order could differ
@@ -109,7 +108,6 @@ def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
 
 
 def _depth_and_kind(name: str) -> tuple[int, str]:
-    """model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a number."""
     depth = block_of(name)
     return (0, name) if depth is None else (depth, name.partition(f".{depth}.")[2])
 

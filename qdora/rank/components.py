@@ -5,10 +5,9 @@ Let F(D) be the loss with D in place of s B A (under the layer's mask; norm atta
     F(D + X) ~ F + <G, X> + <X, H X> / 2,        G = dF/dD,  H the Gauss-Newton matrix of F by D.
 
 Components are E_i = u_i v_i^T, orthonormal: the singular directions of D, of sizes sigma_i > 0 (held), then those of
-the gradient across them, (1 - U U^T) G (1 - V V^T), of size 0 (new): the changes of D that no change of the held ones'
-own A and B makes to first order, so that they take more rank. With g_i = <G, E_i> and q_i = <E_i, H E_i>, the loss with
-component i at size t is F + g_i (t - sigma_i) + q_i (t - sigma_i)^2 / 2. It is least at t* = sigma_i - g_i / q_i, and
-without the component, t = 0, it is larger by
+the gradient across them, (1 - U U^T) G (1 - V V^T), of size 0 (new). With g_i = <G, E_i> and q_i = <E_i, H E_i>, the
+loss with component i at size t is F + g_i (t - sigma_i) + q_i (t - sigma_i)^2 / 2. It is least at t* = sigma_i - g_i /
+q_i, and without the component, t = 0, it is larger by
 
     worth_i = q_i t*^2 / 2 = (q_i sigma_i - g_i)^2 / (2 q_i).
 
@@ -18,36 +17,30 @@ worths of those left out. (The model is a sum over i.) Its cases:
 
     g_i = 0      q_i sigma_i^2 / 2       what removal costs: LeCun et al., Optimal Brain Damage, 1990
     sigma_i = 0  g_i^2 / (2 q_i)         what a new component gains: half the Newton decrement
-    F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W that the components share:
-                                         what Eckart and Young say that a rank leaves out, each once, also at B = 0
+    F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W: Eckart and Young
 
-With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
-a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.layer_spectrum`.
+q_i is never negative. Where it is 0, the logits do not move along E_i but for a shift, so that g_i = 0, too, and the
+component is worth 0. Nothing here changes with the basis of A and B, (R^-1 A, B R).
 
 Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
 components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
 a_t = d/dD log p_t(y_t),
 
-    E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>,
+    E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>.
 
-the first because probabilities sum to 1, the second because that is what the matrix of the logits is: the covariance
-of the drawn label. So the square of a row's own slope, sum over its tokens of <a_t, X>, has the sum of its tokens'
-forms as its mean: the mixed terms have mean 0. One backward pass gives one such slope for each row of the micro-batch
-and each X, and a component of rank 1, u v^T, needs no matrix:
+So the square of a row's own slope, sum over its tokens of <a_t, X>, has the sum of its tokens' forms as its mean. One
+backward pass gives one such slope for each row of the micro-batch, and a component u v^T needs no matrix:
 
     <dL/dD, u v^T> = sum over positions of (dy g . u) (x . v).
 
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-A stack of experts has such components of each expert: the parts of `AdaptedExperts.approximated_parts`.
-One rank more is one component more of every part, so the i-th worth of a stack is
-the sum of the i-th ones of its parts. An expert without tokens has q_i = 0, and its components are worth 0.
+A stack of experts has such components of each expert (`AdaptedExperts.approximated_parts`). One rank more is one
+component more of every part, so the i-th worth of a stack is the sum of the i-th ones of its parts.
 
-The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
-the squared relative error of q_i, 4 % for an error of 20 %. With few draws this grows without bound, and a component
-whose q_i is small by chance looks best. So there is a least number of draws.
+The estimate of q_i has no bias, but a new component's worth divides by it and is too large on average by the squared
+relative error of q_i: 4 % for an error of 20 %. With few draws this grows without bound, so there is a least number.
 
 Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
 """
@@ -176,14 +169,11 @@ def layer_directions(
 def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
     """The components of all parts of a stack."""
     most = max(len(each.sizes) for each in parts)
-    left, right = (
-        torch.stack([functional.pad(getattr(each, side), (0, most - len(each.sizes))) for each in parts])
-        for side in ("left", "right")
-    )
-    sizes, slopes = (
-        np.stack([np.pad(getattr(each, name), (0, most - len(each.sizes))) for each in parts])
-        for name in ("sizes", "slopes")
-    )
+    pads = [(0, most - len(each.sizes)) for each in parts]
+    left = torch.stack([functional.pad(each.left, pad) for each, pad in zip(parts, pads, strict=True)])
+    right = torch.stack([functional.pad(each.right, pad) for each, pad in zip(parts, pads, strict=True)])
+    sizes = np.stack([np.pad(each.sizes, pad) for each, pad in zip(parts, pads, strict=True)])
+    slopes = np.stack([np.pad(each.slopes, pad) for each, pad in zip(parts, pads, strict=True)])
     return Directions(
         left.reshape(*layer.lora_B.shape[:2], most),
         right.reshape(len(layer.lora_A), layer.in_features, most),

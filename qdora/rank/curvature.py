@@ -3,10 +3,9 @@ Hessian and the Gauss-Newton matrix, and their eigenvalues.
 
     y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
-By this formula, in float32 and without dropout, a model is differentiable any number of times. A masked adapter
-(`adapter.mask: keep`) has M o (B A) in place of B A, also in the norm. The part `update` is the whole matrix s B A, to
-differentiate by it instead of by its factors. A stack of experts is this formula for each expert with its tokens; which
-expert a token goes to is a constant, what the router weighs it with is not.
+In float32 and without dropout, this is differentiable any number of times. A masked adapter has M o (B A) in place of B
+A, also in the norm. The part `update` is the whole matrix s B A. Which expert a token goes to is a constant, what the
+router weighs it with is not.
 
 The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
 it gives the curvature of another function than the loss. Here the caller chooses:
@@ -14,8 +13,7 @@ it gives the curvature of another function than the loss. Here the caller choose
     attached    n(A, B) is part of the graph: the derivatives are those of the loss.
     held        n is the number that it is now: the derivatives are those of the surrogate that training follows.
 
-At the point itself both give the loss of the training layer; the matrices differ by far more than rounding, also at
-B = 0. LoRA has no norm: `none`. The loss is summed NLL of fixed micro-batches over their labelled tokens:
+LoRA has no norm: `none`. The loss is summed NLL of fixed micro-batches over their labelled tokens:
 
     hessian         H v  = d/dw (dL/dw . v)
     gauss_newton    G v  = J^T (diag p - p p^T) J v / tokens, J = dz/dw for the logits z, p = softmax(z): the part of H
@@ -200,11 +198,8 @@ class CurvatureOperator:
 
     def __init__(self, leaves: Sequence[Tensor], batches: Sequence[Logits], curvature: Curvature) -> None:
         self.num_matvecs = 0
-        """Number of products so far."""
         self.size = sum(leaf.numel() for leaf in leaves)
-        """Rows of the matrix."""
-        self.dtype = leaves[0].dtype
-        """Dtype of the products: float32 or float64."""
+        self.dtype = leaves[0].dtype  # of the products: float32 or float64
         self._leaves, self._batches, self._curvature = leaves, batches, curvature
         self._kept: Any = None
 
@@ -226,7 +221,6 @@ class CurvatureOperator:
         return (total / max(num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
 
     def _graph(self, batch: Logits) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Logits, the vector that stands for the gradient by them, and the gradient by the leaves with its graph."""
         logits, targets = batch()
         if self._curvature == "hessian":
             nll = token_nll(logits, targets).sum()

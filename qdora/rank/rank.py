@@ -227,10 +227,7 @@ def _budget(asked: RankSettings, own: int) -> int:
 
 def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[str, Any]:
     """The ranks that the gates of a run chose, read from its adapter without the model; writes a recipe and a map.
-
-    Returns the content of rank/gates.json. "removed_after" has an entry for each component of the start: the number of
-    steps after which it was removed, or null.
-    """
+    "removed_after" has for each component of the start the steps after which it was removed, or null."""
     assert recipe.adapter.gates is not None
     trained, state = trained_state(run, recipe, step)
     extra = describe_adapter(adapter_of(run, trained)).extra or {}
@@ -255,10 +252,8 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
 
 
 def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Write rank/<method>.yaml: the run's recipe with these ranks of all adapted layers, and without gates.
-
-    Returns "fragment", a value of an axis of a study, and "recipe", the file's path.
-    """
+    """Write rank/<method>.yaml: the run's recipe with these ranks, without gates. Returns "fragment", a value of an
+    axis of a study, and "recipe", the file's path."""
     # Experts may have a rank of their own, so that no rank is left out as the usual one.
     usual = None if recipe.adapter.experts.rank else recipe.adapter.rank
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
