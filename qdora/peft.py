@@ -249,12 +249,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
-    """A, B and s, without a graph."""
     return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), float(layer.scaling[name])
 
 
 def _adopt(layer: Any, name: str) -> Any:
-    """The magnitudes of an adapter, whose classes become those of this file."""
     if type(layer.lora_variant[name]) is DoraLinearVariant:
         layer.lora_variant[name] = Dora()
     magnitudes = layer.lora_magnitude_vector
@@ -294,7 +292,6 @@ def _undo_repacking(base: Any) -> None:
 
 
 def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why PEFT's own forward must run; None if ours may. Asked in each call: wrappers change layers in between."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} active adapters"
@@ -356,17 +353,14 @@ def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     _undo_repacking(base)
-    if layer.disable_adapters or layer.merged:
-        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
-    if why is not None:
-        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    return _product(layer, base, x)
+    if not (layer.disable_adapters or layer.merged):
+        why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
+        if why is None:
+            return _product(layer, base, x)
+    return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class _Sort(NamedTuple):
-    """What DoRA layers have in common whose norms can be computed together."""
-
     kind: str
     block_size: int
     shapes: tuple[tuple[int, ...], torch.Size]  # of W and of A
@@ -389,7 +383,6 @@ def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _S
 
 
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
-    """The output of a layer for which `_why_not` knows no reason: in x's dtype, or in that of an active autocast."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     if not base.compute_type_is_set:
         base.set_compute_type(x)
@@ -461,7 +454,6 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
 
 
 def _is_whole(layer: Any, name: str, alike: _Sort) -> bool:
-    """Whether the parameters of an adapter are here and of the kind."""
     if name not in layer.lora_variant or not _is_quantized(layer.get_base_layer()):
         return False
     parts = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]

@@ -39,7 +39,8 @@ def full_precision() -> Iterator[None]:
 
     `torch.set_float32_matmul_precision("high")` allows TF32 (GPU) or bfloat16 (CPU): 5e-4 in a norm or a merge.
     """
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    backends = backends.cuda.matmul, backends.mkldnn.matmul
     before = [each.fp32_precision for each in backends]
     try:
         named = torch.get_float32_matmul_precision()

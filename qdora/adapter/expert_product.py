@@ -194,7 +194,6 @@ def padded_tokens(counts: Sequence[int]) -> ExpertTokens:
 
 
 def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Neighbours that are padded to one count, each at most to its double."""
     groups: list[list[int]] = []
     least = most = total = 0
     for expert in experts:
@@ -306,7 +305,6 @@ def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
 
 
 def _add_run_(out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None, *, transposed: bool = False) -> None:
-    """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`."""
     into, of, num_experts = out[run.tokens], x[run.tokens], len(run.every.counts)
     weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain.value).reshape(-1)
     if len(run.experts) == 1:
@@ -392,8 +390,7 @@ class AdaptedStack(torch.autograd.Function):
         dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
-            fix = "call qdora.model.patches.keep_inplace_outputs_(model) before training"
-            raise RuntimeError(f"the model has written into the output of an adapted layer. Fix: {fix}.")
+            raise RuntimeError("the model has written into the output of an adapted layer: set its keeps_copy.")
         call: StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None
@@ -419,9 +416,7 @@ class AdaptedStack(torch.autograd.Function):
                         del dropped_x
                         run.add_to(da, found[0].unsqueeze(0))
                         run.add_to(db, found[1].unsqueeze(0))
-                    if dx is not None:
-                        through = masked_input_gradient(dy_run, bits, a, b[0])
-                        dx[run.tokens] = drop_(through, call.dropout, seed)
+                    through = masked_input_gradient(dy_run, bits, a, b[0]) if need_x else None
                 else:
                     d_low = grouped_product(dy_run, b, run)
                     if need_a:
@@ -429,9 +424,8 @@ class AdaptedStack(torch.autograd.Function):
                     if need_b:
                         outer = grouped_outer(low[run.tokens], dy_run, run).mT
                         run.add_to(db, outer.to(db.dtype) * factor)
-                    if dx is not None:
-                        through = grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run)
-                        dx[run.tokens] = drop_(through, call.dropout, seed)
-                if dx is not None:
+                    through = grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run) if need_x else None
+                if dx is not None and through is not None:
+                    dx[run.tokens] = drop_(through, call.dropout, seed)
                     _add_run_(dx, dy, call.weight, run, call.gain, transposed=True)
         return dx, da if need_a else None, db if need_b else None, dm, None

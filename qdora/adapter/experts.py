@@ -144,7 +144,7 @@ class AdaptedExperts(AdaptedLinear):
         return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
 
     def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
-        """The gain, right for the experts that have tokens: of the others no norm is computed."""
+        """The gain, right for the experts that have tokens."""
         magnitude = self.magnitude
         if magnitude is None:
             return None
@@ -164,7 +164,6 @@ class AdaptedExperts(AdaptedLinear):
 
     @torch.no_grad()
     def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """The row norms of the experts that have tokens, (n, out). A GPU's host waits once: have rows cancelled?"""
         weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
         shape = self.expert_features, self.in_features
         together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)

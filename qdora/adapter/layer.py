@@ -175,9 +175,9 @@ class AdaptedLinear(nn.Module):
         self.keeps_scales = True
         self.keeps_copy = False  # of the output, since the model writes into it (`model.patches`)
         self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
-        # On the device, not read yet: a factored norm lost its digits (`norms.norms_checked_later`). None once checked.
+        # On the device, not read yet: a factored norm has cancelled. None once checked.
         self.has_cancelled: Tensor | None = None
-        self.asks_at_once = False  # `norms.refresh` reads that flag at once, since a norm was wrong before
+        self.asks_at_once = False  # `norms.refresh` reads that flag at once: a norm was wrong before
         device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
@@ -200,7 +200,6 @@ class AdaptedLinear(nn.Module):
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The shapes of lora_A, lora_B and the magnitude."""
         return (self.rank, self.in_features), (self.out_features, self.rank), (self.out_features,)
 
     @property
@@ -249,8 +248,7 @@ class AdaptedLinear(nn.Module):
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
 
-        found: Operands = self.kept_operands.get(*self.state(dtype), made)
-        return found
+        return self.kept_operands.get(*self.state(dtype), made)  # type: ignore[no-any-return]
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA."""
@@ -368,7 +366,6 @@ class AdaptedLinear(nn.Module):
 
 
 def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
-    """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
         layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)

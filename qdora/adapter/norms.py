@@ -97,7 +97,6 @@ def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _check(groups: Sequence[_Alike]) -> None:
-    """Ask which norms have cancelled and measure those again, or note that nobody has asked yet."""
     asked: list[tuple[_Alike, int, Tensor]] = []
     for each in groups:
         for number, flag in enumerate(each.cancelled.any(dim=1)):
@@ -125,7 +124,7 @@ class _Alike:
         self.layers, self.dtype = layers, dtype
         factors = [_rounded_factors(layer, dtype) for layer in layers]
         self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
-        # Where the layers keep scales, with decoded ones, which the norm and the operands share.
+        # Decoded scales, where layers keep them, serve the norm and the operands.
         scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
         weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
         self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
@@ -136,7 +135,6 @@ class _Alike:
         )
 
     def keep(self) -> None:
-        """Keep norms and operands in the layers; nothing is left here."""
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
         value, inverse = gain(magnitude, self.norm)
@@ -170,12 +168,10 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tupl
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """(n, ...) of n tensors (...); of one without a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> None:
-    """Norms of this process's rows of each layer; one question and one collective serve all."""
     norms: list[Tensor] = []
     asked: list[tuple[AdaptedLinear, torch.dtype, Tensor, Tensor]] = []
     for layer, dtype in divided:
@@ -206,7 +202,6 @@ def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> No
 
 
 def _my_rows(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Weight, Tensor, Tensor, float]:
-    """W, A, B and s of the rows that this process has."""
     share = layer.base.share
     assert share is not None
     a, b = _rounded_factors(layer, dtype)

@@ -79,7 +79,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
-    """x W^T, or x W where `transposed`, in x's dtype: (tokens, in) -> (tokens, out), or back, without a graph."""
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
     tiles = column_tiles if transposed else row_tiles
     for span, tile in tiles(weight, x.dtype):
@@ -102,7 +101,7 @@ def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
     """The output plus its bias: in place, unless `out` is kept for the gradient of the magnitude."""
     if bias is None:
         return out
-    # Subtracting it again would leave the rounding of the sum: Qwen's key biases are hundreds of times the rest.
+    # Subtracting it later would leave the rounding of the sum: Qwen's key biases are hundreds of times the rest.
     return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
 
 
@@ -290,8 +289,6 @@ def adapted_linear(
 
 
 class _Call(NamedTuple):
-    """The arguments of a product that have no gradient."""
-
     weight: Weight
     bias: Tensor | None
     keep_bits: Tensor | None
@@ -416,7 +413,6 @@ _gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-un
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, (tokens, m) and (tokens, n) -> (m, n), in float32 or wider."""
     # A GPU's product of 16-bit numbers can write float32 sums; a CPU's rounds them.
     if device_kind(left.device) != "cpu" and left.dtype.itemsize == 2:
         summed: Tensor = torch.mm(left.T, right, out_dtype=torch.float32)

@@ -94,7 +94,6 @@ class Pruner:
     def _through_block(
         self, load: Loading, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
     ) -> Any:
-        """Replaces a block's forward once: prunes the block, then runs it."""
         del block.forward  # back to the class's own
         self._place_others(load, tensors)
         weights = _weights(load, tensors)
@@ -114,12 +113,10 @@ class Pruner:
         return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
 
     def _place_others(self, load: Loading, tensors: Mapping[str, Stored]) -> None:
-        """Put the tensors of a block in that are not pruned."""
         pruned = _weights(load, tensors)
         place_all(replace(load, stored={name: item for name, item in tensors.items() if name not in pruned}))
 
     def _prune(self, load: Loading, tensors: Mapping[str, Stored], statistics: Mapping[str, _Statistics]) -> None:
-        """Prune and quantise the linear layers of a block and put them in."""
         assert load.progress is not None
         for name, item in _weights(load, tensors).items():
             path = name.removesuffix(".weight")
@@ -134,7 +131,6 @@ class Pruner:
             load.progress(1, 1)
 
     def _pruned(self, load: Loading, value: Tensor, measured: _Statistics, name: str) -> tuple[Weight, Tensor]:
-        """The pruned weight and its mask; each expert of a stack is pruned by the tokens that it got."""
         settings, wanted = self.settings, load.wanted
         group = None if settings.group == "auto" else settings.group
         method = settings.method
@@ -164,12 +160,10 @@ class Pruner:
 
 
 def _weights(load: Loading, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The weights to prune."""
     return {name: item for name, item in tensors.items() if name in {f"{path}.weight" for path in load.layers}}
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -214,7 +208,6 @@ def _measured(
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The arguments of a block for a few sequences at a time; arguments that all sequences share stay whole."""
     hidden = args[0] if args else kwargs["hidden_states"]
     step = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
     for start in range(0, len(hidden), step):
@@ -245,7 +238,6 @@ def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dic
 
 
 def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> PrunedLayer:
-    """`mask` is True for a kept weight; None keeps all."""
     dense, original = dense_weight(weight, torch.float32), value.float()
     norm = float(original.norm())
     return PrunedLayer(

@@ -168,7 +168,7 @@ def mask_by_scores(
     squares = statistics.column_squares
     largest = squares.max()
     if largest != 0:
-        # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
+        # Divided by the largest: sums over many tokens would leave float32's range.
         scores.mul_(squares.to(scores.dtype) / largest)
     return keep_mask(scores, pattern, group or "row")
 
@@ -190,11 +190,9 @@ def sparsegpt(
     work = weight.to(input_products.dtype, copy=True)
     if pattern.kind == "rows":
         energy = (work @ input_products).mul_(work).sum(dim=1, keepdim=True)
-        # It cannot be negative; rounding could make it so.
         keep = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
         return Pruned(weight.masked_fill(~keep, 0), keep)
     if pattern.kind == "columns":
-        # The whole inverse's diagonal: the columns are chosen before any is removed.
         mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), input_products), pattern)
     else:
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)

@@ -64,7 +64,6 @@ def _refuse_not_finite(scales: Tensor, name: str) -> None:
 
 
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32)."""
     # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)

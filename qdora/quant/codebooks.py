@@ -17,9 +17,8 @@ CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
 """Kinds whose weights are codes of a table -> bits of a tightly packed code."""
 SIMULATED = ("nf3", "nf2")
 """Kinds that are held in more bits than they need."""
-# Quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0: of b bits 2^(b - 1) positive values, one fewer
-# negative. The outermost is 1 - d with d halfway between 1 / 2^(b + 1) and 1 / (2^(b + 1) - 2); from there the
-# probabilities run evenly to 1/2. Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
+# Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0: of b bits 2^(b - 1) positive values, one fewer negative.
+# Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -33,11 +32,10 @@ _NF3 = (
 _NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
-# Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
-# variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
+# Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a
+# second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-# The magnitudes of MXFP4's codes 0 to 7 (two exponent bits, one fraction bit); a fourth bit in front is the sign.
-# Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
+# The same of MXFP4's codes. Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024

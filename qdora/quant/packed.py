@@ -92,17 +92,14 @@ class PackedWeight:
 def _layout(
     kind: str, shape: tuple[int, int], block_size: int, nested: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a packed weight."""
     rows, columns = shape
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
     sizes = (MXFP4_BLOCK_SIZE,) if kind == MXFP4 else BLOCK_SIZES
     if kind not in KINDS:
-        raise ValueError(f"the kind of a weight must be one of {', '.join(KINDS)}, got '{kind}'.")
+        raise ValueError(f"the kind of a weight must be one of {KINDS}, got '{kind}'.")
     if block_size not in sizes or (kind == MXFP4 and columns % block_size):
-        raise ValueError(
-            f"block size of {shape} in {kind} must be one of {', '.join(map(str, sizes))}, got {block_size}."
-        )
+        raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "packed": (((rows * columns + 1) // 2,), torch.uint8),
@@ -219,7 +216,6 @@ def choose_backend(
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether bitsandbytes runs on a device; a plan for a GPU assumes that it does."""
     return kernels.device_kind(device) != device.type or kernels.is_available(device.type)
 
 

@@ -141,7 +141,6 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
 
 
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """A dense tile from the codes and scales of some rows or columns; their blocks are whole."""
     if weight.kind == "int8":
         return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
     shape = (codes.shape[0], 2 * codes.shape[1])
@@ -150,7 +149,6 @@ def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dt
 
 
 def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(row_factor) tile: the product in float32 or wider, then one cast."""
     if row_factor is None:
         return tile.to(dtype)
     return (tile * row_factor.unsqueeze(1)).to(dtype)

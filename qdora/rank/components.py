@@ -167,7 +167,6 @@ def layer_directions(
 
 
 def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
-    """The components of all parts of a stack."""
     most = max(len(each.sizes) for each in parts)
     pads = [(0, most - len(each.sizes)) for each in parts]
     left = torch.stack([functional.pad(each.left, pad) for each, pad in zip(parts, pads, strict=True)])
@@ -359,7 +358,6 @@ class Probe:
 
 
 def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The slopes of the tokens of a row along the components of a masked matrix, (components,)."""
     gradient = (dy.T @ x).masked_fill_(~keep, 0.0)
     return ((gradient @ right) * left).sum(dim=0)
 

@@ -84,7 +84,6 @@ class _PlainLayer:
         return cls(values, norm, attached, layer.base.keep_mask() if layer.masked else None)
 
     def of_expert(self, expert: int) -> _PlainLayer:
-        """The values of one expert of a stack, which shares their graph."""
         size = self.values["lora_B"].shape[1]
         rows = slice(expert * size, (expert + 1) * size)
         values = {name: value[rows] if name in UPDATE else value[expert] for name, value in self.values.items()}
@@ -92,7 +91,6 @@ class _PlainLayer:
         return _PlainLayer(values, norm, self.attached, None if self.keep_mask is None else self.keep_mask[rows])
 
     def product(self, x: Tensor, update: Tensor | None, scaling: float) -> Tensor:
-        """x (s B A)^T; `update` is that of `dense_update`."""
         return (x @ self.values["lora_A"].T) @ self.values["lora_B"].T * scaling if update is None else x @ update.T
 
     def dense_update(self, scaling: float) -> Tensor | None:
@@ -233,7 +231,6 @@ class CurvatureOperator:
     def _image(
         self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
     ) -> Sequence[Tensor]:
-        """The matrix of one micro-batch, from its `_graph`, times a vector in the shapes of the leaves."""
         logits, upstream, back = graph
         if self._curvature == "hessian":
             return torch.autograd.grad(back, self._leaves, vector, retain_graph=keep, materialize_grads=True)
