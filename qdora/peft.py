@@ -9,16 +9,15 @@
     python -m qdora.peft llamafactory-cli train qdora.yaml    # patch() in a command and in its processes
     plugins: [qdora.peft.AxolotlPlugin]                       # in axolotl's YAML
 
-Config, trainer, files and the LoraLayer interface stay PEFT's. The layer reads the 4-bit base tile by tile and holds
-neither a second output nor a dense weight. Three more things differ:
+Config, trainer, files and the LoraLayer interface stay PEFT's. Besides speed and memory three things differ:
 
-- Magnitudes start at the norm of the dequantised base in float32 and stay float32 through `model.to(bfloat16)`, casts
-  of `.data` and autocast; 8-bit optimizers of bitsandbytes keep 32-bit states for them. A zero row stays zero.
-- `unmerge` puts the packed base back bit for bit; PEFT quantises it anew, with an error that grows from merge to merge.
+- Magnitudes start at the norm of the dequantised base in float32 and stay float32; 8-bit optimizers of bitsandbytes
+  keep 32-bit states for them. A zero row stays zero.
+- `unmerge` puts the packed base back bit for bit; PEFT quantises it anew.
 - Dropout acts on the adapter's input alone; with DoRA PEFT drops the input of the base, too.
 
-The norm of a DoRA layer is kept until its parameters change: until a step of an optimizer, a `copy_`, a loaded state, a
-backward pass of the layer or a change of train/eval. After other writes through `.data` call `changed(model)`.
+A DoRA layer's norm is kept until an optimizer's step, a `copy_`, a loaded state, a backward pass of the layer or a
+change of train/eval. After other writes through `.data` call `changed(model)`.
 """
 
 from __future__ import annotations
@@ -48,11 +47,10 @@ from torch import Tensor, nn
 
 from qdora.adapter.algebra import (
     Gain,
+    checked_norms,
     entries_at_a_time,
-    factored_norms,
     gain,
     gain_of_sum,
-    measure_cancelled_,
     merged_weight,
     rounded,
     row_norm,
@@ -214,7 +212,7 @@ class LayerReport(NamedTuple):
 
 
 def report(model: nn.Module) -> dict[str, LayerReport]:
-    """How each of PEFT's Linear4bit layers computes, by its path, and what its magnitudes get from an optimizer."""
+    """How each of PEFT's Linear4bit layers computes, by its path."""
     from transformers import Trainer
 
     decayed = set(Trainer.get_decay_parameter_names(None, model))
@@ -251,12 +249,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
-    """A, B and s, without a graph."""
     return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), float(layer.scaling[name])
 
 
 def _adopt(layer: Any, name: str) -> Any:
-    """The magnitudes of an adapter, whose classes become those of this file."""
     if type(layer.lora_variant[name]) is DoraLinearVariant:
         layer.lora_variant[name] = Dora()
     magnitudes = layer.lora_magnitude_vector
@@ -283,8 +279,8 @@ def _is_quantized(base: Any) -> bool:
 
 
 def _undo_repacking(base: Any) -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes rewrites a weight and its quant_state in place, in the first evaluation
-    without gradients, into a layout that `dequantize_4bit` misreads. Keep it from that, and undo it."""
+    """On a CPU with AVX512-BF16 bitsandbytes rewrites a weight in place, in the first evaluation without gradients,
+    into a layout that `dequantize_4bit` misreads."""
     if not getattr(base, "support_avx512bf16_for_cpu", False):
         return
     base.support_avx512bf16_for_cpu = False
@@ -296,7 +292,6 @@ def _undo_repacking(base: Any) -> None:
 
 
 def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why PEFT's own forward must run; None if ours may. Asked in each call: wrappers change layers in between."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} active adapters"
@@ -358,17 +353,14 @@ def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     _undo_repacking(base)
-    if layer.disable_adapters or layer.merged:
-        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
-    if why is not None:
-        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    return _product(layer, base, x)
+    if not (layer.disable_adapters or layer.merged):
+        why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
+        if why is None:
+            return _product(layer, base, x)
+    return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class _Sort(NamedTuple):
-    """What DoRA layers have in common whose norms can be computed together."""
-
     kind: str
     block_size: int
     shapes: tuple[tuple[int, ...], torch.Size]  # of W and of A
@@ -391,7 +383,6 @@ def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _S
 
 
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
-    """The output of a layer for which `_why_not` knows no reason: in x's dtype, or in that of an active autocast."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     if not base.compute_type_is_set:
         base.set_compute_type(x)
@@ -432,8 +423,7 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
 
 
 def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
-    """The operands of a DoRA layer. Those of layers alike that have had a backward pass are made with them and kept,
-    since the small operations of a norm take longer to send than to compute."""
+    """The operands of a DoRA layer, made and kept together with those of layers alike that have had a backward pass."""
     others = [(other, its) for other, its in _passed.pop(alike, {}).items() if other is not layer]
     others = [(other, its) for other, its in others if _is_whole(other, its, alike)]
     limit = entries_at_a_time(alike.device) // (alike.shapes[1][0] * max(alike.shapes[0]))
@@ -448,10 +438,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
         for (each, its), magnitude in zip(rows, magnitudes, strict=True)
     ]
     a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
-    norm, cancelled = factored_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
-    for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
-        if has_cancelled:
-            measure_cancelled_(norm[i], cancelled[i], weights[i], a[i], b[i], s, dtype=dtype)
+    norm = checked_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
     value, inverse = gain(m, norm)
     factor = value.unsqueeze(-1) * (s / (1.0 - alike.dropout))
     scaled = scaled_B(b.flatten(0, 1), factor.flatten(0, 1), dtype).view_as(b)
@@ -467,7 +454,6 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
 
 
 def _is_whole(layer: Any, name: str, alike: _Sort) -> bool:
-    """Whether the parameters of an adapter are here and of the kind."""
     if name not in layer.lora_variant or not _is_quantized(layer.get_base_layer()):
         return False
     parts = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]

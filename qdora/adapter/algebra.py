@@ -2,8 +2,8 @@
 
     y = g * (x W^T + s (drop(x) A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
-Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward pass (sec. 4.3). LoRA is g = 1. With a
-keep mask M of a pruned W, M o (B A) takes the place of B A.
+Source: DoRA, arXiv 2402.09353, eq. 5; the norm is constant in the backward pass (sec. 4.3). LoRA is g = 1. With a keep
+mask M of a pruned W, M o (B A) takes the place of B A.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import mask_from_bits
 from qdora.quant.tiles import Weight, row_tiles, spans, wide_dtype
 
-# Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
-# product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
-# bf16's own rounding.
+# Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T in bf16 the
+# norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 1.2 %, at 0.5 0.4 % (bf16's own rounding).
 CANCELLATION = 0.25
-# Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
-# digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
+# In place of a magnitude of 0: it adds nothing to any sum, yet the output keeps the digits from which the gradient of
+# the magnitude is read (not in float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
 # In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
@@ -36,19 +35,18 @@ _ROWS = 1024
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32 in the block, or in the function that it decorates.
+    """Compute float32 products in float32, inside the block or the decorated function.
 
-    `torch.set_float32_matmul_precision("high")` of a caller lets a GPU round the factors to TF32, and a CPU to
-    bfloat16. In a row norm or a merged weight that is an error of 5e-4 and more.
+    `torch.set_float32_matmul_precision("high")` allows TF32 (GPU) or bfloat16 (CPU): 5e-4 in a norm or a merge.
     """
     backends: Any = torch.backends
     backends = backends.cuda.matmul, backends.mkldnn.matmul
     before = [each.fp32_precision for each in backends]
     try:
         named = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends alone, about which torch refuses to answer here
+    except RuntimeError:  # set by torch.backends alone
         named = None
-    # It sets all backends and the older flags: torch refuses to compute where the two disagree.
+    # It sets the older flags, too: torch refuses to compute where the two disagree.
     torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -60,47 +58,40 @@ def full_precision() -> Iterator[None]:
 
 
 def entries_at_a_time(device: torch.device) -> int:
-    """Entries of low-rank factors that are computed with at a time on a device."""
+    """Entries of low-rank factors that are computed with together."""
     return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
 
 
 def nearest_bfloat16(master: Tensor) -> Tensor:
     """float32, finite -> the nearest bfloat16, ties away from zero."""
-    # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
-    # is right there too, since float bit patterns of one sign are ordered.
+    # Half of bf16's last bit is added and the rest cut. A carry into the exponent is right: float bits are ordered.
     bits = master.contiguous().view(torch.int32)
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A low-rank factor in the dtype of the products. float32 goes to bfloat16 as the optimizer splits it: an adapter
-    stored in float32 and one stored in bfloat16 with its low bits beside it train alike, bit for bit."""
+    """A low-rank factor in the dtype of the products. float32 goes to bfloat16 as the optimizer splits it, so that
+    float32 and bfloat16 storage train alike, bit for bit."""
     if factor.dtype == torch.float32 and dtype == torch.bfloat16:
         return nearest_bfloat16(factor)
     return factor.to(dtype)
 
 
 def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
-    """s g, the factor of each row of B: (..., out, 1) for gains (..., out), or a number for LoRA."""
+    """s g, the factor of each row of B: (..., out, 1) for gains (..., out), or s for LoRA."""
     return scaling if gain is None else (gain * scaling).unsqueeze(-1)
 
 
 def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
-    entries = entries_at_a_time(lora_B.device)
-    if lora_B.numel() <= entries:
-        return scaled_rows(rounded(lora_B, dtype), factor, dtype)
-    scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
-    step = max(1, entries // lora_B.shape[1])
-    for start in range(0, lora_B.shape[0], step):
-        rows = slice(start, start + step)
-        some = factor if isinstance(factor, float) else factor[rows]
-        scaled[rows] = scaled_rows(rounded(lora_B[rows], dtype), some, dtype)
-    return scaled
-
-
-def scaled_rows(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` (..., out, rank) times a `row_factor`, rounded to `dtype`; unlike `scaled_B` all at a time."""
+    """diag(s g) B in the dtype of the products, (..., out, rank), by a `row_factor`."""
+    step = max(1, entries_at_a_time(lora_B.device) // lora_B[0].numel())
+    if len(lora_B) > step:
+        scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+        for start in range(0, len(lora_B), step):
+            some = slice(start, start + step)
+            scaled[some] = scaled_B(lora_B[some], factor if isinstance(factor, float) else factor[some], dtype)
+        return scaled
+    values = rounded(lora_B, dtype)
     if isinstance(factor, float):
         return (values * factor).to(dtype)
     # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.
@@ -108,20 +99,20 @@ def scaled_rows(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> T
 
 
 def row_blocks(stop: int, start: int = 0) -> Iterator[slice]:
-    """Blocks of rows of M o (B A) that are formed together: it does not factor, and is never formed whole."""
+    """Blocks of rows of M o (B A), which does not factor and is never formed whole."""
     for first in range(start, stop, _ROWS):
         yield slice(first, min(first + _ROWS, stop))
 
 
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
-    """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
+    """||w||^2 of each row, tile by tile: (out,) float32, or float64 for a float64 weight."""
     wide = wide_dtype(weight)
-    if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
+    if is_planning():  # a stack has thousands of tiles
         return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
     parts = []
     for _, tile in row_tiles(weight, wide):
-        # A dense weight comes as one tile; its squares must not take as much again.
+        # The squares of a dense weight, one tile, must not take as much again.
         runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
         parts += [tile[rows].square().sum(dim=1) for rows in runs]
     return torch.cat(parts)
@@ -138,16 +129,13 @@ def factored_norms(
     base_squared: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Euclidean norm of each row of W + s B A of n layers alike, from three terms; no host waits for its GPU.
+    """Norm of each row of W + s B A of n layers alike, from three terms; no host waits for its GPU.
 
         ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
-    Returns the norms, (n, out), and where they are wrong: the sum has cancelled, below `CANCELLATION` of ||w||^2. Each
-    weight is read on its own; all else is one operation for all layers, since its launches would cost more than its
-    arithmetic. Source: DoRA, arXiv 2402.09353, eq. 5.
-
-    Bases (out, in) are of one kind; A is (n, rank, in), B (n, out, rank), and `base_squared`, ||w||^2, (n, out).
-    The tiles of W and W A^T are in `dtype`; all else is summed in float32 or wider.
+    Returns the norms, (n, out), and which of them have cancelled (`CANCELLATION`). Source: DoRA, arXiv 2402.09353, eq.
+    5. A is (n, rank, in), B (n, out, rank), `base_squared` ||w||^2, (n, out). The tiles of W and W A^T are in `dtype`,
+    all else in float32 or wider, and one operation for all layers, since launches cost more than its arithmetic.
     """
     narrow = lora_A.to(dtype)
     products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
@@ -161,7 +149,7 @@ def factored_norms(
 def norms_of_products(
     products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype."""
+    """The sums of `factored_norms` from the products W A^T, (n, out, rank) in any dtype."""
     wide = base_squared.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)
     gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
@@ -184,8 +172,7 @@ def measure_cancelled_(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Form the cancelled rows of W + s B A of one layer and write their norms over the factored ones, (out,), which are
-    rounding noise."""
+    """Form the cancelled rows of W + s B A of one layer and overwrite their norms, (out,), which are rounding noise."""
     a = lora_A.to(wide_dtype(weight))
     for span, tile in row_tiles(weight, dtype):
         rows = cancelled[span].nonzero().squeeze(1)
@@ -193,6 +180,25 @@ def measure_cancelled_(
             direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
             norm[span][rows] = direct.square().sum(dim=1).sqrt_()
         del tile
+
+
+def checked_norms(
+    weights: Sequence[Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`factored_norms`, (n, out), with the cancelled ones measured: a GPU's host waits once."""
+    norm, cancelled = factored_norms(weights, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
+    if isinstance(cancelled, FakeTensor):  # in a plan none has cancelled
+        return norm
+    for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
+        if has_cancelled:
+            measure_cancelled_(norm[i], cancelled[i], weights[i], lora_A[i], lora_B[i], scaling, dtype=dtype)
+    return norm
 
 
 @torch.no_grad()
@@ -207,19 +213,11 @@ def row_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Euclidean norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight); of W + s M o (B A) where
-    `keep_bits` are `quant.packed.mask_bits` of M.
-
-    Without a mask by `factored_norms`, and a GPU's host waits once to know whether a row has cancelled. With one the
-    rows are formed, block by block.
-    """
+    """Norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight), or of W + s M o (B A), `keep_bits`
+    being `quant.packed.mask_bits` of M: then the rows are formed, block by block."""
     if keep_bits is None:
         a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
-        (norm,), (cancelled,) = factored_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)
-        # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
-        if not isinstance(cancelled, FakeTensor) and bool(cancelled.any()):
-            measure_cancelled_(norm, cancelled, weight, lora_A, lora_B, scaling, dtype=dtype)
-        return norm  # type: ignore[no-any-return]
+        return checked_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)[0]
     norm = torch.empty(weight.shape[0], dtype=torch.promote_types(dtype, torch.float32), device=lora_A.device)
     a = lora_A.to(norm.dtype)
     for rows, tile in row_tiles(weight, dtype):
@@ -242,7 +240,7 @@ class Gain(NamedTuple):
 
 @torch.no_grad()
 def gain(magnitude: Tensor, norm: Tensor) -> Gain:
-    """g = m / n per row, (out,), and 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN."""
+    """g = m / n per row, (out,); 0, not NaN, where the row is zero."""
     # A live row with m = 0 counts as zero everywhere but in its own gradient.
     floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
     return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
@@ -258,10 +256,9 @@ def merged_weight(
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA; a new tensor.
+    """g * (W + s B A), or W + s B A for LoRA: a new tensor in the dtype of `weight`, float32 or float64.
 
-    The norm is that of the dense sum, which is at hand here, not the factored one. The merge runs in the dtype of
-    `weight`, float32 or float64. B A counts only where `keep_mask`, (out, in) bool, is True (default: everywhere).
+    The norm is that of the dense sum. B A counts only where `keep_mask`, (out, in) bool, is True (None: everywhere).
     """
     dtype = weight.dtype
     if keep_mask is None:
@@ -276,7 +273,7 @@ def merged_weight(
 
 @torch.no_grad()
 def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
-    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero, and,
-    unlike in `gain`, where m = 0: no gradient is read from the result."""
+    """g = m / ||total||_row, (out,), from the dense sum W + s B A; 0 where the row is zero and, unlike in `gain`, where
+    m is."""
     norm = squared_row_norm(total).sqrt()
     return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

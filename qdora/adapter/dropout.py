@@ -15,8 +15,7 @@ from torch import Tensor
 
 from qdora.quant.kernels import device_kind, is_planning
 
-# Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. On a
-# GPU 32 MiB of mask and 64 MiB of 16-bit inputs: one slice for 2,048 tokens of 14336.
+# Elements handled at a time: on a CPU writes at random positions stay in the cache; on a GPU 32 MiB of mask.
 _ELEMENTS_PER_SLICE = 1 << 20
 _GPU_ELEMENTS_PER_SLICE = 1 << 25
 
@@ -27,15 +26,14 @@ def draw_seed() -> int:
 
 
 def tokens_per_slice(in_features: int, device_type: str) -> int:
-    """Tokens whose zeros are drawn together, at least 1."""
+    """Tokens whose zeros are drawn together."""
     elements = _ELEMENTS_PER_SLICE if device_type == "cpu" else _GPU_ELEMENTS_PER_SLICE
     return max(1, elements // in_features)
 
 
 def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """Runs of tokens of x, (tokens, features), with what to zero in them: on a CPU positions in the flattened run,
-    int64, some of them twice; on a GPU the mask of what stays, (run, features) bool. The same seed gives the same for
-    the same shape and device."""
+    int64, some of them twice; on a GPU the mask of what stays, (run, features) bool."""
     num_tokens, in_features = x.shape
     generator = torch.Generator(x.device).manual_seed(seed)
     kind = device_kind(x.device)
@@ -51,7 +49,7 @@ def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice
 
 
 def drawn_positions(size: int, dropout: float, generator: torch.Generator) -> Tensor:
-    """The positions of the zeros among `size` elements, int64 on the generator's device, some of them twice."""
+    """Positions of the zeros among `size` elements, int64, some of them twice."""
     mean = -math.log1p(-dropout) * size
     number = round(mean)
     if not is_planning():
@@ -65,12 +63,12 @@ def drawn_positions(size: int, dropout: float, generator: torch.Generator) -> Te
 
 
 def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """drop(x) without the factor 1 / (1 - p), (tokens, features); x itself without dropout."""
+    """drop(x) without the factor 1 / (1 - p), (tokens, features)."""
     return x if dropout == 0.0 else drop_(x.clone(memory_format=torch.contiguous_format), dropout, seed)
 
 
 def drop_(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Drop elements of a contiguous (tokens, features) tensor in place and return it."""
+    """Drop elements of a contiguous (tokens, features) tensor in place."""
     if dropout == 0.0:
         return x
     for tokens, zeros in dropped_slices(x, dropout, seed):
@@ -79,14 +77,14 @@ def drop_(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def zeroed(values: Tensor, zeros: Tensor) -> Tensor:
-    """A copy of a (tokens, features) tensor in any layout with the `zeros` of `dropped_slices`."""
+    """A copy with the `zeros` of `dropped_slices`, in any layout."""
     if zeros.dtype == torch.bool:
         return values * zeros
     return zeroed_(values.clone(memory_format=torch.contiguous_format), zeros)
 
 
 def zeroed_(values: Tensor, zeros: Tensor) -> Tensor:
-    """Write the `zeros` of `dropped_slices` into a contiguous (tokens, features) tensor."""
+    """Write the `zeros` of `dropped_slices` into a contiguous tensor."""
     if zeros.dtype == torch.bool:
         return values.mul_(zeros)
     values.view(-1).index_put_((zeros,), values.new_zeros(()))

@@ -1,9 +1,8 @@
 """Products of a stack of experts, in which each token meets the weight of its own expert only.
 
 A stack is one weight, (experts * out, in): expert e has the rows e * out to (e + 1) * out. Tokens lie expert by expert.
-Only the experts that have tokens are dequantised. On a GPU several small experts are dequantised in one launch. They
-share each product, too, where torch has a kernel for it or they have equally many tokens (`padded_tokens` makes their
-counts equal by rows of zeros); on a CPU each has its own.
+Only experts that have tokens are dequantised. On a GPU several small experts share a launch, and each product where
+torch has a kernel for it or they have equally many tokens (`padded_tokens`).
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.adapter.algebra import Gain, rounded, row_factor, scaled_rows
+from qdora.adapter.algebra import Gain, rounded, row_factor, scaled_B
 from qdora.adapter.dropout import drop_, dropped
 from qdora.adapter.product import (
     FrozenMap,
     add_product_,
-    add_transposed_product_,
     column_dot,
     masked_factor_gradients,
     masked_input_gradient,
@@ -39,12 +37,11 @@ from qdora.quant.tiles import Weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
-# Columns times tokens of a sum over tokens on a GPU, whose products are formed in float32: 64 MiB.
+# Columns times tokens of a sum over tokens on a GPU: 64 MiB of float32.
 _ENTRIES_PER_SUM = 1 << 24
 # Most rows of padding, as a fraction of the tokens of the experts that are padded to one count.
 _MOST_PADDING = 0.25
-# Experts that are not in ascending order need copies of their codes. They are ordered by count where that saves more
-# groups than this, each of which has some eleven launches a stack and micro-batch.
+# Experts out of order need copies of their codes: ordered by count where that saves more groups (11 launches each).
 _WORTH_COPIES = 16
 
 
@@ -60,8 +57,8 @@ class CountsOnDevice(NamedTuple):
 class ExpertTokens:
     """How tokens divide among the experts: `counts[e]` of them, which lie together, belong to expert e.
 
-    `routed` are these counts without padding. `experts` are those that have tokens, in the order of these (default:
-    ascending). `shifts` is how far the tokens of each lie behind their places in ascending order without padding.
+    `routed` are the counts without padding, `experts` those that have tokens, in the order of these (default:
+    ascending), `shifts` how far each expert's tokens lie behind their places in ascending order without padding.
     """
 
     def __init__(
@@ -113,7 +110,7 @@ class ExpertTokens:
             yield run
 
     def on(self, device: torch.device) -> CountsOnDevice:
-        """The numbers on a device: sent at the first call, in one tensor from pinned memory, and so without a wait."""
+        """The numbers on a device, sent once from pinned memory, without a wait."""
         if device not in self._on:
             reached = [self.counts[expert] for expert in self.experts]
             sizes = [*3 * [len(reached)], len(self.shifts)]
@@ -127,8 +124,8 @@ class ExpertTokens:
 
 @dataclass(eq=False)
 class Run:
-    """Experts with tokens, in the order of these, and their tokens, which lie together; the first of them is number
-    `first` among all experts of `every` that have tokens."""
+    """Experts with tokens, in the order of these, and their tokens, which lie together; `first` is the number of the
+    first expert among all of `every` that have tokens."""
 
     experts: tuple[int, ...]
     tokens: slice
@@ -139,12 +136,12 @@ class Run:
 
     @cached_property
     def is_consecutive(self) -> bool:
-        """Whether these are in ascending order, and no other expert is between them."""
+        """Whether these are neighbours in ascending order."""
         return self.experts == tuple(range(self.experts[0], self.experts[0] + len(self.experts)))
 
     @cached_property
     def groups(self) -> tuple[tuple[slice, slice], ...]:
-        """Neighbours with one count: their places in the run, and their tokens, counted from its first."""
+        """Neighbours with one count: their places in the run, and their tokens."""
         found, first, token = [], 0, 0
         for count, same in groupby(self.counts):
             number = len(list(same))
@@ -157,7 +154,7 @@ class Run:
         return self.every.on(device).experts[self.first : self.first + len(self.experts)]
 
     def ends(self, device: torch.device) -> Tensor:
-        """Where its experts end, counted from its first token, (n,) int32: `offs` of torch's grouped product."""
+        """Where its experts end, (n,) int32: `offs` of torch's grouped product."""
         if device not in self._ends:
             ends = self.every.on(device).ends[self.first : self.first + len(self.experts)]
             self._ends[device] = ends - self.tokens.start if self.tokens.start else ends
@@ -178,10 +175,8 @@ class Run:
 
 
 def padded_tokens(counts: Sequence[int]) -> ExpertTokens:
-    """Tokens that `counts` divide, with rows of padding behind those of an expert, so that few groups have one count.
-
-    A token at place p of the ascending order without padding goes to p + shifts[e] if it is of expert e.
-    """
+    """Tokens with rows of padding behind those of an expert, so that few groups have one count. A token at place p of
+    the ascending order goes to p + shifts[e] if it is of expert e."""
     reached = [expert for expert, count in enumerate(counts) if count]
     groups = _groups(reached, counts)
     by_count = _groups(sorted(reached, key=lambda expert: -counts[expert]), counts)
@@ -199,7 +194,6 @@ def padded_tokens(counts: Sequence[int]) -> ExpertTokens:
 
 
 def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Neighbours that are padded to one count: as many as `_MOST_PADDING` allows, each at most to its double."""
     groups: list[list[int]] = []
     least = most = total = 0
     for expert in experts:
@@ -214,7 +208,7 @@ def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
 
 
 def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
-    """The weights of a run's experts as one weight (n * out, in), in this order; no copy if they are consecutive."""
+    """The weights of a run's experts as one weight (n * out, in); no copy if they are consecutive."""
     rows, columns = stack.shape[0] // num_experts, stack.shape[1]
     if isinstance(stack, Tensor):
         return run.pick(stack.view(num_experts, rows, columns)).reshape(-1, columns)
@@ -237,13 +231,11 @@ def experts_together(rows: int, columns: int, itemsize: int, device: torch.devic
 
 
 def has_kernel(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's grouped product has a kernel for these: bf16 on a GPU, features that are multiples of 16 bytes,
-    compute capability 9 or 10. For other GPUs torch has a loop, which first makes the host wait."""
+    """Whether torch's grouped product has a kernel: bf16, features in multiples of 16 bytes, compute capability 9 or
+    10. Elsewhere torch has a loop, which first makes the host wait."""
     if device_kind(x.device) != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in sizes):
         return False
-    if is_planning():
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return is_planning() or (torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
 
 
 def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
@@ -291,8 +283,8 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
 
 
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
-    """y = x W_e^T + bias_e with frozen W, (experts * out, in), and bias, (experts, out), differentiable any number of
-    times with respect to x, (tokens, in), sorted by expert."""
+    """y = x W_e^T + bias_e with frozen W, (experts * out, in), and bias, (experts, out); x is (tokens, in), sorted by
+    expert. Differentiable by x any number of times."""
 
     def product(of: Tensor, transposed: bool) -> Tensor:
         rows, columns = weight.shape[0] // len(tokens.counts), weight.shape[1]
@@ -312,30 +304,26 @@ def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
     return out + tokens.whole.pick(bias.to(out.dtype)).repeat_interleave(counts, dim=0, output_size=out.shape[0])
 
 
-def _add_run_(
-    out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Tensor | None, *, transposed: bool = False
-) -> None:
-    """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; `stack` and g, (experts, out),
-    are of all experts."""
+def _add_run_(out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None, *, transposed: bool = False) -> None:
     into, of, num_experts = out[run.tokens], x[run.tokens], len(run.every.counts)
-    weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain).reshape(-1)
+    weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain.value).reshape(-1)
     if len(run.experts) == 1:
-        (add_transposed_product_ if transposed else add_product_)(into, of, weight, factor)
+        add_product_(into, of, weight, factor, transposed=transposed)
         return
     ((_, tile),) = row_tiles(weight, x.dtype, factor)  # experts that share a launch are one tile
     matrices = tile.view(len(run.experts), -1, tile.shape[1])
     into += grouped_product(of, matrices if transposed else matrices.mT, run)
 
 
-def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
-    """The mask bits of one expert of a stack, whose mask is whole bytes."""
-    assert keep_bits.numel() % num_experts == 0, "the mask of an expert is whole bytes"
-    return keep_bits.view(num_experts, -1)[expert]
+def expert_bits(keep_bits: Tensor | None, run: Run) -> Tensor:
+    """The mask bits of a run of one expert; an expert's mask is whole bytes."""
+    assert keep_bits is not None
+    return keep_bits.view(len(run.every.counts), -1)[run.experts[0]]
 
 
 class StackCall(NamedTuple):
-    """The arguments of a product that have no gradient: weight, mask and gain, (experts, out), of the whole stack, the
-    gain right for the experts that have tokens. `scaling` includes dropout's 1 / (1 - p)."""
+    """The arguments of a product that have no gradient. Weight, mask and gain are of the whole stack, the gain right
+    for the experts that have tokens; `scaling` includes dropout's 1 / (1 - p)."""
 
     weight: Weight
     tokens: ExpertTokens
@@ -345,11 +333,6 @@ class StackCall(NamedTuple):
     dropout: float
     seed: int
     keeps_copy: bool
-
-    @property
-    def gain_value(self) -> Tensor | None:
-        """g, (experts, out); None for LoRA."""
-        return None if self.gain is None else self.gain.value
 
     def runs(self, x: Tensor) -> Iterator[Run]:
         """The experts with tokens, as many at a time as share launches."""
@@ -362,22 +345,16 @@ class StackCall(NamedTuple):
         return dropped(x[run.tokens], self.dropout, self.seed + run.experts[0])
 
     def scaled_B(self, lora_B: Tensor, run: Run, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
-        """diag(s g_e) B_e of a run's experts in the dtype of the products, (n, out, rank), and s g, (n, out, 1)."""
+        """diag(s g_e) B_e of a run, (n, out, rank), and s g, (n, out, 1)."""
         factor = row_factor(None if self.gain is None else run.pick(self.gain.value), self.scaling)
-        return scaled_rows(rounded(run.pick(lora_B), dtype), factor, dtype), factor
-
-    def bits(self, run: Run) -> Tensor:
-        """The mask bits of a run of one expert."""
-        assert self.keep_bits is not None
-        return expert_bits(self.keep_bits, len(self.tokens.counts), run.experts[0])
+        return scaled_B(run.pick(lora_B), factor, dtype), factor
 
 
 class AdaptedStack(torch.autograd.Function):
     """g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) for a token of expert e; g = 1 without a magnitude.
 
     x is (tokens, in), contiguous, sorted by expert, A (experts, rank, in), B (experts, out, rank), magnitude (experts,
-    out). An expert without tokens has gradients of 0. Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3, for each
-    expert (norm detached).
+    out). Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3 (norm detached), for each expert.
     """
 
     @staticmethod
@@ -392,12 +369,12 @@ class AdaptedStack(torch.autograd.Function):
                 dropped_x, a = call.dropped(x, run), rounded(run.pick(lora_A), x.dtype)
                 b, _ = call.scaled_B(lora_B, run, x.dtype)
                 if low is None:
-                    out[run.tokens] = masked_product(dropped_x, call.bits(run), a[0], b[0])
+                    out[run.tokens] = masked_product(dropped_x, expert_bits(call.keep_bits, run), a[0], b[0])
                 else:
                     low[run.tokens] = grouped_product(dropped_x, a.mT, run)
                     out[run.tokens] = grouped_product(low[run.tokens], b.mT, run)
                 del dropped_x
-                _add_run_(out, x, call.weight, run, call.gain_value)
+                _add_run_(out, x, call.weight, run, call.gain)
         kept = out if magnitude is not None and magnitude.requires_grad else None
         if kept is not None and call.keeps_copy:
             kept = out.clone()
@@ -413,8 +390,7 @@ class AdaptedStack(torch.autograd.Function):
         dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
-            fix = "call qdora.model.patches.keep_inplace_outputs_(model) before training"
-            raise RuntimeError(f"the model has written into the output of an adapted layer. Fix: {fix}.")
+            raise RuntimeError("the model has written into the output of an adapted layer: set its keeps_copy.")
         call: StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None
@@ -432,7 +408,7 @@ class AdaptedStack(torch.autograd.Function):
                 dy_run, seed = dy[run.tokens], call.seed + run.experts[0]
                 b, factor = call.scaled_B(lora_B, run, dy.dtype)
                 if low is None:
-                    bits, a = call.bits(run), rounded(run.pick(lora_A), dy.dtype)[0]
+                    bits, a = expert_bits(call.keep_bits, run), rounded(run.pick(lora_A), dy.dtype)[0]
                     if need_a or need_b:
                         own = factor if isinstance(factor, float) else factor[0]
                         dropped_x = call.dropped(x, run)
@@ -440,9 +416,7 @@ class AdaptedStack(torch.autograd.Function):
                         del dropped_x
                         run.add_to(da, found[0].unsqueeze(0))
                         run.add_to(db, found[1].unsqueeze(0))
-                    if dx is not None:
-                        through = masked_input_gradient(dy_run, bits, a, b[0])
-                        dx[run.tokens] = drop_(through, call.dropout, seed)
+                    through = masked_input_gradient(dy_run, bits, a, b[0]) if need_x else None
                 else:
                     d_low = grouped_product(dy_run, b, run)
                     if need_a:
@@ -450,9 +424,8 @@ class AdaptedStack(torch.autograd.Function):
                     if need_b:
                         outer = grouped_outer(low[run.tokens], dy_run, run).mT
                         run.add_to(db, outer.to(db.dtype) * factor)
-                    if dx is not None:
-                        through = grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run)
-                        dx[run.tokens] = drop_(through, call.dropout, seed)
-                if dx is not None:
-                    _add_run_(dx, dy, call.weight, run, call.gain_value, transposed=True)
+                    through = grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run) if need_x else None
+                if dx is not None and through is not None:
+                    dx[run.tokens] = drop_(through, call.dropout, seed)
+                    _add_run_(dx, dy, call.weight, run, call.gain, transposed=True)
         return dx, da if need_a else None, db if need_b else None, dm, None

@@ -62,8 +62,7 @@ class ExpertLinear(nn.Module):
 
 
 class FrozenExperts(FrozenLinear):
-    """y = x W_e^T + bias_e, W packed or dense, and bias, (experts, out), frozen; to whoever reads weights a layer of
-    experts * out rows."""
+    """y = x W_e^T + bias_e, W packed or dense, and bias, (experts, out), frozen: a layer of experts * out rows."""
 
     def __init__(
         self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
@@ -137,8 +136,7 @@ class AdaptedExperts(AdaptedLinear):
         return out if bias is None else add_expert_bias(out, bias, tokens)
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
-        """The gain of all experts, (experts, out); see `AdaptedLinear.gain`. A stack has no operands: those of each run
-        of experts are made for it."""
+        """The gain of all experts, (experts, out)."""
         return self._gain_of(self._all, dtype)
 
     @property
@@ -146,7 +144,7 @@ class AdaptedExperts(AdaptedLinear):
         return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
 
     def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
-        """The gain, right for the experts that have tokens: of the others no norm is computed."""
+        """The gain, right for the experts that have tokens."""
         magnitude = self.magnitude
         if magnitude is None:
             return None
@@ -166,7 +164,6 @@ class AdaptedExperts(AdaptedLinear):
 
     @torch.no_grad()
     def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """The row norms of the experts that have tokens, (n, out). A GPU's host waits once: have rows cancelled?"""
         weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
         shape = self.expert_features, self.in_features
         together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)
@@ -181,7 +178,7 @@ class AdaptedExperts(AdaptedLinear):
             a, b = (rounded(run.pick(each), dtype) for each in (lora_A, lora_B))
             part = expert_rows(weight, every, run)
             if bits is not None:
-                own = expert_bits(bits, every, run.experts[0])
+                own = expert_bits(bits, run)
                 norm = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=own)
                 norms.append(norm.unsqueeze(0))
                 continue
@@ -208,7 +205,7 @@ class AdaptedExperts(AdaptedLinear):
         return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
+        """The dense stack (experts * out, in) that equals this layer."""
         return self.merged_rows(slice(0, self.out_features), dtype)
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -237,7 +234,7 @@ Stack = BareExperts | AdaptedExperts
 
 
 def needs_padding(stack: Stack, x: Tensor) -> bool:
-    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
+    """Whether fewer launches compute a stack of `x` if experts have equally many tokens."""
     base = stack.base if isinstance(stack, AdaptedExperts) else stack
     if not isinstance(base, FrozenExperts) or (isinstance(stack, AdaptedExperts) and stack.masked):
         return False  # each expert has launches of its own on every device
@@ -266,11 +263,8 @@ def merged_rows(
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """Some rows of the dense stack that equals base and adapter, by `adapter.algebra.merged_weight` expert by expert.
-
-    `weight` are rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
-    B A counts only where `keep_mask`, (rows, in) bool, is True.
-    """
+    """Some rows of the dense stack that equals base and adapter, by `algebra.merged_weight` expert by expert. `weight`
+    are rows of the dequantised base from row `first` on, (rows, in), float32 or float64."""
     size, done, merged = lora_B.shape[1], 0, []
     while done < len(weight):
         expert, row = divmod(first + done, size)

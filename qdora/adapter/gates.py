@@ -2,9 +2,7 @@
 
     W + s B diag(gate) A = W + s B' A,        B' = B diag(gate)
 
-Everything that takes B (forward, norm, merge, the file) takes B' instead, so there is no second formula.
-
-Hard-concrete gates are random numbers in [0, 1] that are exactly 0 or 1 with positive probability:
+Everything that takes B takes B' instead, so there is no second formula. Hard-concrete gates are random numbers:
 
     s = sigmoid((log u - log(1 - u) + log_alpha) / beta)        z = clip(s (zeta - gamma) + gamma, 0, 1)
 
@@ -27,10 +25,9 @@ _SHIFT = BETA * math.log(-GAMMA / ZETA)
 
 
 def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
-    """B' = B diag(gate), (..., out, rank), rounded to B's dtype and held in float32 or wider; B itself with gate 1.
+    """B' = B diag(gate), (..., out, rank), rounded to B's dtype and held in float32 or wider.
 
-    The rounding gives the products, the norm, the merge and the stored adapter the same numbers. The wide dtype keeps
-    the gradient from being rounded. Differentiable with respect to both, as if the rounding were the identity.
+    Rounded, so that products, norm, merge and file have the same numbers; differentiable as if it were not.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded
@@ -55,8 +52,7 @@ class _FoldGate(torch.autograd.Function):
 
 
 def gate_value(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The gate z of a draw with u = `noise`, uniform in (0, 1); without noise, for evaluation, clip(sigmoid(log_alpha)
-    (zeta - gamma) + gamma, 0, 1), eq. 13."""
+    """The gate z of a draw with u = `noise` in (0, 1); without noise, for evaluation, eq. 13."""
     return (_concrete(log_alpha, noise) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
 

@@ -24,12 +24,11 @@ _SCALES = TENSOR_NAMES[1:]
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + bias, W (out, in), packed or dense, and bias (out,) frozen.
+    """y = x W^T + bias, W (out, in), packed or dense, and bias (out,) frozen, held in buffers.
 
-    The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it.
-    `keep_bits` are `quant.packed.mask_bits` of the mask by which the weight was pruned, or None. `residency.use(layer)`
-    brings the weight before it is read; None if it is always there. `share` is what this process holds of a weight that
-    is divided among processes, or None. `replaces` names the class of the model's own layer.
+    `keep_bits` are `quant.packed.mask_bits` of the mask of a pruned weight. `residency.use(layer)` brings the weight
+    before it is read. `share` is what this process holds of a divided weight. `replaces` names the class of the model's
+    own layer.
     """
 
     keep_bits: Tensor | None
@@ -52,13 +51,13 @@ class FrozenLinear(nn.Module):
         self.register_buffer("keep_bits", keep_bits)
 
     def keep_mask(self, rows: slice | None = None) -> Tensor | None:
-        """The mask by which the weight was pruned, or some of its rows, (rows, in) bool; None if it was not pruned."""
+        """The mask of a pruned weight, or some of its rows, (rows, in) bool; None without one."""
         shape = (self.out_features, self.in_features)
         return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape, rows)
 
     @property
     def packed_weight(self) -> PackedWeight | None:
-        """The packed form, sharing memory with this layer, or None for a dense base."""
+        """The packed form, sharing memory; None for a dense base."""
         weight = self.stored_weight
         return weight if isinstance(weight, PackedWeight) else None
 
@@ -95,7 +94,7 @@ class FrozenLinear(nn.Module):
         return self.get_buffer(self._names[0]).device
 
     def squared_row_norm(self) -> Tensor:
-        """||w||^2 of each row, (out,). If the weight is divided among processes, all must call this together."""
+        """||w||^2 of each row, (out,). All processes that divide the weight call this together."""
         return squared_row_norm(self.stored_weight) if self.share is None else self.share.squared_row_norm()
 
     @property
@@ -105,7 +104,7 @@ class FrozenLinear(nn.Module):
         return torch.float32 if weight is None else wide_dtype(weight)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight (out, in) in `dtype`; for a packed base a new tensor."""
+        """The dense weight (out, in) in `dtype`."""
         return dense_weight(self.stored_weight, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,30 +123,22 @@ class FrozenLinear(nn.Module):
                 self._buffers[name] = before.to(after.device)
         return self
 
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        block = f", block_size={self.block_size}" if self.block_size else ""
-        return f"{self.in_features}, {self.out_features}, {self.kind}{block}, bias={self.bias is not None}"
-
 
 class AdaptedLinear(nn.Module):
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
 
     B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base. With `masked`
-    the base's keep mask applies to B A, in forward, norm and merge, so that the merged weight has every zero of the
-    pruned base. With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`gates`); it starts at 1. Source:
-    DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
+    the base's keep mask applies to B A in forward, norm and merge. With a `gate` (`add_gate`) B diag(gate) replaces B.
+    Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
 
-    `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
-    1e-4 would be rounded away every time and the layer would silently train as LoRA.
+    `magnitude` is float32 whatever the adapter's storage: near 1 bf16 has a spacing of 2^-8, so Adam steps of 1e-4
+    would be rounded away and the layer would silently train as LoRA.
 
     Args:
-        alpha: Adapter scale; s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
-        dropout: On the adapter's input while training, in [0, 1).
+        alpha: s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
         init: lora_A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5) or N(0, 0.01^2).
-        dtype: Storage of lora_A and lora_B. bfloat16 only for `AdapterOptimizer`, which keeps the bits that it drops:
-            other optimizers lose small updates of bf16 factors to rounding.
-        generator: Source of the initial values (CPU generator; values do not depend on the device).
+        dtype: Storage of lora_A and lora_B; bfloat16 only for `AdapterOptimizer`, which keeps the bits that it drops.
+        generator: Of the CPU.
     """
 
     base_squared: Tensor | None
@@ -167,7 +158,6 @@ class AdaptedLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        assert not masked or base.keep_bits is not None, "a masked adapter needs a base that was pruned here"
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
@@ -180,15 +170,14 @@ class AdaptedLinear(nn.Module):
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
-        # The base's block scales, decoded and times g, are made once for each state of the parameters, not for every
-        # product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64. It saves a
-        # GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
+        # Block scales times g are decoded once for each state of the parameters: half a bit a weight at blocks of 64.
+        # It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
         self.keeps_scales = True
         self.keeps_copy = False  # of the output, since the model writes into it (`model.patches`)
         self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
-        # On the device, not read yet: a factored norm lost its digits (`norms.norms_checked_later`). None once checked.
+        # On the device, not read yet: a factored norm has cancelled. None once checked.
         self.has_cancelled: Tensor | None = None
-        self.asks_at_once = False  # `norms.refresh` reads that flag at once, since a norm was wrong before
+        self.asks_at_once = False  # `norms.refresh` reads that flag at once: a norm was wrong before
         device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
@@ -211,7 +200,6 @@ class AdaptedLinear(nn.Module):
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The shapes of lora_A, lora_B and the magnitude."""
         return (self.rank, self.in_features), (self.out_features, self.rank), (self.out_features,)
 
     @property
@@ -260,8 +248,7 @@ class AdaptedLinear(nn.Module):
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
 
-        found: Operands = self.kept_operands.get(*self.state(dtype), made)
-        return found
+        return self.kept_operands.get(*self.state(dtype), made)  # type: ignore[no-any-return]
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA."""
@@ -298,7 +285,7 @@ class AdaptedLinear(nn.Module):
         return self.base.keep_bits if self.masked else None
 
     def parameters_changed(self) -> None:
-        """Call this after a write through `.data` outside an optimizer, which torch cannot see (`product.Kept`)."""
+        """Call this after a write through `.data` outside an optimizer."""
         self.kept_norm.clear()
         self.kept_operands.clear()
 
@@ -316,26 +303,21 @@ class AdaptedLinear(nn.Module):
         return self
 
     def add_gate(self) -> None:
-        """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
+        """Give every rank component a trainable factor, float32 or wider, at 1."""
         wide = torch.promote_types(self.lora_B.dtype, torch.float32)
         self.gate = nn.Parameter(torch.ones(self.rank, dtype=wide, device=self.lora_B.device))
 
     def gated_B(self) -> Tensor:
-        """B diag(gate), (out, rank), differentiable: the B of everything outside this layer's training."""
+        """B diag(gate), (out, rank), differentiable."""
         return self.lora_B if self.gate is None else fold_gate(self.lora_B, self.gate)
 
     def stored_B(self) -> Tensor:
-        """B diag(gate) as a file holds it: detached and in B's dtype, which loses nothing."""
+        """B diag(gate) as a file holds it: detached and in B's dtype."""
         return self.gated_B().detach().to(self.lora_B.dtype)
 
     @torch.no_grad()
     def keep_components_(self, kept: Tensor) -> None:
-        """Keep these rank components, one or more: (n,) int64, ascending, on the layer's device; between steps.
-
-        The parameters and the scaling stay the same. Removing components with a gate of 0 changes the layer's output by
-        rounding only.
-        """
-        assert 0 < len(kept) <= self.rank, "a layer keeps one component or more"
+        """Keep these rank components, (n,) int64, ascending, n >= 1; parameters and scaling stay the same."""
         fraction = len(kept) / self.rank
         self.rank = len(kept)
         self.alpha *= math.sqrt(fraction) if self.rank_stabilized else fraction
@@ -346,7 +328,7 @@ class AdaptedLinear(nn.Module):
         self.parameters_changed()
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
-        """The matrices that B A of this layer approximates, each by one of `rank`, if it is to be `matrix`."""
+        """The parts of `matrix` that a layer's B A approximates, each by one of `rank`."""
         return [matrix]
 
     def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -370,7 +352,7 @@ class AdaptedLinear(nn.Module):
         return merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, magnitude, keep_mask=keep)
 
     def merged_gain(self) -> Tensor | None:
-        """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
+        """The gain of `merged_weight`, (out,); None for LoRA."""
         if self.magnitude is None:
             return None
         adapted = self._merged(self.base.dequantized(self.base.wide_dtype), None)
@@ -383,15 +365,14 @@ class AdaptedLinear(nn.Module):
 
 
 def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
-    """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
         layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
 
 
 def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let no layer keep its decoded scales if together they would take more than half of a GPU's free memory. Returns
-    whether that is so."""
+    """Let no layer keep decoded scales if all would take more than half of a GPU's free memory; returns whether that is
+    so."""
     layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
@@ -412,8 +393,7 @@ def _free_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in, unlike with
-    `model.train(was_training)`."""
+    """Eval mode inside; afterwards each module is in the mode it was in."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -424,15 +404,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear and computes x W^T + bias, so that a frozen layer can take its place.
-
-    bitsandbytes' layers, routers and layers with a state of their own have a forward of their own and compute something
-    else; only Falcon's writes out the same.
-    """
+    """Whether a module computes x W^T + bias, so that a frozen layer can take its place: an nn.Linear without a forward
+    of its own (only Falcon's writes out the same)."""
     kind = own_class(module)
     return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear")
 
 
 def own_class(module: nn.Module) -> Any:
-    """The class of a module; that of a sharded one without the class that torch has made from it."""
+    """The class of a module, also of a sharded one."""
     return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed"))

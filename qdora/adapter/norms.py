@@ -1,8 +1,7 @@
 """Norms, gains and operands of all layers, once per optimizer step, before its first forward pass.
 
-Layers alike (of one shape, rank and kind of base) share their operations. One by one, the some 20 small operations of a
-layer take longer to send than to compute: with SmolLM2's 210 layers on a CPU, most of the time of all norms. Of a base
-that is divided among processes, each computes the norms of its rows.
+Layers alike (one shape, rank and kind of base) share operations: one by one, some 20 small operations of a layer take
+longer to send than to compute.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default
 
 @contextmanager
 def norms_checked_later(later: bool) -> Iterator[None]:
-    """With `later`, `refresh` does not wait for a GPU in the block. The caller must check `unchecked` afterwards, and
-    repeat the step if a norm was wrong (`settle_norms`)."""
+    """With `later`, `refresh` does not wait for a GPU: the caller asks `unchecked` and repeats a wrong step
+    (`settle_norms`)."""
     before = _CHECKED_LATER.set(later)
     try:
         yield
@@ -52,8 +51,8 @@ def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
 
 
 def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
-    """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
-    there are any. From then on `refresh` reads the flags of their layers at once, until they are 0."""
+    """Take the flags of the `unchecked` layers, 0 for a right norm, and forget wrong norms. Returns whether there are
+    any; `refresh` asks their layers at once from then on."""
     for layer, flag in zip(layers, flags, strict=True):
         layer.has_cancelled = None
         if flag:
@@ -65,13 +64,10 @@ def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> boo
 def refresh(layers: Iterable[AdaptedLinear]) -> int:
     """Compute what the coming forward pass reads of the parameters, so that a GPU's host waits once, not once a layer.
 
-    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
-    one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
-    whose parameters have not changed, that are masked (a masked norm asks nothing), and stacks of experts: the forward
-    pass computes the rest. The weights of all layers are read together, so streamed ones must be of one block.
-
-    If bases are divided among processes, all must call this together: norms are gathered in one collective; weights
-    that are not divided by rows are left to the forward pass. Returns how many norms were computed.
+    Whether a factored norm has cancelled decides what runs next: one question serves all layers, or none is asked
+    (`norms_checked_later`). Left to the forward pass: layers that have not run yet, masked ones, stacks of experts.
+    Streamed weights must be of one block. All processes that divide a base call this together, since norms are gathered
+    in one collective. Returns how many norms were computed.
     """
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
@@ -101,7 +97,6 @@ def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _check(groups: Sequence[_Alike]) -> None:
-    """Ask which norms have cancelled, and measure those again; or note that nobody has asked yet."""
     asked: list[tuple[_Alike, int, Tensor]] = []
     for each in groups:
         for number, flag in enumerate(each.cancelled.any(dim=1)):
@@ -123,14 +118,13 @@ def _check(groups: Sequence[_Alike]) -> None:
 
 
 class _Alike:
-    """Layers whose tensors can be stacked, with their norms for products in `dtype`, (n, out); A, (n, rank, in), and
-    gated B, (n, out, rank), are as the products take them."""
+    """Layers whose tensors can be stacked: their norms, (n, out), A, (n, rank, in), and gated B, (n, out, rank)."""
 
     def __init__(self, layers: list[AdaptedLinear], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
         factors = [_rounded_factors(layer, dtype) for layer in layers]
         self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
-        # Where the layers keep scales, with decoded ones, which the norm and the operands share.
+        # Decoded scales, where layers keep them, serve the norm and the operands.
         scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
         weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
         self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
@@ -141,7 +135,6 @@ class _Alike:
         )
 
     def keep(self) -> None:
-        """Keep norms and operands in the layers; nothing is left here."""
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
         value, inverse = gain(magnitude, self.norm)
@@ -175,13 +168,10 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tupl
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """(n, ...) of n tensors (...); of one without a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> None:
-    """Norms of this process's rows of each layer, as the layer itself computes them from the whole weight; one question
-    tells which have cancelled, one collective gathers all."""
     norms: list[Tensor] = []
     asked: list[tuple[AdaptedLinear, torch.dtype, Tensor, Tensor]] = []
     for layer, dtype in divided:
@@ -212,7 +202,6 @@ def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> No
 
 
 def _my_rows(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Weight, Tensor, Tensor, float]:
-    """W, A, B and s of the rows that this process has."""
     share = layer.base.share
     assert share is not None
     a, b = _rounded_factors(layer, dtype)

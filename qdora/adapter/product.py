@@ -2,10 +2,9 @@
 
     y = x (g W)^T + (drop(x) A^T) (s g B)^T + bias,        g = m / ||W + s B A||_row, or 1 for LoRA
 
-DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
-outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
-per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read. It
-is the tensor that is returned. Where a model writes into it (OLMo's clip_qkv) the backward pass computes it again,
+The gain is multiplied into the block scales of W and into B: no pass over the outputs and no rounding is added. Forward
+and backward read the base tile by tile and keep no dense weight. Saved per call: x, x A^T, and for DoRA the output that
+is returned, for the gradient of m. If a model writes into it (OLMo's clip_qkv), the backward pass computes it again,
 unless a copy is kept (`keeps_copy`).
 
 Gradients, for dy of the output:
@@ -18,8 +17,7 @@ With a keep mask M, s g M o (B A) replaces the product of the factors, and block
     G = M o (dy_R^T drop(x))          dA = sum_R (s g B_R)^T G          dB_R = s g G A^T
     dx = dy (g W) + drop(sum_R dy_R (s g M o B_R A))
 
-It does not factor, and costs a second product of the base's size in forward and two in backward. In return the merged
-weight has every zero of the base.
+This costs a second product of the base's size in forward and two in backward.
 """
 
 from __future__ import annotations
@@ -43,17 +41,15 @@ from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import PackedWeight, mask_from_bits
 from qdora.quant.tiles import Weight, column_tiles, is_one_tile, own_scales, row_tiles, with_scales
 
-# Up to 4 tokens bitsandbytes never makes a dense weight, and up to 1,536 (0.50.2) it may not, which its own
-# measurements decide for each GPU and shape. For the widest weights they prefer a dense one from 33 tokens (sm_100) to
-# 257 (sm_89) on.
+# For the widest weights bitsandbytes 0.50.2 makes a dense one from 33 tokens (sm_100) to 257 (sm_89) on.
 _MOST_TOKENS = 64
 _DECODING = ContextVar("decoding", default=False)
 Value = TypeVar("Value")
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen, in the dtype of x, (..., in), or that of
-    an active autocast; differentiable any number of times with respect to x."""
+    """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen; (..., in) -> (..., out) in x's dtype, or
+    an active autocast's. Differentiable by x any number of times."""
     if without_graph_or_autocast(x):
         out = _tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
     else:
@@ -69,21 +65,20 @@ def without_graph_or_autocast(x: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the products of an input: its own, or that of an active autocast, which leaves float64 alone."""
+    """The dtype of the products: that of x, or of an active autocast, which leaves float64 alone."""
     kind = x.device.type
     casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, products run in the dtype of their arguments. Where no autocast is active, none is entered: that
-    would cost the host time."""
+    """Inside, products run in the dtype of their arguments. No autocast is entered where none is active: it costs host
+    time."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
-    """x W^T, or x W where `transposed`, in x's dtype: (tokens, in) -> (tokens, out), or back, without a graph."""
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
     tiles = column_tiles if transposed else row_tiles
     for span, tile in tiles(weight, x.dtype):
@@ -92,41 +87,34 @@ def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     return out
 
 
-def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None) -> None:
-    """Add x (diag(g) W)^T to `out`, (tokens, out), one tile of rows at a time; g is (out,), or None for 1."""
-    for rows, tile in row_tiles(weight, x.dtype, gain):
-        part = out if tile.shape[0] == out.shape[1] else out[:, rows]  # a view costs the host time
-        part.addmm_(x, tile.T)
-        del tile
-
-
-def add_transposed_product_(dx: Tensor, dy: Tensor, weight: Weight, gain: Tensor | None) -> None:
-    """Add dy diag(g) W to `dx`, (tokens, in), one tile of columns at a time; g is (out,), or None for 1."""
-    for columns, tile in column_tiles(weight, dy.dtype, gain):
-        part = dx if tile.shape[1] == dx.shape[1] else dx[:, columns]
-        part.addmm_(dy, tile)
-        del tile
+def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None, *, transposed: bool = False) -> None:
+    """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to `out`, tile by tile; g is (out,), or None for 1."""
+    tiles = column_tiles if transposed else row_tiles
+    for span, tile in tiles(weight, x.dtype, gain):
+        matrix = tile if transposed else tile.T
+        part = out if matrix.shape[1] == out.shape[1] else out[:, span]  # a view costs the host time
+        part.addmm_(x, matrix)
+        del tile, matrix
 
 
 def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
     """The output plus its bias: in place, unless `out` is kept for the gradient of the magnitude."""
     if bias is None:
         return out
-    # Subtracting it again would leave the rounding of the sum: Qwen's key biases are hundreds of times the rest.
+    # Subtracting it later would leave the rounding of the sum: Qwen's key biases are hundreds of times the rest.
     return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
 
 
 class FrozenMap(torch.autograd.Function):
-    """x -> product(x, transposed=False), a linear map whose backward pass is dy -> product(dy, transposed=True), any
-    number of times: no graph keeps a dequantised weight, not even that of a curvature product."""
+    """The linear map x -> product(x, transposed=False), whose backward pass is dy -> product(dy, transposed=True), any
+    number of times, without a dequantised weight in a graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Callable[..., Tensor], transposed: bool) -> Tensor:
         """The product."""
         ctx.product, ctx.transposed = product, transposed
         if ctx.needs_input_grad[0]:
-            # The backward pass needs no values. But the request for saved tensors makes a checkpoint recompute its
-            # block, and only that brings a streamed weight back to its slot.
+            # Asking for saved tensors makes a checkpoint recompute its block, which brings a streamed weight back.
             ctx.save_for_backward(x.new_empty(0))
         return product(x, transposed=transposed)
 
@@ -151,12 +139,11 @@ def decoding() -> Iterator[None]:
 
 
 def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
-    """x W^T, (tokens, in) -> (tokens, out), without a graph; None where no kernel computes it, so that tiles must.
+    """x W^T, (tokens, in) -> (tokens, out), without a graph, by bitsandbytes' `gemm_4bit`; None where it does not
+    apply.
 
-    Decoding reads every weight for a handful of tokens: bitsandbytes' `gemm_4bit` 0.56 bytes a weight (codes, and
-    float32 scales of blocks of 64), a dense tile of 16 bits, written and read again, 4.6. The kernel rounds otherwise
-    (0.26 % of a weight in place of 0.17 %). Scores that are compared must not depend on how many tokens a batch has, so
-    only `decoding` uses it.
+    It reads 0.56 bytes a weight where a dense 16-bit tile costs 4.6, but rounds otherwise (0.26 % of a weight instead
+    of 0.17 %). Only `decoding` uses it: scores must not depend on the number of tokens in a batch.
     """
     if not _DECODING.get() or device_kind(x.device) == "cpu" or not isinstance(weight, PackedWeight):
         return None
@@ -167,8 +154,7 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
         and weight.block_size >= 32
         and weight.shape[1] % weight.block_size == 0
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        # bitsandbytes makes a weight dense whole, where it does: one of several tiles is left to them.
-        and is_one_tile(weight, x.dtype)
+        and is_one_tile(weight, x.dtype)  # where bitsandbytes makes it dense, it does so whole
         and kernels.has_product(x.device.type)
     )
     if not in_kernel:
@@ -179,9 +165,9 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
 class Kept(Generic[Value]):
     """A value that follows from the parameters of a layer, kept until one of them changes: once per optimizer step.
 
-    A state of the parameters is known by their identity, address and version counters, which every in-place change
-    raises (a step, `load_state_dict`, `copy_`), but not bitsandbytes' kernels and writes through `.data`. So a hook
-    raises them after the step of any `torch.optim.Optimizer`. Whoever writes through `.data` elsewhere calls `clear`.
+    A state is the parameters' identity, address and version counters, which in-place changes raise, but not
+    bitsandbytes' kernels and writes through `.data`. So a hook raises them after the step of any
+    `torch.optim.Optimizer`; whoever writes through `.data` elsewhere calls `clear`.
     """
 
     def __init__(self) -> None:
@@ -189,7 +175,7 @@ class Kept(Generic[Value]):
         self.clear()
 
     def __reduce__(self) -> tuple[type[Kept[Value]], tuple[()]]:
-        """A copy starts empty: its tensors count their versions anew and could meet an old count by chance."""
+        """A copy starts empty: its tensors count their versions anew."""
         return Kept, ()
 
     def clear(self) -> None:
@@ -200,11 +186,10 @@ class Kept(Generic[Value]):
         self._state: tuple[object, ...] = ()
 
     def get(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], Value]) -> Value:
-        """The value for these parameters and settings; if it is not known, `make` computes it, without a graph."""
+        """The value for these parameters and settings, computed without a graph by `make` if it is not known."""
         if self.knows(parameters, settings):
             return self.value  # type: ignore[return-value]
-        # Not under inference mode, whose tensors cannot be saved for a later backward, nor under autocast, which would
-        # run float32 sums in 16 bits.
+        # Tensors of inference mode cannot be saved for a backward pass; autocast would sum in 16 bits.
         no_autocast = torch.autocast(parameters[0].device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
             value = make()
@@ -213,21 +198,18 @@ class Kept(Generic[Value]):
 
     def put(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], value: Value) -> None:
         """Keep a value that was computed elsewhere."""
-        # Fake tensors have no addresses and no values, and those of inference mode count no versions. So neither is
-        # kept, except in a plan, where all are fake and the kept bytes count.
+        # Fake tensors have no addresses, those of inference mode no versions. In a plan the kept bytes count.
         if not any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
             self.value, self._parameters, self._state = value, parameters, (settings, *map(_version, parameters))
 
     def knows(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...]) -> bool:
         """Whether `get` would return a value without computing it."""
-        # Identity first: only tensors that are held are sure to have an address and a version.
         same = len(self._parameters) == len(parameters) and self._state[0] == settings
         same = same and all(old is new for old, new in zip(self._parameters, parameters, strict=True))
         return same and self._state[1:] == (*map(_version, parameters),)
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    # A fake tensor has no data to point at; its storage is as much its own.
     fake = isinstance(tensor, FakeTensor)
     return tensor.untyped_storage()._cdata if fake else tensor.data_ptr(), tensor._version
 
@@ -242,7 +224,7 @@ def _watch_optimizers() -> None:
 
 
 class Operands(NamedTuple):
-    """What the products of a layer read beside their input and the base: the same for one state of the parameters."""
+    """What the products of a layer read besides their input and the base."""
 
     a: Tensor  # A, (rank, in), in the dtype of the products
     scaled_b: Tensor  # diag(s g) B, (out, rank), likewise; s includes dropout's 1 / (1 - p)
@@ -265,7 +247,7 @@ def operands_of(
     dtype: torch.dtype,
     kept_of: Weight | None = None,
 ) -> Operands:
-    """The operands of products in `dtype`, without a graph; with the base scales of `kept_of`, where it has any."""
+    """The operands of products in `dtype`, without a graph; with the base scales of `kept_of`, if it has any."""
     value = None if gain is None else gain.value
     factor = row_factor(value, scaling)
     scales = None if kept_of is None else own_scales(kept_of, value)
@@ -289,17 +271,11 @@ def adapted_linear(
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3 (norm detached); the bias is added after the gain.
 
-    Args:
-        x: (..., in); the products run in its dtype, or in the dtype of an active autocast, which the result has.
-        weight, bias: Frozen base W, (out, in), dense or packed, and (out,).
-        lora_A, lora_B, magnitude: Trainable (rank, in), (out, rank) and (out,) float32 (float64 for float64 x).
-        operands: `operands_of` their present values for the dtype of the products and s / (1 - dropout). Without a
-            graph nothing else of them is read.
-        dropout: Probability of zeroing an element of the adapter's input, in [0, 1). Each call draws one seed from
-            torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
-            elements; only the seed is kept.
-        keep_bits: `quant.packed.mask_bits` of a mask M: M o (B A) replaces B A.
-        keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
+    x is (..., in), W (out, in) and bias (out,) are frozen; trainable are A (rank, in), B (out, rank) and the magnitude,
+    (out,) float32 (float64 for float64 x). `operands` are `operands_of` their present values for the `product_dtype`
+    and s / (1 - dropout); without a graph nothing else of them is read. A call with dropout draws one seed from torch's
+    default CPU generator, which a checkpoint's recompute restores. `keep_bits` are `quant.packed.mask_bits` of a mask
+    M: M o (B A) replaces B A. With `keeps_copy` the caller may write into the output.
     """
     call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0, keeps_copy)
     if without_graph_or_autocast(x):
@@ -313,8 +289,6 @@ def adapted_linear(
 
 
 class _Call(NamedTuple):
-    """The arguments of a product that have no gradient."""
-
     weight: Weight
     bias: Tensor | None
     keep_bits: Tensor | None
@@ -328,7 +302,7 @@ class _Call(NamedTuple):
         low, a, b = None, self.operands.a, self.operands.scaled_b
         with without_autocast(x.device):
             base, factor = self.operands.of_base(self.weight)
-            # The small term first: the sum is then rounded once, when the base's product is added to it.
+            # The small term first: the sum is then rounded once.
             if self.keep_bits is not None:
                 out = masked_product(dropped(x, self.dropout, self.seed), self.keep_bits, a, b)
             else:
@@ -348,7 +322,7 @@ class _Call(NamedTuple):
     def dropped_input_gradients(
         self, x: Tensor, d_low: Tensor, need_x: bool, need_a: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """drop(d_low A), to which the base's part is added, and dA, where needed; d_low has the factor 1 / (1 - p)."""
+        """drop(d_low A), to which the base's part is added, and dA; d_low has the factor 1 / (1 - p)."""
         a, da = self.operands.a, None
         dx = torch.empty(x.shape, dtype=d_low.dtype, device=x.device) if need_x else None
         for tokens, zeros in dropped_slices(x, self.dropout, self.seed):
@@ -367,8 +341,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, call: _Call) -> Tensor:
         flat, low = call.product(x.reshape(-1, x.shape[-1]))
-        # Shaped here and not by the caller, whose views are two more nodes of the graph. Not a view to autograd, so
-        # that a model may write into it.
+        # Shaped here: views outside are nodes of the graph. Not a view to autograd, so that a model may write into it.
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         ctx.watch = None
@@ -376,7 +349,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if call.keeps_copy:
                 read_again = out.clone()
             elif not out.is_inference():
-                # Saved without torch's count of changes, each of which would be an error: an empty tensor has it.
+                # Saved without torch's count of changes, which would make each an error: an empty tensor has it.
                 ctx.watch, read_again = out.detach(), out.data
                 ctx.watch.data = out.new_empty(0)
                 ctx.version = ctx.watch._version
@@ -387,8 +360,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients have no graph of their own: an error for whoever asks for one. The wrapper that says so costs the
-        # host time, so it is left out where nobody asks.
+        # The wrapper that refuses a second derivative costs the host time; it is left out where nobody asks for one.
         gradients = _gradients_without_graph if torch.is_grad_enabled() else _gradients
         return gradients(ctx, *grads)
 
@@ -402,15 +374,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     if ctx.watch is not None and ctx.watch._version > ctx.version:
         out, _ = call.product(x)
-    # Where a model transposes its outputs this is a copy, and autograd holds the original beside it.
     dy = dy.reshape(-1, dy.shape[-1])
     dx = da = db = dm = None
     with without_autocast(dy.device):
         if need_m:
             assert operands.gain is not None, "a magnitude comes with its gain"
             dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
-        # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read: in a
-        # 7B model's down projection, where a step has its peak, 59 MiB.
+        # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
         del out
         if call.keep_bits is not None:
             if need_a or need_b:
@@ -431,7 +401,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 del x
                 dx = d_low @ operands.a if need_x else None
         if dx is not None:
-            add_transposed_product_(dx, dy, *operands.of_base(call.weight))
+            add_product_(dx, dy, *operands.of_base(call.weight), transposed=True)
         if need_b and call.keep_bits is None:
             # The narrow factor first: a quarter faster on a CPU than (dy^T low).
             db = _summed_products(low, dy).T * operands.row_factor
@@ -443,8 +413,7 @@ _gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-un
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, (tokens, m) and (tokens, n) -> (m, n), in float32 or wider, in which gradients accumulate."""
-    # A GPU's product of 16-bit numbers writes the float32 sums themselves; a CPU's has none such, and they are rounded.
+    # A GPU's product of 16-bit numbers can write float32 sums; a CPU's rounds them.
     if device_kind(left.device) != "cpu" and left.dtype.itemsize == 2:
         summed: Tensor = torch.mm(left.T, right, out_dtype=torch.float32)
         return summed
@@ -455,16 +424,15 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
 def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     """factor_i sum_t left[t, i] right[t, i] for each column i of (tokens, out); `factor`, (out,), gives the dtype.
 
-    torch has one kernel that forms these sums in one pass, without a temporary of token size: the gradient of the
-    weight of a batch normalisation with mean 0 and deviation 1 / factor. On a CPU it reads bf16 and sums in float32,
-    takes 0.4 to 0.6 of the time of `(left * right).sum(0)`, and has a relative error of 2e-7 where that has 2e-3.
+    One kernel forms these sums without a temporary: the gradient of a batch normalisation's weight with mean 0 and
+    deviation 1 / factor. On a CPU in bf16 it takes 0.4 to 0.6 of the time of `(left * right).sum(0)`, with an error of
+    2e-7 instead of 2e-3.
     """
     zero = torch.zeros_like(factor)
     if left.shape[0] == 0:
         return zero
     if left.dtype == torch.float16 and device_kind(left.device) == "cpu":  # that kernel takes bf16 only
         left, right = left.float(), right.float()
-    # True: mean and deviation are those of these tokens. The list asks for the weight's gradient alone.
     total: Tensor = torch.ops.aten.native_batch_norm_backward(
         left.contiguous(), right.contiguous(), factor, None, None, zero, factor, True, 0.0, [False, True, False]
     )[1]
@@ -477,7 +445,7 @@ def _masked_rows(rows: slice, keep_bits: Tensor, a: Tensor, scaled_b: Tensor) ->
 
 
 def masked_product(x: Tensor, keep_bits: Tensor, a: Tensor, scaled_b: Tensor) -> Tensor:
-    """x (s g M o B A)^T: (tokens, in) -> (tokens, out), from A and diag(s g) B as the products take them."""
+    """x (s g M o B A)^T: (tokens, in) -> (tokens, out)."""
     out = x.new_empty(x.shape[0], len(scaled_b))
     for rows in row_blocks(len(scaled_b)):
         torch.mm(x, _masked_rows(rows, keep_bits, a, scaled_b).T, out=out[:, rows])
@@ -495,7 +463,7 @@ def masked_input_gradient(dy: Tensor, keep_bits: Tensor, a: Tensor, scaled_b: Te
 def masked_factor_gradients(
     dy: Tensor, dropped_x: Tensor, keep_bits: Tensor, a: Tensor, lora_B: Tensor, factor: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dA and dB in float32 or wider, for dy (tokens, out), drop(x), (tokens, in), and the `row_factor` s g."""
+    """dA and dB in float32 or wider, from dy (tokens, out), drop(x) (tokens, in) and the `row_factor` s g."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     wide_a = a.to(wide)
     da = torch.zeros(a.shape, dtype=wide, device=dy.device)

@@ -21,8 +21,7 @@ from qdora.quant.tiles import Weight, wide_dtype
 
 @contextmanager
 def never_narrowed(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Around a module's `_apply`: these of its tensors, those that are not None, may move and widen, but a cast to
-    fewer bits does not reach them."""
+    """Around a module's `_apply`: these of its tensors may move and widen, but no cast narrows them."""
     tensors: dict[str, Tensor | None] = {name: getattr(module, name) for name in names}
     before = {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
     yield
@@ -35,10 +34,9 @@ def never_narrowed(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 class TrainedRows(nn.Module):
     """The trained rows of an embedding or an output head; a tied head shares them with the embedding.
 
-    A masked gradient on the whole matrix would take its size again in gradients and optimizer states, and decay or
-    rounding could move the other rows. `rows`, (len(ids), features), in the order of the ascending token `ids`, is
-    float32 whatever the dtype of the matrix, and stays so when the model is cast: in bf16 small updates would be
-    rounded away. They are in a module behind the base: transformers takes a model's dtype from its first parameter.
+    A masked gradient on the whole matrix would take its size in gradients and optimizer states. `rows`, (len(ids),
+    features), in the order of the ascending token `ids`, stays float32 when the model is cast: bf16 rounds small
+    updates away.
     """
 
     ids: Tensor
@@ -69,7 +67,7 @@ class RowEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        """The whole matrix in the base's dtype: a copy."""
         return merged_rows(self).to(self.base.weight.dtype)  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -95,7 +93,7 @@ class RowHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        """The whole matrix in the base's dtype: a copy."""
         return merged_rows(self).to(self.base.weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -110,27 +108,19 @@ class RowHead(nn.Module):
 def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
     """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
     base: nn.Embedding | nn.Linear = module.base  # type: ignore[assignment]
-    return with_rows(base.weight, module.trained.ids.tolist(), module.trained.rows)
-
-
-@torch.no_grad()
-def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
-    """A float32 copy of `weight` (vocabulary, features), in which the rows `ids` are `rows`."""
-    merged = weight.detach().to(torch.float32, copy=True)
-    merged[list(ids)] = rows.detach().to(merged)
+    merged = base.weight.detach().to(torch.float32, copy=True)
+    merged[module.trained.ids.tolist()] = module.trained.rows.detach().to(merged)
     return merged
 
 
 class RowShare:
     """What this process holds of a frozen weight that is divided among processes.
 
-    Each tensor of the weight is cut along its first dimension into as many runs as there are processes, all but the
-    last equally long, as torch's `fully_shard` does it. Where block scales do not cross rows, that dimension counts
-    rows, so that a process can compute what belongs to its rows alone, such as their norms.
+    Each tensor is cut along its first dimension, as torch's `fully_shard` does it. Where block scales do not cross rows
+    (`by_rows`), that dimension counts rows, so that a process can compute the norms of its rows.
 
-    Of `form`, the weight, and `keep_bits`, its mask, only shapes are read, and the scales of double quantised scales.
-    If not `by_rows`, a process can compute nothing from its part. `parts` are name -> this process's part of the
-    tensor, cut along its first dimension; a DTensor once it is sharded.
+    Of `form`, the weight, and `keep_bits`, its mask, only shapes and the scales of scales are read. `parts` are name ->
+    this process's part; a DTensor once it is sharded.
     """
 
     def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:
@@ -147,7 +137,7 @@ class RowShare:
             return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in self.parts.items()}
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """A view of a tensor of the weight whose first dimension is cut: its rows, or the flat tensor."""
+        """A view of a tensor of the weight whose first dimension is cut."""
         return tensor.reshape(self.out_features, -1) if self.by_rows else tensor.reshape(-1)
 
     def mine(self, tensor: Tensor) -> Tensor:
@@ -177,7 +167,7 @@ class RowShare:
         return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
 
     def keep_bits(self) -> Tensor | None:
-        """`quant.packed.mask_bits` of the rows of this process; None for a weight without a mask."""
+        """`quant.packed.mask_bits` of the rows of this process; None without a mask."""
         return self.local["keep_bits"].reshape(-1) if "keep_bits" in self.parts else None
 
     def whole(self) -> tuple[Weight, Tensor | None]:
@@ -191,7 +181,7 @@ class RowShare:
         return found["weight"] if isinstance(self.form, Tensor) else replace(self.form, **found), bits
 
     def squared_row_norm(self) -> Tensor:
-        """`adapter.algebra.squared_row_norm` of the whole weight, which all processes must ask for together."""
+        """`algebra.squared_row_norm` of the whole weight; all processes call this together."""
         if not self.by_rows:
             return squared_row_norm(self.whole()[0])
         weight = self.weight()
@@ -201,13 +191,13 @@ class RowShare:
 
 
 def is_cut_by_rows(form: Weight, *, masked: bool) -> bool:
-    """Whether block scales and bits of a mask end with each row, so that a process can hold whole rows."""
+    """Whether block scales and bits of a mask end with each row."""
     whole_blocks = isinstance(form, Tensor) or form.kind == "int8" or form.shape[1] % form.block_size == 0
     return whole_blocks and (not masked or form.shape[1] % 8 == 0)
 
 
 def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
-    """Name -> tensor that processes divide, of a weight and its mask; scales of double quantised scales stay whole."""
+    """Name -> tensor that processes divide; the scales of scales stay whole."""
     found = {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
     return found if keep_bits is None else found | {"keep_bits": keep_bits}
 
@@ -220,9 +210,8 @@ def span(length: int, rank: int, size: int) -> slice:
 
 @torch.no_grad()
 def gather_runs(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Join the parts of some tensors that all processes hold, in one collective: the whole tensors, whose first
-    dimensions are `lengths`. `parts` are this process's `span` of each, of one dtype and device: (n,) or (n, columns).
-    """
+    """Join the parts of some tensors in one collective: the whole tensors, whose first dimensions are `lengths`.
+    `parts` are this process's `span` of each, of one dtype and device: (n,) or (n, columns)."""
     size = group.size()
     columns = [part.shape[1:].numel() for part in parts]
     steps = [-(-length // size) * width for length, width in zip(lengths, columns, strict=True)]

@@ -76,7 +76,6 @@ class _AfterImport:
 
 
 def _run_existing() -> None:
-    """The sitecustomize that this file hides."""
     others = [folder for folder in sys.path if os.path.abspath(folder) != _HERE]
     spec = PathFinder.find_spec("sitecustomize", others)
     if spec is not None and spec.loader is not None:

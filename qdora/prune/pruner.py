@@ -1,9 +1,8 @@
 """Pruning a base while it is loaded, block by block: read, measure, prune, quantise, run.
 
-One forward pass of the model on the calibration text drives it. When it reaches a block, the block's weights are read,
-and its inputs are run through it to measure the inputs of its linear layers. These layers are pruned and quantised, and
-the inputs are run through the block once more, so that the next block is measured on what the pruned blocks compute.
-Memory holds one dense block at a time.
+One forward pass on the calibration text drives it. Each block's weights are read, its inputs are run through it to
+measure its linear layers, these are pruned and quantised, and the inputs are run through once more. Memory holds one
+dense block at a time.
 """
 
 from __future__ import annotations
@@ -53,14 +52,10 @@ _Statistics = list[InputStatistics | None]
 
 
 class Pruner:
-    """A `Placer` that prunes the linear layers of the blocks.
-
-    `calibration` holds token ids (sequences, length) for methods that measure inputs, None for magnitude. After the
-    load `layers` holds path -> counts and error of each pruned layer.
-    """
+    """A `Placer` that prunes the linear layers of the blocks. `calibration` holds token ids (sequences, length), None
+    for magnitude. After the load `layers` holds path -> counts and error."""
 
     def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
-        assert (calibration is None) == (settings.method == "magnitude"), "only magnitude measures no text"
         self.settings, self.calibration = settings, calibration
         self.pattern = pattern_from(settings.pattern, settings.sparsity)
         self.layers: dict[str, PrunedLayer] = {}
@@ -68,12 +63,8 @@ class Pruner:
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor and put it into the model."""
-        packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
-        if packed:
-            raise UserError(
-                f"base.prune: the checkpoint is already quantised (e.g. {packed[0]}). "
-                "Fix: name the model in full precision."
-            )
+        if any(isinstance(item, StoredPacked) for item in load.stored.values()):
+            raise UserError("base.prune: the checkpoint is already quantised. Fix: name the model in full precision.")
         path, blocks = _decoder_blocks(load.model)
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")
@@ -99,13 +90,10 @@ class Pruner:
         inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
         with evaluation_mode(load.model):
             inner(input_ids=self.calibration.to(load.device), use_cache=False)
-        left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
-        assert not left, f"blocks {left} were never reached"
 
     def _through_block(
         self, load: Loading, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
     ) -> Any:
-        """Replaces a block's forward once: prunes the block, then runs it."""
         del block.forward  # back to the class's own
         self._place_others(load, tensors)
         weights = _weights(load, tensors)
@@ -125,12 +113,10 @@ class Pruner:
         return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
 
     def _place_others(self, load: Loading, tensors: Mapping[str, Stored]) -> None:
-        """Put the tensors of a block in that are not pruned."""
         pruned = _weights(load, tensors)
         place_all(replace(load, stored={name: item for name, item in tensors.items() if name not in pruned}))
 
     def _prune(self, load: Loading, tensors: Mapping[str, Stored], statistics: Mapping[str, _Statistics]) -> None:
-        """Prune and quantise the linear layers of a block and put them in."""
         assert load.progress is not None
         for name, item in _weights(load, tensors).items():
             path = name.removesuffix(".weight")
@@ -145,7 +131,6 @@ class Pruner:
             load.progress(1, 1)
 
     def _pruned(self, load: Loading, value: Tensor, measured: _Statistics, name: str) -> tuple[Weight, Tensor]:
-        """The pruned weight and its mask; each expert of a stack is pruned by the tokens that it got."""
         settings, wanted = self.settings, load.wanted
         group = None if settings.group == "auto" else settings.group
         method = settings.method
@@ -175,12 +160,10 @@ class Pruner:
 
 
 def _weights(load: Loading, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The weights to prune."""
     return {name: item for name, item in tensors.items() if name in {f"{path}.weight" for path in load.layers}}
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -225,7 +208,6 @@ def _measured(
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The arguments of a block for a few sequences at a time; arguments that all sequences share stay whole."""
     hidden = args[0] if args else kwargs["hidden_states"]
     step = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
     for start in range(0, len(hidden), step):
@@ -238,8 +220,7 @@ def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[lis
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Path -> `layer_record` of each linear layer that is quantised without pruning, one after the other; none for kind
-    "none" and for a quantised checkpoint."""
+    """Path -> `layer_record` of each linear layer that is quantised without pruning."""
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
         return {}
@@ -257,7 +238,6 @@ def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dic
 
 
 def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> PrunedLayer:
-    """`mask` is True for a kept weight; None keeps all."""
     dense, original = dense_weight(weight, torch.float32), value.float()
     norm = float(original.norm())
     return PrunedLayer(

@@ -4,9 +4,8 @@
     Wanda       w_ij^2 ||x_j||^2           inputs x measured on calibration text
     SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sparsegpt`
 
-Squares order the weights as the magnitudes of the papers do, and add up to the cost of a row or column. A pattern cuts
-the costs into comparison groups. In each the same number of weights is pruned, the cheapest ones; of equal ones the
-first in the group is pruned first.
+A pattern cuts the costs into groups. In each the same number of weights is pruned, the cheapest ones; of equal ones the
+first.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     if ":" in name:
         keep, of = map(int, name.split(":"))
         return SparsityPattern("n:m", 1 - keep / of, keep, of)
-    assert sparsity is not None, "only n:m implies its sparsity"
+    assert sparsity is not None
     return SparsityPattern(cast(PatternKind, name), sparsity)
 
 
@@ -62,8 +61,8 @@ def num_pruned(sparsity: float, size: int) -> int:
 
 @torch.no_grad()
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest entries of each group, (groups, size) float32 or float64, finite; of equal entries the first.
-    The result, bool, has exactly `count` True in every row."""
+    """The `count` lowest entries of each group, (groups, size) float32 or float64, finite: bool, exactly `count` True
+    in every row, of equal entries the first."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
@@ -80,12 +79,8 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
-    """The mask (out, in) of a pattern that keeps the highest scores.
-
-    `scores` are the costs of removing each weight, (out, in), finite, not negative; that of a row or column is the sum
-    over its weights. round(sparsity * size) per group are pruned, and m - n of every m. `group` is that of an
-    unstructured pattern: the whole tensor, or each row.
-    """
+    """The mask (out, in) of a pattern that keeps the highest `scores`, (out, in), finite, not negative; that of a row
+    or column is the sum over its weights. `group` is that of an unstructured pattern."""
     rows, columns = scores.shape
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if pattern.kind == "n:m":
@@ -102,8 +97,7 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`: for "wanda" the
-    squares of each column, for "sparsegpt" all of X^T X."""
+    """Statistics of a layer's inputs, float32: for "wanda" the squares of each column, for "sparsegpt" X^T X."""
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
         shape = (in_features,) if method == "wanda" else (in_features, in_features)
@@ -147,9 +141,8 @@ def prune_weight(
 ) -> Pruned:
     """Prune a dense weight, (out, in) in any float dtype, which does not change.
 
-    Wanda and SparseGPT need the statistics of the layer's inputs. `group` are the weights that an unstructured pattern
-    compares (default: the whole tensor for magnitude, each row for Wanda, its paper, sec. 3); sparsegpt compares within
-    blocks of columns and takes none.
+    `group` are the weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
+    Wanda, its paper, sec. 3); sparsegpt compares within blocks of columns.
     """
     if not bool(weight.isfinite().all()):
         raise UserError(f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned.")
@@ -167,15 +160,15 @@ def prune_weight(
 def mask_by_scores(
     weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
 ) -> Tensor:
-    """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude. If
-    all are 0 (an expert without tokens), columns count the same. Source: Wanda, arXiv 2306.11695, eq. 1."""
+    """The keep mask (out, in) by Wanda (arXiv 2306.11695, eq. 1); without statistics by magnitude. If all are 0 (an
+    expert without tokens), columns count the same."""
     scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
     if statistics is None:
         return keep_mask(scores, pattern, group or "tensor")
     squares = statistics.column_squares
     largest = squares.max()
     if largest != 0:
-        # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
+        # Divided by the largest: sums over many tokens would leave float32's range.
         scores.mul_(squares.to(scores.dtype) / largest)
     return keep_mask(scores, pattern, group or "row")
 
@@ -187,24 +180,19 @@ def sparsegpt(
     """Remove weights column by column, and move each error on to the columns behind it.
 
     With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
-    -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and later.
-    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1.
+    -= (w_ij / V_jj) V_j,j: compensates best. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1.
 
-    An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
-    so far; an n:m mask for m columns at a time; whole columns before the first one is removed. Whole rows leave nothing
-    to correct. A column whose inputs were all zero costs nothing, so it goes first.
-
-    `input_products` are X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
+    An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, from the weights as corrected so far; an n:m
+    mask for m columns; whole columns before the first is removed. Whole rows leave nothing to correct. `input_products`
+    are X^T X, (in, in), float32 or float64.
     """
     factor = _inverse_factor(input_products, damping, name)
     work = weight.to(input_products.dtype, copy=True)
     if pattern.kind == "rows":
         energy = (work @ input_products).mul_(work).sum(dim=1, keepdim=True)
-        # It cannot be negative; rounding could make it so.
         keep = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
         return Pruned(weight.masked_fill(~keep, 0), keep)
     if pattern.kind == "columns":
-        # The whole inverse's diagonal: the columns are chosen before any is removed.
         mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), input_products), pattern)
     else:
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
@@ -240,10 +228,7 @@ def _inverse_factor(input_products: Tensor, damping: float, name: str) -> Tensor
     damped = input_products + torch.diag(added.expand(len(diagonal)))
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info):
-        raise UserError(
-            f"{name}: X^T X of the calibration text is not positive definite with damping {damping}. "
-            "Fix: raise base.prune.damping, or use more calibration text."
-        )
+        raise UserError(f"{name}: base.prune.damping: {damping} leaves X^T X not positive definite. Fix: raise it.")
     eye = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
     factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
     return factor

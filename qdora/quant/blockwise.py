@@ -1,9 +1,8 @@
 """Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
-On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
-quantisation: its float32 mean depends on the number of threads. Its CUDA kernels differ in details (ties, constants off
-by an ulp), and store a zero block of NF4 as -1 times 0, which double quantisation turns into small non-zero weights.
-This definition holds on every device: a zero weight always decodes to zero.
+On a CPU every code and scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double quantisation,
+whose float32 mean depends on the number of threads. Its CUDA kernels differ in details and store a zero block of NF4 as
+-1 times 0, which double quantisation turns into small weights. Here a zero weight always decodes to zero.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind
 
-# Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
-# block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
-# large takes 2 to 4 times as long, since malloc gives such blocks back to the system); a GPU needs few, large launches.
+# Weights handled at a time: multiples of every block size, and even, so that chunks share no byte. On a CPU a chunk
+# stays in the cache (8 times as large takes 2 to 4 times as long); a GPU needs few, large launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
-# The same for int8: the workspace is a few times 4 bytes a weight of the chunk.
 _CHUNK_OF_ROWS = 1 << 20
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
 _ONE_127TH = 7.874015718698502e-3
@@ -38,9 +35,9 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
-    Blocks run along the flattened rows and may cross them; the last one may be short. The weight is rounded to float32
-    first. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns codes (ceil(numel / 2),) uint8, first of two weights in the
-    high nibble, and absmax (blocks,) float32, 0 for a zero block (1e-38 in a short last block).
+    Blocks run along the flattened rows; the last one may be short. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns
+    codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32, 0 for a zero
+    block.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -67,7 +64,6 @@ def _refuse_not_finite(scales: Tensor, name: str) -> None:
 
 
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32)."""
     # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)
@@ -84,12 +80,11 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits by `quantize_8bit`.
+    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits.
 
         scale = code[q] * nested_absmax[block // 256] + offset
 
-    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, arXiv
-    2305.14314, sec. 3.
+    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, sec. 3.
     """
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
@@ -100,15 +95,13 @@ def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tenso
 def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Blockwise 8-bit codes of float32 values (n,), by the values `code`, (256,) float32, ascending, within [-1, 1].
 
-    A value divided by the absmax of its block is rounded to a 16-bit grid over [-1, 1], and the grid point to the
-    nearest value of `code`: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 farther off than the nearest value.
-    Returns codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    A value divided by the absmax of its block is rounded to a 16-bit grid, and the grid point to the nearest value of
+    `code`, as by bitsandbytes' CPU kernel. Returns codes (n,) uint8 and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
     # In a zero block this is NaN; its codes are set below.
     unit = (blocks * (1.0 / absmax)[:, None]).clamp_(-1, 1)
-    # bitsandbytes fuses the product and the sum; the floor is the same (compared around all 65,536 steps).
     point = ((unit + 1.0) * 0.5 * 65535 + 0.5).floor_()
     codes = torch.bucketize(point * 2 / 65535 - 1, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
     codes.masked_fill_((absmax == 0)[:, None], 0)
@@ -139,7 +132,7 @@ def dequantize_4bit(
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each run of `block_size` float32 values (n,) by its scale, in place; the last run may be short."""
+    """Multiply each run of `block_size` float32 values (n,) by its scale; the last run may be short."""
     whole = values.numel() // block_size
     values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
     if whole * block_size < values.numel():
@@ -153,8 +146,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
 
-    Codes are (out, in) int8, absmax (out,) float32, 0 for a zero row. This is the format of bitsandbytes' LLM.int8()
-    without outliers (arXiv 2208.07339, sec. 2.1).
+    Codes are (out, in) int8, absmax (out,) float32: LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1).
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -163,8 +155,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
         part = weight[start : start + rows].float()
         scale = part.abs().amax(dim=1)
         absmax[start : start + rows] = scale
-        # 127 / scale overflows for a scale below 4e-37; such a row counts as zero, and inf * 0 would be NaN.
-        # The rounded reciprocal times 127, as bitsandbytes forms it.
+        # 127 / scale overflows below 4e-37: such a row counts as zero. The rounded reciprocal, as in bitsandbytes.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
         packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
     _refuse_not_finite(absmax, name)
@@ -173,8 +164,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast. A GPU makes 16
-    bits in one pass by absmax / 127: off from the definition by an ulp of float32 before the cast."""
+    """packed * absmax / 127, (out, in): float32 products, then one cast. A GPU makes 16 bits in one pass, off by an ulp
+    of float32."""
     if dtype == torch.float32:
         return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)

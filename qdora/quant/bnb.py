@@ -26,11 +26,8 @@ STATE_NAME = "weight.quant_state.bitsandbytes__"
 
 
 def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:
-    """Read a weight that bitsandbytes quantised. Nothing is quantised again, and large tensors share memory.
-
-    `state` has the layer's tensors, named without the layer's prefix ("weight", "weight.absmax", ..., "SCB"); others,
-    such as "bias", are ignored. `name` is the layer's in an error.
-    """
+    """Read a weight that bitsandbytes quantised, sharing its memory. `state` has the layer's tensors without its prefix
+    ("weight", "weight.absmax", ..., "SCB"); `name` is the layer's in an error."""
     try:
         return _int8(state) if "SCB" in state else _four_bits(state)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -65,11 +62,8 @@ def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
-
-    `dtype` is the one that bitsandbytes dequantises to by default. Kinds that it does not have (int4, nf3, nf2) are
-    written alike, for bases that qdora keeps for itself.
-    """
+    """The inverse of `from_bnb_state`, also for kinds that bitsandbytes lacks. `dtype` is the one that it dequantises
+    to."""
     if packed.kind == "int8":
         layout = torch.zeros((), dtype=torch.uint8, device=packed.device)
         return {"weight": packed.packed, "SCB": packed.absmax, "weight_format": layout}

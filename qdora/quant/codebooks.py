@@ -1,7 +1,4 @@
-"""The value tables of the low-bit formats: NF4, FP4, MXFP4, the research formats NF3, NF2 and INT4, the dynamic map.
-
-NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all formats.
-"""
+"""The value tables of the low-bit formats. NF3 and NF2 are simulated: their codes are held in 4 bits."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
 """Kinds whose weights are codes of a table -> bits of a tightly packed code."""
 SIMULATED = ("nf3", "nf2")
 """Kinds that are held in more bits than they need."""
-# Quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0: of b bits 2^(b - 1) positive values, one fewer
-# negative. The outermost is 1 - d with d halfway between 1 / 2^(b + 1) and 1 / (2^(b + 1) - 2); from there the
-# probabilities run evenly to 1/2. Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
+# Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0: of b bits 2^(b - 1) positive values, one fewer negative.
+# Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -36,11 +32,10 @@ _NF3 = (
 _NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
-# Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
-# variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
+# Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a
+# second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-# The magnitudes of MXFP4's codes 0 to 7 (two exponent bits, one fraction bit); a fourth bit in front is the sign.
-# Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
+# The same of MXFP4's codes. Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
@@ -63,8 +58,8 @@ _RESIDENT: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def resident_code_pairs(kind: str, codes: Tensor) -> Tensor:
-    """The two values of each byte: (256,) int64, each the bits of two float32, high nibble first, 4 times as fast to
-    gather as those. Made once on the device of `codes`: copying a table makes a GPU's host wait."""
+    """The two values of each byte, high nibble first: (256,) int64, each the bits of two float32, 4 times as fast to
+    gather. Made once on the device of `codes`: copying a table makes a GPU's host wait."""
     key = kind, codes.device
     if isinstance(codes, FakeTensor) or key not in _RESIDENT:
         with torch.inference_mode(False):
@@ -78,11 +73,11 @@ def resident_code_pairs(kind: str, codes: Tensor) -> Tensor:
 
 
 class DecisionTable(NamedTuple):
-    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison.
+    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison, 8 times as fast as
+    torch.bucketize.
 
     [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
-    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
-    as torch.bucketize.
+    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`.
     """
 
     rank: Tensor  # (cells,) uint8: bounds in lower cells
@@ -96,8 +91,8 @@ def cell(unit: Tensor) -> Tensor:
 
 
 def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbouring values, ascending, (values - 1,) float32, and each rank's code, (values,) uint8.
-    A value equal to a midpoint takes the lower rank. FP4's two zeros stay apart: above 0 the code is 8."""
+    """Midpoints between neighbouring values, (values - 1,) float32, which take the lower rank, and each rank's code,
+    (values,) uint8. Above 0 FP4's code is 8, its second zero."""
     values = code_values(kind)
     order = torch.argsort(values, stable=True)
     ascending = values[order]
@@ -108,7 +103,6 @@ def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTab
     """`decision_bounds` as a grid; see `DecisionTable`."""
     bounds, code = decision_bounds(kind)
     of_bound = cell(bounds)
-    assert bool((of_bound.diff() > 0).all()), "two bounds share a cell: raise _CELLS_PER_UNIT"
     cells = torch.arange(2 * _CELLS_PER_UNIT + 1, dtype=torch.int32)
     rank = (of_bound[None, :] < cells[:, None]).sum(dim=1).to(torch.uint8)
     bound = torch.full(cells.shape, 2.0)
@@ -117,13 +111,9 @@ def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTab
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed 8-bit dynamic map, ascending, (256,) float32 in [-0.993, 1].
-
-    Seven decades of both signs, and 0 and 1. The decade of exponent e has 2^e values: the midpoints of 2^e equal parts
-    of [0.1, 1], times 10^(e - 6).
-
-    Source: 8-Bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, sec. 2.1.
-    """
+    """The signed 8-bit dynamic map, ascending, (256,) float32 in [-0.993, 1]: seven decades of both signs, 0 and 1. The
+    decade of exponent e has the midpoints of 2^e parts of [0.1, 1], times 10^(e - 6). Source: arXiv 1511.04561, sec.
+    2.1."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)

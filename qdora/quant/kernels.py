@@ -1,7 +1,6 @@
 """What computes on a device: bitsandbytes' kernels, and the device that fake tensors of a plan stand for.
 
-Of bitsandbytes only ops are called, which do not write into their arguments. On CPUs with AVX512-BF16 its `Linear4bit`
-repacks its weight in the first eval-mode forward, and dequantising then gives garbage without an error.
+Only ops are called: on CPUs with AVX512-BF16 `Linear4bit` repacks its weight, and dequantising then gives garbage.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def device_kind(device: torch.device) -> str:
 def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
     """How many tokens each expert of a mixture gets in a plan, (num_experts,), where each token chooses `top_k`.
 
-    Skewed, `top_k` experts get nearly all tokens. Every other expert gets one, where that leaves enough of them: as
-    many experts as may be share a launch with the busy ones, and their weights do not lie together.
+    Skewed, `top_k` experts get nearly all tokens, and as many as may be of the others one: they share a launch with the
+    busy ones, and their weights do not lie together.
     """
     planned = _PLANNED.get()
     if planned is None or planned[1] == "even":

@@ -1,7 +1,6 @@
 """A frozen weight in 2 to 8 bits: the container `PackedWeight`, quantising into it and dequantising from it.
 
-The plain-torch code of `blockwise` defines the formats. bitsandbytes' kernels dequantise if they are faster
-and give the same bits (`choose_backend`).
+`blockwise` defines the formats. bitsandbytes' kernels dequantise where they give the same bits (`choose_backend`).
 """
 
 from __future__ import annotations
@@ -64,14 +63,14 @@ class PackedWeight:
 
     @property
     def num_packed_bytes(self) -> int:
-        """Bytes with the codes packed as tightly as the format allows: less than `num_bytes` for simulated formats."""
+        """Bytes with the codes packed tightly: less than `num_bytes` for simulated formats."""
         if self.kind not in codebooks.SIMULATED:
             return self.num_bytes
         codes = -(-self.shape[0] * self.shape[1] * codebooks.CODE_BITS[self.kind] // 8)
         return self.num_bytes - self.packed.numel() + codes
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedWeight:
-        """The same weight on `device`; itself if it is there already. Dtypes never change."""
+        """The same weight on `device`."""
         if torch.device(device) == self.device:
             return self
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
@@ -83,7 +82,7 @@ class PackedWeight:
         return from_tensors(self.kind, self.shape, self.block_size, copies)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name: packed, absmax and, if nested, nested_absmax, nested_code, nested_offset."""
+        """The tensors by their `TENSOR_NAMES`."""
         named = [self.packed, self.absmax]
         if self.nested is not None:
             named += [self.nested.absmax, self.nested.code, self.nested.offset]
@@ -93,17 +92,14 @@ class PackedWeight:
 def _layout(
     kind: str, shape: tuple[int, int], block_size: int, nested: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a packed weight."""
     rows, columns = shape
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
     sizes = (MXFP4_BLOCK_SIZE,) if kind == MXFP4 else BLOCK_SIZES
     if kind not in KINDS:
-        raise ValueError(f"the kind of a weight must be one of {', '.join(KINDS)}, got '{kind}'.")
+        raise ValueError(f"the kind of a weight must be one of {KINDS}, got '{kind}'.")
     if block_size not in sizes or (kind == MXFP4 and columns % block_size):
-        raise ValueError(
-            f"block size of {shape} in {kind} must be one of {', '.join(map(str, sizes))}, got {block_size}."
-        )
+        raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "packed": (((rows * columns + 1) // 2,), torch.uint8),
@@ -117,7 +113,7 @@ def _layout(
 
 
 def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """The inverse of `PackedWeight.tensors`; shares their memory. ValueError if one has another shape or dtype."""
+    """The inverse of `PackedWeight.tensors`; ValueError for another shape or dtype."""
     layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
@@ -135,7 +131,7 @@ def empty_packed(
     double_quant: bool = True,
     device: torch.device | str = "cpu",
 ) -> PackedWeight:
-    """A packed weight with uninitialised tensors, to fill, or to measure on "meta" or under FakeTensorMode."""
+    """A packed weight with uninitialised tensors."""
     block_size = MXFP4_BLOCK_SIZE if kind == MXFP4 else block_size
     layout = _layout(kind, shape, block_size, double_quant and kind not in ("int8", MXFP4))
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
@@ -144,7 +140,7 @@ def empty_packed(
 
 @dataclass(frozen=True)
 class RowParts:
-    """A dense weight, (out, in), that is read in parts of whole rows, so that it is never in memory whole."""
+    """A dense weight, (out, in), that is read in parts of whole rows."""
 
     shape: tuple[int, int]
     parts: Callable[[], Iterator[Tensor]]  # (rows, in) each, in order; all have one dtype and device
@@ -163,10 +159,8 @@ def quantize(
 ) -> PackedWeight:
     """Quantise a dense weight, (out, in) in any float dtype, on its device, with the plain-torch definition.
 
-    A base does not depend on the device that quantised it. The peak beside the weight is about twice the result (266
-    MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous. Parts give the bits of the whole, and each
-    is quantised when it is read, unless its rows are no whole blocks. int8 has one scale a row: blocks and double
-    quantisation are for the other kinds. `name` is the weight's in an error.
+    The peak is about twice the result. Parts give the bits of the whole; each is quantised when it is read, unless its
+    rows are no whole blocks. `name` is the weight's in an error.
     """
     if isinstance(weight, RowParts):
         plain = _quantize_parts(weight, kind, block_size, name)
@@ -209,11 +203,10 @@ def with_nested_scales(plain: PackedWeight) -> PackedWeight:
 def choose_backend(
     kind: str, device: torch.device, *, block_size: int, in_features: int, dtype: torch.dtype
 ) -> Literal["torch", "bnb"]:
-    """Which code dequantises: bitsandbytes if its kernel gives the bits of the definition, else plain torch.
+    """bitsandbytes if its kernel gives the bits of the definition, else plain torch.
 
-    Measured with bitsandbytes 0.50.2 on a CPU with AVX512: its 4-bit kernel starts each row at a new block. A row that
-    begins inside a block decodes with a wrong scale, off by up to 88 % of the largest weight, without an error. From
-    block size 2048 on the kernel falls back to slow code. With AVX2 alone the zeros of fp4 may have the other sign.
+    bitsandbytes 0.50.2 on a CPU with AVX512 starts each row at a new block, so a row that begins inside a block decodes
+    with a wrong scale, without an error. From block size 2048 on it is slow.
     """
     if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"
@@ -223,7 +216,6 @@ def choose_backend(
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether bitsandbytes runs on a device; a plan for a GPU assumes that it does."""
     return kernels.device_kind(device) != device.type or kernels.is_available(device.type)
 
 
@@ -245,10 +237,10 @@ def decode_4bit(
 
 
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
-    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
+    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 each row's absmax.
 
-    Double quantised, the scale of a zero block can come out as not 0, or slightly negative. Shares memory with `packed`
-    unless nested. Of `blocks`, a slice without a step, only the groups of 256 are decoded.
+    Double quantised, a zero block's scale can be not 0, or slightly negative. Of `blocks`, a slice without a step, only
+    the groups of 256 are decoded.
     """
     nested = packed.nested
     if packed.kind == MXFP4 and packed.absmax.dtype == torch.uint8:
@@ -265,12 +257,11 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
 
 
 def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
-    """Some rows, which begin and end at blocks, as a weight that shares the codes and has decoded block scales."""
+    """Some rows, which begin and end at blocks, sharing the codes, with decoded block scales."""
     shape = (rows.stop - rows.start, packed.shape[1])
     if packed.kind == "int8":
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
     first, last = rows.start * shape[1], rows.stop * shape[1]
-    assert first % packed.block_size == last % packed.block_size == 0, "rows begin and end at a block"
     scales = block_scales(packed, slice(first // packed.block_size, last // packed.block_size))
     return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[first // 2 : last // 2], scales)
 

@@ -1,7 +1,6 @@
 """A frozen weight as a sequence of dense tiles, so that no product needs the whole dense weight at once.
 
-A factor per row costs nothing in the block scales of a packed weight whose blocks do not cross rows: dequantising with
-absmax * g gives the tile of diag(g) W with the roundings of a tile of W.
+A factor per row goes into the block scales: absmax * g gives the tile of diag(g) W with no further rounding.
 """
 
 from __future__ import annotations
@@ -21,18 +20,14 @@ Weight = PackedWeight | Tensor
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
-# Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU needs few,
-# large products: with 128 MiB a layer of 4096 x 14336 has one tile and one of 8192 x 28672 four.
+# Most bytes of a dense tile. A GPU needs few, large products: a layer of 4096 x 14336 has one tile.
 _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 128 << 20
-# A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
-# multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
+# A weight that must be cut on a CPU is cut into tiles of about this size, which stay in the cache.
 _CPU_CUT_BYTES = 8 << 20
-# Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
-# 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
+# Rows (or columns) of a tile on a CPU: with AMX oneDNN's bf16 product takes twice the time with 384 to 768.
 _LONG, _SHORT = 1024, 256
-# On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
-# multiples of the output tile of cuBLAS's 16-bit kernels.
+# On a GPU the runs are equally long (a short last one leaves most of the chip idle) and multiples of cuBLAS's tile.
 _GPU_STEP = 128
 
 
@@ -47,11 +42,8 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
-    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
-
-    `other` is the length of the other dimension of a tile, `itemsize` the bytes of an element. Every run but the last
-    starts and ends at a multiple of `align`.
-    """
+    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda". `other` is a
+    tile's other dimension; every run but the last is a multiple of `align`."""
     budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
     fits = budget // (other * itemsize)
     if total <= fits:
@@ -62,11 +54,9 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
         length = _round_up(-(-total // -(-total // longest)), step)
         return [slice(start, min(start + length, total)) for start in range(0, total, length)]
     long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
-    # At least one long run where it fits at all; more of them together up to the size of a cut.
     long *= min(fits // long, max(1, _CPU_CUT_BYTES // (other * itemsize * long)))
     runs, start = [], 0
     while start < total:
-        # The rest behind the long runs is cut into short ones.
         length = long if 0 < long <= total - start else short
         runs.append(slice(start, min(start + length, total)))
         start += length
@@ -86,9 +76,8 @@ def _round_up(length: int, align: int) -> int:
 def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles (rows, in) of whole rows of diag(row_factor) W, in order, in any float dtype.
 
-    Products of codes, scales and factors, (out,) float32 (float64 for float64 weights), are float32, then cast once. A
-    tile may share memory with the weight. A loop that ends with `del tile` holds one at a time. A weight whose blocks
-    cross rows comes as one tile; with blocks of 64 no common model has one.
+    Products of codes, scales and factors, (out,), are float32 (float64 for float64 weights), then cast once. A tile may
+    share memory with the weight; a loop that ends with `del tile` holds one. Blocks that cross rows give one tile.
     """
     return _tiles(weight, dtype, row_factor, 0)
 
@@ -128,16 +117,15 @@ def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: i
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
-    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32. None for a dense weight,
-    and if blocks cross rows: a scale then does not belong to one row."""
+    """The decoded block scales of diag(row_factor) W, for `with_scales`: (blocks,) float32; None for a dense weight,
+    and if blocks cross rows."""
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
     return _row_scales(weight, row_factor).reshape(-1)
 
 
 def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
-    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor. Its tiles are
-    those of `row_tiles(weight, dtype, row_factor)` bit for bit."""
+    """diag(row_factor) W from the codes of W and the `own_scales` of W and that factor: the same tiles, bit for bit."""
     assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 
@@ -153,7 +141,6 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
 
 
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """A dense tile from the codes and scales of some rows or columns; their blocks are whole."""
     if weight.kind == "int8":
         return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
     shape = (codes.shape[0], 2 * codes.shape[1])
@@ -162,7 +149,6 @@ def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dt
 
 
 def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(row_factor) tile: the product in float32 or wider, then one cast."""
     if row_factor is None:
         return tile.to(dtype)
     return (tile * row_factor.unsqueeze(1)).to(dtype)

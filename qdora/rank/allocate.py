@@ -1,8 +1,7 @@
 """Ranks for all layers under one budget of parameters, from the worth of each rank component; their figures.
 
-A component of a layer is worth the next-largest energy of its spectrum (a worth of components.py, a squared singular
-value) and costs as many parameters as one rank more of the layer. The ranks maximise the total worth within the budget,
-exactly and in whole components.
+A component is worth the next-largest energy of its layer's spectrum and costs as many parameters as one rank more. The
+ranks maximise the total worth within the budget, exactly.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ class LayerSpectrum:
     """The worth of each component of a layer.
 
     Attributes:
-        energies: (most,) worth of the first, second, ... component; never rising, never negative. Its length is the
-            largest rank that the layer may get.
-        total: Energy of the whole spectrum, known components or not. An estimate may be below the known part.
-        cost: Parameters of a component: in + out, for a stack of experts more (`parameters_per_rank`).
+        energies: (most,) worth of the first, second, ... component; never rising, never negative.
+        total: Energy of the whole spectrum. An estimate may be below the known part.
+        cost: Parameters of a component.
     """
 
     energies: Array
@@ -38,20 +36,16 @@ class LayerSpectrum:
 
 
 def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
-    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones hold less.
-
-    A spectrum without energy needs 1.
-    """
+    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones hold less."""
     reached = np.cumsum(spectrum.energies) >= threshold * spectrum.total * (1.0 - 1e-12)
     return int(reached.argmax()) + 1 if reached.any() else None
 
 
 def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int]:
-    """The ranks of largest summed energy whose parameters fit into the budget; at least 1, in the order given.
+    """The ranks of largest summed energy whose parameters fit into the budget; at least 1.
 
-    Layers of one cost share one list of components, from the most valuable down. Branch and bound finds how many to
-    take from each list; the bound is the same problem with the last component cut to fit. Beyond rank 1 no component
-    without energy is given.
+    Layers of one cost share one list of components, from the most valuable down; branch and bound finds how many to
+    take from each list. Beyond rank 1 no component without energy is given.
     """
     ranks = dict.fromkeys(spectra, 1)
     needed = sum(spectrum.cost for spectrum in spectra.values())
@@ -77,7 +71,6 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int
 
 
 def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
-    """How many of each pool's first components to take: the largest sum that fits."""
     values = [np.concatenate([[0.0], np.cumsum(energies)]) for energies in pools]
     bounds = [_bound(pools[start:], costs[start:]) for start in range(len(pools))]
     # Below this, sums in another order could differ
@@ -115,16 +108,13 @@ def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
 
 
 def _depth_and_kind(name: str) -> tuple[int, str]:
-    """model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a number."""
     depth = block_of(name)
     return (0, name) if depth is None else (depth, name.partition(f".{depth}.")[2])
 
 
 def draw_spectra(spectra: Mapping[str, Array], path: Path, *, measure: str, ranks: Mapping[str, int]) -> None:
-    """Magnitudes of falling values: one panel a kind of layer, one line a depth (dark is early). SVG.
-
-    Each value below 0 is a cross, and the last one within `ranks` a dot.
-    """
+    """Magnitudes of falling values: one panel a kind of layer, one line a depth (dark is early). SVG. Values below 0
+    are crosses, the last one within `ranks` a dot."""
     from matplotlib import colormaps
 
     places = {name: _depth_and_kind(name) for name in spectra}

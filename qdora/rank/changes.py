@@ -16,8 +16,8 @@ from qdora.quant.tiles import dense_weight
 class WeightChange:
     """Means over the rows of a layer's weight; V is the merged or trained weight, W the dequantised base.
 
-    direction: 1 - cos(v, w). magnitude: | ||v|| / ||w|| - 1 |. length: | ||v|| - ||w|| |, as in DoRA, arXiv 2402.09353,
-    eq. 3. Rows of zeros are left out.
+    direction: 1 - cos(v, w). magnitude: | ||v|| / ||w|| - 1 |. length: | ||v|| - ||w|| |, as in DoRA, eq. 3. Rows of
+    zeros are left out.
     """
 
     direction: float
@@ -65,9 +65,8 @@ def set_magnitude_back_(layer: AdaptedLinear) -> None:
 class ErrorUndone:
     """Of an update U and the error E = W - W', W the compressed base, W' the uncompressed one; 2-norms of all entries.
 
-    undone: <U, -E> / |E|^2, the share of the error that the update takes back; 1 if U = -E, and any sign.
-    undone_best: The same of the best approximation of -E with the rank of the adapter, in each part of a stack.
-    cosine: <U, -E> / (|U| |E|); of the best approximation the square root of `undone_best`.
+    undone: <U, -E> / |E|^2, the share of the error that the update takes back. undone_best: The same of the best
+    approximation of -E with the rank of the adapter. cosine: <U, -E> / (|U| |E|).
     """
 
     undone: float
@@ -77,11 +76,8 @@ class ErrorUndone:
 
 @torch.no_grad()
 def error_undone(update: Tensor, error: Tensor, rank: int) -> ErrorUndone | None:
-    """Compare an update with the error of its weight, in float32 or wider; None without an error.
-
-    Both are (out, in), or stacks of such matrices, (parts, out, in), with an adapter of `rank` in each part. Source of
-    the best approximation: Eckart and Young, Psychometrika 1 (1936), keeps the largest singular values.
-    """
+    """Compare an update with the error of its weight, (out, in) or (parts, out, in), in float32 or wider; None without
+    an error. The best approximation keeps the largest singular values (Eckart and Young, Psychometrika 1, 1936)."""
     whole = float(error.square().sum())
     if not whole:
         return None

@@ -5,10 +5,9 @@ Let F(D) be the loss with D in place of s B A (under the layer's mask; norm atta
     F(D + X) ~ F + <G, X> + <X, H X> / 2,        G = dF/dD,  H the Gauss-Newton matrix of F by D.
 
 Components are E_i = u_i v_i^T, orthonormal: the singular directions of D, of sizes sigma_i > 0 (held), then those of
-the gradient across them, (1 - U U^T) G (1 - V V^T), of size 0 (new): the changes of D that no change of the held ones'
-own A and B makes to first order, so that they take more rank. With g_i = <G, E_i> and q_i = <E_i, H E_i>, the loss with
-component i at size t is F + g_i (t - sigma_i) + q_i (t - sigma_i)^2 / 2. It is least at t* = sigma_i - g_i / q_i, and
-without the component, t = 0, it is larger by
+the gradient across them, (1 - U U^T) G (1 - V V^T), of size 0 (new). With g_i = <G, E_i> and q_i = <E_i, H E_i>, the
+loss with component i at size t is F + g_i (t - sigma_i) + q_i (t - sigma_i)^2 / 2. It is least at t* = sigma_i - g_i /
+q_i, and without the component, t = 0, it is larger by
 
     worth_i = q_i t*^2 / 2 = (q_i sigma_i - g_i)^2 / (2 q_i).
 
@@ -18,36 +17,30 @@ worths of those left out. (The model is a sum over i.) Its cases:
 
     g_i = 0      q_i sigma_i^2 / 2       what removal costs: LeCun et al., Optimal Brain Damage, 1990
     sigma_i = 0  g_i^2 / (2 q_i)         what a new component gains: half the Newton decrement
-    F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W that the components share:
-                                         what Eckart and Young say that a rank leaves out, each once, also at B = 0
+    F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W: Eckart and Young
 
-With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
-a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.layer_spectrum`.
+q_i is never negative. Where it is 0, the logits do not move along E_i but for a shift, so that g_i = 0, too, and the
+component is worth 0. Nothing here changes with the basis of A and B, (R^-1 A, B R).
 
 Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
 components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
 a_t = d/dD log p_t(y_t),
 
-    E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>,
+    E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>.
 
-the first because probabilities sum to 1, the second because that is what the matrix of the logits is: the covariance
-of the drawn label. So the square of a row's own slope, sum over its tokens of <a_t, X>, has the sum of its tokens'
-forms as its mean: the mixed terms have mean 0. One backward pass gives one such slope for each row of the micro-batch
-and each X, and a component of rank 1, u v^T, needs no matrix:
+So the square of a row's own slope, sum over its tokens of <a_t, X>, has the sum of its tokens' forms as its mean. One
+backward pass gives one such slope for each row of the micro-batch, and a component u v^T needs no matrix:
 
     <dL/dD, u v^T> = sum over positions of (dy g . u) (x . v).
 
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-A stack of experts has such components of each expert: the parts of `AdaptedExperts.approximated_parts`.
-One rank more is one component more of every part, so the i-th worth of a stack is
-the sum of the i-th ones of its parts. An expert without tokens has q_i = 0, and its components are worth 0.
+A stack of experts has such components of each expert (`AdaptedExperts.approximated_parts`). One rank more is one
+component more of every part, so the i-th worth of a stack is the sum of the i-th ones of its parts.
 
-The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
-the squared relative error of q_i, 4 % for an error of 20 %. With few draws this grows without bound, and a component
-whose q_i is small by chance looks best. So there is a least number of draws.
+The estimate of q_i has no bias, but a new component's worth divides by it and is too large on average by the squared
+relative error of q_i: 4 % for an error of 20 %. With few draws this grows without bound, so there is a least number.
 
 Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
 """
@@ -82,13 +75,11 @@ Array = NDArray[np.float64]
 class Directions:
     """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
 
-    The parts of a stack have their numbers in rows, (parts, components), and their vectors in the shapes of the stack's
-    factors, whose rank is then `components`: those of one part, of (experts * out), are (experts, out). A part with
-    fewer components than others ends in zeros.
+    Of a stack the numbers are (parts, components), the vectors (experts, out, components) and (experts, in,
+    components); a part with fewer components than others ends in zeros.
 
     Attributes:
-        left, right: U, (out, components), and V, (in, components), columns of length 1. Of a stack (experts, out,
-            components) and (experts, in, components).
+        left, right: U, (out, components), and V, (in, components), columns of length 1.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
         tail: (), squared Frobenius norm of the gradient across held and new components.
@@ -101,7 +92,7 @@ class Directions:
     tail: Array
 
     def matrix(self, index: tuple[int, ...]) -> Tensor:
-        """E_i, (out, in), or (experts * out, in) of a stack; `index` is that of its number in `sizes`."""
+        """E_i, (out, in), or (experts * out, in) of a stack."""
         u, v = self.left[..., index[-1]], self.right[..., index[-1]]
         if len(index) == 1:
             return torch.outer(u, v)
@@ -118,8 +109,7 @@ class Components:
 
     Attributes:
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures, from the spread over the draws; 0 where they are exact.
-            Where a curvature is too small by chance, so is its error.
+        errors: (components,) standard errors of the curvatures, from the spread over the draws.
     """
 
     directions: Directions
@@ -135,7 +125,7 @@ class Components:
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
-        """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
+        """The greatest `most` worths. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
         new = self.directions.sizes == 0.0
         slope = (self.directions.slopes**2 * new).sum(axis=-1)
@@ -177,16 +167,12 @@ def layer_directions(
 
 
 def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
-    """The components of all parts of a stack."""
     most = max(len(each.sizes) for each in parts)
-    left, right = (
-        torch.stack([functional.pad(getattr(each, side), (0, most - len(each.sizes))) for each in parts])
-        for side in ("left", "right")
-    )
-    sizes, slopes = (
-        np.stack([np.pad(getattr(each, name), (0, most - len(each.sizes))) for each in parts])
-        for name in ("sizes", "slopes")
-    )
+    pads = [(0, most - len(each.sizes)) for each in parts]
+    left = torch.stack([functional.pad(each.left, pad) for each, pad in zip(parts, pads, strict=True)])
+    right = torch.stack([functional.pad(each.right, pad) for each, pad in zip(parts, pads, strict=True)])
+    sizes = np.stack([np.pad(each.sizes, pad) for each, pad in zip(parts, pads, strict=True)])
+    slopes = np.stack([np.pad(each.slopes, pad) for each, pad in zip(parts, pads, strict=True)])
     return Directions(
         left.reshape(*layer.lora_B.shape[:2], most),
         right.reshape(len(layer.lora_A), layer.in_features, most),
@@ -197,10 +183,10 @@ def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
-    """The held components and the `num_new` steepest ones across them, U and V in the gradient's dtype.
+    """The held components and at most `num_new` steepest ones across them.
 
     `held` is U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; `gradient` is G = dF/dD,
-    (out, in). There are at most min(out, in) - r new components, and those without slope are left out.
+    (out, in).
     """
     left, sizes, right = (each.double() for each in held)
     wide = gradient.double()
@@ -218,8 +204,7 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
 
 
 def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank. One of each
-    of `approximated_parts`."""
+    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it, for each of `approximated_parts`."""
     found = []
     for b, a in layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double()):
         left, first = torch.linalg.qr(b)
@@ -233,8 +218,8 @@ def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (out, n), largest singular values (n,) and right vectors (in, n), from the Gram matrix of the short
-    side. Values below 1e-6 of the largest are left out: the Gram matrix loses them."""
+    """Left vectors (out, n), largest singular values (n,), right vectors (in, n), from the Gram matrix of the short
+    side, which loses values below 1e-6 of the largest."""
     tall = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if tall else matrix
     squared, vectors = torch.linalg.eigh(short @ short.T)
@@ -281,10 +266,8 @@ def drawn_curvatures(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Components]:
-    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
-
-    The model runs as in `update_gradients`. The relative error falls with sqrt(draws x rows).
-    """
+    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once. The relative
+    error falls with sqrt(draws x rows)."""
     adapted = adapted_layers(model)
     device = next(iter(directions.values())).left.device
     probes = {name: Probe(adapted[name], each, norm) for name, each in directions.items()}
@@ -330,10 +313,9 @@ class Probe:
     ) -> Callable[[Tensor], None]:
         """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row.
 
-        `x` is (..., in), `output` (..., out), and `layout` (rows, positions) of the micro-batch; the slopes are (rows,
-        components). Where a tensor has another layout, or may have because both numbers are the same, all tokens count
-        as one row: the mean stays right, the spread is larger. So they do in a stack of experts, whose layout is its
-        tokens, sorted by expert, and whose slopes are (1, parts, components).
+        `x` is (..., in), `output` (..., out), `layout` (rows, positions) of the micro-batch, slopes (rows, components).
+        Where the layout may be another, all tokens count as one row: the mean stays right, the spread is larger. So in
+        a stack of experts, whose slopes are (1, parts, components).
         """
         if isinstance(layout, ExpertTokens):
             return functools.partial(self._of_experts, x, output, layout, take)
@@ -376,7 +358,6 @@ class Probe:
 
 
 def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The slopes of the tokens of a row along the components of a masked matrix, (components,)."""
     gradient = (dy.T @ x).masked_fill_(~keep, 0.0)
     return ((gradient @ right) * left).sum(dim=0)
 
@@ -392,7 +373,7 @@ def squared_slopes(
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
-    (sets, components) or (sets, parts, components) float64 on the CPU.
+    (sets, [parts,] components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 
@@ -422,10 +403,7 @@ def squared_slopes(
 
 
 def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, tokens) int64 on the logits' device, each from its token's softmax.
-
-    The uniform numbers come from a CPU generator, so the labels are the same on every device, up to rounding.
-    """
+    """(draws, tokens) int64, each from its token's softmax, by uniform numbers of a CPU generator."""
     chance = torch.rand(len(logits), draws, dtype=torch.float64, generator=generator)
     parts = []
     for some, chances in zip(torch.split(logits, _CHUNK), torch.split(chance, _CHUNK), strict=True):

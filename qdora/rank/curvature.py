@@ -3,10 +3,9 @@ Hessian and the Gauss-Newton matrix, and their eigenvalues.
 
     y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
-By this formula, in float32 and without dropout, a model is differentiable any number of times. A masked adapter
-(`adapter.mask: keep`) has M o (B A) in place of B A, also in the norm. The part `update` is the whole matrix s B A, to
-differentiate by it instead of by its factors. A stack of experts is this formula for each expert with its tokens; which
-expert a token goes to is a constant, what the router weighs it with is not.
+In float32 and without dropout, this is differentiable any number of times. A masked adapter has M o (B A) in place of B
+A, also in the norm. The part `update` is the whole matrix s B A. Which expert a token goes to is a constant, what the
+router weighs it with is not.
 
 The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
 it gives the curvature of another function than the loss. Here the caller chooses:
@@ -14,8 +13,7 @@ it gives the curvature of another function than the loss. Here the caller choose
     attached    n(A, B) is part of the graph: the derivatives are those of the loss.
     held        n is the number that it is now: the derivatives are those of the surrogate that training follows.
 
-At the point itself both give the loss of the training layer; the matrices differ by far more than rounding, also at
-B = 0. LoRA has no norm: `none`. The loss is summed NLL of fixed micro-batches over their labelled tokens:
+LoRA has no norm: `none`. The loss is summed NLL of fixed micro-batches over their labelled tokens:
 
     hessian         H v  = d/dw (dL/dw . v)
     gauss_newton    G v  = J^T (diag p - p p^T) J v / tokens, J = dz/dw for the logits z, p = softmax(z): the part of H
@@ -64,8 +62,8 @@ class _PlainLayer:
     """The values of an adapted layer, or of one expert of a stack, while it runs by the plain formula.
 
     Attributes:
-        values: Part ("lora_A", ...) -> its value in the dtype of the analysis; the chosen ones are leaves of a graph.
-        row_norm: ||W + s B A||_row of the present values, (out,), or (experts, out) of a stack; None for LoRA.
+        values: Part ("lora_A", ...) -> its value; the chosen ones are leaves of a graph.
+        row_norm: ||W + s B A||_row of the present values; None for LoRA.
         attached: The norm is computed anew in every forward pass, as a part of the graph.
         keep_mask: M, (out, in) or (experts * out, in) bool; None without a mask.
     """
@@ -86,7 +84,6 @@ class _PlainLayer:
         return cls(values, norm, attached, layer.base.keep_mask() if layer.masked else None)
 
     def of_expert(self, expert: int) -> _PlainLayer:
-        """The values of one expert of a stack, which shares their graph."""
         size = self.values["lora_B"].shape[1]
         rows = slice(expert * size, (expert + 1) * size)
         values = {name: value[rows] if name in UPDATE else value[expert] for name, value in self.values.items()}
@@ -94,7 +91,6 @@ class _PlainLayer:
         return _PlainLayer(values, norm, self.attached, None if self.keep_mask is None else self.keep_mask[rows])
 
     def product(self, x: Tensor, update: Tensor | None, scaling: float) -> Tensor:
-        """x (s B A)^T; `update` is that of `dense_update`."""
         return (x @ self.values["lora_A"].T) @ self.values["lora_B"].T * scaling if update is None else x @ update.T
 
     def dense_update(self, scaling: float) -> Tensor | None:
@@ -109,12 +105,9 @@ class _PlainLayer:
     def gain(self, weight: Weight, base_squared: Tensor | None, update: Tensor | None, scaling: float) -> Tensor | None:
         """g = m / ||W + s B A|| for each row, and 0 for a row whose present norm is 0; None for LoRA.
 
-        `base_squared` is ||w||^2 of the rows of the frozen weight, (out,). Attached, from factors:
+        Attached, from factors, summed in float64 (a derivative divides by n^3):
 
             ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T
-
-        summed in float64: a derivative of it divides by n^3, so a row that has cancelled would lose its digits three
-        times over. A row of zeros has no derivative and a norm of 1.
         """
         if self.row_norm is None:
             return None
@@ -138,11 +131,10 @@ class _PlainLayer:
 def plain_model(
     model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS
 ) -> Iterator[dict[str, Tensor]]:
-    """Run `model`, in float32 or float64, by the plain formula inside the block; afterwards it is as before.
+    """Run `model`, in float32 or float64, by the plain formula inside the block, in eval mode.
 
-    Inside: eval mode, attention by SDPA's MATH kernel or in plain torch (the other kernels cannot be differentiated
-    twice), adapters in float32 (float64 on a float64 base). `norm` is that of these layers, in others it is constant;
-    `parts` are the parameters to differentiate by, or `UPDATE`. Yields "<layer>.<part>" -> leaf, in model order.
+    Attention runs in plain torch or SDPA's MATH kernel: others cannot be differentiated twice. `norm` is that of these
+    layers, in others it is constant. Yields "<layer>.<part>" -> leaf, in model order.
     """
     adapted = adapted_layers(model)
     leaves: dict[str, Tensor] = {}
@@ -199,22 +191,18 @@ Logits = Callable[[], tuple[Tensor, Tensor]]
 class CurvatureOperator:
     """The matrix as its product with a vector. The parameters lie end to end, in the order of `leaves`.
 
-    Memory is that of one micro-batch at a time. With a single micro-batch the graph of the gradient is kept between
-    products: the peak is the same, and two of four passes are saved.
+    Memory is that of one micro-batch. With a single one the graph of the gradient is kept between products.
     """
 
     def __init__(self, leaves: Sequence[Tensor], batches: Sequence[Logits], curvature: Curvature) -> None:
         self.num_matvecs = 0
-        """Number of products so far."""
         self.size = sum(leaf.numel() for leaf in leaves)
-        """Rows of the matrix."""
-        self.dtype = leaves[0].dtype
-        """Dtype of the products: float32 or float64."""
+        self.dtype = leaves[0].dtype  # of the products: float32 or float64
         self._leaves, self._batches, self._curvature = leaves, batches, curvature
         self._kept: Any = None
 
     def product(self, vector: Tensor) -> Tensor:
-        """The matrix times a (size,) vector, on the vector's device and in its dtype; computed in `dtype`."""
+        """The matrix times a (size,) vector, on the vector's device and in its dtype."""
         leaves, device = self._leaves, self._leaves[0].device
         pieces = torch.split(vector.to(device=device, dtype=self.dtype), [leaf.numel() for leaf in leaves])
         parts = [part.view_as(leaf) for part, leaf in zip(pieces, leaves, strict=True)]
@@ -231,7 +219,6 @@ class CurvatureOperator:
         return (total / max(num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
 
     def _graph(self, batch: Logits) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Logits, the vector that stands for the gradient by them, and the gradient by the leaves with its graph."""
         logits, targets = batch()
         if self._curvature == "hessian":
             nll = token_nll(logits, targets).sum()
@@ -244,7 +231,6 @@ class CurvatureOperator:
     def _image(
         self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
     ) -> Sequence[Tensor]:
-        """The matrix of one micro-batch, from its `_graph`, times a vector in the shapes of the leaves."""
         logits, upstream, back = graph
         if self._curvature == "hessian":
             return torch.autograd.grad(back, self._leaves, vector, retain_graph=keep, materialize_grads=True)
@@ -266,10 +252,8 @@ def curvature_of(
     norm: Norm,
     parts: Collection[str] = FACTORS,
 ) -> Iterator[CurvatureOperator]:
-    """The curvature of a model's loss by the adapters of some layers; inside the block it runs as in `plain_model`.
-
-    The micro-batches are without packing, with at least one labelled token.
-    """
+    """The curvature of a model's loss by the adapters of some layers; inside the model runs as in `plain_model`.
+    Micro-batches are without packing."""
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
         parameters = list(leaves.values())
         runs = [partial(labelled_logits, model, batch, parameters[0].device) for batch in batches]
@@ -277,8 +261,8 @@ def curvature_of(
 
 
 def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The model's own logits at the labelled positions alone, (num_labelled, vocabulary) with their graph in float32 or
-    wider, and their targets, (num_labelled,) int64."""
+    """The logits at the labelled positions, (num_labelled, vocabulary) with their graph, and their targets,
+    (num_labelled,)."""
     wanted = batch.labels[:, 1:] != IGNORED
     rows, columns = (index.to(device) for index in wanted.nonzero(as_tuple=True))
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
@@ -297,13 +281,10 @@ def top_eigenpairs(
 ) -> tuple[Array, Array, Array]:
     """The k eigenpairs of largest magnitude (at most size - 1) of a symmetric matrix, from its products in float64.
 
-    From one start, Lanczos sees one copy of an eigenvalue, however often it comes, and the residuals are small all the
-    same (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). Near B = 0 each value of the Hessian comes about
-    2 x rank times. So `eigsh` is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), until nothing is larger
-    than the k-th, and Rayleigh-Ritz over all gives the pairs.
-
-    `tolerance` is the relative accuracy of the values; 0 is machine precision. Returns values, (k,), falling in
-    magnitude, vectors (size, k) of length 1, and residuals ||M v - lambda v||, (k,).
+    From one start, Lanczos sees one copy of an eigenvalue, however often it comes (Parlett, The Symmetric Eigenvalue
+    Problem, 1998, ch. 13). So `eigsh` is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), until nothing is
+    larger than the k-th, and Rayleigh-Ritz over all gives the pairs. Returns values, (k,), falling in magnitude,
+    vectors (size, k), and residuals ||M v - lambda v||, (k,).
     """
     generator, k = np.random.default_rng(0), min(k, size - 1)
     found, magnitudes = np.zeros((size, 0)), np.zeros(0)
@@ -348,9 +329,8 @@ def layer_spectrum(
 ) -> dict[str, Any]:
     """The largest eigenvalues of the curvature by the factors of a layer, as JSON values.
 
-    They belong to directions of all factors at once, not to rank components, whose worth is in components.py: at B = 0,
-    apart from the block of B alone, each singular value s sigma of the gradient by the weight gives 2 x rank of them,
-    half of them negative.
+    They belong to directions of all factors at once, not to rank components: at B = 0 each singular value of the
+    gradient by the weight gives 2 x rank of them, half of them negative.
     """
     began = time.perf_counter()
     with curvature_of(model, [layer], batches, curvature=curvature, norm=norm) as operator:

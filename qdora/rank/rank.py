@@ -42,10 +42,9 @@ Details = dict[str, dict[str, Any]]
 def rank_run(
     path: Path, asked: RankSettings, *, step: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Measure each layer's spectrum, choose the ranks, write them as a recipe.
+    """Measure each layer's spectrum in float32 on the dequantised base, choose the ranks, write them as a recipe.
 
-    Everything is computed in float32 on the dequantised base, whatever dtype the run used. The run itself, or its
-    checkpoint `step`, does not change: results go to <run>/rank/. Returns the content of <run>/rank/<method>.json.
+    The run, or its checkpoint `step`, does not change. Returns the content of <run>/rank/<method>.json.
     """
     progress, results = consoles(console)
     keep_freed_memory()
@@ -83,7 +82,6 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
 
 
 def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
-    """Ranks from the spectra of the layers, as the document of <run>/rank/<method>.json; writes recipe and figures."""
     adapted = adapted_layers(trained.model)
     if faults := unmatched("--layers", asked.layers, adapted, "adapted"):
         raise UserError(*faults)
@@ -157,7 +155,6 @@ def _by_curvature(
     asked: RankSettings,
     progress: Console,
 ) -> tuple[dict[str, LayerSpectrum], Details]:
-    """Worths of each layer's components; beside them, if asked for, eigenvalues of the curvature by A and B."""
     model, draws = trained.model, asked.draws
     with bar(progress, "directions of new components") as done:
         directions = layer_directions(model, limits, batches, norm=norm, progress=done)
@@ -204,7 +201,6 @@ def training_batches(
 
 
 def _budget(asked: RankSettings, own: int) -> int:
-    """Parameters of all components together; `own` are those of the run."""
     text = asked.budget or "100%"
     try:
         budget = int(own * float(text[:-1]) / 100) if text.endswith("%") else int(text)
@@ -217,10 +213,7 @@ def _budget(asked: RankSettings, own: int) -> int:
 
 def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[str, Any]:
     """The ranks that the gates of a run chose, read from its adapter without the model; writes a recipe and a map.
-
-    Returns the content of rank/gates.json. "removed_after" has an entry for each component of the start: the number of
-    steps after which it was removed, or null.
-    """
+    "removed_after" has for each component of the start the steps after which it was removed, or null."""
     assert recipe.adapter.gates is not None
     trained, state = trained_state(run, recipe, step)
     extra = describe_adapter(adapter_of(run, trained)).extra or {}
@@ -245,21 +238,14 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
 
 
 def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Write rank/<method>.yaml: the run's recipe with these ranks of all adapted layers, and without gates.
-
-    Returns "fragment", a value of an axis of a study, and "recipe", the file's path.
-    """
-    # Experts may have a rank of their own, so that no rank is left out as the usual one.
+    """Write rank/<method>.yaml: the run's recipe with these ranks, without gates. Returns "fragment", a value of an
+    axis of a study, and "recipe", the file's path."""
     usual = None if recipe.adapter.experts.rank else recipe.adapter.rank
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     plain = settings(recipe)
     fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern and not recipe.adapter.has_own_ranks:
-        # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
-        fragment["same_scaling"] = True
-    elif pattern:
-        # Another value would also change alpha / rank of the layers that keep their rank
-        fragment["same_scaling"] = recipe.adapter.same_scaling
+    if pattern:  # else alpha / rank would be 16 times as large at rank 1 as at rank 16
+        fragment["same_scaling"] = recipe.adapter.same_scaling if recipe.adapter.has_own_ranks else True
     kept = {key: value for key, value in plain["adapter"].items() if key not in ("same_scaling", "gates")}
     plain["adapter"] = kept | fragment
     folder = run.inside("rank")
@@ -270,7 +256,6 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
-    """A row for each layer, and the command that trains with the new ranks."""
     threshold = document.get("threshold")  # gates have no energies
     before = "in the run" if threshold else "at the start"
     title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, {before} "
