@@ -512,22 +512,8 @@ def emit_list(what: str, titles: dict[str, str]) -> None:
     emit({what: titles}, plain="".join(f"{name:<{width}}  {title}\n" for name, title in titles.items()))
 
 
-VERBS = {
-    "train": train,
-    "eval": evaluate,
-    "export": export,
-    "generate": generate,
-    "plan": plan,
-    "preview": preview,
-    "rank": rank,
-    "study": study,
-    "report": report,
-    "validate": validate,
-    "recipes": recipes,
-    "schema": schema,
-    "doctor": doctor,
-    "guide": guide,
-}
+_all = (train, evaluate, export, generate, plan, preview, rank, study, report, validate, recipes, schema, doctor, guide)
+VERBS = {"eval" if function is evaluate else function.__name__: function for function in _all}
 
 app = typer.Typer(
     name="qdora",

@@ -124,16 +124,15 @@ class SourceConfig(Section):
     format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
         "auto"
     )
-    """Layout of the rows of source. auto: found from the names of the columns. For the eight commonsense tasks: auto
-    asks for the text of a choice; commonsense170k asks for its name, as LLM-Adapters and the DoRA paper do."""
+    """Layout of the rows of source. auto: by the names of the columns. For the eight commonsense tasks: auto asks for
+    the text of a choice; commonsense170k for its name, as the DoRA paper does."""
     chat: Flag = False
-    """Make a chat of each row of prompt and completion, or of instruction and output: a turn of the user and one of the
-    assistant in the model's chat template. A column system becomes the system turn."""
+    """Make a chat of each row of prompt and completion, or of instruction and output, with the system turn of a column
+    system."""
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
     """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
     template: TemplateConfig | None = None
-    """Makes prompt and completion from any row, in place of a format. Renamed columns have their new names
-    in it."""
+    """Makes prompt and completion from any row, in place of a format. Renamed columns have their new names in it."""
     split: Text = "train"
     """Split to train on."""
     validation: Text | None = None
@@ -151,8 +150,7 @@ class SourceConfig(Section):
     size: Whole | None = None
     """Number of examples in a stream, for shares by size and for max_epochs (null: from Parquet footers or the Hub)."""
     shuffle_window: Whole = 4096
-    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files, and
-    the parts of Parquet and JSON-lines files, in a new order."""
+    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files in a new order."""
     name: Text | None = None
     """Name in metrics and tables (null: the task, or the last part of source)."""
     revision: Text | None = None
@@ -189,31 +187,27 @@ class DataConfig(Section):
     """Most tokens of an example."""
     too_long: TooLong = "error"
     """What to do with a longer training example. error: the run does not start. truncate: cut the start of the prompt,
-    then the end of the answer; a chat is cut after its last answer that fits. drop: leave the example out and count it.
-    split: divide plain text into examples of max_length without losing a token; a longer chat, or prompt with its
-    answer, is an error (in a stream a faulty row, see max_bad_rows). The default with a stream is truncate."""
+    then the end of the answer; a chat is cut after its last answer that fits. drop: leave it out and count it. split:
+    divide plain text into examples of max_length; all else is an error. The default with a stream is truncate."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
     of the rows if that is more)."""
     packing: Flag = False
     """Put several examples into one row of at most max_length tokens (with flash attention train.micro_batch_tokens),
-    which saves padding. Each example is trained as if it were alone. A model that cannot keep them apart is refused."""
+    each trained as if it were alone."""
     loss_on: LossOn = "answer"
-    """What is learnt. answer: the answer, in a chat every turn of the assistant. last: of a chat only the last of these
-    turns. all: the prompt, too."""
+    """What is learnt. answer: in a chat every turn of the assistant. last: only the last one. all: the prompt, too."""
     chat_template: Text | None = None
-    """File with the chat template (Jinja) for sources of chats. It replaces that of the tokenizer, in exports too
-    (null: the tokenizer's own)."""
+    """File with the chat template (Jinja) in place of the tokenizer's, in exports too (null: the tokenizer's own)."""
     template_kwargs: dict[Text, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
     cache: Text | None = None
-    """Directory where sources of 262,144 tokens and more are kept tokenised for later starts; off keeps none (null:
-    qdora/data in the user's cache directory, XDG_CACHE_HOME)."""
+    """Directory where sources of 262,144 tokens and more are kept tokenised; off: none (null: qdora/data in
+    XDG_CACHE_HOME)."""
     validation_fraction: Share = 0.05
     """Share to cut off the end of a train split that has no validation split."""
     seed: Seed = 0
-    """Seed of the order of the examples and of limit. It is separate from train.seed, so that all runs of a comparison
-    see the same data."""
+    """Seed of the order of the examples and of limit."""
 
     @model_validator(mode="before")
     @classmethod

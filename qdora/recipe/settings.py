@@ -55,8 +55,7 @@ class PruneConfig(Section):
     sparsity: Share | None = None
     """Share of weights to set to zero. Not for n:m, which implies it."""
     group: Literal["auto", "tensor", "row"] = "auto"
-    """Group in which an unstructured pattern compares weights. auto: the tensor for magnitude, the row for Wanda (its
-    paper, sec. 3)."""
+    """Group in which an unstructured pattern compares weights. auto: the tensor for magnitude, the row for Wanda."""
     order: Literal["prune_first", "quantize_first"] = "prune_first"
     """prune_first: quantise the pruned weights. quantize_first: prune the quantised weights and keep their scales."""
     damping: Positive = 0.01
@@ -123,11 +122,10 @@ class ModelConfig(Section):
     trust_remote_code: Flag = False
     """Run Python code of a Hub model. This needs a full commit as revision, since a branch can be moved."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers. auto: the fastest here that computes what the model needs (soft-cap,
-    sinks)."""
+    """Attention implementation of transformers. auto: the fastest here that computes what the model needs."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of activations and matrix products. auto: bfloat16 if the device computes in it, else float32. float16 is
-    for GPUs without bfloat16: it scales the loss, so that gradients neither vanish nor overflow."""
+    """Type of activations and matrix products. auto: bfloat16 if the device computes in it, else float32. float16, with
+    a scaled loss, is for GPUs without bfloat16."""
 
     @property
     def is_local(self) -> bool:
@@ -140,8 +138,7 @@ class BaseWeightsConfig(Section):
 
     quant: Literal["nf4", "fp4", "int8", "mxfp4", "int4", "nf3", "nf2", "none"] = "nf4"
     """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. mxfp4 keeps the
-    experts of a checkpoint that has them so (gpt-oss), bit for bit, and all else in 16 bits. nf3 and nf2 are for
-    experiments: they are simulated and take 4 bits."""
+    experts of such a checkpoint (gpt-oss), and all else in 16 bits. nf3 and nf2 are simulated and take 4 bits."""
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights per scale, for all formats but int8. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
@@ -152,11 +149,9 @@ class BaseWeightsConfig(Section):
     prune: PruneConfig | None = None
     """How to prune the base (null: no pruning)."""
     cache: Text | None = None
-    """Directory of packed bases. The first start writes the packed base there; later starts read it instead of the
-    16-bit weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME) (null: no cache)."""
+    """Directory that keeps the packed base for later starts. auto: qdora/bases in XDG_CACHE_HOME (null: no cache)."""
     residency: Literal["device", "host"] = "device"
-    """Where the frozen blocks are. host, with a GPU: in pinned host memory, copied to the GPU while other blocks
-    compute."""
+    """Where the frozen blocks are. host, with a GPU: in pinned host memory, copied while other blocks compute."""
     streamed_blocks: Whole | None = None
     """Number of blocks on the host, spread evenly among those on the device (null: all)."""
 
@@ -212,8 +207,7 @@ class AdapterConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 their updates would round to zero."""
     mask: Literal["ignore", "keep"] = "ignore"
-    """For a pruned base. keep: mask B A, so that the zeros stay; this takes more time. ignore: the merged model is
-    dense."""
+    """For a pruned base. keep: mask B A, so that the zeros stay (slower). ignore: the merged model is dense."""
     also_train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
     """Also train the input embedding, the output head or both, under any name. A head that is tied to the embedding is
     trained with it."""
@@ -249,14 +243,12 @@ class MemoryConfig(Section):
     more. auto: the free memory of the device; micro-batches, streamed blocks and the settings of this section are then
     changed so that the run fits, which does not alter what is trained (null: no plan)."""
     checkpointing: Flag = True
-    """Recompute the activations of each block in the backward pass instead of keeping them; takes about a third more
-    time."""
+    """Recompute the activations of each block in the backward pass; takes about a third more time."""
     offload_activations: Flag = False
-    """With a GPU: keep the checkpoints of the blocks in pinned host memory between the passes; they are copied while
-    other blocks compute."""
+    """With a GPU: keep the checkpoints of the blocks in pinned host memory between the passes."""
     keep_scales: Flag = True
     """Decode the block scales of a quantised base once for each optimizer step, not for every product. It takes half a
-    bit a weight with blocks of 64. A streamed base keeps none. Generation keeps them where training did."""
+    bit a weight with blocks of 64. A streamed base keeps none."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
@@ -292,28 +284,26 @@ class TrainConfig(Section):
     """Tokens, with padding, in one forward pass; a step accumulates as many passes as it needs. auto: 2,048, or
     data.max_length if that is larger."""
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
-    """How several processes hold the frozen base (torchrun or accelerate launch). replicate: each all of it. shard:
-    each its rows, and a block is gathered while it computes. hybrid: shard among the processes of a machine, replicate
-    across machines. auto: shard if memory.budget is set and the base fits sharded but not whole, else replicate. One
-    process holds all of it in any case. See the guide several-gpus."""
+    """How several processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard among
+    the processes of a machine, replicate across machines. auto: shard if memory.budget is set and the base fits only
+    so, else replicate. See the guide several-gpus."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of lora_A and lora_B (of all matrices with adapter.kind full). Magnitudes have none."""
     betas: tuple[Share, Share] | None = None
-    """Decay rates of the two averages (null: [0.9, 0.999] for Adam, arXiv 1412.6980, sec. 2; [0.9, 0.99] for Lion,
-    sec. 5)."""
+    """Decay rates of the two averages (null: [0.9, 0.999] for Adam, [0.9, 0.99] for Lion)."""
     eps: Positive = 1e-8
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     router_aux_loss: NotNegative = 0.0
-    """Factor of the auxiliary loss that spreads a mixture's tokens evenly over its experts, added to the loss (0: off).
-    The model itself was trained with the factor router_aux_loss_coef of its config.json. See the guide experts."""
+    """Factor of the auxiliary loss that spreads a mixture's tokens evenly over its experts (0: off). See the guide
+    experts."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What happens at a bad step: its loss or gradient is not finite, or its loss is a spike. A bad step is never
-    applied, and its examples are kept in bad-steps/. stop: the run ends. skip: the run continues with the next step."""
+    """What happens at a bad step (loss or gradient not finite, or a spike), which is never applied; its examples are
+    kept in bad-steps/. stop: the run ends. skip: it continues with the next step."""
     max_skips: Whole = 5
     """Bad steps in a row that may be skipped; at one more the run ends."""
     spike: Factor | None = None
@@ -343,7 +333,7 @@ class EvalConfig(Section):
     """Most examples of each task (null: all)."""
     block: WholeOrZero | None = None
     """Which examples limit takes: block k has the k-th `limit` examples of a fixed random order, which starts again at
-    its end (null: examples at even distances). A study gives each of its seeds a block of its own."""
+    its end (null: examples at even distances)."""
     method: Literal["loglikelihood", "generate"] = "loglikelihood"
     """loglikelihood: score the given choices and answers. generate: in addition let the model write its answers, as in
     the DoRA paper (arXiv 2402.09353, sec. 5.1); only for tasks whose choices differ in one word."""
@@ -354,11 +344,9 @@ class EvalConfig(Section):
     at_end: Flag = True
     """Evaluate after the last step."""
     best_by: Text | None = None
-    """Choose the best of the evaluated steps by macro (the average over the tasks) or by the task of this name. Its
-    checkpoint is kept and becomes adapter/ (null: adapter/ is the last step)."""
+    """Task, or macro (the average over the tasks), that chooses the step of adapter/ (null: the last step)."""
     best_metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
-    """Metric of best_by. nll_per_token: the lowest is best. acc, acc_norm: the highest is best; only for tasks with
-    choices."""
+    """Metric of best_by. acc, acc_norm: only for tasks with choices."""
     patience: Whole | None = None
     """End the run after this many evaluations in a row without improvement (null: never)."""
 
@@ -367,10 +355,9 @@ class InterferenceConfig(Section):
     """Measurement of tasks that pull the adapter in different directions. It does not change the training."""
 
     every: Whole | None = None
-    """Optimizer steps between measurements of the cosines between the tasks' gradients, a multiple of eval.every
-    (null: no measurement)."""
+    """Steps between measurements of the cosines between the tasks' gradients, a multiple of eval.every (null: none)."""
     examples: Annotated[int, Strict(), Field(ge=2)] = 16
-    """Validation examples of each task to measure gradients on. Fewer are cheaper, but the cosines are noisier."""
+    """Validation examples of each task to measure gradients on."""
 
 
 class Recipe(Section):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -485,12 +485,3 @@ def axes_of(study: Study, *prefixes: str) -> set[str]:
         for name, axis in study.product.items()
         if all(key.startswith(prefixes) for _, changes in choices(axis, name) for key in changes)
     }
-
-
-def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
-    """Which combinations of the grid have the same recipe as another, from the cells' records; None if none has."""
-    found = [f"{in_words(each)} is {in_words(cell['labels'])}" for cell in cells for each in cell.get("equal", ())]
-    if not found:
-        return None
-    what = f"{len(found)} combinations have the same recipe as another one. It runs once, under its first labels"
-    return f"{what}: {'; '.join(found)}."

@@ -374,7 +374,7 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
 
 
 def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) -> None:
-    """Say of each primary comparison whether an arm is better, the arms are equivalent, or it is not decided.
+    """Call each primary comparison better, equivalent or not decided.
 
     Better: the larger p-value is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
     one of the two one-sided tests that the difference is outside of the zone. Both may hold. A comparison that has no
@@ -395,21 +395,12 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) 
             )
 
 
-def level_seeds(arm: Arm, study: Study) -> list[str]:
-    """The seeds over which the level of an arm is told: those of the study file, which other arms have, too.
-
-    With `eval.limit` a seed has examples of its own, so means over different seeds cannot be compared. All seeds of an
-    arm that has none of these.
-    """
-    return first_seeds(study, arm.seeds)
-
-
 def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
-    """Mean of a measure over the arm's `level_seeds` with its t interval; of a base over its examples.
+    """Mean of a measure over the `first_seeds` with its t interval; of a base over its examples; None: not measured.
 
-    None if not measured.
+    With `eval.limit` a seed has examples of its own, so means over different seeds cannot be compared.
     """
-    values = [results.mean(arm.seeds[seed], measure) for seed in level_seeds(arm, results.study)]
+    values = [results.mean(arm.seeds[seed], measure) for seed in first_seeds(results.study, arm.seeds)]
     if not values or any(map(math.isnan, values)):
         return None
     if arm.kind != "base":

@@ -93,27 +93,23 @@ class CompareConfig(Section):
     metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
     """What is compared. nll_per_token: lower is better. acc, acc_norm: higher is better; for tasks with choices."""
     tasks: Literal["tokens", "equal"] = "tokens"
-    """Weight of a task in nll_per_token. tokens: its answer tokens, as in the loss of the training. equal: each task
-    counts once; tasks with one-token answers then make most of the variance."""
+    """Weight of a task in nll_per_token. tokens: its answer tokens, as in training. equal: each counts once."""
     split: Literal["halves", "test"] = "halves"
     """halves: one half of the validation examples is for finding rates, the other for comparing. test: the validation
     examples are for finding rates, the test examples for comparing."""
     primary: Annotated[dict[Text, PrimaryConfig], Field(min_length=1)] | None = None
-    """The comparisons that answer the question: name -> comparison. They are corrected together for their number; all
-    others are exploratory (null: every arm in every context, by `metric`)."""
+    """The comparisons that answer the question: name -> comparison. All others are exploratory (null: every arm in
+    every context)."""
     alpha: Share = 0.05
-    """Chance that the study calls any false winner, and chance that it calls any false equivalence, among the primary
-    comparisons of a family (Holm's correction)."""
+    """Chance of any false winner, and of any false equivalence, among the primary comparisons of a family (Holm)."""
     zone: Positive = 0.02
-    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL). Beside it, accuracies
-    are told by a zone of 0.01, one point."""
+    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL)."""
     power: Annotated[Share, Field(gt=0.5)] = 0.8
     """Power at which the smallest detectable difference is told."""
     min_seeds: Annotated[Whole, Field(ge=2)] = 3
     """Seeds needed to call a winner or an equivalence."""
     spread: Positive | None = None
-    """Expected standard deviation between seeds of an improvement. comparisons.csv has the half-width that it gives
-    beside the measured one (null: nothing)."""
+    """Expected standard deviation between seeds of an improvement, for half_width_planned in comparisons.csv."""
 
 
 class RatesConfig(Section):
@@ -186,9 +182,7 @@ class Study(Section):
     """The axes. Every combination of their values is run."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_seeds)] = (0, 1, 2)
     """Seeds of every combination, or their number: 3 means 0, 1 and 2. A seed decides the initial values, the order of
-    the data and, with eval.limit, the examples that are evaluated; all arms share them. Seeds that only a stage names
-    are later ones: where a comparison has seeds of both sorts, these alone tell the spread (Stein's two-stage
-    procedure)."""
+    the data and, with eval.limit, the examples. Where stages name later seeds, these alone tell the spread (Stein)."""
     stages: tuple[StageConfig, ...] = ()
     """The parts of the product that are run, in this order ([]: all)."""
     exclude: tuple[Choice, ...] = ()
@@ -225,9 +219,6 @@ class Study(Section):
             if seed in seen:
                 yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
             seen[seed] = key
-        names = [stage.name for stage in self.stages]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield "stages", f"must have different names, got {name!r} twice."
         asked: list[tuple[str, Any]] = [(f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)]
         if rates is not None:
             asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]

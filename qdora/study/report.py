@@ -24,12 +24,11 @@ from qdora.study.compare import (
     count_primary,
     damage_row,
     find_arms,
-    level_seeds,
     quality,
     repair_row,
     task_rows,
 )
-from qdora.study.grid import RATE, SEED, CompareConfig, Study, in_words, label_of
+from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, in_words, label_of
 from qdora.study.measure import read_guesses
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
@@ -192,7 +191,6 @@ def read_report(directory: Path) -> Report:
 
 
 def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
-    """A primary comparison: its verdict, the improvement with its interval, and what the verdict rests on."""
     where = "".join(f"{axis} {row[axis]}, " for axis in axes if axis in row)
     size = f"improvement of {row['arm']} over {row['reference']} in {LABELS[metric]}"
     details = [f"{row['num_seeds']} seed{'' if row['num_seeds'] == 1 else 's'}"]
@@ -204,9 +202,8 @@ def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
         details.append(
             f"p of {row['zone']:g} or more = {row['p_equivalent_holm']:.4f}, corrected for {row['num_tests']}"
         )
-    elif row["reason"] or math.isfinite(row["smallest_detectable"]):
-        unseen = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
-        details.append(row["reason"] or unseen)
+    elif row["reason"]:
+        details.append(row["reason"])
     return f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
 
 
@@ -224,7 +221,7 @@ class _TableRows:
 
     def arm(self, arm: Arm) -> dict[str, Any]:
         results, is_dense = self.results, arm.base_key == arm.dense_key
-        seeds = level_seeds(arm, results.study)
+        seeds = first_seeds(results.study, arm.seeds)
         row = self._context(arm.context, is_dense=is_dense)
         row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
         row |= {"is_dense": is_dense, "rate": arm.rate, "rate_is_interior": arm.is_interior}
@@ -272,8 +269,8 @@ class _TableRows:
         return row | self.sizes(key)
 
     def curve(self, arm: Arm) -> Iterator[dict[str, Any]]:
-        """Training loss, averaged over the `level_seeds` and in at most 32 parts of equal length."""
-        keys = [arm.seeds[seed] for seed in level_seeds(arm, self.results.study)]
+        """Training loss, averaged over the `first_seeds` and in at most 32 parts of equal length."""
+        keys = [arm.seeds[seed] for seed in first_seeds(self.results.study, arm.seeds)]
         runs = [RunDirectory(self.results.store.cell(key)) for key in keys if not self.results.diverged(key)]
         lines = [line for run in runs if run.metrics_file.is_file() for line in run.metrics() if "loss" in line]
         losses = pd.DataFrame(lines, columns=["step", "loss"]).dropna().groupby("step")["loss"].mean()

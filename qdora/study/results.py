@@ -136,7 +136,6 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     """Read the scores of a cell, of all examples or of one half.
 
     `files` are of the cell's result: "scores", optionally "generated" -> file below the run directory.
-    UserError: The evaluation is missing, damaged, without scores of single examples, or has no example in the half.
     """
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for task, example, row in _rows(cell, files["scores"]):
@@ -169,10 +168,7 @@ def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
         raise UserError(f"{path}: must be a file inside the run directory of its cell.")
-    try:
-        rows = json.loads(path.read_bytes())["per_example"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no scores of single examples ({type(error).__name__}).") from None
+    rows = read_json_object(path)["per_example"]
     return [(task, name, row) for task, records in by_task(rows).items() for name, row in records.items()]
 
 
@@ -188,13 +184,12 @@ def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
     total: dict[str, TaskScores] = {}
     for factor, scores in terms:
         if total and set(total) != set(scores):
-            raise UserError("study: not all cells were evaluated on the same tasks. All need the same eval.tasks.")
+            raise UserError("study: not all cells were evaluated on the same tasks (eval.tasks).")
         for task, found in scores.items():
             first = total.get(task, TaskScores(found.examples, np.zeros_like(found.values), found.weights))
             by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
             if by_name.keys() != set(first.examples):
-                what = f"study: task {task!r} was not evaluated on the same examples in all cells of a seed."
-                raise UserError(f"{what} All cells must have the same data and eval settings.")
+                raise UserError(f"study: task {task!r} was not evaluated on the same examples in all cells of a seed.")
             values = first.values + factor * np.array([by_name[example] for example in first.examples])
             total[task] = TaskScores(first.examples, values, first.weights)
     return total

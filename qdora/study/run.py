@@ -36,7 +36,7 @@ from qdora.prune.pruner import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
-from qdora.study.cells import Cell, Expander, equal_in_words
+from qdora.study.cells import Cell, Expander
 from qdora.study.compare import cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
@@ -58,9 +58,7 @@ _IDLE_LOOKS = 5
 
 @dataclass(frozen=True)
 class CellTally:
-    """How far a study is: cells with a result from any process, cells that were given up (key -> last reason), and
-    cells that another process works on.
-    """
+    """How far a study is. failed: key of a cell that was given up -> last reason."""
 
     num_cells: int
     num_done: int
@@ -78,9 +76,6 @@ def study_run(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the cells of a study that have no result and that no other process works on.
-
-    Cells that need a learning rate of the search, or the adapter of another cell, follow once that is there. While
-    other processes work on what they need, this one waits.
 
     `shard` "i/n": only an n-th of all cells. `retry_failed`: also those that were given up. `dry_run`: check every
     cell, tell how long the study takes, and write nothing. Returns the directory and the counts of cells.
@@ -153,12 +148,11 @@ def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, 
 
 
 def notes_on(expander: Expander, known: Results) -> list[str]:
-    """What to know of a study before it runs: combinations that are equal, and what can have no verdict."""
-    equal = equal_in_words([cell.record() for cell in expander.now().cells])
+    """What can have no verdict in a study, before it runs."""
     reasons = cannot_decide(known.study)
     lacking = never_decided([cell.record() for cell in planned_cells(expander, None).cells], known)
     never = [f"This study cannot have a verdict: {'; '.join(reasons)}. It gives scores and intervals."]
-    return [*([] if equal is None else [equal]), *(never if reasons else []), *lacking]
+    return [*(never if reasons else []), *lacking]
 
 
 def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
@@ -201,10 +195,7 @@ def _quiet_runs() -> Iterator[None]:
 
 
 class CellsLog:
-    """One line for each attempt, with the time left.
-
-    Cells that other processes finish count, too, so the time left is that of all processes together.
-    """
+    """One line for each attempt, with the time that all processes together have left."""
 
     def __init__(self, console: Console, store: StudyDirectory) -> None:
         self.console, self.store = console, store
@@ -226,11 +217,7 @@ class CellsLog:
 
 
 def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None) -> None:
-    """Run every cell that has no result and that no other process works on, until none is left.
-
-    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times. A
-    process that dies leaves its cell to the next one. An interrupt releases the cell, and the files stay.
-    """
+    """Run every free cell without a result; a failed one is tried again after the others, `store.retries` times."""
     busy = True
     while busy:
         busy = False
@@ -337,11 +324,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
 
 
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-    """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it.
-
-    `stage` (the kind of content) and `key` are file names. `make` fills an empty directory; if it raises, the directory
-    is removed, and the next caller tries again.
-    """
+    """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it."""
     path = store.shared(stage, key)
     with in_turn(path):
         if not path.is_dir():
