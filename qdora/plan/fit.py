@@ -301,8 +301,6 @@ def with_changes(
     """
     changes, changed, now, fitting = list[Change](), recipe, first, recipe
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        if now.fits:
-            break
         options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
         ordered = sorted(options, key=lambda option: seconds_of(options[option]))
         for overrides in [*ordered, ()] if neutral else ordered:
