@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-import resource
 import signal
 from collections.abc import Callable
 from functools import reduce
@@ -215,18 +214,6 @@ def in_fork(act: Callable[[], Any]) -> int:
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def test_a_full_disk_leaves_no_half_line(run):
-    def fill() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the system cuts the second line in the middle
-        with pytest.raises(RunFailure, match=r"run: metrics\.jsonl could not be written: the disk is full\.$"):
-            run.append_metrics({"step": 2, "text": "y" * 20000})
-
-    run.append_metrics({"step": 1, "text": "x" * 500})
-    assert in_fork(fill) == 0
-    assert run.metrics_file.read_bytes() == b'{"step": 1, "text": "' + b"x" * 500 + b'"}\n'
 
 
 def broken_off(run: RunDirectory, error: BaseException, step: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 import traceback
@@ -26,7 +25,6 @@ import yaml
 from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
 from qdora.files.atomic import (
     DISK_FULL,
-    PARTIAL,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
@@ -126,7 +124,7 @@ class RunDirectory:
             atomic_write_json(path, value)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, whole or not at all; those of a step before its checkpoint."""
+        """Add one line to metrics.jsonl, before the checkpoint of its step; readers skip one that was cut off."""
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
 
@@ -215,9 +213,7 @@ class RunDirectory:
         # If none is whole, the damaged ones stay for inspection.
         removed = [checkpoint.path for checkpoint in checkpoints if checkpoint not in kept] if whole else []
         for path in removed:
-            aside = path.with_name(f".{path.name}{PARTIAL}")
-            remove_directory(aside)
-            remove_directory(path.rename(aside))  # an interrupted removal leaves a leftover, no half checkpoint
+            remove_directory(path)
         return len(removed)
 
     def _by_step(self) -> list[Checkpoint]:
@@ -333,15 +329,8 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _append(path: Path, content: bytes) -> None:
-    """All of `content`, or nothing."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("ab") as stream:
-            stream.write(content)
-    except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
-        raise
+    with path.open("ab") as stream:
+        stream.write(content)
 
 
 def write_complete(path: Path, step: int) -> None:
@@ -384,12 +373,12 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
-            run.log(f"{mark}{record.getMessage()}")
+    def emit(record: logging.LogRecord) -> None:
+        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
+        run.log(f"{mark}{record.getMessage()}")
 
-    handler, level = Handler(logging.INFO), logger.level
+    handler, level = logging.Handler(logging.INFO), logger.level
+    handler.emit = emit  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:

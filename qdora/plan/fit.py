@@ -313,7 +313,7 @@ def with_changes(
                 if plan.tensor_bytes >= now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
                     continue
             else:  # at last
-                candidate, plan, overrides = with_streaming(changed, now, plan_of)
+                candidate, plan, overrides = _with_streaming(changed, now, plan_of)
                 if not overrides:
                     break
             changed, now = candidate, plan
@@ -322,7 +322,7 @@ def with_changes(
     return fitting, replace(first, changes=tuple(changes))
 
 
-def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
+def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
     """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it, if any."""
     overrides: _Overrides = ()
     while plan.fits is False and plan.block_bytes:
@@ -393,11 +393,8 @@ def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
 
 def divided_recipe(recipe: Recipe) -> Recipe | None:
     """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
-    return _overridden(all_on_device(recipe), ("memory.host_embeddings=false", "train.parallel=shard"))
-
-
-def all_on_device(recipe: Recipe) -> Recipe:
-    return with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
+    recipe = with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
+    return _overridden(recipe, ("memory.host_embeddings=false", "train.parallel=shard"))
 
 
 def within_budget(

@@ -3,7 +3,6 @@
     replicate   each card holds the base; once a step the gradients of the adapters are summed over all cards
     shard       each card holds its rows; a block is gathered before each of its two passes of a micro-batch
     hybrid      shard within a machine, replicate across machines
-    stream      replicate, with blocks in the memory of the card's own host (base.residency)
 
 Cards divide the micro-batches of a step. A ring of n cards takes (n - 1) / n of what it gathers through each link once,
 and what it sums twice; a machine has one link to the others. Blocks are gathered while others compute.
@@ -23,17 +22,15 @@ from rich.table import Table
 from qdora.data import mix_plan, sources
 from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.console import consoles
-from qdora.model.build_model import find_model, keeps_scales
+from qdora.model.build_model import find_model
 from qdora.plan import plan as parts
 from qdora.plan.fit import (
     MOST_STEPS,
     Workload,
-    all_on_device,
     assumed_workload,
     divided_recipe,
     num_sharing,
     plan,
-    with_streaming,
     workload_of_data,
 )
 from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
@@ -146,7 +143,7 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-Way = Literal["replicate", "shard", "hybrid", "stream"]
+Way = Literal["replicate", "shard", "hybrid"]
 # Bytes a second of a card's link in each direction within and across machines, 80 % of the stated rate: NVLink 3 (A100:
 # 300 GB/s), PCIe 4.0, and networks (12.5 and 3.1 GB/s)
 WITHIN: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": PCIE_4}
@@ -154,24 +151,10 @@ ACROSS: Mapping[str, float] = {"100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
 
 
 def whole_plans(recipe: Recipe, plan_of: Callable[[Recipe], Plan]) -> dict[Way, Plan]:
-    """The plans of one card with a whole base: as "replicate", as "shard" needs it, and as "stream" where possible.
-
-    Blocks are streamed as the recipe says, or else as few as make it fit into the budget.
-    """
+    """The plans of one card with a whole base: as "replicate", and as "shard" needs it, where possible."""
     shared = divided_recipe(recipe)
-    recipe = override(recipe, ["train.parallel=replicate"])
-    bare = all_on_device(recipe)
-    plans: dict[Way, Plan] = {"replicate": plan_of(bare)}
-    if shared is not None:
-        plans["shard"] = plan_of(shared)
-    if recipe.base.residency != "device":
-        return plans | {"stream": plan_of(recipe)}
-    whole = plans["replicate"]
-    if whole.fits is False and whole.block_bytes and keeps_scales(bare):
-        bare = override(bare, ["memory.keep_scales=false"])  # as with streamed blocks
-        whole = plan_of(bare)
-    _, streamed, settings = with_streaming(bare, whole, plan_of)
-    return plans | {"stream": streamed} if settings else plans
+    plans: dict[Way, Plan] = {"replicate": plan_of(override(recipe, ["train.parallel=replicate"]))}
+    return plans if shared is None else plans | {"shard": plan_of(shared)}
 
 
 def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int = 1) -> list[dict[str, Any]]:
@@ -186,8 +169,6 @@ def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int 
         ways.append(("shard", plans["shard"], num_processes))
         if 1 < num_hosts < num_processes:
             ways.append(("hybrid", plans["shard"], num_processes // num_hosts))
-    if "stream" in plans:
-        ways.append(("stream", plans["stream"], 1))
     links = {name: (rate, rate) for name, rate in WITHIN.items()}
     if num_hosts > 1:
         links = {f"{a} + {b}": (WITHIN[a], min(WITHIN[a], ACROSS[b])) for a in WITHIN for b in ACROSS}
