@@ -33,17 +33,6 @@ def masked(text: str) -> str:
     return _TOKEN.sub("hf_***", text)
 
 
-def token_paths(value: Any, steps: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
-    """The path of every key and string with an access token in nested lists and dicts."""
-    if isinstance(value, str) and _TOKEN.search(value):
-        yield steps
-    children = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-    for step, child in children if len(steps) < 20 else ():  # a recipe is 3 deep; YAML aliases can make a cycle
-        if isinstance(step, str) and _TOKEN.search(step):
-            yield (*steps, step)
-        yield from token_paths(child, (*steps, step))
-
-
 def disk_reason(error: BaseException) -> str | None:
     """Why a write failed; None for another error. Rust and C++ libraries raise their own for a full disk."""
     if isinstance(error, OSError):

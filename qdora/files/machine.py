@@ -166,9 +166,8 @@ def unused_gpu() -> tuple[str, str] | None:
     except (RuntimeError, AssertionError) as error:  # an old driver, no permission, a build without CUDA
         why = first_line(error).rstrip(".")
     versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver_version()}"
-    fix = "install a driver and a build of torch that fit (pytorch.org/get-started/locally)"
-    cpu = "put CUDA_VISIBLE_DEVICES= before qdora to compute on the CPU"
-    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", f"{fix}, or {cpu}"
+    fix = "install a driver and a torch that fit, or put CUDA_VISIBLE_DEVICES= before qdora to use the CPU"
+    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", fix
 
 
 def user_path(path: str | Path) -> Path:

@@ -162,9 +162,8 @@ class RunDirectory:
             for line, values in _metrics_lines(self.metrics_file)
             if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
         )
-        if content != self.metrics_file.read_bytes():
-            with self._disk_failures(self.metrics_file.name):
-                atomic_write_bytes(self.metrics_file, content)
+        with self._disk_failures(self.metrics_file.name):
+            atomic_write_bytes(self.metrics_file, content)
 
     def log(self, text: str) -> None:
         """Add a line to log.txt: UTC time and `text`, without access tokens."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _DEVICE_OF = torch.ops.prim.device.default  # what `tensor.device` calls for a fake tensor
 
@@ -96,8 +97,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if given is None:
                 given = {id(_storage(each)) for each in _tensors((args, kwargs))}
-            # A view of an earlier tensor, or a write into it, is no new memory
-            if id(storage) not in given:
+            if id(storage) not in given:  # a view of an earlier tensor, or a write into it, is no new memory
                 self._count(storage, self._label)
         self._note_peak()
         return result
@@ -137,11 +137,5 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
     return None if device.type == "meta" or tensor.layout != torch.strided else tensor.untyped_storage()
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

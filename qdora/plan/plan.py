@@ -227,10 +227,8 @@ class Rates:
 
 
 ASSUMED: Mapping[DeviceKind, Rates] = {
-    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, and 80 % of 1,555 GB/s
-    "cuda": Rates("A100 40GB (assumed)", 156e12, 1.2e12),
-    # Two cores with AVX512-BF16 (benchmarks, layer times)
-    "cpu": Rates("two CPU cores (assumed)", 1e12, 10e9),
+    "cuda": Rates("A100 40GB (assumed)", 156e12, 1.2e12),  # data sheet: half of 312 TFLOP/s, 80 % of 1,555 GB/s
+    "cpu": Rates("two CPU cores (assumed)", 1e12, 10e9),  # with AVX512-BF16 (benchmarks, layer times)
 }
 
 
