@@ -277,7 +277,7 @@ def plan_recipes_table(result: Any) -> str:
         return f"{each['components'].get(name, 0) / GIB:.2f}"
 
     def seconds(each: Any) -> str:  # on all cards, over PCIe 4 if they are several
-        used = "shard" if _is_divided(each) else "stream"
+        used = "shard" if _is_divided(each) else "replicate"
         times = [way["step_seconds"]["PCIe 4"] for way in each["ways"] if way["way"] == used]
         return f"{times[0] if times else each['step_seconds']:.0f}"
 

@@ -1,4 +1,4 @@
-"""The three ways in which qdora stops early: the user's mistake, a failure, an interrupt. Work stays on disk."""
+"""The three ways in which qdora stops early: the user's mistake, a failure, an interrupt."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ class Diverged(RunFailure): ...  # a number is not finite or a loss jumped
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop. `checkpoint` is the newest whole one, of `step` optimizer steps, or None.
-
-    If not `saved`, after a second signal, the steps after it are lost.
-    """
+    """Stopped after `step`; if not `saved`, by a second signal, the steps after `checkpoint` are lost."""
 
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
         self.step, self.checkpoint, self.saved = step, checkpoint, saved
@@ -70,12 +67,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def named(error: BaseException) -> str:
-    """Class and first line of an error, such as 'ValueError: too long'."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"
 
@@ -86,9 +81,7 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
 
 
 def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:
-    """The fault of a value that is not in a list: '--split: got 'tset', must be one of train, test. Did you ...?'"""
-    names = list(allowed)
-    return f"{where}: got {value!r}, must be one of {', '.join(names)}.{nearest(str(value), names)}"
+    return f"{where}: got {value!r}, must be one of {', '.join(allowed)}."
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -99,16 +92,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """`nearest` for the first missing part of a path."""
-    try:
-        while not os.path.exists(path.parent):
-            path = path.parent
-        return nearest(path.name, os.listdir(path.parent))
-    except OSError:
-        return ""
+    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
 
 
 def not_there(path: Path, kind: str, fix: str) -> str:
-    """The fault of a directory that is not `kind`, 'a run (it has no recipe.yaml)', or does not exist."""
-    what = f"is not {kind}." if os.path.exists(path) else f"no such directory.{nearest_path(path)}"
-    return f"{path}: {what} Fix: {fix}"
+    """The fault of a directory that is not `kind`, such as 'a run (it has no recipe.yaml)', or does not exist."""
+    return f"{path}: {f'is not {kind}' if path.exists() else 'no such directory'}. Fix: {fix}"

@@ -210,7 +210,7 @@ def test_plan_and_run_say_the_same(tmp_path):
     assert sum(memory["components"].values()) == memory["peak_bytes"]
     found, text = shown(override(recipe, ["adapter.rank=16"]), budget="1MiB")
     assert found["memory"]["fits"] is False
-    for words in ("does not fit in 1.0 MiB", "cheapest first", "Even with all of these it does not fit"):
+    for words in ("does not fit in 1.0 MiB", "cheapest first"):
         assert words in text
     [rank] = [line.partition(": ")[0].split() for line in text.splitlines() if "adapter.rank" in line]
     assert rank[::2] == ["-s", "-s"]  # as on the command line
@@ -341,7 +341,7 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(model_source, "snapshot_download", refuse)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 100, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    public = parts.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny", context=10)
+    public = parts.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
     # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
     num_weights = 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
     own = one_layer(tmp_path)
@@ -349,7 +349,6 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     found, text = shown(gated(GATED))
     assert (found["memory"]["stored_shape"], found["memory"]["num_weights"]) == (public.source, num_weights)
     assert f"the shape stored in qdora, from {public.source}" in text
-    assert "tokens are more than the model's context of 10." in text
     assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
     with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
         train_run(gated(GATED), tmp_path / "run")

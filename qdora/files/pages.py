@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def render_page(package: str, template: str, **facts: Any) -> str:
-    """The page of a template in a package, in the frame `page_frame.html.j2`; every fact is escaped.
-
-    The filter `image` turns an SVG into a data address: as an image it runs no script and shares no ids with the page.
-    """
+    """The page of a template in a package, in `page_frame.html.j2`, escaped; the filter `image` embeds an SVG."""
     loader = jinja2.ChoiceLoader([jinja2.PackageLoader(name, "") for name in (package, "qdora.files")])
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     pages.filters["image"] = lambda svg: f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
@@ -29,7 +26,7 @@ def render_page(package: str, template: str, **facts: Any) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure (sizes in inches) that no global state of matplotlib refers to, so it needs no closing."""
+    """An empty figure, sizes in inches, that needs no closing."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -37,7 +34,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @contextmanager
 def svg_file(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on; at the end of the block it is written to `path`, whose directory is made if needed."""
+    """A figure to draw on, which is written to `path` when the block ends."""
     figure = new_figure(width, height)
     yield figure
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,14 +42,13 @@ def svg_file(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def svg_text(figure: Figure) -> str:
-    """The figure as SVG: the same data give the same bytes, and letters are paths, so no font is needed."""
+    """The figure as SVG: the same data give the same bytes, and letters are paths."""
     import matplotlib as mpl
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        assert isinstance(text, Text)
         # A $ in a name is drawn as it is; only a logarithmic scale has formulas
-        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+        if isinstance(text, Text) and r"\mathdefault" not in text.get_text():
             text.set_parse_math(False)
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "qdora", "svg.fonttype": "path"}):
@@ -61,7 +57,7 @@ def svg_text(figure: Figure) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool] = ()) -> str:
-    """A Markdown table without a final line break; `right` says which columns are aligned to the right."""
+    """`right` says which columns are aligned to the right."""
     marks = ["---:" if index < len(right) and right[index] else "---" for index in range(len(header))]
     lines = [map(markdown_cell, header), marks, *(map(markdown_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

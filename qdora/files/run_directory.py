@@ -3,14 +3,13 @@
 recipe.yaml  environment.json  mix.json  checks.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
 trained.json  eval/*.json  report.html  README.md
 
-A checkpoint is whole if its complete.json lists its files and their sizes and check sums agree.
+A checkpoint is whole if the sizes and check sums in its complete.json agree.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 import traceback
@@ -26,7 +25,6 @@ import yaml
 from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
 from qdora.files.atomic import (
     DISK_FULL,
-    PARTIAL,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
@@ -47,23 +45,20 @@ logger = logging.getLogger("qdora")
 LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
-_OTHER_PLACE = "choose another --run-dir"
 WARNING_MARK, FAILURE_MARK = "WARNING", "FAILURE"  # begin such lines of log.txt, behind the time
 
 # Settings that do not decide what a run learns: how it fits into memory and what it writes.
 WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
 WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel")
-# What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
-# numbers: changing them gets a run past a bad step or row.
+# What a resumed run may change; some of it changes the numbers, which gets a run past a bad step or row.
 MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "interference", "data.max_bad_rows", "model.attention")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
-# What it may raise: a finished or stopped run is extended.
-MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
+MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")  # which extends a run
 
 
 def is_below(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted setting is one of those named, or inside one: data.mix[0].limit is below data and data.mix."""
+    """Whether a dotted setting is one of those named, or inside one, as data.mix[0].limit is inside data.mix."""
     return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
@@ -76,24 +71,22 @@ def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
 
 
 class Checkpoint(NamedTuple):
-    """A directory with the state after `step` optimizer steps."""
-
     step: int
     path: Path
 
 
 @contextmanager
 def unharmed(name: str) -> Iterator[None]:
-    """For a file that only informs: a failure to write it is a warning. `Processes.first` must be outside."""
+    """For a file that only informs: a failure to write it is a warning."""
     try:
         yield
     except Exception as error:
-        with suppress(RunFailure):  # a full disk does not even take the warning
+        with suppress(RunFailure):  # a full disk does not take the warning
             logger.warning("%s was not written: %s: %s", name, type(error).__name__, error)
 
 
 class RunDirectory:
-    """One run's files, all below `path`; made by `create_run`, `resume_run` or `open_run`."""
+    """One run's files, all below `path`; from `create_run`, `resume_run` or `open_run`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +96,7 @@ class RunDirectory:
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
-        if self.adapter.is_symlink():  # of an adopted run, whose messages name the adapter's own directory
+        if self.adapter.is_symlink():  # of an adopted run
             self.adapter = path / self.adapter.readlink()
 
     @property
@@ -117,34 +110,31 @@ class RunDirectory:
         return self.checkpoints / f"step-{step}"
 
     def inside(self, *parts: str) -> Path:
-        """A path below the run directory. UserError if it leaves it: by .., a symbolic link, or being absolute."""
+        """A path below the run directory; UserError if it leaves it by .., a link, or being absolute."""
         path, root = self.path.joinpath(*parts), self.path.resolve()
         if root not in path.resolve().parents:
             raise UserError(f"{self.path}: {Path(*parts)} is not inside the run. Fix: put it there, not a link.")
         return path
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write strict JSON, such as eval/final.json. RunFailure leaves an older file unchanged."""
+        """Write strict JSON, such as eval/final.json."""
         path = self.inside(name)
         with self._disk_failures(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(path, value)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, whole or, with a RunFailure, not at all.
-
-        A resume from checkpoint N drops the lines of later steps: all of step N is written before its checkpoint.
-        """
+        """Add one line to metrics.jsonl, before the checkpoint of its step; readers skip one that was cut off."""
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
 
     def environment(self) -> dict[str, Any]:
-        """What environment.json says of the last start."""
+        """Of the last start."""
         record = read_json_object(self.environment_file)
         return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
 
     def adopted(self) -> dict[str, Any]:
-        """{"adopted": what is known of the base} of an adapter that is taken for a run; {} for a run."""
+        """{"adopted": what is known of the base} of an adapter that is taken for a run, else {}."""
         record = self.environment() if self.environment_file.is_file() else {}
         return {key: value for key, value in record.items() if key == "adopted"}
 
@@ -156,7 +146,7 @@ class RunDirectory:
         return int(lines[-1]["step"]) if lines else None
 
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> None:
-        """Drop lines and own evaluations of later steps, and cut off lines; the rest stays byte for byte.
+        """Drop lines and own evaluations of later steps, and cut off lines.
 
         `evaluates_again` also drops the evaluation of `after_step`, which the run repeats.
         """
@@ -172,19 +162,18 @@ class RunDirectory:
             for line, values in _metrics_lines(self.metrics_file)
             if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
         )
-        if content != self.metrics_file.read_bytes():
-            with self._disk_failures(self.metrics_file.name):
-                atomic_write_bytes(self.metrics_file, content)
+        with self._disk_failures(self.metrics_file.name):
+            atomic_write_bytes(self.metrics_file, content)
 
     def log(self, text: str) -> None:
-        """Add a line to log.txt: UTC time and `text` with access tokens masked."""
+        """Add a line to log.txt: UTC time and `text`, without access tokens."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
         with self._disk_failures(self.log_file.name):
             _append(self.log_file, line.encode("utf-8", "backslashreplace"))
 
     @contextmanager
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
-        """A directory to fill, which becomes the whole checkpoint of `step` when the block ends."""
+        """A directory to fill, which becomes the checkpoint of `step` when the block ends."""
         what = f"the checkpoint of step {step}"
         with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
             yield path
@@ -192,19 +181,16 @@ class RunDirectory:
 
     @contextmanager
     def result_directory(self, *parts: str) -> Iterator[Path]:
-        """A directory to fill, which gets its name below the run when the block ends; an older one stays until then."""
+        """A directory to fill, which gets its name below the run when the block ends."""
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of all checkpoints, whole or not, in ascending order."""
+        """Ascending, whole or not."""
         return [checkpoint.step for checkpoint in reversed(self._by_step())]
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
-
-        RunFailure if all checkpoints are damaged; a new start from step 0 would hide that.
-        """
+        """The whole checkpoint of the largest step, None if there is none; RunFailure if all are damaged."""
         damaged: list[str] = []
         for checkpoint in self._by_step():
             if (fault := checkpoint_fault(checkpoint.path)) is not None:
@@ -214,15 +200,11 @@ class RunDirectory:
                 logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, checkpoint.path)
             return checkpoint
         if damaged:
-            every = f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)})"
-            raise RunFailure(f"{every}. Fix: train again with another --run-dir.")
+            raise RunFailure(f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)}).")
         return None
 
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
-        """Keep the newest `keep` whole checkpoints and those that they need; returns how many others are removed.
-
-        `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
-        """
+        """Keep the newest `keep` whole checkpoints and the steps they need; returns how many are removed."""
         checkpoints = self._by_step()
         whole = [checkpoint for checkpoint in checkpoints if checkpoint_fault(checkpoint.path, sums=False) is None]
         needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
@@ -230,10 +212,7 @@ class RunDirectory:
         # If none is whole, the damaged ones stay for inspection.
         removed = [checkpoint.path for checkpoint in checkpoints if checkpoint not in kept] if whole else []
         for path in removed:
-            # Renamed to a leftover's name first, so that an interrupted removal leaves no half checkpoint.
-            aside = path.with_name(f".{path.name}{PARTIAL}")
-            remove_directory(aside)
-            remove_directory(path.rename(aside))
+            remove_directory(path)
         return len(removed)
 
     def _by_step(self) -> list[Checkpoint]:
@@ -243,7 +222,7 @@ class RunDirectory:
 
     @contextmanager
     def _disk_failures(self, what: str) -> Iterator[None]:
-        """Turn a failed write into a RunFailure that names the newest whole checkpoint."""
+        """A failed write is a RunFailure that names the newest whole checkpoint."""
         try:
             yield
         except BaseException as error:
@@ -261,7 +240,7 @@ def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     if resume and not path.is_dir():
         open_run(path)
     with ExitStack() as stack:
-        with disk_failures(path, _OTHER_PLACE):
+        with disk_failures(path, "choose another --run-dir"):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
         yield
@@ -272,7 +251,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
-    with disk_failures(path, _OTHER_PLACE):
+    with disk_failures(path, "choose another --run-dir"):
         path.mkdir(parents=True, exist_ok=True)
         # The environment is written first: a directory with another recipe.yaml alone may be somebody's own.
         others = sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - {LOCK})
@@ -292,7 +271,7 @@ def _clear(path: Path) -> None:
 
 
 def chat_date_of(path: Path) -> str:
-    """The day on which chats of a run are rendered, YYYY-MM-DD: that of its first start; today for a new run."""
+    """The day on which chats of a run are rendered, YYYY-MM-DD: of its first start, or today."""
     try:
         return date.fromisoformat(read_json_object(RunDirectory(path).environment_file)["chat_date"]).isoformat()
     except (ValueError, KeyError, TypeError):  # UserError is a ValueError
@@ -302,31 +281,25 @@ def chat_date_of(path: Path) -> str:
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Remove leftovers, and record what differs in the environment since the last start.
 
-    `recipe` is the one to go on with, `before` the run's own with all defaults, both YAML. UserError if the recipe
+    `recipe` is the one to continue with, `before` the run's own with all defaults, both YAML. UserError if the recipe
     differs in a setting that changes the training.
     """
     run = open_run(path)
-    try:
-        old_text = run.recipe_file.read_text(encoding="utf-8")
-        old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
-        record, last = read_json_object(run.environment_file), run.environment()
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
+    old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
+    record, last = read_json_object(run.environment_file), run.environment()
     faults = []
     for key in dict.fromkeys((*old, *new)):
         was, now, can_rise = old.get(key), new.get(key), key in MAY_RISE
-        # A length that is missing is told by the other unit's line.
+        # A length that is missing is reported by the other unit's line.
         if was == now or is_below(key, MAY_CHANGE) or (can_rise and (now is None or (was is not None and now > was))):
             continue
-        fault = f"{path}: {key}: must be {was!r}{' or more' if can_rise and was is not None else ''}"
-        fault += f", as when the run started; to change it, start another --run-dir (got {now!r})."
-        if "/" in f"{was} {now}":
-            fault += f" Fix: if it was moved, write its new path into {run.recipe_file}."
-        faults.append(fault)
+        must = f"must be {was!r}{' or more' if can_rise and was is not None else ''}, as when the run started"
+        moved = f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {now}" else ""
+        faults.append(f"{path}: {key}: {must} (got {now!r}). Fix: start another --run-dir{moved}.")
     if faults:
         raise UserError(*faults)
     _clear(path)
-    if old_text != recipe:
+    if run.recipe_file.read_text(encoding="utf-8") != recipe:
         atomic_write_text(run.recipe_file, recipe)
     current: dict[str, Any] = json.loads(json_bytes(environment))
     different = {key: value for key, value in current.items() if last.get(key) != value}
@@ -339,31 +312,24 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
 def open_run(path: Path) -> RunDirectory:
     """A finished or interrupted run. UserError if there is none."""
     run = RunDirectory(path)
-    if run.recipe_file.is_file():
-        return run
-    raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name the --run-dir of an earlier 'qdora train'."))
+    if not run.recipe_file.is_file():
+        raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name an earlier --run-dir."))
+    return run
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line without its end, values) of every whole line; a JSON object that is cut off is never valid."""
+    """(line without its end, values) of every whole line."""
     content = path.read_bytes() if path.exists() else b""
     for line in content.split(b"\n"):
-        with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
+        with suppress(ValueError):  # a kill has cut the line off
             values = json.loads(line)
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 yield line, values
 
 
 def _append(path: Path, content: bytes) -> None:
-    """All of `content`, or nothing."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("ab") as stream:
-            stream.write(content)
-    except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
-        raise
+    with path.open("ab") as stream:
+        stream.write(content)
 
 
 def write_complete(path: Path, step: int) -> None:
@@ -374,7 +340,7 @@ def write_complete(path: Path, step: int) -> None:
 
 
 def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
-    """Why a step-N directory is not a whole checkpoint, or None. Without `sums` only the sizes are compared."""
+    """Why a step-N directory is not a whole checkpoint, or None; without `sums` by the sizes alone."""
     try:
         listed = json.loads((path / COMPLETE).read_bytes())["files"]
         for name, facts in listed.items():
@@ -394,7 +360,7 @@ def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
 
 
 def _size_and_sum(file: Path) -> dict[str, Any]:
-    """Size and CRC-32, against torn writes and bad disks, not against malice."""
+    """Against torn writes and bad disks, not against malice."""
     total = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -406,12 +372,12 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
-            run.log(f"{mark}{record.getMessage()}")
+    def emit(record: logging.LogRecord) -> None:
+        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
+        run.log(f"{mark}{record.getMessage()}")
 
-    handler, level = Handler(logging.INFO), logger.level
+    handler, level = logging.Handler(logging.INFO), logger.level
+    handler.emit = emit  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
@@ -423,7 +389,7 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
 @contextmanager
 def failures_logged(path: Path, verb: str) -> Iterator[None]:
-    """Add a failure of `qdora <verb>` to log.txt if `path` is a run: its traceback, then `FAILURE <verb>: <error>`."""
+    """Add a failure of `qdora <verb>` to the log.txt of a run: its traceback, then `FAILURE <verb>: <error>`."""
     try:
         yield
     except (UserError, Interrupted):

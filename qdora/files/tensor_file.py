@@ -1,8 +1,7 @@
 """safetensors files, written one tensor at a time.
 
-The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the
-tensors back to back. The header is written first, since all sizes are known before the values are.
-Source: huggingface/safetensors, README, "Format".
+8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the tensors back
+to back. Source: huggingface/safetensors, README, "Format".
 """
 
 from __future__ import annotations
@@ -34,24 +33,21 @@ class TensorSpec:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{name}').")
     return _DTYPES[name]
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
-    """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for spec in specs:
         assert spec.name not in entries, spec.name
-        # Readers view the mapped file in the tensor's dtype, which needs an aligned start: wider dtypes come first.
+        # Readers view the mapped file in the tensor's dtype, which needs an aligned start
         assert offset % spec.dtype.itemsize == 0, spec.name
         start, offset = offset, offset + spec.num_bytes
         placed = {"shape": list(spec.shape), "data_offsets": [start, offset]}
         entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
@@ -82,10 +78,8 @@ def write_safetensors(
                 written += file.write(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
                 del part, flat
             del tensor
-            if written != spec.num_bytes:
-                raise ValueError(f"tensor '{spec.name}' has {written} bytes, announced are {spec.num_bytes}.")
-        if next(remaining, None) is not None:  # which also lets a generator count its last one
-            raise ValueError(f"more tensors than the {len(specs)} announced.")
+            assert written == spec.num_bytes, spec.name
+        assert next(remaining, None) is None  # which also lets a generator count its last one
         file.flush()
         os.fsync(file.fileno())
         return end
@@ -96,27 +90,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
     return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
-
-
-def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File name -> its tensors, wider dtypes first; a tensor larger than the limit gets a file of its own."""
-    groups: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(spec)
-        size += spec.num_bytes
-    groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
-    """The content of `model.safetensors.index.json`: total parameters and bytes, and tensor -> file."""
-    specs = [spec for group in shards.values() for spec in group]
-    num_parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
-    metadata = {"total_parameters": num_parameters, "total_size": sum(spec.num_bytes for spec in specs)}
-    return {"metadata": metadata, "weight_map": {spec.name: file for file, group in shards.items() for spec in group}}

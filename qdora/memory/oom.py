@@ -1,4 +1,4 @@
-"""Memory that runs out: how a failed allocation is recognised, and what can be given back."""
+"""Memory that runs out."""
 
 from __future__ import annotations
 
@@ -25,21 +25,14 @@ _MESSAGES = (
     "Cuda failure 'out of memory'",
 )
 
-_CUBLAS_BYTES = 100 * 10**6
-"""A handle of cuBLAS with its workspace takes less."""
+_CUBLAS_BYTES = 100 * 10**6  # a handle of cuBLAS with its workspace takes less
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on the GPU or in pageable memory of the host.
-
-    A RunFailure is not, whatever it quotes: a refusal of pinned memory has CUDA's message, too, but says nothing about
-    the GPU, and smaller micro-batches do not help.
-    """
-    if isinstance(error, RunFailure):
-        return False
+    """Whether an allocation failed, on the GPU or in pageable memory of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
+    if isinstance(error, RunFailure) or not isinstance(error, RuntimeError):  # RunFailure: a refusal of pinned memory
         return False
     if "CUBLAS_STATUS_NOT_INITIALIZED" in str(error):  # of a handle that does not fit, and after other faults
         with suppress(RuntimeError):  # of which some leave a GPU that answers nothing
@@ -48,18 +41,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Release what nothing uses any more; outside the `except` block of an error, which keeps its frames alive."""
-    gc.collect()  # cycles of frames may keep the graph of the failed pass
+    """Release what nothing uses; outside the `except` block of an error, which keeps its frames alive."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning blocks below 1 GiB to the system at every free. Nothing happens without glibc.
+    """Stop glibc from returning blocks below 1 GiB to the system at every free; else every page of a buffer faults.
 
-    A training step frees and takes the same large buffers over and over. By default each is mapped anew and every page
-    faults: dequantising a 4096 x 4096 weight then takes several times as long. Peak memory does not change; after the
-    peak the memory stays with the process.
+    Dequantising a 4096 x 4096 weight would take several times as long.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     mallopt = _of_glibc("mallopt")
@@ -68,7 +59,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return all freed memory to the system once, whatever `keep_freed_memory` set. Nothing happens without glibc."""
+    """Return all freed memory to the system once."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)

@@ -1,10 +1,8 @@
 """A frozen base that is divided among processes by torch's `fully_shard` (FSDP2), block by block.
 
-Each process holds its rows of every packed weight, mask and embedding. The whole tensors of a block exist only while
-the block computes: they are gathered before it, the next block's while it runs, and dropped behind it. Small tensors
-(norms, biases, the scales of scales) and whatever is trained are whole in every process.
-
-The layers read their tensors through views of the memory that torch fills and frees; its address does not change.
+Each process holds its rows of every packed weight, mask and embedding. Those of a block are gathered before it computes
+and dropped behind it; layers read views of the memory that torch fills and frees, whose address does not change. Small
+tensors (norms, biases, the scales of scales) and whatever is trained are whole in every process.
 """
 
 from __future__ import annotations
@@ -32,19 +30,15 @@ from qdora.model.store import PrunedBase
 from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
 
-_SUFFIX = "_share"
-"""Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""
-_Placed = tuple[nn.Module, str, Tensor]
-"""A module, the name of its sharded parameter, and this process's part of it."""
-_Parts = dict[str, Tensor]
-"""Name of a tensor of a layer -> this process's part of it."""
+_SUFFIX = "_share"  # of a layer's parameter that torch gathers; a buffer without it is a view of that
+_Placed = tuple[nn.Module, str, Tensor]  # module, name of its sharded parameter, this process's part
+_Parts = dict[str, Tensor]  # name of a tensor of a layer -> this process's part
 
 
 class ShardedBase:
-    """A `Placer` that keeps in each process its rows of the weights.
+    """A `Placer` that keeps in each process its rows of the weights; the last dimension of `mesh` divides them.
 
-    `mesh` has one dimension, or two, of which the last one divides the weights and the first repeats it. `pruned` is
-    read instead of the model's own layers.
+    `pruned` is read instead of the model's own layers.
     """
 
     def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None) -> None:
@@ -53,11 +47,9 @@ class ShardedBase:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Read the weights one after the other, keep this process's rows, and shard the model."""
         model = load.model
         if block_list(model) is None:
-            what = f"must be replicate, since {model.config.model_type} has no list of blocks to divide"
-            raise UserError(f"train.parallel: {what}.")
+            raise UserError(f"train.parallel: must be replicate: {model.config.model_type} has no list of blocks.")
         tied, placed = tie_(model), list[_Placed]()
 
         def place_rows(load: Loading, name: str, item: Stored) -> None:
@@ -73,13 +65,10 @@ class ShardedBase:
 
         place_all(load if self.pruned is None else self.pruned.added_to(load), place_rows)
         self._shard(model, placed)
-        return_freed_memory()  # what loading took besides; the processes of a machine share its memory
+        return_freed_memory()  # the processes of a machine share its memory
 
     def _read_layer(self, load: Loading, name: str, item: Stored) -> tuple[RowShare, _Parts]:
-        """The share of a layer, and what this process keeps: of a dense matrix it reads and quantises its rows alone.
-
-        Double quantised scales depend on those of all rows, which all processes exchange.
-        """
+        """The share of a layer, and what this process keeps; of a dense matrix it reads its rows alone."""
         wanted, dtype = load.wanted, load.dtype_of(name)
         if isinstance(item, StoredPacked) or item.keep_bits is not None:
             weight = item.read()
@@ -97,7 +86,7 @@ class ShardedBase:
             whole = quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
             return self._kept(whole, load.device)
         parts = _quantized(_rows(item, share.rows).to(load.device), form, name)
-        if form.nested is not None:
+        if form.nested is not None:  # double quantised scales depend on those of all rows
             scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
             nested = with_nested_scales(replace(form, absmax=scales, nested=None))
             parts["absmax"] = share.mine(share.cut(nested.absmax)).clone()
@@ -105,7 +94,6 @@ class ShardedBase:
         return share, parts
 
     def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
-        """The share of a whole weight, and what this process keeps of it; it may be mapped from a file."""
         form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
         if isinstance(weight, PackedWeight):
             nested = weight.nested
@@ -118,7 +106,7 @@ class ShardedBase:
         return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors}
 
     def _place_layer(self, load: Loading, path: str, share: RowShare, parts: _Parts) -> list[_Placed]:
-        """Put a layer without values into the model; its sharded parameters are returned."""
+        """Put a layer without values into the model."""
         form = share.form
         shapes = divided_tensors(form, share.keep_bits_form)
         empty = {name: _no_memory(each, load.device) for name, each in shapes.items()}
@@ -134,7 +122,6 @@ class ShardedBase:
     def _place_matrix(
         self, module: nn.Module, leaf: str, item: StoredTensor, dtype: torch.dtype, device: torch.device
     ) -> _Placed:
-        """Let an embedding have no values; what this process keeps of it is returned."""
         parameter = module._parameters[leaf]
         assert parameter is not None  # the same object as that of a tied head
         parameter.requires_grad_(False)
@@ -143,13 +130,12 @@ class ShardedBase:
         return module, leaf, _rows(item, rows).to(device, dtype, copy=True)
 
     def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
-        """Let torch gather and drop the placed tensors, unit by unit."""
         found = block_list(model)
         assert found is not None
         divided = {id(module._parameters[name]) for module, name, _ in placed}
         options: dict[str, Any] = {"mesh": self.mesh}
         options["ignored_params"] = {each for each in model.parameters() if id(each) not in divided}
-        # The units outside of the blocks: each embedding, and the head, together if they share their weight.
+        # Units outside of the blocks: each embedding, and the head, together if they share their weight.
         head = model.get_output_embeddings()
         shared = id(head._parameters.get("weight")) if head is not None else None
         tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided]
@@ -157,43 +143,36 @@ class ShardedBase:
         if isinstance(head, FrozenLinear) and head.share is not None:
             units.append(head)
         for unit in units:
-            # What needs the head's weight after its forward pass says when it no longer does (`release`).
             holds_head = unit is head or isinstance(unit, list)
-            made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)
+            made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)  # head: `release`
             if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
                 made.set_unshard_in_backward(False)
         sharded = [fully_shard(block, **options) for block in found[1]]
         fully_shard(model, **options)
         for block, following in pairwise(sharded):
             block.set_modules_to_forward_prefetch([following])
-        for module, name, mine in placed:
-            _fill(module, name, mine, self.mesh)
+        for module, name, mine in placed:  # torch expects a new parameter, which it reads at the first pass
+            empty: Any = module._parameters[name]
+            form: dict[str, Any] = {"run_check": False, "shape": empty.shape, "stride": empty.stride()}
+            filled = nn.Parameter(DTensor.from_local(mine, self.mesh, empty.placements, **form), requires_grad=False)
+            module._parameters[name] = filled
+            if isinstance(module, FrozenLinear) and module.share is not None:
+                module.share.parts[name.removesuffix(_SUFFIX)] = filled
         _Views(model)
 
 
 def release(module: nn.Module) -> None:
-    """Drop the gathered weight of an output head, which is held after its forward pass."""
+    """Drop the gathered weight of an output head, which the loss needs after its forward pass."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
-def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:
-    """Give a sharded parameter its values, in the way that torch expects: a new parameter, read at the first pass."""
-    empty: Any = module._parameters[name]
-    options: dict[str, Any] = {"run_check": False, "shape": empty.shape, "stride": empty.stride()}
-    filled = nn.Parameter(DTensor.from_local(mine, mesh, empty.placements, **options), requires_grad=False)
-    module._parameters[name] = filled
-    if isinstance(module, FrozenLinear) and module.share is not None:
-        module.share.parts[name.removesuffix(_SUFFIX)] = filled
-
-
 def _rows(item: StoredTensor, rows: slice) -> Tensor:
-    """Some rows of a stored matrix, perhaps none."""
     return stored_rows(item, rows) if rows.start < rows.stop else stored_rows(item, slice(0, 1))[:0]
 
 
 def _quantized(rows: Tensor, form: PackedWeight, name: str) -> _Parts:
-    """Codes and scales of some rows, by rows, without double quantisation; `form` is that of the whole weight."""
+    """Codes and scales by rows, without double quantisation; `form` is that of the whole weight."""
     if len(rows) == 0:
         codes = form.packed.reshape(form.shape[0], -1)
         blocks = form.absmax.numel() // form.shape[0]
@@ -211,10 +190,7 @@ def _no_memory(form: Tensor, device: torch.device) -> Tensor:
 
 
 class _Views:
-    """Lets the layers of a unit read the memory into which torch gathers it, from its first forward pass on.
-
-    It is the `residency` of the layers: reading one whose unit is not gathered is an error.
-    """
+    """`residency` of the layers: they read the memory into which torch gathers their unit."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         seen: set[FrozenLinear] = set()
@@ -230,14 +206,10 @@ class _Views:
                 module.register_forward_pre_hook(partial(_view, layers))
 
     def use(self, layer: FrozenLinear) -> None:
-        """Check that the layer's tensors are gathered."""
         packed = layer._buffers["weight" if layer.kind == "dense" else "packed"]
         assert packed is not None
         if packed.untyped_storage().nbytes() == 0:
-            raise RunFailure(
-                "train.parallel: shard: the weight of a block was read outside of its forward pass, where this process "
-                "holds a part of it only."
-            )
+            raise RunFailure("train.parallel: shard: a block's weight was read outside of its forward pass.")
 
 
 def _view(layers: list[FrozenLinear], _module: nn.Module, _args: Any) -> None:

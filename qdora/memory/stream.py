@@ -1,10 +1,8 @@
 """What a GPU keeps in the host's memory: frozen blocks, and the inputs of checkpointed blocks.
 
-A step uses the blocks in one order forward and in the reverse order backward, where the recomputation of a checkpoint
-and the backward pass of a block come one after the other and need one load. Two slots on the device take turns: one
-holds the block in use, the other is filled with the one that comes next. Every block lies in one piece of pinned
-memory, so a block is one copy. A layer's tensors are views of its block's slot, or of the host's piece while the block
-is in no slot. Nothing is ever copied back.
+Two slots on the device take turns: one holds the block in use, the other is filled with the one that comes next. Every
+block lies in one piece of pinned memory, so it is one copy; a layer's tensors are views of its block's slot, or of the
+host's piece while the block is in no slot. Nothing is ever copied back.
 
 A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back during the
 backward pass of the block behind it; the device holds the last two or three.
@@ -35,15 +33,13 @@ from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
-NUM_SLOTS = 2
-"""Streamed blocks that are on the device at a time: one is read while the other is filled."""
+NUM_SLOTS = 2  # one is read while the other is filled
 
 
 class Ring:
     """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
 
-    A checkpoint keeps the graph of the first forward pass, and with it the address of each weight. The backward pass
-    reads there, so the recomputation must bring the block to the same place.
+    The graph of a checkpoint's first forward pass keeps the address of each weight, where the backward pass reads.
     """
 
     def __init__(self, num_blocks: int, engine: SlotCopies) -> None:
@@ -55,7 +51,7 @@ class Ring:
     def use(self, block: int, *, turns_back: bool) -> None:
         """Bring a block before its use, and begin to bring the next one over the block used until now.
 
-        `turns_back` says that a backward pass follows the last block, and not the next forward pass.
+        `turns_back`: a backward pass follows the last block, not the next forward pass.
         """
         if block == self._current:
             return
@@ -65,44 +61,32 @@ class Ring:
             self.engine.release(self.slot_of(self._current))
         self._current = block
         self._bring(block)
-        slot = self.slot_of(block)
-        self.engine.wait(slot)
-        following = self._next(block, turns_back)
-        if self.slot_of(following) != slot:
-            self._bring(following)
-
-    def slot_of(self, block: int) -> int:
-        """The slot of a block."""
-        return block % NUM_SLOTS
-
-    def _bring(self, block: int) -> None:
-        slot = self.slot_of(block)
-        previous = self._slots[slot]
-        if previous != block:
-            self._slots[slot] = block
-            self.engine.start(block, slot, previous)
-
-    def _next(self, block: int, turns_back: bool) -> int:
-        """The block that will be used after this one; itself if there is only one."""
+        self.engine.wait(self.slot_of(block))
         following = block + self._step
         if following == self.num_blocks:
             following = block - 1 if turns_back else 0
         elif following < 0:
             following = block + 1
-        return following if 0 <= following < self.num_blocks else block
+        if 0 <= following < self.num_blocks and self.slot_of(following) != self.slot_of(block):
+            self._bring(following)
+
+    def slot_of(self, block: int) -> int:
+        return block % NUM_SLOTS
+
+    def _bring(self, block: int) -> None:
+        slot = self.slot_of(block)
+        previous, self._slots[slot] = self._slots[slot], block
+        if previous != block:
+            self.engine.start(block, slot, previous)
 
 
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
-    """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work."""
+    """The streamed blocks, spread evenly, so that copies hide behind all blocks' work."""
     return [(2 * index + 1) * num_blocks // (2 * num_streamed) for index in range(num_streamed)]
 
 
 class Turns:
-    """The streamed blocks of a causal LM, numbered by their turn, and the layers in them.
-
-    It is the `residency` of these layers: it brings the block of a layer before the layer is read. `num_streamed`
-    blocks are spread evenly among the others; None for all.
-    """
+    """The streamed blocks of a causal LM, numbered by their turn; `residency` of the layers in them."""
 
     def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
         found = block_list(model)
@@ -122,22 +106,19 @@ class Turns:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The streamed blocks by their turn."""
         return [self._blocks[block] for block in self._turns]
 
     def of(self, name: str) -> int | None:
-        """The turn of the block that contains a weight or layer; None if it is not in a streamed block."""
+        """The turn of the block of a weight or layer; None if it is not streamed."""
         index = name.removeprefix(f"{self._path}.").partition(".")[0]
         inside = name.startswith(f"{self._path}.") and index.isdecimal()
         return self._turns.get(int(index)) if inside else None
 
     def add(self, layer: FrozenLinear, turn: int) -> None:
-        """Stream a layer with the block of a turn."""
         layer.residency = self
         self._turn_of[layer] = turn
 
     def start(self, engine: SlotCopies) -> None:
-        """Stream from now on: each streamed block is brought before its forward pass."""
         self._ring = Ring(len(self), engine)
         for turn, block in enumerate(self.blocks):
             block.register_forward_pre_hook(partial(_enter, self._ring, turn))
@@ -155,7 +136,7 @@ _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype
 
 
 class CudaCopies:
-    """Copies into `slots` on a stream of their own; events alone order them with the computation: no host waits."""
+    """Copies into `slots` on a stream of their own, ordered with the computation by events."""
 
     def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
         self.device = device
@@ -163,8 +144,7 @@ class CudaCopies:
         self._copied = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
         self._released = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
         for slot, target in enumerate(slots):
-            # Queued kernels may still read the memory for earlier tensors, and the allocator must not reuse it during a
-            # copy.
+            # Queued kernels may still read the memory, and the allocator must not reuse it during a copy.
             self.release(slot)
             target.record_stream(self.stream)
 
@@ -183,7 +163,7 @@ class CudaCopies:
 
 @dataclass
 class Piece:
-    """A block in one piece of memory, with the place of each tensor of each layer in it."""
+    """A block in one piece of memory; layout: path -> (name, first byte, shape, dtype) of each tensor."""
 
     layout: dict[str, list[tuple[str, int, tuple[int, ...], torch.dtype]]] = field(default_factory=dict)
     num_bytes: int = 0
@@ -191,12 +171,10 @@ class Piece:
     layers: dict[str, FrozenLinear] = field(default_factory=dict)
 
     def add(self, path: str, weight: PackedWeight) -> None:
-        """Make room for a layer."""
-        entries = []
+        entries = self.layout[path] = []
         for name, tensor in weight.tensors().items():
             entries.append((name, self.num_bytes, tuple(tensor.shape), tensor.dtype))
             self.num_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.layout[path] = entries
 
     def tensors(self, memory: Tensor, path: str) -> dict[str, Tensor]:
         """The tensors of a layer as views of `memory`, (at least num_bytes,) uint8."""
@@ -210,10 +188,9 @@ class Piece:
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
-    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the recomputation
-    brings it back. `num_streamed` blocks are spread evenly among those on the device; None streams all. `free_bytes`
-    returns the host memory that this process may take. `sample` is the first block's piece and the first slot, (bytes,)
-    uint8 each, for measurements.
+    Training needs `memory.checkpointing`: only the recomputation brings a block back for its backward pass.
+    `num_streamed` blocks are spread evenly among those on the device; None streams all. `sample`: the first block's
+    piece and the first slot, (bytes,) uint8, for measurements.
     """
 
     def __init__(
@@ -230,7 +207,6 @@ class HostResidency:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        """Put the weights into the model; the device never holds more of the blocks than in training."""
         model, device = load.model, load.device
         turns = Turns(model, self.num_streamed)
         pieces = [Piece() for _ in range(len(turns))]
@@ -271,7 +247,7 @@ class HostResidency:
 
 
 class SlotCopies:
-    """The copy engine: the layers of a block read its slot, until another block takes the slot."""
+    """The engine: the layers of a block read its slot, until another block takes the slot."""
 
     def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: CudaCopies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
@@ -285,7 +261,6 @@ class SlotCopies:
         self._read_from(piece, self.slots[slot])
 
     def _read_from(self, piece: Piece, memory: Tensor) -> None:
-        """Let the layers of a block read from a slot, or from the host's memory."""
         # Outside of inference mode, whose tensors a training step could not use.
         with torch.inference_mode(False):
             for path, layer in piece.layers.items():
@@ -295,14 +270,14 @@ class SlotCopies:
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
     """Give every block its piece of host memory."""
     sizes = [piece.num_bytes for piece in pieces]
-    short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, "
-    fix = ". Fix: lower base.streamed_blocks."
+    short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, and"
     if free < sum(sizes):
-        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{fix}")
+        raise UserError(f"{short} {free / 2**30:.1f} GiB are free. Fix: lower base.streamed_blocks.")
     try:
         memory = page_locked(sum(sizes), device)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{short}and the system refuses them ({first_line(error)}){fix}") from error
+        refused = f"the system refuses them ({first_line(error)})"
+        raise UserError(f"{short} {refused}. Fix: lower base.streamed_blocks.") from error
     for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
         piece.host = host
 
@@ -310,8 +285,7 @@ def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
 class _PageLocked(mmap.mmap):
     """Memory that CUDA unlocks before it is unmapped: `__del__` comes before that, a weakref's callback after it."""
 
-    address = 0
-    """Where CUDA has locked it."""
+    address = 0  # where CUDA has locked it
 
     def __del__(self) -> None:
         if self.address and not sys.is_finalizing():
@@ -323,8 +297,7 @@ class _PageLocked(mmap.mmap):
 def page_locked(num_bytes: int, device: torch.device) -> Tensor:
     """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
 
-    It takes these bytes and no more (torch rounds its pinned memory up to a power of two, and keeps what is freed), and
-    they live as long as any tensor in them. Raises RuntimeError or OSError if the system refuses.
+    torch would round its pinned memory up to a power of two, and keep what is freed.
     """
     memory = _PageLocked(-1, num_bytes, mmap.MAP_PRIVATE)
     locked = torch.frombuffer(memory, dtype=torch.uint8)
@@ -340,37 +313,30 @@ def page_locked(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def _before_block(block: nn.Module, _args: Any) -> None:
-    """Compute the block's norms with one wait of the host, and refuse a backward pass that could read another block."""
+    """Compute the block's norms at once, and refuse a backward pass that could read another block."""
     recomputed = block.training and getattr(block, "gradient_checkpointing", False)
     if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
-        raise RunFailure(
-            "base.residency: host: gradients without checkpointing would use another block's weights. Fix: train with "
-            "memory.checkpointing."
-        )
+        raise RunFailure("base.residency: host: gradients without checkpointing would use another block's weights.")
     refresh(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
 
-# Smaller inputs are masks and positions.
-_LEAST_BYTES = 1 << 16
-# Small beside a block's input (16 MiB at 2,048 tokens of width 4,096), and 80 microseconds of copying.
-_PAGE_BYTES = 1 << 21
+_LEAST_BYTES = 1 << 16  # smaller inputs are masks and positions
+_PAGE_BYTES = 1 << 21  # 80 microseconds of copying; a block's input takes 16 MiB at 2,048 tokens of width 4,096
 _PAGES_AT_ONCE = 8
-# Tensors that are being copied out: copies have as long as two blocks compute.
-_MOST_LEAVING = 2
+_MOST_LEAVING = 2  # tensors that are being copied out: copies have as long as two blocks compute
 
 
 class PinnedPages:
     """Pinned host memory in pages of one size, which serve tensors of any shape.
 
-    A pool per shape would hold the need of every length of micro-batch at once, and torch's pinned allocator rounds a
-    size up to a power of 2. Here the memory is the largest need there was, and at most a page more for each tensor.
+    A pool per shape would hold the need of every length of micro-batch at once.
     """
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
     def take(self, num_bytes: int) -> list[Tensor]:
-        """Pages (_PAGE_BYTES,) uint8 that hold `num_bytes` together. RunFailure if the system has no more."""
+        """Pages (_PAGE_BYTES,) uint8 that hold `num_bytes` together."""
         count = math.ceil(num_bytes / _PAGE_BYTES)
         while len(self._free) < count:
             self._free += torch.split(_pinned(_PAGE_BYTES * _PAGES_AT_ONCE), _PAGE_BYTES)
@@ -379,7 +345,6 @@ class PinnedPages:
         return pages
 
     def give(self, pages: list[Tensor]) -> None:
-        """Take pages back, for other tensors."""
         self._free += pages
 
 
@@ -401,7 +366,7 @@ def _pinned(num_bytes: int) -> Tensor:
 
 
 def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
-    """Begin to copy pieces of bytes into pieces; a page may be longer than the last one."""
+    """Begin to copy; a page may be longer than the last piece."""
     for into, out_of in zip(target, source, strict=True):
         size = min(into.numel(), out_of.numel())
         into[:size].copy_(out_of[:size], non_blocking=True)
@@ -410,21 +375,18 @@ def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
 class CudaHost:
     """Pinned pages for tensors of `device`, and a stream on which tensors go out and come back in call order.
 
-    All tensors belong to the stream that computes, and it waits for a copy before it gives memory away that the copy
-    uses. With `record_stream` in place of that, memory would be free only once the GPU has got there, and a host that
-    runs ahead would take new memory for each block meanwhile.
+    The stream that computes waits for a copy before it gives away memory that the copy uses. With `record_stream` a
+    host that runs ahead would take new memory for each block.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pages = PinnedPages()
-        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        """Tensors that are being copied out, and the ends of their copies."""
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # being copied out, and the ends of the copies
 
     @property
     def computing(self) -> torch.cuda.Stream:
-        """The stream that computes."""
         return torch.cuda.current_stream(self.device)
 
     def __call__(self, tensor: Tensor) -> Away:
@@ -441,13 +403,13 @@ class CudaHost:
         return Away(self, pages, tensor.shape, tensor.dtype)
 
     def let_go(self, most: int) -> None:
-        """Free the memory of all but the last tensors that are being copied out, for what is computed after them."""
+        """Free the memory of all but the last tensors that are being copied out."""
         while len(self.leaving) > most:
             self.computing.wait_event(self.leaving.popleft()[1])
 
 
 class Away:
-    """A tensor on its way to the host, there, or on its way back."""
+    """A tensor on the host, or on its way there or back."""
 
     def __init__(self, host: CudaHost, pages: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
         self.host, self.pages, self.shape, self.dtype = host, pages, shape, dtype
@@ -455,7 +417,6 @@ class Away:
         self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def fetch(self) -> None:
-        """Begin to bring it back, unless that has begun."""
         if self.back is None:
             self.back = torch.empty(self.shape, dtype=self.dtype, device=self.host.device)
             self.host.stream.wait_stream(self.host.computing)  # it may still use what was in this memory
@@ -472,26 +433,20 @@ class Away:
         return back
 
     def _end(self) -> None:
-        """Give the pages back: the next tensor is copied into them on the same stream, behind this one."""
         if self.back is not None:
             self.host.computing.wait_event(self.arrived)
             self.host.let_go(0)
             self.back = None
-        self.host.pages.give(self.pages)
+        self.host.pages.give(self.pages)  # the next tensor is copied into them on the same stream, behind this one
         self.pages = []
 
     def __del__(self) -> None:
-        """A pass that was broken off takes nothing back."""
-        if self.pages:
+        if self.pages:  # a pass that was broken off takes nothing back
             self._end()
 
 
 class ActivationOffload:
-    """Keeps the checkpoints of a model's blocks in the host's memory, all but the last one, which is read at once.
-
-    The checkpointing must not be reentrant. `send` begins to copy a tensor out (default: a `CudaHost` of the model's
-    device).
-    """
+    """Keeps the inputs of a model's checkpointed blocks in the host's memory, but the last, which is read at once."""
 
     def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:
         blocks = block_list(model)
@@ -505,8 +460,6 @@ class ActivationOffload:
             block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
 
     def _checkpoint(self, block: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block's checkpoint with its inputs saved on the host; the checkpoint's own hooks apply inside the block."""
-
         def out(tensor: Tensor) -> Tensor | list[Away]:
             if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
                 return tensor

@@ -1,9 +1,7 @@
 """A training step on fake tensors: the real layers, loss and optimizer run, and the live bytes of each part are noted.
 
-The model is made from its config: every tensor has its shape, dtype and component, but no memory. Models repeat a
-block, or a short sequence of blocks (such as five with a sliding window, one without). The live bytes of a step are
-linear in the number of repetitions, so two measurements, of models that differ by one repetition, give the bytes for
-any number.
+Models repeat a block, or a short sequence of blocks (such as five with a sliding window, one without). Live bytes are
+linear in the number of repetitions, so two models that differ by one repetition give the bytes for any number.
 """
 
 from __future__ import annotations
@@ -57,11 +55,10 @@ from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
 Step = tuple[list[Moment], Shapes]
 
-# Least number of blocks on either side of the place where repetitions are inserted, rounded up to whole periods. The
-# first block of a model (its input needs no gradient) and the last one (the loss follows) differ from the others and
-# must not be repeated. With a period of 2 or more, one period on each side is enough.
+# Least number of blocks on either side of the inserted repetitions, rounded up to whole periods: the first block (its
+# input needs no gradient) and the last one (the loss follows) differ from the others.
 _KEPT_BLOCKS = 2
-_LONGEST_PREFIX = 8  # most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts)
+_LONGEST_PREFIX = 8  # most blocks of another kind at the start, such as dense ones before mixtures of experts
 
 
 def run_step(
@@ -71,26 +68,20 @@ def run_step(
 
     `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
     """
-    if adapter is not None:  # a rank stays with its layer when blocks are left out
-        model = copy.deepcopy(model)
-        for path, module in selected_modules(model, adapter).items():
-            if is_linear(module):
-                module.planned_rank = adapter.rank_of(path)  # type: ignore[assignment]
     blocks, pattern = block_list(model), None
-    if blocks is not None:
+    if blocks is not None and adapter is None:  # whose ranks may differ from block to block
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            named = block.named_modules()
-            modules = tuple((name, type(each).__name__, getattr(each, "planned_rank", 0)) for name, each in named)
+            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
             sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
             signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
         moments, shapes = _measured(recipe, model, None, shape, adapter)
     else:
-        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape, adapter)
-        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, adapter)
+        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape, None)
+        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, None)
         moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
     if shapes:
         moments[-1] = moments[-1].changed({parts.UPDATE: update_bytes(shapes, recipe.train.optimizer, kind)})
@@ -108,7 +99,6 @@ class BlockPattern:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole model."""
         return self.prefix + self.period * self.repetitions + self.suffix
 
     @property
@@ -118,21 +108,18 @@ class BlockPattern:
 
     @property
     def insertion(self) -> int:
-        """Number of blocks before the place where repetitions are inserted."""
+        """Blocks before the inserted repetitions."""
         return self.prefix + self.num_kept // 2 * self.period
 
     def kept(self, repetitions: int) -> list[int]:
-        """Numbers of the blocks of a model with this many repetitions, without the others in the middle."""
+        """The blocks of a model with this many repetitions."""
         front = self.insertion + (repetitions - self.num_kept) * self.period
         back = self.suffix + self.num_kept // 2 * self.period
         return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
 
 
 def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
-    """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing.
-
-    Blocks of equal signatures need the same bytes.
-    """
+    """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing."""
     best, cost = None, len(signatures)
     for prefix in range(min(cost, _LONGEST_PREFIX + 1)):
         rest = signatures[prefix:]
@@ -148,26 +135,26 @@ def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
 
 
 def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
-    """The moments of the whole model from those with `num_kept` repetitions and one more, in the order of a step.
+    """The moments of the whole model from those with `num_kept` repetitions and one more.
 
-    The repetitions in between have no moments: their live bytes lie between those of their neighbours.
+    Repetitions in between have no moments: their live bytes lie between those of their neighbours.
     """
     more = pattern.repetitions - pattern.num_kept
     by_place = {(moment.phase, moment.block): moment.by_component for moment in longer}
     moments = []
     for moment in short:
-        block, step = moment.block, 0
+        block, last, ours = moment.block, moment.block, moment.by_component
         if block is not None and block >= pattern.insertion:
-            step = pattern.period
-        ours, theirs = moment.by_component, by_place[moment.phase, None if block is None else block + step]
+            block, last = block + pattern.period, block + more * pattern.period
+        theirs = by_place[moment.phase, block]
         sizes = {name: ours.get(name, 0) for name in dict.fromkeys([*ours, *theirs])}
         sizes = {name: size + more * (theirs.get(name, 0) - size) for name, size in sizes.items()}
-        moments.append(Moment(moment.phase, None if block is None else block + more * step, {}).changed(sizes))
+        moments.append(Moment(moment.phase, last, {}).changed(sizes))
     return moments
 
 
 def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
-    """Parameters of the whole model, in its order, from those of the shorter one that was measured."""
+    """Parameters of the whole model, in its order, from those of the shorter one."""
     copies = pattern.repetitions - pattern.num_kept
     rows, is_past = [], False
     for name, shape in shapes.items():
@@ -181,14 +168,11 @@ def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model with its parameters on the meta device; `config` is not changed. UserError if it is not a causal LM.
-
-    `dtype` is that of the activations. flash_attention_2 needs a GPU and is planned as auto: as sdpa, which keeps the
-    same tensors, or as eager, which keeps more, where the model needs what sdpa does not compute.
-    """
+    """A model with its parameters on the meta device; `dtype` is that of the activations."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # It needs a GPU; auto is sdpa, which keeps the same tensors, or eager, which keeps more
     attention = "auto" if attention == "flash_attention_2" else attention
     return skeleton(config, source, dtype, attention, torch.device("cpu"))
 
@@ -205,8 +189,8 @@ def _measured(
     model: Any = copy.deepcopy(whole)
     if kept is not None:
         _keep_blocks_(model, kept)
-    named = model.named_modules()
-    ranks = {path: module.planned_rank for path, module in named if hasattr(module, "planned_rank")}
+    selected = {} if adapter is None else selected_modules(model, adapter)
+    ranks = {path: adapter.rank_of(path) for path, module in selected.items() if adapter and is_linear(module)}
     with FakeTensorMode(), LiveBytes() as live, ExitStack() as stack, fast_grouped_attention():
         # Linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors
         for file in {sys.modules[type(module).__module__] for module in model.modules()}:
@@ -228,15 +212,8 @@ def _measured(
             if adapter is None:
                 put_adapters(model, recipe, new_tokens=new_tokens)
             else:  # as that one, whose values are not read
-                inject(
-                    model,
-                    kind=adapter.kind,
-                    rank=1,
-                    targets=list(ranks),
-                    rank_pattern=ranks,
-                    dropout=settings.dropout,
-                    dtype=DTYPES[settings.dtype],
-                )
+                options: dict[str, Any] = {"dropout": settings.dropout, "dtype": DTYPES[settings.dtype]}
+                inject(model, kind=adapter.kind, rank=1, targets=[*ranks], rank_pattern=ranks, **options)
                 set_kept_scales_(model, recipe)
                 if settings.also_train:
                     ids = None if settings.also_train_rows == "all" else new_tokens
@@ -253,14 +230,13 @@ def _measured(
 
 
 def _keep_blocks_(model: Any, kept: Sequence[int]) -> None:
-    """Keep only these blocks in a model, and their entries in every list of its config with one entry a block."""
+    """Keep only these blocks in a model, and their entries in every list of its configs with one entry a block."""
     path, blocks = block_list(model)  # type: ignore[misc]
     total = len(blocks)
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList([blocks[index] for index in kept]))
-    for config in {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }.values():
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
         for name, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == total:
                 setattr(config, name, [value[index] for index in kept])
@@ -270,27 +246,23 @@ def _keep_blocks_(model: Any, kept: Sequence[int]) -> None:
 
 def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
     """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode."""
-    wanted, pruned = quantization_of(recipe.base), recipe.base.prune is not None
+    wanted, pruned, dtype = quantization_of(recipe.base), recipe.base.prune is not None, model.dtype
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
-    whole = wanted.kind == "none"
-    linear = {f"{name}.weight" for name in linear_layers(model)} if whole else set()
+    linear = {f"{name}.weight" for name in linear_layers(model)} if wanted.kind == "none" else set()
     head: Any = model.get_output_embeddings()
-    dtype = model.dtype
 
     def empty(name: str, like: Tensor) -> Tensor:
-        return torch.empty(
-            like.shape, dtype=dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
-        )
+        kind = dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
+        return torch.empty(like.shape, dtype=kind)
 
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
         shape = tuple(module.weight.shape)
         with live.label(parts.BASE):
-            weight: Weight = (
-                empty(f"{name}.weight", module.weight)
-                if whole
-                else empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
-            )
+            if wanted.kind == "none":
+                weight: Weight = empty(f"{name}.weight", module.weight)
+            else:
+                weight = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
         if isinstance(weight, PackedWeight):
             live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
         with live.label(parts.MASKS):
@@ -300,27 +272,23 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
         replace_module(model, name, frozen_like(module, weight, bias, bits))
     tied = tied_weights(model)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name in tied:
-            continue
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
-            setattr(module, leaf, nn.Parameter(empty(name, parameter), requires_grad=False))
+        if name not in tied:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
+                setattr(module, leaf, nn.Parameter(empty(name, parameter), requires_grad=False))
     for name, origin in tied.items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and not isinstance(module, FrozenLinear):
-                with live.label(parts.DENSE):
+    with live.label(parts.DENSE):
+        for module in (each for each in model.modules() if not isinstance(each, FrozenLinear)):
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None:
                     module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _set_unmasked_(model: PreTrainedModel) -> None:
-    """Let sdpa run without a mask. transformers leaves it out if nothing is padded, which fake tensors cannot show.
-
-    A sliding window that is shorter than the text keeps its mask. Other attention implementations are not changed.
-    """
+    """Let sdpa run without a mask but that of a sliding window, as transformers does if nothing is padded."""
 
     def mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
         if local_size is None or kwargs["kv_length"] < local_size:
@@ -358,7 +326,7 @@ def _record(
         note()
 
     def entering(index: int) -> Any:
-        """A hook at the start of a block ends the moment before it; the hook of the input ends its backward pass."""
+        """A hook that ends the moment before a block; the hook of the block's input ends its backward pass."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal now
@@ -389,8 +357,7 @@ def _record(
     with live.label(parts.KEPT):
         for layer in layers:
             layer.gain(model.dtype)
-    # The parameters have just been updated, so that the gains are taken anew.
-    torch.autograd.graph.increment_version(list(parameters.values()))
+    torch.autograd.graph.increment_version(list(parameters.values()))  # updated: the gains are taken anew
     live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
     with part("gains", None, parts.KEPT):
         refresh(layers)
@@ -428,8 +395,10 @@ def _record(
 
 
 def update_bytes(shapes: Shapes, name: OptimizerName, device_kind: DeviceKind) -> int:
-    """Peak bytes of an update of the whole model beside parameters, gradients and states."""
-    # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
+    """Peak bytes of an update besides parameters, gradients and states.
+
+    Groups are updated one after the other: the largest of matrices and the largest of vectors suffice.
+    """
     sizes = {path: math.prod(shape) for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
     for keys, kind in groups_of(shapes, name):

@@ -1,8 +1,4 @@
-"""The plan of a recipe for a memory budget: the largest of its micro-batches, and what to change until it fits.
-
-`plan` predicts; `within_budget` starts, changes or refuses a run before anything is loaded. Micro-batches are those of
-the data if it can be read, else full ones.
-"""
+"""The plan of a recipe for a memory budget: its largest micro-batches, and what to change until it fits."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.adapter.experts import ExpertLinear
-from qdora.data.batches import IGNORED, MicroBatch, StepLoader
+from qdora.data.batches import IGNORED, StepLoader
 from qdora.data.mix import Mix
 from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
 from qdora.errors import HubFailure, UserError
@@ -35,16 +31,7 @@ from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import Step, empty_model, run_step
-from qdora.plan.plan import (
-    ASSUMED,
-    Change,
-    DeviceKind,
-    MicroBatchShape,
-    Plan,
-    Work,
-    of_card,
-    public_shapes,
-)
+from qdora.plan.plan import ASSUMED, Change, DeviceKind, MicroBatchShape, Plan, Work, of_card, public_shapes
 from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import parse_size, with_settings
@@ -95,17 +82,12 @@ def largest_shapes(loader: StepLoader, positions: Iterable[int]) -> tuple[list[M
         loader.position = position
         batches = loader.next_step().micro_batches
         most = max(most, len(batches))
-        shapes.update(_shape_of(batch, index > 0) for index, batch in enumerate(batches))
+        for index, batch in enumerate(batches):
+            packed, num_labels = batch.packing is not None, int((batch.labels[:, 1:] != IGNORED).sum())
+            masked = packed or not bool(batch.attention_mask.all())  # transformers leaves out a mask of ones
+            rows, length = batch.input_ids.shape
+            shapes.add(MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, index > 0))
     return not_exceeded(shapes), most
-
-
-def _shape_of(batch: MicroBatch, accumulated: bool) -> MicroBatchShape:
-    packed = batch.packing is not None
-    num_labels = max(int((batch.labels[:, 1:] != IGNORED).sum()), 1)
-    # An unpadded batch has a mask of ones, which transformers leaves out.
-    masked = packed or not bool(batch.attention_mask.all())
-    rows, length = batch.input_ids.shape
-    return MicroBatchShape(rows, length, num_labels, masked, packed, accumulated)
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
@@ -116,16 +98,16 @@ def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
         flags = shape.masked, shape.packed, shape.accumulated
         return shape.num_tokens, scores, scores * shape.masked, shape.num_labels, *flags
 
-    kept: list[MicroBatchShape] = []
+    largest: list[MicroBatchShape] = []
     for shape in sorted(shapes, key=sizes, reverse=True):
-        if not any(all(a >= b for a, b in zip(sizes(other), sizes(shape), strict=True)) for other in kept):
-            kept.append(shape)
-    return kept
+        if not any(all(a >= b for a, b in zip(sizes(other), sizes(shape), strict=True)) for other in largest):
+            largest.append(shape)
+    return largest
 
 
 @dataclass
 class Planner:
-    """Plans a recipe and its changes: a model on the meta device, which stays as it is, and the steps that were run."""
+    """A model on the meta device, which stays as it is, and the steps that were run on fake tensors."""
 
     model: PreTrainedModel
     dtype: torch.dtype  # of the activations
@@ -133,7 +115,6 @@ class Planner:
     steps: dict[tuple[object, ...], Step] = field(default_factory=dict)
 
     def step(self, recipe: Recipe, shape: MicroBatchShape, routing: Routing) -> Step:
-        """Run a step on fake tensors, unless one was run already that needs the same of everything."""
         before, memory = recipe.adapter.resume_from, recipe.memory
         adapter = None if before is None else describe_adapter(Path(before))
         key = (
@@ -179,28 +160,24 @@ class Planner:
         )
 
     def plan(self, recipe: Recipe, shape: MicroBatchShape, num_micro_batches: int, routing: Routing) -> Plan:
-        """The plan of a step. What is streamed or offloaded is computed from sizes.
-
-        `routing` is how the tokens of a mixture divide among its experts.
-        """
-        base, model = recipe.base, self.model
-        wanted, num_blocks = quantization_of(base), len((block_list(model) or ("", []))[1])
+        """The plan of a step. What is streamed or offloaded is computed from sizes."""
+        base, model, rates = recipe.base, self.model, ASSUMED[self.device_kind]
+        quantization, num_blocks = quantization_of(base), len((block_list(model) or ("", []))[1])
         moments, shapes = self.step(recipe, shape, routing)
-        rates = ASSUMED[self.device_kind]
         work = self.work(recipe, sum(math.prod(size) for size, _ in shapes.values()))
-        sizes: dict[str, Any] = dict.fromkeys(("host_bytes", "num_streamed", "block_bytes"), 0)
+        sizes: dict[str, Any] = {"host_bytes": 0}
         if base.residency != "device":
-            streamed = parts.streamed_blocks(model, wanted, base.streamed_blocks)
+            streamed = parts.streamed_blocks(model, quantization, base.streamed_blocks)
             moments = parts.with_streamed(moments, streamed)
-            sizes |= {"num_streamed": streamed.num_streamed, "host_bytes": streamed.host_bytes}
+            sizes = {"num_streamed": streamed.num_streamed, "host_bytes": streamed.host_bytes}
         if recipe.memory.offload_activations:
             moments, pinned = parts.with_offloaded(moments, num_blocks)
             sizes["host_bytes"] += pinned
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
-            sizes["block_bytes"] = parts.streamed_blocks(model, wanted, None).block_bytes
+            sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device
         with errors_only():
-            division = parts.division_of(model, wanted, self.dtype, pruned=base.prune is not None)
+            division = parts.division_of(model, quantization, self.dtype, pruned=base.prune is not None)
         return Plan(
             device_kind=self.device_kind,
             moments=moments,
@@ -212,7 +189,6 @@ class Planner:
             step_seconds=work.step_seconds(shape, num_micro_batches, rates) if shapes else None,
             forward_seconds=work.forward_seconds(shape, rates),
             rates=asdict(rates),
-            context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
             division=division,
             **sizes,
         )
@@ -233,18 +209,11 @@ def plan(
     may_change: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """What a run needs, by component, and what to change if that is over the budget.
+    """What one of `num_processes` cards needs, by component, and what to change if that is over the budget.
 
-    Args:
-        budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
-        config: Config of the model (default: read from `model.source`; from the Hub only config.json). For a model that
-            the Hub does not give it is made from `public_shapes`, if that has the model; `Plan.stored_shape` says so.
-        device_kind: Device of the run; this machine need not have it.
-        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
-        num_processes: Processes of the run, each on a card of its own; the plan is that of one card.
-        num_sharing: Processes that divide the base; 1: each holds all of it.
-        may_change: Look for changes if the plan is over the budget.
-        dtype: What the run computes in, if its device is known.
+    `budget` is in bytes, or a size such as "40GiB" (default memory.budget, unless that is auto). Without `config` only
+    config.json is read; a model that the Hub does not give may be in `public_shapes`. `num_sharing` cards divide the
+    base.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
@@ -296,7 +265,7 @@ def plan(
     if first.fits is False and may_change:
         fitting, first = with_changes(recipe, first, plan_of, seconds_of)
         first = replace(first, recipe=fitting)
-    return first if public is None else replace(first, stored_shape=public.source, context=public.context)
+    return first if public is None else replace(first, stored_shape=public.source)
 
 
 _Overrides = tuple[str, ...]
@@ -307,41 +276,34 @@ def with_changes(
 ) -> tuple[Recipe, Plan]:
     """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
 
-    A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
-    plans a changed recipe for the same budget, and `seconds_of` estimates the time of its step without a plan. Returns
-    the recipe with the neutral changes that it needed, and `first` with all changes.
+    `first` is the recipe's plan; `seconds_of` estimates the time of a step without a plan. Returns the recipe with the
+    neutral changes that it needed, and `first` with all changes.
     """
-    changes: list[Change] = []
-    changed, now, fitting = recipe, first, recipe
-
-    def take(candidate: Recipe, plan: Plan, overrides: _Overrides, neutral: bool) -> None:
-        nonlocal changed, now, fitting
-        changed, now = candidate, plan
-        changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
-        fitting = changed if neutral else fitting
-
+    changes, changed, now, fitting = list[Change](), recipe, first, recipe
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        if now.fits:
-            break
         options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
-        for each in sorted(options, key=lambda option: seconds_of(options[option])):
-            if now.fits or (candidate := _overridden(changed, each)) is None:
-                continue
-            plan = plan_of(candidate)
-            if plan.tensor_bytes < now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
-                take(candidate, plan, each, neutral)
-        if neutral and not now.fits:
-            streamed, plan, settings = with_streaming(changed, now, plan_of)
-            if settings:
-                take(streamed, plan, settings, neutral)
+        ordered = sorted(options, key=lambda option: seconds_of(options[option]))
+        for overrides in [*ordered, ()] if neutral else ordered:
+            if now.fits:
+                break
+            if overrides:
+                if (candidate := _overridden(changed, overrides)) is None:
+                    continue
+                plan = plan_of(candidate)
+                if plan.tensor_bytes >= now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
+                    continue
+            else:  # at last
+                candidate, plan, overrides = _with_streaming(changed, now, plan_of)
+                if not overrides:
+                    break
+            changed, now = candidate, plan
+            changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
+            fitting = changed if neutral else fitting
     return fitting, replace(first, changes=tuple(changes))
 
 
-def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
-    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it.
-
-    Nothing is changed if the recipe fits, has no budget, or does not go together with streamed blocks.
-    """
+def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
+    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it, if any."""
     overrides: _Overrides = ()
     while plan.fits is False and plan.block_bytes:
         excess = plan.peak_bytes - (plan.budget_bytes or 0)
@@ -362,15 +324,14 @@ def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]
 
 
 def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
-    """The changed recipe; None if its settings do not go together, such as a rank below the mean rank of its gates."""
     try:
         return override(recipe, overrides)
-    except UserError:
+    except UserError:  # settings that do not go together, such as a rank below the mean rank of the gates
         return None
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
-    """Overrides that may need less memory: neutral ones, and others. `_overridden` leaves out invalid ones."""
+    """Overrides that may need less memory: neutral ones, up to rounding, and others; some may be invalid."""
     train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
     asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
     recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
@@ -403,18 +364,14 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
 
 
 def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
-    """How many processes divide the base of a recipe, of all and of those on one machine; 1: each holds all of it."""
+    """How many of all processes, or of those on one machine, divide the base; 1: each holds all of it."""
     return {"shard": num_processes, "hybrid": num_here}.get(recipe.train.parallel, 1)
 
 
 def divided_recipe(recipe: Recipe) -> Recipe | None:
     """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
-    return _overridden(all_on_device(recipe), ("train.parallel=shard",))
-
-
-def all_on_device(recipe: Recipe) -> Recipe:
-    """The recipe without streamed blocks."""
-    return with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
+    recipe = with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
+    return _overridden(recipe, ("train.parallel=shard",))
 
 
 def within_budget(
@@ -422,8 +379,8 @@ def within_budget(
 ) -> tuple[Recipe, Plan | None]:
     """Check a run against `memory.budget`; returns the recipe that runs, and its plan (None without a budget).
 
-    With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto, which is
-    what the fullest device of all `processes` has free, it has the neutral changes that it needs to fit.
+    train.parallel auto becomes shard if the base fits divided and not whole. Budget auto is what the fullest device of
+    all `processes` has free; the recipe gets the neutral changes that it needs.
     """
     asked, parallel = recipe.memory.budget, recipe.train.parallel
     if asked is None:
@@ -452,10 +409,9 @@ def within_budget(
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
-    """Bytes of a device that a plan may count.
+    """Bytes of a device that a plan, which counts the whole process, may use: free ones, and what is already held.
 
-    A plan counts the whole process, so what this one already holds is added: on a GPU, where CUDA does not say how much
-    that is, only the buffers that NCCL has taken for the first group of several processes.
+    On a GPU CUDA does not say what that is; NCCL has taken the buffers of the first group.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + (parts.NCCL_BYTES if num_processes > 1 else 0)

@@ -1,7 +1,6 @@
-"""A counter of the bytes of live tensors. On fake tensors it tells what a run would need, without running it.
+"""A counter of the bytes of live tensors, real or fake, by their storages.
 
-torch's own MemTracker does not accept frozen parameters. This counter knows tensors only by their storages, so it does
-not matter who keeps one alive: a module, autograd's saved tensors, an optimizer or a closure.
+torch's own MemTracker does not accept frozen parameters.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _DEVICE_OF = torch.ops.prim.device.default  # what `tensor.device` calls for a fake tensor
 
@@ -31,13 +31,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live.peak_bytes, live.peak_by_label  # the most bytes alive after any operation since then
 
     Enter it inside a FakeTensorMode, not around one. A storage is counted once, however many views it has, from the
-    operation that creates it until its last owner releases it. Operations of custom autograd functions and of the
-    autograd engine are included. Real and fake tensors count alike; tensors on the meta device do not count.
+    operation that creates it until its last owner releases it.
 
-    Not counted: earlier tensors, unless they are registered; sparse tensors; what a kernel allocates and frees within
-    one operation (its workspace); rounding and fragmentation of an allocator; a storage resized without a torch
-    operation, until it is written again or `live_bytes` is read. While any such mode is active, autograd adds two
-    gradients of one tensor into a third instead of in place, which takes up to one such tensor more.
+    Not counted: earlier tensors, unless they are registered; tensors on the meta device; sparse tensors; workspaces of
+    kernels; what an allocator wastes; a storage resized without a torch operation, until it is written or `live_bytes`
+    is read. In such a mode autograd adds two gradients of one tensor into a third, which takes up to one tensor more.
     """
 
     def __init__(self) -> None:
@@ -51,13 +49,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def live_bytes(self) -> int:
-        """Bytes alive now."""
         self._refresh()
         return self._live
 
     @property
     def live_by_label(self) -> dict[str, int]:
-        """Label -> bytes alive now, if there are any."""
         self._refresh()
         return {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
 
@@ -86,7 +82,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, then count the storages that it created."""
         if func is _DEVICE_OF:  # half of all calls; the fake mode takes a tenth of a millisecond for each
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -102,14 +97,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if given is None:
                 given = {id(_storage(each)) for each in _tensors((args, kwargs))}
-            # A view of an earlier tensor, or a write into it, is no new memory
-            if id(storage) not in given:
+            if id(storage) not in given:  # a view of an earlier tensor, or a write into it, is no new memory
                 self._count(storage, self._label)
         self._note_peak()
         return result
 
     def _count(self, storage: UntypedStorage, label: str) -> None:
-        """Count a storage under a label with its present size, also if it was counted before."""
         key, num_bytes = id(storage), storage.nbytes()
         if key in self._counted:
             reference = self._counted[key][0]
@@ -138,18 +131,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:
-    """The memory behind a tensor; None on the meta device, and for a sparse tensor, which has several storages."""
+    """The memory behind a tensor; None on the meta device, and for a sparse tensor."""
     # A fake tensor has the device that it stands for; only its storage is on meta.
     device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
     return None if device.type == "meta" or tensor.layout != torch.strided else tensor.untyped_storage()
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

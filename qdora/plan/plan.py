@@ -1,8 +1,4 @@
-"""A memory plan: the live bytes of each moment of a step by component, their peak, and an estimate of a step's time.
-
-A plan is a list of moments. Each has the bytes of every component that are alive at its own peak. The largest moment is
-the peak of the run. The time comes from a roofline: FLOPs, bytes of the device's memory, and bytes over a link.
-"""
+"""A memory plan: live bytes of each moment of a step by component, their peak, and a roofline's time of a step."""
 
 from __future__ import annotations
 
@@ -29,54 +25,46 @@ from qdora.recipe.section import size_text
 GIB, MIB = 2**30, 2**20
 DeviceKind = Literal["cuda", "cpu"]
 
-# The components of a plan, in the order of the table
-BASE = "packed base"  # codes of the quantised linear layers, or their 16-bit weights if they are not quantised
-SCALES = "block scales"  # scales of the quantised layers
-MASKS = "masks"  # masks of a pruned base: a bit for each weight
-DENSE = "embeddings, head, norms"  # all other frozen weights
-ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and ||W||^2 of each row
-KEPT = "kept norms and scales"  # made once a step: norms, gains, s g B, decoded block scales
-OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 parameters
-GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
-CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
-FORWARD = "activations"  # other tensors that the forward pass keeps for the backward pass
-BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, with its recomputed activations
-LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
-UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
-STREAMING = "streaming slots"  # slots of the streamed blocks
-GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
-CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
-NCCL = "NCCL buffers"  # what several GPUs communicate through: a constant
-SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
-OTHER = "other"  # ids, masks, positions
-COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
-COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
+COMPONENTS = (  # of a plan, in the order of the table
+    BASE := "packed base",  # codes of the quantised linear layers, or their 16-bit weights
+    SCALES := "block scales",
+    MASKS := "masks",  # of a pruned base, a bit for each weight
+    DENSE := "embeddings, head, norms",  # all other frozen weights
+    ADAPTERS := "adapters",  # lora_A, lora_B, magnitudes, and ||W||^2 of each row
+    KEPT := "kept norms and scales",  # made once a step: norms, gains, s g B, decoded block scales
+    OPTIMIZER := "optimizer state",  # and the low bits of bf16 parameters
+    GRADIENTS := "gradients",  # of the trainable parameters, float32
+    CHECKPOINTS := "checkpoints",  # inputs of the blocks
+    FORWARD := "activations",  # other tensors that the forward pass keeps
+    BACKWARD := "workspace of a block",  # its backward pass, with recomputed activations
+    LOSS := "logits and loss",  # one chunk of logits, and the gradient of the hidden states
+    UPDATE := "workspace of the update",  # a group in float32
+    STREAMING := "streaming slots",
+    GATHERED := "gathered blocks",  # whole blocks of a divided base, and what they are gathered into
+    CONTEXT := "context and libraries",  # of the process before the first tensor, a constant
+    NCCL := "NCCL buffers",  # a constant
+    SLACK := "allocator slack",  # rounding and fragmentation, a constant share
+    OTHER := "other",  # ids, masks, positions
+)
 
-# cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
-# beside its tensors when most is resident: the rounded median of the runs in benchmarks/results/plan_accuracy.json,
-# measured_rss_bytes less planned tensors.
+# What a process holds besides its tensors. cuda: a round number, not yet measured. cpu: the rounded median of the runs
+# in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors.
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
-# Of one group of processes on each of its GPUs; a round number, not yet measured. Reported are 544 to 688 MB on A100
-# with NVLink, as often as there are groups (github.com/NVIDIA/nccl/issues/964).
+# Of a group of processes on each of its GPUs, not yet measured; github.com/NVIDIA/nccl/issues/964 has 544 to 688 MB.
 NCCL_BYTES = GIB
-# Bytes that the allocator holds beside the tensors at the peak, as a share of them. A GPU's caching allocator rounds
-# blocks up and cannot join all freed ones; an estimate, not yet measured.
+# Share of the tensors' bytes that the allocator holds besides, for it rounds blocks up; an estimate, not yet measured.
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step, with the bytes that are alive at its own peak; components without bytes are left out.
-
-    `phase` is "load", "gains", "forward", "loss", "backward" or "update"; `block` a number from 0, or None.
-    """
+    """A part of a step: load, gains, forward, loss, backward or update. Component -> bytes alive at its own peak."""
 
     phase: str
     block: int | None
     by_component: Mapping[str, int]
 
     def changed(self, sizes: Mapping[str, int]) -> Moment:
-        """The moment with other sizes of some components."""
         sizes = {**self.by_component, **sizes}
         return replace(self, by_component={name: size for name, size in sizes.items() if size})
 
@@ -93,7 +81,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The micro-batch that a plan assumes: (rows, length) token ids with padding."""
+    """A micro-batch of (rows, length) token ids with padding."""
 
     rows: int
     length: int
@@ -109,7 +97,7 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe that needs less memory, and its peak and step time with all earlier changes."""
+    """A change that needs less memory; its peak and step time are those with all earlier changes."""
 
     setting: str
     peak_bytes: int
@@ -139,11 +127,7 @@ class Division:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory and time that a run needs.
-
-    A mixture of experts is planned for the worse of two routings: nearly all tokens choose the same experts, or they
-    divide evenly among them.
-    """
+    """Memory and time that a run needs; a mixture of experts is planned for the worse of two routings."""
 
     device_kind: DeviceKind
     moments: Sequence[Moment]
@@ -165,7 +149,6 @@ class Plan:
     changes: Sequence[Change] = ()  # until the run fits, cheapest first; each adds to the ones before
     even_routing_bytes: int | None = None  # peak of a mixture whose tokens divide evenly
     stored_shape: str | None = None  # where the shape was read, if it is one of `public_shapes`
-    context: int | None = None  # positions that the model was made for, if known
     division: Division | None = None  # what several processes could divide; None without a list of blocks
 
     @property
@@ -192,18 +175,8 @@ class Plan:
         return sum(self.components.values())
 
     @property
-    def depends_on_routing(self) -> bool:
-        """Whether the peak of a mixture is more than 1 % lower if tokens divide evenly among the experts."""
-        return self.even_routing_bytes is not None and self.even_routing_bytes < 0.99 * self.peak_bytes
-
-    @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the budget; None without a budget."""
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
-
-    @property
-    def changes_fit(self) -> bool:
-        return bool(self.changes) and self.changes[-1].peak_bytes <= (self.budget_bytes or 0)
 
     def to_dict(self) -> dict[str, Any]:
         computed = ("moments", "recipe", "division", "device_kind", "shape", "changes", "num_groups", "forward_seconds")
@@ -229,18 +202,17 @@ def over_budget(plan: Plan, *, forced: bool = False) -> str:
     """The error of a run over its budget, in one line; `forced` if it starts all the same."""
     parts = sorted(plan.components.items(), key=lambda item: -item[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
-    fix = "start anyway with --force"
-    if plan.changes:
-        enough = "" if plan.changes_fit else " (even all of these are not enough)"
-        fix = f"change, cheapest first: {'; '.join(change.setting for change in plan.changes)}{enough}; or {fix}"
-    end = "It starts all the same (--force)." if forced else f"Fix: {fix}."
-    return (
-        f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
-        f"the {plan.peak.name} ({largest}). {end}"
-    )
+    budget, peak = size_text(plan.budget_bytes or 0), size_text(plan.peak_bytes)
+    fault = f"memory.budget: {budget}, but the run needs about {peak} in the {plan.peak.name} ({largest})."
+    if forced:
+        return f"{fault} It starts all the same (--force)."
+    settings = "; ".join(change.setting for change in plan.changes)
+    enough = plan.changes and plan.changes[-1].peak_bytes <= (plan.budget_bytes or 0)
+    settings += "" if enough or not settings else " (even all of these are not enough)"
+    return f"{fault} Fix: {f'change, cheapest first: {settings}; or ' if settings else ''}start anyway with --force."
 
 
-PCIE_4 = 25e9  # bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes
+PCIE_4 = 25e9  # bytes a second in each direction: 80 % of the stated 31.5 GB/s
 
 
 @dataclass(frozen=True)
@@ -254,10 +226,8 @@ class Rates:
 
 
 ASSUMED: Mapping[DeviceKind, Rates] = {
-    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, and 80 % of 1,555 GB/s
-    "cuda": Rates("A100 40GB (assumed)", 156e12, 1.2e12),
-    # Two cores with AVX512-BF16 (benchmarks, layer times)
-    "cpu": Rates("two CPU cores (assumed)", 1e12, 10e9),
+    "cuda": Rates("A100 40GB (assumed)", 156e12, 1.2e12),  # data sheet: half of 312 TFLOP/s, 80 % of 1,555 GB/s
+    "cpu": Rates("two CPU cores (assumed)", 1e12, 10e9),  # with AVX512-BF16 (benchmarks, layer times)
 }
 
 
@@ -277,22 +247,20 @@ class Work:
     streamed_bytes: int = 0  # from the host in each pass over the blocks
 
     def decode_seconds(self, rates: Rates) -> float:
-        """Having the weights of the blocks dense in one pass."""
-        # Read packed (0.5), write and read the dense tile (2 + 2), and scales
+        # A pass reads packed weights (0.5 bytes) and scales, and writes and reads dense tiles (2 + 2)
         return self.num_linear * (4.6 if self.quantised else 2.0) / rates.bytes
 
     def forward_seconds(self, shape: MicroBatchShape, rates: Rates) -> float:
-        """The forward pass of a micro-batch through the blocks, without attention."""
+        """Of a micro-batch through the blocks, without attention."""
         return 2.0 * shape.num_tokens * self.num_linear * self.share_met / rates.flops + self.decode_seconds(rates)
 
     def step_seconds(self, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
         """Estimated time of an optimizer step.
 
         FLOPs: 2 per weight and token in each pass: forward, recomputation, gradient of the inputs (and of the weights,
-        if they are trained). Causal attention: half of 4 * length per query feature and token, 2.5 times that backward.
-        Bytes: those of dequantising in each pass, and 30 per trainable parameter in the update. The two times are
-        added, since tiles are dequantised between the products. The loss takes as long as its two products, or as
-        reading the head's 16-bit weights for each chunk of them, whichever is longer.
+        if trained); causal attention: half of 4 * length per query feature and token, 2.5 times that backward. Bytes:
+        dequantising in each pass, whose time is added, and 30 per trainable parameter in the update. Loss: its two
+        products, or the head's 16-bit weights for each chunk of them, whichever takes longer.
         """
         passes = 2 + self.checkpointing
         weights = self.num_linear * (passes + self.full) + self.num_trainable * (passes + 1) * (not self.full)
@@ -306,19 +274,13 @@ class Work:
 
 
 def waiting_seconds(link: float, forward: float) -> float:
-    """What a micro-batch waits in its two passes for blocks that take `link` seconds, beside computing.
-
-    The backward pass, with its recomputation, takes as long as two forward passes.
-    """
+    """What two passes wait for blocks that take `link` seconds; the backward pass computes twice as long."""
     return max(0.0, link - forward) + max(0.0, link - 2 * forward)
 
 
 def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
-    """The plan of one of the cards of a run whose base `num_sharing` processes divide; 1: each holds all of it.
-
-    There is a group of all processes. A process of a hybrid run is in two more: with those that it divides the base
-    with, and with those of other machines.
-    """
+    """The plan of one of the cards of a run whose base `num_sharing` processes divide; 1: each holds all of it."""
+    # Of all processes; of a hybrid run also of those that divide one base, and of those of other machines
     num_groups = 0 if num_processes == 1 else 3 if 1 < num_sharing < num_processes else 1
     plan, division = replace(plan, num_groups=num_groups), plan.division
     if num_sharing == 1 or division is None:
@@ -342,7 +304,7 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
 
 
 def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
-    """The division of a model on the meta device, whose linear layers are not yet replaced; None without blocks."""
+    """Of a model on the meta device, whose linear layers are not yet replaced; None without blocks."""
     found = block_list(model)
     if found is None:
         return None
@@ -384,7 +346,7 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class StreamedBlocks:
-    """Bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece, and of pinned host memory."""
+    """Bytes of all packed tensors (`codes`, `scales`), of the largest block, and of pinned host memory."""
 
     num_streamed: int
     codes: int
@@ -394,7 +356,7 @@ class StreamedBlocks:
 
 
 def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: int | None) -> StreamedBlocks:
-    """Sizes of the streamed blocks (None: all) of a model on the meta device, whose layers are not yet replaced."""
+    """Sizes of streamed blocks (None: all) of a model on the meta device, whose layers are not yet replaced."""
     turns = Turns(model, num_streamed)
     pieces = [Piece() for _ in range(len(turns))]
     codes = scales = 0
@@ -412,18 +374,14 @@ def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: 
 
 def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
     """The moments with these blocks off the device: without their bytes, but with the slots."""
-    less = {BASE: streamed.codes, SCALES: streamed.scales, STREAMING: -NUM_SLOTS * streamed.block_bytes}
-    return [
-        moment.changed({name: moment.by_component.get(name, 0) - size for name, size in less.items()})
-        for moment in moments
-    ]
+    more = {BASE: -streamed.codes, SCALES: -streamed.scales, STREAMING: NUM_SLOTS * streamed.block_bytes}
+    return [m.changed({name: m.by_component.get(name, 0) + size for name, size in more.items()}) for m in moments]
 
 
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
     """The moments with checkpoints on the host, and the pinned memory that these take.
 
-    Three checkpoints are on the device: that of the block in its backward pass, the next one, which is being copied,
-    and the last one.
+    On the device are that of the block in its backward pass, the next one, which is being copied, and the last one.
     """
     sizes = [moment.by_component.get(CHECKPOINTS, 0) for moment in moments]
     single = max(sizes, default=0) // max(num_blocks, 1)
@@ -433,14 +391,10 @@ def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Mom
 
 @dataclass(frozen=True)
 class PublicShape:
-    """The stored shape of a model: keys of config.json that decide the architecture, and the page they are from.
-
-    `context`: positions that the model was made for, if the page says so.
-    """
+    """Keys of config.json that decide the architecture of a model, and the page they are from."""
 
     values: dict[str, Any]
     source: str
-    context: int | None = None
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(**self.values)
@@ -450,9 +404,8 @@ class PublicShape:
 def public_shapes() -> dict[str, PublicShape]:
     """Hub id -> shape of every model in the file."""
     data = yaml.safe_load(resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8"))
-    contexts = {name: length for length, names in data["contexts"].items() for name in names}
     shapes: dict[str, PublicShape] = {}
     for model in data["models"]:
-        source = data["sources"].get(model["source"], model["source"])
-        shapes |= {name: PublicShape(model["config"], source, contexts.get(name)) for name in model["names"]}
+        shape = PublicShape(model["config"], data["sources"].get(model["source"], model["source"]))
+        shapes |= dict.fromkeys(model["names"], shape)
     return shapes

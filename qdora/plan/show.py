@@ -1,9 +1,8 @@
-"""`qdora plan`: the plan of one card, a table with a bar for each component, and the ways to use several cards.
+"""`qdora plan`: the plan of one card as a table, and the ways to use several cards.
 
     replicate   each card holds the base; once a step the gradients of the adapters are summed over all cards
     shard       each card holds its rows; a block is gathered before each of its two passes of a micro-batch
     hybrid      shard within a machine, replicate across machines
-    stream      replicate, with blocks in the memory of the card's own host (base.residency)
 
 Cards divide the micro-batches of a step. A ring of n cards takes (n - 1) / n of what it gathers through each link once,
 and what it sums twice; a machine has one link to the others. Blocks are gathered while others compute.
@@ -11,39 +10,25 @@ and what it sums twice; a machine has one link to the others. Blocks are gathere
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
-from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
 from qdora.data import mix_plan, sources
 from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.console import consoles
-from qdora.model.build_model import find_model, keeps_scales
+from qdora.model.build_model import find_model
 from qdora.plan import plan as parts
-from qdora.plan.fit import (
-    MOST_STEPS,
-    Workload,
-    all_on_device,
-    assumed_workload,
-    divided_recipe,
-    num_sharing,
-    plan,
-    with_streaming,
-    workload_of_data,
-)
+from qdora.plan.fit import MOST_STEPS, Workload, assumed_workload, divided_recipe, num_sharing, plan, workload_of_data
 from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
 from qdora.recipe.recipe_file import missing_files, override
 from qdora.recipe.section import parse_size, size_text
 from qdora.recipe.settings import Recipe
-
-logger = logging.getLogger("qdora")
 
 
 def plan_run(
@@ -58,9 +43,8 @@ def plan_run(
 ) -> dict[str, Any]:
     """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
-    Of the model only the config and the tokenizer are loaded. `where` names the recipe in error lines, `num_hosts` are
-    machines with equally many cards. Returns "memory" of one card (`Plan.to_dict`), with several cards also "processes"
-    (`process_plans`), and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
+    Of the model only the config and the tokenizer are loaded. `where` names the recipe in errors. Returns "memory" of
+    one card (`Plan.to_dict`), with several cards also "processes" (`process_plans`), and "mix" as in mix.json.
     """
     _, results = consoles(console)
     if faults := missing_files(recipe, where):
@@ -78,15 +62,11 @@ def plan_run(
     card_plan = plan_of(recipe, limit, num_sharing=num_sharing(recipe, num_processes, num_processes // num_hosts))
     card_plan = replace(card_plan, assumptions=assumed)
     show_plan(results, card_plan)
-    longest, context = recipe.data.max_length, card_plan.context
-    if context is not None and longest > context:
-        results.print(f"data.max_length: {longest:,} tokens are more than the model's context of {context:,}.")
     document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": card_plan.to_dict()}
     if num_processes > 1:
         plans = whole_plans(recipe, partial(plan_of, budget=card_plan.budget_bytes, may_change=False))
         document["processes"] = process_plans(plans, num_processes, num_hosts)
-        title = f"each of {num_processes} cards, {num_processes // num_hosts} in a machine (times are estimates)"
-        show_ways(results, document["processes"], title)
+        _show_ways(results, document["processes"], f"each of {num_processes} cards (times are estimates)")
     return document
 
 
@@ -112,36 +92,30 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
-    table.add_column("component")
+    console.print(f"memory on {plan.device_kind} at the peak: {plan.peak.name}")
+    table = Table("component")
     table.add_column("size", justify="right")
-    table.add_column("relative to the largest", justify="left", no_wrap=True)
-    largest = max(plan.components.values(), default=1)
     for name, num_bytes in plan.components.items():
-        table.add_row(name, size_text(num_bytes), Bar(largest, 0, num_bytes, width=40))
-    verdict = ""
-    if plan.budget_bytes is not None:
-        left = plan.budget_bytes - plan.peak_bytes
-        rest = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
-        verdict = f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {rest}"
+        table.add_row(name, size_text(num_bytes))
     table.add_section()
-    table.add_row("total", size_text(plan.peak_bytes), verdict)
+    table.add_row("total", size_text(plan.peak_bytes))
     console.print(table)
     for line in plan_lines(plan):
         console.print(line, soft_wrap=True)
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    shape = plan.shape
-    lines = [
+    shape, lines = plan.shape, []
+    if plan.budget_bytes is not None:
+        lines = [f"It {'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}."]
+    lines.append(
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
         f"labelled; {plan.num_micro_batches} micro-batches a step. "
         f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
-    ]
-    if plan.depends_on_routing:
+    )
+    if plan.even_routing_bytes is not None:
         lines.append(
-            f"Experts: {size_text(plan.peak_bytes)} if nearly all tokens choose the same ones, which is planned; "
-            f"{size_text(plan.even_routing_bytes or 0)} if tokens divide evenly among them."
+            f"Experts: the worse routing is planned; {size_text(plan.even_routing_bytes)} if tokens divide evenly."
         )
     if plan.stored_shape is not None:
         lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
@@ -154,16 +128,14 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.fits is False:
         how = "To fit, change one after the other (cheapest first; times are estimates):"
         lines.append(how if plan.changes else "No known change makes it smaller.")
-        for change in plan.changes:
-            neutral = "" if change.neutral else "; changes what is trained"
-            options = f"-s {change.setting.replace(', ', ' -s ')}"
-            lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
-        if plan.changes and not plan.changes_fit:
-            lines.append("  Even with all of these it does not fit.")
+    for change in plan.changes:
+        neutral = "" if change.neutral else "; changes what is trained"
+        options = f"-s {change.setting.replace(', ', ' -s ')}"
+        lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
     return lines
 
 
-Way = Literal["replicate", "shard", "hybrid", "stream"]
+Way = Literal["replicate", "shard", "hybrid"]
 # Bytes a second of a card's link in each direction within and across machines, 80 % of the stated rate: NVLink 3 (A100:
 # 300 GB/s), PCIe 4.0, and networks (12.5 and 3.1 GB/s)
 WITHIN: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": PCIE_4}
@@ -171,79 +143,58 @@ ACROSS: Mapping[str, float] = {"100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
 
 
 def whole_plans(recipe: Recipe, plan_of: Callable[[Recipe], Plan]) -> dict[Way, Plan]:
-    """The plans of one card with a whole base: as "replicate", as "shard" needs it, and as "stream" where possible.
-
-    Blocks are streamed as the recipe says, or else as few as make it fit into the budget.
-    """
+    """The plans of one card with a whole base: as "replicate", and as "shard" needs it, where possible."""
     shared = divided_recipe(recipe)
-    recipe = override(recipe, ["train.parallel=replicate"])
-    bare = all_on_device(recipe)
-    plans: dict[Way, Plan] = {"replicate": plan_of(bare)}
-    if shared is not None:
-        plans["shard"] = plan_of(shared)
-    if recipe.base.residency != "device":
-        return plans | {"stream": plan_of(recipe)}
-    whole = plans["replicate"]
-    if whole.fits is False and whole.block_bytes and keeps_scales(bare):
-        bare = override(bare, ["memory.keep_scales=false"])  # as with streamed blocks
-        whole = plan_of(bare)
-    _, streamed, settings = with_streaming(bare, whole, plan_of)
-    return plans | {"stream": streamed} if settings else plans
+    plans: dict[Way, Plan] = {"replicate": plan_of(override(recipe, ["train.parallel=replicate"]))}
+    return plans if shared is None else plans | {"shard": plan_of(shared)}
 
 
 def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int = 1) -> list[dict[str, Any]]:
     """The ways to hold the base on so many cards, each on a machine with equally many of them.
 
     num_sharing: Cards that divide the base. base_bytes: Frozen tensors that a card holds from step to step. wire_bytes:
-    What a card receives from other cards in a step. step_seconds: Link within a machine, or "A + B" with the one
-    between machines -> estimated seconds of a step.
+    What a card receives in a step. step_seconds: Link within a machine, or "A + B" with the one between machines ->
+    estimated seconds of a step.
     """
     ways: list[tuple[Way, Plan, int]] = [("replicate", plans["replicate"], 1)]
     if "shard" in plans and plans["shard"].division is not None and num_processes > 1:
         ways.append(("shard", plans["shard"], num_processes))
         if 1 < num_hosts < num_processes:
             ways.append(("hybrid", plans["shard"], num_processes // num_hosts))
-    if "stream" in plans:
-        ways.append(("stream", plans["stream"], 1))
-    return [_process_plan(plan, way, size, num_processes, num_hosts) for way, plan, size in ways]
-
-
-def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> dict[str, Any]:
-    card, division = of_card(plan, size, num_processes), plan.division
-    passes = math.ceil(plan.num_micro_batches / num_processes)
-    gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes
-    blocks = ends = 0.0
-    if division is not None:
-        share = (size - 1) / size
-        blocks, ends = share * division.blocks_bytes, share * (division.table_bytes + division.head_bytes)
     links = {name: (rate, rate) for name, rate in WITHIN.items()}
     if num_hosts > 1:
         links = {f"{a} + {b}": (WITHIN[a], min(WITHIN[a], ACROSS[b])) for a in WITHIN for b in ACROSS}
-    seconds = {}
-    for name, (inner, slowest) in links.items():
-        rate = inner if way == "hybrid" else slowest
-        waiting = waiting_seconds(blocks / rate, plan.forward_seconds) + ends / rate
-        single = (plan.step_seconds or 0.0) / plan.num_micro_batches
-        seconds[name] = passes * (single + waiting) + gradients / slowest
-    frozen = (parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE)
-    return {
-        "way": way,
-        "num_sharing": size,
-        "base_bytes": sum(card.moments[-1].by_component.get(name, 0) for name in frozen),
-        "wire_bytes": round(passes * (2 * blocks + ends) + gradients),
-        "step_seconds": seconds,
-        **{name: getattr(card, name) for name in ("peak_bytes", "fits", "host_bytes", "num_streamed")},
-    }
+    rows = []
+    for way, whole, size in ways:
+        card, division = of_card(whole, size, num_processes), whole.division
+        passes = math.ceil(whole.num_micro_batches / num_processes)
+        gradients = 2 * 4 * whole.num_trainable * (num_processes - 1) / num_processes
+        blocks = ends = 0.0
+        if division is not None:
+            share = (size - 1) / size
+            blocks, ends = share * division.blocks_bytes, share * (division.table_bytes + division.head_bytes)
+        seconds, single = {}, (whole.step_seconds or 0.0) / whole.num_micro_batches
+        for name, (inner, slowest) in links.items():
+            rate = inner if way == "hybrid" else slowest
+            waiting = waiting_seconds(blocks / rate, whole.forward_seconds) + ends / rate
+            seconds[name] = passes * (single + waiting) + gradients / slowest
+        frozen = (parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE)
+        row = {
+            "way": way,
+            "num_sharing": size,
+            "base_bytes": sum(card.moments[-1].by_component.get(name, 0) for name in frozen),
+            "wire_bytes": round(passes * (2 * blocks + ends) + gradients),
+            "step_seconds": seconds,
+        }
+        rows.append(row | {name: getattr(card, name) for name in ("peak_bytes", "fits", "host_bytes", "num_streamed")})
+    return rows
 
 
-def show_ways(console: Console, ways: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a row for each of `process_plans`, with the time of a step over each link."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("way")
-    for name in ("peak", "fits", "base", "received a step", "pinned on the host", "streamed"):
+def _show_ways(console: Console, ways: Sequence[Mapping[str, Any]], title: str) -> None:
+    table = Table("way", title=title, title_justify="left")
+    links = [f"s a step, {link}" for link in ways[0]["step_seconds"]]
+    for name in ("peak", "fits", "base", "received a step", "pinned on the host", "streamed", *links):
         table.add_column(name, justify="right")
-    for link in ways[0]["step_seconds"]:
-        table.add_column(f"s a step, {link}", justify="right")
     for way in ways:
         sizes = [size_text(way[name]) for name in ("base_bytes", "wire_bytes", "host_bytes")]
         fits = {None: "", True: "yes", False: "no"}[way["fits"]]

@@ -22,9 +22,9 @@ import yaml
 from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest
-from qdora.files.atomic import masked, token_paths
+from qdora.files.atomic import masked
 from qdora.files.machine import user_path
-from qdora.files.run_directory import is_below
+from qdora.files.run_directory import flat, is_below
 from qdora.recipe.data_settings import (
     CHAT_FORMATS,
     COMMONSENSE_TASKS,
@@ -35,7 +35,7 @@ from qdora.recipe.data_settings import (
     is_pattern,
     names_files,
 )
-from qdora.recipe.section import Fault, Section, dotted, fault_lines, one_line, shown
+from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
 from qdora.recipe.settings import MACRO, Recipe
 
 logger = logging.getLogger("qdora")
@@ -115,7 +115,8 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     UserError lists all faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`. A fault in a key of
     `overrides`, which were already applied, begins with -s instead of `where`.
     """
-    if secrets := [dotted(steps) for steps in token_paths(data)]:
+    leaves = [f"{key}: {value}" for key, value in flat(data).items()]
+    if secrets := [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]:
         what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
         raise UserError(*(f"{where}: {path}: {what}" for path in secrets))
     data = copy.deepcopy(data)
