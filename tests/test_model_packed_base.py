@@ -340,5 +340,5 @@ def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_
 
 def test_a_place_that_cannot_be_written_is_one_line(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/.*: cannot be made or written: .* base\.cache"):
+    with pytest.raises(UserError, match=r"file/.*: cannot be written: .* base\.cache"):
         cached(source, tmp_path / "file")

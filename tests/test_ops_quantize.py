@@ -269,7 +269,7 @@ def test_what_is_refused_and_that_an_int8_row_too_small_for_a_float32_factor_is_
     for call, message in (
         (lambda: quantize(torch.zeros(3), "nf4"), r"\(out, in\).* got \(3,\)"),
         (lambda: quantize(torch.zeros(3, 3, dtype=torch.int32), "nf4"), "torch.int32"),
-        (lambda: quantize(torch.zeros(3, 3), "nf5"), "nf4, fp4, int8, int4, nf3, nf2, mxfp4, got 'nf5'"),
+        (lambda: quantize(torch.zeros(3, 3), "nf5"), "nf4.*mxfp4.*got 'nf5'"),
         (lambda: quantize(torch.zeros(3, 3), "nf4", 48), "16, 32, 64, .* got 48"),
         (lambda: quantize(torch.zeros(3, 32), "mxfp4"), "made here.* mxfp4"),
         (lambda: from_tensors("int8", (8, 64), 64, {"nested_absmax": torch.zeros(1)}), "nested_absmax"),

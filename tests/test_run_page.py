@@ -268,7 +268,7 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
         "library_name": "transformers", "pipeline_tag": "text-generation", "license_link": link,
     }  # fmt: skip
     for words in ("Fine-tuned from `org/base` at revision `abc` with qdora ", "largest logit difference 0.0362",
-                  "- sums: [org/sums](https://huggingface.co/datasets/org/sums) (", "passed on 85 tokens.",
+                  "- sums: [org/sums](https://huggingface.co/datasets/org/sums)", "passed on 85 tokens.",
                   "mean KL 1.6e-06", f"[`llama3`]({link})", "beside this card: `LICENSE`."):  # fmt: skip
         assert words in text
     headings = [text.index(f"\n\n## {each}\n\n") for each in ("Training", "Data", "Results", "Verification", "Licence")]

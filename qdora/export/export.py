@@ -30,7 +30,7 @@ from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
 from qdora.recipe.section import parse_size
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import card_files, run_card
@@ -114,7 +114,7 @@ def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
 
 
 def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
-    kind = load_config(find_source(load_recipe(open_run(run).recipe_file), weights=False)).model_type
+    kind = load_config(find_source(recipe_of_run(open_run(run).recipe_file), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
     console.print("comparing the merged model with the running one")
