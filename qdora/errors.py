@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -89,10 +88,6 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     names = {each.lower(): each for each in reversed(list(allowed))}
     close = difflib.get_close_matches(name.lower(), list(names), n=1)
     return f" Did you mean '{names[close[0]]}'?" if close else ""
-
-
-def nearest_path(path: Path) -> str:
-    return nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
 
 
 def not_there(path: Path, kind: str, fix: str) -> str:

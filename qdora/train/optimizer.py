@@ -43,7 +43,7 @@ OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
 # Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
 _NOT_STORED = ("qmap1", "qmap2")
-# Last part of the path of trained rows (adapter/trained_rows.py), and of the vectors of all experts of a stack.
+# Last part of the path of trained rows (adapter/rows.py), and of the vectors of all experts of a stack.
 _NO_MATRICES = ("rows", "magnitude", "bias")
 # Values per block scale in bitsandbytes' 8-bit states, and the least elements of a tensor with such states.
 _BLOCK, _LEAST_8BIT = 256, 4096
