@@ -1,7 +1,7 @@
 """Compares the arms of a study on the seeds that they share, and says what is better, equivalent, or not decided.
 
-An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base): its cells over
-all seeds, at the learning rate that was found for it.
+An arm is one value of the compared axis in one context (such as a base): its cells over all seeds, at the learning
+rate that was found for it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ from qdora.study.grid import (
 from qdora.study.results import HIGHER_IS_BETTER, Results, combined
 
 ZONE_OF_SHARES = 0.01
-"""Accuracies that differ by less than a point are equivalent, where the metric is an NLL."""
+"""Zone of accuracies where the metric is an NLL."""
 
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""
 
 KINDS: tuple[Kind, ...] = ("base", "trained", "transplant", "rescaled", "set_back")
-"""Kinds of arms, in the order of the report."""
-
 Records = Sequence[Mapping[str, Any]]
 """Cells as `Cell.record` gives them."""
 
@@ -65,8 +63,8 @@ class Arm:
     dense_key: str | None
 
 
-def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> list[Arm]:
-    """Arms with a result, or `as_planned` all as if every cell were done; in the order of the grid, bases first."""
+def find_arms(cells: Records, results: Results) -> list[Arm]:
+    """Arms with a result, in the order of the grid, bases first."""
     axis, searched = results.study.compare.arm, results.study.rates is not None
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for cell in (cell for cell in cells if cell["kind"] in KINDS):
@@ -78,7 +76,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     arms = []
     for (kind, context, name, _), (first, *more) in groups.items():
         seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in (first, *more)}
-        done = {seed: key for seed, key in seeds.items() if as_planned or results.result(key) is not None}
+        done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
         num_missing = sum(seed not in done for seed in first_seeds(results.study, seeds))
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
@@ -130,10 +128,7 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True)
 class NamedComparison:
-    """A contrast, whose family is "" if it is exploratory.
-
-    `lacking` says which of the contexts that it is about are not in its terms.
-    """
+    """A contrast; family "": exploratory; lacking: contexts that it is about and that are not in its terms."""
 
     name: str
     context: dict[str, str]
@@ -143,11 +138,9 @@ class NamedComparison:
 
     @property
     def arms(self) -> list[Arm]:
-        """The arms of all terms, each once."""
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
     def columns(self) -> dict[str, Any]:
-        """Its name, context and arms as columns of a table."""
         _, arm, other = self.terms[0]
         return {"comparison": self.name, **self.context, "arm": arm.name, "reference": other.name}
 
@@ -175,7 +168,6 @@ def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
 
 
 def _pairs(arms: Sequence[Arm], reference: str | None) -> list[tuple[Arm, Arm]]:
-    """Every trained arm beside the reference of its context."""
     trained = [arm for arm in arms if arm.kind == "trained"]
     return [
         (arm, other)
@@ -228,7 +220,6 @@ def _place(labels: Mapping[str, str], study: Study) -> Place:
 
 
 def _trained_places(study: Study) -> Counter[Place]:
-    """Number of seeds of everything that the study file trains."""
     found: Counter[Place] = Counter()
     for stage, labels, seeds in combinations(study):
         if stage.kind == "train":
@@ -245,7 +236,7 @@ def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
 
 
 def count_primary(study: Study, cells: Records) -> int:
-    """How many primary comparisons there are once every cell is done."""
+    """How many primary comparisons there are at the end."""
     if study.compare.primary is not None:
         return len(study.compare.primary)
     own = _trained_places(study).keys() - _first_places(cells, study).keys()
@@ -355,7 +346,6 @@ def _larger(p_values: Sequence[float]) -> float:
 
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
-    """Why nothing is called, whatever the scores; empty if something may be."""
     missing = sum(arm.num_missing for arm in each.arms)
     names = {
         f"{arm.name} ({in_words(arm.context)})" if arm.context else arm.name
@@ -409,33 +399,6 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     return example_interval(results.scores(key)[measure], results.weighting(measure))
 
 
-def cannot_decide(study: Study) -> list[str]:
-    """Why no comparison of a study can have a verdict, whatever it scores; empty if one can."""
-    reasons = ["the learning rates are not searched (rates)"] if study.rates is None else []
-    most = max(_trained_places(study).values(), default=0)
-    if most < study.compare.min_seeds:
-        reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")
-    return reasons
-
-
-def never_decided(cells: Records, results: Results) -> list[str]:
-    """A sentence on each primary comparison that the study file itself rules out; the cells are all planned ones."""
-    study = results.study
-    named = named_comparisons(find_arms(cells, results, as_planned=True), study, cells)
-    lacking = {each.name: each.lacking for each in named if each.family}
-    found = []
-    for name, asked in (study.compare.primary or {}).items():
-        if name not in lacking:
-            both = f"{asked.reference or study.compare.reference} and one other arm"
-            found.append(
-                f"The comparison {name!r} cannot be made: its labels must name contexts in which {both} are trained."
-            )
-        elif lacking[name]:
-            where = " and for ".join(lacking[name])
-            found.append(f"The comparison {name!r} cannot have a verdict: an arm has no cell for {where}.")
-    return found
-
-
 def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, float]:
     """What is left of the damage, how much a transplant has, and what was repaired; only of trained arms.
 
@@ -487,10 +450,7 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
 
 
 def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
-    """What compression did to a base that is only evaluated; empty for other arms.
-
-    `damage_choice`: acc_norm of the uncompressed base, less that of this one; its interval is over examples.
-    """
+    """What compression did to a base. `damage_choice`: acc_norm of the uncompressed base less that of this one."""
     if arm.kind != "base":
         return {}
     (key,) = arm.seeds.values()

@@ -54,16 +54,13 @@ from qdora.recipe.section import (
 
 Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
 Choice = dict[Text, Any]
-"""Axis -> value or list of values."""
 
 SEED = "seed"
-"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block together; an axis with train.seed
-adds its value to that of train.seed."""
+"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block; an axis may add to train.seed."""
 RATE = "train.lr"
 
-COLUMNS = {"stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict", "layer"}
-COLUMNS |= {"block", "step", "sparsity"}
-"""Columns of the report's tables that an axis must not be called."""
+COLUMNS = {SEED, "stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict"}
+COLUMNS |= {"layer", "block", "step", "sparsity"}
 
 
 class PrimaryConfig(Section):
@@ -115,9 +112,8 @@ class CompareConfig(Section):
 class RatesConfig(Section):
     """The search for the learning rate of each arm, with seeds and validation examples of its own.
 
-    Short runs try all values. Those around the best value run at full length, once a seed; then the minimum of the
-    parabola through the best value and its neighbours, in ln(rate), is the rate. Where the best value is the smallest
-    or largest one, the search goes on beyond it.
+    Short runs try all values; those around the best one run at full length, once a seed. The rate is the minimum of the
+    parabola through the best value and its neighbours, in ln(rate).
     """
 
     values: Annotated[tuple[Positive, ...], Field(min_length=3)]
@@ -145,17 +141,14 @@ class StageConfig(Section):
     name: Text
     """Name in the report and in the predicted times."""
     cells: Choice = Field(default_factory=dict)
-    """Axis, or seed -> value or list of values. Axes that are not named take all their values."""
+    """Axis, or seed -> value or list of values (default: all)."""
     kind: Literal["train", "transplant", "rescaled", "set_back", "by_layer"] = "train"
-    """transplant: do not train, but evaluate the adapter that the same arm and seed trained on the uncompressed base.
-    rescaled: evaluate the transplant of the same arm (DoRA) and seed with each magnitude times the row norm of its base
-    over that of the uncompressed base. set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to
-    the row norms of its base. by_layer: tell for the trained adapter how far directions and magnitudes moved, how much
-    of the error that compression made each layer's update takes back, and what the loss is without each block's
-    adapter."""
+    """transplant: evaluate the adapter that the same arm and seed trained on the uncompressed base. rescaled: evaluate
+    the transplant (DoRA) with each magnitude times the row norm of its base over that of the uncompressed base.
+    set_back: evaluate the trained adapter (DoRA) with the row norms of its base as magnitudes. by_layer: measure how
+    far directions and magnitudes moved, which error of compression is undone, and the loss without each block."""
     steps: tuple[Whole, ...] = ()
-    """Checkpoints, which the run must have kept, that a by_layer stage measures in place of the end: the changes of
-    each layer and the loss. Also of full fine-tuning ([]: the end)."""
+    """Kept checkpoints that a by_layer stage measures, also of full fine-tuning ([]: the end)."""
 
 
 class TimeConfig(Section):
@@ -199,18 +192,9 @@ class Study(Section):
     """Times that a failed cell is tried again."""
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong beside the types of single values."""
         rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
-        for name, labels in axes.items():
-            if name in (SEED, RATE) and (name == SEED or rates is not None):
-                yield (
-                    f"product.{name}",
-                    f"is not an axis: {'seeds gives' if name == SEED else 'rates finds'} its values.",
-                )
-            if name in COLUMNS:
-                yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
-            for label in sorted({label for label in labels if labels.count(label) > 1}):
-                yield f"product.{name}", f"has the value {label} twice."
+        for name in sorted(axes.keys() & COLUMNS):
+            yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
         named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
         groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
@@ -227,7 +211,7 @@ class Study(Section):
         asked.append(("compare", {compare.arm: compare.reference or []}))
         for name, each in (compare.primary or {}).items():
             where = f"compare.primary.{name}"
-            asked += [(where, {compare.arm: arm}) for arm in (each.arm, each.reference) if arm is not None]
+            asked.append((where, {compare.arm: [arm for arm in (each.arm, each.reference) if arm is not None]}))
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
         for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
             if name == SEED:
@@ -252,7 +236,7 @@ def load_study(path: Path) -> Study:
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
-    """Check plain data and make a study from it. UserError lists all faults: `<where>: <path.to.key>: ...`."""
+    """Check plain data and make a study from it; a fault is `<where>: <path.to.key>: ...`."""
     try:
         study = Study.model_validate(data)
         lines = list(study.faults())
@@ -264,14 +248,13 @@ def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
 
 
 def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(label, settings) for every value of an axis."""
+    """(label, settings) of each value."""
     if isinstance(axis, dict):
         return list(axis.items())
     return [(label_of(value), {name: value}) for value in axis]
 
 
 def labels_of(axis: Any) -> list[str]:
-    """The labels of an axis."""
     return [label for label, _ in choices(axis, "")]
 
 
@@ -300,7 +283,6 @@ def first_seeds(study: Study, seeds: Iterable[str]) -> list[str]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A value as a list, which it may already be."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -329,8 +311,6 @@ Length = Literal["short", "full"]
 
 
 class RateRun(NamedTuple):
-    """One run of a search."""
-
     length: Length
     rate: float
     seed: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.pages import markdown_table, new_figure, render_page, svg_text
-from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import block_of
 from qdora.study.compare import (
     Arm,
@@ -167,7 +166,6 @@ def read_report(directory: Path) -> Report:
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
         "cells": [rows.cell(cell) for cell in cells],
-        "curves": [row for arm in arms if arm.kind == "trained" for row in rows.curve(arm)],
         "guesses": _guess_rows(cells, results),
     }
     measured = [rows.measured(cell) for cell in cells]
@@ -268,18 +266,6 @@ class _TableRows:
         row |= {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
         return row | self.sizes(key)
 
-    def curve(self, arm: Arm) -> Iterator[dict[str, Any]]:
-        """Training loss, averaged over the `first_seeds` and in at most 32 parts of equal length."""
-        keys = [arm.seeds[seed] for seed in first_seeds(self.results.study, arm.seeds)]
-        runs = [RunDirectory(self.results.store.cell(key)) for key in keys if not self.results.diverged(key)]
-        lines = [line for run in runs if run.metrics_file.is_file() for line in run.metrics() if "loss" in line]
-        losses = pd.DataFrame(lines, columns=["step", "loss"]).dropna().groupby("step")["loss"].mean()
-        length = math.ceil(len(losses) / 32)
-        context = self._context(arm.context) | {self.results.study.compare.arm: arm.name}
-        for start in range(0, len(losses), length or 1):
-            part = losses.iloc[start : start + length]
-            yield context | {"step": part.index[-1], "training_loss": part.mean(), "num_seeds": len(runs)}
-
     def measured(self, cell: Row) -> dict[str, Rows]:
         """What compression did to the layers and blocks of a base, and what training moved (`by_layer`)."""
         result, is_base = self.results.result(cell["key"]) or {}, cell["kind"] == "base"
@@ -347,7 +333,6 @@ def _figures(report: Report) -> Rows:
             _damage,
             [row for row in report.tables["repair"] if "left" in row],
         ),
-        "Learning curves": ("Training loss, averaged over the seeds.", _curves, report.tables["curves"]),
     }
     return [
         {"title": title, "note": note, "svg": svg_text(draw(rows, report.axes, report.compare))}
@@ -395,28 +380,6 @@ def _damage(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
         drawn[arms[index]] = _dot(axis, row, "left", y, color=color, marker=marker)
     axis.set_yticks(range(len(bases)), list(bases), fontsize="small")
     axis.set_xlabel(f"worse than on the uncompressed base, {LABELS[compare.metric]}")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
-    return figure
-
-
-def _curves(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
-    where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
-    panels = pd.DataFrame([row | {"where": where(row)} for row in rows]).groupby("where", sort=False)
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = new_figure(_WIDTH, 2.6 * down + 0.6)
-    grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
-    drawn: dict[Any, Any] = {}
-    for axis, (title, panel) in zip(grid, panels, strict=False):
-        for arm, line in panel.groupby(compare.arm, sort=False):
-            color = _COLORS[arms.index(arm) % len(_COLORS)]
-            (drawn[arm],) = axis.plot(line["step"], line["training_loss"], lw=1.3, color=color)
-        axis.set_title(title, fontsize="small")
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-    for axis in grid[len(panels) :]:
-        axis.set_visible(False)
-    grid[0].set_ylabel("nats per token")
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
     return figure
 

@@ -32,10 +32,7 @@ from qdora.study.grid import Study
 
 
 class StudyDirectory:
-    """The files of a study; a failed cell is given up after `retries` more attempts.
-
-    Missing folders are made, but not without `makes`, for a look at what is there.
-    """
+    """The files of a study; `makes` missing folders. A failed cell is given up after `retries` more attempts."""
 
     def __init__(self, path: Path, *, retries: int = 1, makes: bool = True) -> None:
         self.path, self.retries = path, retries
@@ -46,7 +43,6 @@ class StudyDirectory:
         return self.path / "cells" / key
 
     def shared(self, stage: str, key: str) -> Path:
-        """A directory that cells share (`once`)."""
         return self.path / "shared" / stage / key
 
     def is_done(self, key: str) -> bool:
@@ -62,12 +58,11 @@ class StudyDirectory:
         return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
 
     def failures(self, key: str) -> list[dict[str, Any]]:
-        """All failed attempts, oldest first: reason, time, host, pid, traceback."""
+        """All failed attempts, oldest first: reason, time, traceback."""
         file = self._failures(key)
         return list(read_json_object(file)["attempts"]) if file.is_file() else []
 
     def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
-        """Record a failed attempt; only the holder of the cell may do so."""
         stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
@@ -92,7 +87,7 @@ class StudyDirectory:
         return False
 
     def write_index(self, study: Study, cells: Cells) -> None:
-        """Write study.json for the report: the study, its cells, and what the searches found."""
+        """Write study.json for the report."""
         document = {
             "study": study.model_dump(mode="json", exclude_unset=True),
             "cells": [cell.record() for cell in cells.cells],
@@ -124,9 +119,9 @@ HIGHER_IS_BETTER = {
     "right": True,
     "unparsable": False,
 }
-"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,
-acc_norm: share of questions whose right choice is the likeliest one, by its likelihood and by that per character. right
-and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
+"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: each task counting once. acc, acc_norm:
+share of questions whose right choice is the likeliest, by its likelihood and by that per character. right, unparsable:
+shares of generated answers."""
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
 """Measure -> task -> scores. Only tasks with choices have accuracies, and chance: the share that a guess gets right."""
@@ -164,7 +159,6 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
 
 
 def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(task, name of the example, its record)."""
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
         raise UserError(f"{path}: must be a file inside the run directory of its cell.")
@@ -214,7 +208,6 @@ class Results:
         return "diverged" in (self.result(key) or {})
 
     def has_adapter(self, key: str) -> bool | None:
-        """Whether a cell left an adapter: False if it diverged, None if it is not finished."""
         return None if self.result(key) is None else not self.diverged(key)
 
     @property
@@ -266,7 +259,7 @@ def cells_now(expander: Expander, results: Results) -> Cells:
 
 
 def planned_cells(expander: Expander, results: Results | None) -> Cells:
-    """All cells of a study, as if every search found its rate where the runs so far, or else its values, suggest."""
+    """All cells, as if every search found its rate where the runs so far, or else its values, suggest."""
 
     def loss(cell: Cell) -> float:
         known = None if results is None else results.loss(cell.key)
@@ -331,12 +324,9 @@ class _Prediction:
 
 
 def times_in_words(times: Sequence[StageTime]) -> list[str]:
-    """Lines of --dry-run."""
-    lines = []
-    for each in times:
-        hours = "time unknown" if math.isnan(each.seconds) else f"{each.seconds / 3600:.1f} h"
-        lines.append(f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours}")
+    lines = [
+        f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {each.seconds / 3600:.1f} h" for each in times
+    ]
     total = sum(each.seconds for each in times)
-    known = f"In all {total / 3600:.1f} h of one process."
-    unknown = "The time is not known before runs of two lengths are done. Fix: set time."
-    return [*lines, unknown if math.isnan(total) else known]
+    fix = " (not known before runs of two lengths are done. Fix: set time)" if math.isnan(total) else ""
+    return [*lines, f"In all {total / 3600:.1f} h of one process{fix}."]
