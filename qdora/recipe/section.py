@@ -66,14 +66,13 @@ Fault = tuple[str, str]
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, without unknown keys; null stands for the default."""
+    """A group of settings; null stands for the default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, given: Any) -> Any:
-        """Without the keys that are null, except where null is a value, as in train.clip."""
         if not isinstance(given, dict):
             return given
         other = {name for name, field in cls.model_fields.items() if type(None) not in get_args(field.annotation)}
@@ -84,10 +83,7 @@ _Settings = TypeVar("_Settings", bound=Section)
 
 
 def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settings:
-    """A copy with some fields of some sections changed: `with_settings(recipe, base={"quant": "none"})`.
-
-    Nothing is checked, unlike with `override`.
-    """
+    """A copy with some fields of some sections changed and not checked: `with_settings(recipe, base={...})`."""
     changed = {name: getattr(settings, name).model_copy(update=fields) for name, fields in sections.items()}
     return settings.model_copy(update=changed)
 
@@ -108,7 +104,7 @@ def reason_of(error: Exception) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """A value as in a recipe, in flow style; text is in quotes. Of a section only what was set is written."""
+    """A value as in a recipe; text is in quotes. Of a section only what was set is written."""
     if isinstance(value, str):
         return repr(value)
     if isinstance(value, BaseModel):
@@ -137,7 +133,7 @@ def fault_lines(error: ValidationError, data: Any, root: type[BaseModel]) -> lis
 
 
 def _path(detail: ErrorDetails, data: Any) -> str:
-    """The place in the document; pydantic's also names the member of a union that was tried."""
+    """The place in the document, without the members of unions that were tried."""
     steps: list[int | str] = []
     for step in detail["loc"]:
         try:
@@ -158,16 +154,12 @@ def _reason(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -
 
 
 def _nearest_key(path: str, root: type[BaseModel]) -> str:
-    """The nearest key of the same section, else the same key of another one."""
     section, dot, key = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
-    paths = sorted(_paths(root), key=lambda each: each.count("."))
-    below = [each.removeprefix(section + dot) for each in paths if each.startswith(section + dot)]
-    elsewhere = [f" Did you mean '{each}'?" for each in paths if each.rpartition(".")[2] == key]
-    return nearest(key, [each for each in below if "." not in each]) or next(iter(elsewhere), "")
+    below = [each.removeprefix(section + dot) for each in _paths(root) if each.startswith(section + dot)]
+    return nearest(key, [each for each in below if "." not in each])
 
 
 def _paths(annotation: Any, prefix: str = "") -> Iterator[str]:
-    """All settings of a section and of those in it, such as data.mix[].limit."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             index = "[]" if get_origin(field.annotation) is tuple else ""

@@ -313,7 +313,7 @@ class Expander:
         text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
         if text not in self._made:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-            recipe = recipe_from(with_overrides(self.start, overrides)[0], "recipe", overrides)
+            recipe = recipe_from(with_overrides(self.start, overrides), "recipe", overrides)
             if recipe.eval.tasks == ():
                 raise UserError("eval.tasks: must name at least one task, since a study compares evaluations.")
             # The evaluation before the first step is that of the base, which has a cell of its own
