@@ -90,7 +90,7 @@ Template = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_jinja)]
 
 
 class TemplateConfig(Section):
-    """Prompt and completion made from any row. Both are Jinja templates over the columns; null gives no text."""
+    """Prompt and completion of any row: Jinja templates over the columns; null gives no text."""
 
     prompt: Annotated[str, Strict(), AfterValidator(_jinja)]
     """Template of the prompt; it may be empty: '' makes plain text, all of which is learnt."""
@@ -124,11 +124,10 @@ class SourceConfig(Section):
     format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
         "auto"
     )
-    """Layout of the rows of source. auto: by the names of the columns. For the eight commonsense tasks: auto asks for
-    the text of a choice; commonsense170k for its name, as the DoRA paper does."""
+    """Layout of the rows of source. auto: by the names of the columns; commonsense tasks ask for the text of a choice.
+    commonsense170k: for its name, as the DoRA paper does."""
     chat: Flag = False
-    """Make a chat of each row of prompt and completion, or of instruction and output, with the system turn of a column
-    system."""
+    """Make a chat of each row of prompt and completion, or instruction and output, and a column system."""
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
     """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
     template: TemplateConfig | None = None
@@ -162,14 +161,13 @@ class SourceConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name in metrics: `name`, the task, or the last part of the source without its ending and wildcards."""
+        """`name`, the task, or the last part of the source without its ending and wildcards."""
         parts = reversed(Path(self.source or "").parts)
         stems = (re.split(r"[*?\[]", part.partition(".")[0])[0].rstrip("-_") for part in parts)
         return self.name or self.task or next(filter(None, stems), None) or str(self.source)
 
     @property
     def is_local(self) -> bool:
-        """Whether the data is in files of this machine: not on the Hub, and not inside the package."""
         return self.path is not None or (self.source is not None and is_path(self.source))
 
 
@@ -179,8 +177,7 @@ class DataConfig(Section):
     mix: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """The sources to train on together; at least one."""
     strategy: Strategy = "proportional"
-    """Share of each source in the examples: proportional to its size, equal for all, size^(1 / temperature), or its
-    weight."""
+    """Share of each source: by its size, equal, by size^(1 / temperature), or its weight."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2)] = 512
@@ -190,11 +187,10 @@ class DataConfig(Section):
     then the end of the answer; a chat is cut after its last answer that fits. drop: leave it out and count it. split:
     divide plain text into examples of max_length; all else is an error. The default with a stream is truncate."""
     max_bad_rows: WholeOrZero | None = None
-    """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
-    of the rows if that is more)."""
+    """Most faulty rows, which are skipped and reported, of a pass over a stream (null: 10, or 0.1 % if more)."""
     packing: Flag = False
-    """Put several examples into one row of at most max_length tokens (with flash attention train.micro_batch_tokens),
-    each trained as if it were alone."""
+    """Put several examples, each trained as if it were alone, into a row of max_length tokens (with flash attention
+    micro_batch_tokens)."""
     loss_on: LossOn = "answer"
     """What is learnt. answer: in a chat every turn of the assistant. last: only the last one. all: the prompt, too."""
     chat_template: Text | None = None
@@ -202,8 +198,7 @@ class DataConfig(Section):
     template_kwargs: dict[Text, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
     cache: Text | None = None
-    """Directory where sources of 262,144 tokens and more are kept tokenised; off: none (null: qdora/data in
-    XDG_CACHE_HOME)."""
+    """Directory that keeps sources of 262,144 tokens and more; off: none (null: qdora/data in XDG_CACHE_HOME)."""
     validation_fraction: Share = 0.05
     """Share to cut off the end of a train split that has no validation split."""
     seed: Seed = 0
@@ -212,7 +207,6 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_streams(cls, given: Any) -> Any:
-        """The default of too_long with a stream, written out so that a resolved recipe says it."""
         if not isinstance(given, dict) or given.get("too_long") or not isinstance(given.get("mix"), list | tuple):
             return given
         sources = [dict(each) for each in given["mix"] if isinstance(each, dict | Section)]
@@ -220,5 +214,4 @@ class DataConfig(Section):
 
     @property
     def has_stream(self) -> bool:
-        """Whether a source is read in parts during training."""
         return any(source.stream for source in self.mix)

@@ -122,12 +122,9 @@ BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
 class Cell:
     """One run of a study. `key` names its run directory.
 
-    kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: the
-    adapter of the cell `adapter_key` on another base. rescaled, set_back: that adapter with other magnitudes. by_layer:
-    that adapter, or its checkpoints `steps`, measured layer by layer, without scores.
-    labels: axis -> label; of trained cells also the seed, and the rate where it was searched.
-    base_key, dense_key: cells that evaluate the same base without an adapter, and the uncompressed base.
-    equal: labels of other combinations of the grid that have the same key.
+    kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. The others evaluate
+    the adapter of the cell `adapter_key`. base_key, dense_key: cells that evaluate the same base without an adapter,
+    and the uncompressed base. equal: labels of other combinations of the grid that have the same key.
     """
 
     key: str
@@ -151,17 +148,13 @@ class Cell:
         return {name: getattr(self, name) for name in fields}
 
     def in_words(self) -> str:
-        """'adapter=dora, seed=0'; of a base 'base', with its labels if it has any."""
         labels = in_words(self.labels)
         return labels if self.kind != "base" else f"base{': ' if labels else ''}{labels}"
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells that are known so far, in the order in which they run.
-
-    num_waiting: stage -> cells that wait for a rate or an adapter. searches: labels of an arm, its search, its runs.
-    """
+    """num_waiting: stage -> cells that wait for others. searches: labels of an arm, its search, its runs."""
 
     cells: list[Cell]
     num_waiting: dict[str, int]
@@ -353,10 +346,7 @@ class Expander:
         return self._bases[text]
 
     def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell], dict[str, list[Labels]]]:
-        """Key -> base; key -> uncompressed base, which has labels only if the grid has this base; key -> equal bases.
-
-        The latter are arms without an adapter that have the base of another such arm.
-        """
+        """Key -> base; key -> uncompressed base; key -> labels of arms without an adapter that have the same base."""
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
         equal: dict[str, list[Labels]] = {}
@@ -403,12 +393,10 @@ class Expander:
         return searches[name][1]
 
     def _like(self, labels: Labels) -> Labels:
-        """The labels of the arm whose rate an arm takes: its own, unless rates.like says otherwise."""
         like = {} if self.study.rates is None else self.study.rates.like
         return {axis: like.get(axis, {}).get(label, label) for axis, label in labels.items()}
 
     def _twin(self, arm: _Combination) -> _Combination | None:
-        """The arm of the same labels, but for the base, that trains on the uncompressed base."""
         based = axes_of(self.study, "base.")
         for labels in (arm.labels, self._like(arm.labels)):
             for other in self.arms:
@@ -444,7 +432,6 @@ class Expander:
 
 
 def _on_test(recipe: Recipe) -> list[str]:
-    """Overrides that evaluate the test split of the evaluated sources in place of the validation split."""
     tasks, mix = recipe.eval.tasks, recipe.data.mix
     evaluated = [index for index, source in enumerate(mix) if tasks is None or source.label in tasks]
     found = [f"data.mix[{index}].validation=test" for index in evaluated]

@@ -46,10 +46,9 @@ Records = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One value of the compared axis in one context: the labels of the axes that are neither compared nor the seed.
+    """rate: label of the learning rate that a search found, or "". seeds: seed -> key of a finished cell; of a base "".
 
-    rate: label of the learning rate that a search found, or "". seeds: seed -> key of a finished cell; a base has one,
-    whose seed is "". num_missing: its cells without a result, of the seeds that tell the spread (`first_seeds`).
+    num_missing: its cells without a result, of the `first_seeds`.
     """
 
     context: dict[str, str]
@@ -92,10 +91,7 @@ Term = tuple[float, Arm, Arm]
 def seed_improvements(
     terms: Sequence[Term], results: Results, measure: str, task: str | None = None
 ) -> dict[str, float]:
-    """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured.
-
-    Seeds that the study begins with come before later ones. With `task`, of that task alone.
-    """
+    """Seed that all arms have, first ones first -> sum of the terms, positive: better; {} if one is not measured."""
     shared = [seed for seed in terms[0][1].seeds if all(seed in arm.seeds for _, *pair in terms for arm in pair)]
     shared.sort(key=lambda seed: int(seed) not in results.study.seeds)
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
@@ -146,9 +142,9 @@ class NamedComparison:
 
 
 def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
-    """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
+    """The primary comparisons, then every trained arm beside the reference of its context.
 
-    Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
+    Without `compare.primary` the latter are the primary ones.
     """
     compare, found = study.compare, []
     for name, asked in (compare.primary or {}).items():
@@ -192,10 +188,7 @@ Place = tuple[tuple[tuple[str, str], ...], str]
 
 
 def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: Records) -> list[str]:
-    """The contexts that a primary comparison is about, by the study file, and that its terms do not have.
-
-    A combination that runs under the labels of another one is no context of its own, and is there if that one is.
-    """
+    """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
     names, first, trained = [arm.name for arm in terms[0][1:]], _first_places(cells, study), _trained_places(study)
     there = {(tuple(arm.context.items()), arm.name) for _, *pair in terms for arm in pair}
     planned, found = [], []
@@ -249,8 +242,7 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
-    The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
-    `num_primary`: of the whole study, if it may have more than there are results of and names none.
+    Only those of the first measure, the study's metric, are primary. `num_primary`: of the whole study.
     """
     rows, families = [], dict[str, list[dict[str, Any]]]()
     for each, measure in itertools.product(named_comparisons(arms, results.study, cells), measures):
@@ -320,10 +312,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
 
 
 def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
-    """The primary comparisons on each task: rows as of `comparisons`, without tests.
-
-    `weight` is the task's share of the weights in the study's metric, a mean over the seeds.
-    """
+    """The primary comparisons on each task; `weight`: its share in the study's metric, a mean over the seeds."""
     rows = []
     for each in named_comparisons(arms, results.study, cells):
         seeds = seed_improvements(each.terms, results, measures[0]) if each.family else {}
@@ -347,11 +336,7 @@ def _larger(p_values: Sequence[float]) -> float:
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
     missing = sum(arm.num_missing for arm in each.arms)
-    names = {
-        f"{arm.name} ({in_words(arm.context)})" if arm.context else arm.name
-        for arm in each.arms
-        if arm.is_interior is False
-    }
+    names = {f"{arm.name} ({in_words(arm.context)})" for arm in each.arms if arm.is_interior is False}
     few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
     reasons = {
         f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,
@@ -364,11 +349,10 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
 
 
 def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) -> None:
-    """Call each primary comparison better, equivalent or not decided.
+    """Better: the larger p is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
+    one of the two one-sided tests that the difference is outside of the zone. Both may hold.
 
-    Better: the larger p-value is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
-    one of the two one-sided tests that the difference is outside of the zone. Both may hold. A comparison that has no
-    results yet is corrected for, too, so a later one takes no verdict back.
+    Comparisons without results are corrected for, too, so a later one takes no verdict back.
     """
     better = [_larger([row["p_seeds"], row["p_examples"]]) for row in rows]
     equivalent = [row["p_equivalent"] for row in rows]
@@ -380,9 +364,7 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) 
         row |= {"winner": "", "verdict": f"no difference above {compare.zone:g}" if is_equivalent else "not decided"}
         if not row["reason"] and p < compare.alpha:
             row["winner"] = row["arm"] if row["improvement"] > 0 else row["reference"]
-            row["verdict"] = f"{row['winner']} is better" + (
-                f", by less than {compare.zone:g}" if is_equivalent else ""
-            )
+            row["verdict"] = f"{row['winner']} is better{f', by less than {compare.zone:g}' if is_equivalent else ''}"
 
 
 def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
@@ -400,10 +382,9 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
 
 
 def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, float]:
-    """What is left of the damage, how much a transplant has, and what was repaired; only of trained arms.
+    """What is left of the damage, how much a transplant has, what was repaired, and what magnitudes set back lose.
 
-    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage, if that is
-    significant. `magnitudes`: what is lost if the trained magnitudes are set back.
+    In the metric's units, positive: worse. `repaired_share`: of the transplant's damage, if that is significant.
     """
     study, row = results.study, dict[str, float]()
     same = {other.kind: other for other in arms if (other.name, other.context) == (arm.name, arm.context)}
@@ -435,7 +416,6 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, flo
 
 
 def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
-    """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
     based = axes_of(study, "base.")
 
     def rest(one: Arm) -> dict[str, str]:

@@ -128,10 +128,7 @@ CellScores = Mapping[str, SeedScores]
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
-    """Read the scores of a cell, of all examples or of one half.
-
-    `files` are of the cell's result: "scores", optionally "generated" -> file below the run directory.
-    """
+    """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for task, example, row in _rows(cell, files["scores"]):
         values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
@@ -190,8 +187,6 @@ def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
 
 
 class Results:
-    """Results and scores of a study's finished cells, each read once."""
-
     def __init__(self, store: StudyDirectory, study: Study) -> None:
         self.store, self.study = store, study
         self._scores: dict[tuple[str, Part], CellScores] = {}
@@ -204,7 +199,6 @@ class Results:
         return self._results.get(key)
 
     def diverged(self, key: str) -> bool:
-        """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
         return "diverged" in (self.result(key) or {})
 
     def has_adapter(self, key: str) -> bool | None:
@@ -216,7 +210,6 @@ class Results:
         return "compare" if self.study.compare.split == "halves" and self.study.rates is not None else "all"
 
     def scores(self, key: str, part: Part | None = None) -> CellScores:
-        """Scores of a finished cell (default: on the examples of the comparison); {} of a cell that has none."""
         part = part or self.part
         if (key, part) not in self._scores:
             files = (self.result(key) or {}).get("files")
@@ -237,7 +230,6 @@ class Results:
         return self._means[which]
 
     def loss(self, key: str) -> float | None:
-        """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
         if self.result(key) is None:
             return None
         metric, split = self.study.compare.metric, self.study.compare.split
@@ -247,12 +239,11 @@ class Results:
         return -found if HIGHER_IS_BETTER[metric] else found
 
     def weighting(self, measure: str) -> Weighting:
-        """The study's weights for NLL per token; for all else every task counts once."""
         return self.study.compare.tasks if measure == "nll_per_token" else "equal"
 
 
 def cells_now(expander: Expander, results: Results) -> Cells:
-    """The cells that are known now; the index of the results' directory has them, too. Raises as `Expander`."""
+    """The cells that are known now, which are also written to the index."""
     found = expander.now(lambda cell: results.loss(cell.key), lambda cell: results.has_adapter(cell.key))
     results.store.write_index(expander.study, found)
     return found
@@ -274,7 +265,7 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Cells of a stage, those that are done, and the predicted seconds of the others; nan if nothing tells them."""
+    """seconds: predicted of the cells that are not done, one process; nan: unknown."""
 
     stage: str
     num_cells: int
@@ -283,7 +274,6 @@ class StageTime:
 
 
 def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
-    """Every stage in its order. Times are those of one process."""
     known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
     predict, times = _Prediction(results.study, list(known.values())), []
     for name in dict.fromkeys(cell.stage for cell in cells):
