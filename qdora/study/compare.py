@@ -336,7 +336,9 @@ def _larger(p_values: Sequence[float]) -> float:
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
     missing = sum(arm.num_missing for arm in each.arms)
-    names = {f"{arm.name} ({in_words(arm.context)})" for arm in each.arms if arm.is_interior is False}
+    names = {
+        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
+    }
     few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
     reasons = {
         f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,

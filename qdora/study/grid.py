@@ -1,22 +1,5 @@
 """A study file: the recipe and axes of its cells, how learning rates are found, and what is compared.
 
-    recipe: demo
-    settings: {train.steps: 200}
-    product:
-      base:
-        16 bits: {base.quant: none}
-        nf4: {base.quant: nf4}
-        nf3: {base.quant: nf3}
-      adapter:
-        lora: {adapter.kind: lora}
-        dora: {adapter.kind: dora}
-    seeds: 4
-    rates: {values: [1e-4, 3e-4, 1e-3], steps: 80}
-    compare:
-      reference: lora
-      primary:
-        DoRA on compressed bases: {arm: dora, over: {base: [nf4, nf3]}}
-
 Every combination of the axes' values runs with every seed. An axis is a key of a recipe with its values, or a name with
 labelled groups of settings that change together.
 """

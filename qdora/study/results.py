@@ -106,8 +106,7 @@ class StudyDirectory:
 def read_index(path: Path) -> dict[str, Any]:
     """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
     if not (path / "study.json").is_file():
-        fix = "name a directory that 'qdora study' made."
-        raise UserError(not_there(path, "a study (it has no study.json)", fix))
+        raise UserError(not_there(path, "a study (it has no study.json)", "name a directory that 'qdora study' made."))
     return read_json_object(path / "study.json")
 
 
@@ -150,8 +149,7 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
                 values, weights = np.array(list(kept.values()), dtype=np.float64).T
                 scores[measure][task] = TaskScores(tuple(kept), values, weights)
         if not scores[measure]:
-            fix = "Fix: raise eval.limit, or set compare.split to test."
-            raise UserError(f"{cell}: too few examples for two halves, one of which is empty. {fix}")
+            raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
     return scores
 
 
@@ -175,12 +173,12 @@ def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
     total: dict[str, TaskScores] = {}
     for factor, scores in terms:
         if total and set(total) != set(scores):
-            raise UserError("study: not all cells were evaluated on the same tasks (eval.tasks).")
+            raise UserError("study: not all cells were evaluated on the same tasks.")
         for task, found in scores.items():
             first = total.get(task, TaskScores(found.examples, np.zeros_like(found.values), found.weights))
             by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
             if by_name.keys() != set(first.examples):
-                raise UserError(f"study: task {task!r} was not evaluated on the same examples in all cells of a seed.")
+                raise UserError(f"study: not all cells of a seed were evaluated on the same examples of {task}.")
             values = first.values + factor * np.array([by_name[example] for example in first.examples])
             total[task] = TaskScores(first.examples, values, first.weights)
     return total

@@ -104,23 +104,17 @@ def study_run(
     found = tally(mine, store)
     results.print(f"study: {directory}", soft_wrap=True)
     if found.num_elsewhere or num_waiting:
-        results.print(
-            f"Cells that other processes work on: {found.num_elsewhere}; that wait for others: {num_waiting}."
-        )
+        results.print(f"Cells with other processes: {found.num_elsewhere}; that wait for others: {num_waiting}.")
     if found.failed:
         key, reason = next(iter(found.failed.items()))
-        name = next(" ".join(cell.labels.values()) for cell in mine if cell.key == key)
-        raise RunFailure(
-            f"{len(found.failed)} of {found.num_cells} cells failed; the first is {name} ({key}): {reason}. "
-            "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
-            safe=[directory],
-        )
+        what = f"{len(found.failed)} of {found.num_cells} cells failed; the first is {key}: {reason}"
+        raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
     counts = {key: value for key, value in vars(found).items() if key != "failed"}
     return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
 def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
-    """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
+    """Run the shard's cells, and those that the results of all processes add to them."""
     store, num_idle = known.store, 0
     while True:
         cells = cells_now(expander, known)
@@ -145,7 +139,7 @@ def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
     faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
     if expander.study.compare.split == "test":
         faults += [
-            f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
+            f"{file}: compare.split: {source.label} has no test split."
             for cell in cells
             for source in cell.recipe.data.mix
             if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
@@ -290,7 +284,6 @@ def with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
 
 
 def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
-    """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
     file, base = run.inside("base/compressed.json"), cell.recipe.base
     if file.is_file():
         return read_json_object(file)
@@ -301,7 +294,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
 
 
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-    """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it."""
+    """A directory that cells share: the first caller makes it, the others wait for it."""
     path = store.shared(stage, key)
     with in_turn(path):
         if not path.is_dir():
@@ -313,7 +306,6 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
-    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {wrong[0]!r}.")
