@@ -339,7 +339,7 @@ def preview(
 
 @verb
 def rank(run: Run, settings: RankSettings, at: AtStep) -> None:
-    """Choose a rank for each layer of a run, and write a recipe with them."""
+    """Choose a rank for each layer of a run."""
     from qdora.files.run_directory import failures_logged
     from qdora.rank.rank import rank_run
 

@@ -53,11 +53,6 @@ def names_files(validation: str) -> bool:
     return has_file_ending(validation) or (is_path(validation) and not _SPLITS.fullmatch(validation))
 
 
-def split_names(split: str) -> list[str]:
-    """The splits of which `split` is made: train[:9]+test is made of train and test."""
-    return [part.partition("[")[0] for part in split.split("+")]
-
-
 def is_pattern(source: str) -> bool:
     """Whether a source stands for all files that fit it, such as data/*.jsonl. A path that exists does not."""
     return any(mark in source for mark in "*?[") and not os.path.exists(user_path(source))
@@ -100,13 +95,6 @@ class TemplateConfig(Section):
 
 CHAT_FORMATS = ("completion", "alpaca")
 """Formats of which `chat` makes chats."""
-
-
-def no_chat(format: str) -> str:
-    """Why `chat` makes no chats of the rows of a format."""
-    if format in ("messages", "sharegpt"):
-        return f"rows of format {format} are chats already"
-    return f"chats are made of the formats {' and '.join(CHAT_FORMATS)} and with template, not of format {format}"
 
 
 HubFiles = Text | tuple[Text, ...] | dict[Text, Text | tuple[Text, ...]]

@@ -147,10 +147,6 @@ class Cell:
         fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior", "equal")
         return {name: getattr(self, name) for name in fields}
 
-    def in_words(self) -> str:
-        labels = in_words(self.labels)
-        return labels if self.kind != "base" else f"base{': ' if labels else ''}{labels}"
-
 
 @dataclass(frozen=True)
 class Cells:

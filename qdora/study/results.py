@@ -199,9 +199,6 @@ class Results:
     def diverged(self, key: str) -> bool:
         return "diverged" in (self.result(key) or {})
 
-    def has_adapter(self, key: str) -> bool | None:
-        return None if self.result(key) is None else not self.diverged(key)
-
     @property
     def part(self) -> Part:
         """The examples that arms are compared on: one half if the other half chose their rates, else all."""
@@ -242,7 +239,11 @@ class Results:
 
 def cells_now(expander: Expander, results: Results) -> Cells:
     """The cells that are known now, which are also written to the index."""
-    found = expander.now(lambda cell: results.loss(cell.key), lambda cell: results.has_adapter(cell.key))
+
+    def has_adapter(cell: Cell) -> bool | None:
+        return None if results.result(cell.key) is None else not results.diverged(cell.key)
+
+    found = expander.now(lambda cell: results.loss(cell.key), has_adapter)
     results.store.write_index(expander.study, found)
     return found
 

@@ -34,7 +34,7 @@ from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, sett
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
-from qdora.study.grid import load_study
+from qdora.study.grid import in_words, load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
 from qdora.train.evals import adapter_step
@@ -92,7 +92,7 @@ def study_run(
         )
         if dry_run:
             times = stage_times(mine, known)
-            for line in (*(f"  {cell.in_words()}" for cell in mine), *times_in_words(times)):
+            for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in mine), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
             whole = {"directory": str(directory), "num_cells": len(cells.cells)}
             return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
