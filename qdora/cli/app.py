@@ -34,7 +34,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results an
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 COMPUTING = ("train", "evaluate", "export", "generate", "rank", "study")
-"""Functions of the verbs that compute on a GPU."""
+"""Verbs that compute on a GPU."""
 
 NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
 

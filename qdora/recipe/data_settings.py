@@ -22,17 +22,13 @@ TaskName = Literal[
     "demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next",
 ]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(TaskName)
-"""All built-in tasks; the demo tasks are inside the package."""
 COMMONSENSE_TASKS, DEMO_TASKS = TASKS[:8], TASKS[8:]
-"""The eight tasks of the LoRA and DoRA papers' commonsense average; the demo tasks."""
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
-"""Endings of files that may also be compressed, with one of `COMPRESSED_SUFFIXES` behind it."""
 
 FILE_SUFFIXES = (".parquet", *(plain + packed for packed in ("", *COMPRESSED_SUFFIXES) for plain in PLAIN_SUFFIXES))
-"""Endings of data files."""
 
 DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
@@ -40,7 +36,7 @@ DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _PART = r"\w[\w.-]*(\[[^][/]*\])?"
 _SPLITS = re.compile(rf"{_PART}(\+{_PART})*")
-"""A split, or parts of splits as the Hub's data sets have them: train[95%:], train[:9]+test."""
+"""Also parts of splits: train[95%:], train[:9]+test."""
 
 
 def is_path(source: str) -> bool:
@@ -94,7 +90,6 @@ class TemplateConfig(Section):
 
 
 CHAT_FORMATS = ("completion", "alpaca")
-"""Formats of which `chat` makes chats."""
 
 
 HubFiles = Text | tuple[Text, ...] | dict[Text, Text | tuple[Text, ...]]

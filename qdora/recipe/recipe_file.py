@@ -259,14 +259,12 @@ _PATHS_OF_SOURCES = ("source", "path", "validation")
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:
     """One line for every path of a recipe that does not exist."""
-    missing = []
-    for setting, section, key in _paths(settings(recipe)):
-        path = section[key]
-        if key == "cache" or not os.path.isabs(path) or os.path.exists(path):
-            continue
-        if not any(glob.iglob(path, recursive=True)):
-            missing.append(f"{where}: {setting}: no such file or directory, got {path}.")
-    return missing
+    paths = [(setting, section[key]) for setting, section, key in _paths(settings(recipe)) if key != "cache"]
+    return [
+        f"{where}: {setting}: no such file or directory, got {path}."
+        for setting, path in paths
+        if os.path.isabs(path) and not os.path.exists(path) and not any(glob.iglob(path, recursive=True))
+    ]
 
 
 def _make_absolute_(data: Any, folder: Path) -> None:

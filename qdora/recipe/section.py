@@ -62,7 +62,7 @@ def _size(value: str) -> str:
 Size = Literal["auto"] | Annotated[str, AfterValidator(_size)]
 
 Fault = tuple[str, str]
-"""(path of a key inside its section, what is wrong with it)."""
+"""(path of a key, what is wrong)."""
 
 
 class Section(BaseModel):
@@ -94,7 +94,7 @@ def dotted(steps: Sequence[int | str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text from a library in a fault: on one line, without access tokens."""
+    """Text of a library, without access tokens."""
     return masked(" ".join(text.split()))
 
 

@@ -37,11 +37,10 @@ ZONE_OF_SHARES = 0.01
 """Zone of accuracies where the metric is an NLL."""
 
 BASE_ARM = "no adapter"
-"""Name of the arm of a base that the grid did not name."""
 
 KINDS: tuple[Kind, ...] = ("base", "trained", "transplant", "rescaled", "set_back")
 Records = Sequence[Mapping[str, Any]]
-"""Cells as `Cell.record` gives them."""
+"""Of `Cell.record`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,49 +47,30 @@ COLUMNS |= {"layer", "block", "step", "sparsity"}
 
 
 class PrimaryConfig(Section):
-    """A comparison that is named before the study runs: the improvement of an arm over the reference."""
+    """The mean improvement of `arm` over `reference` in the contexts `over`, less that in the contexts `minus`."""
 
     arm: Text | None = None
-    """Value of `compare.arm` (null: the only one beside the reference)."""
     reference: Text | None = None
-    """Value that it is compared with (null: `compare.reference`)."""
     over: Choice = Field(default_factory=dict)
-    """Bases, or other values of axes, whose improvements are averaged ({}: all)."""
     minus: Choice | None = None
-    """Others whose averaged improvement is subtracted (null: nothing)."""
     seeds: tuple[Seed, ...] = ()
-    """Seeds that it is judged by ([]: all that its arms share)."""
     family: Text = "primary"
-    """Comparisons of one family are corrected together for their number. What was asked later is one of its own."""
 
 
 class CompareConfig(Section):
-    """What is compared, and when a difference or the lack of one is called."""
+    """What is compared, and when a difference or the lack of one is called; the guide studies has a table."""
 
     arm: Text = "adapter"
-    """Axis whose values are compared, separately for each combination of the other axes but the seed."""
     reference: Text | None = None
-    """Value of `arm` that the others are compared with (null: the first one with training)."""
     metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
-    """What is compared. nll_per_token: lower is better. acc, acc_norm: higher is better; for tasks with choices."""
     tasks: Literal["tokens", "equal"] = "tokens"
-    """Weight of a task in nll_per_token. tokens: its answer tokens, as in training. equal: each counts once."""
     split: Literal["halves", "test"] = "halves"
-    """halves: one half of the validation examples is for finding rates, the other for comparing. test: the validation
-    examples are for finding rates, the test examples for comparing."""
     primary: Annotated[dict[Text, PrimaryConfig], Field(min_length=1)] | None = None
-    """The comparisons that answer the question: name -> comparison. All others are exploratory (null: every arm in
-    every context)."""
     alpha: Share = 0.05
-    """Chance of any false winner, and of any false equivalence, among the primary comparisons of a family (Holm)."""
     zone: Positive = 0.02
-    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL)."""
     power: Annotated[Share, Field(gt=0.5)] = 0.8
-    """Power at which the smallest detectable difference is told."""
     min_seeds: Annotated[Whole, Field(ge=2)] = 3
-    """Seeds needed to call a winner or an equivalence."""
     spread: Positive | None = None
-    """Expected standard deviation between seeds of an improvement, for half_width_planned in comparisons.csv."""
 
 
 class RatesConfig(Section):
@@ -119,28 +100,23 @@ class RatesConfig(Section):
 
 
 class StageConfig(Section):
-    """A part of the cells."""
+    """A part of the cells; `steps`: kept checkpoints that by_layer measures, also of full fine-tuning ([]: the end)."""
 
     name: Text
-    """Name in the report and in the predicted times."""
     cells: Choice = Field(default_factory=dict)
-    """Axis, or seed -> value or list of values (default: all)."""
     kind: Literal["train", "transplant", "rescaled", "set_back", "by_layer"] = "train"
     """transplant: evaluate the adapter that the same arm and seed trained on the uncompressed base. rescaled: evaluate
     the transplant (DoRA) with each magnitude times the row norm of its base over that of the uncompressed base.
     set_back: evaluate the trained adapter (DoRA) with the row norms of its base as magnitudes. by_layer: measure how
     far directions and magnitudes moved, which error of compression is undone, and the loss without each block."""
     steps: tuple[Whole, ...] = ()
-    """Kept checkpoints that a by_layer stage measures, also of full fine-tuning ([]: the end)."""
 
 
 class TimeConfig(Section):
-    """Seconds of a run on the machine of the study, for --dry-run where no run is finished."""
+    """Seconds of a run and of each step, for --dry-run where no run is finished; plan: as `qdora plan` estimates it."""
 
     start: NotNegative
-    """Seconds that do not depend on the number of steps: loading, evaluation."""
     step: NotNegative | Literal["plan"]
-    """Seconds of an optimizer step. plan: as `qdora plan` estimates it for an A100."""
 
 
 def _seeds(value: Any) -> Any:
@@ -148,31 +124,21 @@ def _seeds(value: Any) -> Any:
 
 
 class Study(Section):
-    """A study file."""
+    """A study file; see the guide studies."""
 
     recipe: Text
-    """Recipe that every cell starts from: a shipped name, or a YAML file relative to the folder of the study file."""
     settings: dict[Text, Any] = Field(default_factory=dict)
-    """Changes in every cell: recipe key -> value."""
     product: Annotated[dict[Text, Axis], Field(min_length=1)]
-    """The axes. Every combination of their values is run."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_seeds)] = (0, 1, 2)
     """Seeds of every combination, or their number: 3 means 0, 1 and 2. A seed decides the initial values, the order of
     the data and, with eval.limit, the examples. Where stages name later seeds, these alone tell the spread (Stein)."""
     stages: tuple[StageConfig, ...] = ()
-    """The parts of the product that are run, in this order ([]: all)."""
     exclude: tuple[Choice, ...] = ()
-    """Cells to leave out: those with these values (or one of a list) on these axes."""
     rates: RatesConfig | None = None
-    """How the learning rates are found (null: as the recipe and the axes say)."""
     compare: CompareConfig = CompareConfig()
-    """What is compared."""
     bases: Flag = True
-    """Also evaluate each base and the uncompressed base without an adapter, to measure what compression damaged."""
     time: TimeConfig | None = None
-    """What a run is expected to take, for --dry-run (null: told by the runs that are finished)."""
     retries: WholeOrZero = 1
-    """Times that a failed cell is tried again."""
 
     def faults(self) -> Iterator[Fault]:
         rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
