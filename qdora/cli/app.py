@@ -252,8 +252,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")
     ] = None,
     chats: Annotated[
-        str | None,
-        typer.Option(help="In place of --prompt: a data file of format messages or sharegpt; answers each row."),
+        str | None, typer.Option(help="In place of --prompt: a data file of format messages or sharegpt.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
@@ -268,12 +267,8 @@ def generate(
     if faults := [f"{name}: is not used with --chats. Fix: remove it." for name, given in unused.items() if given]:
         raise UserError(*faults)
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     loaded = which.model_dump(exclude={"base"}) | {"base_only": which.base}
-    shown = nowhere if _asked["json"] else write
+    shown = nowhere if _asked["json"] else functools.partial(print, end="", flush=True)
     with failures_logged(Path(target), "generate"):
         if chats is not None:
             result = answer_chats(target, chats, sampling, write=shown, **loaded)

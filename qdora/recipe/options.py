@@ -102,7 +102,7 @@ class ExportOptions(Which):
     public: bool = False
     """Make the repository of --push public."""
     gguf_type: GgufType = "f16"
-    """Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m or q2_k."""
+    """Type of the matrices, such as q8_0, q4_k_m or bf16."""
     llama_cpp: Path | None = None
     """Folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."""
 
@@ -182,7 +182,7 @@ class RankSettings(Options):
     """How `qdora rank` chooses."""
 
     method: Literal["curvature", "svd", "gradient", "gates"] = "curvature"
-    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
+    """curvature, svd (of the trained update), gradient, or gates (what the run's own gates chose)."""
     budget: str | None = None
     """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -103,22 +103,15 @@ def reason_of(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
-def in_yaml(value: Any) -> str:
-    """A value as in a recipe; text is in quotes. Of a section only what was set is written."""
-    if isinstance(value, str):
-        return repr(value)
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_unset=True)
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-    return text.removesuffix("\n...\n").strip()
-
-
 def shown(value: Any) -> str:
-    """A given value in a fault: at most 60 characters, without access tokens."""
+    """A given value as in a recipe, text in quotes: at most 60 characters, without access tokens."""
     try:
-        text = masked(in_yaml(value))
+        given = value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
+        how: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**6}
+        text = repr(value) if isinstance(value, str) else yaml.safe_dump(given, **how).removesuffix("\n...\n").strip()
     except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
         text = f"a value of type {type(value).__name__}"
+    text = masked(text)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

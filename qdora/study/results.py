@@ -67,11 +67,11 @@ class StudyDirectory:
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
     def is_given_up(self, key: str) -> bool:
-        return len(self.failures(key)) > self.retries
+        return not self.is_done(key) and len(self.failures(key)) > self.retries
 
     def forget_failures(self, keys: Sequence[str]) -> None:
         for key in keys:
-            if not self.is_done(key) and self.is_given_up(key):
+            if self.is_given_up(key):
                 self._failures(key).unlink(missing_ok=True)
 
     def claimed(self, key: str) -> AbstractContextManager[bool]:
