@@ -107,8 +107,7 @@ class SourceConfig(Section):
     format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
         "auto"
     )
-    """Layout of the rows of source. auto: by the names of the columns; commonsense tasks ask for the text of a choice.
-    commonsense170k: for its name, as the DoRA paper does."""
+    """Layout of the rows of source. auto: by the names of the columns. commonsense170k: asks as the DoRA paper does."""
     chat: Flag = False
     """Make a chat of each row of prompt and completion, or instruction and output, and a column system."""
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None

@@ -71,8 +71,7 @@ class Which(AtStep):
     base_model: str | None = None
     """Base of an adapter; default: the one that its adapter_config.json names."""
     quant: str | None = None
-    """Form of the base: nf4, fp4, int8, none, or nf4-single or fp4-single, without double quantisation. Default: none
-    for a bare model, for an adapter that of its training, else nf4."""
+    """Form of the base: nf4, fp4, int8, none, nf4-single, fp4-single; default: as trained or nf4, none for a model."""
 
 
 class WhichOrBase(Which):

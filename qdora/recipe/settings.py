@@ -68,8 +68,7 @@ class GateConfig(Section):
     to its final value, and those beyond it are removed. Every layer keeps at least its best one."""
 
     mode: Literal["l1", "hard_concrete"] = "l1"
-    """l1: a proximal step in Adam's metric shrinks the gates beyond the budget to 0. hard_concrete: gates are drawn at
-    random, and those that are rarely on are removed (L0, arXiv 1712.01312)."""
+    """l1: a proximal step in Adam's metric. hard_concrete: random gates; those rarely on go (L0, arXiv 1712.01312)."""
     mean_rank: OneOrMore | None = None
     """Budget: average rank of the adapted layers. Set either this or parameters."""
     parameters: Whole | None = None
@@ -190,8 +189,7 @@ class AdapterConfig(Section):
     """Initial lora_A: kaiming (uniform, as in LoRA) or gaussian (deviation 0.01), with lora_B at 0. loftq: lora_A and
     lora_B approximate the error of quantisation and pruning (LoftQ, arXiv 2310.08659, one step)."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
-    """Ranks of single layers: the last part of a path such as q_proj, a path, or a shell pattern over it -> rank. Of
-    several that fit, the longest counts."""
+    """Ranks of single layers, named as in targets -> rank. Of several names that fit, the longest counts."""
     same_scaling: Flag = False
     """Adjust alpha in the layers of rank_pattern and the experts, so that alpha / rank is the same in all layers."""
     gates: GateConfig | None = None
@@ -273,9 +271,8 @@ class TrainConfig(Section):
     micro_batch_tokens: AutoTokens = "auto"
     """Tokens, with padding, in one forward pass. auto: 2,048, or data.max_length if that is larger."""
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
-    """How several processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard among
-    the processes of a machine, replicate across machines. auto: shard if memory.budget is set and the base fits only
-    so, else replicate. See the guide several-gpus."""
+    """How processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard within a
+    machine. auto: shard if memory.budget is set and the base fits only so. See the guide several-gpus."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
@@ -290,8 +287,7 @@ class TrainConfig(Section):
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """At a bad step (loss or gradient not finite, or a spike), which is never applied: stop the run, or skip the step.
-    Its examples are kept in bad-steps/."""
+    """A bad step (loss or gradient not finite, or a spike) is never applied: stop the run, or skip the step."""
     max_skips: Whole = 5
     """Bad steps in a row that may be skipped; at one more the run ends."""
     spike: Factor | None = None
@@ -321,8 +317,7 @@ class EvalConfig(Section):
     block: WholeOrZero | None = None
     """Which examples limit takes: the k-th `limit` ones of a fixed random order (null: at even distances)."""
     method: Literal["loglikelihood", "generate"] = "loglikelihood"
-    """loglikelihood: score the given choices and answers. generate: also let the model write its answers, as in the
-    DoRA paper (arXiv 2402.09353, sec. 5.1)."""
+    """generate: also let the model write its answers, as in the DoRA paper (arXiv 2402.09353, sec. 5.1)."""
     every: Whole | None = None
     """Optimizer steps between evaluations (null: no evaluation during training)."""
     at_start: Flag = True

@@ -330,7 +330,7 @@ def submit_jobs(
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
         executor.update_parameters(name="qdora-study", **parameters)
-    except (RuntimeError, NameError, TypeError, ValueError, AssertionError, ImportError) as error:  # such as no srun
+    except Exception as error:  # such as no srun
         raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
