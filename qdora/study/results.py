@@ -169,19 +169,16 @@ def half_of(example: str) -> Literal["choose", "compare"]:
 
 
 def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
-    """Sum of factor * scores over the terms, example by example. UserError: they are not of the same examples."""
-    total: dict[str, TaskScores] = {}
+    """Sum of factor * scores over the terms, example by example."""
+    first = terms[0][1]
+    total = {task: np.zeros_like(found.values) for task, found in first.items()}
     for factor, scores in terms:
-        if total and set(total) != set(scores):
-            raise UserError("study: not all cells were evaluated on the same tasks.")
+        if {task: {*found.examples} for task, found in scores.items()} != {t: {*f.examples} for t, f in first.items()}:
+            raise UserError("study: not all cells of a seed were evaluated on the same examples of the same tasks.")
         for task, found in scores.items():
-            first = total.get(task, TaskScores(found.examples, np.zeros_like(found.values), found.weights))
             by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
-            if by_name.keys() != set(first.examples):
-                raise UserError(f"study: not all cells of a seed were evaluated on the same examples of {task}.")
-            values = first.values + factor * np.array([by_name[example] for example in first.examples])
-            total[task] = TaskScores(first.examples, values, first.weights)
-    return total
+            total[task] = total[task] + factor * np.array([by_name[example] for example in first[task].examples])
+    return {task: TaskScores(found.examples, total[task], found.weights) for task, found in first.items()}
 
 
 class Results:
