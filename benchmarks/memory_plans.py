@@ -145,7 +145,7 @@ def _case_recipe(folder: Path, name: str) -> Recipe:
         "data": {"mix": [{"source": str(folder / "data.jsonl")}], "max_length": longest},
         "train": {"steps": NUM_STEPS, "batch": 8, "micro_batch_tokens": 4 * longest, "checkpoint_every": None},
     }
-    return recipe_from(with_overrides(document, CASES[name].split())[0])
+    return recipe_from(with_overrides(document, CASES[name].split()))
 
 
 def _case_data(recipe: Recipe) -> tuple[Any, Any, Any]:

@@ -33,7 +33,6 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 1, "batch": 7},
 }
 """A valid recipe that is never run."""
-STEPS = 40
 NUM_EXAMPLES = {"piqa": 120, "sums": 80}
 BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2}
 LOST = {"none": 0.0, "int8": 0.01, "nf4": 0.1, "fp4": 0.4}
@@ -117,10 +116,6 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
             return {"diverged": "loss nan", "num_vocabulary": 1000}
         if cell.kind == "by_layer":
             return _measured_by_layer(cell)
-        if cell.is_trained:
-            directory.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"step": step, "loss": value + 1.0 / step}) + "\n" for step in range(1, STEPS + 1)]
-            (directory / "metrics.jsonl").write_text("".join(lines))
         return _work(cell, directory, value, generated)
 
     return work

@@ -253,7 +253,7 @@ SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
         ([{"body": "x"}, {"other": 1}], {"columns": {"text": "body"}}, "line 2: columns other; format text needs text"),
         (DIALOG, {"columns": {"messages": "dialog", "sys": "p"}, "format": "messages"}, "messages reads no sys."),
         (DIALOG, {"columns": SISTEM, "chat": True}, "columns: format completion reads no sistem."),
-        (CHAT, {"chat": True}, "chat: rows of format messages are chats already."),
+        (CHAT, {"chat": True}, "chat: no chats are made of format messages."),
         (PAIR, {"format": "text"}, "line 1: columns prompt, completion; format text needs text."),
         ({"conversation": [], "kind": 1}, {}, "columns conversation, kind fit no format."),
         (named("question answer topic"), {}, ". Fix: name those to read, such as columns: {prompt: "),

@@ -17,10 +17,9 @@ from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.study import cells, results
 from qdora.study.cells import Cell, Cells, Expander, key_of
-from qdora.study.compare import cannot_decide
 from qdora.study.grid import label_of, load_study, study_from
 from qdora.study.results import Results, StudyDirectory
-from qdora.study.run import notes_on, study_run
+from qdora.study.run import study_run
 from tests.data_rows import faults_of, says
 from tests.fake_study import ADAPTERS, RECIPE, recipe
 
@@ -232,31 +231,6 @@ def test_the_key_is_of_the_content_of_all_data_files(tmp_path: Path, monkeypatch
     assert len(set(keys)) == len(keys) == 1 + len(files) + 1 + 3
 
 
-def test_a_study_that_can_never_give_a_verdict_says_so() -> None:
-    stages = [{"name": name, "cells": {"seed": seeds}} for name, seeds in (("a", [0, 1]), ("b", [2, 3]))]
-    few = "there are only {} of 3 (compare.min_seeds) seeds"
-    for changes, reasons in (
-        ({}, []),
-        ({"stages": stages}, []),
-        ({"rates": None}, ["the learning rates are not searched (rates)"]),
-        ({"seeds": [0, 1]}, [few.format(2)]),
-        ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, [few.format(1)]),
-    ):
-        assert cannot_decide(study_from({"recipe": "demo", "product": TWO, "rates": RATES} | changes)) == reasons
-
-
-def test_a_comparison_that_the_study_file_rules_out_is_told_before_it_runs(study: Any, tmp_path: Path) -> None:
-    product = TWO | {"base.quant": ["none", "nf4", "int8"]}
-    stages = [{"name": "main", "cells": {"base.quant": ["none", "nf4"]}}]
-    stages.append({"name": "map", "cells": {"base.quant": "int8", "adapter": "lora"}})
-    over = {"one": "nf4", "both": ["nf4", "int8"], "none": "int8"}
-    primary = {name: {"over": {"base.quant": quants}} for name, quants in over.items()}
-    made = study(**SEARCHED | {"product": product, "stages": stages, "compare": {"primary": primary}})
-    both, none = notes_on(made, Results(StudyDirectory(tmp_path / "absent", retries=0, makes=False), made.study))
-    assert "'both' cannot have a verdict: an arm has no cell for base.quant=int8." in both
-    assert "'none' cannot be made: its labels must name contexts in which lora and one other arm" in none
-
-
 def test_a_label_is_how_the_value_is_read() -> None:
     values = [1e-4, "1e-4", "1.10", "nf4", "inf", 3, 0.12345678, [1, 2], None, True]
     found = ["0.0001", "0.0001", "1.10", "nf4", "inf", "3", "0.12345678", "[1, 2]", "null", "true"]
@@ -274,7 +248,7 @@ def again(kind: str, **main: Any) -> dict[str, Any]:
 
 
 ALL_WRONG: dict[str, Any] = {
-    "product": ONE | {"lr": {"a": LORA}, "train.lr": [1e-4, 2e-4, 0.0001], "seed": [0], "layer": {"a": {}}},
+    "product": ONE | {"lr": {"a": LORA}, "layer": {"a": {}}},
     "exclude": [{}, {"adaptr": "dora"}, {"adapter": "dorra"}],
     "seeds": [0, 1, 1],
     "rates": RATES | {"seeds": [0], "like": {"adapter": {"x": "y"}}, "of": {"adapter": {"z": [1, 2, 3]}}},
@@ -282,7 +256,6 @@ ALL_WRONG: dict[str, Any] = {
     "compare": {"reference": "c", "primary": {"all": {"arm": "d", "over": {"lr": "o"}, "minus": {"lr": "m"}}}},
 }
 FAULTS = (
-    "product.train.lr: is not an axis|product.train.lr: ... 0.0001 twice|product.seed: is not an axis|"
     "product.layer: is a column|seeds: ... got 1, ... also in seeds|rates.seeds: ... got 0, ... also in seeds|"
     "exclude[1]: adaptr must be an axis|exclude[2]: adapter must be of dora, got 'dorra'|"
     "rates.like: ... got 'x'|rates.of: ... got 'z'|stages[0].cells: adapter ... got 'b'|"
@@ -309,7 +282,7 @@ def test_all_faults_of_a_study_file_are_named() -> None:
         ({"stages": [{"name": "a", "cells": {"seed": 4}}], "rates": {"values": [1, 2, 3], "seeds": [4]}}, "got 4"),
         ({"settings": {"data.seed": 3}}, "data.seed ... decided by seeds"),
         ({"settings": {"eval.limit": 9, "eval.block": 3}}, "eval.block ... decided by seeds"),
-        ({"product": ONE, "rates": RATES, "settings": {"train.lr": 1}}, "train.lr ... is found by rates"),
+        ({"product": ONE, "rates": RATES, "settings": {"train.lr": 1}}, "train.lr ... is decided by rates"),
         ({"settings": {"eval.tasks": []}}, "eval.tasks ... at least one task"),
         ({"product": ONE, "settings": PRUNED}, "prune.calibration.text: mix differs by seed ... limit"),
         ({"product": ONE, "settings": MIX | BY_MACRO}, "eval.best_by ... got macro ... compare.split"),
@@ -317,7 +290,7 @@ def test_all_faults_of_a_study_file_are_named() -> None:
         (again("rescaled", adapter="dora"), "stage again ... does not transplant this arm"),
         (again("by_layer", adapter="dora"), "stage again ... does not train this arm"),
         (again("set_back", adapter="lora"), "stage again ... adapter.kind must be dora, got lora"),
-        ({"product": TWO | {"base.quant": ["nf5"]}}, "study (base.quant=nf5, adapter=lora; and 1 more): base.quant"),
+        ({"product": TWO | {"base.quant": ["nf5"]}}, "study (base.quant=nf5, adapter=lora): base.quant"),
         ({"product": {"adapter": {"dora": {"adapter.rnk": 3}}}}, "study (adapter=dora): adapter.rnk ... 'rank'?"),
     ],
 )
@@ -361,7 +334,7 @@ def test_the_grids_of_the_benchmarks_have_their_cells_and_the_hours_of_their_pla
     monkeypatch.setattr(results, "plan", made_up)
     study = load_study(ROOT / "benchmarks/grids/8b.yaml")
     planned = results.planned_cells(Expander(study), None)
-    assert (cannot_decide(study), planned.num_waiting) == ([], {})
+    assert planned.num_waiting == {}
     times = results.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
     found = {each.stage: (each.num_cells, each.seconds) for each in times}
     models = ("Qwen/Qwen3-4B-Base", "meta-llama/Meta-Llama-3-8B")

@@ -24,7 +24,7 @@ from qdora.errors import UserError
 from qdora.study.cells import Cell
 from qdora.study.compare import Arm, named_comparisons
 from qdora.study.grid import load_study, study_from
-from qdora.study.report import Report, _curves, _damage, _differences, read_report, report_run, write_report
+from qdora.study.report import Report, _damage, _differences, read_report, report_run, write_report
 from qdora.study.results import Results, StudyDirectory, half_of, read_index
 from tests import fake_study
 from tests.fake_study import ADAPTERS, DOCUMENT, LOST, compared, diverging, forget, nll_of, product, rows
@@ -178,19 +178,6 @@ def test_answers_choices_and_tasks(report: Report) -> None:
     assert choices["improvement"] == acc["improvement"]
 
 
-def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:
-    losses: dict[int, list[float]] = {}
-    for cell in read_index(made)["cells"]:
-        if cell["kind"] == "trained" and {"nf4", "dora"} <= {*cell["labels"].values()}:
-            for text in (made / "cells" / cell["key"] / "metrics.jsonl").read_text().splitlines():
-                losses.setdefault(json.loads(text)["step"], []).append(json.loads(text)["loss"])
-    found = {row["step"]: row for row in rows(report, "curves", **{"base.quant": "nf4", "adapter": "dora"})}
-    assert list(found) == [*range(2, 41, 2)]  # 40 steps in at most 32 points
-    means = {step: statistics.mean(losses[step - 1] + losses[step]) for step in found}
-    assert {step: row["training_loss"] for step, row in found.items()} == pytest.approx(means, rel=1e-12)
-    assert {row["num_seeds"] for row in found.values()} == {4}
-
-
 def test_guesses_blocks_and_layers(report: Report) -> None:
     guesses = {row["guess"]: row.get("nll", row.get("acc")) for row in report.tables["guesses"]}
     assert guesses == GUESSES | {"choice": 0.5}  # piqa's two choices
@@ -218,13 +205,13 @@ def test_the_page_needs_nothing_beside_it_and_every_number_is_in_the_data(
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
     page = files[0].read_text()
     assert "<title>a &lt;study&gt; &amp; more</title>" in page
-    assert page.count('src="data:image/svg+xml;base64,') == 3
+    assert page.count('src="data:image/svg+xml;base64,') == 2
     assert not re.search(r"<script|(?:src|href)=[\"'](?!data:image/svg)|@import|url\(", page)
     known = [95.0, 0.0]  # 95 % intervals; right of 0
     known += [len(report.tables["cells"]), *Counter(row["status"] for row in report.tables["cells"]).values()]
     texts = set[str]()
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted((tmp_path / "a").glob("*.csv"))]
-    assert len(frames) == 13
+    assert len(frames) == 12
     for column in (frame[name] for frame in frames for name in frame):
         if column.dtype == object or str(column.dtype) in ("str", "string"):
             texts |= set(NUMBER.findall(" ".join(map(str, column.dropna()))))
@@ -251,10 +238,6 @@ def test_the_figures_show_the_tables(report: Report) -> None:
     assert xs == {row["improvement"] for row in pairs}
     assert -1 < low < min(row["lower"] for row in pairs[1:])
     assert max(row["upper"] for row in pairs[1:]) < high < 1
-    panels = _curves(report.tables["curves"], report.axes, report.compare).axes
-    assert [axis.get_title() for axis in panels if axis.get_visible()] == list(LOST)
-    lines = {np.asarray(line.get_ydata())[-1] for axis in panels for line in axis.lines}
-    assert lines == {row["training_loss"] for row in report.tables["curves"] if row["step"] == fake_study.STEPS}
 
 
 def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:

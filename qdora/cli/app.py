@@ -34,7 +34,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results an
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 COMPUTING = ("train", "evaluate", "export", "generate", "rank", "study")
-"""Functions of the verbs that compute on a GPU."""
+"""Verbs that compute on a GPU."""
 
 NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
 
@@ -86,7 +86,7 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The flag of a field. Its values are text, numbers and paths as given: pydantic checks them."""
+    """The flag of a field, whose values pydantic checks."""
     kind, default, text = _plain_type(field.annotation), field.default, field.description or ""
     if kind is not bool and default not in (None, ()) and "efault" not in text:
         text = f"{text.rstrip('.')}; default: {default}."
@@ -106,9 +106,8 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's CUDA allocator extend its segments, unless the user has set it up or the driver cannot map memory.
+    """Let torch's CUDA allocator extend its segments: micro-batches of many lengths cut fixed ones into pieces.
 
-    Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
     WSL2 and Jetsons say that they map memory and fail at it (github.com/pytorch/pytorch/issues/192330,
     github.com/ggml-org/llama.cpp/issues/4680). Neither has concurrent managed access.
     """
@@ -138,8 +137,7 @@ def set_up_output() -> None:
 def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what they end is cleaned up and says what is safe.
 
-    A signal that is ignored stays so. A process of a launch keeps the defaults: its launcher ends it after another one
-    has failed, whose reason is the one to show. While a run takes steps it handles signals itself.
+    A process of a launch keeps the defaults: its launcher ends it after another one has failed, whose reason counts.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -152,7 +150,6 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """The message of an error (one line; one per fault of a UserError) and its exit code."""
     text = f"{named(error)} (--debug shows the traceback)"
     if isinstance(error, UserError | Interrupted | RunFailure):
         text = str(error)
@@ -162,7 +159,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
-    """Print the result: with --json as one JSON document, else `plain`, unless the verb has printed it itself."""
+    """Print the result with --json, else `plain`."""
     try:
         in_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
         sys.stdout.write(json_text(result, indent=2, in_ascii=in_ascii) + "\n" if _asked["json"] else plain or "")
@@ -224,10 +221,7 @@ def train(
 
 @verb
 def evaluate(target: Target, options: EvalOptions) -> None:
-    """Score a run, an export, an adapter or a bare model.
-
-    The scores are NLL and accuracy on tasks, perplexity of text files, and tasks of lm-evaluation-harness.
-    """
+    """Score a run, an export, an adapter or a bare model."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.verbs import evaluate_target
 
@@ -241,10 +235,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     options: ExportOptions,
 ) -> None:
-    """Export a run or an adapter, and check the export.
-
-    The export is a merged model (default), 4-bit files, a GGUF file or an adapter in PEFT's format.
-    """
+    """Export a run or an adapter, and check the export."""
     from qdora.export.export import export_run
     from qdora.files.run_directory import failures_logged
 
@@ -261,16 +252,12 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")
     ] = None,
     chats: Annotated[
-        str | None,
-        typer.Option(help="In place of --prompt: a data file of format messages or sharegpt; answers each row."),
+        str | None, typer.Option(help="In place of --prompt: a data file of format messages or sharegpt.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
 ) -> None:
-    """Print the answer of a run, an export, an adapter or a bare model.
-
-    It answers a prompt, or each conversation of a file.
-    """
+    """Print the answer of a run, an export, an adapter or a bare model."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.verbs import answer_chats, generate_from
 
@@ -302,9 +289,7 @@ def plan(
     budget: Annotated[
         str | None, typer.Option(help="Memory that the run may use, such as 40GiB; default: memory.budget.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the run, cuda or cpu; this machine need not have it.")] = (
-        "cuda"
-    ),
+    device: Annotated[str, typer.Option(help="cuda or cpu; this machine need not have it.")] = "cuda",
     processes: Annotated[
         int, typer.Option(help="Cards of the run, one process each; two or more need buffers of NCCL.", min=1)
     ] = 1,
@@ -312,8 +297,7 @@ def plan(
 ) -> None:
     """Predict the memory of a run and estimate its time.
 
-    No weights are loaded. If the data can be read, its examples and steps are counted. The exit code is 1 if the run
-    does not fit the budget; with --processes, if it fits in no way.
+    The exit code is 1 if the run does not fit the budget; with --processes, if it fits in no way.
     """
     from qdora.recipe.recipe_file import load_recipe
 
@@ -339,8 +323,7 @@ def preview(
 ) -> None:
     """Show what the model will see of the data, token by token.
 
-    Tokens in the loss are marked. Only the tokenizer and the config of the model are loaded. The exit code is 1 if a
-    run would refuse these examples. Rows that are held out for validation are not read.
+    Tokens in the loss are marked. The exit code is 1 if a run would refuse these examples.
     """
     from qdora.recipe.recipe_file import load_recipe
     from qdora.run.preview import preview as preview_of
@@ -355,10 +338,7 @@ def preview(
 
 @verb
 def rank(run: Run, settings: RankSettings, at: AtStep) -> None:
-    """Choose a rank for each layer of a run.
-
-    A recipe with these ranks is written to the folder rank/ of the run.
-    """
+    """Choose a rank for each layer of a run."""
     from qdora.files.run_directory import failures_logged
     from qdora.rank.rank import rank_run
 
@@ -414,10 +394,7 @@ def report(
         Path | None, typer.Option(help="Directory of the report; default: the run itself, or report/ in the study.")
     ] = None,
 ) -> None:
-    """Write the report of a run or of a study.
-
-    That of a run is one HTML page. That of a study also has Markdown and CSV files.
-    """
+    """Write the report of a run or of a study."""
     if (directory / "study.json").is_file():
         from qdora.study.report import report_run
 
@@ -428,16 +405,14 @@ def report(
         emit(page_of_run(directory, out))
     else:
         kind = "a run (it has no recipe.yaml) or a study (no study.json)"
-        raise UserError(not_there(directory, kind, "name a directory that 'qdora train' or 'qdora study' made."))
+        raise UserError(not_there(directory, kind, "name a directory of 'qdora train' or 'qdora study'."))
 
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
     """Check a recipe and print it with its defaults.
 
-    Settings, paths, the config of a model in a directory, and the columns and first rows of data on this machine are
-    checked. With `data.too_long: error` all of this data is read, and examples that are too long are reported.
-    `qdora plan` reads all data.
+    Settings, paths, the config of a model in a directory, and data on this machine are checked.
     """
     from qdora.recipe.data_settings import is_path
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
@@ -506,7 +481,6 @@ def guide(topic: Annotated[str | None, typer.Argument(help="Print this guide; de
 
 
 def emit_list(what: str, titles: dict[str, str]) -> None:
-    """Print names with their titles, which begin with the mark of a heading or a comment."""
     titles = {name: title.lstrip("# ").strip() for name, title in titles.items()}
     width = max(map(len, titles))
     emit({what: titles}, plain="".join(f"{name:<{width}}  {title}\n" for name, title in titles.items()))

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from qdora.data.example import RowFault
 from qdora.errors import HubFailure, UserError
 from qdora.files.atomic import sampled_digest
-from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig, split_names
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig
 from qdora.recipe.section import reason_of, shown
 
 MAX_SHOWN_FAULTS = 5  # faulty rows that are named: a wrong column is wrong in all 100,000 rows
@@ -423,7 +423,7 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
         options["name"] = source.config
     if source.data_files is not None:
         files: Any = source.data_files
-        files = files if isinstance(files, Mapping) else {split_names(source.split)[0]: files}
+        files = files if isinstance(files, Mapping) else {re.split(r"[+[]", source.split)[0]: files}
         options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)

@@ -14,7 +14,7 @@ from qdora.data.commonsense import commonsense_task, example_of_row, instruction
 from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
-from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig, no_chat
+from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig
 from qdora.recipe.section import reason_of, shown
 
 FIRST_ROWS = 64
@@ -115,7 +115,7 @@ def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
         fix = "Fix: name those to read, such as columns: {prompt: question, completion: answer}."
         raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
     if source.chat and format not in CHAT_FORMATS:
-        raise UserError(f"{where}: chat: {no_chat(format)}.")
+        raise UserError(f"{where}: chat: no chats are made of format {format}.")
     return format
 
 

@@ -22,17 +22,13 @@ TaskName = Literal[
     "demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next",
 ]  # fmt: skip
 TASKS: tuple[str, ...] = get_args(TaskName)
-"""All built-in tasks; the demo tasks are inside the package."""
 COMMONSENSE_TASKS, DEMO_TASKS = TASKS[:8], TASKS[8:]
-"""The eight tasks of the LoRA and DoRA papers' commonsense average; the demo tasks."""
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
-"""Endings of files that may also be compressed, with one of `COMPRESSED_SUFFIXES` behind it."""
 
 FILE_SUFFIXES = (".parquet", *(plain + packed for packed in ("", *COMPRESSED_SUFFIXES) for plain in PLAIN_SUFFIXES))
-"""Endings of data files."""
 
 DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
@@ -40,7 +36,7 @@ DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _PART = r"\w[\w.-]*(\[[^][/]*\])?"
 _SPLITS = re.compile(rf"{_PART}(\+{_PART})*")
-"""A split, or parts of splits as the Hub's data sets have them: train[95%:], train[:9]+test."""
+"""Also parts of splits: train[95%:], train[:9]+test."""
 
 
 def is_path(source: str) -> bool:
@@ -51,11 +47,6 @@ def is_path(source: str) -> bool:
 def names_files(validation: str) -> bool:
     """Whether `validation` of a source is a path, not a split or parts of splits."""
     return has_file_ending(validation) or (is_path(validation) and not _SPLITS.fullmatch(validation))
-
-
-def split_names(split: str) -> list[str]:
-    """The splits of which `split` is made: train[:9]+test is made of train and test."""
-    return [part.partition("[")[0] for part in split.split("+")]
 
 
 def is_pattern(source: str) -> bool:
@@ -90,7 +81,7 @@ Template = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_jinja)]
 
 
 class TemplateConfig(Section):
-    """Prompt and completion made from any row. Both are Jinja templates over the columns; null gives no text."""
+    """Prompt and completion of any row: Jinja templates over the columns; null gives no text."""
 
     prompt: Annotated[str, Strict(), AfterValidator(_jinja)]
     """Template of the prompt; it may be empty: '' makes plain text, all of which is learnt."""
@@ -99,14 +90,6 @@ class TemplateConfig(Section):
 
 
 CHAT_FORMATS = ("completion", "alpaca")
-"""Formats of which `chat` makes chats."""
-
-
-def no_chat(format: str) -> str:
-    """Why `chat` makes no chats of the rows of a format."""
-    if format in ("messages", "sharegpt"):
-        return f"rows of format {format} are chats already"
-    return f"chats are made of the formats {' and '.join(CHAT_FORMATS)} and with template, not of format {format}"
 
 
 HubFiles = Text | tuple[Text, ...] | dict[Text, Text | tuple[Text, ...]]
@@ -124,11 +107,9 @@ class SourceConfig(Section):
     format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
         "auto"
     )
-    """Layout of the rows of source. auto: by the names of the columns. For the eight commonsense tasks: auto asks for
-    the text of a choice; commonsense170k for its name, as the DoRA paper does."""
+    """Layout of the rows of source. auto: by the names of the columns. commonsense170k: asks as the DoRA paper does."""
     chat: Flag = False
-    """Make a chat of each row of prompt and completion, or of instruction and output, with the system turn of a column
-    system."""
+    """Make a chat of each row of prompt and completion, or instruction and output, and a column system."""
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
     """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
     template: TemplateConfig | None = None
@@ -162,14 +143,13 @@ class SourceConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name in metrics: `name`, the task, or the last part of the source without its ending and wildcards."""
+        """`name`, the task, or the last part of the source without its ending and wildcards."""
         parts = reversed(Path(self.source or "").parts)
         stems = (re.split(r"[*?\[]", part.partition(".")[0])[0].rstrip("-_") for part in parts)
         return self.name or self.task or next(filter(None, stems), None) or str(self.source)
 
     @property
     def is_local(self) -> bool:
-        """Whether the data is in files of this machine: not on the Hub, and not inside the package."""
         return self.path is not None or (self.source is not None and is_path(self.source))
 
 
@@ -179,8 +159,7 @@ class DataConfig(Section):
     mix: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """The sources to train on together; at least one."""
     strategy: Strategy = "proportional"
-    """Share of each source in the examples: proportional to its size, equal for all, size^(1 / temperature), or its
-    weight."""
+    """Share of each source: by its size, equal, by size^(1 / temperature), or its weight."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2)] = 512
@@ -190,11 +169,10 @@ class DataConfig(Section):
     then the end of the answer; a chat is cut after its last answer that fits. drop: leave it out and count it. split:
     divide plain text into examples of max_length; all else is an error. The default with a stream is truncate."""
     max_bad_rows: WholeOrZero | None = None
-    """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
-    of the rows if that is more)."""
+    """Most faulty rows, which are skipped and reported, of a pass over a stream (null: 10, or 0.1 % if more)."""
     packing: Flag = False
-    """Put several examples into one row of at most max_length tokens (with flash attention train.micro_batch_tokens),
-    each trained as if it were alone."""
+    """Put several examples, each trained as if it were alone, into a row of max_length tokens (with flash attention
+    micro_batch_tokens)."""
     loss_on: LossOn = "answer"
     """What is learnt. answer: in a chat every turn of the assistant. last: only the last one. all: the prompt, too."""
     chat_template: Text | None = None
@@ -202,8 +180,7 @@ class DataConfig(Section):
     template_kwargs: dict[Text, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
     cache: Text | None = None
-    """Directory where sources of 262,144 tokens and more are kept tokenised; off: none (null: qdora/data in
-    XDG_CACHE_HOME)."""
+    """Directory that keeps sources of 262,144 tokens and more; off: none (null: qdora/data in XDG_CACHE_HOME)."""
     validation_fraction: Share = 0.05
     """Share to cut off the end of a train split that has no validation split."""
     seed: Seed = 0
@@ -212,7 +189,6 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_streams(cls, given: Any) -> Any:
-        """The default of too_long with a stream, written out so that a resolved recipe says it."""
         if not isinstance(given, dict) or given.get("too_long") or not isinstance(given.get("mix"), list | tuple):
             return given
         sources = [dict(each) for each in given["mix"] if isinstance(each, dict | Section)]
@@ -220,5 +196,4 @@ class DataConfig(Section):
 
     @property
     def has_stream(self) -> bool:
-        """Whether a source is read in parts during training."""
         return any(source.stream for source in self.mix)

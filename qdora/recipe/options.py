@@ -31,7 +31,7 @@ def _file_size(value: str) -> str:
 
 
 class Options(BaseModel):
-    """What a verb is asked for. UserError lists all options that are wrong or have no effect, one line each."""
+    """What a verb is asked for. UserError lists all options that are wrong or have no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     used_with: ClassVar[tuple[tuple[str, str, str], ...]] = ()
@@ -47,11 +47,9 @@ class Options(BaseModel):
             raise UserError(*faults)
 
     def has(self, name: str) -> bool:
-        """Whether an option differs from its default."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def faults(self) -> Iterator[str]:
-        """Options that have no effect with the others, and those that contradict them."""
         for names, other, values in self.used_with:
             value, allowed = getattr(self, other), values.split()
             for name in names.split() if value not in allowed else ():
@@ -73,8 +71,7 @@ class Which(AtStep):
     base_model: str | None = None
     """Base of an adapter; default: the one that its adapter_config.json names."""
     quant: str | None = None
-    """Form of the base: nf4, fp4, int8, none, or nf4-single or fp4-single, without double quantisation. Default: of a
-    bare model none; of an adapter the form in its training, as the files of adapter or base say, else nf4."""
+    """Form of the base: nf4, fp4, int8, none, nf4-single, fp4-single; default: as trained or nf4, none for a model."""
 
 
 class WhichOrBase(Which):
@@ -90,8 +87,7 @@ class ExportOptions(Which):
     format: Literal["merged", "peft", "nf4-lora", "gguf"] = "merged"
     """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file for llama.cpp."""
     dtype: Dtype | None = None
-    """float16, bfloat16 or float32. Default: float16 (merged; bfloat16 for Gemma 2, Gemma 3, GLM-4), that of the run
-    (nf4-lora)."""
+    """float16, bfloat16 or float32. Default: that of the run (nf4-lora), or float16 (Gemma 2, 3, GLM-4: bfloat16)."""
     base: Literal["dequantized", "original"] = "dequantized"
     """Weights to merge on: dequantized (the adapter was trained on them) or original."""
     requantize: bool = False
@@ -103,7 +99,7 @@ class ExportOptions(Which):
     public: bool = False
     """Make the repository of --push public."""
     gguf_type: GgufType = "f16"
-    """Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m or q2_k."""
+    """Type of the matrices, such as q8_0, q4_k_m or bf16."""
     llama_cpp: Path | None = None
     """Folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."""
 
@@ -130,7 +126,6 @@ class ExportOptions(Which):
 
     @property
     def form(self) -> Form:
-        """What the directory will hold."""
         if self.format != "merged":
             return self.format
         if self.requantize:
@@ -142,15 +137,13 @@ class EvalOptions(WhichOrBase):
     """What `qdora eval` measures."""
 
     tasks: tuple[Text, ...] = ()
-    """A source of the run or a built-in task; repeatable. With data of your own: the source of the run that has the
-    same format."""
+    """A source of the run or a built-in task; repeatable. With --data: the source that has the same format."""
     limit: Whole | None = None
     """Use at most this many examples of each task."""
     split: str | None = None
     """validation (default), test or train; with --data any split of it."""
     data: str | None = None
-    """Score this data: a file, folder, pattern or Hub id. With --tasks of the eight commonsense tasks: their folder of
-    <task>/<split>.parquet."""
+    """Score this data: a file, folder, pattern or Hub id; with commonsense tasks: folder of <task>/<split>.parquet."""
     text: tuple[Path, ...] = ()
     """Measure the perplexity of this text file; repeatable."""
     like: Path | None = None
@@ -186,7 +179,7 @@ class RankSettings(Options):
     """How `qdora rank` chooses."""
 
     method: Literal["curvature", "svd", "gates"] = "curvature"
-    """curvature, svd (of the trained update), or gates (the ranks that the run's own gates chose)."""
+    """curvature, svd (of the trained update), or gates (what the run's own gates chose)."""
     budget: str | None = None
     """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -194,8 +187,7 @@ class RankSettings(Options):
     max_rank: Whole | None = None
     """Largest rank of a layer; default: twice the largest rank of the run. svd finds no more than the layer's own."""
     draws: WholeOrZero = 16
-    """Label samples per token for the curvature along each component (0: exact, one product with the curvature per
-    component)."""
+    """Label samples per token for the curvature along each component (0: exact, slow)."""
     eigenvalues: WholeOrZero = 0
     """Also compute this many eigenvalues of the curvature by A and B (slow); they do not influence the ranks."""
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
@@ -207,8 +199,7 @@ class RankSettings(Options):
     examples: Whole = 64
     """Training examples to use, from the start of the run's mix."""
     micro_batch_tokens: Whole = 512
-    """Tokens of a micro-batch, with padding. A graph over a graph (eigenvalues, exact curvature) recomputes nothing:
-    about 8 MiB a token of a 135M model."""
+    """Tokens of a micro-batch, with padding. Eigenvalues and exact curvature take 8 MiB a token of a 135M model."""
 
     used_with: ClassVar = (
         ("budget threshold max_rank layers", "method", "curvature svd"),
@@ -224,8 +215,4 @@ class RankSettings(Options):
         if self.budget is not None and self.threshold is not None:
             yield "--threshold: is not used with --budget. Fix: remove one of them."
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
-            yield (
-                f"--budget: got {self.budget or '100% (default)'}, must be less than 100% with --method svd: an update "
-                "has no components beyond the run's ranks, so all ranks would stay. "
-                "Fix: use --budget 50% or --threshold."
-            )
+            yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd (or --threshold)."

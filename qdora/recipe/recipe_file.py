@@ -1,8 +1,7 @@
 """Recipes as text: read YAML, apply `-s` overrides, check, and write the resolved recipe, which can be run again.
 
-Relative paths in a recipe file start at the folder of that file, so that a recipe and its data can move together. In an
-override and in a shipped recipe they start at the current directory. A bare name (`org/name`) is a path if it exists
-there, else a Hub id. A checked recipe has only absolute paths.
+Relative paths in a recipe file start at its folder; in an override and in a shipped recipe at the current directory. A
+bare name (`org/name`) is a path if it exists there, else a Hub id. A checked recipe has only absolute paths.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ from qdora.recipe.data_settings import (
 from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
 from qdora.recipe.settings import MACRO, Recipe
 
-logger = logging.getLogger("qdora")
-
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _PLAIN = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -49,6 +46,8 @@ _PLAIN = {
     "merge": (r"<<", ["<"]),
 }
 """What plain text means in YAML 1.2: its pattern, and the characters that it begins with."""
+
+logger = logging.getLogger("qdora")
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,13 +76,10 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a YAML file, apply `key=value` overrides, and check everything.
 
-    ./name is a file even if a shipped recipe has that name. UserError lists all faults, one line each.
+    ./name is a file even if a shipped recipe has that name.
     """
     data, where = recipe_document(name_or_path)
-    changed, dropped = with_overrides(data, overrides)
-    for line in dropped:
-        logger.info(line)
-    return recipe_from(changed, where, overrides)
+    return recipe_from(with_overrides(data, overrides, logging.INFO), where, overrides)
 
 
 def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
@@ -110,10 +106,10 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain data and make a recipe from it; relative paths start at the current directory. `data` is not changed.
+    """Check plain data and make a recipe from it; relative paths start at the current directory.
 
-    UserError lists all faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`. A fault in a key of
-    `overrides`, which were already applied, begins with -s instead of `where`.
+    A fault is a line `<where>: <path.to.key>: what is wrong`; in a key of `overrides`, which were already applied, it
+    begins with -s instead of `where`.
     """
     leaves = [f"{key}: {value}" for key, value in flat(data).items()]
     if secrets := [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]:
@@ -134,8 +130,8 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A copy of a recipe with some settings changed, checked as a whole; UserError lists all faults."""
-    return recipe_from(with_overrides(settings(recipe), overrides)[0], "recipe", overrides)
+    """A copy of a recipe with some settings changed, checked as a whole."""
+    return recipe_from(with_overrides(settings(recipe), overrides), "recipe", overrides)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -166,18 +162,17 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors; the descriptions are the docstrings of the fields."""
+    """JSON schema of a recipe, for editors."""
     return Recipe.model_json_schema()
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
     files = resources.files("qdora.recipe").joinpath("shipped").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe with its comments; UserError if there is none of that name."""
+    """The YAML of a shipped recipe with its comments."""
     names = recipe_names()
     if name not in names:
         raise UserError(f"{masked(name)}: no such recipe, must be one of {', '.join(names)}.{nearest(name, names)}")
@@ -185,7 +180,6 @@ def recipe_text(name: str) -> str:
 
 
 def read_file(path: Path, where: str) -> dict[str, Any]:
-    """Parse a YAML file of settings."""
     try:
         if path.stat().st_size > 2**20:  # such as the weights of a model
             raise ValueError("too long for settings")
@@ -196,7 +190,6 @@ def read_file(path: Path, where: str) -> dict[str, Any]:
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse one YAML mapping; UserError has the line of a mistake."""
     data = _parsed(text, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: must be a table of settings, got {shown(data)}.")
@@ -213,13 +206,13 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: {line}not YAML: {what}.") from None
 
 
-def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of `data` with `key=value` settings put in, in order, and a line for each setting of `data` that it drops.
+def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = logging.DEBUG) -> dict[str, Any]:
+    """A copy of `data` with `key=value` settings put in, in order.
 
     Keys are dotted paths, with [i] into lists; values are YAML, and null stands for the default. A setting of `data`
-    that has no effect under the given ones is dropped: base.quant=none drops base.block_size. train.steps replaces
-    train.epochs and the other way round, and so do train.tokens_per_step and train.batch, unless both are given.
-    `recipe_from` checks the result.
+    that has no effect under the given ones is dropped, with a line: base.quant=none drops base.block_size. train.steps
+    replaces train.epochs and the other way round, and so do train.tokens_per_step and train.batch, unless both are
+    given.
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
@@ -245,18 +238,12 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
         for one, other in itertools.permutations(pair):
             if given.get(f"train.{one}") is not None and f"train.{other}" not in given:
                 changed["train"].pop(other, None)
-    return changed, _drop_disabled_(changed, data, given)
-
-
-def _drop_disabled_(changed: dict[str, Any], data: dict[str, Any], given: Collection[str]) -> list[str]:
-    """Remove settings that have no effect in `changed` but have in `data`, unless they are given."""
     disabled = {key: why for key, why in _ignored(changed).items() if not is_below(key, given)} if given else {}
-    before, dropped = _ignored(data) if disabled else {}, []
-    for key in disabled.keys() - before.keys():
+    for key in sorted(disabled.keys() - (_ignored(data) if disabled else {})):
         head, _, last = key.rpartition(".")
         value = _inner(changed, head).pop(last)
-        dropped.append(f"{key} {shown(value)} is dropped from the recipe: {disabled[key]}.")
-    return sorted(dropped)
+        logger.log(level, "%s %s is dropped from the recipe: %s.", key, shown(value), disabled[key])
+    return changed
 
 
 def _steps(key: str) -> list[int | str]:
@@ -277,19 +264,16 @@ _PATHS_OF_SOURCES = ("source", "path", "validation")
 
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:
-    """One line for every path of a recipe that does not exist; checking a recipe itself does not read the disk."""
-    missing = []
-    for setting, section, key in _paths(settings(recipe)):
-        path = section[key]
-        if key == "cache" or not os.path.isabs(path) or os.path.exists(path):
-            continue
-        if not any(glob.iglob(path, recursive=True)):
-            missing.append(f"{where}: {setting}: no such file or directory, got {path}.")
-    return missing
+    """One line for every path of a recipe that does not exist."""
+    paths = [(setting, section[key]) for setting, section, key in _paths(settings(recipe)) if key != "cache"]
+    return [
+        f"{where}: {setting}: no such file or directory, got {path}."
+        for setting, path in paths
+        if os.path.isabs(path) and not os.path.exists(path) and not any(glob.iglob(path, recursive=True))
+    ]
 
 
 def _make_absolute_(data: Any, folder: Path) -> None:
-    """Make relative paths absolute, starting at `folder`; malformed values are left to the checks."""
     for setting, section, key in _paths(data):
         value, may_be_pattern = section[key], setting.endswith(("].source", "].validation"))
         path = absolute_pattern(value, folder) if may_be_pattern else os.path.abspath(folder / user_path(value))
@@ -302,7 +286,7 @@ def _make_absolute_(data: Any, folder: Path) -> None:
 
 
 def _paths(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(dotted setting, the section that has it, its key) of all text in plain data that may be a path."""
+    """(dotted setting, its section, its key) of all text in plain data that may be a path."""
     mix = _inner(data, "data.mix")
     indices = range(len(mix)) if isinstance(mix, list) else ()
     for setting in (*_PATHS, *(f"data.mix[{index}].{key}" for index in indices for key in _PATHS_OF_SOURCES)):
@@ -314,7 +298,6 @@ def _paths(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _inner(data: Any, setting: str) -> Any:
-    """What plain data has at a dotted setting; None if nothing."""
     for step in _steps(setting):
         try:
             data = data[step]
@@ -328,10 +311,7 @@ _BEST = "best_by best_metric patience"
 
 
 def _unused(recipe: Recipe) -> dict[str, str]:
-    """Settings that have no effect under the others -> the reason, as in 'would be ignored because <reason>'.
-
-    Setting one is a fault, and the resolved recipe leaves them out, so that it can be run again.
-    """
+    """Settings without effect under the others -> the reason. Setting one is a fault; a resolved recipe has none."""
     model, base, adapter, data = recipe.model, recipe.base, recipe.adapter, recipe.data
     train, evals, kind, prune = recipe.train, recipe.eval, recipe.adapter.kind, recipe.base.prune
     evaluates = evals.every is not None or evals.at_start or evals.at_end
@@ -347,8 +327,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("base", "streamed_blocks", "base.residency is device", base.residency == "device"),
         ("adapter", whole, why, untrained),
         ("adapter", f"{_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
-        ("adapter", f"{_OF_FACTORS} dropout gates dtype resume_from",
-         "adapter.kind magnitude trains no lora_A and lora_B", kind == "magnitude"),
+        ("adapter", f"{_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
         ("adapter", "same_scaling", "all layers have one rank", not adapter.has_own_ranks),
         ("adapter", "also_train_rows", "adapter.also_train is empty", not adapter.also_train),
         ("data", "temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
@@ -370,15 +349,11 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("memory", "offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
     ]  # fmt: skip
     if prune is not None:
+        has_groups = prune.pattern != "unstructured" or prune.method == "sparsegpt"
         rows += [
             ("base.prune", "damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
             ("base.prune", "calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
-            (
-                "base.prune",
-                "group",
-                f"{prune.method} with pattern {prune.pattern} has its own groups",
-                prune.pattern != "unstructured" or prune.method == "sparsegpt",
-            ),
+            ("base.prune", "group", f"{prune.method} with {prune.pattern} has its own", has_groups),
             ("base.prune", "sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
         ]
     for index, source in enumerate(data.mix):
@@ -387,12 +362,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         rows += [
             (where, "limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
             (where, "size shuffle_window", "the source is not streamed", not source.stream),
-            (
-                where,
-                "stream chat columns template config data_files",
-                f"task {task} has its own place and layout",
-                task,
-            ),
+            (where, "stream chat columns template config data_files", f"task {task} has its own place", task),
             (where, "format", f"task {task} has its own layout", task and not eight),
             (where, "revision", "the data comes from path", task and source.path is not None),
             (where, "path revision", f"{task} ships inside the package", task.startswith("demo/")),
@@ -422,7 +392,6 @@ def _ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
 
 
 def _at(recipe: Recipe, key: str) -> tuple[Any, Any]:
-    """The section that has a setting, and its value."""
     section: Any = None
     value: Any = recipe
     for step in _steps(key):
@@ -431,7 +400,6 @@ def _at(recipe: Recipe, key: str) -> tuple[Any, Any]:
 
 
 def _faults(recipe: Recipe) -> Iterator[Fault]:
-    """Settings that would be ignored, and those that contradict others."""
     for key, why in _ignored(recipe).items():
         yield key, f"would be ignored because {why}, got {shown(_at(recipe, key)[1])}. Fix: remove it."
     seen = set()
@@ -442,7 +410,6 @@ def _faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
-    """Key, what it must be or do, whether it is not so."""
     model, base, adapter, data, evals = recipe.model, recipe.base, recipe.adapter, recipe.data, recipe.eval
     train, memory, prune, gates, added = recipe.train, recipe.memory, base.prune, adapter.gates, model.add_tokens
     full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
@@ -453,53 +420,42 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
     exact, is_packed, loftq = plain and prune is None, not plain and prune is None, adapter.init == "loftq"
     undivided = full or adapter.also_train or loftq or away
-    labels = [source.label for source in data.mix]
-    tasks = evals.tasks or labels
+    labels, per_step = [source.label for source in data.mix], train.tokens_per_step
+    tasks, warm = evals.tasks or labels, data.strategy == "temperature"
     rows: list[tuple[str, str, Any]] = [
-        ("model.trust_remote_code", "be false unless model.revision is the commit (40 hex digits) of a Hub model",
+        ("model.trust_remote_code", "be false unless model.revision is a full commit",
          model.trust_remote_code and not is_pinned),
         ("model.dtype", "not be float16 with adapter.also_train_rows all", model.dtype == "float16" and matrices),
-        ("model.add_tokens", "be empty with adapter.kind none, and with a base.prune.method that measures text",
+        ("model.add_tokens", "be empty with adapter.kind none or a base.prune.method that measures",
          added and (nothing or measures)),
-        ("adapter.also_train", "hold embed_tokens with model.add_tokens: [embed_tokens, lm_head]", untrained),
-        ("adapter.also_train_rows", "be all without model.add_tokens: there are no new rows",
-         adapter.also_train and not added and not matrices),
+        ("adapter.also_train", "hold embed_tokens with model.add_tokens", untrained),
+        ("adapter.also_train_rows", "be all without model.add_tokens", adapter.also_train and not (added or matrices)),
         ("base.residency", "be device with base.quant none and with base.prune", away and not is_packed),
-        ("adapter.kind", f"not be full with base.quant {base.quant} or base.prune: it trains a 16-bit base",
-         full and not exact),
+        ("adapter.kind", f"not be full with base.quant {base.quant} or base.prune", full and not exact),
         ("adapter.init", "not be loftq without base.quant and base.prune", loftq and exact),
         ("adapter.mask", "be ignore without base.prune", adapter.mask == "keep" and prune is None),
-        ("data.temperature", "be set with data.strategy temperature",
-         data.strategy == "temperature" and data.temperature is None),
-        ("data.too_long", "be truncate, drop or split with a stream, which is not read before training",
-         data.too_long == "error" and stream),
+        ("data.temperature", "be set with data.strategy temperature", warm and data.temperature is None),
+        ("data.too_long", "be truncate, drop or split with a stream", data.too_long == "error" and stream),
         ("train.steps", "be set, or epochs, but not both", (train.steps is None) == (train.epochs is None)),
-        ("train.steps", "be 0 with adapter.kind none, which trains nothing", nothing and train.steps != 0),
-        ("train.epochs", "be null with a stream, whose length is not known (set train.steps)", train.epochs and stream),
+        ("train.steps", "be 0 with adapter.kind none", nothing and train.steps != 0),
+        ("train.epochs", "be null with a stream (set train.steps)", train.epochs and stream),
         ("train.tokens_per_step", "be set, or batch, but not both",
          (train.tokens_per_step is None) == (train.batch is None)),
         ("train.warmup", f"be at most train.steps ({train.steps})", train.steps and train.warmup > train.steps),
         ("train.lr_end", f"be at most train.lr ({train.lr:g})", train.lr_end > train.lr),
-        ("train.micro_batch_tokens", f"be at most train.tokens_per_step ({train.tokens_per_step})",
-         micro != "auto" and train.tokens_per_step and micro > train.tokens_per_step),
-        ("train.micro_batch_tokens", f"be at least data.max_length ({data.max_length})",
-         micro != "auto" and micro < data.max_length),
-        ("train.parallel", "be auto or replicate where all weights, embeddings or heads are trained, with loftq, and "
-         "with base.residency host", train.divides_base and undivided),
+        ("train.micro_batch_tokens", f"be data.max_length ({data.max_length}) to tokens_per_step ({per_step})",
+         micro != "auto" and not data.max_length <= micro <= (per_step or micro)),
+        ("train.parallel", "be auto or replicate with full, also_train, loftq and what is on the host",
+         train.divides_base and undivided),
         ("memory.checkpointing", "be true with base.residency host", away and not memory.checkpointing),
-        ("eval.best_by", "not be the average and also a source", MACRO in labels and evals.best_by == MACRO),
+        ("eval.tasks", f"be of {', '.join(labels)}", not set(evals.tasks or ()) <= set(labels)),
         ("eval.best_by", f"be one of {', '.join([MACRO, *tasks])}", evals.best_by not in (None, MACRO, *tasks)),
     ]  # fmt: skip
-    rows += [
-        (f"eval.tasks[{index}]", f"be one of {', '.join(labels)}", task not in labels)
-        for index, task in enumerate(evals.tasks or ())
-    ]
     if prune is not None:
         n, is_n_of_m, m = prune.pattern.partition(":")
         rows += [
             ("base.prune.pattern", "have n below m", is_n_of_m and int(n) >= int(m)),
-            ("base.prune.sparsity", f"be set for pattern {n}: a share of zeros below 1",
-             not is_n_of_m and prune.sparsity is None),
+            ("base.prune.sparsity", f"be set for pattern {n}", not is_n_of_m and prune.sparsity is None),
             ("base.prune.order", "be prune_first with sparsegpt and with base.quant none",
              prune.order == "quantize_first" and (plain or prune.method == "sparsegpt")),
             ("base.prune.calibration.text", "be a text file with a streamed source",
@@ -510,12 +466,11 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         rows += [
             ("adapter.gates.mean_rank", "be set, or parameters, but not both",
              (gates.mean_rank is None) == (gates.parameters is None)),
-            ("adapter.gates.mean_rank", "be less than adapter.rank, so that components are removed",
+            ("adapter.gates.mean_rank", "be less than adapter.rank",
              adapter.resume_from is None and (gates.mean_rank or 0) >= largest),
             ("adapter.gates.anneal", f"end, after warmup, within the {train.steps} steps of the run",
              train.steps is not None and gates.length_fault(train.steps)),
-            ("eval.best_by", "be null with adapter.gates: the best step may be before the budget is reached",
-             evals.best_by),
+            ("eval.best_by", "be null with adapter.gates", evals.best_by),
         ]  # fmt: skip
     for index, source in enumerate(data.mix):
         where, weighted = f"data.mix[{index}]", data.strategy == "weights"

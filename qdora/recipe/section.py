@@ -62,18 +62,17 @@ def _size(value: str) -> str:
 Size = Literal["auto"] | Annotated[str, AfterValidator(_size)]
 
 Fault = tuple[str, str]
-"""(path of a key inside its section, what is wrong with it)."""
+"""(path of a key, what is wrong)."""
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, without unknown keys; null stands for the default."""
+    """A group of settings; null stands for the default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, given: Any) -> Any:
-        """Without the keys that are null, except where null is a value, as in train.clip."""
         if not isinstance(given, dict):
             return given
         other = {name for name, field in cls.model_fields.items() if type(None) not in get_args(field.annotation)}
@@ -84,10 +83,7 @@ _Settings = TypeVar("_Settings", bound=Section)
 
 
 def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settings:
-    """A copy with some fields of some sections changed: `with_settings(recipe, base={"quant": "none"})`.
-
-    Nothing is checked, unlike with `override`.
-    """
+    """A copy with some fields of some sections changed and not checked: `with_settings(recipe, base={...})`."""
     changed = {name: getattr(settings, name).model_copy(update=fields) for name, fields in sections.items()}
     return settings.model_copy(update=changed)
 
@@ -98,7 +94,7 @@ def dotted(steps: Sequence[int | str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text from a library in a fault: on one line, without access tokens."""
+    """Text of a library, without access tokens."""
     return masked(" ".join(text.split()))
 
 
@@ -107,22 +103,15 @@ def reason_of(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
-def in_yaml(value: Any) -> str:
-    """A value as in a recipe, in flow style; text is in quotes. Of a section only what was set is written."""
-    if isinstance(value, str):
-        return repr(value)
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_unset=True)
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-    return text.removesuffix("\n...\n").strip()
-
-
 def shown(value: Any) -> str:
-    """A given value in a fault: at most 60 characters, without access tokens."""
+    """A given value as in a recipe, text in quotes: at most 60 characters, without access tokens."""
     try:
-        text = masked(in_yaml(value))
+        given = value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
+        how: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**6}
+        text = repr(value) if isinstance(value, str) else yaml.safe_dump(given, **how).removesuffix("\n...\n").strip()
     except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
         text = f"a value of type {type(value).__name__}"
+    text = masked(text)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
@@ -137,7 +126,7 @@ def fault_lines(error: ValidationError, data: Any, root: type[BaseModel]) -> lis
 
 
 def _path(detail: ErrorDetails, data: Any) -> str:
-    """The place in the document; pydantic's also names the member of a union that was tried."""
+    """The place in the document, without the members of unions that were tried."""
     steps: list[int | str] = []
     for step in detail["loc"]:
         try:
@@ -158,16 +147,12 @@ def _reason(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -
 
 
 def _nearest_key(path: str, root: type[BaseModel]) -> str:
-    """The nearest key of the same section, else the same key of another one."""
     section, dot, key = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
-    paths = sorted(_paths(root), key=lambda each: each.count("."))
-    below = [each.removeprefix(section + dot) for each in paths if each.startswith(section + dot)]
-    elsewhere = [f" Did you mean '{each}'?" for each in paths if each.rpartition(".")[2] == key]
-    return nearest(key, [each for each in below if "." not in each]) or next(iter(elsewhere), "")
+    below = [each.removeprefix(section + dot) for each in _paths(root) if each.startswith(section + dot)]
+    return nearest(key, [each for each in below if "." not in each])
 
 
 def _paths(annotation: Any, prefix: str = "") -> Iterator[str]:
-    """All settings of a section and of those in it, such as data.mix[].limit."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             index = "[]" if get_origin(field.annotation) is tuple else ""

@@ -1,7 +1,7 @@
 """The settings of a run: `Recipe`, with one frozen pydantic model for each section.
 
 A field checks its own range; `recipe_file` has what the settings say about each other. The docstrings of the fields are
-the descriptions in the JSON schema. `data` is in `data_settings`.
+the descriptions in the JSON schema.
 """
 
 from __future__ import annotations
@@ -61,19 +61,14 @@ class PruneConfig(Section):
     damping: Positive = 0.01
     """For sparsegpt: damping as a share of the mean of the Hessian's diagonal. 0.01: arXiv 2301.00774, sec. 4."""
     calibration: CalibrationConfig = CalibrationConfig()
-    """Text on which the inputs of each layer are measured."""
 
 
 class GateConfig(Section):
-    """One trainable factor for each rank component. During training the budget falls from all components to its final
-    value, and the components beyond it are removed.
-
-    All gates start at 1. Every layer keeps at least its best component. Magnitudes have no gates.
-    """
+    """One trainable factor, at first 1, for each rank component. During training the budget falls from all components
+    to its final value, and those beyond it are removed. Every layer keeps at least its best one."""
 
     mode: Literal["l1", "hard_concrete"] = "l1"
-    """l1: a proximal step in Adam's metric shrinks the gates beyond the budget to 0. hard_concrete: gates are drawn at
-    random, and gates that are rarely on are removed (L0, arXiv 1712.01312). Both are deterministic in evaluation."""
+    """l1: a proximal step in Adam's metric. hard_concrete: random gates; those rarely on go (L0, arXiv 1712.01312)."""
     mean_rank: OneOrMore | None = None
     """Budget: average rank of the adapted layers. Set either this or parameters."""
     parameters: Whole | None = None
@@ -83,14 +78,14 @@ class GateConfig(Section):
     anneal: Warmup = 0.5
     """Steps, or share of all steps, after the warmup in which the budget falls to its final value."""
     lr: Positive = 0.01
-    """Learning rate of the gates. They have their own Adam without decay and schedule."""
+    """Learning rate of the gates, in an Adam of their own without decay and schedule."""
     shrink_every: Whole = 10
     """Steps between removals of components from lora_A, lora_B and the optimizer states."""
 
     def phases(self, num_steps: int) -> tuple[int, int]:
         """Steps of the warm-up and of the anneal in a run of `num_steps`."""
-        steps = [each if isinstance(each, int) else round(each * num_steps) for each in (self.warmup, self.anneal)]
-        warmup, anneal = steps
+        asked = (self.warmup, self.anneal)
+        warmup, anneal = (each if isinstance(each, int) else round(each * num_steps) for each in asked)
         if isinstance(self.warmup, float) and isinstance(self.anneal, float):
             # Each is rounded separately, so two halves of an odd number could be one step too long
             warmup = min(warmup, num_steps - 1)
@@ -117,8 +112,7 @@ class ModelConfig(Section):
     tokenizer_revision: Text | None = None
     """Branch, tag or commit of another tokenizer on the Hub (null: its main branch)."""
     add_tokens: tuple[Text, ...] = ()
-    """New tokens, which get the next ids. They are never split, and decoded text keeps them. Their rows start at the
-    mean of all others and are trained with adapter.also_train."""
+    """New tokens, never split. Their rows start at the mean of all others and are trained by adapter.also_train."""
     trust_remote_code: Flag = False
     """Run Python code of a Hub model. This needs a full commit as revision, since a branch can be moved."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -144,8 +138,7 @@ class BaseWeightsConfig(Section):
     double_quant: Flag = True
     """Store the scales in 8 bits, which saves 0.37 bit a weight. QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)
-    """Linear layers that are neither quantised nor pruned: last parts of their paths, paths, shell patterns, or experts
-    for all experts of a mixture."""
+    """Linear layers that are neither quantised nor pruned; named as in adapter.targets."""
     prune: PruneConfig | None = None
     """How to prune the base (null: no pruning)."""
     cache: Text | None = None
@@ -179,8 +172,7 @@ class AdapterConfig(Section):
     """The trained weights on top of the base."""
 
     kind: Literal["dora", "lora", "magnitude", "none", "full"] = "dora"
-    """dora: low-rank factors and a magnitude. lora: the factors alone. magnitude: the magnitude alone. none: the base
-    without training. full: all weights of a 16-bit base."""
+    """dora: low-rank factors and a magnitude. lora, magnitude: one of them. none: no training. full: all weights."""
     rank: Whole = 16
     """Rows of lora_A; at most min(in, out) of every target."""
     alpha: Positive = 32.0
@@ -193,13 +185,11 @@ class AdapterConfig(Section):
     """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj, paths, or shell
     patterns such as model.layers.1.* over the path. The name experts stands for all experts of a mixture."""
     experts: ExpertConfig = ExpertConfig()
-    """Adapters of the experts of a mixture."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
     """Initial lora_A: kaiming (uniform, as in LoRA) or gaussian (deviation 0.01), with lora_B at 0. loftq: lora_A and
     lora_B approximate the error of quantisation and pruning (LoftQ, arXiv 2310.08659, one step)."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
-    """Ranks of single layers: the last part of a path such as q_proj, a path, or a shell pattern over it -> rank. Of
-    several that fit, the longest counts."""
+    """Ranks of single layers, named as in targets -> rank. Of several names that fit, the longest counts."""
     same_scaling: Flag = False
     """Adjust alpha in the layers of rank_pattern and the experts, so that alpha / rank is the same in all layers."""
     gates: GateConfig | None = None
@@ -209,11 +199,9 @@ class AdapterConfig(Section):
     mask: Literal["ignore", "keep"] = "ignore"
     """For a pruned base. keep: mask B A, so that the zeros stay (slower). ignore: the merged model is dense."""
     also_train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
-    """Also train the input embedding, the output head or both, under any name. A head that is tied to the embedding is
-    trained with it."""
+    """Also train the input embedding, the output head or both, under any name; tied ones together."""
     also_train_rows: Literal["new", "all"] = "new"
-    """new: only the rows of model.add_tokens, in float32; all other rows stay as they are, bit for bit. all: whole
-    matrices. Weight decay applies to neither."""
+    """new: only the rows of model.add_tokens, in float32. all: whole matrices. Neither has weight decay."""
     resume_from: Text | None = None
     """Directory of an adapter to continue from; its rank, alpha, targets and layout are kept."""
 
@@ -239,16 +227,14 @@ class MemoryConfig(Section):
     """Ways to save memory, most of them for time."""
 
     budget: Size | None = None
-    """Most memory of a run, such as 40GB. The run is planned before anything is loaded, and does not start if it needs
-    more. auto: the free memory of the device; micro-batches, streamed blocks and the settings of this section are then
-    changed so that the run fits, which does not alter what is trained (null: no plan)."""
+    """Most memory of a run, such as 40GB; if its plan needs more, it does not start. auto: the device's free memory;
+    micro-batches, streamed blocks and the settings of this section are changed so that the run fits (null: no plan)."""
     checkpointing: Flag = True
     """Recompute the activations of each block in the backward pass; takes about a third more time."""
     offload_activations: Flag = False
     """With a GPU: keep the checkpoints of the blocks in pinned host memory between the passes."""
     keep_scales: Flag = True
-    """Decode the block scales of a quantised base once for each optimizer step, not for every product. It takes half a
-    bit a weight with blocks of 64. A streamed base keeps none."""
+    """Decode the block scales once for each optimizer step, not for every product (half a bit a weight)."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
@@ -281,12 +267,10 @@ class TrainConfig(Section):
     batch: Whole | None = None
     """Examples in an optimizer step. Set either this or tokens_per_step."""
     micro_batch_tokens: AutoTokens = "auto"
-    """Tokens, with padding, in one forward pass; a step accumulates as many passes as it needs. auto: 2,048, or
-    data.max_length if that is larger."""
+    """Tokens, with padding, in one forward pass. auto: 2,048, or data.max_length if that is larger."""
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
-    """How several processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard among
-    the processes of a machine, replicate across machines. auto: shard if memory.budget is set and the base fits only
-    so, else replicate. See the guide several-gpus."""
+    """How processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard within a
+    machine. auto: shard if memory.budget is set and the base fits only so. See the guide several-gpus."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
@@ -297,18 +281,15 @@ class TrainConfig(Section):
     eps: Positive = 1e-8
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     router_aux_loss: NotNegative = 0.0
-    """Factor of the auxiliary loss that spreads a mixture's tokens evenly over its experts (0: off). See the guide
-    experts."""
+    """Factor of the auxiliary loss that spreads tokens over experts (0: off). See the guide experts."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What happens at a bad step (loss or gradient not finite, or a spike), which is never applied; its examples are
-    kept in bad-steps/. stop: the run ends. skip: it continues with the next step."""
+    """A bad step (loss or gradient not finite, or a spike) is never applied: stop the run, or skip the step."""
     max_skips: Whole = 5
     """Bad steps in a row that may be skipped; at one more the run ends."""
     spike: Factor | None = None
-    """A loss is a spike if it is more than this many times the median of the last 32 applied steps (at least 8)
-    (null: no loss is a spike)."""
+    """A loss is a spike if it is more than this many times the median of the last 32 applied steps (null: never)."""
     seed: Seed = 0
     """Seed of the initial lora_A and of dropout."""
     log_every: Whole = 1
@@ -332,11 +313,9 @@ class EvalConfig(Section):
     limit: Whole | None = None
     """Most examples of each task (null: all)."""
     block: WholeOrZero | None = None
-    """Which examples limit takes: block k has the k-th `limit` examples of a fixed random order, which starts again at
-    its end (null: examples at even distances)."""
+    """Which examples limit takes: the k-th `limit` ones of a fixed random order (null: at even distances)."""
     method: Literal["loglikelihood", "generate"] = "loglikelihood"
-    """loglikelihood: score the given choices and answers. generate: in addition let the model write its answers, as in
-    the DoRA paper (arXiv 2402.09353, sec. 5.1); only for tasks whose choices differ in one word."""
+    """generate: also let the model write its answers, as in the DoRA paper (arXiv 2402.09353, sec. 5.1)."""
     every: Whole | None = None
     """Optimizer steps between evaluations (null: no evaluation during training)."""
     at_start: Flag = True
@@ -352,7 +331,7 @@ class EvalConfig(Section):
 
 
 class InterferenceConfig(Section):
-    """Measurement of tasks that pull the adapter in different directions. It does not change the training."""
+    """Measurement of tasks that pull the adapter in different directions."""
 
     every: Whole | None = None
     """Steps between measurements of the cosines between the tasks' gradients, a multiple of eval.every (null: none)."""
@@ -364,20 +343,12 @@ class Recipe(Section):
     """A whole run: what `qdora train` reads, and what the run directory keeps as recipe.yaml."""
 
     model: ModelConfig
-    """The base model and how it computes."""
     base: BaseWeightsConfig = BaseWeightsConfig()
-    """How the frozen weights of the base are stored."""
     adapter: AdapterConfig = AdapterConfig()
-    """The trained weights on top of the base."""
     data: DataConfig
-    """The combined training data."""
     train: TrainConfig
-    """Optimizer, schedule and checkpoints."""
     eval: EvalConfig = EvalConfig()
-    """Evaluation during training."""
     interference: InterferenceConfig = InterferenceConfig()
-    """Measurement of tasks that pull the adapter in different directions."""
     memory: MemoryConfig = MemoryConfig()
-    """Ways to save memory, most of them for time."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Experiment trackers that also get the metrics of metrics.jsonl; each is an extra of the package."""

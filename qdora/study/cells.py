@@ -1,7 +1,7 @@
 """The cells of a study: checked recipes, each named by its hash. Rates and adapters that cells need come from others.
 
-A study begins with its bases and with the search for learning rates. A cell that needs the rate of a search, or the
-adapter of another cell, is added once that is there, so the cells are made anew whenever results have come.
+A cell that needs the rate of a search, or the adapter of another cell, is added once that is there, so the cells are
+made anew whenever results have come.
 """
 
 from __future__ import annotations
@@ -43,18 +43,16 @@ from qdora.study.grid import (
 _WHOLE_BYTES = 2**30
 _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
-"""Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
-this value they have no part in a key, so the cells of those studies stay done."""
+"""Settings, and those of a source, that are younger than the committed cells; at this value they are not in a key."""
 _GONE = {"train.compile": False}
 _GONE_OF_ADAPTERS = {"adapter.experts.share": "none"}
-"""Settings that have left, which have a part in every key, and in that of LoRA and DoRA."""
+"""Settings that have left, but stay in every key, and in that of LoRA and DoRA."""
 
 
 def key_of(recipe: Recipe) -> str:
     """16 hex digits of a hash of the settings that decide the result, and of the content of the recipe's data files.
 
-    The order and spelling in the file do not matter, nor do settings in `WITHOUT_EFFECT`. Files of the model count by
-    their path only.
+    Files of the model count by their path only.
     """
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
     decisive = _without(found, _LATER) | _GONE | (_GONE_OF_ADAPTERS if "adapter.rank" in found else {})
@@ -69,8 +67,7 @@ def _without(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(recipe: Recipe) -> dict[Path, list[Path]]:
-    """Files and folders that hold examples, calibration text, a chat template or the adapter to start from -> the
-    files in them."""
+    """Paths of examples, calibration text, a chat template or the adapter to start from -> the files in them."""
     start, prune = recipe.adapter.resume_from, recipe.base.prune
     found: dict[Path, list[Path]] = {}
     if start is not None:
@@ -91,8 +88,7 @@ def _files(recipe: Recipe) -> dict[Path, list[Path]]:
 
 
 def _of_splits(path: Path, splits: Iterable[str]) -> list[Path]:
-    """A file itself; the files of a folder's splits, or of a pattern. None where they are missing: that is reported
-    before anything runs."""
+    """A file itself; the files of a folder's splits, or of a pattern. Missing ones are reported elsewhere."""
     found: set[Path] = {path} if path.is_file() else set()
     for split in splits:
         with suppress(UserError):
@@ -126,12 +122,9 @@ BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
 class Cell:
     """One run of a study. `key` names its run directory.
 
-    kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: the
-    adapter of the cell `adapter_key` on another base. rescaled, set_back: that adapter with other magnitudes. by_layer:
-    that adapter, or its checkpoints `steps`, measured layer by layer, without scores.
-    labels: axis -> label; of trained cells also the seed, and the rate where it was searched.
-    base_key, dense_key: cells that evaluate the same base without an adapter, and the uncompressed base.
-    equal: labels of other combinations of the grid that have the same key.
+    kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. The others evaluate
+    the adapter of the cell `adapter_key`. base_key, dense_key: cells that evaluate the same base without an adapter,
+    and the uncompressed base. equal: labels of other combinations of the grid that have the same key.
     """
 
     key: str
@@ -148,33 +141,22 @@ class Cell:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it trains an adapter."""
         return self.kind in ("rate", "trained")
 
     def record(self) -> dict[str, Any]:
-        """JSON values: everything but the recipe."""
         fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior", "equal")
         return {name: getattr(self, name) for name in fields}
-
-    def in_words(self) -> str:
-        """'adapter=dora, seed=0'; of a base 'base', with its labels if it has any."""
-        labels = in_words(self.labels)
-        return labels if self.kind != "base" else f"base{': ' if labels else ''}{labels}"
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells that are known so far, in the order in which they run.
-
-    num_waiting: stage -> cells that wait for a rate or an adapter. searches: labels of an arm, its search, its runs.
-    """
+    """num_waiting: stage -> cells that wait for others. searches: labels of an arm, its search, its runs."""
 
     cells: list[Cell]
     num_waiting: dict[str, int]
     searches: list[tuple[Labels, Search, list[Cell]]]
 
     def search_rows(self) -> list[dict[str, Any]]:
-        """JSON values: what each search found."""
         return [
             labels
             | {
@@ -199,8 +181,6 @@ HasAdapter = Callable[[Cell], bool | None]
 
 @dataclass(frozen=True)
 class _Combination:
-    """A combination of labels without the seed, in a stage, with the changes to the recipe and the stage's seeds."""
-
     stage: StageConfig
     labels: Labels
     changes: dict[str, Any]
@@ -208,10 +188,7 @@ class _Combination:
 
 
 class Expander:
-    """Makes the cells of a study, again and again; recipes are checked once.
-
-    UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
-    """
+    """Makes the cells of a study, again and again; recipes are checked once."""
 
     def __init__(self, study: Study, file: str = "study") -> None:
         self.study, self.file = study, file
@@ -229,10 +206,9 @@ class Expander:
         self.study = with_settings(study, compare={"reference": study.compare.reference or first})
 
     def now(self, loss: CellLoss = lambda _: None, has_adapter: HasAdapter = lambda _: None) -> Cells:
-        """The cells as far as the results tell them; without arguments those that the study begins with.
+        """The cells, in the order in which they run, as far as the results tell them.
 
-        They are in the order in which they run. Within a stage all arms have a seed before any has the next one, so a
-        study that is stopped has compared them with the seeds that it had time for.
+        Within a stage all arms have a seed before any has the next one: a stopped study has compared all of them.
         """
         bases, uncompressed, equal = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
@@ -264,32 +240,27 @@ class Expander:
         return Cells(cells, waiting, list(searches.values()))
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
-        """What labels change in the recipe."""
         found = dict(self.study.settings)
         for axis, label in labels.items():
             found |= self.axes[axis][label]
         return found
 
     def _check(self) -> None:
-        """Make the first recipe of every arm; UserError with all faults."""
-        faults: dict[str, list[str]] = {}
+        faults: dict[str, str] = {}
         for arm in self.arms:
             for text in self._faults(arm):
-                faults.setdefault(text, []).append(in_words(arm.labels))
+                faults.setdefault(text, f"{self.file} ({in_words(arm.labels)}): {text}")
         if faults:
-            more = {text: f"; and {len(named) - 1} more" if len(named) > 1 else "" for text, named in faults.items()}
-            raise UserError(*(f"{self.file} ({named[0]}{more[text]}): {text}" for text, named in faults.items()))
+            raise UserError(*faults.values())
         if not self.arms:
             raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
     def _faults(self, arm: _Combination) -> list[str]:
         rates, kind = self.study.rates, arm.stage.kind
-        taken = [
-            f"{key}: is decided by seeds. Fix: remove it." for key in ("data.seed", "eval.block") if key in arm.changes
-        ]
-        if rates is not None and RATE in arm.changes:
-            taken.append(f"{RATE}: is found by rates. Fix: remove one of them.")
-        if taken:
+        decided = {"data.seed": "seeds", "eval.block": "seeds"} | ({} if rates is None else {RATE: "rates"})
+        if taken := [
+            f"{key}: is decided by {by}. Fix: remove it." for key, by in decided.items() if key in arm.changes
+        ]:
             return taken
         try:
             recipe = self._recipe(arm, arm.seeds[0])
@@ -298,11 +269,8 @@ class Expander:
                 self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
         except UserError as error:  # a value of the study file is an override, which begins with -s
             return [re.sub("^(-s|recipe):? ", "", fault) for fault in error.faults]
-        prune, stage, limited = (
-            recipe.base.prune,
-            arm.stage.name,
-            any(each.limit is not None for each in recipe.data.mix),
-        )
+        prune, stage = recipe.base.prune, arm.stage.name
+        limited = any(each.limit is not None for each in recipe.data.mix)
         calibrates = prune is not None and prune.method != "magnitude" and prune.calibration.text == "mix"
         before = "transplant" if kind == "rescaled" else "train"
         is_there = any(other.stage.kind == before and other.labels == arm.labels for other in self.arms)
@@ -321,7 +289,6 @@ class Expander:
         return [fault for fault, applies in rows if applies]
 
     def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
-        """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
         if isinstance(rate, RateRun):
             changes[RATE] = rate.rate
@@ -335,7 +302,7 @@ class Expander:
         text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
         if text not in self._made:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-            recipe = recipe_from(with_overrides(self.start, overrides)[0], "recipe", overrides)
+            recipe = recipe_from(with_overrides(self.start, overrides), "recipe", overrides)
             if recipe.eval.tasks == ():
                 raise UserError("eval.tasks: must name at least one task, since a study compares evaluations.")
             # The evaluation before the first step is that of the base, which has a cell of its own
@@ -348,7 +315,6 @@ class Expander:
         return self._made[text]
 
     def _is_bare(self, arm: _Combination) -> bool:
-        """Whether the arm is a base without an adapter."""
         return self._recipe(arm, arm.seeds[0]).adapter.kind == "none"
 
     def _key(self, recipe: Recipe) -> str:
@@ -357,7 +323,6 @@ class Expander:
         return self._keys[id(recipe)]
 
     def _base(self, arm: _Combination, *, dense: bool) -> tuple[str, Recipe]:
-        """Key and recipe of the evaluation of the arm's base, or of the uncompressed base."""
         whole = settings(self._recipe(arm, arm.seeds[0]))
         # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
         mix = [{name: value for name, value in each.items() if name != "loss_weight"} for each in whole["data"]["mix"]]
@@ -377,10 +342,7 @@ class Expander:
         return self._bases[text]
 
     def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell], dict[str, list[Labels]]]:
-        """Key -> base; key -> uncompressed base, which has labels only if the grid has this base; key -> equal bases.
-
-        The latter are arms without an adapter that have the base of another such arm.
-        """
+        """Key -> base; key -> uncompressed base; key -> labels of arms without an adapter that have the same base."""
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
         equal: dict[str, list[Labels]] = {}
@@ -405,7 +367,6 @@ class Expander:
     def _search(
         self, arm: _Combination, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
     ) -> Search | None:
-        """The search for the arm's rate, which may be that of other arms, too; None if rates are not searched."""
         rates = self.study.rates
         if rates is None or arm.stage.kind != "train":
             return None
@@ -428,12 +389,10 @@ class Expander:
         return searches[name][1]
 
     def _like(self, labels: Labels) -> Labels:
-        """The labels of the arm whose rate an arm takes: its own, unless rates.like says otherwise."""
         like = {} if self.study.rates is None else self.study.rates.like
         return {axis: like.get(axis, {}).get(label, label) for axis, label in labels.items()}
 
     def _twin(self, arm: _Combination) -> _Combination | None:
-        """The arm of the same labels, but for the base, that trains on the uncompressed base."""
         based = axes_of(self.study, "base.")
         for labels in (arm.labels, self._like(arm.labels)):
             for other in self.arms:
@@ -444,7 +403,6 @@ class Expander:
         return None
 
     def _cell(self, arm: _Combination, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
-        """The cell of an arm and a seed; None if it waits for a rate or an adapter."""
         if found is not None and found.rate is None:
             return None
         stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
@@ -470,7 +428,6 @@ class Expander:
 
 
 def _on_test(recipe: Recipe) -> list[str]:
-    """Overrides that evaluate the test split of the evaluated sources in place of the validation split."""
     tasks, mix = recipe.eval.tasks, recipe.data.mix
     evaluated = [index for index, source in enumerate(mix) if tasks is None or source.label in tasks]
     found = [f"data.mix[{index}].validation=test" for index in evaluated]

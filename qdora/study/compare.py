@@ -1,7 +1,7 @@
 """Compares the arms of a study on the seeds that they share, and says what is better, equivalent, or not decided.
 
-An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base): its cells over
-all seeds, at the learning rate that was found for it.
+An arm is one value of the compared axis in one context (such as a base): its cells over all seeds, at the learning
+rate that was found for it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,20 @@ from qdora.study.grid import (
 from qdora.study.results import HIGHER_IS_BETTER, Results, combined
 
 ZONE_OF_SHARES = 0.01
-"""Accuracies that differ by less than a point are equivalent, where the metric is an NLL."""
+"""Zone of accuracies where the metric is an NLL."""
 
 BASE_ARM = "no adapter"
-"""Name of the arm of a base that the grid did not name."""
 
 KINDS: tuple[Kind, ...] = ("base", "trained", "transplant", "rescaled", "set_back")
-"""Kinds of arms, in the order of the report."""
-
 Records = Sequence[Mapping[str, Any]]
-"""Cells as `Cell.record` gives them."""
+"""Of `Cell.record`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One value of the compared axis in one context: the labels of the axes that are neither compared nor the seed.
+    """rate: label of the learning rate that a search found, or "". seeds: seed -> key of a finished cell; of a base "".
 
-    rate: label of the learning rate that a search found, or "". seeds: seed -> key of a finished cell; a base has one,
-    whose seed is "". num_missing: its cells without a result, of the seeds that tell the spread (`first_seeds`).
+    num_missing: its cells without a result, of the `first_seeds`.
     """
 
     context: dict[str, str]
@@ -65,8 +61,8 @@ class Arm:
     dense_key: str | None
 
 
-def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> list[Arm]:
-    """Arms with a result, or `as_planned` all as if every cell were done; in the order of the grid, bases first."""
+def find_arms(cells: Records, results: Results) -> list[Arm]:
+    """Arms with a result, in the order of the grid, bases first."""
     axis, searched = results.study.compare.arm, results.study.rates is not None
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for cell in (cell for cell in cells if cell["kind"] in KINDS):
@@ -78,7 +74,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     arms = []
     for (kind, context, name, _), (first, *more) in groups.items():
         seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in (first, *more)}
-        done = {seed: key for seed, key in seeds.items() if as_planned or results.result(key) is not None}
+        done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
         num_missing = sum(seed not in done for seed in first_seeds(results.study, seeds))
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
@@ -94,10 +90,7 @@ Term = tuple[float, Arm, Arm]
 def seed_improvements(
     terms: Sequence[Term], results: Results, measure: str, task: str | None = None
 ) -> dict[str, float]:
-    """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured.
-
-    Seeds that the study begins with come before later ones. With `task`, of that task alone.
-    """
+    """Seed that all arms have, first ones first -> sum of the terms, positive: better; {} if one is not measured."""
     shared = [seed for seed in terms[0][1].seeds if all(seed in arm.seeds for _, *pair in terms for arm in pair)]
     shared.sort(key=lambda seed: int(seed) not in results.study.seeds)
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
@@ -130,10 +123,7 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True)
 class NamedComparison:
-    """A contrast, whose family is "" if it is exploratory.
-
-    `lacking` says which of the contexts that it is about are not in its terms.
-    """
+    """A contrast; family "": exploratory; lacking: contexts that it is about and that are not in its terms."""
 
     name: str
     context: dict[str, str]
@@ -143,19 +133,17 @@ class NamedComparison:
 
     @property
     def arms(self) -> list[Arm]:
-        """The arms of all terms, each once."""
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
     def columns(self) -> dict[str, Any]:
-        """Its name, context and arms as columns of a table."""
         _, arm, other = self.terms[0]
         return {"comparison": self.name, **self.context, "arm": arm.name, "reference": other.name}
 
 
 def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
-    """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
+    """The primary comparisons, then every trained arm beside the reference of its context.
 
-    Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
+    Without `compare.primary` the latter are the primary ones.
     """
     compare, found = study.compare, []
     for name, asked in (compare.primary or {}).items():
@@ -175,7 +163,6 @@ def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
 
 
 def _pairs(arms: Sequence[Arm], reference: str | None) -> list[tuple[Arm, Arm]]:
-    """Every trained arm beside the reference of its context."""
     trained = [arm for arm in arms if arm.kind == "trained"]
     return [
         (arm, other)
@@ -200,10 +187,7 @@ Place = tuple[tuple[tuple[str, str], ...], str]
 
 
 def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: Records) -> list[str]:
-    """The contexts that a primary comparison is about, by the study file, and that its terms do not have.
-
-    A combination that runs under the labels of another one is no context of its own, and is there if that one is.
-    """
+    """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
     names, first, trained = [arm.name for arm in terms[0][1:]], _first_places(cells, study), _trained_places(study)
     there = {(tuple(arm.context.items()), arm.name) for _, *pair in terms for arm in pair}
     planned, found = [], []
@@ -228,7 +212,6 @@ def _place(labels: Mapping[str, str], study: Study) -> Place:
 
 
 def _trained_places(study: Study) -> Counter[Place]:
-    """Number of seeds of everything that the study file trains."""
     found: Counter[Place] = Counter()
     for stage, labels, seeds in combinations(study):
         if stage.kind == "train":
@@ -245,7 +228,7 @@ def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
 
 
 def count_primary(study: Study, cells: Records) -> int:
-    """How many primary comparisons there are once every cell is done."""
+    """How many primary comparisons there are at the end."""
     if study.compare.primary is not None:
         return len(study.compare.primary)
     own = _trained_places(study).keys() - _first_places(cells, study).keys()
@@ -258,8 +241,7 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
-    The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
-    `num_primary`: of the whole study, if it may have more than there are results of and names none.
+    Only those of the first measure, the study's metric, are primary. `num_primary`: of the whole study.
     """
     rows, families = [], dict[str, list[dict[str, Any]]]()
     for each, measure in itertools.product(named_comparisons(arms, results.study, cells), measures):
@@ -329,10 +311,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
 
 
 def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
-    """The primary comparisons on each task: rows as of `comparisons`, without tests.
-
-    `weight` is the task's share of the weights in the study's metric, a mean over the seeds.
-    """
+    """The primary comparisons on each task; `weight`: its share in the study's metric, a mean over the seeds."""
     rows = []
     for each in named_comparisons(arms, results.study, cells):
         seeds = seed_improvements(each.terms, results, measures[0]) if each.family else {}
@@ -355,12 +334,9 @@ def _larger(p_values: Sequence[float]) -> float:
 
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
-    """Why nothing is called, whatever the scores; empty if something may be."""
     missing = sum(arm.num_missing for arm in each.arms)
     names = {
-        f"{arm.name} ({in_words(arm.context)})" if arm.context else arm.name
-        for arm in each.arms
-        if arm.is_interior is False
+        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
     }
     few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
     reasons = {
@@ -374,11 +350,10 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
 
 
 def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) -> None:
-    """Call each primary comparison better, equivalent or not decided.
+    """Better: the larger p is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
+    one of the two one-sided tests that the difference is outside of the zone. Both may hold.
 
-    Better: the larger p-value is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
-    one of the two one-sided tests that the difference is outside of the zone. Both may hold. A comparison that has no
-    results yet is corrected for, too, so a later one takes no verdict back.
+    Comparisons without results are corrected for, too, so a later one takes no verdict back.
     """
     better = [_larger([row["p_seeds"], row["p_examples"]]) for row in rows]
     equivalent = [row["p_equivalent"] for row in rows]
@@ -390,9 +365,7 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) 
         row |= {"winner": "", "verdict": f"no difference above {compare.zone:g}" if is_equivalent else "not decided"}
         if not row["reason"] and p < compare.alpha:
             row["winner"] = row["arm"] if row["improvement"] > 0 else row["reference"]
-            row["verdict"] = f"{row['winner']} is better" + (
-                f", by less than {compare.zone:g}" if is_equivalent else ""
-            )
+            row["verdict"] = f"{row['winner']} is better{f', by less than {compare.zone:g}' if is_equivalent else ''}"
 
 
 def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
@@ -409,38 +382,10 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     return example_interval(results.scores(key)[measure], results.weighting(measure))
 
 
-def cannot_decide(study: Study) -> list[str]:
-    """Why no comparison of a study can have a verdict, whatever it scores; empty if one can."""
-    reasons = ["the learning rates are not searched (rates)"] if study.rates is None else []
-    most = max(_trained_places(study).values(), default=0)
-    if most < study.compare.min_seeds:
-        reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")
-    return reasons
-
-
-def never_decided(cells: Records, results: Results) -> list[str]:
-    """A sentence on each primary comparison that the study file itself rules out; the cells are all planned ones."""
-    study = results.study
-    named = named_comparisons(find_arms(cells, results, as_planned=True), study, cells)
-    lacking = {each.name: each.lacking for each in named if each.family}
-    found = []
-    for name, asked in (study.compare.primary or {}).items():
-        if name not in lacking:
-            both = f"{asked.reference or study.compare.reference} and one other arm"
-            found.append(
-                f"The comparison {name!r} cannot be made: its labels must name contexts in which {both} are trained."
-            )
-        elif lacking[name]:
-            where = " and for ".join(lacking[name])
-            found.append(f"The comparison {name!r} cannot have a verdict: an arm has no cell for {where}.")
-    return found
-
-
 def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, float]:
-    """What is left of the damage, how much a transplant has, and what was repaired; only of trained arms.
+    """What is left of the damage, how much a transplant has, what was repaired, and what magnitudes set back lose.
 
-    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage, if that is
-    significant. `magnitudes`: what is lost if the trained magnitudes are set back.
+    In the metric's units, positive: worse. `repaired_share`: of the transplant's damage, if that is significant.
     """
     study, row = results.study, dict[str, float]()
     same = {other.kind: other for other in arms if (other.name, other.context) == (arm.name, arm.context)}
@@ -472,7 +417,6 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, flo
 
 
 def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
-    """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
     based = axes_of(study, "base.")
 
     def rest(one: Arm) -> dict[str, str]:
@@ -487,10 +431,7 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
 
 
 def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
-    """What compression did to a base that is only evaluated; empty for other arms.
-
-    `damage_choice`: acc_norm of the uncompressed base, less that of this one; its interval is over examples.
-    """
+    """What compression did to a base. `damage_choice`: acc_norm of the uncompressed base less that of this one."""
     if arm.kind != "base":
         return {}
     (key,) = arm.seeds.values()

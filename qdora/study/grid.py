@@ -1,22 +1,5 @@
 """A study file: the recipe and axes of its cells, how learning rates are found, and what is compared.
 
-    recipe: demo
-    settings: {train.steps: 200}
-    product:
-      base:
-        16 bits: {base.quant: none}
-        nf4: {base.quant: nf4}
-        nf3: {base.quant: nf3}
-      adapter:
-        lora: {adapter.kind: lora}
-        dora: {adapter.kind: dora}
-    seeds: 4
-    rates: {values: [1e-4, 3e-4, 1e-3], steps: 80}
-    compare:
-      reference: lora
-      primary:
-        DoRA on compressed bases: {arm: dora, over: {base: [nf4, nf3]}}
-
 Every combination of the axes' values runs with every seed. An axis is a key of a recipe with its values, or a name with
 labelled groups of settings that change together.
 """
@@ -54,70 +37,47 @@ from qdora.recipe.section import (
 
 Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
 Choice = dict[Text, Any]
-"""Axis -> value or list of values."""
 
 SEED = "seed"
-"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block together; an axis with train.seed
-adds its value to that of train.seed."""
+"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block; an axis may add to train.seed."""
 RATE = "train.lr"
 
-COLUMNS = {"stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict", "layer"}
-COLUMNS |= {"block", "step", "sparsity"}
-"""Columns of the report's tables that an axis must not be called."""
+COLUMNS = {SEED, "stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict"}
+COLUMNS |= {"layer", "block", "step", "sparsity"}
 
 
 class PrimaryConfig(Section):
-    """A comparison that is named before the study runs: the improvement of an arm over the reference."""
+    """The mean improvement of `arm` over `reference` in the contexts `over`, less that in the contexts `minus`."""
 
     arm: Text | None = None
-    """Value of `compare.arm` (null: the only one beside the reference)."""
     reference: Text | None = None
-    """Value that it is compared with (null: `compare.reference`)."""
     over: Choice = Field(default_factory=dict)
-    """Bases, or other values of axes, whose improvements are averaged ({}: all)."""
     minus: Choice | None = None
-    """Others whose averaged improvement is subtracted (null: nothing)."""
     seeds: tuple[Seed, ...] = ()
-    """Seeds that it is judged by ([]: all that its arms share)."""
     family: Text = "primary"
-    """Comparisons of one family are corrected together for their number. What was asked later is one of its own."""
 
 
 class CompareConfig(Section):
-    """What is compared, and when a difference or the lack of one is called."""
+    """What is compared, and when a difference or the lack of one is called; the guide studies has a table."""
 
     arm: Text = "adapter"
-    """Axis whose values are compared, separately for each combination of the other axes but the seed."""
     reference: Text | None = None
-    """Value of `arm` that the others are compared with (null: the first one with training)."""
     metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
-    """What is compared. nll_per_token: lower is better. acc, acc_norm: higher is better; for tasks with choices."""
     tasks: Literal["tokens", "equal"] = "tokens"
-    """Weight of a task in nll_per_token. tokens: its answer tokens, as in training. equal: each counts once."""
     split: Literal["halves", "test"] = "halves"
-    """halves: one half of the validation examples is for finding rates, the other for comparing. test: the validation
-    examples are for finding rates, the test examples for comparing."""
     primary: Annotated[dict[Text, PrimaryConfig], Field(min_length=1)] | None = None
-    """The comparisons that answer the question: name -> comparison. All others are exploratory (null: every arm in
-    every context)."""
     alpha: Share = 0.05
-    """Chance of any false winner, and of any false equivalence, among the primary comparisons of a family (Holm)."""
     zone: Positive = 0.02
-    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL)."""
     power: Annotated[Share, Field(gt=0.5)] = 0.8
-    """Power at which the smallest detectable difference is told."""
     min_seeds: Annotated[Whole, Field(ge=2)] = 3
-    """Seeds needed to call a winner or an equivalence."""
     spread: Positive | None = None
-    """Expected standard deviation between seeds of an improvement, for half_width_planned in comparisons.csv."""
 
 
 class RatesConfig(Section):
     """The search for the learning rate of each arm, with seeds and validation examples of its own.
 
-    Short runs try all values. Those around the best value run at full length, once a seed; then the minimum of the
-    parabola through the best value and its neighbours, in ln(rate), is the rate. Where the best value is the smallest
-    or largest one, the search goes on beyond it.
+    Short runs try all values; those around the best one run at full length, once a seed. The rate is the minimum of the
+    parabola through the best value and its neighbours, in ln(rate).
     """
 
     values: Annotated[tuple[Positive, ...], Field(min_length=3)]
@@ -140,31 +100,23 @@ class RatesConfig(Section):
 
 
 class StageConfig(Section):
-    """A part of the cells."""
+    """A part of the cells; `steps`: kept checkpoints that by_layer measures, also of full fine-tuning ([]: the end)."""
 
     name: Text
-    """Name in the report and in the predicted times."""
     cells: Choice = Field(default_factory=dict)
-    """Axis, or seed -> value or list of values. Axes that are not named take all their values."""
     kind: Literal["train", "transplant", "rescaled", "set_back", "by_layer"] = "train"
-    """transplant: do not train, but evaluate the adapter that the same arm and seed trained on the uncompressed base.
-    rescaled: evaluate the transplant of the same arm (DoRA) and seed with each magnitude times the row norm of its base
-    over that of the uncompressed base. set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to
-    the row norms of its base. by_layer: tell for the trained adapter how far directions and magnitudes moved, how much
-    of the error that compression made each layer's update takes back, and what the loss is without each block's
-    adapter."""
+    """transplant: evaluate the adapter that the same arm and seed trained on the uncompressed base. rescaled: evaluate
+    the transplant (DoRA) with each magnitude times the row norm of its base over that of the uncompressed base.
+    set_back: evaluate the trained adapter (DoRA) with the row norms of its base as magnitudes. by_layer: measure how
+    far directions and magnitudes moved, which error of compression is undone, and the loss without each block."""
     steps: tuple[Whole, ...] = ()
-    """Checkpoints, which the run must have kept, that a by_layer stage measures in place of the end: the changes of
-    each layer and the loss. Also of full fine-tuning ([]: the end)."""
 
 
 class TimeConfig(Section):
-    """Seconds of a run on the machine of the study, for --dry-run where no run is finished."""
+    """Seconds of a run and of each step, for --dry-run where no run is finished; plan: as `qdora plan` estimates it."""
 
     start: NotNegative
-    """Seconds that do not depend on the number of steps: loading, evaluation."""
     step: NotNegative | Literal["plan"]
-    """Seconds of an optimizer step. plan: as `qdora plan` estimates it for an A100."""
 
 
 def _seeds(value: Any) -> Any:
@@ -172,45 +124,26 @@ def _seeds(value: Any) -> Any:
 
 
 class Study(Section):
-    """A study file."""
+    """A study file; see the guide studies."""
 
     recipe: Text
-    """Recipe that every cell starts from: a shipped name, or a YAML file relative to the folder of the study file."""
     settings: dict[Text, Any] = Field(default_factory=dict)
-    """Changes in every cell: recipe key -> value."""
     product: Annotated[dict[Text, Axis], Field(min_length=1)]
-    """The axes. Every combination of their values is run."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_seeds)] = (0, 1, 2)
     """Seeds of every combination, or their number: 3 means 0, 1 and 2. A seed decides the initial values, the order of
     the data and, with eval.limit, the examples. Where stages name later seeds, these alone tell the spread (Stein)."""
     stages: tuple[StageConfig, ...] = ()
-    """The parts of the product that are run, in this order ([]: all)."""
     exclude: tuple[Choice, ...] = ()
-    """Cells to leave out: those with these values (or one of a list) on these axes."""
     rates: RatesConfig | None = None
-    """How the learning rates are found (null: as the recipe and the axes say)."""
     compare: CompareConfig = CompareConfig()
-    """What is compared."""
     bases: Flag = True
-    """Also evaluate each base and the uncompressed base without an adapter, to measure what compression damaged."""
     time: TimeConfig | None = None
-    """What a run is expected to take, for --dry-run (null: told by the runs that are finished)."""
     retries: WholeOrZero = 1
-    """Times that a failed cell is tried again."""
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong beside the types of single values."""
         rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
-        for name, labels in axes.items():
-            if name in (SEED, RATE) and (name == SEED or rates is not None):
-                yield (
-                    f"product.{name}",
-                    f"is not an axis: {'seeds gives' if name == SEED else 'rates finds'} its values.",
-                )
-            if name in COLUMNS:
-                yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
-            for label in sorted({label for label in labels if labels.count(label) > 1}):
-                yield f"product.{name}", f"has the value {label} twice."
+        for name in sorted(axes.keys() & COLUMNS):
+            yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
         named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
         groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
@@ -227,7 +160,7 @@ class Study(Section):
         asked.append(("compare", {compare.arm: compare.reference or []}))
         for name, each in (compare.primary or {}).items():
             where = f"compare.primary.{name}"
-            asked += [(where, {compare.arm: arm}) for arm in (each.arm, each.reference) if arm is not None]
+            asked.append((where, {compare.arm: [arm for arm in (each.arm, each.reference) if arm is not None]}))
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
         for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
             if name == SEED:
@@ -252,7 +185,7 @@ def load_study(path: Path) -> Study:
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
-    """Check plain data and make a study from it. UserError lists all faults: `<where>: <path.to.key>: ...`."""
+    """Check plain data and make a study from it; a fault is `<where>: <path.to.key>: ...`."""
     try:
         study = Study.model_validate(data)
         lines = list(study.faults())
@@ -264,14 +197,13 @@ def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
 
 
 def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(label, settings) for every value of an axis."""
+    """(label, settings) of each value."""
     if isinstance(axis, dict):
         return list(axis.items())
     return [(label_of(value), {name: value}) for value in axis]
 
 
 def labels_of(axis: Any) -> list[str]:
-    """The labels of an axis."""
     return [label for label, _ in choices(axis, "")]
 
 
@@ -300,7 +232,6 @@ def first_seeds(study: Study, seeds: Iterable[str]) -> list[str]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A value as a list, which it may already be."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -329,8 +260,6 @@ Length = Literal["short", "full"]
 
 
 class RateRun(NamedTuple):
-    """One run of a search."""
-
     length: Length
     rate: float
     seed: int

@@ -33,12 +33,8 @@ TEXTS_OF_TASK = 25
 
 
 def base_damage(recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """Measures of the base of a run without an adapter, as JSON values.
-
-    perplexity: Of prompts with their right answers, all tokens. hidden_errors: Of each block against the uncompressed
-    base, which is loaded beside it; hidden_error is the last one. Not for the uncompressed base itself, and neither of
-    chats.
-    """
+    """perplexity: of prompts with answers, all tokens. hidden_errors: of each block against the uncompressed
+    base; hidden_error is the last one. Not of chats."""
     base = load_run(directory)
     examples = run_examples(recipe, "validation", recipe.eval.tasks)
     chosen = [each for found in examples.values() for each in spread(found, TEXTS_OF_TASK)]
@@ -63,10 +59,7 @@ def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
 
 
 def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dict[str, Any]:
-    """Evaluate the run `source` with its magnitudes `rescaled` or set back, on the examples of its own evaluation.
-
-    The scores are written to `directory`. Returns sizes and files.
-    """
+    """Evaluate the run `source` with its magnitudes `rescaled` or set back; the scores are written to `directory`."""
     run = load_run(source)
     layers = adapted_layers(run.model)
     if rescaled:
@@ -80,7 +73,6 @@ def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dic
 
 
 def _own_evaluation(run: TrainedRun) -> EvaluationResult:
-    """The evaluation of a run by its own settings."""
     asked = run.recipe.eval
     examples = run_examples(run.recipe, "validation", asked.tasks)
     return evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
@@ -102,11 +94,9 @@ EXAMPLES_OF_TASK = 15
 
 
 def measure_by_layer(trained: Path) -> dict[str, Any]:
-    """Measure the layers and blocks of the run `trained`; without scores of single examples.
+    """changes: path of a layer -> columns of `WeightChange` and, of a compressed base, `ErrorUndone`.
 
-    changes: Path of a layer -> direction, magnitude (`WeightChange`) and, of a compressed base, error_undone,
-    error_undone_best, error_cosine (`ErrorUndone`). blocks: of each block the rise of the NLL per answer token without
-    its adapter, on a few examples of the run's evaluation; nll: with all adapters.
+    blocks: the rise of the NLL per answer token without the adapter of each; nll: with all adapters.
     """
     run = load_run(trained)
     layers = adapted_layers(run.model)
@@ -132,10 +122,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
 
 
 def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
-    """Measure checkpoints of the run `trained`, an adapter or full fine-tuning.
-
-    checkpoints: Of each step the NLL per token of the run's own evaluation, and path of a layer -> `WeightChange`.
-    """
+    """checkpoints: of each step the NLL per token of the run's own evaluation; path of a layer -> `WeightChange`."""
     found: list[dict[str, Any]] = []
     for step in steps:
         run = load_run(trained, step=step)
@@ -172,7 +159,6 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
 
 @torch.no_grad()
 def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Path -> columns of `ErrorUndone`; nothing for an uncompressed base."""
     reference = uncompressed_base(recipe)
     if reference is None:
         return
@@ -195,10 +181,7 @@ UNIFORM_SHARE = 0.01
 
 
 def write_guesses(recipe: Recipe, directory: Path) -> None:
-    """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers.
-
-    A recipe with only chats, or with streams, has no unigram model.
-    """
+    """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers."""
     source, tokenizer = find_model(recipe, weights=False)
     num_vocabulary = load_config(source).get_text_config().vocab_size
     found = {"uniform": math.log(num_vocabulary)}
@@ -217,7 +200,6 @@ def write_guesses(recipe: Recipe, directory: Path) -> None:
 
 
 def read_guesses(directory: Path) -> dict[str, float]:
-    """What `write_guesses` left in a directory; {} if nothing."""
     return read_json_object(directory / GUESSES_FILE) if (directory / GUESSES_FILE).is_file() else {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.pages import markdown_table, new_figure, render_page, svg_text
-from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import block_of
 from qdora.study.compare import (
     Arm,
@@ -45,10 +44,8 @@ _SHOWN = {
         "Comparisons",
         "comparison measure role improvement lower upper p_holm p_equivalent_holm smallest_detectable num_seeds "
         "verdict reason",
-        "A positive improvement is better. lower, upper: 95 % t interval over the seeds. p holm: the larger p-value of "
-        "the t tests over seeds and over examples; p equivalent holm: that the arms differ by the zone or more; both "
-        "are corrected for the tests of the family. smallest detectable: would have been found with the power of the "
-        "study. nll by task: each task counts once.",
+        "A positive improvement is better. lower, upper: 95 % t interval over the seeds. p holm: of the t tests over "
+        "seeds and over examples; p equivalent holm: that the arms differ by the zone or more.",
     ),
     "tasks": ("Tasks", "comparison task weight measure improvement lower upper", "weight: of the task in the metric."),
     "repair": (
@@ -56,35 +53,24 @@ _SHOWN = {
         "damage_choice damage_choice_lower damage_choice_upper left left_lower left_upper transplant repaired "
         "repaired_share repaired_share_lower repaired_share_upper magnitudes magnitudes_lower magnitudes_upper",
         "damage choice: accuracy per character that the untrained base lost. left: how much worse the trained arm is "
-        "than the same arm trained on the uncompressed base; transplant: the same of that arm's adapter on this base. "
-        "repaired: what training gains on the transplant, as a share of the transplant's damage where that is "
-        "significant. magnitudes: what setting them back loses.",
+        "than the same arm on the uncompressed base; transplant: the same of that arm's adapter on this base. "
+        "repaired: gained on the transplant by training here. magnitudes: lost by setting them back.",
     ),
     "arms": (
         "Arms",
         "kind rate num_seeds num_missing num_diverged bits_per_weight sparsity total_mib nll_per_token "
         "nll_per_token_lower nll_per_token_upper acc acc_norm",
-        "Means over the seeds of the study file. Intervals of arms may overlap although the arms differ: hard examples "
-        "are hard for both.",
+        "Means over the seeds of the study file. Intervals may overlap although the arms differ.",
     ),
-    "rates": (
-        "Learning rates",
-        "rate is_interior num_runs num_diverged losses",
-        "losses: validation loss of each rate; inf: a run diverged.",
-    ),
-    "guesses": (
-        "Guesses",
-        "guess nll acc",
-        "Of models that know nothing: by the frequency of tokens in the training answers, uniform over the vocabulary, "
-        "uniform among the choices.",
-    ),
+    "rates": ("Learning rates", "rate is_interior num_runs num_diverged losses", "losses: inf: a run diverged."),
+    "guesses": ("Guesses", "guess nll acc", "Uniform, or by the frequency of tokens in the training answers."),
     "facts": ("Settings", "fact value", ""),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows; `tables` are named for their data files, `axes` are those of a context."""
+    """What a report shows; `axes` are those of a context."""
 
     tables: dict[str, Rows]
     answer: list[str]
@@ -94,10 +80,7 @@ class Report:
 
 
 def report_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Write the report of a study, whether or not all of its cells are finished; default `directory`/report.
-
-    Returns the page, all files, the answer, the status and the comparisons. UserError: no study, or no finished cell.
-    """
+    """Write the report of a study, finished or not, by default to `directory`/report."""
     _, results = consoles(console)
     report, folder = read_report(directory), out or directory / "report"
     with disk_failures(folder):
@@ -109,7 +92,6 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    """Write index.html, report.md, and each table as .csv; returns the files."""
     csv = {f"{name}.csv": pd.DataFrame(rows).to_csv(index=False) for name, rows in report.tables.items() if rows}
     shown, figures = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)], _figures(report)
     page = render_page(
@@ -144,14 +126,12 @@ def _shown_table(report: Report, name: str) -> dict[str, Any]:
 
 
 def read_report(directory: Path) -> Report:
-    """All tables from the finished cells of a study's directory. UserError: no study, or no finished cell."""
     index = read_index(directory)
     study, cells = Study.model_validate(index["study"]), index["cells"]
     results = Results(StudyDirectory(directory, retries=study.retries), study)
     arms = find_arms(cells, results)
     if not arms:
-        why = "Fix: run 'qdora study' first; if every run diverged, add lower values to rates."
-        raise UserError(f"{directory}: no cell has scores. {why}")
+        raise UserError(f"{directory}: no cell has scores. Fix: run 'qdora study', with lower rates if all diverged.")
     # The metric of the study, then the other measures of its trained arms
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
@@ -167,7 +147,6 @@ def read_report(directory: Path) -> Report:
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
         "cells": [rows.cell(cell) for cell in cells],
-        "curves": [row for arm in arms if arm.kind == "trained" for row in rows.curve(arm)],
         "guesses": _guess_rows(cells, results),
     }
     measured = [rows.measured(cell) for cell in cells]
@@ -186,8 +165,8 @@ def read_report(directory: Path) -> Report:
     num_waiting = sum(index["num_waiting"].values())
     status += f"; {num_waiting} more wait for a learning rate or an adapter." if num_waiting else "."
     answer = [_sentence(row, axes, metric) for row in pairs if row["role"] == "primary"]
-    nothing = "There is nothing to compare: no primary comparison has results of both arms with the same seeds."
-    return Report(tables=tables, answer=answer or [nothing], status=status, axes=axes, compare=study.compare)
+    answer = answer or ["There is nothing to compare: no primary comparison has both arms with the same seeds."]
+    return Report(tables=tables, answer=answer, status=status, axes=axes, compare=study.compare)
 
 
 def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
@@ -199,9 +178,8 @@ def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
     if row["winner"]:
         details.append(f"p = {row['p_holm']:.4f}, corrected for {row['num_tests']}")
     elif row["verdict"] != "not decided":
-        details.append(
-            f"p of {row['zone']:g} or more = {row['p_equivalent_holm']:.4f}, corrected for {row['num_tests']}"
-        )
+        p = row["p_equivalent_holm"]
+        details.append(f"p of {row['zone']:g} or more = {p:.4f}, corrected for {row['num_tests']}")
     elif row["reason"]:
         details.append(row["reason"])
     return f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
@@ -216,7 +194,6 @@ class _TableRows:
     runs: Mapping[str, str]
 
     def _context(self, labels: Mapping[str, str], *, is_dense: bool = False) -> dict[str, Any]:
-        """An uncompressed base has no labels, and no base has one on an axis that only changes training."""
         return {axis: labels.get(axis, "uncompressed" if is_dense and not labels else "") for axis in self.axes}
 
     def arm(self, arm: Arm) -> dict[str, Any]:
@@ -233,12 +210,10 @@ class _TableRows:
         return row | self.sizes(next((key for key in arm.seeds.values() if not results.diverged(key)), None))
 
     def repair(self, arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
-        """Damage of a base, or what an arm repaired; empty for a transplant."""
         row = damage_row(arm, self.results) | repair_row(arm, arms, self.results)
         return self._context(arm.context) | {self.results.study.compare.arm: arm.name} | row if row else {}
 
     def sizes(self, key: str | None) -> dict[str, Any]:
-        """Bits, sparsity and bytes of a cell."""
         result = None if key is None else self.results.result(key)
         if key is None or result is None:
             return {}
@@ -268,20 +243,7 @@ class _TableRows:
         row |= {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
         return row | self.sizes(key)
 
-    def curve(self, arm: Arm) -> Iterator[dict[str, Any]]:
-        """Training loss, averaged over the `first_seeds` and in at most 32 parts of equal length."""
-        keys = [arm.seeds[seed] for seed in first_seeds(self.results.study, arm.seeds)]
-        runs = [RunDirectory(self.results.store.cell(key)) for key in keys if not self.results.diverged(key)]
-        lines = [line for run in runs if run.metrics_file.is_file() for line in run.metrics() if "loss" in line]
-        losses = pd.DataFrame(lines, columns=["step", "loss"]).dropna().groupby("step")["loss"].mean()
-        length = math.ceil(len(losses) / 32)
-        context = self._context(arm.context) | {self.results.study.compare.arm: arm.name}
-        for start in range(0, len(losses), length or 1):
-            part = losses.iloc[start : start + length]
-            yield context | {"step": part.index[-1], "training_loss": part.mean(), "num_seeds": len(runs)}
-
     def measured(self, cell: Row) -> dict[str, Rows]:
-        """What compression did to the layers and blocks of a base, and what training moved (`by_layer`)."""
         result, is_base = self.results.result(cell["key"]) or {}, cell["kind"] == "base"
         base = self._context(cell["labels"], is_dense=cell["base_key"] == cell["dense_key"])
         run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
@@ -311,7 +273,6 @@ class _TableRows:
 
 
 def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
-    """Of models that know nothing, on the examples of the uncompressed base."""
     dense = next((cell["dense_key"] for cell in cells if cell["kind"] == "base"), None)
     if dense is None or results.result(dense) is None:
         return []
@@ -332,22 +293,20 @@ _WIDTH, _ROW = 9.0, 0.33  # inches
 
 
 def _figures(report: Report) -> Rows:
-    """title, note below it and svg of every figure that the tables have rows for."""
     pairs = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
     drawn = {
         "Differences between the arms": (
-            "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares are primary comparisons. "
-            "Small: seeds. Shaded: the zone of equivalence; the scale is linear there and logarithmic outside.",
+            "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares: primary. Small: seeds. "
+            "Shaded: the zone of equivalence; the scale is linear there and logarithmic outside.",
             _differences,
             pairs,
         ),
         "Damage and repair": (
             "How much worse each arm is than the same arm trained on the uncompressed base. Hollow: the adapter of "
-            "the uncompressed base, without training on this one. Bars, shade and scale as above.",
+            "the uncompressed base, without training on this one.",
             _damage,
             [row for row in report.tables["repair"] if "left" in row],
         ),
-        "Learning curves": ("Training loss, averaged over the seeds.", _curves, report.tables["curves"]),
     }
     return [
         {"title": title, "note": note, "svg": svg_text(draw(rows, report.axes, report.compare))}
@@ -399,30 +358,8 @@ def _damage(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
     return figure
 
 
-def _curves(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
-    where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
-    panels = pd.DataFrame([row | {"where": where(row)} for row in rows]).groupby("where", sort=False)
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = new_figure(_WIDTH, 2.6 * down + 0.6)
-    grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
-    drawn: dict[Any, Any] = {}
-    for axis, (title, panel) in zip(grid, panels, strict=False):
-        for arm, line in panel.groupby(compare.arm, sort=False):
-            color = _COLORS[arms.index(arm) % len(_COLORS)]
-            (drawn[arm],) = axis.plot(line["step"], line["training_loss"], lw=1.3, color=color)
-        axis.set_title(title, fontsize="small")
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-    for axis in grid[len(panels) :]:
-        axis.set_visible(False)
-    grid[0].set_ylabel("nats per token")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
-    return figure
-
-
 def _row_figure(num_rows: float, zone: float, decades: float) -> tuple[Figure, Axes]:
-    """Rows over an axis that is linear from 0 to the zone, as long as so many decades, and logarithmic outside."""
+    """Rows over an axis that is linear up to the zone, as long as so many decades, and logarithmic outside."""
     figure = new_figure(_WIDTH, _ROW * num_rows + 1.2)
     axis = figure.add_subplot()
     axis.set_xscale("symlog", linthresh=zone, linscale=decades)
@@ -436,7 +373,6 @@ def _row_figure(num_rows: float, zone: float, decades: float) -> tuple[Figure, A
 
 
 def _dot(axis: Axes, row: Row, column: str, y: float, **style: Any) -> Any:
-    """A value with its interval; the ends are nan with one seed."""
     lower, upper = (row.get(f"{column}_{end}", row.get(end)) for end in ("lower", "upper"))
     axis.plot([lower, upper], [y, y], color=style["color"], lw=2, alpha=0.6)
     return axis.plot([row[column]], [y], ls="none", **style)[0]

@@ -32,10 +32,7 @@ from qdora.study.grid import Study
 
 
 class StudyDirectory:
-    """The files of a study; a failed cell is given up after `retries` more attempts.
-
-    Missing folders are made, but not without `makes`, for a look at what is there.
-    """
+    """The files of a study; `makes` missing folders. A failed cell is given up after `retries` more attempts."""
 
     def __init__(self, path: Path, *, retries: int = 1, makes: bool = True) -> None:
         self.path, self.retries = path, retries
@@ -46,7 +43,6 @@ class StudyDirectory:
         return self.path / "cells" / key
 
     def shared(self, stage: str, key: str) -> Path:
-        """A directory that cells share (`once`)."""
         return self.path / "shared" / stage / key
 
     def is_done(self, key: str) -> bool:
@@ -62,21 +58,20 @@ class StudyDirectory:
         return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
 
     def failures(self, key: str) -> list[dict[str, Any]]:
-        """All failed attempts, oldest first: reason, time, host, pid, traceback."""
+        """All failed attempts, oldest first: reason, time, traceback."""
         file = self._failures(key)
         return list(read_json_object(file)["attempts"]) if file.is_file() else []
 
     def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
-        """Record a failed attempt; only the holder of the cell may do so."""
         stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
     def is_given_up(self, key: str) -> bool:
-        return len(self.failures(key)) > self.retries
+        return not self.is_done(key) and len(self.failures(key)) > self.retries
 
     def forget_failures(self, keys: Sequence[str]) -> None:
         for key in keys:
-            if not self.is_done(key) and self.is_given_up(key):
+            if self.is_given_up(key):
                 self._failures(key).unlink(missing_ok=True)
 
     def claimed(self, key: str) -> AbstractContextManager[bool]:
@@ -92,7 +87,7 @@ class StudyDirectory:
         return False
 
     def write_index(self, study: Study, cells: Cells) -> None:
-        """Write study.json for the report: the study, its cells, and what the searches found."""
+        """Write study.json for the report."""
         document = {
             "study": study.model_dump(mode="json", exclude_unset=True),
             "cells": [cell.record() for cell in cells.cells],
@@ -111,8 +106,7 @@ class StudyDirectory:
 def read_index(path: Path) -> dict[str, Any]:
     """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
     if not (path / "study.json").is_file():
-        fix = "name a directory that 'qdora study' made."
-        raise UserError(not_there(path, "a study (it has no study.json)", fix))
+        raise UserError(not_there(path, "a study (it has no study.json)", "name a directory that 'qdora study' made."))
     return read_json_object(path / "study.json")
 
 
@@ -124,19 +118,16 @@ HIGHER_IS_BETTER = {
     "right": True,
     "unparsable": False,
 }
-"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,
-acc_norm: share of questions whose right choice is the likeliest one, by its likelihood and by that per character. right
-and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
+"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: each task counting once. acc, acc_norm:
+share of questions whose right choice is the likeliest, by its likelihood and by that per character. right, unparsable:
+shares of generated answers."""
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
 """Measure -> task -> scores. Only tasks with choices have accuracies, and chance: the share that a guess gets right."""
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
-    """Read the scores of a cell, of all examples or of one half.
-
-    `files` are of the cell's result: "scores", optionally "generated" -> file below the run directory.
-    """
+    """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for task, example, row in _rows(cell, files["scores"]):
         values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
@@ -158,13 +149,11 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
                 values, weights = np.array(list(kept.values()), dtype=np.float64).T
                 scores[measure][task] = TaskScores(tuple(kept), values, weights)
         if not scores[measure]:
-            fix = "Fix: raise eval.limit, or set compare.split to test."
-            raise UserError(f"{cell}: too few examples for two halves, one of which is empty. {fix}")
+            raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
     return scores
 
 
 def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(task, name of the example, its record)."""
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
         raise UserError(f"{path}: must be a file inside the run directory of its cell.")
@@ -180,24 +169,19 @@ def half_of(example: str) -> Literal["choose", "compare"]:
 
 
 def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
-    """Sum of factor * scores over the terms, example by example. UserError: they are not of the same examples."""
-    total: dict[str, TaskScores] = {}
+    """Sum of factor * scores over the terms, example by example."""
+    first = terms[0][1]
+    total = {task: np.zeros_like(found.values) for task, found in first.items()}
     for factor, scores in terms:
-        if total and set(total) != set(scores):
-            raise UserError("study: not all cells were evaluated on the same tasks (eval.tasks).")
+        if {task: {*found.examples} for task, found in scores.items()} != {t: {*f.examples} for t, f in first.items()}:
+            raise UserError("study: not all cells of a seed were evaluated on the same examples of the same tasks.")
         for task, found in scores.items():
-            first = total.get(task, TaskScores(found.examples, np.zeros_like(found.values), found.weights))
             by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
-            if by_name.keys() != set(first.examples):
-                raise UserError(f"study: task {task!r} was not evaluated on the same examples in all cells of a seed.")
-            values = first.values + factor * np.array([by_name[example] for example in first.examples])
-            total[task] = TaskScores(first.examples, values, first.weights)
-    return total
+            total[task] = total[task] + factor * np.array([by_name[example] for example in first[task].examples])
+    return {task: TaskScores(found.examples, total[task], found.weights) for task, found in first.items()}
 
 
 class Results:
-    """Results and scores of a study's finished cells, each read once."""
-
     def __init__(self, store: StudyDirectory, study: Study) -> None:
         self.store, self.study = store, study
         self._scores: dict[tuple[str, Part], CellScores] = {}
@@ -210,12 +194,7 @@ class Results:
         return self._results.get(key)
 
     def diverged(self, key: str) -> bool:
-        """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
         return "diverged" in (self.result(key) or {})
-
-    def has_adapter(self, key: str) -> bool | None:
-        """Whether a cell left an adapter: False if it diverged, None if it is not finished."""
-        return None if self.result(key) is None else not self.diverged(key)
 
     @property
     def part(self) -> Part:
@@ -223,7 +202,6 @@ class Results:
         return "compare" if self.study.compare.split == "halves" and self.study.rates is not None else "all"
 
     def scores(self, key: str, part: Part | None = None) -> CellScores:
-        """Scores of a finished cell (default: on the examples of the comparison); {} of a cell that has none."""
         part = part or self.part
         if (key, part) not in self._scores:
             files = (self.result(key) or {}).get("files")
@@ -244,7 +222,6 @@ class Results:
         return self._means[which]
 
     def loss(self, key: str) -> float | None:
-        """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
         if self.result(key) is None:
             return None
         metric, split = self.study.compare.metric, self.study.compare.split
@@ -254,19 +231,22 @@ class Results:
         return -found if HIGHER_IS_BETTER[metric] else found
 
     def weighting(self, measure: str) -> Weighting:
-        """The study's weights for NLL per token; for all else every task counts once."""
         return self.study.compare.tasks if measure == "nll_per_token" else "equal"
 
 
 def cells_now(expander: Expander, results: Results) -> Cells:
-    """The cells that are known now; the index of the results' directory has them, too. Raises as `Expander`."""
-    found = expander.now(lambda cell: results.loss(cell.key), lambda cell: results.has_adapter(cell.key))
+    """The cells that are known now, which are also written to the index."""
+
+    def has_adapter(cell: Cell) -> bool | None:
+        return None if results.result(cell.key) is None else not results.diverged(cell.key)
+
+    found = expander.now(lambda cell: results.loss(cell.key), has_adapter)
     results.store.write_index(expander.study, found)
     return found
 
 
 def planned_cells(expander: Expander, results: Results | None) -> Cells:
-    """All cells of a study, as if every search found its rate where the runs so far, or else its values, suggest."""
+    """All cells, as if every search found its rate where the runs so far, or else its values, suggest."""
 
     def loss(cell: Cell) -> float:
         known = None if results is None else results.loss(cell.key)
@@ -281,7 +261,7 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Cells of a stage, those that are done, and the predicted seconds of the others; nan if nothing tells them."""
+    """seconds: predicted of the cells that are not done, one process; nan: unknown."""
 
     stage: str
     num_cells: int
@@ -290,7 +270,6 @@ class StageTime:
 
 
 def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
-    """Every stage in its order. Times are those of one process."""
     known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
     predict, times = _Prediction(results.study, list(known.values())), []
     for name in dict.fromkeys(cell.stage for cell in cells):
@@ -331,12 +310,9 @@ class _Prediction:
 
 
 def times_in_words(times: Sequence[StageTime]) -> list[str]:
-    """Lines of --dry-run."""
-    lines = []
-    for each in times:
-        hours = "time unknown" if math.isnan(each.seconds) else f"{each.seconds / 3600:.1f} h"
-        lines.append(f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours}")
+    lines = [
+        f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {each.seconds / 3600:.1f} h" for each in times
+    ]
     total = sum(each.seconds for each in times)
-    known = f"In all {total / 3600:.1f} h of one process."
-    unknown = "The time is not known before runs of two lengths are done. Fix: set time."
-    return [*lines, unknown if math.isnan(total) else known]
+    fix = " (not known before runs of two lengths are done. Fix: set time)" if math.isnan(total) else ""
+    return [*lines, f"In all {total / 3600:.1f} h of one process{fix}."]

@@ -1,16 +1,13 @@
 """Runs a study: its cells, each once, by any number of processes on one or more machines.
 
-A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and tried again;
-a finished one never runs again.
+A failed cell is recorded and tried again; a finished one never runs again.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -37,8 +34,7 @@ from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, sett
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
-from qdora.study.compare import cannot_decide, never_decided
-from qdora.study.grid import load_study
+from qdora.study.grid import in_words, load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
 from qdora.train.evals import adapter_step
@@ -46,10 +42,9 @@ from qdora.train.evals import adapter_step
 logger = logging.getLogger("qdora")
 
 Work = Callable[[Cell, Path], Mapping[str, Any]]
-"""work(cell, run directory) -> JSON values. It is called again if it was cut off, and then finds its earlier files."""
+"""work(cell, run directory) -> JSON values. If it was cut off, it is called again and finds its earlier files."""
 Event = Literal["done", "failed"]
 AfterAttempt = Callable[[Cell, Event, float], None]
-"""after(cell, result of this attempt, seconds), called after every attempt of this process."""
 
 _TRACEBACK_LINES = 12
 _IDLE_SECONDS = 2.0
@@ -58,7 +53,7 @@ _IDLE_LOOKS = 5
 
 @dataclass(frozen=True)
 class CellTally:
-    """How far a study is. failed: key of a cell that was given up -> last reason."""
+    """How far a study is. failed: key -> last reason."""
 
     num_cells: int
     num_done: int
@@ -79,7 +74,6 @@ def study_run(
 
     `shard` "i/n": only an n-th of all cells. `retry_failed`: also those that were given up. `dry_run`: check every
     cell, tell how long the study takes, and write nothing. Returns the directory and the counts of cells.
-    RunFailure: some cells were given up; all others are done.
     """
     progress, results = consoles(console)
     expander, directory = checked_study(file, directory)
@@ -90,19 +84,17 @@ def study_run(
         store = StudyDirectory(directory, retries=expander.study.retries, makes=not dry_run)
         known = Results(store, expander.study)
         cells = planned_cells(expander, known) if dry_run else cells_now(expander, known)
-        mine, notes = shard_of(cells.cells, shard), notes_on(expander, known)
+        mine = shard_of(cells.cells, shard)
         results.print(
             f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
             + (f"; {len(mine)} in shard {shard}" if shard else "")
             + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
         )
-        for note in notes:
-            progress.print(note)
         if dry_run:
             times = stage_times(mine, known)
-            for line in (*(f"  {cell.in_words()}" for cell in mine), *times_in_words(times)):
+            for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in mine), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
-            whole = {"directory": str(directory), "num_cells": len(cells.cells), "notes": notes}
+            whole = {"directory": str(directory), "num_cells": len(cells.cells)}
             return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
@@ -112,23 +104,17 @@ def study_run(
     found = tally(mine, store)
     results.print(f"study: {directory}", soft_wrap=True)
     if found.num_elsewhere or num_waiting:
-        results.print(
-            f"Cells that other processes work on: {found.num_elsewhere}; that wait for others: {num_waiting}."
-        )
+        results.print(f"Cells with other processes: {found.num_elsewhere}; that wait for others: {num_waiting}.")
     if found.failed:
         key, reason = next(iter(found.failed.items()))
-        name = next(" ".join(cell.labels.values()) for cell in mine if cell.key == key)
-        raise RunFailure(
-            f"{len(found.failed)} of {found.num_cells} cells failed; the first is {name} ({key}): {reason}. "
-            "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
-            safe=[directory],
-        )
+        what = f"{len(found.failed)} of {found.num_cells} cells failed; the first is {key}: {reason}"
+        raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
     counts = {key: value for key, value in vars(found).items() if key != "failed"}
     return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
 def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
-    """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
+    """Run the shard's cells, and those that the results of all processes add to them."""
     store, num_idle = known.store, 0
     while True:
         cells = cells_now(expander, known)
@@ -147,22 +133,13 @@ def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, 
         time.sleep(_IDLE_SECONDS)
 
 
-def notes_on(expander: Expander, known: Results) -> list[str]:
-    """What can have no verdict in a study, before it runs."""
-    reasons = cannot_decide(known.study)
-    lacking = never_decided([cell.record() for cell in planned_cells(expander, None).cells], known)
-    never = [f"This study cannot have a verdict: {'; '.join(reasons)}. It gives scores and intervals."]
-    return [*(never if reasons else []), *lacking]
-
-
 def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
-    """The study of a file, with its directory. Raises UserError with the faults of all its recipes."""
     expander = Expander(load_study(file), str(file))
     cells = planned_cells(expander, None).cells
     faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
     if expander.study.compare.split == "test":
         faults += [
-            f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
+            f"{file}: compare.split: {source.label} has no test split."
             for cell in cells
             for source in cell.recipe.data.mix
             if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
@@ -182,7 +159,7 @@ def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
 
 @contextmanager
 def _quiet_runs() -> Iterator[None]:
-    """Messages of a run go to its own log.txt only; the console shows one line a cell."""
+    """The console shows one line a cell; all else is in its log.txt."""
     handlers = logging.getLogger().handlers
     levels = [handler.level for handler in handlers]
     for handler in handlers:
@@ -243,25 +220,20 @@ def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt
     except Exception as error:  # the other cells must still run; the error is recorded and shown
         event, reason = "failed", masked(named(error))
         lines = [masked(line) for text in traceback.format_exception(error) for line in text.splitlines()]
-        where = {"host": socket.gethostname(), "pid": os.getpid()}
-        store.add_failure(cell.key, {"reason": reason, "traceback": lines[-_TRACEBACK_LINES:]} | where)
+        store.add_failure(cell.key, {"reason": reason, "traceback": lines[-_TRACEBACK_LINES:]})
         logger.warning("%s: %s", cell.key, reason)
     if report is not None:
         report(cell, event, time.perf_counter() - began)
 
 
 def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
-    """How far these cells are now."""
     open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
     failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
     return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
 def cell_work(store: StudyDirectory) -> Work:
-    """The work of a cell: train and evaluate its recipe, or evaluate a base, with or without a finished adapter.
-
-    Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
-    """
+    """The work of a cell. Pruned bases are made once and shared by all cells that start from the same one."""
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
@@ -308,12 +280,10 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
 
 
 def with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
-    """The recipe with a finished adapter, which has its own ranks and targets."""
     return recipe_from(settings(recipe) | {"adapter": {"kind": recipe.adapter.kind, "resume_from": str(adapter)}})
 
 
 def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
-    """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
     file, base = run.inside("base/compressed.json"), cell.recipe.base
     if file.is_file():
         return read_json_object(file)
@@ -324,7 +294,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
 
 
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-    """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it."""
+    """A directory that cells share: the first caller makes it, the others wait for it."""
     path = store.shared(stage, key)
     with in_turn(path):
         if not path.is_dir():
@@ -336,30 +306,22 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
-    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {wrong[0]!r}.")
     parameters = {key.strip(): read_yaml(f"value: {value}", f"--job-option {key}")["value"] for key, _, value in pairs}
     expander, directory = checked_study(file, directory)
     known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
-    notes = notes_on(expander, known)
-    for note in notes:
-        consoles(None)[0].print(note)
     cells_now(expander, known)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
-    return {"directory": str(directory), "notes": notes, "jobs": [job.job_id for job in jobs]}
+    return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
 
 
 def submit_jobs(
     command: Sequence[str], directory: Path, num_jobs: int, *, cluster: str, parameters: Mapping[str, Any]
 ) -> list[Any]:
-    """Start the same command several times through submitit; each process claims the next free cell of the study.
-
-    All jobs must see `directory` under the same path; their output goes to slurm/ inside it. `parameters` are
-    submitit's: timeout_min, gpus_per_node, slurm_partition, ...
-    """
+    """Start the same command several times; `parameters` are submitit's: timeout_min, gpus_per_node, ..."""
     try:
         import submitit
         from submitit.helpers import CommandFunction
@@ -368,7 +330,7 @@ def submit_jobs(
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
         executor.update_parameters(name="qdora-study", **parameters)
-    except (RuntimeError, NameError, TypeError, ValueError, AssertionError, ImportError) as error:  # such as no srun
+    except Exception as error:  # such as no srun
         raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]

@@ -1,9 +1,8 @@
 """Intervals and tests for differences between arms that were run with the same seeds.
 
-A seed decides the initial values, the training data and the examples of its runs together. Its difference between two
-arms is one number, and these numbers are independent draws: their mean has Student's t interval, however much of their
-spread comes from the seeds and how much from the examples (simulated in benchmarks/study_nulls.py). A bootstrap over so
-few numbers is no 95 % interval.
+The difference between two arms with one seed is one number, and these numbers are independent draws: their mean has
+Student's t interval, however much of their spread comes from the seeds and how much from the examples (simulated in
+benchmarks/study_nulls.py). A bootstrap over so few numbers is no 95 % interval.
 """
 
 from __future__ import annotations
@@ -39,9 +38,8 @@ def t_interval(values: Sequence[float], *, num_first: int | None = None) -> Inte
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float], *, num_first: int | None = None) -> Interval:
-    """Mean of `above` / mean of `below`, of the same seeds, with Fieller's interval; without ends if it is not bounded.
+    """Mean of `above` / mean of `below` with the interval of every r for which that of above - r below contains 0.
 
-    The interval holds every r for which the t interval of above - r below contains 0.
     Source: Fieller, Some problems in interval estimation, J. R. Stat. Soc. B 16 (1954), 175.
     """
     a, b = np.mean(above), np.mean(below)
