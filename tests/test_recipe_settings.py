@@ -296,6 +296,15 @@ def test_overrides(before, overrides, after):
     assert (again.train.batch, again.train.tokens_per_step, again.adapter.rank) == (None, 512, 16)
 
 
+def test_what_an_override_disables_is_dropped_with_a_line(tmp_path, caplog):
+    file = tmp_path / "r.yaml"
+    file.write_text(SMALL[:-1] + ", base: {block_size: 128}}")
+    caplog.set_level("INFO", "qdora")
+    assert load_recipe(file, ["base.quant=none"]).base.quant == "none"
+    [line] = caplog.messages
+    check([line], "base.block_size 128 is dropped")
+
+
 @pytest.mark.parametrize(
     "items, words",
     [
