@@ -127,7 +127,7 @@ _RESULT = Turn("tool", _USER.content)
 
 
 class _Rendering(NamedTuple):
-    """The text of a chat, and where the template marks what the assistant writes (`{% generation %}`)."""
+    """A text and its `{% generation %}` spans."""
 
     text: str
     marks: tuple[tuple[int, int], ...]
@@ -153,7 +153,7 @@ class ChatTemplate:
     def fitted(self, turns: Messages) -> Messages:
         """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn.
 
-        Where it wants ids of nine letters for calls (Mistral), they get such ids.
+        Calls get ids of nine letters where it wants them (Mistral).
         """
         ids = [str(call.get("id", "")) for turn in turns for call in turn.tool_calls]
         if any(len(id) != _SHORT_ID for id in ids) and self.takes_short_ids:

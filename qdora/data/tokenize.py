@@ -35,8 +35,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     every character of the answer even where a token spans the border. The ids begin with the tokenizer's
     beginning-of-sequence token if it adds one by default; no end-of-sequence token is added.
 
-    Returns (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
-    beginning-of-sequence token: nothing predicts the first token then.
+    Returns (ids, start) of each: ids[start:] belongs to the answer; start is 0 where nothing predicts the first token.
     """
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
@@ -162,13 +161,8 @@ def tokenize_all(
     writes must know where the answer ends. (Evaluation scores the choices without it.) An answer that ends with a stop
     token of its own ends there. A chat has the end marks of its template instead.
 
-    Args:
-        loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "last" of a chat only the last of
-            these turns, "all" the prompt's tokens as well.
-        too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
-            prompt, then the end of the answer; a chat behind its last answer that fits as a whole, or within its first
-            one. An example that has no token left to learn is dropped. "drop": leave them out. "split": plain text
-            becomes several examples (see `chunks`); prompts with answers and chats are an error.
+    `too_long` "truncate" cuts the front of the prompt, then the end of the answer; a chat behind its last answer that
+    fits as a whole, or within its first one.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []

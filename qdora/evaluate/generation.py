@@ -66,9 +66,7 @@ def evaluate_generated(
 ) -> GenerationResult:
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
-    A record of `per_example` has the index of the choice that the output names first, None where it names none. The
-    output ends at the token that decided the answer, else at the end of sequence or the last allowed token. The
-    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`.
+    A record of `per_example` has the index of the choice that the output names first, None where it names none.
     """
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
