@@ -256,7 +256,7 @@ SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
         (CHAT, {"chat": True}, "chat: rows of format messages are chats already."),
         (PAIR, {"format": "text"}, "line 1: columns prompt, completion; format text needs text."),
         ({"conversation": [], "kind": 1}, {}, "columns conversation, kind fit no format."),
-        (named("question answer topic"), {}, ". Fix: name those to read, such as columns: {prompt: "),
+        (named("question answer topic"), {}, ". Fix: columns: {prompt: "),
     ],
 )
 def test_what_is_wrong(tmp_path: Path, row: Any, options: Row, words: str) -> None:
@@ -409,7 +409,7 @@ def test_the_hub_refuses_what_it_does_not_have(hub, monkeypatch):
     line = fault_of(load_source, SourceConfig(task="obqa"))
     assert says(line, "allenai/openbookqa@388097 ... cannot be read from the Hub (FileNotFoundError")
     line = fault_of(load_source, SourceConfig(task="boolq"), "validation")
-    assert says(line, "boolq (google/boolq): no split 'validation', must be one of train, test")
+    assert says(line, "boolq: no split 'validation', must be one of train, test")
 
     def lost(*_: Any, **__: Any) -> None:
         raise Exception("connection reset")  # as httpx does: no OSError

@@ -149,7 +149,7 @@ def test_too_long_examples_are_refused(max_length: int) -> None:
     assert num_long == kept.num_truncated + kept.num_dropped
     line = fault_of(tokenised, examples, BOS, max_length)
     assert says(line, f"x: {num_long} of 9 examples ... data.max_length ({max_length}), the longest has {longest} ")
-    assert says(line, "Fix: raise data.max_length, or set data.too_long to truncate ")
+    assert says(line, "Fix: raise it, or set data.too_long: truncate ")
     assert len(tokenised(examples, BOS, longest)) == 9
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
@@ -226,7 +226,7 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
-    assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... since split is for")
+    assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... (split is for")
     fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
     assert says(fault, "data.too_long: split needs data.max_length 3.")
 

@@ -113,18 +113,17 @@ def test_of_several_sources_tasks_names_the_one_that_it_is_read_like(run: Path) 
 
 
 def test_a_source_of_the_same_file_gives_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """So does any where all are read the same way; where that is not clear, a warning names what can be meant."""
+    """Where that is not clear there is a warning."""
     rows = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(5)]
     a, held = write(tmp_path / "a.jsonl", rows[:2]), write(tmp_path / "held.jsonl", rows[2:4])
     new = write(tmp_path / "new.jsonl", rows[4:])
     chat = SourceConfig.model_validate({"source": a, "validation": held, "chat": True})
     other = SourceConfig.model_validate({"source": str(tmp_path / "b.jsonl"), "name": "other"})
     assert all(given_source(place, [chat, other]).chat for place in (a, held))
-    assert given_source(new, [chat, other.model_copy(update={"chat": True})]).chat
     assert not given_source(new, [other, other]).chat
     assert caplog.messages == []
     assert not given_source(new, [chat, other]).chat
-    assert says("\n".join(caplog.messages), f"{new} is read by its columns alone ... --tasks: a.")
+    assert says("\n".join(caplog.messages), f"{new} is read by its columns alone ... --tasks.")
 
 
 def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,12 @@ from qdora.errors import UserError, first_line
 from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig, no_chat
 from qdora.recipe.section import reason_of, shown
 
-FIRST_ROWS = 64
-"""Rows in which each column that `columns` names must be found once."""
-_CHAT_COLUMNS = ("system", "tools")
-"""Columns that are read, too, if prompt and completion become a chat."""
+FIRST_ROWS = 64  # in which each column that `columns` names must be found once
+_CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion become a chat
 
 
 @contextmanager
 def _row_faults() -> Iterator[None]:
-    """Turn what a row of another form raises into a RowFault."""
     try:
         yield
     except RowFault:
@@ -37,8 +34,8 @@ def _row_faults() -> Iterator[None]:
 class RowExamples:
     """Rows of a source -> Examples, in the layout of the `first` rows.
 
-    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are the columns that
-    rows had so far and that are not read.
+    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns so far that
+    are not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
@@ -49,7 +46,7 @@ class RowExamples:
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
             raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
-        if source.template is not None:  # it can reach nothing but the row; null gives no text
+        if source.template is not None:  # it reaches nothing but the row; null gives no text
             environment = ImmutableSandboxedEnvironment(
                 undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda it: "" if it is None else it
             )
@@ -67,7 +64,7 @@ class RowExamples:
         self.reads = {renamed.get(name, name) for name in reads}
 
     def __call__(self, row: Row, id: str) -> Example:
-        """The example of a row; `id` names it where the row does not. Raises RowFault."""
+        """The example of a row; `id` names it where the row does not."""
         with _row_faults():
             return self._example(row, id)
 
@@ -96,7 +93,6 @@ class RowExamples:
         return rest | {name: row[own] for name, own in columns.items() if own in row}
 
     def _rendered(self, row: Row) -> Row:
-        """Prompt and completion by the templates; id, task and the columns of a chat as they are."""
         made = {name: row[name] for name in _CHAT_COLUMNS if name in row and self.source.chat}
         made |= {name: row[name] for name in ("id", "task") if isinstance(row.get(name), str)}
         for name, template in self.templates.items():
@@ -108,11 +104,10 @@ class RowExamples:
 
 
 def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
-    """The format of a source, for auto the first one whose columns are there."""
     fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= {*columns})
     format = source.format if source.format != "auto" else next(fitting, None)
     if format is None:
-        fix = "Fix: name those to read, such as columns: {prompt: question, completion: answer}."
+        fix = "Fix: columns: {prompt: question, completion: answer}."
         raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
     if source.chat and format not in CHAT_FORMATS:
         raise UserError(f"{where}: chat: {no_chat(format)}.")
@@ -120,7 +115,6 @@ def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
 
 
 def _with_lists(row: Row, format: str) -> Row:
-    """The row with the lists that its file has as the text of JSON."""
     for name in FORMATS[format].json:
         if isinstance(row.get(name), str):
             with suppress(ValueError):
@@ -131,13 +125,12 @@ def _with_lists(row: Row, format: str) -> Row:
 # Turns of chats
 
 _ROLES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-_ROLES |= {"function_call": "assistant", "observation": "tool"}
-"""What OpenAI, ShareGPT and LLaMA-Factory call a role -> role."""
+_ROLES |= {"function_call": "assistant", "observation": "tool"}  # of OpenAI, ShareGPT and LLaMA-Factory
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
-    """The turns and tools of a row of format messages or sharegpt that waits for an answer. Raises RowFault."""
+    """The turns and tools of a row of format messages or sharegpt that waits for an answer."""
     is_sharegpt = "conversations" in row and "messages" not in row
     with _row_faults():
         row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
@@ -148,7 +141,7 @@ def asked_chat(row: Row) -> tuple[Messages, Tools]:
 
 
 def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
-    """The turns of a row, of which the assistant's teach something; the first `num_in_prompt` are the prompt."""
+    """The turns of a row that teaches something; the first `num_in_prompt` are the prompt."""
     turns = tuple(replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages)))
     answers = [turn for turn in turns if turn.role == "assistant" and (turn.content.strip() or turn.tool_calls)]
     if not any(turn.learnt and not turn.in_prompt for turn in answers):
@@ -157,7 +150,6 @@ def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
 
 
 def parse_turns(messages: Any) -> Messages:
-    """The turns of a conversation, whether or not there is something to learn."""
     return tuple(_turn(f"messages[{number}]", _without_nulls(turn)) for number, turn in enumerate(messages))
 
 
@@ -189,14 +181,14 @@ def _turn(where: str, turn: Any) -> Turn:
 
 
 def _tool_call(call: Any) -> Mapping[str, Any]:
-    """{type, id, function: {name, arguments}}; a call may be given without the outer object."""
+    """{type, id, function: {name, arguments}}."""
     function, id = call.get("function", call), {"id": call["id"]} if call.get("id") else {}
     arguments = dict(_parsed(function.get("arguments")) or {})
     return {"type": "function", **id, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def parse_tools(tools: Any) -> Tools:
-    """The column `tools` of a row: a list of functions, or JSON of one; null is none."""
+    """The column `tools` of a row: functions, or their JSON."""
     found = [_without_nulls(_parsed(tool)) for tool in _parsed(tools) or []]
     made = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found)
     if not all("name" in tool["function"] for tool in made):
@@ -205,12 +197,11 @@ def parse_tools(tools: Any) -> Tools:
 
 
 def _parsed(value: Any) -> Any:
-    """A value, or what its JSON text stands for."""
     return parse_json(value) if isinstance(value, str) and value.strip() else value
 
 
 def _without_nulls(value: Any) -> Any:
-    """A copy without keys that are null: Parquet gives each call of a column the keys of all others."""
+    """Without keys that are null: Parquet gives each call of a column the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -231,7 +222,6 @@ def _chat(row: Row, label: str, id: str, turns: Any, num_in_prompt: int = 0) -> 
 
 
 def _sharegpt_turns(row: Row) -> list[Any]:
-    """The turns {role, content} of a row of {from, value}, and maybe a column `system`."""
     system = optional_text(row, "system")
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
     for turn in row["conversations"]:
@@ -245,7 +235,6 @@ def _sharegpt_turns(row: Row) -> list[Any]:
 
 
 def _completion(row: Row, label: str, id: str) -> Example:
-    """Prompt and completion, joined as they stand; or two lists of turns, of which the second is learnt."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat(row, label, id, [*prompt, *completion], len(prompt))
@@ -256,7 +245,6 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
 
 def _two_turns(row: Row, columns: Sequence[str], label: str, id: str) -> Example:
-    """The chat of prompt and completion, or of instruction, input and output."""
     question, answer = (text_field(row, name) for name in columns)
     system, given = optional_text(row, "system"), optional_text(row, "input") if "output" in columns else ""
     turns = [{"role": "system", "content": system}] if system else []
@@ -268,7 +256,7 @@ _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-"""The Alpaca template as published, without the indentation of its script."""
+"""As published, without the indentation of its script."""
 
 
 def _alpaca(row: Row, label: str, id: str) -> Example:
@@ -280,7 +268,7 @@ def _alpaca(row: Row, label: str, id: str) -> Example:
 
 
 def _commonsense170k(row: Row, label: str, id: str) -> Example:
-    """LLM-Adapters (arXiv 2304.01933): Alpaca rows with an answer."""
+    """LLM-Adapters (arXiv 2304.01933)."""
     return with_named_choices(_alpaca(row, label, id), row["instruction"].strip(), optional_text(row, "answer"))
 
 
@@ -291,12 +279,10 @@ def _text(row: Row, label: str, id: str) -> Example:
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of rows."""
-
     required: tuple[str, ...]  # columns that every row must have
     example: Callable[[Row, str, str], Example]  # of row, label and id
     optional: tuple[str, ...] = ("task", "id")  # other columns that are read
-    json: tuple[str, ...] = ()  # columns whose text is JSON where it can be: CSV files hold lists as text
+    json: tuple[str, ...] = ()  # lists, in CSV files their JSON
 
 
 def _messages(row: Row, label: str, id: str) -> Example:
