@@ -40,7 +40,6 @@ from qdora.evaluate.suite import (
     evaluate,
     spread,
     task_changes,
-    tasks_of_other_examples,
     tie_credit,
     worse_than_before,
 )
@@ -288,9 +287,6 @@ def test_changes_of_what_was_not_measured_of_few_and_of_other_examples() -> None
     for record in before["per_example"] + after["per_example"]:
         record["id"] = str(int(record["id"]) % 10)  # ids that repeat: two shards, each numbered from 0
     assert task_changes(before, after, "nll_per_token") == expected
-    assert tasks_of_other_examples(before, after) == []
-    del after["per_example"][-1]
-    assert tasks_of_other_examples(before, after) == ["a"]
 
 
 def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
@@ -303,7 +299,6 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
     assert (found.task, found.metric) == ("worse", "nll_per_token")
     assert found.lower == pytest.approx((change.mean() - half_width(change)) / 2, rel=1e-9)
     assert (found.before, found.after) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
-    assert found.in_words().endswith(f": nll_per_token {found.after:.4g} against {found.before:.4g}")
     best, worst = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 30
     accurate = {"worse": (flat, best), "better": (flat, [0.0] * 40)}  # accuracy counts the other way
     after = {"worse": (flat, worst), "better": (flat, [1.0] * 39 + [0.0])}
@@ -556,7 +551,7 @@ def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: P
     assert find_harness_tasks(["sums", "math", "sums"], tmp_path).names == ("sums", "math")
     assert find_harness_tasks(["math"]).names == ("math",)
     line = fault_of(find_harness_tasks, ["mahts", "sums"])
-    assert says(line, "--harness: must be a task, group or tag ... got mahts, sums.")
+    assert says(line, "--harness: no task, group or tag mahts, sums.")
     net, tokenizer = support.base_model(), support.tokenizer()
     found = evaluate_harness(net, tokenizer, HarnessTasks(("sums", "math"), manager="the manager"), limit=4)
     strict = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}

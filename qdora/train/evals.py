@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult, evaluate, spread, tasks_of_other_examples, worse_than_before
+from qdora.evaluate.suite import EvaluationResult, by_task, evaluate, spread, worse_than_before
 from qdora.files.atomic import read_json_object
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
@@ -74,7 +74,8 @@ class StepEvaluations:
         base = self.results.get(self.start)
         worse = [] if step == 0 or base is None else worse_than_before(base, result)
         for each in worse:
-            logger.warning("Step %d: %s.", step, each.in_words())
+            text = "Step %d: %s is worse than before training: %s %.4g against %.4g."
+            logger.warning(text, step, each.task, each.metric, each.after, each.before)
         line = {"eval": tasks, "average": asdict(result.average), "time": seconds}
         return line | ({"worse_than_base": [asdict(each) for each in worse]} if worse else {})
 
@@ -242,9 +243,8 @@ def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]
         files["adapter"] = run.evaluation_file(step)
     results = {label: read_result(file) for label, file in files.items() if file.is_file()}
     if len(results) == 2:
-        sizes = [{task: each.num_examples for task, each in result.tasks.items()} for result in results.values()]
-        documents = (result.to_dict(per_example=True) for result in results.values())
-        if sizes[0] != sizes[1] or tasks_of_other_examples(*documents):
+        one, other = (by_task(result.per_example) for result in results.values())
+        if {task: {*rows} for task, rows in one.items()} != {task: {*rows} for task, rows in other.items()}:
             del results[start]
     return results
 
