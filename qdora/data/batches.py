@@ -103,9 +103,7 @@ class StepLoader:
         return Step(batches, sum(labels.values()), num_tokens, len(examples), labels)
 
     def _is_full(self, num_examples: int, num_tokens: int) -> bool:
-        if self.batch is not None:
-            return num_examples >= self.batch
-        return num_tokens >= (self.tokens_per_step or 0)
+        return num_tokens >= (self.tokens_per_step or 0) if self.batch is None else num_examples >= self.batch
 
     # Steps that are not taken yet
 
@@ -116,7 +114,7 @@ class StepLoader:
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
     def draws_for_steps(self, num_steps: int) -> int | None:
-        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream."""
+        """Draws of the first steps; None where steps count the tokens of a stream."""
         length = self.order.length
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
@@ -133,7 +131,7 @@ class StepLoader:
         return num_draws if length is None else min(num_draws, length)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
-        """The first steps of the order, fewer if it ends before. Not for streams."""
+        """The first steps of the order. Not for streams."""
         return list(islice(self._step_sizes(self.order.length), num_steps))
 
     def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
@@ -166,7 +164,6 @@ class StepLoader:
         return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
         self.check_state(state)
         self.position = int(state["position"])
         for part in self.streams:

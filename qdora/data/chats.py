@@ -43,7 +43,6 @@ class ChatSettings:
 
 
 def chat_settings(tokenizer: Any) -> ChatSettings:
-    """What `set_chat_settings` gave."""
     settings: ChatSettings = getattr(tokenizer, "qdora_chat", None) or ChatSettings()
     return settings
 

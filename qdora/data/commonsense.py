@@ -148,7 +148,6 @@ class HubTask:
 
     @property
     def revision(self) -> str:
-        """The pinned commit."""
         return _PINS[self.id]
 
 
@@ -203,7 +202,6 @@ def without_wikihow_marks(text: str) -> str:
 
 
 def _keyed(row: Row, question: str) -> dict[str, Any]:
-    """ARC's labels are A.. or 1.., 3 to 5 of them."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return {"id": row["id"], "question": row[question], "choices": texts, "answer": labels.index(row["answerKey"])}
 

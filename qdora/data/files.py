@@ -89,7 +89,6 @@ def _named_after(folder: Path, split: str) -> list[Path]:
 
 
 def _whole_folder(folder: Path) -> list[Path]:
-    """All files of a folder; none if a name tells of another split than the training split."""
     files = _data_files(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
     names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
     if any(_split_words(name) - {"train", "training"} for name in names):
@@ -123,7 +122,6 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file raises into a UserError with its name."""
     try:
         yield
     except UserError:
@@ -133,7 +131,6 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed."""
     last = path.suffix.lower()
     if last == ".gz":
         return cast(BinaryIO, gzip.open(path))
@@ -248,7 +245,6 @@ class _Part(NamedTuple):
     num_rows: int | None
 
     def placed(self, skip: int) -> Iterator[PlacedRow]:
-        """As a `Reader`."""
         return ((f"{self.path}: {self.unit} {number}", _entry(content)) for number, content in self.read(skip))
 
 

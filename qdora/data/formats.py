@@ -302,5 +302,4 @@ FORMATS: dict[str, Format] = {
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),
-}
-"""Format -> layout; `auto` takes the first whose columns are there."""
+}  # `auto` takes the first whose columns are there

@@ -191,8 +191,6 @@ Source = TokenizedSet | ExampleStream
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources, and the order in which they are drawn."""
-
     sets: tuple[Source, ...]
     order: MixOrder
 

@@ -67,14 +67,13 @@ class SplitExamples(Sequence[Example]):
         self.rows.refuse(faults)
 
     def __getitem__(self, index: Any) -> Any:
-        """An example, or some of them, unread."""
         if isinstance(index, slice):
             return replace(self, indices=self.indices[index])
         return next(iter(replace(self, indices=[self.indices[index]])))
 
     @property
     def identity(self) -> str | None:
-        """Stands for the content of these rows as they are in their files; None where it is not known."""
+        """Stands for the content of these rows in their files, where that is known."""
         if self.rows.identity is None:
             return None
         meant = self.indices if isinstance(self.indices, range) else np.asarray(self.indices).tobytes()
@@ -82,7 +81,7 @@ class SplitExamples(Sequence[Example]):
 
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
-    """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness."""
+    """Cut the last `fraction` of the examples off, at least one: (train, validation)."""
     border = len(examples) - (max(1, round(len(examples) * fraction)) if fraction else 0)
     if border <= 0:
         raise UserError(f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction.")
@@ -135,7 +134,7 @@ def open_shards(source: SourceConfig) -> Shards:
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
-    """Whether a source has a split of its own by this name, and is not itself that split."""
+    """Whether a source has a split by this name besides its own."""
     if source.split == split:
         return False
     if source.is_local:
@@ -244,7 +243,7 @@ def read_data(
 
 
 def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
-    """Check the files and the first rows of some sources as a run does, without a tokenizer."""
+    """Check the files and the first rows of some sources, without a tokenizer."""
     for index, source in enumerate(data.mix):
         if source.label not in names:
             continue
@@ -334,7 +333,6 @@ def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> T
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
-    """The loader of the recipe's steps, or of a process's share of each of them."""
     batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length

@@ -74,7 +74,6 @@ class ExampleStream:
 
     @property
     def unused(self) -> set[str]:
-        """Columns of the rows so far that are not read."""
         return self._make.unused
 
     @property

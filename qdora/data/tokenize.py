@@ -129,7 +129,6 @@ class TokenizedSet:
 
     @property
     def task_names(self) -> list[str]:
-        """Tasks of the examples, each once."""
         return list(dict.fromkeys(example.task for example in self.examples))
 
 
@@ -162,7 +161,6 @@ def tokenize_all(
 
 
 def num_characters_of(example: Example) -> int:
-    """Characters of the texts that are encoded of an example."""
     turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
     return len(example.prompt) + len(example.answer) + turns
 
@@ -279,7 +277,6 @@ class ExampleTally:
 
 
 def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) -> list[Encoded]:
-    """Each text with its end-of-sequence token."""
     if not examples:
         return []
     eos, prefix = tokenizer.eos_token_id, special_prefix(tokenizer)

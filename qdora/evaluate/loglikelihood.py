@@ -36,12 +36,10 @@ class ExampleScore:
 
     @property
     def nll(self) -> float:
-        """Of the right answer, nats."""
         return -float(self.loglikelihoods[self.gold or 0])
 
     @property
     def num_answer_tokens(self) -> int:
-        """Scored tokens of the right answer."""
         return int(self.num_tokens[self.gold or 0])
 
 

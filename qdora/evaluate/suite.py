@@ -66,7 +66,6 @@ class Result(Generic[Metrics]):
 
     @staticmethod
     def from_dict(document: Mapping[str, Any]) -> EvaluationResult:
-        """The inverse of `to_dict`, of log-likelihoods."""
         return Result(
             tasks={task: TaskResult(**metrics) for task, metrics in document["tasks"].items()},
             average=TaskResult(**document["average"]),
@@ -171,7 +170,7 @@ def percent(share: float | None, stderr: float | None = None, number: int = FEWE
 
 
 def tie_credit(scores: ArrayLike, gold: int) -> float:
-    """1/k if `gold` is among the k largest scores, else 0."""
+    """1/k if `gold` is among the k largest scores."""
     array = np.asarray(scores, dtype=np.float64)
     best = np.flatnonzero(array == array.max())
     return 1.0 / best.size if gold in best else 0.0
