@@ -328,7 +328,7 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     file = write(tmp_path, "jsonl", [row(number, 50 if number == 3 else 1) for number in range(6)])
     one = stream(file, max_length=20, too_long="split")
     numbers_of(one, 6)
-    assert says(one.position.bad_rows[0], "tokens, and data.too_long: split is for plain text alone")
+    assert says(one.position.bad_rows[0], "too long, and data.too_long: split is for plain text")
     assert one.position.num_dropped == 0
 
 

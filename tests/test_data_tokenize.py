@@ -1,28 +1,38 @@
 """Texts -> token ids and labels: every policy for long ones against plain loops; notes; tokens shown to people."""
 
 from __future__ import annotations
-
-import itertools
+from hypothesis import example as tried
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 from pathlib import Path
+from qdora.data import cache as cache_file
+from qdora.data import sources
+from qdora.data import tokenize
+from qdora.data.chats import set_chat_date
+from qdora.data.chats import set_chat_settings
+from qdora.data.example import Example
+from qdora.data.example import Turn
+from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import encode_pairs
+from qdora.data.tokenize import special_prefix
+from qdora.data.tokenize import tokenize_all
+from qdora.recipe.data_settings import DataConfig
+from qdora.run.preview import shown_example
+from qdora.run.preview import token_pieces
+from tests import support
+from tests.data_rows import fault_of
+from tests.data_rows import mixed
+from tests.data_rows import says
+from tests.data_rows import write
+from tokenizers import Tokenizer
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 from typing import Any
-
+import itertools
 import numpy as np
 import pytest
-from hypothesis import example as tried
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-
-from qdora.data import cache as cache_file
-from qdora.data import sources, tokenize
-from qdora.data.chats import set_chat_date, set_chat_settings
-from qdora.data.example import Example, Turn
-from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
-from qdora.recipe.data_settings import DataConfig
-from qdora.run.preview import shown_example, token_pieces
-from tests import support
-from tests.data_rows import fault_of, mixed, says, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)
@@ -149,7 +159,7 @@ def test_too_long_examples_are_refused(max_length: int) -> None:
     assert num_long == kept.num_truncated + kept.num_dropped
     line = fault_of(tokenised, examples, BOS, max_length)
     assert says(line, f"x: {num_long} of 9 examples ... data.max_length ({max_length}), the longest has {longest} ")
-    assert says(line, "Fix: raise data.max_length, or set data.too_long to truncate ")
+    assert says(line, "Fix: raise it, or set data.too_long: truncate ")
     assert len(tokenised(examples, BOS, longest)) == 9
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
@@ -226,7 +236,7 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
-    assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... since split is for")
+    assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... (split is for")
     fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
     assert says(fault, "data.too_long: split needs data.max_length 3.")
 

@@ -1,38 +1,46 @@
 """qdora eval --data and qdora generate: own data scored as the run's, and the same tokens as a plain loop."""
 
 from __future__ import annotations
-
-import io
-import json
-import logging
-import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-import yaml
-from rich.console import Console
-from transformers import GenerationConfig
-
 from qdora.adapter import layer as layer_module
 from qdora.adapter import product as products_of_layers
-from qdora.data.sources import given_source, trained_on
+from qdora.data.sources import given_source
+from qdora.data.sources import trained_on
 from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.spans import Span, score_spans
+from qdora.evaluate.spans import Span
+from qdora.evaluate.spans import score_spans
 from qdora.export.export import export_run
 from qdora.export.verify import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
+from qdora.recipe.options import EvalOptions
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.options import Sampling
 from qdora.run.load_run import load_target
 from qdora.run.report import run_facts
 from qdora.run.run import train_run
-from qdora.run.verbs import answer_chats, evaluate_target, generate_from, prompt_ids, read_chats
+from qdora.run.verbs import answer_chats
+from qdora.run.verbs import evaluate_target
+from qdora.run.verbs import generate_from
+from qdora.run.verbs import prompt_ids
+from qdora.run.verbs import read_chats
+from rich.console import Console
 from tests import support
-from tests.data_rows import fault_of, faults_of, says, write
+from tests.data_rows import fault_of
+from tests.data_rows import faults_of
+from tests.data_rows import says
+from tests.data_rows import write
+from transformers import GenerationConfig
+from typing import Any
+import io
+import json
+import logging
+import pytest
+import shutil
+import torch
+import yaml
 
 QUIET = Console(quiet=True)
 
@@ -113,18 +121,17 @@ def test_of_several_sources_tasks_names_the_one_that_it_is_read_like(run: Path) 
 
 
 def test_a_source_of_the_same_file_gives_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """So does any where all are read the same way; where that is not clear, a warning names what can be meant."""
+    """Where that is not clear there is a warning."""
     rows = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(5)]
     a, held = write(tmp_path / "a.jsonl", rows[:2]), write(tmp_path / "held.jsonl", rows[2:4])
     new = write(tmp_path / "new.jsonl", rows[4:])
     chat = SourceConfig.model_validate({"source": a, "validation": held, "chat": True})
     other = SourceConfig.model_validate({"source": str(tmp_path / "b.jsonl"), "name": "other"})
     assert all(given_source(place, [chat, other]).chat for place in (a, held))
-    assert given_source(new, [chat, other.model_copy(update={"chat": True})]).chat
     assert not given_source(new, [other, other]).chat
     assert caplog.messages == []
     assert not given_source(new, [chat, other]).chat
-    assert says("\n".join(caplog.messages), f"{new} is read by its columns alone ... --tasks: a.")
+    assert says("\n".join(caplog.messages), f"{new} is read by its columns alone ... --tasks.")
 
 
 def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,13 @@ from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 
-IGNORED = -100
-"""Label of a token that does not count, as in transformers."""
+IGNORED = -100  # label of a token that does not count, as in transformers
 GROUP_COST = 128
-"""Cost of a micro-batch apart from its tokens, in tokens: each dequantises the base two or three times. An estimate for
-a 7B model on an A100: 40 ms of memory traffic against 0.3 ms a token."""
+"""Cost of a micro-batch apart from its tokens, in tokens, estimated for a 7B model on an A100: 40 ms to dequantise the
+base two or three times, 0.3 ms a token."""
 ATTENTION_COST = 4096
-"""Length of a row at which attention takes as long as all other products. A mask over the row does not reduce what is
-multiplied. An estimate: counting products alone, 3,100 for SmolLM2-135M and 24,700 for a 7B model; attention is slower
-than its count of products says."""
+"""Length of a row at which attention takes as long as all other products, estimated; counting products alone 3,100 for
+SmolLM2-135M and 24,700 for a 7B model."""
 
 
 # Steps
@@ -36,7 +34,7 @@ than its count of products says."""
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from. Counts are those of the whole step, over all processes."""
+    """One optimizer step. Counts are over all processes."""
 
     micro_batches: list[MicroBatch]  # this process's share; longest first, so that too large ones fail at once
     num_label_tokens: int  # at least 1: the denominator of the loss
@@ -46,20 +44,19 @@ class Step:
 
 
 class StepSize(NamedTuple):
-    """A step that may be taken: the position where it begins, its tokens, and those of its longest example."""
+    """A step that may be taken."""
 
-    position: int
+    position: int  # where it begins
     num_examples: int
     num_tokens: int
-    longest: int
+    longest: int  # tokens of its longest example
 
 
 class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
-    A step takes `batch` examples, or examples until it has at least `tokens_per_step` real tokens. `batching` has no
-    influence on which examples these are, and may be changed between steps. All processes draw the same steps; each
-    pads its share.
+    A step takes `batch` examples, or examples until it has at least `tokens_per_step` real tokens, whatever the
+    `batching`. All processes draw the same steps; each pads its share.
     """
 
     def __init__(
@@ -83,12 +80,10 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        """The tokens of each example of each source."""
         assert not self.streams, "lengths in a stream are not known"
         return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
 
     def next_step(self) -> Step:
-        """Take the next step's examples and move the position behind them."""
         examples: list[TokenizedExample] = []
         num_tokens = 0
         assert self.position != self.order.length, "no example is left"
@@ -108,24 +103,18 @@ class StepLoader:
         return Step(batches, sum(labels.values()), num_tokens, len(examples), labels)
 
     def _is_full(self, num_examples: int, num_tokens: int) -> bool:
-        if self.batch is not None:
-            return num_examples >= self.batch
-        return num_tokens >= (self.tokens_per_step or 0)
+        return num_tokens >= (self.tokens_per_step or 0) if self.batch is None else num_examples >= self.batch
 
     # Steps that are not taken yet
 
     def steps_for_epochs(self, epochs: float) -> int:
-        """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
-
-        Steps do not stop at the end of an epoch: the last one may take its first examples from the next. They end with
-        the order, where all sources have a cap.
-        """
+        """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
         num_draws = max(1, round(epochs * self.order.epoch_length))
         num_draws = min(num_draws, self.order.length or num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
     def draws_for_steps(self, num_steps: int) -> int | None:
-        """Draws that the first `num_steps` steps use; None where steps count the tokens of a stream."""
+        """Draws of the first steps; None where steps count the tokens of a stream."""
         length = self.order.length
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
@@ -135,23 +124,17 @@ class StepLoader:
         elif length is None:
             return None
         else:
-            raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream the steps cannot be counted. "
-                "Fix: use train.batch, or remove max_epochs from one source."
-            )
+            raise UserError("train.tokens_per_step: with max_epochs for every source and a stream steps have no end.")
         if num_steps > possible:
-            raise UserError(
-                f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
-                f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
-            )
+            left = f"because max_epochs of the sources leaves {length:,} examples"
+            raise UserError(f"train.steps: must be at most {possible:,}, {left}, got {num_steps:,}.")
         return num_draws if length is None else min(num_draws, length)
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
-        """The first steps of the order, fewer if it ends before. Not for streams."""
+        """The first steps of the order. Not for streams."""
         return list(islice(self._step_sizes(self.order.length), num_steps))
 
     def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
-        """The steps of the first draws, without an end for None; the last one may be smaller."""
         position = num_examples = num_tokens = longest = 0
         for length in islice(self._drawn_lengths(), num_draws):
             num_examples, num_tokens, longest = num_examples + 1, num_tokens + length, max(longest, length)
@@ -175,40 +158,36 @@ class StepLoader:
     # Resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, where the streams stand, and what these are positions in; JSON types only."""
+        """Positions, and what these are positions in; JSON types."""
         streams = {part.name: part.state_dict() for part in self.streams}
         state = {"position": self.position, "fingerprint": dict(self.fingerprint)}
         return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
         self.check_state(state)
         self.position = int(state["position"])
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """UserError if other examples would follow than where `state` was taken: other data, mix or size of a step."""
+        """UserError if other examples would follow than where `state` was taken."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
-        changed: dict[str, str] = {}  # what -> how
+        changed = list[str]()
         if stored["data"] != now["data"]:
             pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-            name = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
-            changed[name] = "a file, a setting, the tokenizer or the chat template has changed"
+            changed.append(next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source"))
         elif stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
-            changed["the mix"] = "its strategy, weights, max_epochs or data.seed"
+            changed.append("the mix (strategy, weights, max_epochs, data.seed)")
         if stored["step"] != now["step"]:
-            changed["train.tokens_per_step or train.batch"] = f"then {stored['step']} in a step, now {now['step']}"
+            changed.append(f"train.tokens_per_step or train.batch ({stored['step']}, now {now['step']})")
         before = stored.get("streams", {})
-        streams = {f"source {part.name}": part.change_since(before.get(part.name)) for part in self.streams}
-        changed |= {name: how for name, how in streams.items() if how is not None}
+        changed += [f"source {part.name}" for part in self.streams if part.change_since(before.get(part.name))]
         if changed:
-            text = "--resume: {} differs from that of the checkpoint ({}). Fix: restore it, or take another --run-dir."
-            raise UserError(*(text.format(what, how) for what, how in changed.items()))
+            raise UserError(*(f"--resume: {what} differs from that of the checkpoint." for what in changed))
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which examples follow a position: a part for each thing that a user can change; JSON types.
+        """What decides which examples follow a position; JSON types.
 
         "sets" are SHA-256 over names, tasks, ids and labels (a stream: its name) up to the end of each source.
         """
@@ -237,8 +216,7 @@ class StepLoader:
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
     """The share of process `rank` out of `size`, in the step's order.
 
-    Longest first, each example goes to the process with the fewest tokens so far: their sums differ by at most one
-    example. With fewer examples than processes some get none.
+    Longest first, each example goes to the process with the fewest tokens so far. Some processes may get none.
     """
     tokens, owner = [0] * size, [0] * len(examples)
     for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
@@ -251,8 +229,7 @@ def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list
 
 
 PackedLayout = Literal["rows", "single"]
-"""rows: several packed rows in a micro-batch, padded to its longest. single: one row is a whole micro-batch and has no
-padding, as attention kernels for variable lengths take it."""
+"""rows: several packed rows, padded to the longest. single: one row, for attention kernels of variable lengths."""
 
 
 @dataclass
@@ -267,8 +244,6 @@ class Batching:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the examples of packed rows lie. For the model the padding behind the last one is one more example."""
-
     position_ids: Tensor  # (rows, length) int64, counted from 0 in each example
     example_index: Tensor  # (rows, length) int64, index in `MicroBatch.example_ids`; -1 in padding
 
@@ -299,8 +274,6 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples behind each other in a row. The first token of each is no label: none is predicted across a border."""
-
     examples: tuple[TokenizedExample, ...]
 
     def __len__(self) -> int:
@@ -310,8 +283,7 @@ class PackedRow:
 def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[PackedRow]:
     """Rows of at most `row_tokens` (a longer example is a row of its own), in the order of their longest examples.
 
-    Best fit, decreasing: the longest example first, each into the fullest row that still has room for it. Never more
-    than 3/2 of the fewest possible rows (Simchi-Levi, 1994), nor 11/9 of them plus 4 (Johnson, 1974).
+    Best fit, decreasing: at most 3/2 of the fewest possible rows (Simchi-Levi, 1994), and 11/9 plus 4 (Johnson, 1974).
     """
     rows: list[list[TokenizedExample]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted: of equally full rows the oldest is first
@@ -331,11 +303,10 @@ Row = TypeVar("Row", bound=Sized)
 
 
 def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """The rows sorted by length, longest first (equal lengths in their old order), cut into micro-batches.
+    """The rows, longest first, in groups of at most `max_tokens`, padding counted, or of a single longer row.
 
     The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
-    4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one; groups that are filled
-    one after the other get 0.36. A group has at most `max_tokens`, padding counted, unless it is a single longer row.
+    4,096 tokens in groups of 2,048 get 0.11 tokens of padding for each real one; groups filled in turn get 0.36.
     """
     ordered = sorted(rows, key=len, reverse=True)
     lengths = np.array([len(row) for row in ordered], dtype=np.int64)
@@ -359,7 +330,7 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 def micro_batches(
     examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
 ) -> list[MicroBatch]:
-    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first."""
+    """The examples of a step, or of a share of it, in micro-batches, the longest rows first."""
     if batching.packed is None:
         groups = micro_groups([PackedRow((example,)) for example in examples], batching.max_tokens)
     elif batching.packed == "single":
@@ -377,7 +348,7 @@ def micro_batches(
 
 
 def _cost(groups: Sequence[Sequence[PackedRow]]) -> float:
-    """Cost of a step whose attention runs over whole rows, in tokens of its other products."""
+    """Cost of a step whose attention runs over whole rows, in tokens."""
     shapes = [(len(group), max(map(len, group))) for group in groups]
     return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
 

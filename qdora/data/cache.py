@@ -1,10 +1,7 @@
-"""Tokenised sources on disk, so that a later start, or another process of the run, does not tokenise them again.
+"""Tokenised sources on disk: a file for each source and everything that decides its tokens. A damaged one is made anew.
 
-A safetensors file for each source and everything that decides its tokens: its rows as they are in their files, the
-settings, the tokenizer and the versions of the program. A damaged file is made anew.
-
-    ids (tokens) int32   mask (tokens) bool   lengths (examples) int64   tasks (examples) int32
-    record (bytes) uint8: JSON of names and counts
+ids (tokens) int32   mask (tokens) bool   lengths (examples) int64   tasks (examples) int32
+record (bytes) uint8: JSON of names and counts
 """
 
 from __future__ import annotations
@@ -30,14 +27,13 @@ from qdora.files.machine import package_versions
 from qdora.files.run_directory import unharmed
 
 _FORMAT = 6
-_LEAST_TOKENS = 2**18
-"""Sources with fewer tokens are not kept: they are tokenised in a second."""
+_LEAST_TOKENS = 2**18  # fewer are tokenised in a second
 
 logger = logging.getLogger("qdora")
 
 
 class TokenCache:
-    """The tokenised sources in a directory, for one tokenizer; nothing is kept for one without a Rust backend."""
+    """The tokenised sources in a directory, for one tokenizer; none for one without a Rust backend."""
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
         self.root, self._identity = root, dict[str, Any]()
@@ -54,7 +50,7 @@ class TokenCache:
             self._identity |= package_versions(("transformers", "tokenizers", "jinja2"))
 
     def kept(self, content: Mapping[str, Any], make: Callable[[], TokenizedSet]) -> TokenizedSet:
-        """The set that `content`, JSON values, stands for: read if it is there, else made and kept."""
+        """The set of `content`, JSON values: read if it is there, else made and kept."""
         if not self._identity:
             return make()
         key = json.dumps({**content, **self._identity}, default=str)

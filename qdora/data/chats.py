@@ -1,8 +1,8 @@
 """Chats -> token ids, and which of them the assistant writes: each turn as the model sees it when it answers.
 
 The text before a turn is the chat up to it with the generation prompt; the turn is what the template adds to that, with
-its end mark. One text holds all turns of a chat where it shows each of them so. A template that rewrites earlier turns
-(many drop their reasoning) gives a text for each turn instead. What a template takes is found out with short probes.
+its end mark. A template that rewrites earlier turns (many drop their reasoning) gives a text for each turn, else one
+text holds all. Short probes tell what a template takes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,9 @@ from qdora.errors import UserError
 from qdora.files.machine import user_path
 from qdora.recipe.data_settings import DataConfig, LossOn
 
-RENDER_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template raises for a chat, or a row, that it does not take."""
+# For a chat that the template does not take. No MemoryError or OSError
+_PYTHON = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+RENDER_ERRORS = (jinja2.TemplateError, *_PYTHON)
 
 
 # Settings of a run
@@ -44,32 +37,29 @@ RENDER_ERRORS = (
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How the chats of a run are rendered."""
-
     day: date | None = None  # that templates print; None: today
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stop_ids: frozenset[int] | None = None
 
 
 def chat_settings(tokenizer: Any) -> ChatSettings:
-    """What `set_chat_settings` gave."""
     settings: ChatSettings = getattr(tokenizer, "qdora_chat", None) or ChatSettings()
     return settings
 
 
 def set_chat_settings(tokenizer: Any, **changed: Any) -> None:
-    """Change fields of the tokenizer's `ChatSettings`. Only in this process: a saved tokenizer is as before."""
+    """Change fields of the tokenizer's `ChatSettings`, in this process only."""
     tokenizer.qdora_chat = replace(chat_settings(tokenizer), **changed)
     tokenizer.qdora_chat_templates = {}
 
 
 def set_chat_date(tokenizer: Any, day: str) -> None:
-    """Render chats as on this day (YYYY-MM-DD) from now on, in templates that print the date."""
+    """Render chats as on this day (YYYY-MM-DD)."""
     set_chat_settings(tokenizer, day=date.fromisoformat(day))
 
 
 def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
-    """Give the tokenizer `data.chat_template` and `data.template_kwargs`; UserError if it cannot use them."""
+    """Give the tokenizer `data.chat_template` and `data.template_kwargs`."""
     if data.chat_template is not None:
         file = user_path(data.chat_template)
         try:
@@ -102,17 +92,14 @@ def _variables(template: str) -> set[str]:
 def require_chat_template(tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer cannot render the chats of source `name`."""
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer_name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise UserError(
-            f"{name}: holds chats, but the tokenizer ({tokenizer_name}) has no chat template. Fix: set model.tokenizer "
-            "to one that has it (the instruct version of the model), or give one with data.chat_template."
-        )
+        fix = "Fix: set model.tokenizer to one of an instruct model, or data.chat_template."
+        raise UserError(f"{name}: holds chats, but the tokenizer has no chat template. {fix}")
 
 
 # A template
 
 
-# transformers lets no function of ours into a template, so a macro takes the place of its own. The line end is dropped.
+# transformers lets no function of ours into a template, but a macro. The line end is dropped.
 _CLOCK = (
     "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
     "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
@@ -127,14 +114,12 @@ _RESULT = Turn("tool", _USER.content)
 
 
 class _Rendering(NamedTuple):
-    """The text of a chat, and where the template marks what the assistant writes (`{% generation %}`)."""
-
     text: str
-    marks: tuple[tuple[int, int], ...]
+    marks: tuple[tuple[int, int], ...]  # `{% generation %}` spans
 
 
 class ChatTemplate:
-    """One chat template of a tokenizer, with its settings. `chat_template_of` gives it."""
+    """One chat template of a tokenizer, with its settings; see `chat_template_of`."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokenizer, self.settings = tokenizer, chat_settings(tokenizer)
@@ -151,9 +136,9 @@ class ChatTemplate:
         self._first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
 
     def fitted(self, turns: Messages) -> Messages:
-        """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn.
+        """The turns as the template takes them.
 
-        Where it wants ids of nine letters for calls (Mistral), they get such ids.
+        A system prompt that it refuses or drops goes into the first turn; calls get ids of nine letters (Mistral).
         """
         ids = [str(call.get("id", "")) for turn in turns for call in turn.tool_calls]
         if any(len(id) != _SHORT_ID for id in ids) and self.takes_short_ids:
@@ -174,10 +159,9 @@ class ChatTemplate:
         parts: bool | None = None,
         texts: bool | None = None,
     ) -> _Rendering:
-        """The text of turns that are `fitted`; `prompt` adds what the model sees before it answers.
+        """The text of `fitted` turns; `prompt` adds what the model sees before it answers. Raises `RENDER_ERRORS`.
 
         Content is a list of `parts`, and arguments of calls are `texts` of JSON, where the template wants them so.
-        One of `RENDER_ERRORS` where the template does not take the chat.
         """
         parts = not self.takes_text if parts is None else parts
         texts = not self.takes_objects if texts is None else texts
@@ -200,7 +184,7 @@ class ChatTemplate:
         return _Rendering(rendered[0], tuple((start, end) for start, end in marks[0] if end > start))
 
     def _probe(self, *turns: Turn, **options: Any) -> str:
-        """The text of a few turns; "" where the template does not take them."""
+        """The text of turns; "" where the template does not take them."""
         try:
             return self.render(turns, **options).text
         except RENDER_ERRORS:
@@ -208,14 +192,14 @@ class ChatTemplate:
 
     @cached_property
     def takes_text(self) -> bool:
-        """Whether content may be plain text; else it must be a list of parts (templates of vision models)."""
+        """Whether content may be plain text, else a list of parts (vision models)."""
         chat = _USER, Turn("assistant", _ANSWER)
         texts = [self._probe(*chat, parts=parts, texts=False) for parts in (False, True)]
         return [_USER.content in text and _ANSWER in text for text in texts] != [False, True]
 
     @cached_property
     def takes_objects(self) -> bool:
-        """Whether the arguments of a call may be an object, as servers give them; else they must be JSON text."""
+        """Whether the arguments of a call may be an object, else JSON text."""
         return bool(self._probe(_USER, _CALL, texts=False)) or not self._probe(_USER, _CALL, texts=True)
 
     @cached_property
@@ -235,10 +219,8 @@ class ChatTemplate:
 
     @cached_property
     def _ending(self) -> tuple[bool, str, str, str]:
-        """How a turn of the assistant ends: (it has an end mark of its own, what stands behind that mark at the end of
-        a chat only, what ends an answer without a mark of its own, what ends such a call of tools).
-
-        Where it has none, the mark of the next turn ends this one (GLM).
+        """(The assistant's turns have an end mark; what stands behind it at the end of a chat only; else the mark of
+        the next turn that ends an answer, and a call of tools (GLM)).
         """
         answer = Turn("assistant", _ANSWER)
         chats = ((_USER, answer), (_USER, answer, _USER), (_USER, _CALL), (_USER, _CALL, _RESULT))
@@ -257,7 +239,7 @@ class ChatTemplate:
         return mark[0] if mark else str(self.tokenizer.eos_token or "")
 
     def content_start(self, turns: Messages, tools: Tools, text: str) -> int:
-        """Where what the data says of the last turn begins in the text of the turns."""
+        """Where the data of the last turn begins in the text of the turns."""
         last = turns[-1]
         calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
         other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
@@ -266,7 +248,7 @@ class ChatTemplate:
     def answer_start(self, turns: Messages, tools: Tools, text: str, prompt: str) -> tuple[int, bool]:
         """Where the last turn begins in the text of the turns; whether that is behind the generation prompt.
 
-        `prompt` is the text that the model sees before that turn. The text of the turns begins otherwise.
+        `prompt` is what the model sees before that turn; the text does not begin with it.
         """
         first = self.content_start(turns, tools, text)
         unasked = self.render(turns[:-1], tools).text
@@ -284,7 +266,7 @@ class ChatTemplate:
     def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
         """The text of a chat up to a turn of the assistant, and the end of the turn with its end mark.
 
-        `end` is where the turn ends as the template marks or prints it; `calls`: the turn calls tools.
+        `end` excludes the mark perhaps; `calls`: the turn calls tools.
         """
         is_written, _, next_turn, tool_turn = self._ending
         if is_written and text[:end].rstrip().endswith(self._names):
@@ -297,7 +279,7 @@ class ChatTemplate:
         return text, end
 
     def end_in(self, text: str, part: str, end: int) -> int | None:
-        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat; None if not so."""
+        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat, or None."""
         is_written, trailer, _, _ = self._ending
         if not text.startswith(part):
             part = part.removesuffix(trailer)
@@ -311,10 +293,10 @@ class ChatTemplate:
 
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
-    """The tokenizer's template for a chat; some have another one for chats with tools."""
+    """The tokenizer's template for a chat, with tools perhaps another one."""
     own = tokenizer.chat_template
     if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
-        raise UserError(f"the tokenizer has chat templates named {sorted(own)}. Fix: give one with data.chat_template.")
+        raise UserError(f"the tokenizer has chat templates named {sorted(own)}. Fix: set data.chat_template.")
     text = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
     templates: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
     if text not in templates:
@@ -323,7 +305,7 @@ def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
 
 
 def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
-    """The text that the model sees before it answers these turns; UserError if the template does not take them."""
+    """The text that the model sees before it answers these turns."""
     template = chat_template_of(tokenizer, tools)
     try:
         return template.render(template.fitted(turns), tools, prompt=True).text
@@ -332,7 +314,7 @@ def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Number of equal characters, or items, at the start of both."""
+    """Number of equal items at the start of both."""
     low, high = 0, min(len(first), len(second))
     if first[:high] == second[:high]:
         return high
@@ -343,10 +325,7 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _with_short_ids(turns: Messages) -> Messages:
-    """The turns with an id of nine letters for every call, and for its result.
-
-    A result belongs to the call whose id it has in the data, or else to the first call that has no result yet.
-    """
+    """The turns with an id of nine letters for every call and its result: by the data's id, else in order."""
     fitted: list[Turn] = []
     waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
     for number, turn in enumerate(turns):
@@ -383,35 +362,25 @@ class Encoded:
 
 
 class _Text(NamedTuple):
-    """A text, (start, end) of what is learnt in it, and the ends of the texts that the model sees before it answers.
-
-    Of the chat up to one turn of the assistant also its text before an end mark was added, and the turn.
-    """
-
     text: str
-    spans: tuple[tuple[int, int], ...] = ()
-    prompts: tuple[int, ...] = ()
-    rendered: str = ""
+    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of what is learnt
+    prompts: tuple[int, ...] = ()  # ends of the texts that the model sees before it answers
+    # Of the chat up to one turn of the assistant
+    rendered: str = ""  # its text before an end mark was added
     turn: int | None = None
 
 
 class _Tokens(NamedTuple):
-    """Ids of a text, and the characters of each: from `starts` to `ends`, without gaps."""
-
     ids: list[int]
-    starts: NDArray[np.int64]
+    starts: NDArray[np.int64]  # characters, without gaps
     ends: NDArray[np.int64]
 
 
 def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = "answer") -> list[list[Encoded] | str]:
-    """Render and encode each chat, as one text or as one for each turn that is learnt.
+    """Render and encode each chat, as one text or as one for each turn that is learnt; or what is wrong with it.
 
     The mask is True on the assistant's turns with their end marks: what the template marks with `{% generation %}`,
-    else what it adds to the generation prompt. Where a template marks the end of a turn by the beginning of the next
-    one, that mark counts. What stands behind the last learnt turn is left out.
-
-    `loss_on` is "answer": all turns of the assistant that are `learnt`; "last": only its last turn; "all": every token.
-    Returns for each chat one or several `Encoded`, none where nothing is learnt; or what is wrong with it.
+    else what it adds to the generation prompt. What stands behind the last learnt turn is left out.
     """
     results: list[list[Encoded] | str] = []
     wholes: list[tuple[int, ChatTemplate, _Text]] = []
@@ -440,11 +409,11 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
 
 
 def _texts_of(template: ChatTemplate, chat: Example, loss_on: LossOn) -> tuple[_Text | None, list[_Text]]:
-    """A chat as one text, where one shows every turn as the model sees it, and as a text for each turn."""
+    """A chat as one text, if that shows every turn as the model sees it, and as a text for each turn."""
     tools, turns = chat.tools, template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
     if loss_on == "all":
         if not all(turn.learnt for turn in chat.messages):
-            raise UserError("weight and train of a turn are not used with data.loss_on all. Fix: set it to answer.")
+            raise UserError("weight and train of a turn are not used with data.loss_on all.")
         text = template.render(turns, tools).text
         if turns[-1].role == "assistant":
             text, _ = template.closed(text, len(text), bool(turns[-1].tool_calls))
@@ -469,7 +438,7 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, index: int, num
         marks = marks[len(before.marks) :]
         start, is_prompt = shared_length(before.text, text), text.startswith(before.text)
         if not is_prompt and not text.startswith(template.render(turns[:index], tools).text):
-            # With the answer the template shows the turns before it otherwise than it did when the model answered.
+            # With the answer the template shows the turns before it otherwise.
             begin, is_prompt = template.answer_start(turns[: index + 1], tools, text, before.text)
             if is_prompt:
                 start = len(before.text)
@@ -504,7 +473,6 @@ def _whole(template: ChatTemplate, parts: list[_Text]) -> _Text | None:
 
 
 def _encode(tokenizer: Any, texts: Sequence[_Text]) -> list[_Tokens]:
-    """Tokens of each text, no special tokens added; those written out in the text are recognised."""
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -513,7 +481,7 @@ def _encode(tokenizer: Any, texts: Sequence[_Text]) -> list[_Tokens]:
 
 
 def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
-    """Tokens with their characters. Some tokenizers leave the spaces before a token out: they are its own here."""
+    """Some tokenizers leave the spaces before a token out: they are its own here."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     ends = np.maximum.accumulate(ends)
     before = np.concatenate([np.zeros(1, dtype=np.int64), ends])[: len(ends)]
@@ -521,7 +489,7 @@ def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
 
 
 def _is_clean(template: ChatTemplate, text: _Text, tokens: _Tokens) -> bool:
-    """Whether the tokens of a whole chat are those that the model sees before each turn, and end where a turn ends."""
+    """Whether the tokens of a whole chat end where a turn ends, and are those that the model sees before each."""
     inner = [end for _, end in text.spans if end < len(text.text)]
     indices = np.searchsorted(tokens.ends, inner, side="right").tolist()
     if any(tokens.starts[index] < end for index, end in zip(indices, inner, strict=True)):
@@ -532,8 +500,7 @@ def _is_clean(template: ChatTemplate, text: _Text, tokens: _Tokens) -> bool:
 def _seam(template: ChatTemplate, tokens: _Tokens, text: str, border: int) -> _Tokens | None:
     """The tokens of a text whose first `border` characters the model sees as a text of their own; None if they are so.
 
-    A tokenizer may join the end of the prompt with the beginning of the answer ("\\n" and "\\n" to one token), which
-    the model never sees. Only what follows the last mark of the prompt can differ.
+    A tokenizer may join the end of the prompt with the answer ("\\n" and "\\n"), but not over the last mark before it.
     """
     index = int(np.searchsorted(tokens.ends, border, side="right"))
     mark = next((index for index in range(index - 1, -1, -1) if tokens.ids[index] in template.mark_ids), 0)
@@ -553,12 +520,12 @@ def _seam(template: ChatTemplate, tokens: _Tokens, text: str, border: int) -> _T
 
 @lru_cache(maxsize=256)
 def _plain(template: ChatTemplate, text: str) -> _Tokens:
-    """Tokens of a text alone. Kept, since a generation prompt is the same in all chats."""
+    """Tokens of a text alone; a generation prompt is the same in all chats."""
     return _encode(template.tokenizer, [_Text(text)])[0]
 
 
 def _inner_tokens(template: ChatTemplate, text: str) -> _Tokens:
-    """Tokens of a text that stands inside another: some tokenizers put a space before the first word of a text."""
+    """Tokens of a text inside another: some tokenizers put a space before the first word of a text."""
     if not text:
         return _tokens([], [])
     line, inner = _plain(template, "\n"), _plain(template, "\n" + text)
@@ -569,7 +536,6 @@ def _inner_tokens(template: ChatTemplate, text: str) -> _Tokens:
 
 
 def _masked(text: _Text, tokens: _Tokens) -> Encoded:
-    """Ids and mask. A token with a character of the answer is the answer's."""
     mask = np.zeros(len(tokens.ids), dtype=np.bool_)
     for start, end in text.spans:
         mask |= (tokens.ends > start) & (tokens.starts < end)

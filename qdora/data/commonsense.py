@@ -2,15 +2,14 @@
 
 A schema row holds question, choices (list), answer (index of the right choice), maybe context, passage, task and id.
 
-Cloze (`example_of_row`): the model learns and is scored on the text of the choices. At 0.1 to 1 B parameters models
+Cloze (`example_of_row`): the model learns and is scored on the text of the choices. Models of 0.1 to 1 B parameters
 score at chance when they have to name an option ("answer2"), and well above it on the text.
 
 LLM-Adapters (`instruction_row`): the prompt lists the choices with names and the model learns to say one ("the correct
-answer is answer2"), as in the DoRA paper (arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix). Wording and white
-space are those of commonsense_170k.json, which has no passages.
+answer is answer2"), as in the DoRA paper (arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix), in the wording and
+white space of commonsense_170k.json.
 
-The Hub's Parquet files are read at a pinned commit: no code from there runs, and the data cannot change. For PIQA and
-Social IQA, published as scripts, it is one of the Hub's own conversion (branch refs/convert/parquet).
+The Hub's Parquet files are read at a pinned commit: no code from there runs, and the data cannot change.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from qdora.recipe.section import reason_of, shown
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     """The example of a schema row, in the wording of `task` (one of the eight; else the general one)."""
     question, value = text_field(row, "question"), row.get("choices")
-    # JSON files write BoolQ's as true and false
+    # BoolQ has true and false
     texts = [str(each).lower() if isinstance(each, bool) else each for each in value] if isinstance(value, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise RowFault(f"choices: must be a list of two or more texts, none empty, got {shown(value)}")
@@ -73,8 +72,7 @@ _WORDINGS: dict[str, tuple[str, str, str, str]] = {
     "winogrande": ("option", _FILL, " ", " "),
     **dict.fromkeys(("arc_e", "arc_c", "obqa"), _ANSWER),
 }
-"""Task -> (noun of a choice, which with its number from 1 is its name; what stands before the question; between the
-choices; between the last choice and the list of names)."""
+"""Task -> (noun of a choice; what stands before the question, between the choices, behind them)."""
 
 
 def instruction_row(row: Row, task: str) -> dict[str, str]:
@@ -92,7 +90,7 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
         choices = between.join(
             f"{name.capitalize()}: {str(choice).strip()}" for name, choice in zip(names, row["choices"], strict=True)
         )
-        context = optional_text(row, "context")  # the situation (siqa) or the activity (hellaswag)
+        context = optional_text(row, "context")
         colon = ":" if task == "hellaswag" else ""
         asked = f"{context}{colon} {question}" if context else question
         text = f"{before}{asked}\n\n{choices}{behind}"
@@ -107,7 +105,7 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
 
 
 def with_named_choices(example: Example, instruction: str, answer: str) -> Example:
-    """An example with choices: its answer with each of the names in the instruction, of which `answer` is one."""
+    """An example with choices: its answer with each name of the instruction."""
     names = _answer_names(instruction)
     if answer in names and example.answer.count(answer) == 1:
         choices = tuple(example.answer.replace(answer, name) for name in names)
@@ -116,16 +114,16 @@ def with_named_choices(example: Example, instruction: str, answer: str) -> Examp
 
 
 def _answer_names(instruction: str) -> tuple[str, ...]:
-    """The names in the line "Answer format: answer1/answer2/answer3"; empty without such a line."""
+    """Of the line "Answer format: answer1/answer2/answer3"."""
     line = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
     names = tuple(line.group(1).split("/")) if line else ()
     return names if len(names) > 1 and len(set(names)) == len(names) and all(names) else ()
 
 
 def commonsense_task(instruction: str) -> str:
-    """The task of a commonsense_170k instruction, found from its wording; '' where none fits.
+    """The task of a commonsense_170k instruction by its wording, or ''.
 
-    Three numbered answers are Social IQa (or one of a dozen ARC questions). ARC and OpenBookQA have the same wording.
+    Three answers are Social IQa (or one of a dozen ARC questions). ARC and OpenBookQA have the same wording.
     """
     names = _answer_names(instruction)
     if names == ("true", "false"):
@@ -141,11 +139,7 @@ def commonsense_task(instruction: str) -> str:
 
 @dataclass(frozen=True)
 class HubTask:
-    """Where a task lives.
-
-    Where the test labels are secret, the official validation split is our test, as in published results, and our
-    validation split is cut from the end of train.
-    """
+    """Where a task lives. Where test labels are secret, the official validation split is our test, as published."""
 
     id: str  # data set on the Hub
     files: str  # glob of the Parquet files of a split
@@ -154,24 +148,23 @@ class HubTask:
 
     @property
     def revision(self) -> str:
-        """The pinned commit."""
         return _PINS[self.id]
 
 
 def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
-    """The schema rows of a task's split, at `revision` or the pinned commit; huggingface_hub keeps the files."""
+    """The schema rows of a task's split, at `revision` or the pinned commit."""
     import huggingface_hub
 
     hub = HUB_TASKS[task]
     if split not in hub.splits:
-        raise UserError(f"{task} ({hub.id}): no split {split!r}, must be one of {', '.join(hub.splits)}.")
+        raise UserError(f"{task}: no split {split!r}, must be one of {', '.join(hub.splits)}.")
     pattern, commit = hub.files.format(split=hub.splits[split]), revision or hub.revision
     where = f"{hub.id}@{commit}"
     try:
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    except Exception as error:  # of several libraries, without a common base
+    except Exception as error:  # without a common base
         raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)})") from error
     rows = rows_of_split(Path(folder) / pattern, split)
 
@@ -179,19 +172,15 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         for place, row in rows.chosen(indices):
             try:
                 yield place, row if isinstance(row, RowFault) else hub.schema_row(row)
-            except (
-                LookupError,
-                TypeError,
-                ValueError,
-            ) as error:  # no label, or another layout by `revision`
+            except (LookupError, TypeError, ValueError) as error:  # no label, or another layout by `revision`
                 yield place, RowFault(reason_of(error))
 
-    # The cache names a snapshot by its commit; a branch may be another one tomorrow.
+    # The cache names a snapshot by its commit
     return replace(rows, where=f"{where}/{pattern}", chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
 
 
 def _columns(row: Row, choices: Sequence[str], label: str, first: int, **columns: str) -> dict[str, Any]:
-    """A row whose choices have a column each; labels, numbers or text, count from `first`."""
+    """A row whose choices have a column each; labels count from `first`."""
     texts = {name: row[own] for name, own in columns.items()}
     return {**texts, "choices": [row[name] for name in choices], "answer": int(row[label]) - first}
 
@@ -207,13 +196,12 @@ def _hellaswag_row(row: Row) -> dict[str, Any]:
 
 
 def without_wikihow_marks(text: str) -> str:
-    """HellaSwag's text without [header], [title], [step], [substeps]; [title] ends the sentence before it."""
+    """HellaSwag's text; [title] ends the sentence before it."""
     text = re.sub(r"\s*[.:!?]?\s*\[title\]\s*", ". ", text.strip())
     return re.sub(r"\s+", " ", re.sub(r"\[(header|step|substeps)\]", " ", text)).strip()
 
 
 def _keyed(row: Row, question: str) -> dict[str, Any]:
-    """ARC's labels are A.. or 1.., 3 to 5 of them."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return {"id": row["id"], "question": row[question], "choices": texts, "answer": labels.index(row["answerKey"])}
 
@@ -231,7 +219,6 @@ _PINS = {
 }
 _boolq: Any = lambda row: {**row, "choices": ["false", "true"], "answer": int(row["answer"])}  # noqa: E731
 _piqa = partial(_columns, question="goal", choices=("sol1", "sol2"), label="label", first=0)
-# Labels of siqa have a line end in some versions; those of winogrande are empty in the official test split.
 _answers = ("answerA", "answerB", "answerC")
 _siqa = partial(_columns, context="context", question="question", choices=_answers, label="label", first=1)
 _winogrande = partial(_columns, question="sentence", choices=("option1", "option2"), label="answer", first=1)

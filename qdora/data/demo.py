@@ -1,7 +1,7 @@
 """The built-in demo data: five small multiple-choice task families that need no network.
 
-Everything is made from the tables in demo_tables/, written for this project (Apache-2.0 like the rest). The families
-mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
+Made from the tables in demo_tables/, written for this project (Apache-2.0). The families mirror the answer formats of
+the usual commonsense tasks, at a size that a 135M model learns in minutes:
 
     demo/facts   yes or no, about a passage of invented facts
     demo/odd     which of four words does not belong
@@ -9,9 +9,8 @@ mirror the answer formats of the usual commonsense tasks, at a size that a 135M 
     demo/howto   which of two things helps to reach a goal
     demo/next    which of four steps comes next in an everyday task
 
-Train, validation and test share no prompt, and the words they are built from are disjoint too. Chance is 1 / number of
-choices: gold positions are exactly uniform, and a wrong choice is the right one of other examples, so neither the
-length nor the frequency of a choice gives the answer away.
+Train, validation and test share no prompt and no words. Chance is 1 / number of choices: gold positions are exactly
+uniform, and a wrong choice is the right one of other examples.
 """
 
 from __future__ import annotations
@@ -32,19 +31,14 @@ NUM_EXAMPLES = {"train": 400, "validation": 80, "test": 160}
 SPLITS = tuple(NUM_EXAMPLES)
 
 T = TypeVar("T")
-Draft = tuple[str, str, tuple[str, ...]]
-"""A question before the position of its answer is chosen: (prompt, in which {choices} stands for the listed choices;
-answer; wrong choices)."""
+Draft = tuple[str, str, tuple[str, ...]]  # prompt, maybe with {choices}; answer; wrong choices
 
 
 def examples(family: str, split: str) -> list[Example]:
-    """The examples of one split of one family (without the demo/), the same list on every machine and Python.
-
-    They have 2 or 4 choices, each with its own leading space.
-    """
+    """The examples of one split of one family (without the demo/), the same on every machine and Python."""
     if split not in SPLITS:
         raise UserError(not_one_of(f"demo/{family}: split", split, SPLITS))
-    # An integer seed per list, from the order of FAMILIES: a new family goes to the end, or every example changes.
+    # The seed is from the order of FAMILIES: a new family goes to the end
     rng = random.Random(100 * list(FAMILIES).index(family) + SPLITS.index(split))
     drafts: dict[str, Draft] = {}
     for prompt, answer, wrong in FAMILIES[family](split, rng):
@@ -80,8 +74,7 @@ def _facts(split: str, rng: random.Random) -> Iterator[Draft]:
         if passage in passages:
             continue
         passages.add(passage)
-        # Three of four "no" values are not in the passage: finding the word earns most of the score. The fourth belongs
-        # to the other person, so the rest needs its owner.
+        # Three of four "no" values are not in the passage, the fourth belongs to the other person
         for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if len(passages) % 4 else others)):
             question = f"Does the {one} {relation['asked']} {asked}?"
             yield f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,)
@@ -123,9 +116,8 @@ def _howto(split: str, rng: random.Random) -> Iterator[Draft]:
 
 
 def _next(split: str, rng: random.Random) -> Iterator[Draft]:
-    """Steps done so far. Wrong are a step that comes later, a step of another task, and one more of these two kinds
-    or, in every second example, a step that is done already: a base model likes to repeat, so with a repetition in
-    all of them it starts far below chance.
+    """Steps done so far. Wrong are a later step, one of another task, and one more of these two kinds or, in every
+    second example, one done already: a base model likes to repeat, and would start far below chance.
     """
     tasks = _part(_table("next"), split, (40, 8, 16))
     windows = [(task, start, end) for task in tasks for end in range(1, 5) for start in range(end)]
@@ -144,18 +136,17 @@ FAMILIES: dict[str, Callable[[str, random.Random], Iterator[Draft]]] = {
     "howto": _howto,
     "next": _next,
 }
-"""Family -> what drafts its questions. Task demo/<family> has its examples."""
 
 
 def _part(items: Sequence[T], split: str, sizes: tuple[int, int, int]) -> list[T]:
-    """The items that belong to a split: the first sizes[0] to train, and so on. sizes add up to len(items)."""
+    """The items of a split: the first sizes[0] are train's, and so on."""
     assert len(items) == sum(sizes), f"{len(items)} entries, expected {sum(sizes)}: {items}"
     start = sum(sizes[: SPLITS.index(split)])
     return list(items[start : start + sizes[SPLITS.index(split)]])
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
-    """A shuffled copy. Only Random.random promises the same numbers in every Python, so no shuffle."""
+    """A shuffled copy. Only Random.random promises the same numbers in every Python."""
     return sorted(items, key=lambda _: rng.random())
 
 

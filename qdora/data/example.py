@@ -8,10 +8,8 @@ from typing import Any
 
 from qdora.recipe.section import shown
 
-Row = Mapping[str, Any]
-"""Column -> value."""
-Tools = tuple[Mapping[str, Any], ...]
-"""The functions that the assistant may call, as {type: function, function: {name, description, parameters}}."""
+Row = Mapping[str, Any]  # column -> value
+Tools = tuple[Mapping[str, Any], ...]  # {type: function, function: {name, description, parameters}}
 
 
 class RowFault(ValueError):
@@ -27,8 +25,8 @@ class Turn:
     tool_calls: tuple[Mapping[str, Any], ...] = ()  # {type, function: {name, arguments}}, `arguments` a mapping
     reasoning: str = ""  # what the assistant thought before it answered
     labels: Mapping[str, str] = field(default_factory=dict)  # what else templates print: name, tool_call_id
-    learnt: bool = True  # False (`weight` 0, `train` false) takes a turn of the assistant out of the loss
-    in_prompt: bool = False  # of the prompt of a row of prompt and completion: only data.loss_on all learns it
+    learnt: bool = True  # False: by `weight` 0 or `train` false
+    in_prompt: bool = False  # of a row of prompt and completion: only data.loss_on all learns it
 
 
 Messages = tuple[Turn, ...]
@@ -36,11 +34,7 @@ Messages = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Text with a prompt and an answer, plain text, or a chat.
-
-    prompt + answer is the text, joined as it stands: an answer brings its own leading space. Plain text has an empty
-    prompt. A chat has `messages` and neither prompt nor answer; the tokenizer's chat template turns it into text.
-    """
+    """Text, prompt + answer as they stand (plain text has an empty prompt), or a chat, which has `messages` instead."""
 
     task: str  # name under which losses and scores are counted
     id: str  # its name inside the source, for error lines
@@ -57,7 +51,7 @@ class Example:
 
 
 def with_last_learnt(messages: Messages) -> Messages:
-    """The turns, of which at most the last one of the assistant is learnt: data.loss_on last."""
+    """The turns, of which at most the last one of the assistant is learnt."""
     said = [number for number, turn in enumerate(messages) if turn.role == "assistant"]
     return tuple(replace(turn, learnt=False) if n in said[:-1] else turn for n, turn in enumerate(messages))
 

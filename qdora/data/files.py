@@ -1,14 +1,39 @@
 """Rows of data files and of data sets on the Hub, read when they are asked for.
 
 `Rows` are counted, and any of them are read; the `Shards` of a stream are read one behind the other, from any row on.
-A row that cannot be read is a RowFault; what is wrong with a whole file is a UserError.
+A row that cannot be read is a RowFault.
 
 `datasets` reads the Hub only. With local files (5.2) it names no faulty line, turns texts into dates, reads all rows
 before the first one asked for, and a whole row group of Parquet (251 MiB against 13 for one of 160 MB).
 """
 
 from __future__ import annotations
-
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from itertools import chain
+from itertools import islice
+from pathlib import Path
+from qdora.data.example import RowFault
+from qdora.errors import HubFailure
+from qdora.errors import UserError
+from qdora.files.atomic import sampled_digest
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES
+from qdora.recipe.data_settings import FILE_SUFFIXES
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.section import reason_of
+from qdora.recipe.section import shown
+from typing import Any
+from typing import BinaryIO
+from typing import NamedTuple
+from typing import cast
 import csv
 import glob
 import gzip
@@ -16,31 +41,17 @@ import io
 import json
 import os
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, chain, islice
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
 
-from qdora.data.example import RowFault
-from qdora.errors import HubFailure, UserError
-from qdora.files.atomic import sampled_digest
-from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig
-from qdora.recipe.section import reason_of, shown
-
-MAX_SHOWN_FAULTS = 5  # faulty rows that are named: a wrong column is wrong in all 100,000 rows
+MAX_SHOWN_FAULTS = 5  # faulty rows that are named
 _RANGE_BYTES = 16 * 2**20  # of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms
 _ROWS_AT_ONCE = 1024  # of a Parquet file, that are decoded together
-_READ_BYTES = 2**20  # of a Parquet file per read; without a limit it is whole column chunks, 128 MiB and more
-# A folder with one of these words in the name of a file or folder has splits.
+_READ_BYTES = 2**20  # of a Parquet file per read, else whole column chunks, 128 MiB and more
+# A folder with one of these words in the name of a file or folder has splits
 _SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
-# Files of these names say something about a folder's data, and hold none.
+# Files about the data
 _ABOUT = {"readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"}
 
-Entry = dict[str, Any] | RowFault  # a row as it was read: column -> value, or why it cannot be read
+Entry = dict[str, Any] | RowFault  # column -> value, or why the row cannot be read
 PlacedRow = tuple[str, Entry]  # "file: row 17" for error lines, and the row
 Reader = Callable[[int], Iterator[PlacedRow]]  # the rows of one shard, without its first `skip` rows
 
@@ -51,8 +62,8 @@ Reader = Callable[[int], Iterator[PlacedRow]]  # the rows of one shard, without 
 def files_of(source: Path, split: str) -> list[Path]:
     """The files of a source's split, sorted. A single file, and a pattern, are all of the data whatever the split.
 
-    Of a folder they are <split>.<ending>, <split>-*.<ending> and <split>/*.<ending>, in it or in one folder inside it.
-    A folder in which no name tells of splits is the training split as a whole, folders inside it included.
+    Of a folder: <split>.<ending>, <split>-*.<ending> and <split>/*.<ending>, in it or in one folder inside it. A folder
+    without such names is the training split as a whole.
     """
     if source.is_file():
         return [source]
@@ -76,7 +87,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
         if not any(path.is_relative_to(other) for other in inside) and (files := _named_after(path, split)):
             inside[path] = files
     if len(inside) > 1:
-        raise UserError(f"{folder}: {', '.join(map(str, inside))} each hold split {split!r}. Fix: name one of them.")
+        raise UserError(f"{folder}: {', '.join(map(str, inside))} each hold split {split!r}.")
     return next(iter(inside.values()), [])
 
 
@@ -89,13 +100,12 @@ def _named_after(folder: Path, split: str) -> list[Path]:
 
 
 def _whole_folder(folder: Path) -> list[Path]:
-    """All files of a folder; none if a name tells of another split than the training split."""
     files = _data_files(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
     names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
     if any(_split_words(name) - {"train", "training"} for name in names):
         return []
     if len(endings := sorted(set(map(ending, files)))) > 1:
-        raise UserError(f"{folder}: files of several kinds ({', '.join(endings)}). Fix: name those that are meant.")
+        raise UserError(f"{folder}: files of several kinds ({', '.join(endings)}).")
     return files
 
 
@@ -123,7 +133,6 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file raises into a UserError with its name."""
     try:
         yield
     except UserError:
@@ -133,7 +142,6 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed."""
     last = path.suffix.lower()
     if last == ".gz":
         return cast(BinaryIO, gzip.open(path))
@@ -146,7 +154,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
-    """(number, content) of the rows from `skip` on of a file but Parquet, at little cost: `_entry` reads them."""
+    """(number, content) of the rows from `skip` on of a file but Parquet; `_entry` reads them."""
     kind = Path(ending(path)).stem
     records: Iterator[tuple[int, Any]]
     with _readable(path), _open(path) as file:
@@ -173,12 +181,11 @@ def _entry(content: Any) -> Entry:
     return RowFault(f"must be an object {{column: value}}, got {shown(value)}")
 
 
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
-"""Beginning of an escape that stands for a half of a surrogate pair, maybe beside the other half."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # escape of half a surrogate pair
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON text. ValueError for half of a surrogate pair, too, which no tokenizer takes."""
+    """The value of JSON text. ValueError for half a surrogate pair, which no tokenizer takes."""
     try:
         value = json.loads(text)
         if _HALF.search(text):
@@ -189,7 +196,6 @@ def parse_json(text: str) -> Any:
 
 
 def _csv(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Entry]]:
-    """Rows of the columns that the first line names. A row may go over several lines."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
     reader, names, number = csv.reader(text, delimiter=delimiter, strict=True), list[str](), 1
     try:
@@ -206,7 +212,6 @@ def _csv(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _documents(text: Iterable[str]) -> Iterator[tuple[int, Entry]]:
-    """Texts that blank lines separate."""
     lines = list[str]()
     for number, line in enumerate(chain(text, [""]), 1):
         if line.strip():
@@ -217,7 +222,7 @@ def _documents(text: Iterable[str]) -> Iterator[tuple[int, Entry]]:
 
 
 def _lines(path: Path, start: int, skip: int) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line) of the rows from `skip` on that begin in a range of bytes of a JSON-lines file."""
+    """(first byte, line) of the rows from `skip` on that begin in a range of bytes."""
     with _readable(path), path.open("rb") as file:
         file.seek(max(start - 1, 0))
         place = start and start - 1 + len(file.readline())  # the first line that begins in the range
@@ -242,21 +247,20 @@ def _row_group(path: Path, group: int, first: int, skip: int) -> Iterator[tuple[
 
 
 class _Part(NamedTuple):
-    """Rows that are read in order: a row group of Parquet, a range of JSON lines, or a whole file."""
+    """A row group of Parquet, a range of JSON lines, or a whole file."""
 
     path: Path
     name: str  # in its file; of a row group with its number of rows
     unit: str  # what the numbers of its rows count: line (from 1), row (from 0) or byte
     read: Callable[[int], Iterator[tuple[int, Any]]]  # (number, content) of the rows from a given one on
-    num_rows: int | None  # None where only reading would tell
+    num_rows: int | None
 
     def placed(self, skip: int) -> Iterator[PlacedRow]:
-        """As a `Reader`."""
         return ((f"{self.path}: {self.unit} {number}", _entry(content)) for number, content in self.read(skip))
 
 
 def _parts(path: Path, ranges: bool) -> list[_Part]:
-    """The parts of a file; with `ranges` JSON lines are divided, too, and their numbers are those of bytes."""
+    """The parts of a file; with `ranges` JSON lines are divided, too."""
     if ending(path) not in FILE_SUFFIXES:
         raise UserError(f"{path}: unknown ending {ending(path)!r}, allowed: {', '.join(FILE_SUFFIXES)}.")
     if ending(path) == ".parquet":
@@ -285,27 +289,21 @@ def _parts(path: Path, ranges: bool) -> list[_Part]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a split, which stay where they are until they are read.
+    """The rows of a split, unread. A place is the number of a line or row, with several files "name: line 17"."""
 
-    `chosen` takes rising indices and gives (place, row) of each. A place is the number of a line or row, with several
-    files "name of the file: line 17".
-    """
-
-    where: str  # file, folder or Hub address, for error lines
-    unit: str  # "line" or "row": what a place counts
+    where: str  # file, folder or Hub address
+    unit: str  # "line" or "row"
     num_rows: int  # faulty ones included
-    chosen: Callable[[Sequence[int]], Iterator[tuple[int | str, Entry]]]
-    identity: str | None = None  # changes when the content changes; None where that is not known
+    chosen: Callable[[Sequence[int]], Iterator[tuple[int | str, Entry]]]  # of rising indices: place, row
+    identity: str | None = None  # changes with the content, where that is known
 
     def __iter__(self) -> Iterator[tuple[int | str, Entry]]:
         return self.chosen(range(self.num_rows))
 
     def at(self, place: int | str) -> str:
-        """A place in error lines."""
         return f"{self.where}/{place}" if isinstance(place, str) else f"{self.where}: {self.unit} {place}"
 
     def refuse(self, faults: Sequence[str]) -> None:
-        """Raise UserError for faulty rows, if there are any: the first few, and how many more."""
         more = len(faults) - MAX_SHOWN_FAULTS
         if faults:
             rest = [f"{self.where}: {more} more faulty rows"] if more > 0 else []
@@ -313,12 +311,12 @@ class Rows:
 
 
 def rows_of_split(source: Path, split: str) -> Rows:
-    """The rows of all files of a source's split, one file behind the other; see `files_of`."""
+    """The rows of a source's split; see `files_of`."""
     return read_rows(*files_of(source, split))
 
 
 def read_rows(*files: Path) -> Rows:
-    """The rows of files, one behind the other; their ending says the format."""
+    """The rows of files, one behind the other."""
     where = files[0] if len(files) == 1 else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=False)]
     sizes = [sum(1 for _ in part.read(0)) if part.num_rows is None else part.num_rows for part in parts]
@@ -337,7 +335,6 @@ def read_rows(*files: Path) -> Rows:
                     name = f"{part.path.relative_to(where)}: {part.unit} {number}" if len(files) > 1 else number
                     yield name, _entry(content)
 
-    # Name, size, time and samples of a file change when its content does, but for rare exceptions.
     facts = [(file.relative_to(where), *sampled_digest(file)) for file in files]
     identity = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {digest}" for name, stat, digest in facts)
     return Rows(str(where), parts[0].unit, starts[-1], chosen, identity)
@@ -348,8 +345,8 @@ def _folder_of(files: Sequence[Path]) -> Path:
 
 
 def empty_data_set(where: object) -> str:
-    """The error line for a file, folder or data set on the Hub without a row."""
-    return f"{where}: the data set is empty, must have at least one row"
+    """The error line."""
+    return f"{where}: the data set is empty"
 
 
 # The rows of a stream, a shard at a time
@@ -359,15 +356,15 @@ def empty_data_set(where: object) -> str:
 class Shards:
     """The shards of one split."""
 
-    where: str  # file, folder, pattern or Hub address, for error lines
-    names: tuple[str, ...]  # of each shard; those of a Parquet file include the number of rows
+    where: str  # file, folder, pattern or Hub address
+    names: tuple[str, ...]  # of Parquet with the number of rows
     readers: tuple[Reader, ...]
-    num_rows: int | None  # None where only reading all of them would tell
-    num_bytes: int = 0  # of all files but Parquet; a mended row changes it a little
+    num_rows: int | None  # None where only reading all would tell
+    num_bytes: int = 0  # of all files but Parquet
 
 
 def local_shards(source: Path, split: str) -> Shards:
-    """The shards of a source's split. Of Parquet files the footers are read, of others nothing."""
+    """The shards of a source's split, unread but for Parquet's footers."""
     files = files_of(source, split)
     folder = source if source.is_dir() else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=True)]
@@ -384,7 +381,7 @@ def local_shards(source: Path, split: str) -> Shards:
 
 
 def hub_rows(source: SourceConfig, split: str) -> Rows:
-    """The rows of a split of a data set on the Hub; of a streamed one they are in memory."""
+    """The rows of a split of a data set on the Hub; of a streamed one in memory."""
     place = str(source.source)
     if source.stream:  # else `datasets` downloads all splits
         rows = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
@@ -395,7 +392,7 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
         def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
             return zip(indices, map(dict, loaded.select(indices)), strict=True)
 
-        # The fingerprint of a data set that `datasets` has prepared follows its files' check sums.
+        # The fingerprint follows the files' check sums
         made = Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
     if not made.num_rows:
         raise UserError(empty_data_set(place))
@@ -403,11 +400,11 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
 
 
 def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
-    """The files of a split (None: the training split) of a data set on the Hub, streamed by `datasets`."""
+    """The files of a split (None: the training split) on the Hub, streamed by `datasets`."""
     place, split = str(source.source), split or source.split
     stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
-    # What is known of the whole data set says nothing of some of its files
+    # Known of the whole data set only
     splits = (stream.info.splits or {}) if source.data_files is None else {}
     num_rows = splits[split].num_examples if split in splits else None
     readers = tuple(partial(_hub_shard, place, stream, number) for number in range(num_shards))
@@ -417,7 +414,7 @@ def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
 
 
 def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
-    import datasets  # takes a second; only needed for data from the Hub
+    import datasets  # takes a second
 
     if source.config is not None:
         options["name"] = source.config
@@ -428,12 +425,11 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
     except Exception as error:  # of `datasets`, fsspec and others, without a common base
-        fix = f" Fix: for the folder here write ./{source.source}" if os.path.exists(str(source.source)) else ""
+        fix = f" For the folder here write ./{source.source}" if os.path.exists(str(source.source)) else ""
         raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
 
 
 def _hub_shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
-    """The rows of a file on the Hub from `skip` on. `datasets` opens a lost connection again, 20 times."""
     try:
         for row, values in enumerate(stream.shard(stream.num_shards, number).skip(skip), skip):
             yield f"{place}: shard {number}: row {row}", dict(values)

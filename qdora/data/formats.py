@@ -1,31 +1,46 @@
 """Row -> Example: renamed columns, a template, or the layout that the columns of the first row show (`FORMATS`)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import replace
+from jinja2 import StrictUndefined
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from qdora.data.commonsense import commonsense_task
+from qdora.data.commonsense import example_of_row
+from qdora.data.commonsense import instruction_row
+from qdora.data.commonsense import with_named_choices
+from qdora.data.example import Example
+from qdora.data.example import Messages
+from qdora.data.example import Row
+from qdora.data.example import RowFault
+from qdora.data.example import Tools
+from qdora.data.example import Turn
+from qdora.data.example import optional_text
+from qdora.data.example import row_id
+from qdora.data.example import text_field
+from qdora.data.files import parse_json
+from qdora.errors import UserError
+from qdora.errors import first_line
+from qdora.recipe.data_settings import CHAT_FORMATS
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.section import reason_of
+from qdora.recipe.section import shown
 from typing import Any
 
-from jinja2 import StrictUndefined, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
-from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
-from qdora.data.files import parse_json
-from qdora.errors import UserError, first_line
-from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig
-from qdora.recipe.section import reason_of, shown
-
-FIRST_ROWS = 64
-"""Rows in which each column that `columns` names must be found once."""
-_CHAT_COLUMNS = ("system", "tools")
-"""Columns that are read, too, if prompt and completion become a chat."""
+FIRST_ROWS = 64  # in which each column that `columns` names must be found once
+_CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion become a chat
 
 
 @contextmanager
 def _row_faults() -> Iterator[None]:
-    """Turn what a row of another form raises into a RowFault."""
     try:
         yield
     except RowFault:
@@ -37,8 +52,8 @@ def _row_faults() -> Iterator[None]:
 class RowExamples:
     """Rows of a source -> Examples, in the layout of the `first` rows.
 
-    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are the columns that
-    rows had so far and that are not read.
+    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns so far that
+    are not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
@@ -49,7 +64,7 @@ class RowExamples:
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
             raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
-        if source.template is not None:  # it can reach nothing but the row; null gives no text
+        if source.template is not None:  # it reaches nothing but the row; null gives no text
             environment = ImmutableSandboxedEnvironment(
                 undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda it: "" if it is None else it
             )
@@ -67,7 +82,7 @@ class RowExamples:
         self.reads = {renamed.get(name, name) for name in reads}
 
     def __call__(self, row: Row, id: str) -> Example:
-        """The example of a row; `id` names it where the row does not. Raises RowFault."""
+        """The example of a row; `id` names it where the row does not."""
         with _row_faults():
             return self._example(row, id)
 
@@ -96,7 +111,6 @@ class RowExamples:
         return rest | {name: row[own] for name, own in columns.items() if own in row}
 
     def _rendered(self, row: Row) -> Row:
-        """Prompt and completion by the templates; id, task and the columns of a chat as they are."""
         made = {name: row[name] for name in _CHAT_COLUMNS if name in row and self.source.chat}
         made |= {name: row[name] for name in ("id", "task") if isinstance(row.get(name), str)}
         for name, template in self.templates.items():
@@ -108,11 +122,10 @@ class RowExamples:
 
 
 def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
-    """The format of a source, for auto the first one whose columns are there."""
     fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= {*columns})
     format = source.format if source.format != "auto" else next(fitting, None)
     if format is None:
-        fix = "Fix: name those to read, such as columns: {prompt: question, completion: answer}."
+        fix = "Fix: columns: {prompt: question, completion: answer}."
         raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
     if source.chat and format not in CHAT_FORMATS:
         raise UserError(f"{where}: chat: no chats are made of format {format}.")
@@ -120,7 +133,6 @@ def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
 
 
 def _with_lists(row: Row, format: str) -> Row:
-    """The row with the lists that its file has as the text of JSON."""
     for name in FORMATS[format].json:
         if isinstance(row.get(name), str):
             with suppress(ValueError):
@@ -131,13 +143,12 @@ def _with_lists(row: Row, format: str) -> Row:
 # Turns of chats
 
 _ROLES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-_ROLES |= {"function_call": "assistant", "observation": "tool"}
-"""What OpenAI, ShareGPT and LLaMA-Factory call a role -> role."""
+_ROLES |= {"function_call": "assistant", "observation": "tool"}  # of OpenAI, ShareGPT and LLaMA-Factory
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
-    """The turns and tools of a row of format messages or sharegpt that waits for an answer. Raises RowFault."""
+    """The turns and tools of a row of format messages or sharegpt that waits for an answer."""
     is_sharegpt = "conversations" in row and "messages" not in row
     with _row_faults():
         row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
@@ -148,7 +159,7 @@ def asked_chat(row: Row) -> tuple[Messages, Tools]:
 
 
 def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
-    """The turns of a row, of which the assistant's teach something; the first `num_in_prompt` are the prompt."""
+    """The turns of a row that teaches something; the first `num_in_prompt` are the prompt."""
     turns = tuple(replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages)))
     answers = [turn for turn in turns if turn.role == "assistant" and (turn.content.strip() or turn.tool_calls)]
     if not any(turn.learnt and not turn.in_prompt for turn in answers):
@@ -157,7 +168,6 @@ def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
 
 
 def parse_turns(messages: Any) -> Messages:
-    """The turns of a conversation, whether or not there is something to learn."""
     return tuple(_turn(f"messages[{number}]", _without_nulls(turn)) for number, turn in enumerate(messages))
 
 
@@ -189,14 +199,14 @@ def _turn(where: str, turn: Any) -> Turn:
 
 
 def _tool_call(call: Any) -> Mapping[str, Any]:
-    """{type, id, function: {name, arguments}}; a call may be given without the outer object."""
+    """{type, id, function: {name, arguments}}."""
     function, id = call.get("function", call), {"id": call["id"]} if call.get("id") else {}
     arguments = dict(_parsed(function.get("arguments")) or {})
     return {"type": "function", **id, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def parse_tools(tools: Any) -> Tools:
-    """The column `tools` of a row: a list of functions, or JSON of one; null is none."""
+    """The column `tools` of a row: functions, or their JSON."""
     found = [_without_nulls(_parsed(tool)) for tool in _parsed(tools) or []]
     made = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found)
     if not all("name" in tool["function"] for tool in made):
@@ -205,12 +215,11 @@ def parse_tools(tools: Any) -> Tools:
 
 
 def _parsed(value: Any) -> Any:
-    """A value, or what its JSON text stands for."""
     return parse_json(value) if isinstance(value, str) and value.strip() else value
 
 
 def _without_nulls(value: Any) -> Any:
-    """A copy without keys that are null: Parquet gives each call of a column the keys of all others."""
+    """Without keys that are null: Parquet gives each call of a column the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -231,7 +240,6 @@ def _chat(row: Row, label: str, id: str, turns: Any, num_in_prompt: int = 0) -> 
 
 
 def _sharegpt_turns(row: Row) -> list[Any]:
-    """The turns {role, content} of a row of {from, value}, and maybe a column `system`."""
     system = optional_text(row, "system")
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
     for turn in row["conversations"]:
@@ -245,7 +253,6 @@ def _sharegpt_turns(row: Row) -> list[Any]:
 
 
 def _completion(row: Row, label: str, id: str) -> Example:
-    """Prompt and completion, joined as they stand; or two lists of turns, of which the second is learnt."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat(row, label, id, [*prompt, *completion], len(prompt))
@@ -256,7 +263,6 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
 
 def _two_turns(row: Row, columns: Sequence[str], label: str, id: str) -> Example:
-    """The chat of prompt and completion, or of instruction, input and output."""
     question, answer = (text_field(row, name) for name in columns)
     system, given = optional_text(row, "system"), optional_text(row, "input") if "output" in columns else ""
     turns = [{"role": "system", "content": system}] if system else []
@@ -268,7 +274,7 @@ _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-"""The Alpaca template as published, without the indentation of its script."""
+"""As published, without the indentation of its script."""
 
 
 def _alpaca(row: Row, label: str, id: str) -> Example:
@@ -280,7 +286,7 @@ def _alpaca(row: Row, label: str, id: str) -> Example:
 
 
 def _commonsense170k(row: Row, label: str, id: str) -> Example:
-    """LLM-Adapters (arXiv 2304.01933): Alpaca rows with an answer."""
+    """LLM-Adapters (arXiv 2304.01933)."""
     return with_named_choices(_alpaca(row, label, id), row["instruction"].strip(), optional_text(row, "answer"))
 
 
@@ -291,12 +297,10 @@ def _text(row: Row, label: str, id: str) -> Example:
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of rows."""
-
     required: tuple[str, ...]  # columns that every row must have
     example: Callable[[Row, str, str], Example]  # of row, label and id
     optional: tuple[str, ...] = ("task", "id")  # other columns that are read
-    json: tuple[str, ...] = ()  # columns whose text is JSON where it can be: CSV files hold lists as text
+    json: tuple[str, ...] = ()  # lists, in CSV files their JSON
 
 
 def _messages(row: Row, label: str, id: str) -> Example:
@@ -316,5 +320,4 @@ FORMATS: dict[str, Format] = {
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),
-}
-"""Format -> layout; `auto` takes the first whose columns are there."""
+}  # `auto` takes the first whose columns are there

@@ -16,10 +16,9 @@ from qdora.errors import UserError
 from qdora.recipe.data_settings import Strategy
 
 Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""(sources, indices): the source of each draw, and the example's index inside that source; (draws,) int64 each."""
+"""The source of each draw, and the example's index inside that source; (draws,) each."""
 
-_BLOCK = 4096
-"""Draws that are computed together, up to one more or less for each source."""
+_BLOCK = 4096  # draws that are computed together, up to one more or less for each source
 
 
 def mix_shares(
@@ -44,14 +43,14 @@ def mix_shares(
         exponent = 1.0 if strategy == "proportional" else 1.0 / (temperature or 1.0)
         # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
         raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent
-    # Above 0 whatever the inputs: a source at 1e-15 is never drawn, but has its place in the order
+    # A source at 1e-15 is never drawn, but has its place in the order
     raw = np.maximum(raw, 1e-15)
     shares: NDArray[np.float64] = raw / raw.sum()
     return shares
 
 
 def most_draws(size: int, max_epochs: float | None) -> int | None:
-    """Draws that a source of `size` examples may give, at least 1; None: no end."""
+    """Draws that a source may give, at least 1; None: no end."""
     # 0.29 * 100 is 28.999999999999996
     return None if max_epochs is None else max(1, math.floor(min(max_epochs * size + 1e-6, 2.0**62)))
 
@@ -61,12 +60,11 @@ class MixOrder:
 
     The j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their times. After
     any n draws the number from source s differs from n share_s by at most 1/2 + share_s (number of sources) / 2; random
-    draws would differ by sqrt(n). So every optimizer step has nearly the asked shares. Inside a source the draws run
-    through a shuffle of its examples, then through a new one: no example comes twice before all have come. With shares
-    in proportion to the sizes, all sources end a shuffle at the same draw: an epoch has each example once.
+    draws would differ by sqrt(n). Inside a source the draws run through a shuffle of its examples, then through a new
+    one. With shares in proportion to the sizes an epoch has each example once.
 
-    A source with a cap gives no more draws after it. The others then share the draws in their old proportions. Where
-    all have a cap, the order ends. Any position is reached in closed form.
+    After its cap a source gives no more, and the others keep their proportions. Where all have a cap, the order ends.
+    Any position is reached in closed form.
 
     `sizes` are the examples of each source; None: a stream, whose index is the number of the draw from it. `shares`
     (sources,) are from `mix_shares`. `caps` are the most draws of each source; None: no end.
@@ -86,29 +84,25 @@ class MixOrder:
         assert weights.min() > 0, shares
         self.shares: NDArray[np.float64] = weights / weights.sum()
         self._clock = _Clock(self.shares, self.caps)
-        # (source, cycle, size) -> permutation. Per object, so that the shuffles go with it. At the border of two
-        # cycles both are in use.
+        # (source, cycle, size) -> permutation; at the border of two cycles both are in use
         self.shuffle = lru_cache(maxsize=2 * len(sizes))(self._new_shuffle)
         self._block = lru_cache(maxsize=2)(self._new_block)
 
     @property
     def length(self) -> int | None:
-        """Number of draws; None without an end."""
         return None if None in self.caps else sum(filter(None, self.caps))
 
     @property
     def epoch_length(self) -> int:
-        """Draws of an epoch: the number of all examples."""
+        """The number of all examples."""
         assert None not in self.sizes, "a stream has no known number of examples"
         return sum(filter(None, self.sizes))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(source, index) of one draw."""
         sources, indices = self.draws(position, position + 1)
         return int(sources[0]), int(indices[0])
 
     def draws(self, start: int, stop: int) -> Draws:
-        """The draws start .. stop - 1."""
         assert 0 <= start < stop <= (self.length or stop), (start, stop, self.length)
         block = self._block_of(start)
         first = self._first(block)
@@ -122,7 +116,7 @@ class MixOrder:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def counts(self, num_draws: int) -> NDArray[np.int64]:
-        """How many of the first `num_draws` draws come from each source, (sources,)."""
+        """Of the first `num_draws` draws, those from each source, (sources,)."""
         if num_draws == self.length:
             return np.array(self.caps, dtype=np.int64)
         block = self._block_of(num_draws)
@@ -133,7 +127,7 @@ class MixOrder:
         return counts
 
     def _first(self, block: int) -> int:
-        """Position of the first draw of a block, which is a span of time."""
+        """Position of the first draw of a block of time."""
         return int(self._clock.counts(block * _BLOCK).sum())
 
     def _block_of(self, position: int) -> int:
@@ -163,7 +157,6 @@ class MixOrder:
         return sources[due], indices[due]
 
     def _new_shuffle(self, source: int, cycle: int, size: int) -> NDArray[np.int64]:
-        """Shuffle of range(size), for pass `cycle` over a source."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 1, source + 1, cycle])))
         return generator.permutation(size)
 
@@ -171,8 +164,7 @@ class MixOrder:
 class _Clock:
     """The time at which about n draws have been made, and how many each source has had by then.
 
-    expected(t) = sum_s min(t share_s, cap_s) is piecewise linear and rises until all caps are reached, so that its
-    inverse is a table of the times at which a source ends.
+    expected(t) = sum_s min(t share_s, cap_s) is piecewise linear: its inverse is a table of the times of the caps.
     """
 
     def __init__(self, shares: NDArray[np.float64], caps: Sequence[int | None]) -> None:
@@ -181,7 +173,6 @@ class _Clock:
         ends = self.caps / shares
         self.times = np.concatenate([[0.0], np.sort(ends[np.isfinite(ends)])])
         self.expected = np.minimum(self.times[:, None] * shares, self.caps).sum(axis=1)
-        # Draws per unit of time from each of these times on
         self.rates = np.array([shares[ends > time].sum() for time in self.times])
         self.rates[0] = 1.0  # exactly, where the sum of the shares is rounded
 
@@ -200,8 +191,6 @@ Source = TokenizedSet | ExampleStream
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources, and the order in which they are drawn."""
-
     sets: tuple[Source, ...]
     order: MixOrder
 
@@ -215,22 +204,14 @@ def make_mix(
     max_epochs: Sequence[float | None] | None = None,
     seed: int = 0,
 ) -> Mix:
-    """Put sources together, in the shares of `mix_shares`, with at most `max_epochs` passes over each (None: no end).
-
-    UserError if a stream has no known size and the strategy or its max_epochs needs one. A single source has all of the
-    mix, whatever its size.
-    """
+    """Put sources together, in the shares of `mix_shares`, with at most `max_epochs` passes over each."""
     most = max_epochs or [None] * len(sets)
     sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     by_size = strategy in ("proportional", "temperature") and len(sets) > 1
-    faults = [
-        f"{part.name}: {'max_epochs' if epochs else f'data.strategy {strategy}'} needs the size of the stream. "
-        "Fix: give its size (examples), or set data.strategy: weights or equal without max_epochs."
-        for part, size, epochs in zip(sets, sizes, most, strict=True)
-        if size is None and (by_size or epochs is not None)
-    ]
-    if faults:
-        raise UserError(*faults)
+    for part, size, epochs in zip(sets, sizes, most, strict=True):
+        if size is None and (by_size or epochs is not None):
+            what = "max_epochs" if epochs else f"data.strategy {strategy}"
+            raise UserError(f"{part.name}: {what} needs the size of the stream (examples).")
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]

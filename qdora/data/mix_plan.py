@@ -18,7 +18,7 @@ logger = logging.getLogger("qdora")
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePlan:
-    """One source over the steps of a run; None where a number is not known, as for streams."""
+    """One source over the steps of a run; None: not known."""
 
     name: str
     num_examples: int | None
@@ -28,13 +28,13 @@ class SourcePlan:
     share_asked: float  # of the draws, by the strategy
     share_seen: float | None  # less than asked once the source is used up, more once others are
     num_draws: int | None  # examples that the run takes
-    epochs: float | None  # how often an example is seen on average; below 1, some are never seen
-    unused: tuple[str, ...] = ()  # columns that its format does not read; of a stream, those of its first rows
+    epochs: float | None  # how often an example is seen on average
+    unused: tuple[str, ...] = ()  # columns that its format does not read
 
 
 @dataclass(frozen=True)
 class MixPlan:
-    """All sources over the steps of a run. The draws of steps that count tokens, some from a stream, are not known."""
+    """All sources over the steps of a run."""
 
     num_steps: int
     num_draws: int | None
@@ -42,7 +42,7 @@ class MixPlan:
 
 
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
-    """What `num_steps` steps from position 0 take from each source; UserError if the sources have fewer steps."""
+    """What `num_steps` steps from position 0 take from each source."""
     num_draws = loader.draws_for_steps(num_steps)
     counts: list[int | None] = [None] * len(mix.sets)
     if num_draws is not None:

@@ -1,12 +1,12 @@
 """The sources of a recipe -> training and validation examples, the tokenised mix, and the loader of its steps.
 
-The examples of a split are counted, cut and drawn from before any of them is read.
+Examples of a split are counted, cut and drawn before any is read.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.mix import Mix, make_mix
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet, tokenize_all
-from qdora.errors import HubFailure, UserError
+from qdora.errors import UserError
 from qdora.files.machine import cache_folder, user_path
 from qdora.recipe.data_settings import (
     COMMONSENSE_TASKS,
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SplitExamples(Sequence[Example]):
-    """Some rows of a split as Examples. Every pass over them reads the rows again and keeps none."""
+    """Some rows of a split as Examples, which every pass reads again."""
 
     rows: Rows  # of the whole split
     make: Callable[[Any, str], Example]  # of a row and its place
@@ -55,7 +55,7 @@ class SplitExamples(Sequence[Example]):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Example]:
-        """Raises UserError after the last example, if rows are faulty: the first few by name, and how many more."""
+        """Raises UserError for faulty rows after the last example."""
         faults = []
         for place, row in self.rows.chosen(self.indices):
             try:
@@ -67,14 +67,13 @@ class SplitExamples(Sequence[Example]):
         self.rows.refuse(faults)
 
     def __getitem__(self, index: Any) -> Any:
-        """An example, or some of them, unread."""
         if isinstance(index, slice):
             return replace(self, indices=self.indices[index])
         return next(iter(replace(self, indices=[self.indices[index]])))
 
     @property
     def identity(self) -> str | None:
-        """Stands for the content of these rows as they are in their files; None where it is not known."""
+        """Stands for the content of these rows in their files, where that is known."""
         if self.rows.identity is None:
             return None
         meant = self.indices if isinstance(self.indices, range) else np.asarray(self.indices).tobytes()
@@ -82,12 +81,10 @@ class SplitExamples(Sequence[Example]):
 
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
-    """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness."""
-    num_validation = max(1, round(len(examples) * fraction)) if fraction else 0
-    if num_validation >= len(examples):
-        what = f"{len(examples)} examples leave none to train on after data.validation_fraction"
-        raise UserError(f"{name}: {what} {fraction}.")
-    border = len(examples) - num_validation
+    """Cut the last `fraction` of the examples off, at least one: (train, validation)."""
+    border = len(examples) - (max(1, round(len(examples) * fraction)) if fraction else 0)
+    if border <= 0:
+        raise UserError(f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction.")
     first, last = examples.indices[:border], examples.indices[border:]
     return replace(examples, indices=first), replace(examples, indices=last)
 
@@ -109,10 +106,7 @@ def load_source(source: SourceConfig, split: str | None = None) -> list[Example]
 
 
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
-    """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`.
-
-    A single file has only one split and ignores it.
-    """
+    """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`."""
     split, task = split or source.split, source.task
     if source.is_local:
         rows = rows_of_split(_place(source), split)
@@ -140,7 +134,7 @@ def open_shards(source: SourceConfig) -> Shards:
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
-    """Whether a source has a split of its own by this name, and is not itself that split."""
+    """Whether a source has a split by this name besides its own."""
     if source.split == split:
         return False
     if source.is_local:
@@ -153,22 +147,21 @@ def has_split(source: SourceConfig, split: str) -> bool:
 def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
     """The training examples of a source and those to validate on, unread.
 
-    The latter come from `source.validation` (a split or a file), else from the validation split, else
-    `data.validation_fraction` is cut from the end of the train split before the limit draws from it. A stream gives no
-    training examples, and only validation examples that are named or have a file.
+    The latter come from `source.validation` (a split or a file), else from the validation split, else from the end of
+    the train split, before its limit. A stream gives no training examples.
     """
     validation = source.validation
     is_file = validation is not None and names_files(validation)
     held = source.model_copy(update={"path": validation}) if is_file else source
     single_file = source.is_local and source.task is None and not _place(source).is_dir()
     if validation is not None and not is_file and (single_file or validation == source.split):
-        raise UserError(f"validation {validation!r}: {source.label} has no such split besides. Fix: name a file.")
+        raise UserError(f"validation {validation!r}: {source.label} has no such split besides.")
     cut = validation is None and not has_split(source, "validation")
     if source.stream and cut:
         return None, None  # only reading all of it would tell where its end is
     train = None if source.stream else open_source(source)
     if is_file and (both := _files(source, source.split) & _files(held, source.split)):
-        raise UserError(f"validation {validation!r}: {min(both)} is trained on, too. Fix: name another file.")
+        raise UserError(f"validation {validation!r}: {min(both)} is trained on, too.")
     if train is not None and cut:
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
     else:
@@ -177,51 +170,42 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
 
 
 def _files(source: SourceConfig, split: str) -> set[Path]:
-    """The files of a split, symbolic links followed; none of data that is on the Hub, or missing by now."""
+    """The files of a split, symbolic links followed; none of data on the Hub, or missing by now."""
     with suppress(UserError):
         return {path.resolve() for path in files_of(_place(source), split)} if source.is_local else set()
     return set()
 
 
-# Data of `eval --data`: read as a source of the run is, and compared with what the run trained on
+# Data of `eval --data`
 
 
 def place_of(given: str) -> str:
-    """A file, folder or pattern as an absolute path; the id of a Hub data set as it is.
-
-    Unlike in a recipe, the name of a folder alone means that folder if there is one.
-    """
+    """A file, folder or pattern as an absolute path; the id of a Hub data set as it is."""
     return absolute_pattern(given, Path.cwd()) if user_path(given).exists() or is_path(given) else given
 
 
 def has_splits(place: str) -> bool:
-    """Whether a place of `place_of` has splits: a folder and a Hub data set have, a file and a pattern have not."""
+    """Whether a place of `place_of` is a folder or a Hub data set."""
     return not is_path(place) or Path(place).is_dir()
 
 
 def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
-    """A place of `place_of` as a source, read like a source of the run.
+    """A place of `place_of` as a source, read like the source of the run called `like`.
 
-    That is the one called `like`, else one that trains or validates on this place, else any if all of the mix are read
-    the same way. Otherwise the format follows from the columns, after a warning if some source has settings.
+    Without `like`: like the one that trains or validates on this place, or the only one; else by its columns.
     """
-    plain, own = SourceConfig.model_construct(), [source for source in mix if source.source is not None]
+    own = [source for source in mix if source.source is not None]
     same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
-    layouts = {source.label: (source.format, source.chat, source.columns, source.template) for source in own}
-    candidates = same or (own if len(own) == len(mix) else [])
-    layout = plain
-    if candidates and all(layouts[each.label] == layouts[candidates[0].label] for each in candidates):
-        layout = candidates[0]
-    elif set_up := [name for name, each in layouts.items() if each != ("auto", False, None, None)]:
-        text = "%s is read by its columns alone. To read it like a source, name it with --tasks: %s."
-        logger.warning(text, place, ", ".join(set_up))
+    layout = next(iter(same or (own if len(mix) == 1 else [])), SourceConfig.model_construct())
+    if len(mix) > 1 and not same and any(each.chat or each.columns or each.template for each in own):
+        logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
     return layout.model_copy(update={"source": place, "name": None})
 
 
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
-    """The sources that train on the given data: on one of its files, or on the same split on the Hub."""
+    """The sources that train on the given data."""
     files, hub = _files(given, split), (given.source, given.config, split)
     on_hub = [source.label for source in mix if hub == (source.source, source.config, source.split)]
     return on_hub + [source.label for source in mix if files & _files(source, source.split)]
@@ -231,19 +215,12 @@ def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> 
 
 
 @contextmanager
-def _kept(errors: dict[int, UserError], index: int) -> Iterator[None]:
-    """Keep what the block is refused for, so that one answer has the faults of all sources."""
+def _of_source(index: int) -> Iterator[None]:
+    """Name the source in what the block is refused for."""
     try:
         yield
     except UserError as error:
-        errors[index] = error
-
-
-def _refuse(errors: Mapping[int, UserError]) -> None:
-    """Raise UserError if there are errors, or HubFailure if none but the Hub is at fault."""
-    if errors:
-        kind = HubFailure if all(isinstance(error, HubFailure) for error in errors.values()) else UserError
-        raise kind(*(f"data.mix[{index}]: {fault}" for index, error in errors.items() for fault in error.faults))
+        raise type(error)(*(f"data.mix[{index}]: {fault}" for fault in error.faults)) from error
 
 
 def read_data(
@@ -251,51 +228,43 @@ def read_data(
 ) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    Sources of other names than `names` (None: all) give no examples.
+    Only sources of `names` (None: all) give examples.
     """
     train: list[Sequence[Example]] = [() for _ in data.mix]
     validation: dict[str, list[Example]] = {}
-    errors: dict[int, UserError] = {}
     for index, source in enumerate(data.mix):
-        with _kept(errors, index):
-            if names is None or source.label in names:
+        if names is None or source.label in names:
+            with _of_source(index):
                 examples, held_out = train_and_validation(source, data)
-                train[index] = () if examples is None else examples
-                if held_out is not None and len(held_out):
+                train[index] = examples or ()
+                if held_out:
                     validation[source.label] = to_score(held_out, data)
-    _refuse(errors)
     return train, validation
 
 
 def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
-    """Check the files and the first rows of some sources as a run does, without a tokenizer."""
-    errors: dict[int, UserError] = {}
+    """Check the files and the first rows of some sources, without a tokenizer."""
     for index, source in enumerate(data.mix):
-        with _kept(errors, index):
-            if source.label not in names:
-                continue
+        if source.label not in names:
+            continue
+        with _of_source(index):
             if source.stream:
                 ExampleStream(open_shards(source), data, index, None).check_rows()
             for part in train_and_validation(source, data):
                 list(part[:FIRST_ROWS] if part is not None else ())
-    _refuse(errors)
 
 
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
-    """The examples of a run's sources (None: all) in one split: train and validation as in training, or test.
-
-    A source without the split is refused: its training examples are never taken instead.
-    """
+    """The examples of a run's sources (None: all) in one split: train and validation as in training, or test."""
     sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}
     if split in ("train", "validation"):
         if split == "train" and any(source.stream for source in sources.values()):
             raise UserError("--split: a stream has only the splits validation, test, got train.")
         train, validation = read_data(recipe.data, sources)
-        labels = [source.label for source in recipe.data.mix]
-        by_label = dict(zip(labels, train, strict=True))
+        by_label = {source.label: examples for source, examples in zip(recipe.data.mix, train, strict=True)}
         return validation if split == "validation" else {label: list(by_label[label]) for label in sources}
     if missing := [label for label, source in sources.items() if not has_split(source, split)]:
-        raise UserError(*(f"--split: {label} has no {split} split. Fix: name data with --data." for label in missing))
+        raise UserError(f"--split: {missing[0]} has no {split} split. Fix: name data with --data.")
     return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
 
 
@@ -338,11 +307,10 @@ def tokenized_sources(
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
-    errors: dict[int, UserError] = {}
     for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
-        with _kept(errors, index):
-            if names is not None and source.label not in names:
-                continue
+        if names is not None and source.label not in names:
+            continue
+        with _of_source(index):
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
                 stream.first()  # raises what a run would refuse its first rows for
@@ -356,7 +324,6 @@ def tokenized_sources(
             layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
             layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
             sets.append(cache.kept(layout | options, make))
-    _refuse(errors)
     return sets
 
 
@@ -366,7 +333,6 @@ def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> T
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
-    """The loader of the recipe's steps, or of a process's share of each of them."""
     batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length

@@ -20,19 +20,16 @@ from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 
-_TOKENIZED_AT_ONCE = 64
-"""Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
-_SAMPLE = 64
-"""Rows from the beginning that tell one stream from another."""
-_LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
-"""data.max_bad_rows by default: so many, and so large a share of the rows."""
+_TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on resume
+_SAMPLE = 64  # first rows that tell one stream from another
+_LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001  # data.max_bad_rows by default: the larger of a number and a share of the rows
 
 logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Where a stream stands. To resume, one window of rows is read again."""
+    """Where a stream stands."""
 
     epoch: int = 0  # passes over the shards that are done
     window: int = 0  # windows of this pass that are done
@@ -46,23 +43,16 @@ class StreamPosition:
     num_bad: int = 0  # faulty rows skipped, in all passes
     num_bad_before: int = 0
     bad_rows: tuple[str, ...] = ()  # place and fault of the first of them
-    part: int = 0  # examples of the next row that are given; a chat, or a text that is split, may have several
+    part: int = 0  # examples of the next row that are given
 
 
 class ExampleStream:
     """An endless stream of tokenised examples, pass after pass over the shards, a pure function of data and settings.
 
     Each pass takes the shards in a new order, reads them one after the other, and gives every run of `shuffle_window`
-    rows in a shuffled order. At most a window of rows is in memory. A buffer whose places are refilled one by one could
-    not be entered anywhere; here the position says where the window begins, and only that window is read again.
+    rows in a shuffled order. At most a window of rows is in memory, and only that is read again on resume.
 
-    Args:
-        data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
-        number: Place of the source in the mix. Two sources have different orders.
-        tokenizer: None only for `check_rows`.
-
-    Attributes:
-        first_tally: What happened to the first rows; empty until something reads them.
+    `data.mix[number]` is the source. `tokenizer` is None only for `check_rows`.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -75,7 +65,7 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (index of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
+        # Tokenised rows of the window, the next one last, and examples of a row likewise
         self._ready: list[list[Outcome]] = []
         self._logged: set[str] = set()  # faulty rows
         self.first_tally = self._tally()
@@ -84,7 +74,6 @@ class ExampleStream:
 
     @property
     def unused(self) -> set[str]:
-        """Columns of the rows so far that are not read."""
         return self._make.unused
 
     @property
@@ -95,18 +84,18 @@ class ExampleStream:
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
     def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows of the files; the position stays."""
+        """Up to so many examples (None: all) from the first rows."""
         return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)][:number]
 
     @cached_property
     def first_rows(self) -> list[list[Outcome]]:
-        """What became of the first rows of the first shard. UserError if too many of them are faulty."""
+        """What became of the first rows of the first shard."""
         rows = self._tokenized(self._sample, self.first_tally)
         self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
         return rows
 
     def check_rows(self) -> None:
-        """As `first`, without the tokenizer: what only tokens tell is not checked."""
+        """As `first`, without the tokenizer."""
         self._check_bad([fault for fault in self._made(self._sample) if isinstance(fault, str)], len(self._sample))
 
     @cached_property
@@ -121,14 +110,13 @@ class ExampleStream:
         if num_bad > most:
             raise UserError(
                 f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
-                f"{'; '.join(shown[:MAX_SHOWN_FAULTS])}. Fix: mend them in place, or raise it by "
-                "-s data.max_bad_rows=N (a run that has begun: with --resume)."
+                f"{'; '.join(shown[:MAX_SHOWN_FAULTS])}. Fix: mend them in place, or raise it (with --resume)."
             )
 
     # The next example
 
     def next(self) -> TokenizedExample:
-        """The next example. UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all."""
+        """The next example. UserError if a pass has too many faulty rows, or no example at all."""
         while True:
             if not self._ready:
                 self._tokenize_more()
@@ -152,7 +140,6 @@ class ExampleStream:
                 return example
 
     def _skip(self, fault: str) -> None:
-        """Keep the first faulty rows by name; raise UserError at one too many."""
         here = self.position
         if fault not in here.bad_rows and len(here.bad_rows) < MAX_SHOWN_FAULTS:
             self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
@@ -178,16 +165,14 @@ class ExampleStream:
         self._ready = [row[::-1] for row in rows[::-1]]
 
     def _read_window(self) -> None:
-        """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
-        self._window = []  # free before the next one is read: a window may be large
+        self._window = []  # free before the next one is read
         rows = self._window_rows()
         if not rows:
             here = self.position
             if here.num_drawn == here.num_drawn_before:
-                faulty = "".join(f"; faulty: {fault}" for fault in here.bad_rows)
+                long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
                 raise UserError(
-                    f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} examples are longer than "
-                    f"data.max_length, {self.data.max_length}{faulty})."
+                    f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}"
                 )
             start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
             self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
@@ -213,7 +198,7 @@ class ExampleStream:
                 yield shard, row, placed
 
     def _generator(self, purpose: int, *part: int) -> np.random.Generator:
-        """The purposes 2 and 3 are those of this file; 1 is that of the shuffles of `MixOrder`."""
+        """Purposes 2 and 3; 1 is that of the shuffles of `MixOrder`."""
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
@@ -242,7 +227,7 @@ class ExampleStream:
         return ExampleTally(self.name, self.data.max_length, self.data.too_long)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
-        """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
+        """What becomes of each row. A faulty one is left out as a whole."""
         made = self._made(rows)
         examples = [example for example in made if isinstance(example, Example)]
         done = iter(tally.add(examples, self.tokenizer, self.data.loss_on))
@@ -259,18 +244,16 @@ class ExampleStream:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """The position; JSON types only."""
         return asdict(self.position) | {"bad_rows": list(self.position.bad_rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, in a stream of the same data and settings."""
         self.position = StreamPosition(**state | {"bad_rows": tuple(state["bad_rows"])})
         self._rows, self._window, self._ready = None, [], []
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one stream from another, JSON types: its shards and settings, its first rows."""
+        """What tells one stream from another; JSON types."""
         data, source = self.data, self.source
-        # Checkpoints hold the fingerprint, so this text must not change.
+        # Checkpoints hold its digest
         settings = (
             f"StreamSettings(name={self.name!r}, format={source.format!r}, max_length={data.max_length!r}, "
             f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
@@ -284,10 +267,7 @@ class ExampleStream:
         }
 
     def change_since(self, before: dict[str, Any] | None) -> str | None:
-        """What differs from an earlier `fingerprint`, None if this is the same stream.
-
-        Rows that were faulty then and are mended in place are no difference.
-        """
+        """What differs from an earlier `fingerprint`, or None. Faulty rows that are mended are no difference."""
         now = self.fingerprint()
         if before is None or before["settings"] != now["settings"]:
             return "its files or settings"

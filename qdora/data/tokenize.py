@@ -18,8 +18,7 @@ from qdora.errors import UserError, first_few
 from qdora.recipe.data_settings import LossOn, TooLong
 
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
-"""Texts per call of the tokenizer, and characters from which there are no more of them: enough for its threads, few
-enough for memory."""
+"""Texts and characters per call of the tokenizer: enough for its threads, few enough for memory."""
 _PART_CHARACTERS = 1 << 18
 """Plain text of more characters is encoded in parts: encoding takes a hundred bytes for each character."""
 
@@ -30,13 +29,12 @@ _PART_CHARACTERS = 1 << 18
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Token ids of each prompt + answer, encoded as one text, and where the answer starts in them.
 
-    As in lm-evaluation-harness, spaces at the end of the prompt go to the answer first, because tokenizers join a space
-    to the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has
-    every character of the answer even where a token spans the border. The ids begin with the tokenizer's
-    beginning-of-sequence token if it adds one by default; no end-of-sequence token is added.
+    As in lm-evaluation-harness, spaces at the end of the prompt go to the answer, because tokenizers join a space to
+    the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has all
+    of its characters even where a token spans the border. The ids begin with the beginning-of-sequence token if the
+    tokenizer adds one; no end-of-sequence token is added.
 
-    Returns (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
-    beginning-of-sequence token: nothing predicts the first token then.
+    Returns (ids, start) of each: ids[start:] belongs to the answer; start is 0 where nothing predicts the first token.
     """
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
@@ -49,11 +47,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts before every text by default, mostly one beginning-of-sequence token.
-
-    Found by encoding the empty text, since the attributes that should say so (add_bos_token) are missing or wrong in
-    many tokenizers. An end-of-sequence token behind the text is not part of it.
-    """
+    """The special tokens that a tokenizer puts before every text, mostly one beginning-of-sequence token."""
+    # Attributes that should say so (add_bos_token) are missing or wrong in many tokenizers
     ids = list(tokenizer("", verbose=False)["input_ids"])
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     # OPT begins every text with a token that is its beginning and its end of sequence in one
@@ -63,15 +58,15 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
-    """The ids behind the tokenizer's prefix, which text made with a chat template has already."""
+    """The ids behind the tokenizer's prefix, which text of a chat template has already."""
     return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
 def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, no special tokens added (those written out in the text are recognised)."""
+    """Ids of each text, no special tokens added; those written out in the text are recognised."""
     if not texts:
         return []
-    # verbose=False: no warning that a text is longer than the model's context, we check lengths ourselves
+    # verbose: a warning that a text is longer than the model's context
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
@@ -79,8 +74,7 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def chunks(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[tuple[list[int], int]]:
     """(ids, start) of each chunk of plain text that is too long: ids[start:] are those that it teaches.
 
-    All chunks together teach ids[prefix:]. Every chunk begins with ids[:prefix], a later one then with the last token
-    of the chunk before it, only as context: it predicts the first token that is taught.
+    Every chunk begins with ids[:prefix], a later one then with the last token of the chunk before it as context.
     """
     yield list(ids[:max_length]), prefix
     room = max_length - prefix - 1
@@ -89,10 +83,7 @@ def chunks(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[tuple[l
 
 
 def text_parts(text: str, size: int) -> list[str]:
-    """The text in parts of at most `size` characters, cut before white space where there is some.
-
-    Tokens seldom reach over such a border, so the parts encoded one by one are the text encoded, almost everywhere.
-    """
+    """The text in parts of at most `size` characters, cut before white space, which tokens seldom cross."""
     parts, start = [], 0
     while len(text) - start > size:
         end = start + size
@@ -108,8 +99,6 @@ def text_parts(text: str, size: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """The token ids of an example, and which of them are learnt."""
-
     task: str
     id: str
     input_ids: NDArray[np.int32]  # (length,)
@@ -121,8 +110,6 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """The tokenised examples of one source, in their old order."""
-
     name: str
     examples: tuple[TokenizedExample, ...]
     num_truncated: int = 0
@@ -133,17 +120,15 @@ class TokenizedSet:
         return len(self.examples)
 
     def first(self, number: int | None = None) -> tuple[TokenizedExample, ...]:
-        """Up to so many examples (None: all) from the start, as `first` of a stream."""
+        """Up to so many examples (None: all), as of a stream."""
         return self.examples[:number]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples."""
         return sum(map(len, self.examples))
 
     @property
     def task_names(self) -> list[str]:
-        """Tasks of the examples, each once."""
         return list(dict.fromkeys(example.task for example in self.examples))
 
 
@@ -158,43 +143,30 @@ def tokenize_all(
 ) -> TokenizedSet:
     """Tokenise the examples of a source.
 
-    The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too: a model that
-    writes must know where the answer ends. (Evaluation scores the choices without it.) An answer that ends with a stop
-    token of its own ends there. A chat has the end marks of its template instead.
-
-    Args:
-        loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "last" of a chat only the last of
-            these turns, "all" the prompt's tokens as well.
-        too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
-            prompt, then the end of the answer; a chat behind its last answer that fits as a whole, or within its first
-            one. An example that has no token left to learn is dropped. "drop": leave them out. "split": plain text
-            becomes several examples (see `chunks`); prompts with answers and chats are an error.
+    The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too, where
+    evaluation scores the choices without it. An answer with a stop token of its own ends there, a chat with the end
+    marks of its template. `too_long` "truncate" cuts the front of the prompt, then the end of the answer; a chat behind
+    its last answer that fits as a whole, or within its first one.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
-    faults: list[str] = []
-    try:
-        for batch in text_batches(examples):
-            for outcomes in tally.add(batch, tokenizer, loss_on):
-                done += [example for example, _ in outcomes if isinstance(example, TokenizedExample)]
-    except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
-        faults += error.faults
-    faults += tally.faults()
-    if not (done or faults):
-        faults = [f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length})."]
-    if faults:
+    for batch in text_batches(examples):
+        for outcomes in tally.add(batch, tokenizer, loss_on):
+            done += [example for example, _ in outcomes if isinstance(example, TokenizedExample)]
+    if faults := tally.faults():
         raise UserError(*faults)
+    if not done:
+        raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
 
 
 def num_characters_of(example: Example) -> int:
-    """Characters of the texts that are encoded of an example."""
     turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
     return len(example.prompt) + len(example.answer) + turns
 
 
 def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples in lists that the tokenizer takes at once: bounded in number and in characters."""
+    """The examples in lists that the tokenizer takes at once."""
     batch, num_characters = list[Example](), 0
     for example in examples:
         batch.append(example)
@@ -214,8 +186,7 @@ Outcome = tuple[TokenizedExample | str | None, bool]
 class ExampleTally:
     """Tokenises the examples of a source, and counts what happens to them.
 
-    A chat whose template rewrites earlier turns is an example for each turn of the assistant, and counts as such.
-    `lengths` are the tokens of each before anything is cut or split; a chat that the template refuses has none.
+    A chat whose template rewrites earlier turns counts as an example for each turn of the assistant.
     """
 
     name: str
@@ -223,7 +194,7 @@ class ExampleTally:
     too_long: TooLong
     num_truncated: int = 0
     num_dropped: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("I"))
+    lengths: array[int] = field(default_factory=lambda: array("I"))  # tokens before anything is cut or split
     _too_long: list[tuple[str, int]] = field(default_factory=list)  # id, tokens
     _unlearnable: list[str] = field(default_factory=list)
     _refused: list[str] = field(default_factory=list)
@@ -241,17 +212,15 @@ class ExampleTally:
         outcomes: list[list[Outcome]] = []
         for example in examples:
             parts = next(rendered) if example.messages else [next(encoded)]
+            is_plain = not (example.prompt or example.messages or example.choices)
             if isinstance(parts, str):
                 self._refused.append(f"{self.name}: example {example.id}: {parts}")
                 outcomes.append([(parts, False)])
-            elif self._splits(example) and len(parts[0].ids) > self.max_length:
+            elif self.too_long == "split" and is_plain and len(parts[0].ids) > self.max_length:
                 outcomes.append(self._split(example, parts[0]))
             else:
                 outcomes.append([self._sort(example, part) for part in parts] or [self._silent(example.id)])
         return outcomes
-
-    def _splits(self, example: Example) -> bool:
-        return self.too_long == "split" and not (example.prompt or example.messages or example.choices)
 
     def _split(self, example: Example, encoded: Encoded) -> list[Outcome]:
         if self.max_length < encoded.prefix + 2:
@@ -277,8 +246,7 @@ class ExampleTally:
                 self.num_dropped += 1
                 return None, True
             self._too_long.append((id, len(encoded.ids)))
-            split = f"{len(encoded.ids)} tokens, and data.too_long: split is for plain text alone"
-            return (split if self.too_long == "split" else None), True
+            return ("too long, and data.too_long: split is for plain text" if self.too_long == "split" else None), True
         if cut:
             encoded = _cut(encoded, self.max_length)
         mask = np.array(encoded.mask, dtype=np.bool_)
@@ -290,28 +258,25 @@ class ExampleTally:
         return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
     def faults(self) -> list[str]:
-        """Everything that was wrong."""
         faults = self._refused[:3]
-        if (num_more := len(self._refused) - 3) > 0:
-            faults.append(f"{self.name}: {num_more} more that the chat template refuses")
+        if len(self._refused) > 3:
+            faults.append(f"{self.name}: {len(self._refused) - 3} more that the chat template refuses")
         if self._too_long:
             ids, lengths = zip(*self._too_long, strict=True)
-            ways = "truncate or drop" + (", since split is for plain text alone" if self.too_long == "split" else "")
             faults.append(
                 f"{self.name}: {len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than "
-                f"data.max_length ({self.max_length}), the longest has {max(lengths)} tokens. Fix: raise "
-                f"data.max_length, or set data.too_long to {ways}."
+                f"data.max_length ({self.max_length}), the longest has {max(lengths)} tokens. "
+                "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
             )
         if self._unlearnable:
             faults.append(
                 f"{self.name}: no token in the loss of {first_few(self._unlearnable, 3)}: the answer is empty, not "
-                "learnt (weight, train) or left out by the chat template. Fix: remove these rows."
+                "learnt (weight, train) or left out by the chat template."
             )
         return faults
 
 
 def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) -> list[Encoded]:
-    """Each text with its end-of-sequence token."""
     if not examples:
         return []
     eos, prefix = tokenizer.eos_token_id, special_prefix(tokenizer)
@@ -336,8 +301,7 @@ def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) 
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
     """The front of the prompt goes first, but for one token that predicts the answer, then the end of the answer.
 
-    Of several answers, those of a chat, only whole ones are left if one fits: a model that learns answers without their
-    ends may not stop.
+    Of a chat only whole answers are left if one fits: a model that learns answers without their ends may not stop.
     """
     ids, mask, prefix, start = encoded.ids, encoded.mask, encoded.prefix, encoded.start
     num_cut = min(len(ids) - max_length, max(0, start - max(prefix, 1)))

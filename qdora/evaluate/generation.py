@@ -1,8 +1,8 @@
 """Accuracy by generation: the model answers in its own words, and the answer is read from them.
 
 The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1; LLM-Adapters, arXiv 2304.01933): an
-instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). Unlike the published
-script, which searches with 4 beams, decoding is greedy. Outputs without any of the names are counted separately.
+instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). The published script
+searches with 4 beams; here decoding is greedy. Outputs without a name are counted separately.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NUM_SAMPLES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedResult:
-    """Counts of one task, or of all of them. num_right + num_wrong + num_unparsable = num_examples."""
+    """Counts of one task, or of all. num_right + num_wrong + num_unparsable = num_examples."""
 
     num_examples: int
     num_right: int
@@ -64,12 +64,7 @@ def evaluate_generated(
     max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> GenerationResult:
-    """Let the model answer every task's examples; count right, wrong and unparsable answers.
-
-    A record of `per_example` has the index of the choice that the output names first, None where it names none. The
-    output ends at the token that decided the answer, else at the end of sequence or the last allowed token. The
-    examples have no `generation_faults`; `limit` and `block` are those of `suite.evaluate`.
-    """
+    """Let the model answer every task's examples; count right, wrong and unparsable answers."""
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
     tasks: dict[str, GeneratedResult] = {}
@@ -84,7 +79,7 @@ def evaluate_generated(
         prompts, cut = _prompts(tokenizer, chosen, context_length(model), max_new_tokens)
 
         def decided(index: int, ids: Sequence[int], names: Sequence[Sequence[str]] = names) -> bool:
-            """Whether the first name is complete: what follows could not change the answer."""
+            """Whether what follows could not change the answer."""
             answer, may_change = first_mention(text(ids), names[index])
             return answer is not None and not may_change
 
@@ -112,7 +107,7 @@ def evaluate_generated(
 
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
-    """Why these examples cannot be evaluated by generation, a line per task."""
+    """Why tasks cannot be evaluated by generation."""
     faults = []
     for task, examples in examples_by_task.items():
         wrong = next((each.id for each in examples if not answer_names(each.choices)), None)
@@ -135,7 +130,7 @@ def generation_table(results: Mapping[str, GenerationResult]) -> Table:
 def _prompts(
     tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Ids of each prompt, and how many were cut from its left so that the answer fits the model's context."""
+    """Ids of each prompt, and how many were cut from its left."""
     prefix = special_prefix(tokenizer)
     encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
@@ -166,10 +161,9 @@ _NAME = re.compile(r"[^\W_][\w'-]*")
 
 
 def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
-    """The one word of each choice in which the choices differ; empty where they differ in more, or not at all.
+    """The one word of each choice in which the choices differ, without a full stop; empty where they differ in more.
 
-    ("the correct answer is answer1", "the correct answer is answer2") -> ("answer1", "answer2"); (" no", " yes") ->
-    ("no", "yes"); a full stop behind the word is not part of it.
+    ("the correct answer is answer1", "the correct answer is answer2") -> ("answer1", "answer2").
     """
     words = [choice.split() for choice in choices]
     while all(len(each) > 1 for each in words) and len({each[0] for each in words}) == 1:
@@ -184,8 +178,7 @@ def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
 def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     """(index of the name that stands first in the text or None, whether more text could change that).
 
-    Unlike in the published evaluation a name is a whole word in any case, and one of this question: "answer5" is no
-    answer to a question with four choices.
+    Unlike in the published evaluation a name is a whole word in any case, and one of this question.
     """
     ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
     listed = "|".join(f"({re.escape(name)})" for name in ordered)
@@ -210,10 +203,10 @@ def decode_greedily(
     max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The new ids of every prompt: the most likely next token, again and again.
+    """The new ids of every prompt, up to the first of `stop_ids` or where `finished` is true.
 
-    A row ends at the first of `stop_ids`, which is not part of it, or where `finished` is true of the prompt's index
-    and its new ids so far. A batch has at most `max_batch_tokens` tokens, new ones and padding counted.
+    `finished` gets the prompt's index and its new ids so far. A batch has at most `max_batch_tokens` tokens, new ones
+    and padding counted.
     """
     can_pad = pads_left(model)
 
@@ -242,10 +235,9 @@ def decode_greedily(
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-    """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
+    """transformers' `generate` with these settings alone, not those of the model's config; (rows, prompt + new tokens).
 
-    `ids` and `mask` are (rows, length) int64, padded on the left. The model's own config, with a repetition penalty
-    perhaps, is set aside: `generate` takes from it whatever it is not given.
+    `ids` and `mask` are (rows, length) int64, padded on the left.
     """
     device = next(model.parameters()).device
     own, model.generation_config = model.generation_config, GenerationConfig()

@@ -14,16 +14,14 @@ from qdora.errors import UserError
 
 
 class HarnessTasks(NamedTuple):
-    """Names of tasks, groups and tags that exist, and the lm_eval.tasks.TaskManager that knows them."""
-
-    names: tuple[str, ...]
-    manager: Any
+    names: tuple[str, ...]  # of tasks, groups and tags
+    manager: Any  # lm_eval.tasks.TaskManager
 
 
 def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> HarnessTasks:
     """Look names or patterns (`mmlu_*`) of tasks, groups or tags up without loading data or a model.
 
-    `include` is a folder of further tasks in YAML, which may name Python functions: include only what you trust.
+    `include` is a folder of tasks in YAML, which may name Python functions.
     """
     if find_spec("lm_eval") is None:
         raise UserError("--harness: lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'")
@@ -32,19 +30,18 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     manager = TaskManager(include_path=None if include is None else str(include))
     found = {name: sorted(manager.match_tasks([name])) for name in asked}
     if missing := [name for name, names in found.items() if not names]:
-        must = "must be a task, group or tag of lm-evaluation-harness or of --harness-include"
-        raise UserError(f"--harness: {must}, got {', '.join(missing)}.")
+        raise UserError(f"--harness: no task, group or tag {', '.join(missing)}.")
     return HarnessTasks(tuple(dict.fromkeys(name for names in found.values() for name in names)), manager)
 
 
 def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> Any:
-    """The model as the harness takes it, an lm_eval.models.huggingface.HFLM; the model itself is not copied.
+    """The model, not copied, as an lm_eval.models.huggingface.HFLM.
 
     The logits of `batch_size` sequences exist all at once, in float32.
     """
     from lm_eval.models.huggingface import HFLM
 
-    # HFLM ties the weights again, by the config: a trained, adapted or quantised part of a pair is no parameter to tie.
+    # HFLM ties the weights again, but a trained, adapted or quantised part of a pair is no parameter to tie
     model.tie_weights = lambda: None
     try:
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
@@ -55,10 +52,10 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_s
 def evaluate_harness(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: HarnessTasks, *, limit: int | None = None
 ) -> dict[str, Any]:
-    """Run tasks; the shots are those of each task, the metrics those of the harness.
+    """Run tasks with their own shots.
 
-    Returns JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is
-    part of the name where there is one), `num_examples` and `num_fewshot` (null for groups).
+    Returns JSON values: lm_eval (its version), and for every task and group `metrics` (name, with its filter ->
+    number), `num_examples` and `num_fewshot` (null for groups).
     """
     lm = as_lm(model, tokenizer)
     import lm_eval
@@ -81,7 +78,7 @@ def evaluate_harness(
 
 
 def harness_table(result: dict[str, Any]) -> Table:
-    """The numbers of `evaluate_harness`, a row for each metric; standard errors are metrics of their own."""
+    """The numbers of `evaluate_harness`, a row for each metric."""
     table = Table("task", "metric", "n", "value", title="lm-evaluation-harness", title_justify="left")
     for task, found in result["tasks"].items():
         for name, value in found["metrics"].items():

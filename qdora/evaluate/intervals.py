@@ -14,8 +14,8 @@ from scipy import optimize, special
 Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
 
-CONFIDENCE = 0.95  # of all intervals over seeds or examples
-LEAST_P = 1e-15  # smallest p-value that is given: beyond it the quantiles of t lose their digits
+CONFIDENCE = 0.95
+LEAST_P = 1e-15  # smallest p-value: beyond it the quantiles of t lose their digits
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def mean_stderr(values: ArrayLike) -> Estimate:
-    """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1); for 0/1 values that is sqrt(p (1 - p) / (n - 1))."""
+    """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1)."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("the mean of no examples is not defined")
@@ -51,7 +51,7 @@ def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its confidence interval, which are nan if it has none."""
+    """An estimate and the ends of its confidence interval, or nan."""
 
     value: float
     lower: float
@@ -59,11 +59,9 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half of the distance between the ends."""
         return (self.upper - self.lower) / 2
 
     def columns(self, name: str) -> dict[str, float]:
-        """As columns of a table."""
         return {name: self.value, f"{name}_lower": self.lower, f"{name}_upper": self.upper}
 
 
@@ -72,12 +70,11 @@ class TaskScores:
     """Scores of one task in one run."""
 
     examples: tuple[str, ...]  # names, each once
-    values: Array  # (examples,) float64; of differences, those of each example
-    weights: Array  # (examples,) above 0: answer tokens for summed NLLs, so that a mean is per token; ones for all else
+    values: Array  # (examples,) float64
+    weights: Array  # (examples,) above 0: answer tokens for summed NLLs, else ones
 
 
-SeedScores = Mapping[str, TaskScores]
-"""Task -> its scores in the run of one seed."""
+SeedScores = Mapping[str, TaskScores]  # of the tasks of one seed's run
 
 
 def weighted_mean(tasks: SeedScores, weighting: Weighting) -> float:
@@ -90,14 +87,13 @@ def weighted_mean(tasks: SeedScores, weighting: Weighting) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """A standard error with its degrees of freedom, by which an estimate is tested."""
+    """A standard error with its degrees of freedom."""
 
     stderr: float
     free: float
 
     @property
     def half_width(self) -> float:
-        """Half of the t interval."""
         return -float(special.stdtrit(self.free, (1 - CONFIDENCE) / 2)) * self.stderr
 
     def p(self, value: float) -> float:
@@ -122,9 +118,8 @@ class Spread:
         critical = -float(special.stdtrit(self.free, alpha / 2))
 
         def missing(ratio: float) -> float:
-            """Power at a true value of `ratio` standard errors, less the power asked for."""
             tails = special.nctdtr(self.free, ratio, [critical, -critical])
-            below, far_below = np.nan_to_num(tails)  # scipy gives nan far out, where both are tiny
+            below, far_below = np.nan_to_num(tails)  # nan far out, where both are tiny
             return float(1 - below + far_below) - power
 
         highest = 2 * critical + 4
@@ -141,8 +136,7 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
     """Of the mean over the seeds of `weighted_mean`, as if the examples alone were drawn and the seeds fixed.
 
     Linearised ratios (Cochran, Sampling Techniques, 1977, eq. 6.13), stratified by task. An example that several seeds
-    have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks. `seeds` are, of each seed, the
-    differences of two arms, example by example.
+    have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks.
     """
     shares: dict[str, dict[str, float]] = {}  # task -> example -> its part of the mean, less what is expected of it
     for tasks in seeds:

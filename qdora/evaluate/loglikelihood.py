@@ -20,30 +20,26 @@ from qdora.evaluate.spans import Span, score_groups, strided_spans
 from qdora.files.console import Progress
 from qdora.model.attention import context_length
 
-_SHOWN_FAULTS = 10
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """The scores of one example; arrays are (choices,), or (1,) for the answer of an example without choices."""
+    """The scores of one example, (choices,), or (1,) without choices."""
 
     id: str
     gold: int | None  # None without choices
     loglikelihoods: NDArray[np.float64]  # summed over the tokens of each choice, nats
     num_tokens: NDArray[np.int64]
     num_chars: NDArray[np.int64]  # of each choice without the space that joins it to the prompt, for acc_norm
-    num_truncated: int  # tokens cut from the left of the prompt, as the example is longer than the model's context
+    num_truncated: int  # tokens cut from the left of the prompt to fit the model's context
 
     @property
     def nll(self) -> float:
-        """Of the right answer, nats."""
         return -float(self.loglikelihoods[self.gold or 0])
 
     @property
     def num_answer_tokens(self) -> int:
-        """Scored tokens of the right answer."""
         return int(self.num_tokens[self.gold or 0])
 
 
@@ -57,10 +53,9 @@ def score_examples(
 ) -> list[ExampleScore]:
     """Log-likelihood of every choice of every example, or of its answer where it has no choices.
 
-    Token ids are those of training, without the end-of-sequence token; in a chat the assistant's turns with their end
-    marks. An example longer than the model's context loses tokens at the left of its prompt, the same number for all
-    its choices, but for a beginning-of-sequence token. An answer that is too long by itself (plain text is all answer)
-    is scored in windows that overlap by half, each token once.
+    Token ids are those of training, without the end-of-sequence token. An example longer than the model's context loses
+    tokens at the left of its prompt, the same number for all its choices, but for a beginning-of-sequence token. An
+    answer that is too long by itself is scored in windows that overlap by half, each token once.
     """
     spans, truncated = _spans(tokenizer, examples, context_length(model))
     if any(truncated):
@@ -84,7 +79,7 @@ def score_examples(
 
 
 def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
-    """What `score_examples` would refuse with a model of this `context_length`."""
+    """What `score_examples` refuses first with a model of this `context_length`."""
     try:
         _spans(tokenizer, examples, context)
     except UserError as error:
@@ -93,8 +88,7 @@ def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | N
 
 
 def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> tuple[list[list[Span]], list[int]]:
-    """Per example a span for each choice, or those of its answer (several for a chat or a long text), and the tokens
-    cut from its prompt."""
+    """Per example a span for each choice, or those of its answer, and the tokens cut from its prompt."""
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
@@ -103,7 +97,6 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
     prefix = len(special_prefix(tokenizer))
     spans: list[list[Span]] = []
     truncated: list[int] = []
-    faults: list[str] = []
     for example in examples:
         try:
             if example.choices:
@@ -122,24 +115,19 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
             spans.append(own)
             truncated.append(cut)
         except ValueError as error:
-            faults.append(f"{example.task}: example {example.id}: {error}")
-    if len(faults) > _SHOWN_FAULTS:
-        faults[_SHOWN_FAULTS:] = [f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored"]
-    if faults:
-        raise UserError(*faults)
+            raise UserError(f"{example.task}: example {example.id}: {error}") from None
     return spans, truncated
 
 
 def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int]]:
-    """(ids up to its end, its start) of every run of True in the mask, token 0 left out: nothing predicts it."""
+    """(ids up to its end, its start) of every run of True in the mask; nothing predicts token 0."""
     starts = [t for t in range(1, len(ids)) if mask[t] and (t == 1 or not mask[t - 1])]
     ends = [t + 1 for t in range(1, len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
     return [(list(ids[:end]), start) for start, end in zip(starts, ends, strict=True)]
 
 
 def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
-    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack; the
-    first `prefix` ids, special tokens, are kept."""
+    """Spans that score ids[start:] once, and the prompt tokens that they lack; the first `prefix` ids are kept."""
     start = max(start, 1)
     if start >= len(ids):
         return [], 0
@@ -163,6 +151,6 @@ def _choice_spans(
     return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut
 
 
-@cache  # once: each evaluation of a run cuts the same prompts
+@cache  # each evaluation of a run cuts the same prompts
 def _warn_of_truncation(tasks: str) -> None:
     logger.warning("%s: examples exceed the model's context; the left of their prompts is cut.", tasks)

@@ -19,16 +19,16 @@ from qdora.evaluate.spans import score_spans, strided_spans
 from qdora.model.attention import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
-DEFAULT_WINDOW = 2048  # tokens, if the model takes as many: the length in published WikiText perplexities
+_WINDOW = 2048  # tokens: the length in published WikiText perplexities
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Sums over all texts, and what follows from them."""
+    """Sums over all texts."""
 
     nll_sum: float  # nats
-    num_tokens: int  # scored: of a text all but the first, which counts behind a beginning-of-sequence token
-    num_bytes: int  # UTF-8 bytes of the texts, whole
+    num_tokens: int  # scored: of a text all, but the first without a beginning-of-sequence token before it
+    num_bytes: int  # UTF-8 bytes of the texts
     num_texts: int
     window: int
     stride: int
@@ -44,7 +44,6 @@ class Perplexity:
         return self.nll_sum / self.num_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {**asdict(self), "perplexity": self.perplexity, "nll_per_byte": self.nll_per_byte}
 
 
@@ -57,13 +56,13 @@ def text_perplexity(
     stride: int | None = None,
     max_batch_tokens: int = 4096,
 ) -> Perplexity:
-    """Perplexity of whole texts, each on its own: every token once, in windows that overlap so that it has context.
+    """Perplexity of whole texts, each on its own: every token once, in windows that overlap.
 
-    `window` tokens are fed at once, by default the model's context, at most 2,048. The next window begins `stride`
-    tokens later, by default half of it.
+    `window` tokens are fed at once, by default the model's context, at most 2,048; the next begins `stride` tokens
+    later, by default half of it.
     """
     if window is None:
-        window = min(DEFAULT_WINDOW, context_length(model) or DEFAULT_WINDOW)
+        window = min(_WINDOW, context_length(model) or _WINDOW)
     stride = max(window // 2, 1) if stride is None else stride
     encoded = encode_pairs(tokenizer, [("", text) for text in texts])  # as training does
     spans = [span for ids, _ in encoded for span in strided_spans(ids, window, stride)]
@@ -73,7 +72,7 @@ def text_perplexity(
     nll_sum = -float(score_spans(model, spans, max_batch_tokens=max_batch_tokens).sum())
     num_tokens = sum(span.num_scored for span in spans)
     if not nll_sum / num_tokens < _MOST_NATS:  # nan, too
-        raise Diverged("perplexity: it is not finite. The model's weights or activations overflow or hold NaN.")
+        raise Diverged("perplexity: it is not finite.")
     return Perplexity(nll_sum, num_tokens, num_bytes, len(texts), window=window, stride=stride)
 
 
@@ -92,9 +91,8 @@ def read_texts(paths: Sequence[Path | str]) -> list[str]:
 def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[Sequence[int]]) -> list[float]:
     """Mean over all positions of all texts (token ids) of ||h - h'|| / ||h'||, after each block in turn.
 
-    h' are the hidden states of the reference on its own earlier ones, so the errors of earlier blocks are in h. Every
-    position counts the same: in many models the first one is longer than all others together (massive activations,
-    arXiv 2402.17762). What is beyond the models' context is left out.
+    h' are the hidden states of the reference on its own earlier ones. Every position counts the same, since the first
+    may be longer than all others together (massive activations, arXiv 2402.17762).
     """
     context, sums, number = context_length(model), torch.zeros(()), 0
     with evaluation_mode(model), evaluation_mode(reference):

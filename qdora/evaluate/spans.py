@@ -1,37 +1,41 @@
 """Log-likelihoods of token spans: the forward passes under every score, perplexity included.
 
-Spans that belong together (the choices of one question) share a prefix. Where the model's cache allows it, the prefix
-runs once and its cache is copied to every choice, so that only the choices' own tokens follow.
+Where the model's cache allows it, the prefix of a question's choices runs once and its cache is copied to each.
 """
 
 from __future__ import annotations
-
-import inspect
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
 from qdora.adapter.layer import evaluation_mode
 from qdora.data.chats import shared_length
 from qdora.errors import first_line
 from qdora.files.console import Progress
-from qdora.memory.oom import free_memory, is_out_of_memory
-from qdora.model.attention import fast_grouped_attention, known_masks, vocabulary_size
+from qdora.memory.oom import free_memory
+from qdora.memory.oom import is_out_of_memory
+from qdora.model.attention import fast_grouped_attention
+from qdora.model.attention import known_masks
+from qdora.model.attention import vocabulary_size
+from torch import Tensor
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from typing import Any
+from typing import TypeVar
+import inspect
+import logging
+import numpy as np
+import torch
 
-# Of a forward pass, 256 MiB in bf16: 2,730 tokens of a 49k vocabulary, 524 of a 256k one.
-_MAX_LOGITS = 2**27
+_MAX_LOGITS = 2**27  # of a forward pass, 256 MiB in bf16
 _MAX_CACHE_BYTES = 2**29  # of the copies of the prefix cache, one per choice
 # Logits turned to float32 at a time. On a CPU they stay in its cache: three times as fast as 2**25.
 _SOFTMAX_LOGITS, _CPU_SOFTMAX_LOGITS = 2**25, 2**20
@@ -53,7 +57,6 @@ class Span:
 
     @property
     def num_scored(self) -> int:
-        """Tokens that are scored."""
         return len(self.ids) - self.start
 
     @property
@@ -65,8 +68,7 @@ class Span:
 def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) -> list[Span]:
     """Windows of at most `window` fed tokens over one text that score tokens first .. len-1 once, first >= 1.
 
-    The first one scores all that it can; every later one moves on by `stride` tokens and scores only the new ones.
-    Every scored token has at least window - stride + 1 tokens of context, or all there are.
+    Each moves on by `stride`: every scored token has at least window - stride + 1 tokens of context, or all there are.
     """
     assert 1 <= stride <= window, (stride, window)
     spans: list[Span] = []
@@ -95,7 +97,7 @@ def pads_left(model: nn.Module) -> bool:
 
 
 def _caches_only(model: nn.Module, *kinds: type) -> bool:
-    """Whether the cache has only layers of these kinds, and the model takes positions, which padding would shift."""
+    """Whether the cache has only these layers, and the model takes positions, which padding would shift."""
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(model, "_is_stateful", False):
         return False
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= set(kinds)
@@ -103,10 +105,8 @@ def _caches_only(model: nn.Module, *kinds: type) -> bool:
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and fast kernels of attention.
-
-    Not inference_mode: a layer may keep what it computes here (rotary tables, norms) for a later backward pass.
-    """
+    """Evaluation mode without gradients, and fast kernels of attention."""
+    # Not inference_mode: a layer may keep what it computes here (rotary tables, norms) for a later backward pass
     with evaluation_mode(model), torch.no_grad(), fast_grouped_attention():
         yield
 
@@ -115,8 +115,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
 def head_input(model: Any, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the output head gets what `choose` takes from the hidden states (rows, positions, features), contiguous.
 
-    transformers' own `logits_to_keep` gives it a slice, for which torch reads the weight once a row: a whole evaluation
-    took 2.5 to 26 times as long on a CPU.
+    With the slice of transformers' `logits_to_keep` an evaluation took 2.5 to 26 times as long on a CPU.
     """
 
     def take(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,8 +166,8 @@ def results_of(
 ) -> dict[int, Result]:
     """The result, JSON types, of every item of the batches, computed here or in another process.
 
-    A batch whose allocation fails is computed in halves, down to single items, and so are those after it; but with a
-    base that is divided among processes, since the others would wait in another batch.
+    A batch whose allocation fails is computed in halves, and so are those after it; not with a base that is divided
+    among processes, since the others would wait in another batch.
     """
     rank, size, exchange = _SHARE.get()
     is_divided = any(isinstance(module, FSDPModule) for module in model.modules())
@@ -184,10 +183,9 @@ def results_of(
                 if num_parts >= len(batch) or is_divided or not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            free_memory()  # outside the except block, where the error keeps the tensors of its frames alive
+            free_memory()  # outside the except block, where the error keeps tensors alive
             if num_parts == 1:
-                text = "Evaluation: out of memory with a batch of %d, computed in halves: %s"
-                logger.warning(text, len(batch), reason)
+                logger.warning("Evaluation: out of memory with a batch of %d, now in halves: %s", len(batch), reason)
             num_parts *= 2
         num_done += len(batch)
         if progress is not None:
@@ -212,7 +210,7 @@ def score_groups(
 ) -> list[NDArray[np.float64]]:
     """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats.
 
-    A forward pass has at most `max_batch_tokens` tokens, padding included, unless one row is longer.
+    A forward pass has at most `max_batch_tokens` tokens, padding included, or one row.
     """
     units: list[tuple[Sequence[Span], int]] = []  # spans that run together, and the length of their prefix
     can_share = shares_prefix(model)
@@ -261,7 +259,7 @@ def _score_shared(
 ) -> list[list[float]]:
     """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
-    Prefixes are padded on the left, so that the mask has no hole before a continuation: 0..0 1..1 | 1..1 0..0.
+    Prefixes are padded on the left: the mask is 0..0 1..1 | 1..1 0..0.
     """
     spans = [span for group, _ in units for span in group]
     rows = torch.tensor([row for row, (group, _) in enumerate(units) for _ in group])
@@ -308,8 +306,8 @@ def _scores(
 ) -> NDArray[np.float64]:
     """One forward pass over ids[begin:end] of every span: summed log-likelihood of the scored tokens that it predicts.
 
-    `rows`: the row of each span, ascending; spans of one row are fed once. The cache gets what is fed; `past` is (rows,
-    length) int64, 1 for each own token that it holds already. Returns (spans,) float64, nats.
+    `rows`: the row of each span, ascending; spans of one row are fed once. `past` is (rows, length) int64, 1 for each
+    own token in the cache. Returns (spans,) float64, nats.
     """
     device = next(model.parameters()).device
     rows = range(len(spans)) if rows is None else rows

@@ -1,7 +1,7 @@
 """Several tasks in one evaluation: metrics of each, their averages, a table, and the change since before training.
 
 As in lm-evaluation-harness `acc` takes the choice of the largest summed log-likelihood, `acc_norm` the largest per
-character of the choice's text. Unlike there the right choice counts 1/k when it is one of k tied ones.
+character. Unlike there the right choice counts 1/k when it is one of k tied ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qdora.files.console import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Metrics of one task, or their average over tasks. Accuracies lie in 0..1 and are None without choices."""
+    """Metrics of one task, or their average. Accuracies lie in 0..1 and are None without choices."""
 
     num_examples: int
     num_choice_examples: int
@@ -54,22 +54,18 @@ Metrics = TypeVar("Metrics")
 
 @dataclass(frozen=True)
 class Result(Generic[Metrics]):
-    """One model on several tasks."""
-
     tasks: dict[str, Metrics]
     average: Metrics  # every task that has a metric counts once; counts are sums
     settings: dict[str, Any]  # options and conditions, such as limit, block, model_dtype, device, seconds
     per_example: list[dict[str, Any]] = field(default_factory=list)  # in task order
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
-        """For JSON: dicts, lists, numbers, strings and None only."""
         tasks = {task: dict(vars(metrics)) for task, metrics in self.tasks.items()}
         document = {"tasks": tasks, "average": dict(vars(self.average)), "settings": dict(self.settings)}
         return document | ({"per_example": self.per_example} if per_example else {})
 
     @staticmethod
     def from_dict(document: Mapping[str, Any]) -> EvaluationResult:
-        """The inverse of `to_dict`, of log-likelihoods."""
         return Result(
             tasks={task: TaskResult(**metrics) for task, metrics in document["tasks"].items()},
             average=TaskResult(**document["average"]),
@@ -91,10 +87,9 @@ def evaluate(
     max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
+    """Score every task's examples: choices by log-likelihood, others by the NLL of their answer; `spread` chooses them.
 
-    `limit` and `block` say how many examples of a task are scored (None: all), and which (`spread`). Raises Diverged
-    if the model gives a log-likelihood that is not finite.
+    Raises Diverged if a log-likelihood is not finite.
     """
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
@@ -124,7 +119,7 @@ def conditions(model: nn.Module, started: float) -> dict[str, Any]:
 def spread(examples: Sequence[Example], limit: int | None, block: int | None = None) -> list[Example]:
     """At most `limit` examples, in their order: at even distances, since files are often ordered by origin.
 
-    Block k are the k-th `limit` examples of a fixed random order, which starts again at its end.
+    Block k: the k-th `limit` examples of a fixed random order, which starts again at its end.
     """
     if limit is None or limit >= len(examples):
         return list(examples)
@@ -136,8 +131,7 @@ def spread(examples: Sequence[Example], limit: int | None, block: int | None = N
 
 
 FEWEST = 10  # examples whose standard error is shown: of two right answers it is 0
-Cell = Callable[[Any], str]
-"""One task's result -> the text of a cell."""
+Cell = Callable[[Any], str]  # of one task's result
 
 
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
@@ -170,20 +164,19 @@ def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, C
 
 
 def percent(share: float | None, stderr: float | None = None, number: int = FEWEST) -> str:
-    """`12.3`, or `12.3 ± 0.4` over a number of examples that is not too small."""
+    """`12.3`, or `12.3 ± 0.4` over enough examples."""
     error = "" if stderr is None or number < FEWEST else f" ± {100 * stderr:.1f}"
     return "–" if share is None else f"{100 * share:.1f}{error}"
 
 
 def tie_credit(scores: ArrayLike, gold: int) -> float:
-    """1/k if `gold` is among the k largest scores, else 0."""
+    """1/k if `gold` is among the k largest scores."""
     array = np.asarray(scores, dtype=np.float64)
     best = np.flatnonzero(array == array.max())
     return 1.0 / best.size if gold in best else 0.0
 
 
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
-    """JSON-able scores of one example."""
     record: dict[str, Any] = {"task": task, "id": score.id}
     if score.gold is not None:
         per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
@@ -195,7 +188,6 @@ def _record(task: str, score: ExampleScore) -> dict[str, Any]:
 
 
 def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
-    """The metrics of a task from the records of its examples."""
     of_choices = [record for record in records if "acc" in record]
     credits = {name: [record[name] for record in of_choices] for name in ("acc", "acc_norm")}
     nlls, num_tokens = ([record[name] for record in records] for name in ("nll", "num_answer_tokens"))
@@ -244,7 +236,7 @@ def averaged(results: Sequence[Any], name: str) -> Estimate | None:
 
 
 def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    """The two fields of a result; JSON has no nan, so an error of nan is None."""
+    """The two fields of a result; JSON has no nan."""
     if estimate is None:
         return {name: None, f"{name}_stderr": None}
     return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
@@ -253,13 +245,12 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
 # Before and after training
 
 LossOrAccuracy = Literal["nll_per_token", "acc"]
-_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}
-"""Metric -> the sign of a change for the worse."""
+_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}  # sign of a change for the worse
 
 
 @dataclass(frozen=True)
 class TaskChange:
-    """A metric of one task ("average": of all of them) before and after training; what was not measured is None."""
+    """A metric of one task ("average": of all) before and after training; None: not measured."""
 
     task: str
     num_examples: int
@@ -270,16 +261,9 @@ class TaskChange:
     upper: float | None
     metric: LossOrAccuracy = "nll_per_token"
 
-    def in_words(self) -> str:
-        """'boolq is worse than before training: acc 0.6 against 0.7'."""
-        return f"{self.task} is worse than before training: {self.metric} {self.after:.4g} against {self.before:.4g}"
-
 
 def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
-    """The change of each task that has the metric, and of their average.
-
-    `before` and `after` are as `Result.to_dict` with single examples; empty if it was not measured.
-    """
+    """The change of each task that has the metric, and of their average, from `Result.to_dict` or nothing."""
     old, new = before.get("tasks", {}), after.get("tasks", {})
     old_records, new_records = (by_task(each.get("per_example", [])) for each in (before, after))
     rows = [(name, old.get(name, {}), new.get(name, {}), [name]) for name in dict.fromkeys([*old, *new])]
@@ -302,15 +286,9 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     return changes
 
 
-def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Tasks of both evaluations whose examples differ, so that only the change is over the same ones."""
-    old, new = (by_task(found.get("per_example", [])) for found in (before, after))
-    return [task for task in old if task in new and old[task].keys() != new[task].keys()]
-
-
 def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[TaskChange]:
     """The tasks that are worse than before training, beyond the noise of their examples, by a metric whose average is
-    better. Tasks of another number of examples, or of few, are left out."""
+    better. Tasks of few examples, or another number of them, are left out."""
     worse: list[TaskChange] = []
     before, after = (each.to_dict(per_example=True) for each in (base, now))
     for metric, sign in _WORSE.items():
@@ -324,7 +302,7 @@ def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[Tas
 
 
 def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Task -> name of an example -> its record. A name is an id with a number: ids can repeat within a task."""
+    """Task -> name of an example, its id with a number, as ids can repeat -> its record."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for record in records:
@@ -335,7 +313,7 @@ def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping
 
 
 def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: LossOrAccuracy) -> TaskScores | None:
-    """new - old of the examples that both evaluations of a task have; None for fewer than two."""
+    """new - old of the examples that both have; None for fewer than two."""
     name = "nll" if metric == "nll_per_token" else "acc"
     pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
     if len(pairs) < 2:

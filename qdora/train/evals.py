@@ -1,29 +1,39 @@
 """The evaluations of a run: measured while it trains, kept in its directory, and the best step chosen by them."""
 
 from __future__ import annotations
-
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from qdora.data.example import Example
+from qdora.evaluate.generation import GenerationResult
+from qdora.evaluate.generation import evaluate_generated
+from qdora.evaluate.spans import batches_shared
+from qdora.evaluate.suite import EvaluationResult
+from qdora.evaluate.suite import by_task
+from qdora.evaluate.suite import evaluate
+from qdora.evaluate.suite import spread
+from qdora.evaluate.suite import tasks_of_other_examples
+from qdora.evaluate.suite import worse_than_before
+from qdora.files.atomic import read_json_object
+from qdora.files.console import bar
+from qdora.files.console import errors_only
+from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import checkpoint_fault
+from qdora.recipe.settings import MACRO
+from qdora.recipe.settings import Recipe
+from qdora.train.distributed import Processes
+from qdora.train.logs import TRAINED_FILE
+from rich.console import Console
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from typing import Any
+from typing import TypeVar
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
-
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from qdora.data.example import Example
-from qdora.evaluate.generation import GenerationResult, evaluate_generated
-from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult, evaluate, spread, tasks_of_other_examples, worse_than_before
-from qdora.files.atomic import read_json_object
-from qdora.files.console import bar, errors_only
-from qdora.files.run_directory import RunDirectory, checkpoint_fault
-from qdora.recipe.settings import MACRO, Recipe
-from qdora.train.distributed import Processes
-from qdora.train.logs import TRAINED_FILE
 
 BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
@@ -74,7 +84,8 @@ class StepEvaluations:
         base = self.results.get(self.start)
         worse = [] if step == 0 or base is None else worse_than_before(base, result)
         for each in worse:
-            logger.warning("Step %d: %s.", step, each.in_words())
+            text = "Step %d: %s is worse than before training: %s %.4g against %.4g."
+            logger.warning(text, step, each.task, each.metric, each.after, each.before)
         line = {"eval": tasks, "average": asdict(result.average), "time": seconds}
         return line | ({"worse_than_base": [asdict(each) for each in worse]} if worse else {})
 
@@ -242,9 +253,8 @@ def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]
         files["adapter"] = run.evaluation_file(step)
     results = {label: read_result(file) for label, file in files.items() if file.is_file()}
     if len(results) == 2:
-        sizes = [{task: each.num_examples for task, each in result.tasks.items()} for result in results.values()]
-        documents = (result.to_dict(per_example=True) for result in results.values())
-        if sizes[0] != sizes[1] or tasks_of_other_examples(*documents):
+        one, other = (by_task(result.per_example) for result in results.values())
+        if {task: {*rows} for task, rows in one.items()} != {task: {*rows} for task, rows in other.items()}:
             del results[start]
     return results
 
