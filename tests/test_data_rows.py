@@ -1,35 +1,26 @@
 """Rows -> Examples: every layout of a user's rows, the built-in tasks, the demo data; what is wrong with rows."""
 
 from __future__ import annotations
+
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
-from qdora.data import demo
-from qdora.data.commonsense import HUB_TASKS
-from qdora.data.commonsense import commonsense_task
-from qdora.data.commonsense import example_of_row
-from qdora.data.commonsense import instruction_row
-from qdora.data.commonsense import without_wikihow_marks
-from qdora.data.example import Example
-from qdora.data.example import Turn
-from qdora.data.formats import parse_messages
-from qdora.data.formats import parse_tools
-from qdora.data.sources import has_split
-from qdora.data.sources import load_source
-from qdora.data.sources import open_source
-from qdora.errors import HubFailure
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.recipe_file import recipe_from
-from tests.data_rows import fault_of
-from tests.data_rows import faults_of
-from tests.data_rows import says
-from tests.data_rows import write
 from typing import Any
-import hashlib
+
 import huggingface_hub
-import json
 import pandas as pd
 import pytest
+
+from qdora.data import demo
+from qdora.data.commonsense import HUB_TASKS, commonsense_task, example_of_row, instruction_row, without_wikihow_marks
+from qdora.data.example import Example, Turn
+from qdora.data.formats import parse_messages, parse_tools
+from qdora.data.sources import has_split, load_source, open_source
+from qdora.errors import HubFailure
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, SourceConfig
+from qdora.recipe.recipe_file import recipe_from
+from tests.data_rows import fault_of, faults_of, says, write
 
 Row = dict[str, Any]
 BELOW = "Below is an instruction that describes a task"

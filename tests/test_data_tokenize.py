@@ -1,38 +1,28 @@
 """Texts -> token ids and labels: every policy for long ones against plain loops; notes; tokens shown to people."""
 
 from __future__ import annotations
-from hypothesis import example as tried
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from pathlib import Path
-from qdora.data import cache as cache_file
-from qdora.data import sources
-from qdora.data import tokenize
-from qdora.data.chats import set_chat_date
-from qdora.data.chats import set_chat_settings
-from qdora.data.example import Example
-from qdora.data.example import Turn
-from qdora.data.tokenize import TokenizedExample
-from qdora.data.tokenize import TokenizedSet
-from qdora.data.tokenize import encode_pairs
-from qdora.data.tokenize import special_prefix
-from qdora.data.tokenize import tokenize_all
-from qdora.recipe.data_settings import DataConfig
-from qdora.run.preview import shown_example
-from qdora.run.preview import token_pieces
-from tests import support
-from tests.data_rows import fault_of
-from tests.data_rows import mixed
-from tests.data_rows import says
-from tests.data_rows import write
-from tokenizers import Tokenizer
-from tokenizers import models
-from transformers import PreTrainedTokenizerFast
-from typing import Any
+
 import itertools
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import example as tried
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from qdora.data import cache as cache_file
+from qdora.data import sources, tokenize
+from qdora.data.chats import set_chat_date, set_chat_settings
+from qdora.data.example import Example, Turn
+from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
+from qdora.recipe.data_settings import DataConfig
+from qdora.run.preview import shown_example, token_pieces
+from tests import support
+from tests.data_rows import fault_of, mixed, says, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)

@@ -1,69 +1,56 @@
 """Whole evaluations: metrics, tables, changes by task, answers in the model's words, lm-evaluation-harness."""
 
 from __future__ import annotations
-from dataclasses import fields
-from dataclasses import replace
-from itertools import groupby
-from pathlib import Path
-from qdora.data.demo import examples as demo_examples
-from qdora.data.example import Example
-from qdora.errors import RunFailure
-from qdora.evaluate import generation
-from qdora.evaluate import harness
-from qdora.evaluate import suite
-from qdora.evaluate.generation import GenerationResult
-from qdora.evaluate.generation import answer_names
-from qdora.evaluate.generation import evaluate_generated
-from qdora.evaluate.generation import first_mention
-from qdora.evaluate.harness import HarnessTasks
-from qdora.evaluate.harness import as_lm
-from qdora.evaluate.harness import evaluate_harness
-from qdora.evaluate.harness import find_harness_tasks
-from qdora.evaluate.intervals import Estimate
-from qdora.evaluate.intervals import mean_stderr
-from qdora.evaluate.intervals import ratio_stderr
-from qdora.evaluate.loglikelihood import ExampleScore
-from qdora.evaluate.loglikelihood import score_examples
-from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.spans import results_of
-from qdora.evaluate.suite import EvaluationResult
-from qdora.evaluate.suite import TaskChange
-from qdora.evaluate.suite import TaskResult
-from qdora.evaluate.suite import averaged
-from qdora.evaluate.suite import compare_table
-from qdora.evaluate.suite import evaluate
-from qdora.evaluate.suite import spread
-from qdora.evaluate.suite import task_changes
-from qdora.evaluate.suite import tasks_of_other_examples
-from qdora.evaluate.suite import tie_credit
-from qdora.evaluate.suite import worse_than_before
-from qdora.model.tokens import train_embeddings
-from qdora.model.tokens import trained_matrices
-from qdora.recipe.options import EvalOptions
-from qdora.run.run import train_run
-from qdora.run.verbs import evaluate_target
-from qdora.train.distributed import processes_of_launch
-from qdora.train.evals import evaluate_together
-from rich.console import Console
-from scipy import stats
-from tests import support
-from tests.data_rows import fault_of
-from tests.data_rows import says
-from torch import Tensor
-from torch import nn
-from transformers import GenerationConfig
-from transformers import LlamaConfig
-from typing import Any
+
 import importlib.machinery
 import importlib.util
 import io
 import json
 import math
+import sys
+import types
+from dataclasses import fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-import sys
 import torch
-import types
+from rich.console import Console
+from scipy import stats
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig
+
+from qdora.data.demo import examples as demo_examples
+from qdora.data.example import Example
+from qdora.errors import RunFailure
+from qdora.evaluate import generation, harness, suite
+from qdora.evaluate.generation import GenerationResult, answer_names, evaluate_generated, first_mention
+from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
+from qdora.evaluate.intervals import Estimate, mean_stderr, ratio_stderr
+from qdora.evaluate.loglikelihood import ExampleScore, score_examples
+from qdora.evaluate.spans import batches_shared, results_of
+from qdora.evaluate.suite import (
+    EvaluationResult,
+    TaskChange,
+    TaskResult,
+    averaged,
+    compare_table,
+    evaluate,
+    spread,
+    task_changes,
+    tie_credit,
+    worse_than_before,
+)
+from qdora.model.tokens import train_embeddings, trained_matrices
+from qdora.recipe.options import EvalOptions
+from qdora.run.run import train_run
+from qdora.run.verbs import evaluate_target
+from qdora.train.distributed import processes_of_launch
+from qdora.train.evals import evaluate_together
+from tests import support
+from tests.data_rows import fault_of, says
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 

@@ -1,46 +1,37 @@
 """What is said of a run's data before it trains: validate and preview, checks of the start, limits of the model."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Sequence
-from functools import cache
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from pathlib import Path
-from qdora.cli import app
-from qdora.data.chats import set_chat_settings
-from qdora.data.sources import load_source
-from qdora.data.sources import read_data
-from qdora.data.sources import tokenized_sources
-from qdora.data.tokenize import TokenizedExample
-from qdora.data.tokenize import TokenizedSet
-from qdora.errors import UserError
-from qdora.recipe.data_settings import DataConfig
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.recipe_file import load_recipe
-from qdora.recipe.recipe_file import resolved_yaml
-from qdora.recipe.settings import Recipe
-from qdora.run import preview as preview_file
-from qdora.run.prepare import example_checks
-from qdora.run.prepare import repeated_checks
-from qdora.run.prepare import vocabulary_faults
-from qdora.run.preview import visible
-from qdora.run.run import train_run
-from rich.console import Console
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from tests import support
-from tests.data_rows import says
-from tests.data_rows import write
-from transformers import LlamaConfig
-from typer.testing import CliRunner
-from typer.testing import Result
-from typing import Any
+
 import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-import unicodedata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+from typer.testing import CliRunner, Result
+
+from qdora.cli import app
+from qdora.data.chats import set_chat_settings
+from qdora.data.sources import load_source, read_data, tokenized_sources
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml
+from qdora.recipe.settings import Recipe
+from qdora.run import preview as preview_file
+from qdora.run.prepare import example_checks, repeated_checks, vocabulary_faults
+from qdora.run.preview import visible
+from qdora.run.run import train_run
+from tests import support
+from tests.data_rows import says, write
 
 QUIET = Console(quiet=True)
 NOT_EVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}

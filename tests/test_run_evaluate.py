@@ -1,46 +1,38 @@
 """qdora eval --data and qdora generate: own data scored as the run's, and the same tokens as a plain loop."""
 
 from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import GenerationConfig
+
 from qdora.adapter import layer as layer_module
 from qdora.adapter import product as products_of_layers
-from qdora.data.sources import given_source
-from qdora.data.sources import trained_on
+from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.spans import Span
-from qdora.evaluate.spans import score_spans
+from qdora.evaluate.spans import Span, score_spans
 from qdora.export.export import export_run
 from qdora.export.verify import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.options import EvalOptions
-from qdora.recipe.options import ExportOptions
-from qdora.recipe.options import Sampling
+from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
 from qdora.run.load_run import load_target
 from qdora.run.report import run_facts
 from qdora.run.run import train_run
-from qdora.run.verbs import answer_chats
-from qdora.run.verbs import evaluate_target
-from qdora.run.verbs import generate_from
-from qdora.run.verbs import prompt_ids
-from qdora.run.verbs import read_chats
-from rich.console import Console
+from qdora.run.verbs import answer_chats, evaluate_target, generate_from, prompt_ids, read_chats
 from tests import support
-from tests.data_rows import fault_of
-from tests.data_rows import faults_of
-from tests.data_rows import says
-from tests.data_rows import write
-from transformers import GenerationConfig
-from typing import Any
-import io
-import json
-import logging
-import pytest
-import shutil
-import torch
-import yaml
+from tests.data_rows import fault_of, faults_of, says, write
 
 QUIET = Console(quiet=True)
 

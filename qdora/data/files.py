@@ -8,32 +8,7 @@ before the first one asked for, and a whole row group of Parquet (251 MiB agains
 """
 
 from __future__ import annotations
-from bisect import bisect_left
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
-from itertools import chain
-from itertools import islice
-from pathlib import Path
-from qdora.data.example import RowFault
-from qdora.errors import HubFailure
-from qdora.errors import UserError
-from qdora.files.atomic import sampled_digest
-from qdora.recipe.data_settings import COMPRESSED_SUFFIXES
-from qdora.recipe.data_settings import FILE_SUFFIXES
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.section import reason_of
-from qdora.recipe.section import shown
-from typing import Any
-from typing import BinaryIO
-from typing import NamedTuple
-from typing import cast
+
 import csv
 import glob
 import gzip
@@ -41,6 +16,20 @@ import io
 import json
 import os
 import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from qdora.data.example import RowFault
+from qdora.errors import HubFailure, UserError
+from qdora.files.atomic import sampled_digest
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig
+from qdora.recipe.section import reason_of, shown
 
 MAX_SHOWN_FAULTS = 5  # faulty rows that are named
 _RANGE_BYTES = 16 * 2**20  # of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms

@@ -1,39 +1,21 @@
 """Row -> Example: renamed columns, a template, or the layout that the columns of the first row show (`FORMATS`)."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import replace
-from jinja2 import StrictUndefined
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from qdora.data.commonsense import commonsense_task
-from qdora.data.commonsense import example_of_row
-from qdora.data.commonsense import instruction_row
-from qdora.data.commonsense import with_named_choices
-from qdora.data.example import Example
-from qdora.data.example import Messages
-from qdora.data.example import Row
-from qdora.data.example import RowFault
-from qdora.data.example import Tools
-from qdora.data.example import Turn
-from qdora.data.example import optional_text
-from qdora.data.example import row_id
-from qdora.data.example import text_field
-from qdora.data.files import parse_json
-from qdora.errors import UserError
-from qdora.errors import first_line
-from qdora.recipe.data_settings import CHAT_FORMATS
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.section import reason_of
-from qdora.recipe.section import shown
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
+
+from jinja2 import StrictUndefined, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
+from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
+from qdora.data.files import parse_json
+from qdora.errors import UserError, first_line
+from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig
+from qdora.recipe.section import reason_of, shown
 
 FIRST_ROWS = 64  # in which each column that `columns` names must be found once
 _CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion become a chat

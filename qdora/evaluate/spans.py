@@ -4,36 +4,30 @@ Where the model's cache allows it, the prefix of a question's choices runs once 
 """
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import nullcontext
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
 from qdora.adapter.layer import evaluation_mode
 from qdora.data.chats import shared_length
 from qdora.errors import first_line
 from qdora.files.console import Progress
-from qdora.memory.oom import free_memory
-from qdora.memory.oom import is_out_of_memory
-from qdora.model.attention import fast_grouped_attention
-from qdora.model.attention import known_masks
-from qdora.model.attention import vocabulary_size
-from torch import Tensor
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer
-from typing import Any
-from typing import TypeVar
-import inspect
-import logging
-import numpy as np
-import torch
+from qdora.memory.oom import free_memory, is_out_of_memory
+from qdora.model.attention import fast_grouped_attention, known_masks, vocabulary_size
 
 _MAX_LOGITS = 2**27  # of a forward pass, 256 MiB in bf16
 _MAX_CACHE_BYTES = 2**29  # of the copies of the prefix cache, one per choice

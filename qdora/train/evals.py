@@ -1,39 +1,29 @@
 """The evaluations of a run: measured while it trains, kept in its directory, and the best step chosen by them."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from qdora.data.example import Example
-from qdora.evaluate.generation import GenerationResult
-from qdora.evaluate.generation import evaluate_generated
-from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult
-from qdora.evaluate.suite import by_task
-from qdora.evaluate.suite import evaluate
-from qdora.evaluate.suite import spread
-from qdora.evaluate.suite import tasks_of_other_examples
-from qdora.evaluate.suite import worse_than_before
-from qdora.files.atomic import read_json_object
-from qdora.files.console import bar
-from qdora.files.console import errors_only
-from qdora.files.run_directory import RunDirectory
-from qdora.files.run_directory import checkpoint_fault
-from qdora.recipe.settings import MACRO
-from qdora.recipe.settings import Recipe
-from qdora.train.distributed import Processes
-from qdora.train.logs import TRAINED_FILE
-from rich.console import Console
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-from typing import TypeVar
+
 import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.data.example import Example
+from qdora.evaluate.generation import GenerationResult, evaluate_generated
+from qdora.evaluate.spans import batches_shared
+from qdora.evaluate.suite import EvaluationResult, by_task, evaluate, spread, worse_than_before
+from qdora.files.atomic import read_json_object
+from qdora.files.console import bar, errors_only
+from qdora.files.run_directory import RunDirectory, checkpoint_fault
+from qdora.recipe.settings import MACRO, Recipe
+from qdora.train.distributed import Processes
+from qdora.train.logs import TRAINED_FILE
 
 BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
