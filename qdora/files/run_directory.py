@@ -117,7 +117,7 @@ class RunDirectory:
         return path
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write strict JSON, such as eval/final.json."""
+        """Write strict JSON, such as eval/step-0.json."""
         path = self.inside(name)
         with self._disk_failures(name):
             path.parent.mkdir(parents=True, exist_ok=True)

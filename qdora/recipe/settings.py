@@ -134,7 +134,7 @@ class BaseWeightsConfig(Section):
     """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. mxfp4 keeps the
     experts of such a checkpoint (gpt-oss), and all else in 16 bits. nf3 and nf2 are simulated and take 4 bits."""
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights per scale, for all formats but int8. 64: QLoRA, arXiv 2305.14314, sec. 3."""
+    """Weights per scale, for all formats but int8 and mxfp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
     """Store the scales in 8 bits, which saves 0.37 bit a weight. QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)

@@ -86,7 +86,7 @@ class PreparedRun:
 
 
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:
-    """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
+    """Read the data, plan the run, and check both against the machine. Loads no weights and writes only caches.
 
     With `force` a plan over memory.budget is a warning.
     """

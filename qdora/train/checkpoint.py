@@ -5,6 +5,7 @@ optimizer.safetensors     optimizer states and the low bits of bf16 parameters
 gates.safetensors         the gates, their Adam, and lora_B without them, if the adapter has gates
 random.safetensors        state of torch's generators in every process, so that a resumed step draws the same numbers
 state.json                step, data position, and what the run has learnt about itself (policies)
+complete.json             size and CRC of every file, written last
 """
 
 from __future__ import annotations
