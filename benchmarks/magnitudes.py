@@ -35,6 +35,8 @@ ARMS += [("bfloat16", "float32, other micro-batches"), ("bfloat16", "plain bf16"
 class PlainBf16AdamW:
     """torch.optim.AdamW on parameters that are all bf16, with the interface of AdapterOptimizer."""
 
+    undecayed = ()
+
     def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         self.parameters = parameters
         self.inner = torch.optim.AdamW(list(parameters.values()), weight_decay=0.0)

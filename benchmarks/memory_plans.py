@@ -227,7 +227,7 @@ def plan_recipes(*, smoke: bool) -> dict[str, Any]:
     if smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}
         of = {name: MixtralConfig if name in MIXTURES else LlamaConfig for name in configs}
-        configs = {name: of[name](**small, num_hidden_layers=48) for name in configs}
+        configs = {name: of[name](**small, num_hidden_layers=56) for name in configs}
     plans = {name: _planned(load_recipe(name), configs[name]) for name in RECIPES}
     if not smoke:
         source = f"meta-llama/{LARGEST}-Instruct"

@@ -192,13 +192,12 @@ def test_a_full_disk_gives_one_line(tmp_path, number, kind):
     error = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O error: {os.strerror(number)}")
     with pytest.raises(Exception) as raised, disk_failures(tmp_path / "study"):
         raise error
-    if number in (errno.ENOENT, errno.EROFS):
-        assert raised.value is error
-    else:
-        assert isinstance(raised.value, RunFailure)
-        assert str(raised.value) == f"{tmp_path / 'study'}: cannot be written: the disk is full."
     if number == errno.ENOENT:
+        assert raised.value is error
         return
+    assert isinstance(raised.value, RunFailure)
+    reason = "Read-only file system" if number == errno.EROFS else "the disk is full"
+    assert str(raised.value) == f"{tmp_path / 'study'}: cannot be written: {reason}."
     place = UserError if number == errno.EROFS else RunFailure  # a forbidden place is a mistake of the user
     with pytest.raises(place, match=r"^x: cannot be .*written"), disk_failures(Path("x"), "choose another"):
         raise OSError(number, os.strerror(number))

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from qdora.errors import DiskFull, RunFailure, UserError
 
+READ_ONLY = os.strerror(errno.EROFS)
 DISK_FULL = "the disk is full"
 PARTIAL, REPLACED = ".partial", ".replaced"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,8 +38,9 @@ def disk_reason(error: BaseException) -> str | None:
     """Why a write failed; None for another error. Rust and C++ libraries raise their own for a full disk."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
-    is_full = isinstance(error, Exception) and any(os.strerror(number) in str(error) for number in _FULL)
-    return DISK_FULL if is_full else None
+    if any(os.strerror(number) in str(error) for number in _FULL):
+        return DISK_FULL
+    return READ_ONLY if READ_ONLY in str(error) else None
 
 
 @contextmanager
@@ -53,6 +55,8 @@ def disk_failures(path: Path, fix: str = "") -> Iterator[None]:
             raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
         if isinstance(error, OSError) and fix:
             raise UserError(f"{path}: cannot be written: {error.strerror}. Fix: {fix}.") from None
+        if READ_ONLY in str(error):
+            raise RunFailure(f"{path}: cannot be written: {READ_ONLY}.") from error
         raise
 
 
