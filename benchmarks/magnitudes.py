@@ -47,6 +47,7 @@ class PlainBf16AdamW:
         self.inner.step()
 
     zero_grad = AdapterOptimizer.zero_grad
+    _gradients = AdapterOptimizer._gradients
     gradient_norm = AdapterOptimizer.gradient_norm
     scale_gradients_ = AdapterOptimizer.scale_gradients_
 
