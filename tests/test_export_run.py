@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -234,8 +235,10 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
     """The working directory would be replaced under the feet of whoever stands in it."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "here").mkdir()
+    for name in ("here", "disk"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     for place, words in (
         *((tmp_path / name, "Fix: name another directory") for name in ("file/out", "n" * 250, "n" * 300)),
         (Path("/proc/x/y"), "/proc/x/y: .* Fix: name another directory"),
@@ -243,12 +246,13 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
         (tmp_path / "link", "must be a new or empty directory"),
         (tmp_path, "must be a new or empty directory"),
         (Path(), r"\.: .*not the working directory"),
+        (tmp_path / "disk", "no mount point"),
     ):
         with pytest.raises(UserError, match=words):
             export_run(dora_run, place, PEFT)
     with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here", "link"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here", "link"]
 
 
 # --- what is left where an export stops

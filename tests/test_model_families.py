@@ -178,6 +178,8 @@ def test_ranks_of_experts_and_routers_that_stay_as_they_are(tmp_path):
         assert type(block.mlp.shared_expert_gate) is nn.Linear
         assert block.mlp.gate.weight.dtype == torch.bfloat16
         assert not block.mlp.gate.weight.requires_grad
+    with pytest.raises(UserError, match="no target is an expert"):
+        adapted(expert_rank=2, targets=["q_proj"])
     with pytest.raises(UserError, match=r"'expert' matches no linear layer; must be .* v_proj"):
         adapted(targets=["expert"])
 

@@ -9,7 +9,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from qdora.adapter.rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
@@ -256,3 +259,6 @@ def test_added_tokens_get_the_next_ids_and_are_never_split():
     fault = rf"add_tokens: '<tool>' is token {size} of this tokenizer already"
     with pytest.raises(UserError, match=fault):
         add_tokens(tokenizer, ("<new>", "<tool>"))
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 5, "?": 6}, unk_token="?"))
+    with pytest.raises(UserError, match="one after the other"):  # else a new token would share the row of c
+        add_tokens(PreTrainedTokenizerFast(tokenizer_object=words), ("<x>", "<y>"))

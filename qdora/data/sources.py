@@ -197,7 +197,11 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     own = [source for source in mix if source.source is not None]
     same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
     layout = next(iter(same or (own if len(mix) == 1 else [])), SourceConfig.model_construct())
-    if len(mix) > 1 and not same and any(each.chat or each.columns or each.template for each in own):
+    if (
+        len(mix) > 1
+        and not same
+        and any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
+    ):
         logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,8 +62,10 @@ def export_run(
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
             is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-            if out.is_symlink() or not is_new or place == Path.cwd():
-                raise UserError(f"{out}: must be a new or empty directory, and not the working directory.")
+            if out.is_symlink() or os.path.ismount(out) or not is_new or place == Path.cwd():
+                raise UserError(
+                    f"{out}: must be a new or empty directory, no mount point and not the working directory."
+                )
         stack.enter_context(disk_failures(out))
         folder = stack.enter_context(atomic_directory(place))
         writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter}

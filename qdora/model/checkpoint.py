@@ -327,6 +327,9 @@ def _numbered(shape: Sequence[int], first: int) -> Tensor:
     return torch.arange(first, first + torch.Size(shape).numel()).view(*shape)
 
 
+_MOST_PIECES = 8  # a conversion that cuts a tensor into more permutes its rows
+
+
 def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tuple[str, slice]]:
     """Key and rows of each run of consecutive numbers. `first_rows`: (first number, key) of each tensor, ascending."""
     flat = numbers.reshape(-1)
@@ -334,6 +337,8 @@ def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tupl
     owner = torch.bucketize(flat, starts, right=True) - 1
     jumps = (flat.diff() != 1) | (owner.diff() != 0)
     bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
+    if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
+        raise ValueError("rows are permuted")
     pieces = []
     for start, stop in pairwise(bounds):
         first, key = first_rows[int(owner[start])]
@@ -452,6 +457,7 @@ def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
     for key, held in revert_weight_conversion(model, {path: numbers}).items():
         flat = held.reshape(-1)
         start = int(flat[0])
+        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
         sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
         found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
     return found

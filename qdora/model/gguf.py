@@ -31,7 +31,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
 
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory, in_turn
+from qdora.files.atomic import atomic_directory, disk_reason, in_turn
 from qdora.files.machine import cache_folder, package_versions
 from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts
 from qdora.model.experts import library_names, stacks
@@ -304,7 +304,7 @@ def tokenizer_of_gguf(path: Path) -> Any:
 
 
 def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
-    """What `load` makes of the file, kept in the user's cache directory.
+    """What `load` makes of the file, kept in the user's cache directory if the disk takes it.
 
     transformers turns each word of the vocabulary into arrays whenever it reads a header, which takes seconds.
     """
@@ -318,8 +318,14 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     if not folder.is_dir():
         with in_turn(folder):
             if not folder.is_dir():  # another process may have made it meanwhile
-                with atomic_directory(folder) as aside:
-                    load(str(path.parent), gguf_file=path.name).save_pretrained(aside)
+                made = load(str(path.parent), gguf_file=path.name)
+                try:
+                    with atomic_directory(folder) as aside:
+                        made.save_pretrained(aside)
+                except Exception as error:
+                    if disk_reason(error) is None:
+                        raise
+                    return made
     kept = load(str(folder), local_files_only=True)
     kept.name_or_path = str(path.parent)
     return kept

@@ -64,6 +64,8 @@ def inject(
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
+    if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
+        raise UserError("adapter.experts: no target is an expert of this model.")
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0

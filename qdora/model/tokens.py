@@ -38,11 +38,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
 
     They are not special: decoded text keeps them. Text is never split inside them.
     """
-    vocabulary = tokenizer.get_vocab() if tokens else {}
+    if not tokens:
+        return
+    vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if token in vocabulary:
             raise UserError(f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already.")
+    first = max(vocabulary.values()) + 1
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    if list(new_token_ids(tokenizer, tokens)) != list(range(first, first + len(tokens))):
+        raise UserError("model.add_tokens: this tokenizer does not number new tokens one after the other.")
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
@@ -59,9 +64,13 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
         return
     embedding, head = _modules(model)
     check_trainable(model, embedding_paths(model)[1:], "model.add_tokens")
+    if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
+        raise UserError("model.add_tokens: the model has a table of the vocabulary in each layer.")
     older = ids[0]
     for module in (embedding,) if is_tied(model) else (embedding, head):
         weight = module.weight
+        if older > len(weight):
+            raise UserError(f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows.")
         known = weight[:older]
         total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
         new = (total / older).to(weight.dtype).expand(len(ids), -1)

@@ -111,7 +111,10 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     A fault is a line `<where>: <path.to.key>: what is wrong`; in a key of `overrides`, which were already applied, it
     begins with -s instead of `where`.
     """
-    leaves = [f"{key}: {value}" for key, value in flat(data).items()]
+    try:
+        leaves = [f"{key}: {value}" for key, value in flat(data).items()]
+    except RecursionError:
+        raise UserError(f"{where}: an alias contains itself.") from None
     if secrets := [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]:
         what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
         raise UserError(*(f"{where}: {path}: {what}" for path in secrets))
