@@ -445,8 +445,11 @@ def _faults_of_files(
     own = text.tokenizer
     if own is None:
         return faults
-    code = has_own_code(own)
-    reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=code)
+    try:
+        code = has_own_code(own)
+        reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=code)
+    except (OSError, ValueError) as error:
+        return [*faults, f"the tokenizer does not reload: {error}"]
     if any(reloaded(each)["input_ids"] != own(each)["input_ids"] for each in text.texts):
         faults.append("the reloaded tokenizer gives other ids")
     elif reloaded.get_added_vocab() != own.get_added_vocab():

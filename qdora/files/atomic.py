@@ -51,11 +51,12 @@ def disk_failures(path: Path, fix: str = "") -> Iterator[None]:
     except (UserError, RunFailure):
         raise
     except Exception as error:
-        if disk_reason(error) == DISK_FULL:
+        reason = disk_reason(error) or ""
+        if reason == DISK_FULL:
             raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
         if isinstance(error, OSError) and fix:
             raise UserError(f"{path}: cannot be written: {error.strerror}. Fix: {fix}.") from None
-        if READ_ONLY in str(error):
+        if READ_ONLY in reason:
             raise RunFailure(f"{path}: cannot be written: {READ_ONLY}.") from error
         raise
 

@@ -64,16 +64,15 @@ def with_attention(
     flash_attention_2 where it is installed and fits, else transformers' choice.
     """
     need, model = softcap_of(config), None
-    choice = asked if asked != "auto" else None if need is None else "eager"
     has_flash = device.type == "cuda" and is_flash_attn_2_available() and dtype in _FLASH_DTYPES
     has_flash = has_flash and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
-    if asked == "auto" and need is None and has_flash:
+    if has_flash and (asked == FLASH or (asked == "auto" and need is None)):
         with suppress(ValueError):  # transformers has no flash attention for this model
             model = build(FLASH)
     if model is None or not _fits_flash(model):
-        model = build(choice)
-    if asked == FLASH and not (has_flash and _fits_flash(model)):
-        raise UserError(f"model.attention: {FLASH} does not fit {name}, its dtype or this device.")
+        if asked == FLASH:
+            raise UserError(f"model.attention: {FLASH} does not fit {name}, its dtype or this device.")
+        model = build(asked if asked != "auto" else None if need is None else "eager")
     need = need or next((name for name, _ in model.named_parameters() if _SINKS.search(name)), None)
     if need is not None and attention_of(model) != "eager":
         if asked != "auto":

@@ -347,11 +347,9 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     names = [tokenizer.convert_ids_to_tokens(id) for id in untrained_rows(model, read, learnt)]
     if not names:
         return []
-    text = (
-        f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and an "
-    )
-    fix = "Fix: name the instruct version in model.source, or train them (adapter.also_train_rows: all)."
-    return [Check("warning", f"{text}adapter does not change them. {fix}")]
+    text = f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and "
+    text += "an adapter does not change them. Fix: name the instruct version in model.source, or train them "
+    return [Check("warning", f"{text}(adapter.also_train_rows: all).")]
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:

@@ -63,6 +63,7 @@ def check_options(options: EvalOptions, target: str) -> None:
     named, path = data_tasks(options), user_path(options.data or ".")
     rules = {
         f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
+        "--harness-include: is used only with --harness.": options.harness_include is not None and not options.harness,
         "--step: is not used with --base.": options.step is not None and options.base,
         "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
         f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,

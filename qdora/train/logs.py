@@ -375,6 +375,8 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
+        if len(examples[source.label]) < _LEAST_PROBED:
+            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 

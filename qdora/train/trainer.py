@@ -58,7 +58,7 @@ class _Gradient:
 
 class Trainer:
     """Trains a model with adapters by a recipe; `validation` has the validation examples of each source. `step` counts
-    the optimizer steps done."""
+    the steps done, skipped ones too."""
 
     def __init__(
         self,
