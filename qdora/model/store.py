@@ -54,7 +54,7 @@ class PrunedLayer:
     """Counts and error of a pruned and quantised layer.
 
     `num_zeros`: also the weights that are quantised to 0. `relative_error`: ||W' - W|| / ||W|| (Frobenius norm) of the
-    dense weight W and the result W'. `num_packed_bytes`: as `PackedWeight.num_packed_bytes`.
+    dense weight W and the result W'. `num_packed_bytes`: of all tensors of W'.
     """
 
     num_weights: int

@@ -245,5 +245,5 @@ def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> PrunedLayer:
         num_pruned=0 if mask is None else int((~mask).sum()),
         num_zeros=int((dense == 0).sum()),
         relative_error=float((dense - original).norm()) / norm if norm else 0.0,
-        num_packed_bytes=weight.nbytes if isinstance(weight, Tensor) else weight.num_packed_bytes,
+        num_packed_bytes=weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes,
     )

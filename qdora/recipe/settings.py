@@ -130,9 +130,9 @@ class ModelConfig(Section):
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
 
-    quant: Literal["nf4", "fp4", "int8", "mxfp4", "int4", "nf3", "nf2", "none"] = "nf4"
+    quant: Literal["nf4", "fp4", "int8", "mxfp4", "int4", "nf3", "nf2", "int3", "int2", "none"] = "nf4"
     """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. mxfp4 keeps the
-    experts of such a checkpoint (gpt-oss), and all else in 16 bits. nf3 and nf2 are simulated and take 4 bits."""
+    experts of such a checkpoint (gpt-oss), and all else in 16 bits. int4, int3 and int2 have equal steps."""
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights per scale, for all formats but int8 and mxfp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
