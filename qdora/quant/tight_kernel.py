@@ -17,7 +17,7 @@ def decode_into(out: Tensor, packed: Tensor, scales: Tensor, values: Tensor, *, 
     value[code] = values[4 * code + 3], as in `codebooks.resident_values`.
     """
     grid = (-(-out.numel() // _STEP),)
-    with torch.cuda.device_of(packed):
+    with torch.cuda.device_of(packed):  # type: ignore[no-untyped-call]
         _kernel[grid](out, packed, scales, values, out.numel(), block_size, bits, _STEP)
 
 
