@@ -772,7 +772,7 @@ def train_plainly(
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     for _ in range(num_steps):
         mine = even_passes(sharded_step(processes.rank, processes.size), processes)
-        metrics, _ = step_gradient(model, mine, device=CPU)
+        metrics, _ = step_gradient(model, mine)
         processes.sum_gradients_(list(parameters.values()))
         gradients = {name: each.grad for name, each in parameters.items() if each.grad is not None}
         found.append((sum(processes.gather(metrics["loss"])), {name: each.clone() for name, each in gradients.items()}))

@@ -224,7 +224,7 @@ def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path)
     assert torch.equal(*said)
     half = support.step_of(support.examples(), Batching(40, 0)).micro_batches
     halves = {"one": (half[:1], half[1:]), "two": (half[1:], half[:2])}
-    reports = [measure(model, halves, adapter_parameters(model), device=support.CPU) for model in models]
+    reports = [measure(model, halves, adapter_parameters(model)) for model in models]
     assert all(reports[1][key] == reports[0][key] for key in ("cosines", "norms"))
 
 

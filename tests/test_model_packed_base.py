@@ -338,7 +338,12 @@ def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_
     assert same(model, load_checkpoint(tmp_path / "changed", quant="nf4"))
 
 
-def test_a_place_that_cannot_be_written_is_one_line(source, tmp_path):
+def test_a_place_that_cannot_be_written_and_a_damaged_file_are_named(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/.*: cannot be written: .* base\.cache"):
         cached(source, tmp_path / "file")
+    _, directory = cached(source, tmp_path)
+    (file,) = directory.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"base\.cache: {directory} is damaged\. Fix: delete it\."):
+        cached(source, tmp_path)

@@ -23,8 +23,8 @@ from qdora.export.export import export_run
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.quant.packed import mask_bits, mask_from_bits
+from qdora.rank.components import update_spectrum
 from qdora.rank.curvature import plain_model
-from qdora.rank.gradient import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
