@@ -11,11 +11,11 @@ USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130  # exit codes of a command
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, a recipe, an argument. One line per fault."""
+    """A mistake in what the user gave: a file, a recipe, an argument. One line per fault, of many the first ones."""
 
     def __init__(self, *faults: str) -> None:
         # A damaged file may bring in control characters, or a name of a megabyte.
-        lines = ("".join(char if char.isprintable() else " " for char in fault) for fault in faults)
+        lines = ("".join(char if char.isprintable() else " " for char in fault) for fault in shorten(faults))
         self.faults: tuple[str, ...] = tuple(line[:2000] for line in lines)
         super().__init__("\n".join(self.faults))
 
@@ -74,9 +74,15 @@ def named(error: BaseException) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
+def shorten(texts: Sequence[str], most: int = 10) -> list[str]:
+    """The first texts and 'and 3 more'; all of them if it would be 1 more, so that shortening twice changes nothing."""
+    more = len(texts) - most
+    return list(texts) if more <= 1 else [*texts[:most], f"and {more:,} more"]
+
+
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """'a, b and 3 more'."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    """'a, b, and 3 more'."""
+    return ", ".join(shorten(names, most))
 
 
 def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:

@@ -104,7 +104,7 @@ def test_the_plain_model_is_the_model(kind, quant):
     names = list(adapted_layers(model))
     batch = support.curved_batches()[1]
     with plain_model(model, names, norm="attached" if kind == "dora" else "none") as leaves:
-        logits, targets = labelled_logits(model, batch, torch.device("cpu"))
+        logits, targets = labelled_logits(model, batch)
         assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] * 2 * len(names)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert not any("forward" in vars(module) for module in model.modules())

@@ -129,9 +129,7 @@ def test_what_cannot_be_learnt_is_refused() -> None:
     only_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])), eos_token="<e>")
     silent = example(id="9", messages=CHAT[:1])
     for examples, tokenizer, words in (
-        ([example("", "\u65e5"), example("a", "a", "1")], only_a, "x: no token in the loss of 0: "),
         ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "x: no token in the loss of 0: "),
-        ([silent, example()], PLAIN, "x: no token in the loss of 9: "),
         ([silent, silent, example()], PLAIN, "x: no token in the loss of 9, 9: "),
         ([example()], support.tokenizer(eos=None), "x: the tokenizer has no end-of-sequence token"),
     ):
@@ -154,7 +152,7 @@ def test_too_long_examples_are_refused(max_length: int) -> None:
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
     line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
-    assert says(line, "x: 4 of 4 examples (chat[1], chat[3], chat[5] and 1 more) are longer")
+    assert says(line, "x: 4 of 4 examples (chat[1], chat[3], chat[5], ... ) are longer")
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])

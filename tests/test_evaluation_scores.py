@@ -136,21 +136,18 @@ def test_scores_equal_one_sequence_at_a_time(family: str) -> None:
 @given(seed=st.integers(0, 2**16), num_groups=st.integers(1, 5), max_batch_tokens=st.integers(1, 200))
 def test_any_lengths(seed: int, num_groups: int, max_batch_tokens: int) -> None:
     model, groups = kept("llama"), random_groups(seed, num_groups, longest=20)
-    assert_close(score_groups(model, groups, max_batch_tokens=max_batch_tokens), naive_groups(model, groups))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(span_scores, "BATCH_TOKENS", max_batch_tokens)
+        assert_close(score_groups(model, groups), naive_groups(model, groups))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_any_batch_gives_the_same_scores_and_reports_progress(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_batch_gives_the_same_scores(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, groups = kept(family), random_groups(seed=3)
     expected = naive_groups(model, groups)
-    for max_batch_tokens in (1, 60, 10**6):
-        seen: list[Any] = []
-        options: Any = {"max_batch_tokens": max_batch_tokens, "progress": lambda *now, seen=seen: seen.append(now)}
-        found = score_groups(model, groups, **options)
-        assert_close(found, expected)
-        assert seen == sorted(seen)
-        assert seen[-1][0] == seen[-1][1] >= 9
-        assert len(seen) > 2 or max_batch_tokens > 100
+    monkeypatch.setattr(span_scores, "BATCH_TOKENS", 60)
+    assert_close(score_groups(model, groups), expected)
+    monkeypatch.setattr(span_scores, "BATCH_TOKENS", 4096)
     monkeypatch.setattr(span_scores, "_ENOUGH_TOKENS", 1)
     assert_close(score_groups(model, groups), expected)
     monkeypatch.setattr(span_scores, "_MAX_CACHE_BYTES", 1)
@@ -194,7 +191,8 @@ def test_batches_that_do_not_fit_are_run_in_halves(family: str, monkeypatch: Any
     many = groups + random_groups(seed=7) + random_groups(seed=8)
     expected, fitting = naive_groups(model, many), [70]
     seen = out_of_memory(model, lambda inputs: inputs["input_ids"].numel() > fitting[0])
-    assert_close(score_groups(model, many, max_batch_tokens=240), expected)
+    monkeypatch.setattr(span_scores, "BATCH_TOKENS", 240)
+    assert_close(score_groups(model, many), expected)
     num_failed = sum(ids.numel() > 70 for ids in seen)
     assert 0 < num_failed < 8 < len(seen)  # later batches have as many parts as one has needed
     [told] = [message for message in caplog.messages if "out of memory" in message]
@@ -301,14 +299,15 @@ def decoded(model: nn.Module, count: int, stops: Sequence[int] = ()) -> list[lis
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_batches_equal_one_at_a_time(family: str) -> None:
+def test_batches_equal_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
     # bloom takes no positions; the windows of gemma2 and mistral (6) are shorter than most prompts
     assert pads_left(model) == (family in ("llama", "gemma2", "mistral", "gpt2"))
     expected, inputs = decoded(model, 10), head_inputs(model)
     assert len({tuple(each) for each in expected}) > 4
     for budget in (1, 60, 4096):
-        found = decode_greedily(model, PROMPTS, max_new_tokens=10, stop_ids=(), max_batch_tokens=budget)
+        monkeypatch.setattr(span_scores, "BATCH_TOKENS", budget)
+        found = decode_greedily(model, PROMPTS, max_new_tokens=10, stop_ids=())
         assert found == expected, budget
     assert all(inputs)
 
@@ -323,12 +322,12 @@ def test_rows_end_alone_and_settings_of_the_model_are_set_aside(caplog: pytest.L
     assert decode_greedily(model, PROMPTS, max_new_tokens=10, stop_ids=stops) == expected
     assert model.generation_config.repetition_penalty == 50.0
     wanted, seen = [10, 1, 2, 3, 10, 1, 1, 7], list[Any]()
-    options: dict[str, Any] = {"max_new_tokens": 10, "stop_ids": (), "max_batch_tokens": 60}
+    options: dict[str, Any] = {"max_new_tokens": 10, "stop_ids": ()}
     model.train()
     options |= {"finished": lambda index, new: len(new) == wanted[index], "progress": lambda *now: seen.append(now)}
     found = decode_greedily(model, PROMPTS, **options)
     assert found == [new[:count] for new, count in zip(free, wanted, strict=True)]
-    assert (model.training, seen[-1], len(seen) > 2) == (True, (8, 8), True)
+    assert (model.training, seen[-1]) == (True, (8, 8))
     # memory runs out at the third token, as it does where the cache grows
     third = max(LENGTHS) + 2
     sizes = out_of_memory(
@@ -373,7 +372,7 @@ def border(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], int]:
 @pytest.mark.parametrize("bos", [False, True])
 def test_choices_and_answers_equal_one_sequence_at_a_time(bos: bool) -> None:
     net, tokenizer = model(), support.tokenizer(bos=bos)
-    found = score_examples(net, tokenizer, EXAMPLES, max_batch_tokens=100)
+    found = score_examples(net, tokenizer, EXAMPLES)
     answers = score_examples(net, tokenizer, [answer_of(example) for example in EXAMPLES])
     borders_that_merge = 0
     for example, scores, answer in zip(EXAMPLES, found, answers, strict=True):
@@ -470,7 +469,7 @@ def test_examples_that_cannot_be_scored_are_refused() -> None:
 @pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (7, 1), (128, 64)])
 def test_perplexity_equals_one_token_at_a_time(window: int, stride: int) -> None:
     net, texts = model(), ["Pack my box with five dozen liquor jugs now", "Ça va?", "x"]
-    found = text_perplexity(net, PLAIN, texts, window=window, stride=stride, max_batch_tokens=64)
+    found = text_perplexity(net, PLAIN, texts, window=window, stride=stride)
     expected, count = 0.0, 0
     for ids in (PLAIN(text)["input_ids"] for text in texts):
         for t in range(1, len(ids)):

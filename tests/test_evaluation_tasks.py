@@ -25,12 +25,11 @@ from transformers import GenerationConfig, LlamaConfig
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
 from qdora.errors import RunFailure
-from qdora.evaluate import generation, harness, suite
+from qdora.evaluate import generation, harness, spans, suite
 from qdora.evaluate.generation import GenerationResult, answer_names, evaluate_generated, first_mention
 from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
 from qdora.evaluate.intervals import Estimate, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.spans import batches_shared, results_of
 from qdora.evaluate.suite import (
     EvaluationResult,
     TaskChange,
@@ -153,9 +152,10 @@ def test_averages_and_the_cells_of_the_table() -> None:
 # Evaluations
 
 
-def test_metrics_of_every_task() -> None:
+def test_metrics_of_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     net, tokenizer, seen = model(), support.tokenizer(), list[tuple[int, int]]()
-    found = evaluate(net.train(), tokenizer, SETS, max_batch_tokens=64, progress=lambda *now: seen.append(now))
+    monkeypatch.setattr(spans, "BATCH_TOKENS", 64)
+    found = evaluate(net.train(), tokenizer, SETS, progress=lambda *now: seen.append(now))
     assert net.training
     ends = [list(group)[-1] for _, group in groupby(seen, lambda now: now[1])]
     assert (ends, len(seen) > 5) == ([(12, 12), (7, 7), (5, 5)], True)
@@ -182,7 +182,7 @@ def test_metrics_of_every_task() -> None:
     assert average.chance == pytest.approx((task.chance + both.chance) / 2)
     assert average.nll == pytest.approx(np.mean([each.nll for each in found.tasks.values()]))
     assert average.num_examples == 24
-    own = {"limit": None, "block": None, "max_batch_tokens": 64, "shared_prefix": True, "model_dtype": "float32"}
+    own = {"limit": None, "block": None, "max_batch_tokens": 4096, "shared_prefix": True, "model_dtype": "float32"}
     assert found.settings == own | {"device": "cpu", "seconds": found.settings["seconds"]}
     one = evaluate(net, tokenizer, {"one": SETS["choices"][:1]})
     assert one.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan
@@ -331,13 +331,13 @@ def _together(rank: int) -> None:
 
     net.register_forward_pre_hook(count)
 
-    def evaluated() -> EvaluationResult:  # so few tokens that there are more batches than processes
-        return evaluate(net, tokenizer, SETS, max_batch_tokens=48)
+    def evaluated() -> EvaluationResult:
+        return evaluate(net, tokenizer, SETS)
 
     def generated() -> GenerationResult:
-        asked = {"choices": SETS["choices"]}
-        return evaluate_generated(net, tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
+        return evaluate_generated(net, tokenizer, {"choices": SETS["choices"]}, max_new_tokens=5)
 
+    spans.BATCH_TOKENS = 54  # so few that there are more batches than processes
     with processes_of_launch() as processes:
         for evaluation in (evaluated, generated):
             passes.clear()
@@ -353,18 +353,6 @@ def _together(rank: int) -> None:
 
 def test_processes_share_batches_get_the_scores_of_one_and_fail_together() -> None:
     assert support.run_processes(3, _together) == [""] * 3
-
-
-def test_results_of_batches_in_one_process() -> None:
-    done, batches = list[tuple[int, int]](), [[3, 1], [0], [2, 4]]
-    found = results_of(nn.Module(), batches, lambda batch: [10 * item for item in batch], lambda *now: done.append(now))
-    assert found == {item: 10 * item for item in range(5)}
-    assert done == [(2, 5), (3, 5), (5, 5)]
-    with pytest.raises(ZeroDivisionError):
-        results_of(nn.Module(), [[1]], lambda _: [1 // 0])
-    with batches_shared(0, 2, lambda value: [value, []]):
-        assert results_of(nn.Module(), [[1]], lambda batch: batch) == {1: 1}
-    assert results_of(nn.Module(), [[1], [2]], lambda batch: batch) == {1: 1, 2: 2}
 
 
 NAMES = ("answer1", "answer2", "answer3")

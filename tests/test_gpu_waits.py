@@ -221,7 +221,7 @@ def test_a_batch_of_short_texts_takes_tiles_and_a_single_token_the_fused_product
     model = model_on(gpu.device, source).eval()
     gpu.clear()
     with gpu.phase("evaluate"):
-        score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)], max_batch_tokens=64)
+        score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)])
     assert not any(line.startswith("transformers/") for line in gpu.lines("wait", "evaluate"))
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
@@ -236,7 +236,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
     found: list[Any] = []
     for later in (True, False):
         model, step = model_on(gpu.device, source, dropout=0.25), one_step().step
-        step_gradient(model, step, device=gpu.device)  # learns what the first step has to ask
+        step_gradient(model, step)  # learns what the first step has to ask
         model.zero_grad()
         layer = next(iter(adapted_layers(model).values()))
         with torch.no_grad():
@@ -245,7 +245,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
         torch.manual_seed(5)
         gpu.clear()
         with nullcontext() if later else patch.object(passes, "norms_checked_later", lambda _later: nullcontext()):
-            numbers, _ = step_gradient(model, step, device=gpu.device)
+            numbers, _ = step_gradient(model, step)
         lines = waits(list(gpu.events))
         assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
         assert all(line.startswith(("adapter/norms.py: answers", "adapter/algebra.py")) for line in lines)

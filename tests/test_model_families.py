@@ -235,6 +235,11 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path, monkeypatch):
         assert torch.equal(again.get_submodule(path).dequantized(), dequantize(quantize(weight, "nf4")))
     assert type(kept.model.layers[0].self_attn.q_proj) is nn.Linear
     assert_close(logits(kept), logits(library))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 3, 0] = 255  # NaN
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"tensor .model\.layers\.1\.mlp\.experts\.down_proj_scales. has NaN"):
+        load_checkpoint(tmp_path, quant="mxfp4")
 
 
 LOST = [f"model.layers.1.mlp.experts.{part}_proj.weight" for part in ("3.gate", "3.up", "3.down")]

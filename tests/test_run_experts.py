@@ -23,7 +23,7 @@ from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.rank.gradient import update_gradients, update_spectrum
+from qdora.rank.components import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
@@ -124,34 +124,19 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
         export_run(run, tmp_path / "out", ExportOptions(format="nf4-lora"), console=QUIET)
 
 
-@pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
-def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm):
-    model, layers = support.adapted_mixture(tmp_path, kind=kind)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind):
+    _, layers = support.adapted_mixture(tmp_path, kind=kind)
     plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
-    gains = {}
     for name, layer in layers.items():
-        base = plain.get_submodule(name).weight.detach()
-        update = (layer.scaling * (layer.lora_B.detach() @ layer.lora_A.detach())).reshape(base.shape)
-        length = (base + update).square().sum(1).sqrt()
-        magnitude = length if layer.magnitude is None else layer.magnitude.detach().flatten()
-        gains[name] = magnitude / length
-        plain.get_submodule(name).weight = torch.nn.Parameter(gains[name][:, None] * (base + update))
         if isinstance(layer, AdaptedExperts):
-            shown = gains[name][:, None] * update
+            base = plain.get_submodule(name).weight.detach()
+            update = (layer.scaling * (layer.lora_B.detach() @ layer.lora_A.detach())).reshape(base.shape)
+            length = (base + update).square().sum(1).sqrt()
+            magnitude = length if layer.magnitude is None else layer.magnitude.detach().flatten()
+            shown = (magnitude / length)[:, None] * update
             values = [torch.linalg.svdvals(part).square()[:3] for part in support.parts_of_experts(shown, 4)]
             np.testing.assert_allclose(update_spectrum(layer).energies, torch.stack(values).sum(0).numpy(), rtol=1e-8)
-    batches = support.curved_batches()
-    found = update_gradients(model, list(layers), batches, lambda _, gradient: gradient, norm=norm)
-    total, count = torch.zeros(()), 0
-    for batch in batches:
-        out = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double()
-        wanted = batch.labels[:, 1:]
-        total = total + torch.nn.functional.cross_entropy(out.flatten(0, 1), wanted.flatten(), reduction="sum")
-        count += int((wanted != -100).sum())
-    weights = [plain.get_submodule(name).weight for name in layers]
-    for name, gradient in zip(layers, torch.autograd.grad(total / count, weights), strict=True):
-        gradient = gains[name][:, None] * gradient
-        torch.testing.assert_close(found[name].to(gradient), gradient, rtol=1e-4, atol=1e-6)
 
 
 def train_of_rank(rank: int, settings: Any, directory: Path) -> None:

@@ -19,14 +19,12 @@ from qdora.export.export import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
 from qdora.plan.fit import plan
-from qdora.rank.gradient import update_gradients
 from qdora.rank.rank import rank_faults, rank_run, ranks_of_gates
 from qdora.recipe.options import ExportOptions, RankSettings
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
 from tests import support
-from tests.support import CURVED_LAYERS
 
 QUIET = Console(quiet=True)
 GATES = {"mean_rank": 2.0, "warmup": 2, "anneal": 4, "shrink_every": 2, "lr": 0.05}
@@ -71,30 +69,6 @@ def test_curvature_gives_a_recipe_that_trains(whole, root):
     assert "mlp.down_proj" in figures[1]
     model: Any = load_run(whole, widened=True).model
     assert model.get_input_embeddings().weight.dtype == torch.float32
-
-
-def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix():
-    model, batches = support.float64_adapted(masked=True), support.curved_batches()
-    found = update_gradients(model, list(CURVED_LAYERS), batches, lambda _, gradient: gradient, norm="held")
-    gains, keeps, moved = {}, {}, {}
-    for name, layer in adapted_layers(model).items():
-        base = layer.base.dequantized(torch.float64)
-        keeps[name] = support.keep_mask(base.shape)
-        product = keeps[name] * ((layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach())
-        gains[name] = layer.magnitude.detach() / (base + product).square().sum(1).sqrt()
-        moved[name] = (base + product).requires_grad_(True)
-    plain = support.float64_model("llama")
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    patched = {f"{name}.weight": gains[name][:, None] * moved[name] for name in moved}
-    for batch in batches:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        logits = torch.func.functional_call(plain, patched, kwargs=inputs).logits[:, :-1].flatten(0, 1)
-        labels = batch.labels[:, 1:].flatten()
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels != -100).sum())
-    gradients = torch.autograd.grad(total / count, list(moved.values()))
-    for name, gradient in zip(moved, gradients, strict=True):
-        torch.testing.assert_close(found[name], gradient * keeps[name], rtol=1e-6, atol=1e-9)
 
 
 def test_rivals_keep_to_what_was_asked(whole):

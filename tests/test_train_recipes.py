@@ -124,7 +124,7 @@ def test_a_models_gradients_are_those_of_the_mean_loss() -> None:
         one, two = (support.step_of(found[half::2], Batching(20, 0)).micro_batches for half in (0, 1))
         batches[name] = (one, two)
     before = random_state()["cpu"]
-    report = measure(model, batches, parameters, device=torch.device("cpu"))
+    report = measure(model, batches, parameters)
     assert all(module.training for module in model.modules())
     assert torch.equal(random_state()["cpu"], before)
     assert all(parameter.grad is None for parameter in parameters.values())

@@ -24,7 +24,6 @@ from qdora.train.loss import check_router_loss, load_balancing_loss
 from qdora.train.passes import LossScale, batch_loss, even_passes, step_gradient
 from tests import reference, support
 
-CPU = torch.device("cpu")
 WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_5_moe_text", "qwen3_next")
 
 
@@ -133,7 +132,7 @@ def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) 
         recompute_activations(model)
     options: dict[str, Any] = {"weights": settings.get("weights"), "loss_scale": LossScale() if scaled else None}
     coefficient = settings.get("coefficient", 0.0)
-    metrics, example_nll = step_gradient(model, step, device=CPU, router_aux_loss=coefficient, **options)
+    metrics, example_nll = step_gradient(model, step, router_aux_loss=coefficient, **options)
     assert metrics["loss"] == pytest.approx(sum(wanted["nll"].values()) / step.num_label_tokens, rel=1e-5)
     assert metrics["tasks"].keys() == wanted["nll"].keys()
     for task, numbers in metrics["tasks"].items():
@@ -161,7 +160,7 @@ def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) ->
     assert len(wanted) == 42
     for scale in (LossScale(), None):
         model, worst = model_of("llama", tmp_path, torch.float16), 1.0
-        step_gradient(model, step, device=CPU, loss_scale=scale)
+        step_gradient(model, step, loss_scale=scale)
         for name, parameter in adapter_parameters(model).items():
             assert parameter.grad is not None
             assert parameter.grad.dtype == torch.float32
@@ -175,14 +174,14 @@ def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: py
     """Where the base is divided it computes as many passes as the others, of which none counts."""
     step = replace(support.step_of(support.examples(), Batching(40, 0)), micro_batches=[])
     model = model_of("llama", tmp_path).train()
-    metrics, example_nll = step_gradient(model, step, device=CPU, loss_scale=LossScale())
+    metrics, example_nll = step_gradient(model, step, loss_scale=LossScale())
     assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert even_passes(step, Processes(1, 2)) is step
     monkeypatch.setattr(Processes, "gather", lambda self, value: [2, value])
     step = even_passes(step, Processes(1, 2, shards=True))
     assert len(step.micro_batches) == 2
-    metrics, example_nll = step_gradient(model, step, device=CPU, weights=WEIGHTS, router_aux_loss=0.0)
+    metrics, example_nll = step_gradient(model, step, weights=WEIGHTS, router_aux_loss=0.0)
     assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
     assert not gradient_of(model).any()
     assert len(gradient_of(model)) > 0

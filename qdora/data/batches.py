@@ -70,7 +70,6 @@ class StepLoader:
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
-        assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         self.tokenised, self.order = tuple(tokenised), order
         self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
         self.tokens_per_step, self.batch, self.batching = tokens_per_step, batch, batching
@@ -80,13 +79,11 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        assert not self.streams, "lengths in a stream are not known"
         return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
 
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
         num_tokens = 0
-        assert self.position != self.order.length, "no example is left"
         while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
             part = self.tokenised[source]
@@ -214,10 +211,7 @@ class StepLoader:
 
 
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
-    """The share of process `rank` out of `size`, in the step's order.
-
-    Longest first, each example goes to the process with the fewest tokens so far. Some processes may get none.
-    """
+    """The share of process `rank`, in the step's order. Longest first, each goes to the one with the fewest tokens."""
     tokens, owner = [0] * size, [0] * len(examples)
     for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
         owner[index] = tokens.index(min(tokens))
@@ -363,7 +357,6 @@ def _micro_batch(rows: Sequence[PackedRow], batching: Batching, task_names: list
     for number, row in enumerate(rows):
         start = 0
         for example in row.examples:
-            assert not example.loss_mask[0], example.id
             here = number, slice(start, start + len(example))
             input_ids[here] = example.input_ids
             labels[here] = np.where(example.loss_mask, example.input_ids, IGNORED)

@@ -304,13 +304,13 @@ def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
     return templates[text]
 
 
-def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
+def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = (), where: str = "--prompt") -> str:
     """The text that the model sees before it answers these turns."""
     template = chat_template_of(tokenizer, tools)
     try:
         return template.render(template.fitted(turns), tools, prompt=True).text
     except RENDER_ERRORS as error:
-        raise UserError(f"the chat template refuses it: {error}") from None
+        raise UserError(f"{where}: the chat template refuses it: {error}") from None
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -5,11 +5,8 @@ A schema row holds question, choices (list), answer (index of the right choice),
 Cloze (`example_of_row`): the model learns and is scored on the text of the choices. Models of 0.1 to 1 B parameters
 score at chance when they have to name an option ("answer2"), and well above it on the text.
 
-LLM-Adapters (`instruction_row`): the prompt lists the choices with names and the model learns to say one ("the correct
-answer is answer2"), as in the DoRA paper (arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix), in the wording and
-white space of commonsense_170k.json.
-
-The Hub's Parquet files are read at a pinned commit: no code from there runs, and the data cannot change.
+LLM-Adapters (`instruction_row`): the model learns to name a choice, as in the DoRA paper (arXiv 2402.09353, sec. 5.1;
+arXiv 2304.01933, appendix), in the wording and white space of commonsense_170k.json.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.example import Example, Row, RowFault, optional_text, row_id, text_field
+from qdora.data.example import Example, Row, RowFault, made_from, optional_text, row_id, text_field
 from qdora.data.files import Entry, Rows, rows_of_split
 from qdora.errors import HubFailure, UserError
 from qdora.recipe.section import reason_of, shown
@@ -170,10 +167,7 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:
         for place, row in rows.chosen(indices):
-            try:
-                yield place, row if isinstance(row, RowFault) else hub.schema_row(row)
-            except (LookupError, TypeError, ValueError) as error:  # no label, or another layout by `revision`
-                yield place, RowFault(reason_of(error))
+            yield place, made_from(row, hub.schema_row)  # a row may have no label, or another layout by `revision`
 
     # The cache names a snapshot by its commit
     return replace(rows, where=f"{where}/{pattern}", chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from qdora.recipe.section import shown
+from qdora.recipe.section import reason_of, shown
 
 Row = Mapping[str, Any]  # column -> value
 Tools = tuple[Mapping[str, Any], ...]  # {type: function, function: {name, description, parameters}}
+Made = TypeVar("Made")
 
 
 class RowFault(ValueError):
     """What is wrong with one row. The caller adds the file and the line."""
+
+
+def made_from(row: Row | RowFault, make: Callable[..., Made], *more: str) -> Made | RowFault:
+    """What `make` makes of a row, or what is wrong with the row."""
+    try:
+        return row if isinstance(row, RowFault) else make(row, *more)
+    except RowFault as fault:
+        return fault
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return RowFault(reason_of(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +55,6 @@ class Example:
     gold: int | None = None  # choices[gold] == answer; None without choices
     messages: Messages = ()
     tools: Tools = ()  # that the assistant of a chat may call
-
-    def __post_init__(self) -> None:
-        assert bool(self.answer) != bool(self.messages), f"{self.task} {self.id}: an answer or messages"
-        assert self.gold is None or self.choices[self.gold] == self.answer, f"{self.task} {self.id}: {self.choices}"
 
 
 def with_last_learnt(messages: Messages) -> Messages:

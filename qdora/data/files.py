@@ -25,13 +25,12 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from qdora.data.example import RowFault
+from qdora.data.example import Made, Row, RowFault, made_from
 from qdora.errors import HubFailure, UserError
 from qdora.files.atomic import sampled_digest
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, SourceConfig
 from qdora.recipe.section import reason_of, shown
 
-MAX_SHOWN_FAULTS = 5  # faulty rows that are named
 _RANGE_BYTES = 16 * 2**20  # of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms
 _ROWS_AT_ONCE = 1024  # of a Parquet file, that are decoded together
 _READ_BYTES = 2**20  # of a Parquet file per read, else whole column chunks, 128 MiB and more
@@ -286,17 +285,20 @@ class Rows:
     chosen: Callable[[Sequence[int]], Iterator[tuple[int | str, Entry]]]  # of rising indices: place, row
     identity: str | None = None  # changes with the content, where that is known
 
-    def __iter__(self) -> Iterator[tuple[int | str, Entry]]:
-        return self.chosen(range(self.num_rows))
-
     def at(self, place: int | str) -> str:
         return f"{self.where}/{place}" if isinstance(place, str) else f"{self.where}: {self.unit} {place}"
 
-    def refuse(self, faults: Sequence[str]) -> None:
-        more = len(faults) - MAX_SHOWN_FAULTS
+    def made(self, make: Callable[[Row, str], Made], indices: Sequence[int]) -> Iterator[Made]:
+        """What `make` makes of these rows and their places. UserError for faulty ones, after the last."""
+        faults = []
+        for place, row in self.chosen(indices):
+            made = made_from(row, make, str(place))
+            if isinstance(made, RowFault):
+                faults.append(f"{self.at(place)}: {made}")
+            else:
+                yield made
         if faults:
-            rest = [f"{self.where}: {more} more faulty rows"] if more > 0 else []
-            raise UserError(*faults[:MAX_SHOWN_FAULTS], *rest)
+            raise UserError(*faults)
 
 
 def rows_of_split(source: Path, split: str) -> Rows:

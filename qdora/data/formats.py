@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +15,10 @@ from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, op
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
 from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig
-from qdora.recipe.section import reason_of, shown
+from qdora.recipe.section import shown
 
 FIRST_ROWS = 64  # in which each column that `columns` names must be found once
 _CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion become a chat
-
-
-@contextmanager
-def _row_faults() -> Iterator[None]:
-    try:
-        yield
-    except RowFault:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RowFault(reason_of(error)) from error
 
 
 class RowExamples:
@@ -65,10 +55,6 @@ class RowExamples:
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not."""
-        with _row_faults():
-            return self._example(row, id)
-
-    def _example(self, row: Row, id: str) -> Example:
         source, label = self.source, self.source.label
         self.unused |= row.keys() - self.reads
         if source.task is not None:
@@ -132,12 +118,11 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
     """The turns and tools of a row of format messages or sharegpt that waits for an answer."""
     is_sharegpt = "conversations" in row and "messages" not in row
-    with _row_faults():
-        row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
-        turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row["messages"])
-        if turns[-1].role == "assistant":
-            raise RowFault("messages: the last turn is the assistant's")
-        return turns, parse_tools(row.get("tools"))
+    row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
+    turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row["messages"])
+    if turns[-1].role == "assistant":
+        raise RowFault("messages: the last turn is the assistant's")
+    return turns, parse_tools(row.get("tools"))
 
 
 def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:

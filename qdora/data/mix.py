@@ -33,7 +33,6 @@ def mix_shares(
     share_i ~ n_i (proportional), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec. 3.5.2,
     without its cap on the size), w_i (weights).
     """
-    assert (strategy == "weights") == (weights is not None), (strategy, weights)
     if weights is not None:
         raw = np.asarray(weights, dtype=np.float64)
         raw = raw / raw.max()  # weights near the largest float would sum to infinity
@@ -61,10 +60,7 @@ class MixOrder:
     The j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their times. After
     any n draws the number from source s differs from n share_s by at most 1/2 + share_s (number of sources) / 2; random
     draws would differ by sqrt(n). Inside a source the draws run through a shuffle of its examples, then through a new
-    one. With shares in proportion to the sizes an epoch has each example once.
-
-    After its cap a source gives no more, and the others keep their proportions. Where all have a cap, the order ends.
-    Any position is reached in closed form.
+    one. After its cap a source gives no more, and the others keep their proportions.
 
     `sizes` are the examples of each source; None: a stream, whose index is the number of the draw from it. `shares`
     (sources,) are from `mix_shares`. `caps` are the most draws of each source; None: no end.
@@ -80,8 +76,6 @@ class MixOrder:
         self.sizes, self.seed = tuple(sizes), seed
         self.caps = tuple(caps) if caps is not None else (None,) * len(sizes)
         weights = np.asarray(shares, dtype=np.float64)
-        assert len(weights) == len(sizes) == len(self.caps), (sizes, shares, caps)
-        assert weights.min() > 0, shares
         self.shares: NDArray[np.float64] = weights / weights.sum()
         self._clock = _Clock(self.shares, self.caps)
         # (source, cycle, size) -> permutation; at the border of two cycles both are in use
@@ -95,7 +89,6 @@ class MixOrder:
     @property
     def epoch_length(self) -> int:
         """The number of all examples."""
-        assert None not in self.sizes, "a stream has no known number of examples"
         return sum(filter(None, self.sizes))
 
     def __getitem__(self, position: int) -> tuple[int, int]:

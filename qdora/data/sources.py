@@ -55,16 +55,7 @@ class SplitExamples(Sequence[Example]):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Example]:
-        """Raises UserError for faulty rows after the last example."""
-        faults = []
-        for place, row in self.rows.chosen(self.indices):
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                yield self.make(row, str(place))
-            except RowFault as fault:
-                faults.append(f"{self.rows.at(place)}: {fault}")
-        self.rows.refuse(faults)
+        return self.rows.made(self.make, self.indices)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -197,11 +188,8 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     own = [source for source in mix if source.source is not None]
     same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
     layout = next(iter(same or (own if len(mix) == 1 else [])), SourceConfig.model_construct())
-    if (
-        len(mix) > 1
-        and not same
-        and any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
-    ):
+    has_layout = any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
+    if len(mix) > 1 and not same and has_layout:
         logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
@@ -230,10 +218,7 @@ def _of_source(index: int) -> Iterator[None]:
 def read_data(
     data: DataConfig, names: Collection[str] | None = None
 ) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
-    """Training examples per source, unread, and validation examples by the source's name where there are any.
-
-    Only sources of `names` (None: all) give examples.
-    """
+    """Training examples per source, unread, and validation examples by name, of the sources of `names` (None: all)."""
     train: list[Sequence[Example]] = [() for _ in data.mix]
     validation: dict[str, list[Example]] = {}
     for index, source in enumerate(data.mix):
@@ -280,10 +265,7 @@ def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
-    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
-
-    With `by_name` the commonsense tasks ask for the name of a choice, not for its text.
-    """
+    """Examples of a built-in task; with `by_name` the commonsense tasks ask for the name of a choice, not its text."""
     local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
     named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
     return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
@@ -320,7 +302,7 @@ def tokenized_sources(
                 stream.first()  # raises what a run would refuse its first rows for
                 sets.append(stream)
                 continue
-            make = partial(_tokenized, examples, tokenizer, name=source.label, **options)
+            make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
             identity = getattr(examples, "identity", None)
             if identity is None or cache is None:
                 sets.append(make())
@@ -329,11 +311,6 @@ def tokenized_sources(
             layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
             sets.append(cache.kept(layout | options, make))
     return sets
-
-
-def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> TokenizedSet:
-    tokens = tokenize_all(examples, tokenizer, **options)
-    return replace(tokens, unused=tuple(sorted(getattr(examples, "unused", ()))))
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:

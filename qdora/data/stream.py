@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.example import Example, RowFault
-from qdora.data.files import MAX_SHOWN_FAULTS, PlacedRow, Shards, empty_data_set
+from qdora.data.example import Example, RowFault, made_from
+from qdora.data.files import PlacedRow, Shards, empty_data_set
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
@@ -22,6 +22,7 @@ from qdora.recipe.data_settings import DataConfig
 
 _TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on resume
 _SAMPLE = 64  # first rows that tell one stream from another
+_MOST_NAMED = 5  # faulty rows
 _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001  # data.max_bad_rows by default: the larger of a number and a share of the rows
 
 logger = logging.getLogger("qdora")
@@ -110,7 +111,7 @@ class ExampleStream:
         if num_bad > most:
             raise UserError(
                 f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
-                f"{'; '.join(shown[:MAX_SHOWN_FAULTS])}. Fix: mend them in place, or raise it (with --resume)."
+                f"{'; '.join(shown[:_MOST_NAMED])}. Fix: mend them in place, or raise it (with --resume)."
             )
 
     # The next example
@@ -141,7 +142,7 @@ class ExampleStream:
 
     def _skip(self, fault: str) -> None:
         here = self.position
-        if fault not in here.bad_rows and len(here.bad_rows) < MAX_SHOWN_FAULTS:
+        if fault not in here.bad_rows and len(here.bad_rows) < _MOST_NAMED:
             self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
             if fault not in self._logged:
                 logger.warning("%s: skipped a faulty row. %s", self.name, fault)
@@ -213,15 +214,8 @@ class ExampleStream:
         return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
-        made: list[Example | str] = []
-        for place, row in rows:
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                made.append(self._make(row, place))
-            except RowFault as fault:
-                made.append(f"{place}: {fault}")
-        return made
+        made = [(place, made_from(row, self._make, place)) for place, row in rows]
+        return [f"{place}: {each}" if isinstance(each, RowFault) else each for place, each in made]
 
     def _tally(self) -> ExampleTally:
         return ExampleTally(self.name, self.data.max_length, self.data.too_long)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qdora.data.chats import Encoded, chat_settings, encode_chats, require_chat_template, shared_length
 from qdora.data.example import Example
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, shorten
 from qdora.recipe.data_settings import LossOn, TooLong
 
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
@@ -31,10 +31,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
 
     As in lm-evaluation-harness, spaces at the end of the prompt go to the answer, because tokenizers join a space to
     the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has all
-    of its characters even where a token spans the border. The ids begin with the beginning-of-sequence token if the
-    tokenizer adds one; no end-of-sequence token is added.
-
-    Returns (ids, start) of each: ids[start:] belongs to the answer; start is 0 where nothing predicts the first token.
+    of its characters even where a token spans the border. `start` is 0 where nothing predicts the first token.
     """
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
@@ -145,8 +142,7 @@ def tokenize_all(
 
     The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too, where
     evaluation scores the choices without it. An answer with a stop token of its own ends there, a chat with the end
-    marks of its template. `too_long` "truncate" cuts the front of the prompt, then the end of the answer; a chat behind
-    its last answer that fits as a whole, or within its first one.
+    marks of its template.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
@@ -157,7 +153,8 @@ def tokenize_all(
         raise UserError(*faults)
     if not done:
         raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
-    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
+    unused = tuple(sorted(getattr(examples, "unused", ())))
+    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, unused)
 
 
 def num_characters_of(example: Example) -> int:
@@ -258,21 +255,15 @@ class ExampleTally:
         return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
     def faults(self) -> list[str]:
-        faults = self._refused[:3]
-        if len(self._refused) > 3:
-            faults.append(f"{self.name}: {len(self._refused) - 3} more that the chat template refuses")
+        faults = shorten(self._refused, 3)
         if self._too_long:
             ids, lengths = zip(*self._too_long, strict=True)
-            faults.append(
-                f"{self.name}: {len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than "
-                f"data.max_length ({self.max_length}), the longest has {max(lengths)} tokens. "
-                "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
-            )
+            what = f"{len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than data.max_length"
+            fix = "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
+            faults.append(f"{self.name}: {what} ({self.max_length}), the longest has {max(lengths)} tokens. {fix}")
         if self._unlearnable:
-            faults.append(
-                f"{self.name}: no token in the loss of {first_few(self._unlearnable, 3)}: the answer is empty, not "
-                "learnt (weight, train) or left out by the chat template."
-            )
+            why = "the answer is empty, not learnt (weight, train) or left out by the chat template"
+            faults.append(f"{self.name}: no token in the loss of {first_few(self._unlearnable, 3)}: {why}.")
         return faults
 
 

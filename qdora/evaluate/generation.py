@@ -23,6 +23,7 @@ from qdora.adapter.product import decoding
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
+from qdora.evaluate import spans
 from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.spans import head_input, length_batches, padded, pads_left, results_of, scoring
 from qdora.evaluate.suite import Cell, Result, average_of, conditions, estimated, percent, results_table, spread
@@ -61,7 +62,6 @@ def evaluate_generated(
     limit: int | None = None,
     block: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> GenerationResult:
     """Let the model answer every task's examples; count right, wrong and unparsable answers."""
@@ -83,15 +83,8 @@ def evaluate_generated(
             answer, may_change = first_mention(text(ids), names[index])
             return answer is not None and not may_change
 
-        generated = decode_greedily(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            finished=decided,
-            max_batch_tokens=max_batch_tokens,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "progress": progress}
+        generated = decode_greedily(model, prompts, finished=decided, **options)
         own: list[dict[str, Any]] = []
         for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
             output = text(ids)
@@ -102,7 +95,7 @@ def evaluate_generated(
         tasks[task] = _counted(own, [len(choices) for choices in names])
         records += own
     asked = {"method": "generate", "decoding": "greedy", "limit": limit, "block": block}
-    asked |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
+    asked |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": spans.BATCH_TOKENS}
     return GenerationResult(tasks, average_of(list(tasks.values())), asked | conditions(model, began), records)
 
 
@@ -200,19 +193,15 @@ def decode_greedily(
     max_new_tokens: int,
     stop_ids: Collection[int],
     finished: Callable[[int, Sequence[int]], bool] = lambda _index, _ids: False,
-    max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The new ids of every prompt, up to the first of `stop_ids` or where `finished` is true.
-
-    `finished` gets the prompt's index and its new ids so far. A batch has at most `max_batch_tokens` tokens, new ones
-    and padding counted.
-    """
+    """The new ids of every prompt, up to the first of `stop_ids` or where `finished` (prompt's index, new ids) is true.
+    New ones count as tokens of a batch."""
     can_pad = pads_left(model)
 
     def fits(batch: list[int]) -> bool:
         longest, shortest = len(prompts[batch[0]]), len(prompts[batch[-1]])
-        return len(batch) * (longest + max_new_tokens) <= max_batch_tokens and (can_pad or shortest == longest)
+        return len(batch) * (longest + max_new_tokens) <= spans.BATCH_TOKENS and (can_pad or shortest == longest)
 
     def compute(batch: list[int]) -> list[list[int]]:
         ids, mask = padded([prompts[index] for index in batch], left=True)

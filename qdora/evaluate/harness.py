@@ -19,10 +19,7 @@ class HarnessTasks(NamedTuple):
 
 
 def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> HarnessTasks:
-    """Look names or patterns (`mmlu_*`) of tasks, groups or tags up without loading data or a model.
-
-    `include` is a folder of tasks in YAML, which may name Python functions.
-    """
+    """Look up names or patterns (`mmlu_*`) of tasks, groups or tags; `include` is a folder of tasks in YAML."""
     if find_spec("lm_eval") is None:
         raise UserError("--harness: lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'")
     from lm_eval.tasks import TaskManager
@@ -34,17 +31,15 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     return HarnessTasks(tuple(dict.fromkeys(name for names in found.values() for name in names)), manager)
 
 
-def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> Any:
-    """The model, not copied, as an lm_eval.models.huggingface.HFLM.
-
-    The logits of `batch_size` sequences exist all at once, in float32.
-    """
+def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model, not copied, as an lm_eval.models.huggingface.HFLM."""
     from lm_eval.models.huggingface import HFLM
 
     # HFLM ties the weights again, but a trained, adapted or quantised part of a pair is no parameter to tie
     model.tie_weights = lambda: None
     try:
-        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        # The logits of a batch exist all at once, in float32
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8)
     finally:
         del model.tie_weights
 
@@ -52,17 +47,13 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_s
 def evaluate_harness(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: HarnessTasks, *, limit: int | None = None
 ) -> dict[str, Any]:
-    """Run tasks with their own shots.
-
-    Returns JSON values: lm_eval (its version), and for every task and group `metrics` (name, with its filter ->
-    number), `num_examples` and `num_fewshot` (null for groups).
-    """
-    lm = as_lm(model, tokenizer)
+    """Run tasks with their own shots. Returns JSON values: the version of lm_eval, and for every task and group its
+    `metrics`, `num_examples` and `num_fewshot` (null for groups)."""
     import lm_eval
 
-    result = lm_eval.simple_evaluate(
-        model=lm, tasks=list(tasks.names), task_manager=tasks.manager, limit=limit, log_samples=False
-    )
+    lm = as_lm(model, tokenizer)
+    options: dict[str, Any] = {"task_manager": tasks.manager, "limit": limit, "log_samples": False}
+    result = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.names), **options)
     found = {}
     for name, numbers in result["results"].items():
         found[name] = {

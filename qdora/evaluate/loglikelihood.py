@@ -44,12 +44,7 @@ class ExampleScore:
 
 
 def score_examples(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    max_batch_tokens: int = 4096,
-    progress: Progress | None = None,
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], progress: Progress | None = None
 ) -> list[ExampleScore]:
     """Log-likelihood of every choice of every example, or of its answer where it has no choices.
 
@@ -66,7 +61,7 @@ def score_examples(
         for group in ([own] if example.choices else [[span] for span in own])
     ]
     report = None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
-    found = iter(score_groups(model, groups, max_batch_tokens=max_batch_tokens, progress=report))
+    found = iter(score_groups(model, groups, report))
     scores = []
     for example, own, cut in zip(examples, spans, truncated, strict=True):
         loglikelihoods, num_tokens = next(found), np.array([span.num_scored for span in own])

@@ -48,13 +48,7 @@ class Perplexity:
 
 
 def text_perplexity(
-    model: nn.Module,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    max_batch_tokens: int = 4096,
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
     """Perplexity of whole texts, each on its own: every token once, in windows that overlap.
 
@@ -69,7 +63,7 @@ def text_perplexity(
     num_bytes = sum(len(text.encode()) for text in texts)
     if not spans:
         raise UserError(f"perplexity: no token can be scored in {len(texts)} texts with {num_bytes} bytes")
-    nll_sum = -float(score_spans(model, spans, max_batch_tokens=max_batch_tokens).sum())
+    nll_sum = -float(score_spans(model, spans).sum())
     num_tokens = sum(span.num_scored for span in spans)
     if not nll_sum / num_tokens < _MOST_NATS:  # nan, too
         raise Diverged("perplexity: it is not finite.")

@@ -29,6 +29,7 @@ from qdora.files.console import Progress
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.attention import fast_grouped_attention, known_masks, vocabulary_size
 
+BATCH_TOKENS = 4096  # of a forward pass, padding counted; a longer row is a batch of its own
 _MAX_LOGITS = 2**27  # of a forward pass, 256 MiB in bf16
 _MAX_CACHE_BYTES = 2**29  # of the copies of the prefix cache, one per choice
 # Logits turned to float32 at a time. On a CPU they stay in its cache: three times as fast as 2**25.
@@ -64,7 +65,6 @@ def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) 
 
     Each moves on by `stride`: every scored token has at least window - stride + 1 tokens of context, or all there are.
     """
-    assert 1 <= stride <= window, (stride, window)
     spans: list[Span] = []
     scored = first  # tokens before this one are scored, or only context
     begin = max(0, scored - 1 - (window - stride))
@@ -190,22 +190,15 @@ def results_of(
 # Scores
 
 
-def score_spans(model: nn.Module, spans: Sequence[Span], *, max_batch_tokens: int = 4096) -> NDArray[np.float64]:
+def score_spans(model: nn.Module, spans: Sequence[Span]) -> NDArray[np.float64]:
     """Summed log-likelihood of every span's scored tokens, (spans,) float64, nats."""
-    return np.concatenate(score_groups(model, [[span] for span in spans], max_batch_tokens=max_batch_tokens))
+    return np.concatenate(score_groups(model, [[span] for span in spans]))
 
 
 def score_groups(
-    model: nn.Module,
-    groups: Sequence[Sequence[Span]],
-    *,
-    max_batch_tokens: int = 4096,
-    progress: Progress | None = None,
+    model: nn.Module, groups: Sequence[Sequence[Span]], progress: Progress | None = None
 ) -> list[NDArray[np.float64]]:
-    """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats.
-
-    A forward pass has at most `max_batch_tokens` tokens, padding included, or one row.
-    """
+    """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats."""
     units: list[tuple[Sequence[Span], int]] = []  # spans that run together, and the length of their prefix
     can_share = shares_prefix(model)
     for group in groups:
@@ -223,13 +216,13 @@ def score_groups(
     def fits(batch: list[int]) -> bool:
         first, last = units[batch[0]][1], units[batch[-1]][1]
         num_scored = sum(units[index][0][0].num_scored for index in batch)
-        is_small = len(batch) * width(batch[0]) <= max_batch_tokens and (first > 0 or num_scored <= max_logits)
+        is_small = len(batch) * width(batch[0]) <= BATCH_TOKENS and (first > 0 or num_scored <= max_logits)
         return is_small and (first > 0) == (last > 0)
 
     def compute(batch: list[int]) -> list[list[float]]:
         some = [units[index] for index in batch]
         if some[0][1]:
-            return _score_shared(model, some, max_batch_tokens, max_logits)
+            return _score_shared(model, some, max_logits)
         spans = [span for (span,), _ in some]
         num_fed = [span.num_fed for span in spans]
         if can_share and spans[0].num_scored > max_logits:  # a batch of its own, in pieces
@@ -248,9 +241,7 @@ def score_groups(
     return np.split(flat, np.cumsum([len(group) for group in groups]))[:-1]
 
 
-def _score_shared(
-    model: nn.Module, units: list[tuple[Sequence[Span], int]], max_batch_tokens: int, max_logits: int
-) -> list[list[float]]:
+def _score_shared(model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int) -> list[list[float]]:
     """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
     Prefixes are padded on the left: the mask is 0..0 1..1 | 1..1 0..0.
@@ -269,7 +260,7 @@ def _score_shared(
 
     def fits(batch: list[int]) -> bool:
         widest = width(batch[0])
-        is_small = len(batch) * widest <= min(max_batch_tokens, max_logits)
+        is_small = len(batch) * widest <= min(BATCH_TOKENS, max_logits)
         return is_small and len(batch) * (past.shape[1] + widest) <= max_cached
 
     longer = sorted((index for index in range(len(spans)) if width(index) > 0), key=lambda index: -width(index))

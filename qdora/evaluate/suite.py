@@ -23,7 +23,7 @@ from qdora.data.example import Example
 from qdora.errors import Diverged
 from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.spans import shares_prefix
+from qdora.evaluate.spans import BATCH_TOKENS, shares_prefix
 from qdora.files.console import Progress
 
 
@@ -84,7 +84,6 @@ def evaluate(
     *,
     limit: int | None = None,
     block: int | None = None,
-    max_batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, others by the NLL of their answer; `spread` chooses them.
@@ -96,7 +95,7 @@ def evaluate(
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
         examples = sorted(spread(all_examples, limit, block), key=lambda example: not example.choices)
-        scores = score_examples(model, tokenizer, examples, max_batch_tokens=max_batch_tokens, progress=progress)
+        scores = score_examples(model, tokenizer, examples, progress)
         broken = [score.id for score in scores if not np.isfinite(score.loglikelihoods).all()]
         if broken:
             where = f"{len(broken)} of {len(scores)} examples, first in example '{broken[0]}'"
@@ -104,7 +103,7 @@ def evaluate(
         own = [_record(task, score) for score in scores]
         tasks[task] = _task_result(own)
         records += own
-    asked = {"limit": limit, "block": block, "max_batch_tokens": max_batch_tokens}
+    asked = {"limit": limit, "block": block, "max_batch_tokens": BATCH_TOKENS}
     settings = asked | {"shared_prefix": shares_prefix(model)} | conditions(model, started)
     return EvaluationResult(tasks, average_of(list(tasks.values())), settings, records)
 

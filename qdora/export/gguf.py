@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, shorten
 from qdora.export.merge import write_merge
 from qdora.export.verify import (
     ComparisonText,
@@ -39,7 +39,7 @@ from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, shorten, stored_rows, tied_weights
+from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, stored_rows, tied_weights
 from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
 from qdora.model.multimodal import is_multimodal

@@ -173,13 +173,12 @@ class Comparison:
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
     """Compare all three sets of logits on every sequence of token ids; `exported` is in float32, on any devices."""
-    device = next(model.parameters()).device
     # accelerate's hooks, which only a model on several devices has, move the inputs themselves.
-    elsewhere = device if hasattr(exported, "_hf_hook") else next(exported.parameters()).device
+    elsewhere = model.device if hasattr(exported, "_hf_hook") else next(exported.parameters()).device
     total = Comparison()
     with evaluation_mode(model):
         for ids in sequences:
-            tokens = torch.tensor([ids], device=device)
+            tokens = torch.tensor([ids], device=model.device)
             running = logits_of(model, tokens)
             with float32_arithmetic(model):
                 reference = logits_of(model, tokens)
@@ -232,9 +231,8 @@ def verdict(
     scaled from its dtype to the stored one; the mean KL the squared difference. Of a `lossy` format only NaN is a
     fault. `ill_conditioned` counts positions over the tolerance that the running model's own error explains.
     """
-    result: dict[str, Any] = {
-        name: str(dtype).removeprefix("torch.") for name, dtype in (("dtype", stored), ("running_dtype", running_dtype))
-    }
+    dtypes = {"dtype": stored, "running_dtype": running_dtype}
+    result = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
     if total is None:
         return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
@@ -278,23 +276,20 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
 
     Passed means: every tensor found its place, the tokenizer gives the same ids, rows of every merged weight equal the
     float64 formula within one rounding, and the logits stay within the tolerance. Without room for two models part of
-    the reloaded one is on the host or the disk; without room for the logits there are none. Returns JSON values: the
-    result of `verdict`, and the check of the weights.
+    the reloaded one is on the host or the disk. Returns the result of `verdict`, and the check of the weights.
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
-        device, options = next(model.parameters()).device, dict[str, Any]()
-        fits = not directory.is_dir() or fits_in_float32(directory, model)
+        options, fits = dict[str, Any](), not directory.is_dir() or fits_in_float32(directory, model)
         if not fits:
             limits = {place: int(size / _WORKSPACE) for place, size in _room_beside(model).items()}
-            limits = {"cpu": limits["cpu"]} if device.type == "cpu" else limits
+            limits = {"cpu": limits["cpu"]} if model.device.type == "cpu" else limits
             options = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
         merged, faults = load_with_transformers(directory, model, **options)
-        total = logits_compared(model, merged.to(device) if fits else merged, text)
+        total = logits_compared(model, merged.to(model.device) if fits else merged, text)
         files = to_stacks(rename_to_model(open_safetensors(directory), merged), model)
         stored = stored_dtype(directory)
         weights = compare_weights(model, lambda path: _dense_weight(files, path), stored)
         faults += _faults_of_files(model, directory, files, text, weights)
-        del merged
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
 
 
@@ -496,7 +491,7 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
 
 def load_with_bnb(directory: Path, model: PreTrainedModel) -> Loaded:
     """A bitsandbytes checkpoint on the device of `model`, computing in float32."""
-    base, faults = load_with_transformers(directory, model, device_map={"": next(model.parameters()).device})
+    base, faults = load_with_transformers(directory, model, device_map={"": model.device})
     for parameter in base.parameters():
         # Beside quantised weights transformers keeps the file's dtype.
         if parameter.is_floating_point():
@@ -533,12 +528,11 @@ def _room_beside(model: PreTrainedModel) -> dict[int | str, int]:
     free_memory()
     room: dict[int | str, int] = get_max_memory()
     room["cpu"] = min(room["cpu"], available_memory_bytes())  # accelerate knows no limit of a container
-    place, device = _device_of(model), next(model.parameters()).device
-    copied = sum(each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == device)
+    copied = sum(each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == model.device)
+    place = _device_of(model)
     return room | {place: max(0, room.get(place, 0) - 4 * copied)}
 
 
 def _device_of(model: PreTrainedModel) -> int | str:
     """The device of `model` as accelerate names it."""
-    device = next(model.parameters()).device
-    return "cpu" if device.type == "cpu" else device.index or 0
+    return "cpu" if model.device.type == "cpu" else model.device.index or 0

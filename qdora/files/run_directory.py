@@ -128,15 +128,19 @@ class RunDirectory:
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` wrote; empty without the file."""
+        file = self.inside(name)
+        return read_json_object(file) if file.is_file() else {}
+
     def environment(self) -> dict[str, Any]:
         """Of the last start."""
-        record = read_json_object(self.environment_file)
+        record = self.read_json(self.environment_file.name)
         return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
 
     def adopted(self) -> dict[str, Any]:
         """{"adopted": what is known of the base} of an adapter that is taken for a run, else {}."""
-        record = self.environment() if self.environment_file.is_file() else {}
-        return {key: value for key, value in record.items() if key == "adopted"}
+        return {key: value for key, value in self.environment().items() if key == "adopted"}
 
     def metrics(self) -> list[dict[str, Any]]:
         return [values for _, values in _metrics_lines(self.metrics_file)]

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.layer import AdaptedLinear, Kind
 from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
+from qdora.files.atomic import read_json_object
 from qdora.files.machine import check_gpu, cpu_has_bfloat16
-from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
+from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, save_adapter
 from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, adapted_layers, inject
@@ -64,7 +65,7 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     model = recipe.model
     source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
     own = source.path / ADAPTER_DIRECTORY
-    if (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
+    if (own / CONFIG_FILE).is_file() and recipe.adapter.resume_from is None:
         raise UserError(f"model.source: {source.name} has an adapter. Fix: set adapter.resume_from={own}.")
     return source
 
@@ -116,6 +117,11 @@ def adapt(
     settings = recipe.adapter
     if settings.init == "loftq" and settings.kind in ("lora", "dora") and not (adapter or settings.resume_from):
         start_from_error_(model, source)
+    if adapter is None and settings.resume_from is not None:
+        base = read_json_object(Path(settings.resume_from) / CONFIG_FILE).get("base_model_name_or_path")
+        if base not in (None, recipe.model.source):
+            text = "adapter.resume_from: %s was trained on %s, and model.source is %s."
+            logger.warning(text, settings.resume_from, base, recipe.model.source)
     keep_inplace_outputs_(model)
 
 

@@ -33,7 +33,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qdora.errors import UserError, named
+from qdora.errors import NotFinite, UserError, named
+from qdora.errors import shorten as shorten  # for export/nf4_lora.py
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
@@ -43,7 +44,6 @@ from qdora.quant.packed import PackedWeight, RowParts, from_tensors
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-_MOST_FAULTS = 10
 _PART = re.compile(
     r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
@@ -130,7 +130,7 @@ def shard_files(directory: Path) -> list[Path]:
             if not _SHARD_NAME.fullmatch(str(name)) or not (directory / name).is_file()
         ]
     if faults or not names:
-        raise UserError(*shorten(faults or [f"{index}: weight_map: is empty."]))
+        raise UserError(*(faults or [f"{index}: weight_map: is empty."]))
     return [directory / name for name in names]
 
 
@@ -214,19 +214,13 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
         elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
             faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
     if faults:
-        raise UserError(*shorten(faults))
+        raise UserError(*faults)
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """Name of each tied parameter -> name of the parameter that it shares."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def shorten(faults: Iterable[object]) -> list[str]:
-    """The first faults and the number of the others; a wrong config has one for every tensor."""
-    lines = [str(fault) for fault in faults]
-    return lines[:_MOST_FAULTS] + [f"... and {len(lines) - _MOST_FAULTS} more."] * (len(lines) > _MOST_FAULTS)
 
 
 def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
@@ -298,6 +292,8 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
 
     def read() -> PackedWeight:
         codes, exponents = blocks.read(), scales.read().clone()
+        if (exponents == 255).any():
+            raise NotFinite(f"model.source: the checkpoint's tensor '{scales.key}' has NaN.")
         # The first of two weights is in the low half there, and in the high half here.
         tensors = {"packed": ((codes << 4) | (codes >> 4)).reshape(-1), "absmax": exponents.reshape(-1)}
         return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)

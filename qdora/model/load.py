@@ -136,12 +136,18 @@ def load_model(
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    stored = (reader or tensors_of_source)(source, model)
-    if not_loaded(model):
-        log.info("The model is multimodal, and only its language part is loaded and trained.")
-    layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
-    stored, layers = settle_stored(stored, kind, wanted, layers)
-    (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
+    try:
+        stored = (reader or tensors_of_source)(source, model)
+        if not_loaded(model):
+            log.info("The model is multimodal, and only its language part is loaded and trained.")
+        layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
+        stored, layers = settle_stored(stored, kind, wanted, layers)
+        (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
+    except UserError as error:
+        kept = getattr(reader, "directory", None)  # of a base cache: what is wrong otherwise ends its writing
+        if kept is None or not kept.is_dir():
+            raise
+        raise UserError(*error.faults, f"base.cache: {kept} is damaged. Fix: delete it.") from error
     tie_and_move_buffers(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

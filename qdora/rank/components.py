@@ -48,7 +48,8 @@ Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-New
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +59,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qdora.adapter.algebra import merged_weight
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts
+from qdora.adapter.experts import AdaptedExperts, merged_rows
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
 from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits
-from qdora.rank.gradient import row_directions, update_gradients, watched_outputs
+from qdora.train.loss import token_nll
 
 Array = NDArray[np.float64]
+GRADIENT_BYTES = 2**30  # of the gradients that exist at once, in float32
+_CHUNK = 64  # tokens whose probabilities are summed up at once in float64
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,124 @@ class Components:
         }
 
 
+@contextmanager
+def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call `see(name, x, y)`, for a stack of experts `see(name, x, y, tokens)`, in every forward pass of a layer, and
+    what it returns with dL/dy in every backward pass.
+
+    The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the hook.
+    """
+
+    def forward(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        passed_on, backward = output.clone(), see(name, args[0].detach(), output.detach(), *args[1:])
+        passed_on.register_hook(backward)  # type: ignore[no-untyped-call]
+        return passed_on
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(functools.partial(forward, name)))
+        yield
+
+
+def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
+    (experts * out, in) and (experts * out,).
+
+    Along its own direction a row of DoRA cannot move: its length is the magnitude's.
+    """
+    keep = layer.base.keep_mask() if layer.masked else None
+    weight = layer.base.dequantized(layer.base.wide_dtype)
+    factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
+    if isinstance(layer, AdaptedExperts):
+        total = merged_rows(weight, 0, *factors, keep_mask=keep).to(dtype)
+    else:
+        total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
+    norm = torch.linalg.vector_norm(total, dim=1)
+    return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
+
+
+def _groups(adapted: Mapping[str, AdaptedLinear], layers: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose gradients fit together into `GRADIENT_BYTES`, at least one."""
+    group: list[str] = []
+    held = 0
+    for name in layers:
+        size = 4 * adapted[name].in_features * adapted[name].out_features
+        if group and held + size > GRADIENT_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def update_gradients(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], batches: Sequence[MicroBatch], norm: Norm
+) -> dict[str, Tensor]:
+    """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of the labelled tokens; 0 under a mask.
+
+    y = g (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, the row norm if `attached`, and M.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Callable[[Tensor], None]:
+        flat = x.reshape(-1, x.shape[-1])
+
+        def backward(dy: Tensor) -> None:
+            upstream = dy.reshape(-1, dy.shape[-1])
+            part = upstream.T @ flat if tokens is None else _of_experts(upstream, flat, tokens)
+            sums[name] = sums[name].add_(part) if name in sums else part
+
+        return backward
+
+    wanted = [layer.lora_B for layer in layers.values()]
+    num_tokens = 0
+    with watched_outputs(layers, see):
+        for batch in batches:
+            logits, targets = labelled_logits(model, batch)
+            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
+            num_tokens += len(targets)
+    for name, layer in layers.items():
+        total = sums[name]
+        if norm == "attached":
+            unit, _ = row_directions(layer, total.dtype)
+            total -= (total * unit).sum(dim=1, keepdim=True) * unit
+        scale = 1.0 / num_tokens
+        gain = layer.gain(total.dtype)
+        total *= scale if gain is None else gain.value.reshape(-1, 1) * scale
+        keep_mask = layer.base.keep_mask() if layer.masked else None
+        if keep_mask is not None:
+            total.masked_fill_(~keep_mask, 0.0)
+    return sums
+
+
+def _of_experts(dy: Tensor, x: Tensor, tokens: ExpertTokens) -> Tensor:
+    """dy^T x of each expert of a stack, (experts * out, in)."""
+    total = dy.new_zeros(len(tokens.counts), dy.shape[1], x.shape[1])
+    for run in tokens.reached:
+        total[run.experts[0]] = dy[run.tokens].T @ x[run.tokens]
+    return total.flatten(0, 1)
+
+
+@torch.no_grad()
+def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
+    """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
+
+    The best rank-r matrix holds the first r (Eckart and Young). The product is not formed: they are those of the small
+    matrix between the factors' orthogonal bases. In a stack of experts a component's energy is the sum over them. Not
+    for a masked layer: the masked B A has another rank than B A.
+    """
+    wide = torch.float64
+    b = layer.stored_B().to(wide) * layer.scaling
+    if layer.magnitude is not None:
+        norm = layer.row_norm().to(wide)
+        b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
+    energies = np.zeros(layer.rank)
+    for left, right in layer.factor_pairs(b, layer.lora_A.to(wide)):
+        small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+        energies += torch.linalg.svdvals(small).square().cpu().numpy()
+    return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
+
+
 def layer_directions(
     model: nn.Module,
     num_new: Mapping[str, int],
@@ -154,16 +276,23 @@ def layer_directions(
     norm: Norm,
     progress: Progress | None = None,
 ) -> dict[str, Directions]:
-    """The components of layers, from one gradient; `num_new` is path of a layer -> number of new components."""
+    """The components of layers, from one gradient; `num_new` is path of a layer -> number of new components.
+
+    The model is in float32 or float64. Only some layers' gradients exist at once.
+    """
     adapted = adapted_layers(model)
-
-    def use(name: str, gradient: Tensor) -> Directions:
-        layer = adapted[name]
-        pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
-        parts = [directions(held, part, num_new[name]) for held, part in pairs]
-        return _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
-
-    return update_gradients(model, list(num_new), batches, use, norm=norm, progress=progress)
+    found: dict[str, Directions] = {}
+    with evaluation_mode(model):
+        for group in _groups(adapted, list(num_new)):
+            layers = {name: adapted[name] for name in group}
+            for name, gradient in update_gradients(model, layers, batches, norm).items():
+                layer = layers[name]
+                pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
+                parts = [directions(held, part, num_new[name]) for held, part in pairs]
+                found[name] = _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
+            if progress is not None:
+                progress(len(found), len(num_new))
+    return found
 
 
 def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
@@ -230,10 +359,6 @@ def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return (second, values, first) if tall else (first, values, second)
 
 
-_CHUNK = 64
-"""Tokens whose probabilities are summed up at once in float64."""
-
-
 def exact_curvatures(
     model: nn.Module,
     directions: Mapping[str, Directions],
@@ -263,20 +388,17 @@ def drawn_curvatures(
     *,
     norm: Norm,
     draws: int,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Components]:
     """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once. The relative
     error falls with sqrt(draws x rows)."""
     adapted = adapted_layers(model)
-    device = next(iter(directions.values())).left.device
     probes = {name: Probe(adapted[name], each, norm) for name, each in directions.items()}
     num_tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        generator = torch.Generator().manual_seed(seed * len(batches) + number)
-        labels = functools.partial(drawn_labels, draws=draws, generator=generator)
-        for name, each in squared_slopes(model, probes, batch, labels, device=device).items():
+        labels = functools.partial(drawn_labels, draws=draws, generator=torch.Generator().manual_seed(number))
+        for name, each in squared_slopes(model, probes, batch, labels).items():
             sums[name] = sums[name] + each if name in sums else each
         if progress is not None:
             progress(number + 1, len(batches))
@@ -363,12 +485,7 @@ def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Ten
 
 
 def squared_slopes(
-    model: nn.Module,
-    probes: Mapping[str, Probe],
-    batch: MicroBatch,
-    labels: Callable[[Tensor], Tensor],
-    *,
-    device: torch.device,
+    model: nn.Module, probes: Mapping[str, Probe], batch: MicroBatch, labels: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
@@ -388,14 +505,14 @@ def squared_slopes(
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     layers = {name: probe.layer for name, probe in probes.items()}
     with watched_outputs(layers, see), evaluation_mode(model):
-        logits, _ = labelled_logits(model, batch, device)
+        logits, _ = labelled_logits(model, batch)
         drawn = labels(logits.detach())
         probabilities = torch.softmax(logits.detach(), dim=-1)
         wanted = [layer.lora_B for layer in layers.values()]
         for number, each in enumerate(drawn):
             slopes.clear()
             upstream = probabilities.clone()
-            upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
+            upstream[torch.arange(len(each)), each] -= 1.0
             torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
             for name in probes:
                 found[name].append(slopes[name].double().square().sum(dim=0).cpu())

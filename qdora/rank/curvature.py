@@ -255,15 +255,14 @@ def curvature_of(
     """The curvature of a model's loss by the adapters of some layers; inside the model runs as in `plain_model`.
     Micro-batches are without packing."""
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
-        parameters = list(leaves.values())
-        runs = [partial(labelled_logits, model, batch, parameters[0].device) for batch in batches]
-        yield CurvatureOperator(parameters, runs, curvature)
+        runs = [partial(labelled_logits, model, batch) for batch in batches]
+        yield CurvatureOperator(list(leaves.values()), runs, curvature)
 
 
-def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+def labelled_logits(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """The logits at the labelled positions, (num_labelled, vocabulary) with their graph, and their targets,
     (num_labelled,)."""
-    wanted = batch.labels[:, 1:] != IGNORED
+    device, wanted = next(model.parameters()).device, batch.labels[:, 1:] != IGNORED
     rows, columns = (index.to(device) for index in wanted.nonzero(as_tuple=True))
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 

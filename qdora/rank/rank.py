@@ -21,9 +21,8 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.rank.allocate import LayerSpectrum, allocate, draw_rank_map, draw_spectra, effective_rank
-from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions
+from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
-from qdora.rank.gradient import update_spectrum
 from qdora.recipe.options import RankSettings
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe

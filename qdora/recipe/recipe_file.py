@@ -99,7 +99,7 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     path, where = user_path(name), masked(name)
     if not os.path.exists(path):
         close = nearest(where, [*names, *map(str, path.parent.glob("*.y*ml"))])
-        raise UserError(f"{where}: no such file; must be a YAML file, or one of {', '.join(names)}.{close}")
+        raise UserError(f"{where}: must be a YAML file, or one of {', '.join(names)}.{close}")
     data = read_file(path, where)
     _make_absolute_(data, Path(os.path.abspath(path)).parent)
     return data, where
@@ -108,8 +108,7 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Check plain data and make a recipe from it; relative paths start at the current directory.
 
-    A fault is a line `<where>: <path.to.key>: what is wrong`; in a key of `overrides`, which were already applied, it
-    begins with -s instead of `where`.
+    A fault is a line `<where>: <key>: what is wrong`, or `-s: ...` in a key of `overrides`, which `data` has already.
     """
     try:
         leaves = [f"{key}: {value}" for key, value in flat(data).items()]
@@ -212,19 +211,18 @@ def _parsed(text: str, where: str) -> Any:
 def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = logging.DEBUG) -> dict[str, Any]:
     """A copy of `data` with `key=value` settings put in, in order.
 
-    Keys are dotted paths, with [i] into lists; values are YAML, and null stands for the default. A setting of `data`
-    that has no effect under the given ones is dropped, with a line: base.quant=none drops base.block_size. train.steps
-    replaces train.epochs and the other way round, and so do train.tokens_per_step and train.batch, unless both are
-    given.
+    Values are YAML, and null stands for the default. A setting of `data` that has no effect under the given ones is
+    dropped, with a line: base.quant=none drops base.block_size. train.steps replaces train.epochs, train.batch
+    train.tokens_per_step, and the other way round, unless both are given.
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
         key, equals, text = (part.strip() for part in item.partition("="))
-        steps = _steps(key)
+        steps, where = _steps(key), f"-s {one_line(item)}"
         try:
             if not equals or not steps:
-                raise UserError(f"-s {one_line(item)}: must be key=value, such as data.mix[0].limit=5.")
-            given[key] = _parsed(text, f"-s {one_line(item)}")
+                raise UserError(f"{where}: must be key=value, such as data.mix[0].limit=5.")
+            given[key] = _parsed(text, where)
             here: Any = changed
             for step in steps[:-1]:
                 if isinstance(here, dict) and here.get(step) is None:
@@ -234,7 +232,7 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
         except UserError as error:
             wrong += error.faults
         except (IndexError, KeyError, TypeError):
-            wrong.append(f"-s {one_line(item)}: the recipe has nothing called {masked(key)}.")
+            wrong.append(f"{where}: the recipe has nothing called {masked(key)}.")
     if wrong:
         raise UserError(*wrong)
     for pair in (("steps", "epochs"), ("tokens_per_step", "batch")):
@@ -301,9 +299,10 @@ def _paths(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _inner(data: Any, setting: str) -> Any:
+    """What a recipe or plain data has at a dotted setting, or None."""
     for step in _steps(setting):
         try:
-            data = data[step]
+            data = getattr(data, str(step)) if isinstance(data, Section) else data[step]
         except (KeyError, IndexError, TypeError):
             return None
     return data
@@ -388,28 +387,20 @@ def _ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
         return {}
     found = {}
     for key, why in _unused(recipe).items():
-        section, value = _at(recipe, key)
-        if key.rpartition(".")[2] in section.model_fields_set and value is not None:
+        section, _, name = key.rpartition(".")
+        if name in _inner(recipe, section).model_fields_set and _inner(recipe, key) is not None:
             found[key] = why
     return found
 
 
-def _at(recipe: Recipe, key: str) -> tuple[Any, Any]:
-    section: Any = None
-    value: Any = recipe
-    for step in _steps(key):
-        section, value = value, value[step] if isinstance(step, int) else getattr(value, step)
-    return section, value
-
-
 def _faults(recipe: Recipe) -> Iterator[Fault]:
     for key, why in _ignored(recipe).items():
-        yield key, f"would be ignored because {why}, got {shown(_at(recipe, key)[1])}. Fix: remove it."
+        yield key, f"would be ignored because {why}, got {shown(_inner(recipe, key))}. Fix: remove it."
     seen = set()
     for key, must, applies in _contradictions(recipe):
         if applies and key not in seen:
             seen.add(key)
-            yield key, f"must {must}, got {shown(_at(recipe, key)[1])}."
+            yield key, f"must {must}, got {shown(_inner(recipe, key))}."
 
 
 def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:

@@ -130,10 +130,7 @@ def is_adapter(target: str | Path) -> bool:
 
 @contextmanager
 def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Iterator[Path]:
-    """An adapter of any trainer as a run in a temporary directory, which links to the adapter.
-
-    Nobody knows the data, so qdora's demo tasks are the text on which an export is compared.
-    """
+    """An adapter of any trainer as a run, with the demo tasks as data, in a temporary directory that links to it."""
     recipe, record = adopted_recipe(adapter, base_model, quant)
     adapter, of = user_path(adapter).resolve(), "adapter" if recipe.model.tokenizer else "base"
     base = " at ".join(filter(None, (recipe.model.source, recipe.model.revision)))

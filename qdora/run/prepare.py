@@ -58,7 +58,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.base import base_record, calibration_tokens, pinned
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
-from qdora.train.guards import CHECKS_FILE, DATA, GRADIENTS, Check, kept_checks, tell_checks
+from qdora.train.guards import CHECKS_FILE, DATA, GRADIENTS, Check, tell_checks
 from qdora.train.logs import interference_faults
 from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
@@ -157,16 +157,13 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
-    faults = []
-    if compute.dtype == float16 and recipe.adapter.kind == "full":
-        faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
-    if compute.device.type != "cuda":
-        needs_gpu = {
-            "base.residency: host": recipe.base.residency == "host",
-            "memory.offload_activations": recipe.memory.offload_activations,
-        }
-        faults += [f"{name}: needs a GPU." for name, asked in needs_gpu.items() if asked]
-    return faults
+    half, on_cpu = "model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.", "needs a GPU."
+    rules = {
+        half: compute.dtype == float16 and recipe.adapter.kind == "full",
+        f"base.residency: host {on_cpu}": compute.device.type != "cuda" and recipe.base.residency == "host",
+        f"memory.offload_activations: {on_cpu}": compute.device.type != "cuda" and recipe.memory.offload_activations,
+    }
+    return [text for text, applies in rules.items() if applies]
 
 
 def _data_faults(
@@ -268,7 +265,7 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
     unknown = [asdict(Check("open", "whether every trainable tensor gets a gradient: known after 3 updates."))]
-    run.write_json(CHECKS_FILE, {GRADIENTS: kept_checks(run).get(GRADIENTS, unknown)} if trains else {})
+    run.write_json(CHECKS_FILE, {GRADIENTS: run.read_json(CHECKS_FILE).get(GRADIENTS, unknown)} if trains else {})
     tell_checks(run, {DATA: checks})
 
 

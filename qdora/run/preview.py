@@ -67,8 +67,7 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
     """What the rows of a source that are read become: `drawn` "all", a "sample", or the "first" of a stream.
 
-    `lengths` and `num_too_long` are of what is not yet cut. `faults` are why a run would be refused; of a stream the
-    faulty rows, which are skipped.
+    `faults` are why a run would be refused; of a stream the faulty rows, which are skipped.
     """
     source = data.mix[number]
     train, _ = train_and_validation(source, data)

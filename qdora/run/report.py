@@ -21,7 +21,7 @@ from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluate.suite import LossOrAccuracy, task_changes
 from qdora.files import run_directory
-from qdora.files.atomic import atomic_write_text, disk_failures, masked, read_json_object
+from qdora.files.atomic import atomic_write_text, disk_failures, masked
 from qdora.files.console import consoles, duration
 from qdora.files.machine import package_versions
 from qdora.files.pages import markdown_cell, markdown_table, render_page
@@ -61,7 +61,7 @@ def run_card(
     form: Form | Literal["run"] = "run",
 ) -> str:
     """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
-    source, is_adopted, mix = _source(recipe), bool(run.adopted()), read_record(run, "mix.json")
+    source, is_adopted, mix = _source(recipe), bool(run.adopted()), run.read_json("mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
     data = () if is_adopted else recipe.data.mix  # nobody knows what an adopted adapter was trained on
@@ -114,7 +114,7 @@ def training_facts(run: RunDirectory, recipe: Recipe) -> dict[str, str]:
         "optimizer": None if adopted else f"{recipe.train.optimizer}, learning rate {recipe.train.lr:g}",
         "also trained": f"{', '.join(adapter.also_train)} ({rows})" if adapter.also_train else None,
         "new tokens": ", ".join(f"`{token}`" for token in recipe.model.add_tokens),
-        "trained part": read_record(run, "environment.json").get("trained_part"),
+        "trained part": run.read_json("environment.json").get("trained_part"),
     }
     return {setting: value for setting, value in found.items() if value}
 
@@ -125,11 +125,11 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
     named = [(f"validation{end}", f"step-0{end}", f"step-{step}{end}") for end in ("", "-generated")]
     for file in sorted((run.path / "eval").glob("*.json")):
         name = re.sub(r"^(final|step-\d+)-(?!generated$)", "", file.stem)
-        if name != file.stem and read_record(run, f"eval/{file.name}").get("step") == step:
+        if name != file.stem and run.read_json(f"eval/{file.name}").get("step") == step:
             named.append((name, f"base-{name}", file.stem))
     found = []
     for data, *names in named:
-        both = [read_record(run, f"eval/{name}.json") for name in names]
+        both = [run.read_json(f"eval/{name}.json") for name in names]
         # Records of lm-evaluation-harness have no examples
         known = [record if "per_example" in record else dict[str, Any]() for record in both]
         before, after = known if step else (known[0], dict[str, Any]())
@@ -154,12 +154,6 @@ def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
     ends = " to ".join(filter(None, (shown("lower", "+"), shown("upper", "+"))))
     values = (shown("before"), shown("after"), shown("difference", "+"), ends)
     return [change["task"], label, f"{change['num_examples']:,}", *values]
-
-
-def read_record(run: RunDirectory, name: str) -> dict[str, Any]:
-    """A JSON file of the run; empty if there is none."""
-    file = run.inside(name)
-    return read_json_object(file) if file.is_file() else {}
 
 
 def _source(recipe: Recipe) -> ModelSource | None:
@@ -247,7 +241,7 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
 
 
 def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    kept, num_steps = run.checkpoint_steps(), read_record(run, "mix.json").get("num_steps")
+    kept, num_steps = run.checkpoint_steps(), run.read_json("mix.json").get("num_steps")
     done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
     num_done, newest = max([0, *done, *kept]), max(kept, default=None)
     best = adapter_record(run)
@@ -269,7 +263,7 @@ def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, An
 
 
 def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    machine, plan = read_record(run, "environment.json"), read_record(run, run_directory.PLAN_FILE)
+    machine, plan = run.read_json("environment.json"), run.read_json(run_directory.PLAN_FILE)
     gpus = [gpu["name"] for gpu in machine.get("devices", [])]
     found = {"machine": ", ".join(gpus) or machine.get("cpu", "")}
     steps = [line for line in metrics if "loss" in line]

@@ -77,9 +77,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
-    resume: continue from the newest whole checkpoint. force: start although the plan is over memory.budget.
-    shared_bases: keeps pruned bases that several runs share. Returns JSON values in the first process: the run
-    directory, steps, last loss, evaluations.
+    force: start although the plan is over memory.budget. shared_bases: keeps pruned bases that several runs share.
+    Returns JSON values in the first process: the run directory, steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chats import prompt_text, require_chat_template, set_chat_date, set_chat_settings
-from qdora.data.example import Example, Messages, RowFault, Tools, Turn
+from qdora.data.example import Example, Messages, Tools, Turn
 from qdora.data.files import read_rows
 from qdora.data.formats import asked_chat
 from qdora.data.sources import (
@@ -120,10 +120,9 @@ def kept_as(options: EvalOptions, recipe: Recipe | None) -> str:
 def evaluate_target(
     target: str, options: EvalOptions = EvalOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
+    """Evaluate a run, an adapter, a model directory, a Hub id or builtin; returns JSON values.
 
-    A run keeps the results in its eval/. Returns JSON values: the evaluation, stored results, generated answers,
-    perplexity, harness results.
+    A run keeps the results in its eval/.
     """
     check_options(options, target)
     texts = read_texts(options.text)
@@ -263,8 +262,7 @@ def generate_from(
 ) -> dict[str, Any]:
     """Load a run, an adapter or a model and let it answer a prompt; `raw` skips the chat template.
 
-    `write` gets each piece of text as soon as it is known; `which` are options of `load_target`. Returns JSON values:
-    the text, token counts, seconds, why it stopped: "end" of sequence, "length" (`max_new_tokens`), or "context".
+    `write` gets each piece of text as soon as it is known; `which` are options of `load_target`. Returns JSON values.
     """
     if not prompt:
         raise UserError("--prompt: is empty.")
@@ -294,16 +292,9 @@ def answer_chats(
 
 def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     """(place, turns, tools) of each row."""
-    rows, chats, faults = read_rows(file), [], []
-    for place, row in rows:
-        try:
-            if isinstance(row, RowFault):
-                raise row
-            chats.append((rows.at(place), *asked_chat(row)))
-        except RowFault as fault:
-            faults.append(f"{rows.at(place)}: {fault}")
-    rows.refuse(faults)
-    return chats
+    rows = read_rows(file)
+    named = rows.made(lambda row, place: (f"{file}: {rows.unit} {place}", *asked_chat(row)), range(rows.num_rows))
+    return list(named)
 
 
 def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
@@ -352,6 +343,5 @@ def chat_ids(
 ) -> list[int]:
     """The tokens that the model sees before it answers these turns."""
     require_chat_template(tokenizer, where)
-    text = prompt_text(tokenizer, turns, tools)
     # The template writes the begin-of-text token itself.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_batch(tokenizer, [prompt_text(tokenizer, turns, tools, where)])[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +103,6 @@ class BestSoFar:
 
     def judge(self, step: int, value: float) -> bool:
         """Take the value of the evaluation after `step` steps; returns whether it is the best so far."""
-        assert math.isfinite(value), value
         self.judged = step
         better = self.value is None or (value > self.value if self.higher else value < self.value)
         if better:
@@ -208,10 +206,8 @@ def adapter_record(run: RunDirectory) -> dict[str, Any] | None:
 
 def adapter_step(run: RunDirectory) -> int | None:
     """The step that adapter/ holds: the best one, or the last before it was written."""
-    if record := adapter_record(run):
-        return int(record["step"])
-    file = run.path / TRAINED_FILE  # the run may have gone on since
-    return int(read_json_object(file)["step"]) if file.is_file() else run.last_step()
+    record = adapter_record(run) or run.read_json(TRAINED_FILE)  # the run may have gone on since
+    return int(record["step"]) if record else run.last_step()
 
 
 def state_step(run: RunDirectory, state: str) -> int | None:

@@ -24,7 +24,6 @@ from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
@@ -191,12 +190,6 @@ class Check:
     text: str
 
 
-def kept_checks(run: RunDirectory) -> dict[str, Any]:
-    """Group -> its checks in checks.json."""
-    file = run.inside(CHECKS_FILE)
-    return read_json_object(file) if file.is_file() else {}
-
-
 def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None:
     """Log the checks and put them into checks.json, in place of those of the same groups."""
     for check in (check for checks in found.values() for check in checks):
@@ -204,7 +197,8 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
             logger.warning("%s", check.text)
         elif check.state == "passed":
             logger.info("Checked: %s", check.text)
-    groups = kept_checks(run) | {group: [asdict(check) for check in checks] for group, checks in found.items()}
+    made = {group: [asdict(check) for check in checks] for group, checks in found.items()}
+    groups = run.read_json(CHECKS_FILE) | made
     run.write_json(CHECKS_FILE, {group: groups[group] for group in GROUPS if group in groups})
 
 
@@ -276,15 +270,11 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     if seen <= most and wrong <= most_wrong:  # NaN fails both
         said = f"packed examples stay apart: other tokens in one change the next one's logits by {seen:.2g}, "
         return layout, f"{said}rounding by up to {most:.2g} (attention by {attention})."
-    if not seen <= most:
-        fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
-    else:
-        fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
-        most = most_wrong
-    raise UserError(
-        f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
-        f"rounding is {most:.2g}. Fix: data.packing: false."
+    moved = (
+        f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g}), packing by {wrong:.2g}"
     )
+    what = f"{name} (attention by {attention}), which does not keep examples apart: {moved} ({most_wrong:.2g}, RMS)"
+    raise UserError(f"data.packing: must be false for {what}.")
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -209,7 +208,7 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
         faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
         seen[part.name] = counts | faulty
     if seen:
-        run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})
+        run.write_json("mix.json", run.read_json("mix.json") | {"seen": seen})
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
@@ -330,11 +329,8 @@ class ExpertLoad:
         self.num_steps, self._first, self._recent = state["num_steps"], state["first"], state["recent"]
 
     def record(self) -> dict[str, Any]:
-        """JSON values: the number of steps, and `window`, how many at each end are compared.
-
-        Of each block: the share of each expert in the first and in the last of them, and `moved`, the share of tokens
-        that went to other experts than at the start.
-        """
+        """JSON values: of each block the share of each expert in the first and in the last `window` steps, and `moved`,
+        the share of tokens that went to other experts than at the start."""
         window = min(_WINDOW, max(1, self.num_steps // 2))
         blocks = {}
         for owner in self._now:
@@ -385,14 +381,12 @@ def measure(
     halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
     parameters: Mapping[str, nn.Parameter],
     *,
-    device: torch.device,
     loss_chunk: int | None = None,
     loss_scale: LossScale | None = None,
 ) -> dict[str, Any]:
     """Cosines between the gradients of tasks by all adapter parameters, without dropout: JSON values.
 
-    A task's gradient is that of its mean NLL per answer token on a few validation examples: gradients on memorised
-    training examples no longer show whether learning one task helps another.
+    A task's gradient is that of its mean NLL per answer token on validation examples: memorised ones show nothing.
     """
     names, random = list(halves), random_state()
     batches = [half for name in names for half in halves[name]]
@@ -407,7 +401,7 @@ def measure(
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
             for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
                 step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
-                step_gradient(model, step, device=device, loss_chunk=loss_chunk, loss_scale=loss_scale)
+                step_gradient(model, step, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
                 model.zero_grad()
@@ -433,22 +427,20 @@ def measure(
 
 def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
     """Cosines from the inner products of half gradients, `gram`, (2 tasks, 2 tasks), the halves of a task together;
-    `num_tokens`, (tasks, 2), are the answer tokens of each half.
+    `num_tokens`, (tasks, 2), are the answer tokens of each half, which weight them in the mean.
 
-    A task's gradient is the mean of its halves' h1 and h2, weighted by tokens. Returns `cosines` (tasks, tasks);
-    `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too few; `norms` (tasks,).
+    Returns `cosines` (tasks, tasks); `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too
+    few; `norms` (tasks,).
     """
     num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    mean = np.zeros((num_tasks, 2 * num_tasks))
-    for task in range(num_tasks):
-        mean[task, 2 * task : 2 * task + 2] = weights[task]
+    mean = np.kron(np.eye(num_tasks), np.ones(2)) * weights.reshape(-1)
     products = mean @ gram @ mean.T
     norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = products / np.outer(norms, norms)
         halves = gram.diagonal().reshape(num_tasks, 2)
-        own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
+        own = gram[::2, 1::2].diagonal() / np.sqrt(halves.prod(axis=1))
     return {"cosines": cosines, "own_cosines": own, "norms": norms}
 
 

@@ -48,11 +48,9 @@ class Shortage(NamedTuple):
 
     def fault(self) -> str:
         """What is wrong if the micro-batch is a single example, which cannot be split."""
-        return (
-            f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
-            "Fix: resume with --resume and -s memory.loss_chunk=64 or -s memory.checkpointing=true, or start a new run "
-            "with a lower data.max_length."
-        )
+        what = f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')})"
+        fix = "--resume -s memory.loss_chunk=64 or -s memory.checkpointing=true, or lower data.max_length in a new run"
+        return f"{what}. Fix: {fix}."
 
 
 class OutOfMemory(RunFailure):
@@ -100,7 +98,6 @@ def step_gradient(
     model: nn.Module,
     batch: Step,
     *,
-    device: torch.device,
     loss_chunk: int | None = None,
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
@@ -118,6 +115,7 @@ def step_gradient(
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
+    device = next(model.parameters()).device
     later = device.type != "cpu"
     random = random_state() if later else {}
     total: float = batch.num_label_tokens

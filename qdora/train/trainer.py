@@ -169,8 +169,8 @@ class Trainer:
     def evaluate_and_save(self) -> None:
         """Evaluate and save when due; Interrupted after a requested stop.
 
-        After a stop only the checkpoint is written, since a launcher soon kills the processes; what was due is measured
-        when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line.
+        After a stop only the checkpoint is written, since a launcher soon kills the processes. Else the checkpoint
+        comes last, so that it covers the evaluation's line.
         """
         if self.step < self.num_steps and self.stop.agreed():
             raise Interrupted(self.step, self.save())
@@ -200,7 +200,6 @@ class Trainer:
                 one, two = (micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1))
                 halves[name] = one, two
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
-            options["device"] = self.model.device
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
@@ -227,7 +226,12 @@ class Trainer:
             clip = self.recipe.train.clip
             if clip is not None and norm > clip:
                 self.optimizer.scale_gradients_(clip / norm)
-            self.optimizer.step(lr)
+            try:
+                self.optimizer.step(lr)
+            except (RuntimeError, MemoryError) as error:  # a part of the update may be made: it is not saved
+                newest = self.directory.newest_checkpoint()
+                text = f"step {number}: the update cannot be computed: {first_line(error)}"
+                raise RunFailure(text, safe=[newest.path] if newest else []) from error
             self.bad_steps.applied(loss)
             self.step = number
             self.expert_load.step()
@@ -291,7 +295,6 @@ class Trainer:
             gradient.metrics, gradient.example_nll = passes.step_gradient(
                 self.model,
                 passes.even_passes(gradient.batch, processes),
-                device=self.model.device,
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
