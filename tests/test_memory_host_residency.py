@@ -1,59 +1,47 @@
 """Host memory: frozen weights copied into slots as late as they may be, and checkpoints."""
 
 from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pathlib import Path
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qdora.data.batches import Batching
-from qdora.errors import RunFailure
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
 from qdora.export.export import export_run
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import stream
-from qdora.memory.oom import keep_freed_memory
-from qdora.memory.oom import return_freed_memory
-from qdora.memory.stream import ActivationOffload
-from qdora.memory.stream import CudaCopies
-from qdora.memory.stream import HostResidency
-from qdora.memory.stream import NUM_SLOTS
-from qdora.memory.stream import Piece
-from qdora.memory.stream import Ring
-from qdora.memory.stream import interleaved
-from qdora.model.inject import adapter_parameters
-from qdora.model.inject import frozen_layers
-from qdora.model.load import Quantization
-from qdora.model.load import load_model
+from qdora.memory.oom import keep_freed_memory, return_freed_memory
+from qdora.memory.stream import NUM_SLOTS, ActivationOffload, CudaCopies, HostResidency, Piece, Ring, interleaved
+from qdora.model.inject import adapter_parameters, frozen_layers
+from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
 from qdora.model.store import BaseCache
 from qdora.plan.fake_step import empty_model
-from qdora.plan.plan import public_shapes
-from qdora.plan.plan import streamed_blocks
+from qdora.plan.plan import public_shapes, streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
 from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train.logs import measure
-from safetensors.torch import load_file
 from tests import support
-from tests.false_gpu import FakeCuda
-from tests.false_gpu import FakeCudart
-from tests.false_gpu import is_mapped
-from tests.support import LateCopies
-from tests.support import assert_same_run
-from tests.support import stream_on_cpu
-from torch import Tensor
-from transformers import PreTrainedModel
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
-import ctypes
-import itertools
-import mmap
-import pytest
-import sys
-import torch
-import weakref
+from tests.false_gpu import FakeCuda, FakeCudart, is_mapped
+from tests.support import LateCopies, assert_same_run, stream_on_cpu
 
 ALL = "all-linear"
 

@@ -1,44 +1,35 @@
 """Pruning while loading: each layer and expert by the tokens that reach it; and packed bases on disk, pruned or not."""
 
 from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from qdora.adapter.expert_product import padded_tokens
 from qdora.errors import UserError
 from qdora.model import store
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.source import resolve
-from qdora.model.store import BaseCache
-from qdora.model.store import PrunedBase
-from qdora.model.store import save_pruned_base
+from qdora.model.store import BaseCache, PrunedBase, save_pruned_base
 from qdora.prune import pruner as pruning
-from qdora.prune.pruner import Pruner
-from qdora.prune.pruner import quantized_layers
-from qdora.quant.packed import dequantize
-from qdora.quant.packed import quantize
+from qdora.prune.pruner import Pruner, quantized_layers
+from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
-from safetensors.torch import save_file
-from tests import reference_prune
-from tests import reference_quant
-from tests import support
-from tests.support import CHECKPOINT_CONFIGS
-from tests.support import checkpoint
-from tests.support import checkpoint_logits
-from tests.support import load_checkpoint
-from tests.support import one_file_checkpoint
-from torch import Tensor
-from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
-from typing import Any
-import json
-import logging
-import numpy as np
-import os
-import pytest
-import shutil
-import torch
+from tests import reference_prune, reference_quant, support
+from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 IDS = torch.randint(3, 97, (5, 16), generator=torch.Generator().manual_seed(3))
 PAIR = ("gate_up", "down")

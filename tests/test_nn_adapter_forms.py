@@ -2,47 +2,46 @@
 parameters off their start; masks and gates in files; whole runs on a pruned base."""
 
 from __future__ import annotations
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+
+import itertools
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftConfig
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+
 from qdora.adapter import dropout
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.errors import UserError
 from qdora.export.export import export_run
-from qdora.model.adapter_file import load_adapter
-from qdora.model.adapter_file import save_adapter
-from qdora.model.inject import adapted_layers
-from qdora.model.inject import inject
-from qdora.quant.packed import mask_bits
-from qdora.quant.packed import mask_from_bits
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.inject import adapted_layers, inject
+from qdora.quant.packed import mask_bits, mask_from_bits
 from qdora.rank.components import update_spectrum
 from qdora.rank.curvature import plain_model
-from qdora.rank.gradient import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
-from safetensors.torch import load_file
-from tests import reference
-from tests import support
-from tests.adapter_numbers import arrays
-from tests.adapter_numbers import assert_close
-from tests.adapter_numbers import cut_tiles
-from tests.adapter_numbers import errors_in_bf16
-from tests.adapter_numbers import expected
-from tests.adapter_numbers import expected_norm
-from tests.adapter_numbers import expected_weight
-from tests.adapter_numbers import make
-from tests.adapter_numbers import plain_results
-from tests.adapter_numbers import results
-from tests.adapter_numbers import to_numpy
-from torch.utils.checkpoint import checkpoint
-from typing import Any
-import itertools
-import numpy as np
-import pytest
-import torch
+from tests import reference, support
+from tests.adapter_numbers import (
+    arrays,
+    assert_close,
+    cut_tiles,
+    errors_in_bf16,
+    expected,
+    expected_norm,
+    expected_weight,
+    make,
+    plain_results,
+    results,
+    to_numpy,
+)
 
 COUNTS = (0, 1, 9, 4)
 """Tokens of each expert: none, one and many."""
