@@ -131,7 +131,7 @@ def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calib
 
 
 def calibration_tokens(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, config: PreTrainedConfig
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix | None, config: PreTrainedConfig
 ) -> Tensor | None:
     """Pieces of the calibration text, (sequences, length) int64; None if no inputs are measured."""
     prune = recipe.base.prune
@@ -142,7 +142,8 @@ def calibration_tokens(
     if context is not None and asked.length > context:
         raise UserError(f"base.prune.calibration.length: must be at most {context}, the context, got {asked.length}.")
     if asked.text == "mix":
-        examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
+        sets = mix.sets if mix is not None else ()
+        examples = [example for part in sets if isinstance(part, TokenizedSet) for example in part.examples]
         order = np.random.default_rng(asked.seed).permutation(len(examples))
         ids = np.concatenate([np.empty(0, dtype=np.int32), *(examples[index].input_ids for index in order)])
     else:
