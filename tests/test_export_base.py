@@ -29,7 +29,10 @@ def quantize(model: Path, out: Path, *options: str) -> dict[str, Any]:
 
 def in_float32(directory: Path) -> Any:
     """A checkpoint as transformers loads it, computing in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory).float()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for parameter in model.parameters():  # transformers leaves what is beside quantised weights in the file's dtype
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     for layer in model.modules():
         if type(layer).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False
