@@ -208,7 +208,7 @@ _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 def model_size(model: nn.Module) -> dict[str, int]:
     """Weights of the linear layers without the output head, and bytes of these, the whole base and the adapter.
 
-    Tied weights count once. Bytes include scales; codes of simulated formats count as tightly packed.
+    Tied weights count once. Bytes include scales.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     while isinstance(head, RowHead | AdaptedLinear):
@@ -228,7 +228,7 @@ def model_size(model: nn.Module) -> dict[str, int]:
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             packed = module.packed_form if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
-            num_bytes = _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
+            num_bytes = _DENSE_BYTES * count if packed is None else packed.num_bytes
             if module is not head:
                 weights += count
                 linear += num_bytes

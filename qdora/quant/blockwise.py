@@ -1,4 +1,4 @@
-"""Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
+"""Blockwise 2- to 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
 On a CPU every code and scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double quantisation,
 whose float32 mean depends on the number of threads. Its CUDA kernels differ in details and store a zero block of NF4 as
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qdora.quant import codebooks
-from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.codebooks import CODE_BITS, NESTED_BLOCK_SIZE, code_bytes
 from qdora.quant.kernels import device_kind
 
-# Weights handled at a time: multiples of every block size, and even, so that chunks share no byte. On a CPU a chunk
+# Weights handled at a time: multiples of every block size, so that chunks share no byte. On a CPU a chunk
 # stays in the cache (8 times as large takes 2 to 4 times as long); a GPU needs few, large launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
@@ -30,30 +30,64 @@ def _chunk(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
     Blocks run along the flattened rows; the last one may be short. Source: QLoRA, arXiv 2305.14314, sec. 3. Returns
-    codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32, 0 for a zero
-    block.
+    codes as by `pack_codes` and absmax (blocks,) float32, 0 for a zero block.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
-    table = codebooks.decision_table(kind, weight.device)
-    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(code_bytes(kind, numel), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
         _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
-        cell = codebooks.cell(unit)
-        rank = table.rank.index_select(0, cell).add_(unit > table.bound.index_select(0, cell))
-        codes = rank if kind == "nf4" else table.code.index_select(0, rank.int())
-        packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+        codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
+        packed[first : first + codes.numel()] = codes
         absmax[start // block_size : start // block_size + scale.numel()] = scale
     return packed, absmax
+
+
+@torch.no_grad()
+def nearest_codes(unit: Tensor, kind: str) -> Tensor:
+    """The code of the value that is nearest to each of `unit`, float32 within [-1, 1] in any shape: uint8. The lower
+    value on a tie."""
+    table, flat = codebooks.decision_table(kind, unit.device), unit.reshape(-1)
+    cell = codebooks.cell(flat)
+    rank = table.rank.index_select(0, cell).add_(flat > table.bound.index_select(0, cell))
+    codes = table.code.index_select(0, rank.int()) if kind == "fp4" else rank  # the others ascend with their codes
+    return codes.view(unit.shape)
+
+
+@torch.no_grad()
+def pack_codes(codes: Tensor, kind: str) -> Tensor:
+    """Codes (n,) uint8 without gaps, the first in the highest bits: two or four in a byte, of 3 bits eight in three.
+
+    The last bytes are filled up with the code of 0. Returns (`codebooks.code_bytes`(kind, n),) uint8.
+    """
+    bits = CODE_BITS[kind]
+    group = 8 if bits == 3 else 8 // bits
+    if codes.numel() % group:
+        codes = torch.nn.functional.pad(codes, (0, -codes.numel() % group), value=codebooks.zero_code(kind))
+    word = codes[::group].int() if bits == 3 else codes[::group]
+    for index in range(1, group):
+        word = (word << bits) | codes[index::group]
+    if bits == 3:
+        word = torch.stack([word >> 16, (word >> 8) & 255, word & 255], dim=1).to(torch.uint8).view(-1)
+    return word
+
+
+@torch.no_grad()
+def unpack_codes(packed: Tensor, kind: str, numel: int) -> Tensor:
+    """The inverse of `pack_codes`, (numel,) uint8."""
+    bits = CODE_BITS[kind]
+    entries = _entries(packed, bits).to(torch.int16)
+    shifts = bits * torch.arange(8 // bits if bits != 3 else 4, device=packed.device, dtype=torch.int16).flip(0)
+    return ((entries[:, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).view(-1)[:numel]
 
 
 def _refuse_not_finite(scales: Tensor, name: str) -> None:
@@ -73,8 +107,6 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
         units.append((part[whole:] / last).clamp_(-1, 1))
         scale = torch.cat([scale, last])
-    if part.numel() % 2:
-        units.append(part.new_zeros(1))
     return (units[0] if len(units) == 1 else torch.cat(units)), scale
 
 
@@ -115,20 +147,29 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 
 
 @torch.no_grad()
-def dequantize_4bit(
+def dequantize_blocks(
     packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast."""
     numel = shape[0] * shape[1]
-    pairs = codebooks.resident_code_pairs(kind, packed)
+    values, bits = codebooks.resident_values(kind, packed), CODE_BITS[kind]
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     chunk = _chunk(packed.device)
     for start in range(0, numel, chunk):
         stop = min(start + chunk, numel)
-        dense = pairs.index_select(0, packed[start // 2 : (stop + 1) // 2].int()).view(torch.float32)
+        entries = _entries(packed[start * bits // 8 : code_bytes(kind, stop)], bits)
+        dense = values.index_select(0, entries).view(torch.float32)
         scales = absmax[start // block_size : -(-stop // block_size)]
         out[start:stop] = scale_blocks_(dense[: stop - start], scales, block_size)
     return out.view(shape)
+
+
+def _entries(packed: Tensor, bits: int) -> Tensor:
+    # Of `codebooks.resident_values`: bytes, or 12 bits.
+    if bits != 3:
+        return packed.int()
+    first, second, third = packed.view(-1, 3).int().unbind(1)
+    return torch.stack([(first << 4) | (second >> 4), ((second & 15) << 8) | third], dim=1).view(-1)
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:

@@ -7,18 +7,17 @@ int8:       weight (out, in) int8, SCB (out,) float32, and often weight_format (
 """
 
 from __future__ import annotations
-
-import json
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from qdora.errors import UserError
+from qdora.quant import blockwise
 from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight, from_tensors
+from qdora.quant.packed import PackedWeight
+from qdora.quant.packed import from_tensors
+from torch import Tensor
+from typing import Any
+import json
+import torch
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds that bitsandbytes stores in 4 bits."""
@@ -51,7 +50,10 @@ def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
         raise ValueError(f"weight.quant_map is not the code book of {kind}.")
     rows, columns = stored["shape"]
     weight = state["weight"].contiguous()
-    tensors = {"packed": weight.reshape(-1).view(torch.uint8), "absmax": state["weight.absmax"]}
+    codes = weight.reshape(-1).view(torch.uint8)
+    if kind in codebooks.TIGHT and "bits" not in stored:  # written when these kinds took 4 bits
+        codes = blockwise.pack_codes(blockwise.unpack_codes(codes, "nf4", rows * columns), kind)
+    tensors = {"packed": codes, "absmax": state["weight.absmax"]}
     if "weight.nested_absmax" in state:
         if stored["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {stored['nested_blocksize']}.")
@@ -74,6 +76,8 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(packed.shape),
     }
+    if packed.kind in codebooks.TIGHT:
+        stored["bits"] = codebooks.CODE_BITS[packed.kind]
     state = {
         "weight": packed.packed.view(-1, 1),
         "weight.absmax": packed.absmax,

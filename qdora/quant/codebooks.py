@@ -1,7 +1,8 @@
-"""The value tables of the low-bit formats. NF3 and NF2 are simulated: their codes are held in 4 bits."""
+"""The value tables of the low-bit formats, and how many bits their codes take."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ NESTED_BLOCK_SIZE = 256
 MXFP4 = "mxfp4"
 """A kind that is read from checkpoints and never made here: blocks of 32, whose scales are powers of 2 in 8 bits."""
 MXFP4_BLOCK_SIZE = 32
-CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
-"""Kinds whose weights are codes of a table -> bits of a tightly packed code."""
-SIMULATED = ("nf3", "nf2")
-"""Kinds that are held in more bits than they need."""
+CODE_BITS = {"int8": 8, "nf4": 4, "fp4": 4, "int4": 4, MXFP4: 4, "nf3": 3, "int3": 3, "nf2": 2, "int2": 2}
+"""Bits of a code as it is stored."""
+TIGHT = ("nf3", "int3", "nf2", "int2")
+"""Kinds of fewer than 4 bits: four codes in a byte, or eight in three."""
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0: of b bits 2^(b - 1) positive values, one fewer negative.
 # Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
 _NF4 = (
@@ -32,6 +33,9 @@ _NF3 = (
 _NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
+# The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude lies half a step beside the outer values.
+_INT3 = tuple((code - 4) / 3.5 for code in range(8))
+_INT2 = tuple((code - 2) / 1.5 for code in range(4))
 # Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a
 # second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -42,34 +46,53 @@ _CELLS_PER_UNIT = 1024
 
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; mxfp4: [-6, 6])."""
+    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; int3: [-8/7,
+    6/7]; int2: [-4/3, 2/3]; mxfp4: [-6, 6])."""
     if kind == MXFP4:
         magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=device)
         return torch.cat([magnitudes, -magnitudes])
     if kind == "fp4":
         positive = [value / 12 for value in _FP4_TIMES_12]
         return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
-    values = {"nf4": _NF4, "nf3": _NF3, "nf2": _NF2, "int4": _INT4}[kind]
+    values = {"nf4": _NF4, "nf3": _NF3, "nf2": _NF2, "int4": _INT4, "int3": _INT3, "int2": _INT2}[kind]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-# (kind, device) -> the two values of each byte. A table made under FakeTensorMode would break every later call.
+# (kind, device) -> `resident_values`. A table made under FakeTensorMode would break every later call.
 _RESIDENT: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def resident_code_pairs(kind: str, codes: Tensor) -> Tensor:
-    """The two values of each byte, high nibble first: (256,) int64, each the bits of two float32, 4 times as fast to
-    gather. Made once on the device of `codes`: copying a table makes a GPU's host wait."""
+def resident_values(kind: str, codes: Tensor) -> Tensor:
+    """The values of the two codes of a byte, (256,) int64, or of four `TIGHT` ones, (256,) or (4096,) complex128: the
+    bits of so many float32, which is 4 times as fast to gather. The first code is in the highest bits.
+
+    Made once on the device of `codes`: copying a table makes a GPU's host wait.
+    """
     key = kind, codes.device
     if isinstance(codes, FakeTensor) or key not in _RESIDENT:
+        bits, num, dtype = CODE_BITS[kind], *((4, torch.complex128) if kind in TIGHT else (2, torch.int64))
         with torch.inference_mode(False):
             values = code_values(kind, codes.device)
-            values = torch.nn.functional.pad(values, (0, 16 - len(values)))  # codes that no weight has
-            pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.int64).view(256)
-        if isinstance(pairs, FakeTensor):
-            return pairs
-        _RESIDENT[key] = pairs
+            values = torch.nn.functional.pad(values, (0, (1 << bits) - len(values)))  # codes that no weight has
+            shifts = bits * torch.arange(num - 1, -1, -1, device=codes.device)
+            entries = torch.arange(1 << bits * num, device=codes.device)[:, None] >> shifts
+            table = values[entries & ((1 << bits) - 1)].view(dtype).view(-1)
+        if isinstance(table, FakeTensor):
+            return table
+        _RESIDENT[key] = table
     return _RESIDENT[key]
+
+
+def zero_code(kind: str) -> int:
+    """The first code of the value 0."""
+    return int((code_values(kind) == 0).nonzero()[0])
+
+
+def code_bytes(kind: str, numel: int) -> int:
+    """Bytes of so many codes: whole bytes, or groups of three bytes where a code has 3 bits."""
+    bits = CODE_BITS[kind]
+    unit = 3 if bits == 3 else 1
+    return -(-numel * bits // (8 * unit)) * unit
 
 
 class DecisionTable(NamedTuple):
@@ -99,6 +122,7 @@ def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
     return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
 
 
+@functools.cache
 def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTable:
     """`decision_bounds` as a grid; see `DecisionTable`."""
     bounds, code = decision_bounds(kind)

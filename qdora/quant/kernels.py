@@ -1,4 +1,4 @@
-"""What computes on a device: bitsandbytes' kernels, and the device that fake tensors of a plan stand for.
+"""What computes on a device: bitsandbytes' kernels, one of Triton, and the device that fake tensors of a plan stand for.
 
 Only ops are called: on CPUs with AVX512-BF16 `Linear4bit` repacks its weight, and dequantising then gives garbage.
 """
@@ -10,13 +10,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 
+log = logging.getLogger("qdora")
 Routing = Literal["even", "skewed"]
 """How a plan divides tokens among the experts of a mixture: evenly, or nearly all of them to the same experts."""
 # Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live.
@@ -90,11 +92,40 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """As `blockwise.dequantize_4bit`, to float32, bfloat16 or float16."""
+    """As `blockwise.dequantize_blocks`, to float32, bfloat16 or float16."""
     dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         packed.contiguous(), absmax.contiguous(), block_size, kind, list(shape), dtype
     )
     return dense
+
+
+@functools.cache
+def tight_decoder(device_type: str) -> Any:
+    """`tight_kernel.decode_into`; None where it does not run, on a GPU with one line in the log."""
+    if device_type != "cuda":
+        return None
+    try:
+        from qdora.quant.tight_kernel import decode_into
+
+        # Triton compiles at a launch, for which it needs a C compiler.
+        codes, ones = (torch.ones(32, dtype=dtype, device=device_type) for dtype in (torch.uint8, torch.float32))
+        decode_into(torch.empty_like(ones), codes, ones, ones, bits=3, block_size=16)
+    except Exception as error:
+        log.warning("Weights of 2 and 3 bits are decoded by plain torch, more slowly. Triton: %r", error)
+        return None
+    return decode_into
+
+
+def dequantize_tight(
+    packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """As `blockwise.dequantize_blocks`, for `codebooks.TIGHT`, in one launch."""
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    if not is_planning():
+        bits = codebooks.CODE_BITS[kind]
+        values = codebooks.resident_values(kind, packed).view(torch.float32)
+        tight_decoder(packed.device.type)(out, packed, absmax, values, bits=bits, block_size=block_size)
+    return out
 
 
 def has_product(device_type: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qdora.quant import blockwise, codebooks, kernels
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "mxfp4"]
+Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "int3", "int2", "mxfp4"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -37,9 +37,9 @@ class PackedWeight:
     """A weight (out, in) in a low-bit format. Nothing writes into its tensors.
 
     Attributes:
-        kind: "nf4", "fp4", "int8", "mxfp4", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
+        kind: A name in `codebooks.CODE_BITS`.
         block_size: Weights per block scale, counted along the flattened rows; `in` for int8, 32 for mxfp4.
-        packed: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
+        packed: Codes as by `blockwise.pack_codes`, (ceil(out * in / 2),) uint8 for 4 bits. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32; mxfp4:
             (blocks,) uint8, 127 more than the exponent of a power of 2.
     """
@@ -60,14 +60,6 @@ class PackedWeight:
     def num_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-    @property
-    def num_packed_bytes(self) -> int:
-        """Bytes with the codes packed tightly: less than `num_bytes` for simulated formats."""
-        if self.kind not in codebooks.SIMULATED:
-            return self.num_bytes
-        codes = -(-self.shape[0] * self.shape[1] * codebooks.CODE_BITS[self.kind] // 8)
-        return self.num_bytes - self.packed.numel() + codes
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedWeight:
         """The same weight on `device`."""
@@ -102,7 +94,7 @@ def _layout(
         raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "packed": (((rows * columns + 1) // 2,), torch.uint8),
+        "packed": ((codebooks.code_bytes(kind, rows * columns),), torch.uint8),
         "absmax": ((blocks,), torch.uint8 if nested or kind == MXFP4 else torch.float32),
     }
     if nested:
@@ -172,7 +164,7 @@ def quantize(
     if kind == "int8":
         return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
-    tensors = blockwise.quantize_4bit(weight, kind, block_size, name=name)
+    tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
     plain = PackedWeight(cast(Kind, kind), shape, block_size, *tensors)
     return with_nested_scales(plain) if double_quant else plain
 
@@ -192,6 +184,25 @@ def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> 
     return joined
 
 
+@torch.no_grad()
+def pack(codes: Tensor, absmax: Tensor, kind: str, block_size: int, double_quant: bool) -> PackedWeight:
+    """A weight from its codes, (out, in) uint8, and the scales of its blocks, (blocks,) float32, which may cross rows;
+    the scales are stored as `stored_scales`."""
+    shape = (codes.shape[0], codes.shape[1])
+    tensors = {"packed": blockwise.pack_codes(codes.reshape(-1), kind), "absmax": absmax}
+    plain = from_tensors(kind, shape, block_size, tensors)
+    return with_nested_scales(plain) if double_quant else plain
+
+
+def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
+    """Block scales, (blocks,) float32, as they are decoded once they are stored: with double quantisation rounded."""
+    if not double_quant:
+        return absmax
+    code = codebooks.dynamic_map(absmax.device)
+    codes, nested_absmax, offset = blockwise.quantize_scales(absmax, code)
+    return blockwise.dequantize_scales(codes, nested_absmax, code, offset)
+
+
 def with_nested_scales(plain: PackedWeight) -> PackedWeight:
     """The same weight with double quantised scales; of `plain` only the block scales are read."""
     code = codebooks.dynamic_map(plain.absmax.device)
@@ -202,12 +213,15 @@ def with_nested_scales(plain: PackedWeight) -> PackedWeight:
 
 def choose_backend(
     kind: str, device: torch.device, *, block_size: int, in_features: int, dtype: torch.dtype
-) -> Literal["torch", "bnb"]:
-    """bitsandbytes if its kernel gives the bits of the definition, else plain torch.
+) -> Literal["torch", "bnb", "triton"]:
+    """A kernel that gives the bits of the definition, else plain torch: Triton for `codebooks.TIGHT`, or bitsandbytes.
 
     bitsandbytes 0.50.2 on a CPU with AVX512 starts each row at a new block, so a row that begins inside a block decodes
     with a wrong scale, without an error. From block size 2048 on it is slow.
     """
+    if kind in codebooks.TIGHT:
+        planned = kernels.device_kind(device) != device.type
+        return "triton" if planned or kernels.tight_decoder(device.type) is not None else "torch"
     if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"
     if kernels.device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048):
@@ -224,16 +238,16 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     if packed.kind == "int8":
         return blockwise.dequantize_rows(packed.packed, packed.absmax, dtype)
     scales = block_scales(packed)
-    return decode_4bit(packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype)
+    return decode_blocks(packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype)
 
 
-def decode_4bit(
+def decode_blocks(
     codes: Tensor, scales: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """`blockwise.dequantize_4bit` by the backend that `choose_backend` names."""
+    """`blockwise.dequantize_blocks` by the backend that `choose_backend` names."""
     backend = choose_backend(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
-    decode = kernels.dequantize_4bit if backend == "bnb" else blockwise.dequantize_4bit
-    return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
+    decoders = {"torch": blockwise.dequantize_blocks, "bnb": kernels.dequantize_4bit, "triton": kernels.dequantize_tight}
+    return decoders[backend](codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
 
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
@@ -261,23 +275,21 @@ def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
     shape = (rows.stop - rows.start, packed.shape[1])
     if packed.kind == "int8":
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
-    first, last = rows.start * shape[1], rows.stop * shape[1]
+    first, last, bits = rows.start * shape[1], rows.stop * shape[1], codebooks.CODE_BITS[packed.kind]
     scales = block_scales(packed, slice(first // packed.block_size, last // packed.block_size))
-    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[first // 2 : last // 2], scales)
+    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[first * bits // 8 : last * bits // 8], scales)
 
 
 @torch.no_grad()
 def zero_packed(packed: PackedWeight, keep_mask: Tensor) -> PackedWeight:
     """A packed weight whose entries outside `keep_mask`, (out, in) bool, have the code of 0; nothing else changes."""
     tensors = packed.tensors()
-    codes = packed.packed
     if packed.kind == "int8":
-        tensors["packed"] = codes.masked_fill(~keep_mask, 0)
+        tensors["packed"] = packed.packed.masked_fill(~keep_mask, 0)
     else:
-        zero = int((codebooks.code_values(packed.kind) == 0).nonzero()[0])
-        keep = torch.nn.functional.pad(keep_mask.reshape(-1), (0, keep_mask.numel() % 2), value=True)
-        high = torch.where(keep[0::2], codes & 0xF0, zero << 4)
-        tensors["packed"] = high | torch.where(keep[1::2], codes & 0x0F, zero)
+        codes = blockwise.unpack_codes(packed.packed, packed.kind, keep_mask.numel())
+        codes.masked_fill_(~keep_mask.reshape(-1), codebooks.zero_code(packed.kind))
+        tensors["packed"] = blockwise.pack_codes(codes, packed.kind)
     return from_tensors(packed.kind, packed.shape, packed.block_size, tensors)
 
 

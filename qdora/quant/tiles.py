@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.quant import blockwise
+from qdora.quant import blockwise, codebooks
 from qdora.quant.kernels import device_kind
-from qdora.quant.packed import PackedWeight, block_scales, decode_4bit, dequantize
+from qdora.quant.packed import PackedWeight, block_scales, decode_blocks, dequantize
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
@@ -106,12 +106,12 @@ def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: i
         yield slice(0, total), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
         return
     codes, scales = weight.packed.view(weight.shape[0], -1), _row_scales(weight, row_factor)
-    per_byte = 1 if weight.kind == "int8" else 2
+    bits = codebooks.CODE_BITS[weight.kind]
     for run in runs:
         if dim == 0:
             some, blocks = codes[run], scales[run]
         else:
-            some = codes[:, run.start // per_byte : run.stop // per_byte]
+            some = codes[:, run.start * bits // 8 : run.stop * bits // 8]
             blocks = scales if weight.kind == "int8" else scales[:, run.start // block : run.stop // block]
         yield run, _decode(weight, some, blocks, dtype)
 
@@ -143,9 +143,9 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.kind == "int8":
         return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
-    shape = (codes.shape[0], 2 * codes.shape[1])
+    shape = (codes.shape[0], codes.shape[1] * 8 // codebooks.CODE_BITS[weight.kind])
     flat = codes.reshape(-1), scales.reshape(-1)
-    return decode_4bit(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
+    return decode_blocks(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
 
 
 def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:
