@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from qdora.cli import app
+from qdora.model.store import BaseWriter
 from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
@@ -90,7 +91,12 @@ def test_what_is_refused_leaves_nothing(model, tmp_path):
         (model, "--quant=nf5", "out", "quantize: base.quant: Input should be 'nf4', "),
         (model, "--set=train.lr=1", "out", "-s train.lr=1: must be a setting of model or base."),
         (model, "--set=base.block_size=63", "out", "-s: base.block_size: Input should be 16, "),
-        (model, "--set=base.block_size=128", "out", "block_size: must divide the inputs of model.layers.0.mlp.gate_proj"),
+        (
+            model,
+            "--set=base.block_size=128",
+            "out",
+            "block_size: must divide the inputs of model.layers.0.mlp.gate_proj",
+        ),
         (experts, "-q", "out", "base.quant: transformers does not load 4 layers in 4 bits (such as "),
         (packed, "-q", "out", "packed is quantised already, in nf4."),
         (model, "-q", "a", "a: must be a new or empty directory"),
@@ -101,3 +107,34 @@ def test_what_is_refused_leaves_nothing(model, tmp_path):
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert words in done.stderr
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_codes_by_gptq_load_alike_and_an_interrupted_command_goes_on(model, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(support.CORPUS) * 20)
+    options = ["--method=gptq", "--calibration", str(text), "--set=base.calibration.length=16"]
+    quantize(model, tmp_path / "rounded")
+    result = quantize(model, tmp_path / "whole", *options)
+    rounded, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "whole"))
+    differing = {name for name, tensor in rounded.items() if not torch.equal(tensor, whole[name])}
+    assert differing == {name for name in rounded if name.endswith("proj.weight")}  # the codes alone
+    assert "by GPTQ" in result["base"]["format"]
+    assert "| calibration | 32 pieces of 16 tokens of text.txt |" in (tmp_path / "whole/README.md").read_text()
+    write = BaseWriter.write
+
+    def stopped(self: BaseWriter, block: int, *rest: Any) -> None:
+        if block == 1:
+            raise KeyboardInterrupt
+        write(self, block, *rest)
+
+    command = ["quantize", str(model), str(tmp_path / "again")]
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseWriter, "write", stopped)
+        assert CliRunner().invoke(app, [*command, *options]).exit_code == 130
+    assert (tmp_path / ".again.quantize").is_dir()
+    quantize(model, tmp_path / "again", *options)
+    support.same_tensors(tmp_path / "again/model.safetensors", tmp_path / "whole/model.safetensors")
+    assert not list(tmp_path.glob(".*"))
+    refused = CliRunner().invoke(app, [*command, "--method=gptq"])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "quantize: base.calibration.text: " in refused.stderr

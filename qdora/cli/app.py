@@ -254,7 +254,7 @@ def quantize(
     ] = "round",
     calibration: Annotated[str | None, typer.Option(help="Text file on which gptq measures the layers.")] = None,
 ) -> None:
-    """Write a model in 4 or 8 bits as a bitsandbytes checkpoint, and check it."""
+    """Write a model as a bitsandbytes checkpoint, and check it."""
     from qdora.export.export import quantize_model
 
     base: dict[str, Any] = {"quant": quant}
@@ -277,7 +277,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
 ) -> None:
-    """Print the answer of a run, an export, an adapter or a bare model."""
+    """Print the answer of a run, an export, an adapter or a model."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.verbs import answer_chats, generate_from
 

@@ -41,7 +41,7 @@ from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config, quantization_of
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.prune.pruner import quantized_layers
+from qdora.prune.compressor import quantized_layers
 from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
@@ -185,7 +185,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     base, source = recipe.base, find_source(recipe, weights=False)
     check_loadable(recipe, source)
     config, file = load_config(source), run.inside(FOLDER, "compressed.json")
-    if base.prune is not None and not file.is_file():  # of `quantize_model`
+    if base.is_made_once and not file.is_file():  # of `quantize_model`
         source, tokenizer = find_model(recipe)
         what = recipe, source, choose_compute(recipe.model.dtype), calibration_tokens(recipe, tokenizer, None, config)
         with bar(console, "compressing the base") as progress:
@@ -197,6 +197,9 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     worst = max(errors, key=lambda layer: errors[layer])
     error = f"{median(errors.values()):.4f} in the median, at most {errors[worst]:.4f} ({worst})"
     facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip), "relative error of a layer": error}
+    if base.measured is not None:
+        _, asked = base.measured
+        facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     with bar(console, "writing the base") as progress:
         written = export_nf4_lora(

@@ -7,17 +7,18 @@ int8:       weight (out, in) int8, SCB (out,) float32, and often weight_format (
 """
 
 from __future__ import annotations
-from collections.abc import Mapping
-from qdora.errors import UserError
-from qdora.quant import blockwise
-from qdora.quant import codebooks
-from qdora.quant.codebooks import NESTED_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight
-from qdora.quant.packed import from_tensors
-from torch import Tensor
-from typing import Any
+
 import json
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from qdora.errors import UserError
+from qdora.quant import blockwise, codebooks
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, from_tensors
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds that bitsandbytes stores in 4 bits."""

@@ -5,58 +5,42 @@ residency.json the residency that `memory.budget: auto` chose.
 """
 
 from __future__ import annotations
-from collections.abc import Sequence
-from numpy.typing import ArrayLike
-from pathlib import Path
-from qdora.data.mix import Mix
-from qdora.data.tokenize import TokenizedSet
-from qdora.data.tokenize import encode_batch
-from qdora.data.tokenize import special_prefix
-from qdora.errors import UserError
-from qdora.errors import first_few
-from qdora.evaluate.perplexity import read_texts
-from qdora.files.atomic import read_json_object
-from qdora.files.console import Progress
-from qdora.files.machine import cache_folder
-from qdora.files.machine import user_path
-from qdora.files.run_directory import RunDirectory
-from qdora.memory.shard import ShardedBase
-from qdora.memory.stream import ActivationOffload
-from qdora.memory.stream import HostResidency
-from qdora.model.attention import positions_of
-from qdora.model.build_model import Compute
-from qdora.model.build_model import recompute_activations
-from qdora.model.load import Placer
-from qdora.model.load import load_model
-from qdora.model.load import quantization_of
-from qdora.model.source import ModelSource
-from qdora.model.store import BaseCache
-from qdora.model.store import BaseWriter
-from qdora.model.store import CompressedBase
-from qdora.model.store import PrunedBase
-from qdora.model.store import compressed_key
-from qdora.model.store import fingerprints
-from qdora.model.store import save_pruned_base
-from qdora.prune.compressor import Compressor
-from qdora.prune.pruner import Pruner
-from qdora.recipe.recipe_file import settings
-from qdora.recipe.section import with_settings
-from qdora.recipe.settings import CalibrationConfig
-from qdora.recipe.settings import Recipe
-from qdora.train.distributed import free_host_bytes
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from typing import Any
-from typing import cast
+
 import gc
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.data.mix import Mix
+from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
+from qdora.errors import UserError, first_few
+from qdora.evaluate.perplexity import read_texts
+from qdora.files.atomic import read_json_object
+from qdora.files.console import Progress
+from qdora.files.machine import cache_folder, user_path
+from qdora.files.run_directory import RunDirectory
+from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import ActivationOffload, HostResidency
+from qdora.model.attention import positions_of
+from qdora.model.build_model import Compute, recompute_activations
+from qdora.model.load import Placer, load_model, quantization_of
+from qdora.model.source import ModelSource
+from qdora.model.store import BaseCache, BaseWriter, CompressedBase, compressed_key, fingerprints
+from qdora.prune.compressor import Compressor
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import CalibrationConfig, Recipe
+from qdora.train.distributed import free_host_bytes
 
 FOLDER = "base"
 """Folder of a run directory that holds its compressed base."""
