@@ -59,9 +59,11 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import ModelSource, resolve
+from qdora.model.store import BaseWriter, CompressedBase
+from qdora.prune.compressor import Compressor
 from qdora.quant.packed import mask_bits, quantize
 from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import BaseWeightsConfig, Recipe
 from qdora.run import base as load_base
 from qdora.run import prepare
 from qdora.run.run import train_run
@@ -275,6 +277,16 @@ def checkpoint_logits(model: PreTrainedModel) -> torch.Tensor:
 
 def load_checkpoint(directory: Path, **settings: Any) -> PreTrainedModel:
     return load_model(resolve(str(directory)), **{"quant": "none", "compute_dtype": torch.float32, **settings})
+
+
+def compressed(
+    directory: Path, base: BaseWeightsConfig, calibration: torch.Tensor | None = None, **load: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint whose base was compressed and is read back, and the records of its layers."""
+    writer = BaseWriter(directory / "base", "key")
+    load_checkpoint(directory, placer=Compressor(base, writer, calibration), **load)
+    writer.finish({})
+    return load_checkpoint(directory, placer=CompressedBase(directory / "base"), **load), writer.layers
 
 
 def one_file_checkpoint(directory: Path, config: Any = None) -> tuple[Path, dict[str, torch.Tensor]]:

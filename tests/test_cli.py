@@ -83,6 +83,7 @@ RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("{root}/recipe.yaml", "--run-dir", "{tmp}/run"), "run: "),
     "eval": (("{root}/run", "--limit", "2"), "letters"),
     "export": (("{root}/run", "{tmp}/out"), "exported model: "),
+    "quantize": (("{root}/model", "{tmp}/out", "-s", "base.skip=[lm_head,down_proj]"), "exported model: "),
     "generate": (("{root}/run", "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "2"), ""),
     "plan": (("{root}/recipe.yaml", "--device", "cpu"), "letters"),
     "preview": (("{root}/recipe.yaml", "-n", "1"), "tokens in the loss"),
@@ -118,7 +119,7 @@ def test_results_go_to_standard_output(verb, root, tmp_path):
     found = invoke(*arguments_of(verb, root, tmp_path / "a"), "-q")
     assert found.exit_code == 0, found.stderr
     assert RESULTS[verb][1] in found.stdout
-    if verb in ("train", "eval", "export", "plan", "preview", "rank"):
+    if verb in ("train", "eval", "export", "quantize", "plan", "preview", "rank"):
         assert found.stderr == ""
     found = invoke("--json", *arguments_of(verb, root, tmp_path / "b"))
     assert found.exit_code == 0, found.stderr

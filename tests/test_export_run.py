@@ -206,7 +206,7 @@ def test_a_public_repository_is_not_written_to_by_accident(tmp_path, monkeypatch
 
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
-    ({"format": "peft", "dtype": "float16"}, ["--dtype: .*--format merged or nf4-lora, got peft"]),
+    ({"format": "peft", "dtype": "float16"}, ["--dtype: .*--format merged or nf4-lora or base, got peft"]),
     ({"format": "nf4lora"}, [r"--format: .*'merged'.*got 'nf4lora'"]),
     (
         {"format": "nf4-lora", "base": "original", "requantize": True},

@@ -33,7 +33,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
-COMPUTING = ("train", "evaluate", "export", "generate", "rank", "study")
+COMPUTING = ("train", "evaluate", "export", "quantize", "generate", "rank", "study")
 """Verbs that compute on a GPU."""
 
 NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
@@ -244,6 +244,26 @@ def export(
 
 
 @verb
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model directory, a Hub id, a .gguf file, or builtin.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    set_: Set = None,
+    quant: Annotated[str, typer.Option(help="Format of the linear layers: nf4, fp4 or int8.")] = "nf4",
+    method: Annotated[
+        str, typer.Option(help="round: to the nearest value, as bitsandbytes does; gptq: with compensated errors.")
+    ] = "round",
+    calibration: Annotated[str | None, typer.Option(help="Text file on which gptq measures the layers.")] = None,
+) -> None:
+    """Write a model as a bitsandbytes checkpoint, and check it."""
+    from qdora.export.export import quantize_model
+
+    base: dict[str, Any] = {"quant": quant}
+    if method != "round" or calibration is not None:
+        base |= {"method": method, "calibration": {"text": calibration or ""}}
+    emit(quantize_model(model, out, base, set_ or []))
+
+
+@verb
 def generate(
     target: Target,
     sampling: Sampling,
@@ -257,7 +277,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
 ) -> None:
-    """Print the answer of a run, an export, an adapter or a bare model."""
+    """Print the answer of a run, an export, an adapter or a model."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.verbs import answer_chats, generate_from
 
@@ -486,7 +506,8 @@ def emit_list(what: str, titles: dict[str, str]) -> None:
     emit({what: titles}, plain="".join(f"{name:<{width}}  {title}\n" for name, title in titles.items()))
 
 
-_all = (train, evaluate, export, generate, plan, preview, rank, study, report, validate, recipes, schema, doctor, guide)
+_all = (train, evaluate, export, quantize, generate, plan, preview, rank, study, report, validate, recipes, schema,
+        doctor, guide)  # fmt: skip
 VERBS = {"eval" if function is evaluate else function.__name__: function for function in _all}
 
 app = typer.Typer(

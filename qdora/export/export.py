@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from huggingface_hub import create_repo, repo_info, upload_folder
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx2's or httpx's
 from rich.console import Console
@@ -19,20 +21,32 @@ from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.gguf import export_gguf
 from qdora.export.merge import write_merge
-from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.nf4_lora import check_loadable, export_nf4_lora
 from qdora.export.verify import comparison_text, validation_examples, verify_merged, verify_nf4_lora, verify_requantized
 from qdora.export.write import save_tokenizer
-from qdora.files.atomic import atomic_directory, disk_failures, json_bytes, work_lock
+from qdora.files.atomic import (
+    atomic_directory,
+    atomic_write_text,
+    disk_failures,
+    json_bytes,
+    read_json_object,
+    remove_directory,
+    work_lock,
+)
 from qdora.files.console import bar, consoles
-from qdora.files.run_directory import open_run
+from qdora.files.run_directory import LOCK, RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
-from qdora.model.build_model import DTYPES, find_source, write_adapter
+from qdora.model.build_model import DTYPES, choose_compute, find_model, find_source, write_adapter
 from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.load import load_config
+from qdora.model.load import load_config, quantization_of
+from qdora.model.multimodal import TRAINED_PART, is_multimodal
+from qdora.prune.compressor import quantized_layers
+from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import recipe_of_run
-from qdora.recipe.section import parse_size
+from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
+from qdora.recipe.section import parse_size, with_settings
+from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import card_files, run_card
 
@@ -68,7 +82,7 @@ def export_run(
                 )
         stack.enter_context(disk_failures(out))
         folder = stack.enter_context(atomic_directory(place))
-        writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter}
+        writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter, "base": _base}
         trained, written, check = writers[options.format](path, folder, options, console)
         # Names without their paths: the file leaves this machine.
         document = {"format": options.format, "run": path.resolve().name, "state": trained.state, **written}
@@ -79,7 +93,8 @@ def export_run(
         if zeros is not None:
             document["zeros"] = zeros
             notes.append(f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are zero after the merge")
-        card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
+        facts = written["base"] if options.form == "base" else None
+        card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form, facts=facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))
     if check is not None:
@@ -162,6 +177,75 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
     for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
         (folder / name).write_text(text, encoding="utf-8")
     return trained, {}, None
+
+
+def _base(path: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
+    run = open_run(path)
+    recipe = recipe_of_run(run.recipe_file)
+    base, source = recipe.base, find_source(recipe, weights=False)
+    check_loadable(recipe, source)
+    config, file = load_config(source), run.inside(FOLDER, "compressed.json")
+    if base.is_made_once and not file.is_file():  # of `quantize_model`
+        source, tokenizer = find_model(recipe)
+        what = recipe, source, choose_compute(recipe.model.dtype), calibration_tokens(recipe, tokenizer, None, config)
+        with bar(console, "compressing the base") as progress:
+            compress_base(*what, file.parent, key=compression_key(*what), progress=progress)
+    trained = load_run(path, base_only=True)
+    layers = read_json_object(file)["layers"] if file.is_file() else {}
+    layers = layers or quantized_layers(find_source(recipe), quantization_of(base))
+    errors = {layer: found["relative_error"] for layer, found in layers.items()}
+    worst = max(errors, key=lambda layer: errors[layer])
+    error = f"{median(errors.values()):.4f} in the median, at most {errors[worst]:.4f} ({worst})"
+    facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip), "relative error of a layer": error}
+    if base.measured is not None:
+        _, asked = base.measured
+        facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    with bar(console, "writing the base") as progress:
+        written = export_nf4_lora(
+            trained.model,
+            trained.tokenizer,
+            folder,
+            dtype=dtype if options.dtype is None else DTYPES[options.dtype],
+            adapted=False,
+            max_shard_bytes=parse_size(options.shard_size),
+            progress=progress,
+            extra_files=card_files(run, recipe, trained.state, form="base"),
+        )
+    console.print("comparing the checkpoint with the running model")
+    text = comparison_text(trained.tokenizer, validation_examples(recipe))
+    check = verify_requantized(trained.model, folder, text, lossy=base.quant == "int8")
+    return trained, written | {"base": facts}, check
+
+
+def quantize_model(
+    name: str, out: Path, base: dict[str, Any], overrides: Sequence[str] = (), *, console: Console | None = None
+) -> dict[str, Any]:
+    """Quantise a model as the section `base` of a recipe says, and write it as a bitsandbytes checkpoint to the new or
+    empty directory `out`, as `export_run`. `name` is as model.source; `overrides` are of the sections model and base.
+    """
+    if others := [item for item in overrides if not item.strip().startswith(("model.", "base."))]:
+        raise UserError(f"-s {others[0]}: must be a setting of model or base.")
+    mix = [{"task": task} for task in DEMO_TASKS]  # the text on which the checkpoint is compared
+    document = {"model": {"source": name}, "base": base, "adapter": {"kind": "none"}, "data": {"mix": mix}}
+    document = with_overrides(document | {"train": {"steps": 0, "batch": 1}}, overrides, logging.INFO)
+    recipe = recipe_from(document, "quantize", overrides)
+    config = load_config(find_source(recipe, weights=False))
+    if recipe.model.dtype == "auto" and config.dtype in (torch.float16, torch.float32):  # bfloat16 would round them
+        recipe = with_settings(recipe, model={"dtype": str(config.dtype).removeprefix("torch.")})
+    work = out.absolute().with_name(f".{out.absolute().name}.quantize")
+    run = RunDirectory(work / f"{Path(os.path.abspath(name)).name}-{recipe.base.quant}")
+    with disk_failures(out, "name another directory"):
+        run.path.mkdir(parents=True, exist_ok=True)
+    with work_lock(work / LOCK, str(out)):
+        try:
+            run.inside(FOLDER, "compressed.json").unlink(missing_ok=True)  # it may be that of another recipe
+            atomic_write_text(run.recipe_file, resolved_yaml(recipe))
+            run.write_json(run.environment_file.name, {"trained_part": TRAINED_PART} if is_multimodal(config) else {})
+            return export_run(run.path, out, ExportOptions(format="base"), console=console)
+        finally:
+            if not run.inside(FOLDER, "unfinished.json").is_file():  # else the same command goes on there
+                remove_directory(work)
 
 
 def check_servable(model: PreTrainedModel) -> None:

@@ -23,17 +23,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
-from qdora.model.checkpoint import load_faults, quantization_config, shorten, taken_for_experts
+from qdora.model.checkpoint import load_faults, quantization_config, shorten, stored_kind, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
 from qdora.model.multimodal import all_paths
-from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.quant.bnb import FOUR_BIT_KINDS, to_bnb_state
-from qdora.quant.packed import PackedWeight, block_scales
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
+from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS, to_bnb_state
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.packed import block_scales
+from qdora.recipe.settings import Recipe
 
 
 def export_nf4_lora(
@@ -43,25 +46,33 @@ def export_nf4_lora(
     *,
     dtype: torch.dtype | None = None,
     published_as: str | None = None,
+    adapted: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
     lora_A is as it is stored, lora_B = g B in float32. What is not quantised is in `dtype`; default: the model's own,
     which rounds nothing. `published_as` is the Hub id of `directory`, for the adapter's file; without it the file names
-    no base. `options` are those of `write_checkpoint`. Returns what was written, as JSON.
+    no base. A model that is not `adapted` is written as it is held, also in int8. `options` are those of
+    `write_checkpoint`. Returns what was written, as JSON.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
-    check_foldable(model, dtype)
+    if adapted:
+        check_foldable(model, dtype)
     layers = adapted_layers(model)
     gains = {layer: gain.float() for layer in layers.values() if (gain := layer.merged_gain()) is not None}
-    plan = plan_export(model, dtype, partial(_scaled_base, gains=gains, dtype=dtype))
-    first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
+    plan = plan_export(model, dtype, partial(_packed_base, gains=gains if adapted else None, dtype=dtype))
+    first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
+    nested = not adapted and hasattr(first, "nested_code")
     plan.config.quantization_config = quantization_config(
-        first.kind, double_quant=False, dtype=dtype, dense=dense_layers(model)
+        first.kind, double_quant=nested, dtype=dtype, dense=dense_layers(model)
     )
-    written = write_checkpoint(plan, tokenizer, directory, **options)
+    result = write_checkpoint(plan, tokenizer, directory, **options)
+    written: dict[str, Any] = {name: result[name] for name in ("files", "num_tensors", "num_bytes")}
+    written |= {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
+    if not adapted:
+        return written
     config = adapter_config(
         layers,
         all_paths(model),
@@ -80,12 +91,8 @@ def export_nf4_lora(
     adapter.mkdir()
     write_tensors(adapter / WEIGHTS_FILE, dict(sorted(tensors.items())))
     (adapter / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
-    return {
+    return written | {
         "adapter": ADAPTER_DIRECTORY,
-        "kind": first.kind,
-        "block_size": first.block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        **{name: written[name] for name in ("files", "num_tensors", "num_bytes")},
         "num_folded_layers": len(gains),
         "num_adapted_layers": len(layers),
         "num_adapter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
@@ -93,26 +100,17 @@ def export_nf4_lora(
     }
 
 
-def _scaled_base(
-    layer: AdaptedLinear | FrozenLinear, *, gains: Mapping[AdaptedLinear, Tensor], dtype: torch.dtype
+def _packed_base(
+    layer: AdaptedLinear | FrozenLinear, *, gains: Mapping[AdaptedLinear, Tensor] | None, dtype: torch.dtype
 ) -> Mapping[str, Source]:
-    """The tensors of a layer's base, its rows times the gain, (out,) float32, of experts (experts, out)."""
+    """The tensors of a layer's base, its rows times the gain."""
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    gain = gains.get(layer) if isinstance(layer, AdaptedLinear) else None
+    gain = gains.get(layer) if gains and isinstance(layer, AdaptedLinear) else None
 
     def scaled(values: Tensor, rows: slice = slice(None)) -> Tensor:
         return values if gain is None else values * gain.reshape(-1, 1)[rows]  # not in place: it may be the model's
 
-    # Read again when it is written: by then, the tensors of a streamed block hold another block.
-    def packed_now() -> PackedWeight:
-        weight = base.packed_weight
-        assert weight is not None
-        return weight
-
-    def scales() -> Tensor:
-        return scaled(block_scales(packed_now()).reshape(base.out_features, -1)).reshape(-1)
-
-    if base.packed_weight is None:
+    if base.kind == "dense":
         sources = dense_weight_sources(base)
         if gain is None:
             return sources
@@ -120,13 +118,19 @@ def _scaled_base(
         read = dense.rows
         rows = None if read is None else lambda some: scaled(read(some).float(), some)
         return {"weight": Source(dense.shaped.float(), lambda: scaled(dense.make().float()), rows=rows)}
-    absmax = torch.empty(base.packed_weight.absmax.shape, device="meta")
-    state = to_bnb_state(replace(base.packed_weight, absmax=absmax, nested=None), dtype)
-    shape = state["weight"].shape
-    makers = {"weight": lambda: packed_now().packed.view(shape), "weight.absmax": scales}
+
+    # Made again when it is written: by then, the tensors of a streamed block hold another block.
+    def state() -> dict[str, Tensor]:
+        weight = base.packed_weight
+        assert weight is not None
+        if gains is not None:
+            scales = scaled(block_scales(weight).reshape(base.out_features, -1)).reshape(-1)
+            weight = replace(weight, absmax=scales, nested=None)
+        return to_bnb_state(weight, dtype)
+
     return {
-        name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
-        for name, tensor in state.items()
+        name: Source(tensor.to("meta"), partial(lambda part: state()[part], name), dtype=tensor.dtype)
+        for name, tensor in state().items()
     }
 
 
@@ -159,3 +163,25 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
     if faults:
         raise UserError(*shorten(faults))
+
+
+def check_loadable(recipe: Recipe, source: ModelSource) -> None:
+    """UserError with the reasons why transformers could not load the base as a bitsandbytes checkpoint."""
+    base, config = recipe.base, load_config(source)
+    if base.quant not in BNB_KINDS:
+        text = f"must be {', '.join(BNB_KINDS)} in a checkpoint of bitsandbytes, got {base.quant}"
+        raise UserError(f"base.quant: {text}. Fix: set base.cache in a recipe, which keeps such a base.")
+    if (stored := stored_kind(getattr(config, "quantization_config", None))) not in (None, MXFP4):
+        raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
+    vars(config).pop("quantization_config", None)
+    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    chosen = layers_to_quantize(model, quantization_of(base))
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in sorted(chosen)}
+    classes = {path: type(module).__name__ for path, module in modules.items()}
+    faults = load_faults(model, classes, "base.quant", "leave them dense with base.skip=[lm_head,experts]")
+    size, why = base.block_size, "bitsandbytes on a CPU misreads rows that begin inside a block"
+    crossing = [path for path, module in modules.items() if base.has_blocks and module.in_features % size]
+    if crossing:
+        faults.append(f"base.block_size: must divide the inputs of {first_few(crossing)}, got {size}: {why}.")
+    if faults:
+        raise UserError(*faults)

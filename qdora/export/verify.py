@@ -293,12 +293,16 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
 
 
-def verify_requantized(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
-    """As `verify_merged`, without a tolerance or a check of weights: the form rounds to 4 bits again."""
+def verify_requantized(
+    model: PreTrainedModel, directory: Path, text: ComparisonText, *, lossy: bool = True
+) -> dict[str, Any]:
+    """As `verify_merged`, without a check of weights. `lossy`: without a tolerance, since the form rounds again."""
     total, faults = _compared(load_with_bnb, model, directory, text)
     files = rename_to_model(gather_packed(open_safetensors(directory)), model)
     faults += _faults_of_files(model, directory, files, text)
-    return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(text.sequences)}
+    # What is dense loses nothing in the model's own dtype
+    stored = torch.float32 if lossy or (dtype := stored_dtype(directory)) == model.dtype else dtype
+    return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"num_texts": len(text.sequences)}
 
 
 def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 )
 
 from qdora.errors import NotFinite, UserError, named
-from qdora.errors import shorten as shorten  # for export/nf4_lora.py
+from qdora.errors import shorten as shorten
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
@@ -240,21 +240,18 @@ def stored_kind(settings: Mapping[str, Any] | None) -> str | None:
 
 
 def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers ("nf4" or "fp4").
+    """The `quantization_config` with which transformers builds bitsandbytes layers ("nf4", "fp4" or "int8").
 
     bitsandbytes computes in `dtype`; `dense`: paths of the linear layers that are not quantised.
     """
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(dense),
-    )
-    return dict(settings.to_dict())
+    blocks = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
+    settings: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, **blocks}
+    return dict(BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(dense)).to_dict())
 
 
-def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> list[str]:
+def load_faults(
+    model: nn.Module, classes: Mapping[str, str], option: str, fix: str = "use --format merged"
+) -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
     It builds Llama 4's experts one by one then. `classes`: path -> class of each quantised layer in the model's code.
@@ -264,7 +261,7 @@ def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> li
     if not others:
         return []
     what = f"transformers does not load {len(others)} layers in 4 bits (such as {next(iter(others.values()))})"
-    return [f"{option}: {what}. Fix: use --format merged."]
+    return [f"{option}: {what}. Fix: {fix}."]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:

@@ -22,6 +22,7 @@ from qdora.quant.packed import PackedWeight, from_tensors
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds that bitsandbytes stores in 4 bits."""
+BNB_KINDS = (*FOUR_BIT_KINDS, "int8")
 STATE_NAME = "weight.quant_state.bitsandbytes__"
 
 

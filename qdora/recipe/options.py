@@ -19,7 +19,7 @@ CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 LEAST_DRAWS = 8
 """Of `qdora rank --draws`: fewer tell the worth of a component too roughly."""
 Dtype = Literal["float16", "bfloat16", "float32"]
-Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "gguf"]
+Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
 
 
@@ -84,10 +84,10 @@ class WhichOrBase(Which):
 class ExportOptions(Which):
     """What `qdora export` writes."""
 
-    format: Literal["merged", "peft", "nf4-lora", "gguf"] = "merged"
-    """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file for llama.cpp."""
+    format: Literal["merged", "peft", "nf4-lora", "base", "gguf"] = "merged"
+    """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; base: the base; gguf: a GGUF file."""
     dtype: Dtype | None = None
-    """float16, bfloat16 or float32. Default: that of the run (nf4-lora), or float16 (Gemma 2, 3, GLM-4: bfloat16)."""
+    """float16, bfloat16 or float32. Default: the run's (nf4-lora), the source's (base), float16 (Gemma: bfloat16)."""
     base: Literal["dequantized", "original"] = "dequantized"
     """Weights to merge on: dequantized (the adapter was trained on them) or original."""
     requantize: bool = False
@@ -106,7 +106,7 @@ class ExportOptions(Which):
     used_with: ClassVar = (
         ("base", "format", "merged gguf"),
         ("requantize", "format", "merged"),
-        ("dtype shard_size", "format", "merged nf4-lora"),
+        ("dtype shard_size", "format", "merged nf4-lora base"),
         ("gguf_type llama_cpp", "format", "gguf"),
         ("requantize", "base", "dequantized"),
     )

@@ -59,8 +59,12 @@ def run_card(
     check: dict[str, Any] | None = None,
     *,
     form: Form | Literal["run"] = "run",
+    facts: Mapping[str, str] | None = None,
 ) -> str:
-    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
+    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export.
+
+    `facts`: setting -> value of an exported base, in place of the training.
+    """
     source, is_adopted, mix = _source(recipe), bool(run.adopted()), run.read_json("mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
@@ -71,9 +75,11 @@ def run_card(
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
     is_multimodal = "trained part" in training
+    if form == "base":
+        data, training = (), dict(facts or {})
     metadata = ModelCardData(
         base_model=hub_id,
-        base_model_relation=hub_id and ("adapter" if form == "peft" else "finetune"),
+        base_model_relation=hub_id and {"peft": "adapter", "base": "quantized"}.get(form, "finetune"),
         datasets=sorted({id_ for part in data if (id_ := _data_id(part)) is not None}) or None,
         library_name=form if form in ("gguf", "peft") else "transformers",
         pipeline_tag="image-text-to-text" if is_multimodal else "text-generation",
@@ -81,7 +87,8 @@ def run_card(
         **_licence(source),
     )
     has_code = recipe.model.trust_remote_code and source is not None and any(source.path.glob("*.py"))
-    rows = [[found["data"], *row] for found in evaluations(run, step) for row in found["rows"]]
+    scored = [] if form == "base" else evaluations(run, step)
+    rows = [[found["data"], *row] for found in scored for row in found["rows"]]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
