@@ -45,6 +45,15 @@ class CalibrationConfig(Section):
     """Seed of the random places."""
 
 
+class GptqCalibration(CalibrationConfig):
+    """Text on which GPTQ measures the inputs of each layer."""
+
+    sequences: Whole = 32
+    """Number of pieces, taken from random places of the text."""
+    length: Whole = 512
+    """Tokens of a piece; at most the context of the model."""
+
+
 class PruneConfig(Section):
     """How the base is pruned during loading, block by block, each measured on the output of the compressed blocks."""
 
@@ -143,7 +152,7 @@ class BaseWeightsConfig(Section):
     clip: Flag | None = None
     """For gptq: let the scale of each block be smaller than its largest weight where that lowers the error (null: at 3
     bits and fewer)."""
-    calibration: CalibrationConfig = CalibrationConfig(sequences=32, length=512)
+    calibration: GptqCalibration = GptqCalibration()
     """For gptq without pruning that measures inputs; else base.prune.calibration serves both."""
     skip: tuple[Text, ...] = ("lm_head",)
     """Linear layers that are neither quantised nor pruned; named as in adapter.targets."""
