@@ -1,4 +1,4 @@
-"""The 4-bit and 8-bit formats written as plain loops over numbers. Imports nothing of qdora, torch or bitsandbytes.
+"""The formats of 2 to 8 bits written as plain loops over numbers. Imports nothing of qdora, torch or bitsandbytes.
 
 float32 where the format says float32 (every `f32`), one weight at a time, slow on purpose.
 """
@@ -62,6 +62,12 @@ def dynamic_map():
 def offset(scales):
     """The mean of float32 scales: an exact sum, divided in float64, rounded to float32."""
     return f32(math.fsum(float(scale) for scale in scales) / len(scales))
+
+
+def unpack(packed, bits, numel):
+    """Codes of a dense stream of bits, the highest first."""
+    stream = "".join(f"{byte:08b}" for byte in packed)
+    return [int(stream[bits * i : bits * (i + 1)], 2) for i in range(numel)]
 
 
 def quantize_scales(scales, offset, code, block_size=256):

@@ -866,9 +866,9 @@ def write_source(directory: Path, **sizes: Any) -> Path:
     return checkpoint(directory, LlamaConfig(**sizes), shard="1GB")
 
 
-def resident_model(source: Path) -> PreTrainedModel:
+def resident_model(source: Path, quant: Any = "nf4") -> PreTrainedModel:
     """All in memory."""
-    return load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32)
+    return load_model(resolve(str(source)), quant=quant, compute_dtype=torch.float32)
 
 
 def adapt_streamed(model: PreTrainedModel, kind: Any = "dora", targets: Any = "all-linear") -> PreTrainedModel:

@@ -72,6 +72,7 @@ CASES: list[tuple[tuple[int, int, str], dict[str, Any], tuple[int, int]]] = [
     ((256, 256, "nf4"), {"dropout": 0.05}, (6, 15)),
     ((256, 256, "nf4"), {"dtype": torch.float32}, (4, 12)),
     ((256, 256, "int8"), {}, (5, 13)),
+    ((256, 256, "int2"), {}, (7, 15)),  # by plain torch: Triton takes one launch, as bitsandbytes does for nf4
 ]
 
 

@@ -38,7 +38,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4", "nf3", "int2"])
 @pytest.mark.parametrize("shape", [(128, 256), (33, 96), (7, 101)])
 def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode_it(kind, shape):
     assert kernels.is_available("cuda")

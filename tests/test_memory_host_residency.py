@@ -7,6 +7,7 @@ import itertools
 import mmap
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,8 @@ def on_host(source: Path, num_streamed: int | None = None, free_bytes: Any = Non
     given = {} if free_bytes is None else {"free_bytes": free_bytes}
     residency = HostResidency(num_streamed, copies=LateCopies, **given)
     resolved = resolve(str(source))
-    return load_model(resolved, quant="nf4", compute_dtype=torch.float32, placer=residency, **options)
+    options = {"quant": "nf4", "compute_dtype": torch.float32} | options
+    return load_model(resolved, placer=residency, **options)
 
 
 class Slots:
@@ -228,11 +230,12 @@ def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path)
     assert all(reports[1][key] == reports[0][key] for key in ("cosines", "norms"))
 
 
-def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["nf4", "nf3"])
+def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, tmp_path: Path, quant: Any) -> None:
     """Also from a cached base, and after the rest of the model was cast."""
-    expected = frozen_layers(support.resident_model(source))
-    cache = BaseCache(tmp_path, support.STREAMED_QUANTIZATION, support.CPU)
-    models = [on_host(source), *(on_host(source, 2, reader=cache) for _ in range(2))]
+    expected = frozen_layers(support.resident_model(source, quant))
+    cache = BaseCache(tmp_path, replace(support.STREAMED_QUANTIZATION, kind=quant), support.CPU)
+    models = [on_host(source, quant=quant), *(on_host(source, 2, reader=cache, quant=quant) for _ in range(2))]
     models[0].to(torch.bfloat16)
     assert models[0].get_input_embeddings().weight.dtype == torch.bfloat16
     for model in models:

@@ -126,11 +126,14 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
         assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
 
 
-@pytest.mark.parametrize("size, double_quant", [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
-def test_each_process_holds_its_part(root: Path, size: int, double_quant: bool) -> None:
+LOADED = [(2, {}), (2, {"quant": "nf3"}), pytest.param(3, {"double_quant": False}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size, loading", LOADED)
+def test_each_process_holds_its_part(root: Path, size: int, loading: dict[str, Any]) -> None:
     five = support.write_llama(root / "five", num_hidden_layers=5)
     source = five if size == 2 else write(root / "qwen3", "qwen3")
-    assert support.run_processes(size, parts, source, {"double_quant": double_quant}) == [""] * size
+    assert support.run_processes(size, parts, source, loading) == [""] * size
 
 
 def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:

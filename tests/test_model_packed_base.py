@@ -305,7 +305,7 @@ def same(first: PreTrainedModel, second: PreTrainedModel) -> bool:
 
 @pytest.mark.parametrize(
     ("config", "quant", "double_quant"),
-    [("llama-tied-biased", quant, True) for quant in ("nf4", "fp4", "int8", "nf3")]
+    [("llama-tied-biased", quant, True) for quant in ("nf4", "fp4", "int8", "nf3", "int2")]
     + [("qwen2", "nf4", False), ("gemma3", "nf4", True)],
 )
 def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, double_quant, monkeypatch):

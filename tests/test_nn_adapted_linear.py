@@ -310,7 +310,7 @@ def shares(weight: Any, size: int, keep_bits: torch.Tensor | None = None) -> lis
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("quant", ["nf4 nested", "nf4", "int8", "nf3 nested", None])
+@pytest.mark.parametrize("quant", ["nf4 nested", "nf4", "int8", "nf3 nested", "int2 nested", None])
 def test_the_rows_of_all_are_the_rows_of_the_weight(quant, size):
     """514 rows of four blocks: a group of 256 block scales begins in the rows of one process and ends in another's."""
     dense = torch.randn(514, 64, generator=torch.Generator().manual_seed(0))

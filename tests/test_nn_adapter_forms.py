@@ -55,7 +55,8 @@ SOME = [
 ]
 SOME += [("dora", False, False, stacked) for stacked in (False, True)]
 EXACT, SINGLE = (None, torch.float64), ("nf4 nested", torch.float32)
-OTHERS = [(quant, torch.float32) for quant in (None, "nf4", "fp4", "int8", "int4", "nf3 nested")]
+QUANTS = (None, "nf4", "fp4", "int8", "int4", "nf3 nested", "int2")
+OTHERS = [(quant, torch.float32) for quant in QUANTS]
 MATRIX = [(*form, *how) for how in (EXACT, SINGLE) for form in ALL] + [(*form, *how) for how in OTHERS for form in SOME]
 
 
@@ -301,7 +302,7 @@ def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
         torch.testing.assert_close(support.logits_of(model), before, rtol=1e-4, atol=1e-4)
 
 
-RUNS = [("dora", "nf4", "2:4"), ("lora", "int8", "unstructured"), ("magnitude", "nf4", "unstructured")]
+RUNS = [("dora", "nf4", "2:4"), ("lora", "int8", "unstructured"), ("magnitude", "int2", "unstructured")]
 
 
 @pytest.mark.parametrize("kind, quant, pattern", RUNS)

@@ -234,7 +234,7 @@ def whole(weight: tiles.Weight, row_factor: torch.Tensor | None, dtype: torch.dt
     return (dense.double() * factor.double()[:, None]).to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4", "nf3", "nf2", "dense"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4", "nf3", "nf2", "int3", "int2", "dense"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(20, 192), (64, 256), (40, 96), (7, 131), (1, 640), (130, 1)])
 def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_own(

@@ -376,6 +376,6 @@ def test_bytes_against_a_count_by_hand() -> None:
     model.head = FrozenLinear(weight, torch.zeros(128), torch.zeros(128 * 64 // 8, dtype=torch.uint8))
     # Codes of 4 bits, a float32 scale for every 64 weights, and a bias; no layer's mask counts
     assert counted(model)[:3] == [48, 96, others + 128 * 64 // 2 + 128 * 4 + 2 * 128]
-    # 2 bits a code and a float32 scale for every 64 weights, though the codes are held in 4 bits
-    simulated = FrozenLinear(quantize(torch.randn(64, 64), "nf2", block_size=64, double_quant=False))
-    assert counted(nn.ModuleDict({"q_proj": simulated}))[1] == 64 * 64 * 2 // 8 + 64 * 4
+    # 2 bits a code and a float32 scale for every 64 weights
+    tight = FrozenLinear(quantize(torch.randn(64, 64), "nf2", block_size=64, double_quant=False))
+    assert counted(nn.ModuleDict({"q_proj": tight}))[1] == 64 * 64 * 2 // 8 + 64 * 4

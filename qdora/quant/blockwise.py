@@ -85,9 +85,9 @@ def pack_codes(codes: Tensor, kind: str) -> Tensor:
 def unpack_codes(packed: Tensor, kind: str, numel: int) -> Tensor:
     """The inverse of `pack_codes`, (numel,) uint8."""
     bits = CODE_BITS[kind]
-    entries = _entries(packed, bits).to(torch.int16)
+    entries = torch.stack(_entries(packed, bits), dim=1).to(torch.int16)
     shifts = bits * torch.arange(8 // bits if bits != 3 else 4, device=packed.device, dtype=torch.int16).flip(0)
-    return ((entries[:, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).view(-1)[:numel]
+    return ((entries[:, :, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).view(-1)[:numel]
 
 
 def _refuse_not_finite(scales: Tensor, name: str) -> None:
@@ -158,18 +158,22 @@ def dequantize_blocks(
     for start in range(0, numel, chunk):
         stop = min(start + chunk, numel)
         entries = _entries(packed[start * bits // 8 : code_bytes(kind, stop)], bits)
-        dense = values.index_select(0, entries).view(torch.float32)
+        found = torch.empty(len(entries[0]), len(entries), dtype=values.dtype, device=packed.device)
+        for index, some in enumerate(entries):
+            torch.index_select(values, 0, some, out=found[:, index])
+        dense = found.view(-1).view(torch.float32)
         scales = absmax[start // block_size : -(-stop // block_size)]
         out[start:stop] = scale_blocks_(dense[: stop - start], scales, block_size)
     return out.view(shape)
 
 
-def _entries(packed: Tensor, bits: int) -> Tensor:
-    # Of `codebooks.resident_values`: bytes, or 12 bits.
+def _entries(packed: Tensor, bits: int) -> list[Tensor]:
+    # Of `codebooks.resident_values`: each byte, or the first and the last 12 bits of every three. Not yet put in turn,
+    # which would take as long as the look-up.
     if bits != 3:
-        return packed.int()
-    first, second, third = packed.view(-1, 3).int().unbind(1)
-    return torch.stack([(first << 4) | (second >> 4), ((second & 15) << 8) | third], dim=1).view(-1)
+        return [packed.int()]
+    first, second, third = (each.int() for each in packed.view(-1, 3).unbind(1))
+    return [torch.add(second >> 4, first, alpha=16), torch.add(third, second & 15, alpha=256)]
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:

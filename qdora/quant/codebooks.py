@@ -33,7 +33,7 @@ _NF3 = (
 _NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
 # Quotients are formed on the host: CUDA divides by a number less exactly.
 _INT4 = tuple(code / 7 for code in range(-7, 8))
-# The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude lies half a step beside the outer values.
+# The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude is half a step beside the outer values.
 _INT3 = tuple((code - 4) / 3.5 for code in range(8))
 _INT2 = tuple((code - 2) / 1.5 for code in range(4))
 # Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a

@@ -1,4 +1,4 @@
-"""What computes on a device: bitsandbytes' kernels, one of Triton, and the device that fake tensors of a plan stand for.
+"""What computes on a device: kernels of bitsandbytes and Triton, and the device that fake tensors of a plan stand for.
 
 Only ops are called: on CPUs with AVX512-BF16 `Linear4bit` repacks its weight, and dequantising then gives garbage.
 """

@@ -246,7 +246,11 @@ def decode_blocks(
 ) -> Tensor:
     """`blockwise.dequantize_blocks` by the backend that `choose_backend` names."""
     backend = choose_backend(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
-    decoders = {"torch": blockwise.dequantize_blocks, "bnb": kernels.dequantize_4bit, "triton": kernels.dequantize_tight}
+    decoders = {
+        "torch": blockwise.dequantize_blocks,
+        "bnb": kernels.dequantize_4bit,
+        "triton": kernels.dequantize_tight,
+    }
     return decoders[backend](codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
 
@@ -277,7 +281,9 @@ def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
     first, last, bits = rows.start * shape[1], rows.stop * shape[1], codebooks.CODE_BITS[packed.kind]
     scales = block_scales(packed, slice(first // packed.block_size, last // packed.block_size))
-    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[first * bits // 8 : last * bits // 8], scales)
+    return PackedWeight(
+        packed.kind, shape, packed.block_size, packed.packed[first * bits // 8 : last * bits // 8], scales
+    )
 
 
 @torch.no_grad()
