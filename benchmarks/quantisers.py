@@ -41,7 +41,7 @@ from qdora.evaluate.suite import average_of, evaluate
 from qdora.evaluate.suite import spread as evenly
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, find_source
-from qdora.model.inject import frozen_layers
+from qdora.model.inject import linear_layers
 from qdora.model.store import CompressedBase
 from qdora.plan.fit import plan
 from qdora.plan.plan import Plan, public_shapes
@@ -99,7 +99,7 @@ class Bed:
     def by_peer(self, python: str, method: str, kind: str, option: str) -> tuple[Any, dict[str, Any]]:
         """The base with the weights that another program made, and what it says of them."""
         base = self.own("none")
-        paths = [path for path in frozen_layers(base) if not path.endswith("lm_head")]
+        paths = [path for path in linear_layers(base) if not path.endswith("lm_head")]
         ids = self.calibration[option].tolist() if option in TEXTS else None
         settings = {"bits": int(kind[-1]), "group": 64, "layers": paths, "calibration": ids, "option": option}
         with tempfile.TemporaryDirectory() as name:
@@ -107,7 +107,7 @@ class Bed:
             self.tokenizer.save_pretrained(Path(name, "model"))
             weights, found = by_program(python, method, Path(name), settings)
         for path, weight in weights.items():
-            base.get_submodule(path).get_buffer("weight").copy_(weight)
+            base.get_submodule(path).weight.data.copy_(weight)
         return base, found
 
     def scores(self, model: Any) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def quantisers_layer(
         linear.register_forward_pre_hook(lambda _layer, args: inputs.append(args[0].flatten(0, 1)))
         with torch.no_grad():
             model.model(input_ids=bed.calibration["passages"], use_cache=False)
-        x, weight = torch.cat(inputs), linear.get_buffer("weight").clone()
+        x, weight = torch.cat(inputs), linear.weight.detach()
         products = x.T @ x
         save_file({"weight": weight, "inputs": x, "products": products}, Path(name, "layer.safetensors"))
         scale = weight.unflatten(1, (-1, group)).abs().amax(dim=2).repeat_interleave(group, dim=1)
