@@ -24,7 +24,7 @@ from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
-from qdora.model.store import PrunedBase
+from qdora.model.store import CompressedBase
 from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import public_shapes
@@ -167,7 +167,7 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
         if recipe.base.prune is not None:
             pruned = Path(folder, "base")
             compress_base(recipe, source, compute, None, pruned, key=compression_key(recipe, source, compute, None))
-            placer = PrunedBase(pruned)
+            placer = CompressedBase(pruned)
         model = load_base(recipe, source, compute, placer=placer)
         put_adapters(model, recipe)
         if recipe.data.packing:

@@ -49,6 +49,34 @@ def obs_with_mask(weight, keep, products, damping):
     return work
 
 
+def clipped_absmax(weight, costs, block, values, factors):
+    """Largest magnitude of each block times the factor at which rounding costs least; `costs` are those of a square."""
+    found, flat = [], list(zip(weight.ravel(), costs.ravel(), strict=True))
+    for start in range(0, len(flat), block):
+        part = flat[start : start + block]
+        largest = max(abs(w) for w, _ in part)
+        lost = [sum(cost * np.min(np.abs(values * largest * f - w)) ** 2 for w, cost in part) for f in factors]
+        found.append(largest * factors[int(np.argmin(lost))])
+    return found
+
+
+def gptq(weight, products, damping, values, scales, order, keep=None):
+    """Codes, column after column in `order`: the nearest of `values` times `scales`, (out, in), or of 0 where `keep` is
+    False. Each error is moved by the inverse of what is left, formed anew."""
+    work, hessian, left = weight.astype(np.float64).copy(), damped(products, damping), list(order)
+    codes = np.zeros(work.shape, dtype=np.uint8)
+    while left:
+        j, inverse = left[0], np.linalg.inv(hessian[np.ix_(left, left)])
+        for i in range(work.shape[0]):
+            is_kept = keep is None or keep[i, j]
+            code = np.argmin(np.abs(values * scales[i, j] - work[i, j])) if is_kept else np.argmax(values == 0)
+            error = work[i, j] - values[code] * scales[i, j]
+            codes[i, j] = code
+            work[i, left] -= error / inverse[0, 0] * inverse[0]
+        left = left[1:]
+    return codes
+
+
 def obs(weight, products, damping, *, block, sparsity=None, n_of_m=None):
     """The same with the mask chosen on the way: for `block` columns at a time, or for m at a time."""
     work, hessian = weight.astype(np.float64).copy(), damped(products, damping)

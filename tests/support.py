@@ -1,75 +1,103 @@
 """Small models, data, recipes and processes that tests share."""
 
 from __future__ import annotations
-
-import itertools
-import json
-import multiprocessing
-import os
-import re
-import signal
-import socket
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import closing
+from contextlib import contextmanager
+from functools import cache
+from functools import partial
 from multiprocessing.context import ForkProcess
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-import transformers
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mistral3Config,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3VLConfig,
-)
-
+from pathlib import Path
 from qdora.adapter.experts import FrozenExperts
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.layer import AdaptedLinear
+from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.norms import refresh
-from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
+from qdora.data.batches import Batching
+from qdora.data.batches import IGNORED
+from qdora.data.batches import MicroBatch
+from qdora.data.batches import Step
+from qdora.data.batches import micro_batches
 from qdora.data.tokenize import TokenizedExample
-from qdora.errors import Interrupted, UserError
+from qdora.errors import Interrupted
+from qdora.errors import UserError
 from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import HostResidency
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
-from qdora.model.load import Quantization, load_model
-from qdora.model.source import ModelSource, resolve
-from qdora.quant.packed import mask_bits, quantize
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapter_parameters
+from qdora.model.inject import inject
+from qdora.model.inject import replace_module
+from qdora.model.load import Quantization
+from qdora.model.load import load_model
+from qdora.model.source import ModelSource
+from qdora.model.source import resolve
+from qdora.model.store import BaseWriter
+from qdora.model.store import CompressedBase
+from qdora.prune.compressor import Compressor
+from qdora.quant.packed import mask_bits
+from qdora.quant.packed import quantize
 from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import BaseWeightsConfig
 from qdora.recipe.settings import Recipe
 from qdora.run import base as load_base
 from qdora.run import prepare
 from qdora.run.run import train_run
 from qdora.train import passes
-from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
-from qdora.train.passes import even_passes, step_gradient
+from qdora.train.distributed import CAN_DIVIDE
+from qdora.train.distributed import Processes
+from qdora.train.distributed import mesh_of
+from qdora.train.distributed import processes_of_launch
+from qdora.train.passes import even_passes
+from qdora.train.passes import step_gradient
 from qdora.train.trainer import Trainer
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tests import reference
+from tokenizers import Tokenizer
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import processors
+from tokenizers import trainers
+from torch import Tensor
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
+from transformers import Gemma2Config
+from transformers import Gemma3Config
+from transformers import Gemma3TextConfig
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+from transformers import Mistral3Config
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast
+from transformers import Qwen2Config
+from transformers import Qwen2_5_VLConfig
+from transformers import Qwen3Config
+from transformers import Qwen3VLConfig
+from typing import Any
+import itertools
+import json
+import multiprocessing
+import numpy as np
+import os
+import pytest
+import re
+import signal
+import socket
+import sys
+import torch
+import traceback
+import transformers
 
 CORPUS = [
     "Question: What is the answer to the question?\nAnswer: the first answer of the three answers",
@@ -275,6 +303,16 @@ def checkpoint_logits(model: PreTrainedModel) -> torch.Tensor:
 
 def load_checkpoint(directory: Path, **settings: Any) -> PreTrainedModel:
     return load_model(resolve(str(directory)), **{"quant": "none", "compute_dtype": torch.float32, **settings})
+
+
+def compressed(
+    directory: Path, base: BaseWeightsConfig, calibration: torch.Tensor | None = None, **load: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint whose base was compressed and is read back, and the records of its layers."""
+    writer = BaseWriter(directory / "base", "key")
+    load_checkpoint(directory, placer=Compressor(base, writer, calibration), **load)
+    writer.finish({})
+    return load_checkpoint(directory, placer=CompressedBase(directory / "base"), **load), writer.layers
 
 
 def one_file_checkpoint(directory: Path, config: Any = None) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -29,8 +29,7 @@ from qdora.model.attention import keep_inplace_outputs_, weights_unread
 from qdora.model.build_model import nearest_low_rank, recompute_activations, start_from_error_
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.model.source import resolve
-from qdora.prune.pruner import Pruner
-from qdora.recipe.settings import PruneConfig
+from qdora.recipe.settings import BaseWeightsConfig, PruneConfig
 from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -165,8 +164,11 @@ def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
         support.write_mixture(tmp_path, name)
     else:
         support.checkpoint(tmp_path, support.CHECKPOINT_CONFIGS[name])
-    placer = Pruner(PruneConfig(method="magnitude", pattern="2:4")) if masked else None
-    model, original = support.load_checkpoint(tmp_path, quant="nf2", placer=placer), support.load_checkpoint(tmp_path)
+    base = BaseWeightsConfig(prune=PruneConfig(method="magnitude", pattern="2:4"))
+    model: Any = support.load_checkpoint(tmp_path, quant="nf2")
+    if masked:
+        model, _ = support.compressed(tmp_path, base, quant="nf2")
+    original = support.load_checkpoint(tmp_path)
     targets: Any = "experts" if name == "gpt_oss" else "all-linear"
     options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked}
     layers = inject(model, kind=kind, targets=targets, **options)

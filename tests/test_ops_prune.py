@@ -1,4 +1,4 @@
-"""Pruning: masks, counts, ties and bits; magnitude, Wanda and SparseGPT against their definitions in float64."""
+"""Pruning and GPTQ: masks, counts, ties and bits; magnitude, Wanda, SparseGPT, GPTQ against their definitions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 
 from qdora.errors import UserError
 from qdora.prune import scores as prune
-from qdora.prune.scores import InputStatistics, keep_mask, num_pruned, pattern_from, prune_weight, sparsegpt
-from qdora.quant.packed import dequantize, mask_bits, mask_from_bits, quantize
+from qdora.prune.grid import CLIP_FACTORS, Grid, fitted_absmax
+from qdora.prune.scores import (
+    InputStatistics,
+    Pruned,
+    check_finite,
+    check_shape,
+    keep_mask,
+    mask_by_scores,
+    num_pruned,
+    pattern_from,
+    sweep,
+)
+from qdora.quant.codebooks import code_values
+from qdora.quant.packed import dequantize, mask_bits, mask_from_bits, pack, quantize, stored_scales
 from tests import reference_prune as reference
 
 PATTERN_NAMES = ("unstructured", "2:4", "4:8", "1:4", "rows", "columns")
@@ -45,10 +57,12 @@ def statistics_of(x, method):
     return statistics
 
 
-def pruned_by(method, weight, x, pattern, **options):
-    """Of float64 numbers."""
-    statistics = None if method == "magnitude" else statistics_of(x, method)
-    return prune_weight(torch.from_numpy(weight), method, pattern, statistics=statistics, **options)
+def pruned_by(method, weight, x, pattern, group=None):
+    wide = torch.as_tensor(weight)
+    if method == "sparsegpt":
+        return sweep(wide, statistics_of(x, method), pattern)
+    keep = mask_by_scores(wide, None if method == "magnitude" else statistics_of(x, method), pattern, group)
+    return Pruned(wide.masked_fill(~keep, 0), keep)
 
 
 # ------------------------------------------------------------------------------------------------ masks and counts
@@ -124,7 +138,7 @@ def test_sparsegpt_equals_the_unblocked_solution(share, block, monkeypatch):
     expected, keep = reference.obs(weight, products, 0.01, block=block, **share)
     name = "unstructured" if "sparsity" in share else "{}:{}".format(*share["n_of_m"])
     pattern = pattern_of(name, share.get("sparsity"))
-    found, found_keep = sparsegpt(torch.from_numpy(weight), torch.from_numpy(products), pattern)
+    found, found_keep = pruned_by("sparsegpt", weight, x, pattern)
     assert np.array_equal(found_keep.numpy(), keep)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-12)
     if "sparsity" in share:
@@ -163,6 +177,49 @@ def test_dead_columns_go_first_and_receive_no_error():
         keep = reference.keep_mask(np.abs(weight), group, 0.5)
         assert np.array_equal(found.keep_mask.numpy(), keep)
         assert np.array_equal(found.weight.numpy(), np.where(keep, weight, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "double_quant", "pruned"),
+    [("nf4", False, True, None), ("int3", True, False, None), ("int2", True, True, "2:4"), ("nf3", True, True, "given"),
+     ("int4", False, False, "unstructured"), ("nf2", True, False, "columns")],
+)  # fmt: skip
+def test_gptq_equals_the_plain_algorithm(kind, clip, double_quant, pruned):
+    """Whole blocks and a short one, which cross rows; experts have statistics of their own and blocks of all."""
+    rows, columns, block = 10, 40, 16
+    weight = matrix(2 * rows, columns).astype(np.float32).astype(np.float64)
+    inputs = [correlated(columns=columns, seed=seed) for seed in (2, 3)]
+    statistics = [statistics_of(x, "sparsegpt") for x in inputs]
+    wide, values = torch.from_numpy(weight), code_values(kind)
+    squares = torch.stack([each.column_squares for each in statistics])
+    absmax = fitted_absmax(wide.float(), squares.float(), kind, block, clip=clip)
+    factors = CLIP_FACTORS if clip else (1.0,)
+    costs = np.repeat([(x**2).sum(0) for x in inputs], rows, axis=0)
+    expected = reference.clipped_absmax(weight, costs, block, values.double().numpy(), factors)
+    np.testing.assert_allclose(absmax.numpy(), expected, rtol=1e-6)
+    scales, mask = stored_scales(absmax, double_quant), keep_mask(wide.abs(), pattern_of("2:4"))
+    found, pattern = [], None if pruned in (None, "given") else pattern_of(pruned)
+    for index, (part, x) in enumerate(zip(wide.chunk(2), inputs, strict=True)):
+        grid = Grid(kind, block, scales, values, first=index * part.numel())
+        given_mask = mask.chunk(2)[index] if pruned == "given" else None
+        codes, keep = sweep(part, statistics[index], pattern, given_mask, grid)
+        spread = np.repeat(scales.double().numpy(), block)[: weight.size].reshape(weight.shape)
+        groups = (x**2).sum(0).reshape(-1, 4 if pruned == "2:4" else 1)
+        order = [group * groups.shape[1] + i for group in np.argsort(-groups.sum(1)) for i in range(groups.shape[1])]
+        mine = slice(index * rows, (index + 1) * rows)
+        plain = reference.gptq(part.numpy(), x.T @ x, 0.01, values.double().numpy(), spread[mine], order, keep.numpy())
+        assert np.array_equal(codes.numpy(), plain)
+        if pruned is not None:
+            assert (~keep).sum() == part.numel() // 2
+        found.append(codes)
+    after = dequantize(pack(torch.cat(found), absmax, kind, block, double_quant)).double().numpy()
+    if pruned is None:  # less of the outputs is lost than by rounding
+        rounded = dequantize(quantize(wide.float(), kind, block, double_quant)).double().numpy()
+        lost = [
+            sum(np.sum((x @ (dense - weight)[i * rows : (i + 1) * rows].T) ** 2) for i, x in enumerate(inputs))
+            for dense in (after, rounded)
+        ]
+        assert lost[0] < 0.5 * lost[1]
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -211,8 +268,7 @@ def test_every_rule_and_pattern_has_its_count_and_zeros_stay_zero_when_quantised
     else:
         assert zeros == round(sparsity * rows * columns)
     narrow = torch.from_numpy(weight).bfloat16()
-    statistics = None if method == "magnitude" else statistics_of(x, method)
-    rounded = prune_weight(narrow, method, pattern, statistics=statistics)
+    rounded = pruned_by(method, narrow, x, pattern)
     assert rounded.weight.dtype == torch.bfloat16
     for kind in ("nf4", "fp4", "int8"):  # rows of whole blocks and of others
         gone = dequantize(quantize(rounded.weight, kind))[~rounded.keep_mask]
@@ -228,10 +284,10 @@ def test_what_cannot_be_pruned_is_named():
     infinite.sums[0] = float("inf")
     negative.sums = -negative.sums
     for kind, message, call in (
-        (ValueError, "up_proj: .*2:5 .*24", lambda n: prune_weight(weight, "magnitude", pattern_of("2:5"), name=n)),
-        (UserError, "up_proj: .*finite", lambda n: prune_weight(broken, "magnitude", half, name=n)),
-        (UserError, "up_proj: .*inputs", lambda n: prune_weight(weight, "wanda", half, statistics=infinite, name=n)),
-        (UserError, "up_proj: .*0.01", lambda n: prune_weight(weight, "sparsegpt", half, statistics=negative, name=n)),
+        (ValueError, "up_proj: .*2:5 .*24", lambda n: check_shape(pattern_of("2:5"), weight.shape, n)),
+        (UserError, "up_proj: .*finite", lambda n: check_finite(broken, None, n)),
+        (UserError, "up_proj: .*inputs", lambda n: check_finite(weight, infinite, n)),
+        (UserError, "up_proj: .*0.01", lambda n: sweep(weight, negative, half, name=n)),
         (ValueError, r"2 bytes, got \(1,\)", lambda _: mask_from_bits(torch.zeros(1, dtype=torch.uint8), (3, 4))),
     ):
         with pytest.raises(kind, match=message):

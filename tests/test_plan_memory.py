@@ -279,6 +279,21 @@ def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is():
     assert not any("residency" in change.setting for change in changes)
 
 
+def test_compressing_a_measured_base_is_a_moment_of_its_own():
+    asked = {"base__method": "gptq", "base__calibration": {"sequences": 64, "length": 512}}
+    config = a_config(num_hidden_layers=2)
+    found = plan(a_recipe(**asked), config=config)
+    rows = max(out * in_ for out, in_ in SHAPES)
+    products = {in_ for _, in_ in SHAPES}  # at least one of each width
+    tokens = 2 * 64 * 512 * config.hidden_size * 2
+    block = sum(out * in_ for out, in_ in SHAPES) * 2
+    least = tokens + block + 4 * sum(in_**2 for in_ in products) + 8 * max(products) ** 2 + 4 * rows
+    assert found.peak.name == "compression of the base"
+    assert least < found.components[parts.CALIBRATION] < 1.5 * least
+    assert found.compress_seconds is not None
+    assert plan(a_recipe(), config=config).compress_seconds is None
+
+
 def test_assumed_micro_batches_and_their_gradients():
     (shape,), count = assumed_workload(a_recipe())
     assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True, accumulated=True), 2)

@@ -18,6 +18,7 @@ from qdora.errors import UserError
 from qdora.export.export import export_run
 from qdora.export.verify import comparison_text, verify_merged
 from qdora.files.run_directory import RunDirectory
+from qdora.model import store
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids, trained_matrices
@@ -158,7 +159,9 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     adapter = json.loads((pruned / "adapter/qdora.json").read_text())
     assert adapter["base"]["quant"]["prune"]["method"] == "wanda"
     assert "Pruned 14 layers by wanda: 50.00 %" in (pruned / "log.txt").read_text()
-    stored = load_file(pruned / "base/model.safetensors")
+    stored = {}
+    for file in (pruned / "base").glob("*.safetensors"):
+        stored |= load_file(file)
     for path, layer in adapted_layers(load_run(pruned).model).items():
         packed = layer.base.packed_weight
         assert torch.equal(packed.packed, stored[f"{path}.weight"].view(-1))
@@ -240,10 +243,60 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned):
     for name, each in arms.items():
         train_run(each, root / name, shared_bases=shared, console=QUIET)
     assert len(made) == 3
-    files = {name: root / name / "base/model.safetensors" for name in arms}
+    files = {name: root / name / "base/model-00000.safetensors" for name in arms}
     assert [files["dora"].samefile(files[name]) for name in ("lora", "denser", "other text")] == [True, False, False]
     assert_same_run(root / "dora", pruned, step=3)
     load_run(root / "lora")  # it is whole by itself
+
+
+# --- by GPTQ
+
+
+def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, tmp_path, monkeypatch):
+    def recipe(cache: str, **changes: Any) -> Recipe:
+        by_gptq = {"base__quant": "int3", "base__method": "gptq", "base__calibration": {"sequences": 4, "length": 48}}
+        return support.tiny_recipe(root, **by_gptq, base__cache=str(tmp_path / cache), train__steps=3, **changes)
+
+    whole, run, lora, streamed = (tmp_path / name for name in ("whole", "run", "lora", "streamed"))
+    train_run(recipe("one"), whole, console=QUIET)
+    writes, write = list[Path](), store.write_tensors
+
+    def killed(path: Path, tensors: Any) -> None:
+        writes.append(path)
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(store, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(recipe("two"), run, console=QUIET)
+    train_run(recipe("two"), run, resume=True, console=QUIET)
+    assert "7 layers are compressed already" in (run / "log.txt").read_text()
+    assert_same_run(run, whole, step=3)
+    (cached,) = (tmp_path / "two").glob("[!.]*")
+    found = [{file.name: file.read_bytes() for file in sorted(folder.iterdir())} for folder in
+             (whole / "base", run / "base", cached)]  # fmt: skip
+    assert found[0] == found[1] == found[2]
+    assert [*found[0]] == ["compressed.json", "model-00000.safetensors", "model-00001.safetensors"]
+    train_run(recipe("two", adapter__kind="lora"), lora, console=QUIET)
+    with monkeypatch.context() as patch:
+        support.stream_on_cpu(patch)
+        train_run(recipe("two", base__residency="host"), streamed, console=QUIET)
+    assert_same_run(streamed, whole, step=3)
+    assert len(writes) == 3  # a block is made once
+    shutil.rmtree(tmp_path / "two")
+    support.assert_resumes(recipe("three"), whole, tmp_path / "resumed", stop_at=2, step=3)
+    evaluated = evaluate_target(str(run), EvalOptions(split="validation"), console=QUIET)["evaluation"]
+    at_end = json.loads((run / "eval/step-3.json").read_text())
+    assert evaluated["tasks"]["sums"]["nll_per_token"] == at_end["tasks"]["sums"]["nll_per_token"]
+    for original in ("dequantized", "original"):
+        options = ExportOptions(dtype="float32", base=original)
+        assert export_run(run, tmp_path / original, options, console=QUIET)["verification"]["passed"]
+    assert "int3, blocks of 64, scales quantised, too, by GPTQ with clipped scales" in (run / "README.md").read_text()
+    assert json.loads((run / "adapter/qdora.json").read_text())["base"]["quant"]["method"] == "gptq"
+    shutil.rmtree(run / "base")
+    with pytest.raises(UserError, match=r"compressed\.json: missing"):  # and not rounded anew
+        load_run(run)
 
 
 # --- streamed

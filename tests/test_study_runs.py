@@ -1,32 +1,21 @@
 """qdora study on a tiny model: cells are whole runs, done once, continued, and evaluated once a base."""
 
 from __future__ import annotations
-
-import errno
-import io
-import json
-import math
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-import yaml
-from rich.console import Console
-from torch import nn
-from typer.testing import CliRunner
-
 from qdora.adapter.layer import FrozenLinear
 from qdora.cli import app
 from qdora.data.sources import run_examples
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure
+from qdora.errors import UserError
 from qdora.evaluate.loglikelihood import score_examples
-from qdora.evaluate.suite import evaluate, spread
+from qdora.evaluate.suite import evaluate
+from qdora.evaluate.suite import spread
 from qdora.model.adapter_file import load_adapter
-from qdora.model.inject import adapted_layers, inject, model_size
+from qdora.model.inject import adapted_layers
+from qdora.model.inject import inject
+from qdora.model.inject import model_size
 from qdora.quant.packed import quantize
 from qdora.quant.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
@@ -34,9 +23,23 @@ from qdora.recipe.settings import AdapterConfig
 from qdora.run.load_run import load_run
 from qdora.study import run as study_module
 from qdora.study.report import read_report
-from qdora.study.results import StudyDirectory, read_index
+from qdora.study.results import StudyDirectory
+from qdora.study.results import read_index
 from qdora.study.run import study_run
-from tests import reference, support
+from rich.console import Console
+from tests import reference
+from tests import support
+from torch import nn
+from typer.testing import CliRunner
+from typing import Any
+import errno
+import io
+import json
+import math
+import os
+import pytest
+import torch
+import yaml
 
 DORA, LORA = {"dora": {"adapter.kind": "dora"}}, {"lora": {"adapter.kind": "lora"}}
 FULL = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) | {"adapter.kind": "full"}
@@ -339,8 +342,8 @@ def test_cells_share_their_pruned_base_and_one_that_diverges_is_done(root: Path,
     half = {"base.quant": "nf4", "base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
     lost = {"lost": {"adapter.kind": "lora", "train.lr": 1e30}}
     run(write_study(root, "pruned", product={"base": {"half": half}, "adapter": DORA | lost}), tmp_path)
-    (made,) = (tmp_path / "shared/bases").glob("*/base/model.safetensors")
-    cells = list((tmp_path / "cells").glob("*/base/model.safetensors"))
+    (made,) = (tmp_path / "shared/bases").glob("*/base/model-00000.safetensors")
+    cells = list((tmp_path / "cells").glob("*/base/model-00000.safetensors"))
     assert len(cells) == 3  # both adapters, and the base by itself
     assert all(cell.samefile(made) for cell in cells)
     index = read_index(tmp_path)["cells"]

@@ -178,6 +178,14 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name of a file that is never changed, which takes no room; a copy on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
-from qdora.model.store import PrunedBase
+from qdora.model.store import CompressedBase
 from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
 
@@ -38,11 +38,11 @@ _Parts = dict[str, Tensor]  # name of a tensor of a layer -> this process's part
 class ShardedBase:
     """A `Placer` that keeps in each process its rows of the weights; the last dimension of `mesh` divides them.
 
-    `pruned` is read instead of the model's own layers.
+    `compressed` is read instead of the model's own layers.
     """
 
-    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None) -> None:
-        self.mesh, self.pruned = mesh, pruned
+    def __init__(self, mesh: DeviceMesh, compressed: CompressedBase | None = None) -> None:
+        self.mesh, self.compressed = mesh, compressed
         self.group = mesh.get_group(mesh.ndim - 1)
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class ShardedBase:
             else:
                 place(load, name, item)
 
-        place_all(load if self.pruned is None else self.pruned.added_to(load), place_rows)
+        place_all(load if self.compressed is None else self.compressed.added_to(load), place_rows)
         self._shard(model, placed)
         return_freed_memory()  # the processes of a machine share its memory
 

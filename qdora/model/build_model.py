@@ -205,6 +205,8 @@ def write_adapter(
     base, quant = recipe.base, dict[str, Any](quant=recipe.base.quant)
     if base.quant not in ("int8", "mxfp4", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.method == "gptq":
+        quant |= {"method": base.method, "clip": base.clips}
     if base.prune is not None:
         quant["prune"] = settings(recipe)["base"]["prune"]
     save_adapter(

@@ -101,7 +101,7 @@ class Loading:
 
 
 Placer = Callable[[Loading], None]
-"""Reads the stored tensors and puts them into the model: `place_all`, or one that prunes, streams or divides."""
+"""Reads the stored tensors and puts them into the model: `place_all`, or one that compresses, streams or divides."""
 
 
 def load_model(

@@ -1,7 +1,8 @@
 """Packed bases on disk, in bitsandbytes' checkpoint format under the model's own names, read like any checkpoint.
 
-    a base cache                      model-00000.safetensors, ...          all weights of a model
-    base/ in a run with base.prune    compressed.json, model.safetensors    the pruned layers and `<path>.keep_bits`
+    a base cache        model-00000.safetensors, ...        all weights of a model
+    base/ of a run      the same, a block each, and         the layers that are pruned, with `<path>.keep_bits`,
+                        compressed.json                     or quantised by GPTQ
 
 The directory of a cached base is named for a hash of the settings, the names and shapes of the model's tensors, and the
 model's files. Weights that are not quantised keep the checkpoint's dtype, so the compute dtype is not part of it.
@@ -12,23 +13,26 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import FrozenLinear
 from qdora.files.atomic import (
     atomic_directory,
+    atomic_file,
+    atomic_write_json,
     disk_failures,
     in_turn,
-    json_bytes,
     json_text,
     read_json_object,
+    remove_directory,
     sampled_digest,
+    sync,
 )
 from qdora.files.console import Progress
 from qdora.files.tensor_file import write_tensors
@@ -38,38 +42,23 @@ from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import to_bnb_state
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import PackedWeight
 from qdora.quant.tiles import Weight
 
 log = logging.getLogger("qdora")
 
 # A file's tensors are in memory until it is written.
 _FILE_BYTES = 256 << 20
-_PRUNED_RECORD_FILE = "compressed.json"
-_PRUNED_FILE_BYTES = 5 * 2**30
-
-
-@dataclass(frozen=True)
-class PrunedLayer:
-    """Counts and error of a pruned and quantised layer.
-
-    `num_zeros`: also the weights that are quantised to 0. `relative_error`: ||W' - W|| / ||W|| (Frobenius norm) of the
-    dense weight W and the result W'. `num_packed_bytes`: of all tensors of W'.
-    """
-
-    num_weights: int
-    num_pruned: int
-    num_zeros: int
-    relative_error: float
-    num_packed_bytes: int
-
-    @property
-    def sparsity(self) -> float:
-        return self.num_pruned / self.num_weights
+_RECORD_FILE, _UNFINISHED_FILE = "compressed.json", "unfinished.json"
 
 
 def _stored_in(directory: Path) -> dict[str, Stored]:
     return gather_packed(open_safetensors(directory, sorted(directory.glob("*.safetensors"))))
+
+
+def _parts(name: str, weight: Weight) -> dict[str, Tensor]:
+    if isinstance(weight, Tensor):
+        return {name: weight}
+    return {name.removesuffix("weight") + part: each for part, each in to_bnb_state(weight).items()}
 
 
 def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file_bytes: int) -> None:
@@ -77,9 +66,7 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file
     files = (folder / f"model-{number:05d}.safetensors" for number in range(10**5))
     held: dict[str, Tensor] = {}
     for name, weight in weights:
-        parts = {name: weight} if isinstance(weight, Tensor) else {}
-        if isinstance(weight, PackedWeight):
-            parts = {name.removesuffix("weight") + part: each for part, each in to_bnb_state(weight).items()}
+        parts = _parts(name, weight)
         if held and sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
             write_tensors(next(files), held)
             held.clear()
@@ -88,61 +75,91 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file
     write_tensors(next(files), held)
 
 
-def save_pruned_base(
-    model: nn.Module, layers: Mapping[str, PrunedLayer], directory: Path, *, key: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write the pruned layers of a freshly loaded base; the directory appears whole and replaces an older one.
+@dataclass
+class BaseWriter:
+    """Writes a compressed base, a file a block; whole is a directory that has its compressed.json.
 
-    `layers` is `Pruner.layers`; `key` a hash of all that decides the pruned weights. Returns compressed.json.
+    A later start with the same `key`, a hash of all that decides the base, goes on behind the last finished block.
+    `layers`: path -> the record of each layer in a finished block.
     """
-    num_weights = sum(layer.num_weights for layer in layers.values())
-    num_pruned = sum(layer.num_pruned for layer in layers.values())
-    counts = {"num_weights": num_weights, "num_pruned": num_pruned, "sparsity": num_pruned / num_weights}
-    record: dict[str, Any] = {"format": 1, "key": key, "settings": dict(settings), **counts, "layers": {}}
 
-    def weights() -> Iterator[tuple[str, Weight]]:
-        for path, report in layers.items():
-            layer = model.get_submodule(path)
-            assert isinstance(layer, FrozenLinear)
-            assert layer.keep_bits is not None
-            shape = (layer.out_features, layer.in_features)
-            record["layers"][path] = layer_record(layer.kind, shape, layer.block_size, report)
-            yield f"{path}.weight", layer.stored_weight
-            yield f"{path}.keep_bits", layer.keep_bits
+    directory: Path
+    key: str
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    with atomic_directory(directory) as folder:
-        _write_weights(folder, weights(), _PRUNED_FILE_BYTES)
-        files = list(folder.iterdir())
-        if len(files) == 1:
-            files[0].rename(folder / "model.safetensors")
-        (folder / _PRUNED_RECORD_FILE).write_bytes(json_bytes(record, indent=2))
-    return record
+    def __post_init__(self) -> None:
+        file = self.directory / _UNFINISHED_FILE
+        found = read_json_object(file) if file.is_file() else {}
+        if found.get("key") == self.key:
+            self.layers = found["layers"]
+        else:
+            remove_directory(self.directory)
+            self.directory.mkdir(parents=True)
+
+    def _file(self, block: int) -> Path:
+        return self.directory / f"model-{block:05d}.safetensors"
+
+    def finished(self, block: int, paths: Iterable[str]) -> dict[str, Stored]:
+        """Model name -> weight of the layers `paths` of a block; empty if it is not finished."""
+        if not (names := {*paths}) or not self.layers.keys() >= names:
+            return {}
+        return _with_masks(gather_packed(open_safetensors(self.directory, [self._file(block)])))
+
+    def write(self, block: int, layers: Mapping[str, FrozenLinear], records: Mapping[str, dict[str, Any]]) -> None:
+        """Keep a block. First its weights and then its records appear, each whole or not at all."""
+        held: dict[str, Tensor] = {}
+        for path, layer in layers.items():
+            held |= _parts(f"{path}.weight", layer.stored_weight)
+            if layer.keep_bits is not None:
+                held[f"{path}.keep_bits"] = layer.keep_bits
+        with atomic_file(self._file(block)) as aside:
+            write_tensors(aside, held)
+            sync(aside)
+        self.layers |= records
+        atomic_write_json(self.directory / _UNFINISHED_FILE, {"key": self.key, "layers": self.layers})
+
+    def finish(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Write compressed.json, which is returned."""
+        counts = {name: sum(row[name] for row in self.layers.values()) for name in ("num_weights", "num_pruned")}
+        share = counts["num_pruned"] / counts["num_weights"]
+        record = {"format": 1, "key": self.key, "settings": dict(settings), **counts, "sparsity": share}
+        record["layers"] = self.layers
+        atomic_write_json(self.directory / _RECORD_FILE, record)
+        (self.directory / _UNFINISHED_FILE).unlink(missing_ok=True)
+        return record
 
 
-def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
-    form = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
-    return {**form, **asdict(layer)}
+def compressed_key(directory: Path) -> str | None:
+    """The key of the compressed base in a directory; None if there is no whole one."""
+    file = directory / _RECORD_FILE
+    return str(read_json_object(file)["key"]) if file.is_file() else None
 
 
-class PrunedBase:
-    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`."""
+class CompressedBase:
+    """A `Placer` that takes the pruned layers, or those quantised by GPTQ, from a directory of `BaseWriter`."""
 
     def __init__(self, directory: Path) -> None:
-        record, stored = read_json_object(directory / _PRUNED_RECORD_FILE), _stored_in(directory)
-        self.key = str(record["key"])
-        self.stored = dict[str, Stored]()
-        for path in record["layers"]:
-            bits = stored[f"{path}.keep_bits"]
-            assert isinstance(bits, StoredTensor)
-            self.stored[f"{path}.weight"] = replace(stored[f"{path}.weight"], keep_bits=bits.read)
+        paths, stored = read_json_object(directory / _RECORD_FILE)["layers"], _with_masks(_stored_in(directory))
+        self.stored = {f"{path}.weight": stored[f"{path}.weight"] for path in paths}
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         place_all(self.added_to(load))
 
     def added_to(self, load: Loading) -> Loading:
-        """With the pruned layers instead of the source's."""
+        """With the compressed layers instead of the source's."""
         return replace(load, stored={**load.stored, **self.stored})
+
+
+def _with_masks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights alone, with the masks that lie beside them."""
+    bits = {name.removesuffix("keep_bits"): item for name, item in stored.items() if name.endswith(".keep_bits")}
+    found = dict[str, Stored]()
+    for name, item in stored.items():
+        if name.endswith(".weight"):
+            mask = bits.get(name.removesuffix("weight"))
+            found[name] = replace(item, keep_bits=mask.read if isinstance(mask, StoredTensor) else None)
+    return found
 
 
 @dataclass

@@ -31,7 +31,7 @@ from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import Step, empty_model, run_step
-from qdora.plan.plan import ASSUMED, Change, DeviceKind, MicroBatchShape, Plan, Work, of_card, public_shapes
+from qdora.plan.plan import ASSUMED, Change, DeviceKind, MicroBatchShape, Moment, Plan, Work, of_card, public_shapes
 from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import parse_size, with_settings
@@ -173,6 +173,10 @@ class Planner:
         if recipe.memory.offload_activations:
             moments, pinned = parts.with_offloaded(moments, num_blocks)
             sizes["host_bytes"] += pinned
+        if base.measured is not None:
+            once, sizes["compress_seconds"] = parts.compression(model, base, work, rates, self.dtype)
+            dense = moments[0].by_component.get(parts.DENSE, 0)
+            moments = [Moment("compress", None, {parts.DENSE: dense, parts.CALIBRATION: once}), *moments]
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
             sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device

@@ -18,9 +18,10 @@ from qdora.adapter.rows import divided_tensors, is_cut_by_rows
 from qdora.memory.stream import NUM_SLOTS, Piece, Turns, pages_bytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import linear_layers
-from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
+from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize, quantization_of
 from qdora.quant.packed import empty_packed
 from qdora.recipe.section import size_text
+from qdora.recipe.settings import BaseWeightsConfig
 
 GIB, MIB = 2**30, 2**20
 DeviceKind = Literal["cuda", "cpu"]
@@ -39,6 +40,7 @@ COMPONENTS = (  # of a plan, in the order of the table
     BACKWARD := "workspace of a block",  # its backward pass, with recomputed activations
     LOSS := "logits and loss",  # one chunk of logits, and the gradient of the hidden states
     UPDATE := "workspace of the update",  # a group in float32
+    CALIBRATION := "calibration",  # once, before the first step: a dense block, its inputs, and X^T X of its layers
     STREAMING := "streaming slots",
     GATHERED := "gathered blocks",  # whole blocks of a divided base, and what they are gathered into
     CONTEXT := "context and libraries",  # of the process before the first tensor, a constant
@@ -75,6 +77,7 @@ class Moment:
     @property
     def name(self) -> str:
         names = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
+        names["compress"] = "compression of the base"
         block = "" if self.block is None else f" of block {self.block}"
         return names.get(self.phase, f"{self.phase} pass") + block
 
@@ -143,6 +146,7 @@ class Plan:
     num_trainable: int = 0
     num_weights: int = 0
     step_seconds: float | None = None  # an estimate
+    compress_seconds: float | None = None  # an estimate: once, of a base whose inputs are measured
     forward_seconds: float = 0.0  # of a micro-batch through the blocks
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
@@ -288,8 +292,9 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
     whole, held, head = division.held(1), division.held(num_sharing), division.head_bytes
     blocks = 3 * division.block_bytes  # the one in use, what it was gathered into, and the next one on its way
     gathered = {"forward": blocks + division.tied * head, "loss": head, "backward": blocks}
+    once = [moment for moment in plan.moments if moment.phase == "compress"]  # by one process
     moments: list[Moment] = []
-    for moment in plan.moments:
+    for moment in plan.moments[len(once) :]:
         less = {name: max(0, moment.by_component.get(name, 0) - whole[name]) + held[name] for name in whole}
         moment = moment.changed(less)
         # Embedding and head are gathered before they compute, beside what they are gathered into.
@@ -300,7 +305,7 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
         if moment.phase == "loss":
             moments.append(moment.changed({LOSS: 0, GATHERED: division.block_bytes + 2 * head}))
         moments.append(moment.changed({GATHERED: gathered.get(moment.phase, 0)}))
-    return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
+    return replace(plan, moments=[*once, *moments], block_bytes=0)  # no block of a divided base can be streamed
 
 
 def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
@@ -342,6 +347,42 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
         head_bytes=table if is_tied else sizes.get(head_path, 0),
         tied=is_tied,
     )
+
+
+_SHARING = ("k_proj", "v_proj", "up_proj")  # read the input of q_proj or gate_proj, and share its X^T X and factor
+_COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
+
+
+def compression(
+    model: PreTrainedModel, base: BaseWeightsConfig, work: Work, rates: Rates, dtype: torch.dtype
+) -> tuple[int, float]:
+    """Of a base whose inputs are measured: bytes beside the embeddings, and seconds without reading the files.
+
+    Bytes: the largest block in `dtype` and X^T X of its inputs in float32, inputs and outputs of all tokens, twice the
+    largest X^T X for its factor, four float32 copies of a weight. FLOPs: two forward passes; at the rate of float32, a
+    16th, 2 tokens in^2 for X^T X, 4/3 in^3 for its factor, out in^2 for the sweep.
+    """
+    found, measured, config = block_list(model), base.measured, model.config.get_text_config()
+    if found is None or measured is None:
+        return 0, 0.0
+    num_tokens, blocks = measured[1].sequences * measured[1].length, Counter[str]()
+    flops, num_columns, workspace = 0.0, 0, 0
+    for path in (path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")):
+        layer: Any = model.get_submodule(path)
+        (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
+        squares = columns**2 if base.statistic == "sparsegpt" else 0
+        num_products = 0 if path.endswith(_SHARING) else experts
+        met = num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)
+        blocks[path.removeprefix(f"{found[0]}.").partition(".")[0]] += (
+            rows * columns * dtype.itemsize + 4 * squares * num_products
+        )
+        flops += squares * (rows + 2 * met + 4 / 3 * columns * num_products)
+        num_columns += columns * experts * bool(squares)
+        workspace = max(workspace, 8 * squares + 16 * rows * columns // experts)
+    hidden = 2 * num_tokens * config.hidden_size * dtype.itemsize
+    passes = 4.0 * num_tokens * work.num_linear * work.share_met
+    seconds = (passes + 16 * flops) / rates.flops + num_columns * _COLUMN_SECONDS
+    return max(blocks.values(), default=0) + hidden + workspace, seconds
 
 
 @dataclass(frozen=True)

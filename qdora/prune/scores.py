@@ -1,8 +1,9 @@
-"""Pruning a dense weight by magnitude, Wanda or SparseGPT, and the statistics of inputs that two of them need.
+"""Pruning a dense weight by magnitude, Wanda or SparseGPT, rounding by GPTQ, and the statistics that these measure.
 
     magnitude   removing w_ij costs w_ij^2
     Wanda       w_ij^2 ||x_j||^2           inputs x measured on calibration text
-    SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sparsegpt`
+    SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sweep`
+    GPTQ        rounds instead of removing, with the same correction
 
 A pattern cuts the costs into groups. In each the same number of weights is pruned, the cheapest ones; of equal ones the
 first.
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError
+from qdora.prune.grid import Grid, nearest
+from qdora.quant import codebooks
 
 DAMPING = 0.01
 """Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
 BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
+_INNER_COLUMNS = 16  # that a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
@@ -102,6 +106,7 @@ class InputStatistics:
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
         shape = (in_features,) if method == "wanda" else (in_features, in_features)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._factor: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -120,40 +125,45 @@ class InputStatistics:
         """||x_j||^2 of each column, (in,) float32."""
         return self.sums if self.sums.ndim == 1 else self.sums.diagonal()
 
+    def inverse_factor(self, order: Tensor | None, damping: float, name: str) -> Tensor:
+        """V, upper triangular, with V^T V = (X^T X + damping)^-1, the columns in `order`; made once.
+
+        Layers with the same inputs share it. It takes the room of X^T X: `sums` are its diagonal from then on.
+        """
+        if self._factor is None:
+            products, diagonal = self.sums, self.sums.diagonal()
+            mean = diagonal.mean()
+            # If nothing was measured, every input counts the same.
+            added = torch.where(mean > 0, damping * mean, 1.0)
+            self.sums = diagonal.clone()
+            flipped = products.flip(0, 1) if order is None else products[order.flip(0)][:, order.flip(0)]
+            del products, diagonal
+            flipped.diagonal().add_(added)
+            lower, info = torch.linalg.cholesky_ex(flipped)
+            del flipped
+            if int(info):
+                what = f"X^T X with {damping} of its mean on the diagonal is not positive definite."
+                raise UserError(f"{name}: {what} Fix: measure more text, or raise base.prune.damping.")
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+            del lower, eye
+            self._factor = inverse.flip(0, 1).contiguous()
+        return self._factor
+
 
 class Pruned(NamedTuple):
-    """A pruned weight: (out, in) in its dtype, exactly 0 where `keep_mask` (out, in) is False."""
+    """A pruned weight, (out, in), exactly 0 where `keep_mask` is False, or its codes."""
 
     weight: Tensor
     keep_mask: Tensor
 
 
-@torch.no_grad()
-def prune_weight(
-    weight: Tensor,
-    method: Literal["magnitude", "wanda", "sparsegpt"],
-    pattern: SparsityPattern,
-    *,
-    statistics: InputStatistics | None = None,
-    group: Group | None = None,
-    damping: float = DAMPING,
-    name: str = "weight",
-) -> Pruned:
-    """Prune a dense weight, (out, in) in any float dtype, which does not change.
-
-    `group` are the weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
-    Wanda, its paper, sec. 3); sparsegpt compares within blocks of columns.
-    """
+def check_finite(weight: Tensor, statistics: InputStatistics | None, name: str) -> None:
+    """Refuse a weight and measured inputs that cannot be compared."""
     if not bool(weight.isfinite().all()):
-        raise UserError(f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned.")
+        raise UserError(f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned or quantised.")
     if statistics is not None and not bool(statistics.sums.isfinite().all()):
         raise UserError(f"{name}: the inputs measured on the calibration text are not finite (NaN or infinite).")
-    check_shape(pattern, (weight.shape[0], weight.shape[1]), name)
-    if method == "sparsegpt":
-        assert statistics is not None
-        return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
-    keep = mask_by_scores(weight, statistics, pattern, group)
-    return Pruned(weight.masked_fill(~keep, 0), keep)
 
 
 @torch.no_grad()
@@ -174,67 +184,85 @@ def mask_by_scores(
 
 
 @torch.no_grad()
-def sparsegpt(
-    weight: Tensor, input_products: Tensor, pattern: SparsityPattern, *, damping: float = DAMPING, name: str = "weight"
+def sweep(
+    weight: Tensor,
+    statistics: InputStatistics,
+    pattern: SparsityPattern | None = None,
+    mask: Tensor | None = None,
+    grid: Grid | None = None,
+    *,
+    damping: float = DAMPING,
+    name: str = "weight",
 ) -> Pruned:
-    """Remove weights column by column, and move each error on to the columns behind it.
+    """Prune by `pattern` or `mask` and round to `grid`, column by column, each error moved to the columns behind it.
 
-    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
-    -= (w_ij / V_jj) V_j,j: compensates best. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1.
+    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, lowering w_ij by e costs e^2 / V_jj^2, and
+    w_i,j: -= (e / V_jj) V_j,j: compensates best. e is w_ij where it is removed, else its distance to the grid. Source:
+    SparseGPT, arXiv 2301.00774, sec. 3, algorithm 1, and 3.5 for both; GPTQ, arXiv 2210.17323, algorithm 1.
 
     An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, from the weights as corrected so far; an n:m
-    mask for m columns; whole columns before the first is removed. Whole rows leave nothing to correct. `input_products`
-    are X^T X, (in, in), float32 or float64.
+    mask for m columns; whole columns before the first is removed. Whole rows leave nothing to correct. With a grid the
+    columns come in descending order of H's diagonal, for n:m in groups of m.
+
+    Returns, (out, in) each, the weight in its dtype, or with a grid uint8 codes, and the keep mask.
     """
-    factor = _inverse_factor(input_products, damping, name)
-    work = weight.to(input_products.dtype, copy=True)
-    if pattern.kind == "rows":
-        energy = (work @ input_products).mul_(work).sum(dim=1, keepdim=True)
-        keep = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
-        return Pruned(weight.masked_fill(~keep, 0), keep)
-    if pattern.kind == "columns":
-        mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), input_products), pattern)
-    else:
-        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    cost = _cost(factor.diagonal().square(), input_products)
-    num_columns, block_columns = work.shape[1], BLOCK_COLUMNS
-    if pattern.kind == "n:m":
-        block_columns = -(-block_columns // pattern.of) * pattern.of
+    (rows, num_columns), dtype = weight.shape, statistics.sums.dtype
+    pattern = pattern or SparsityPattern("columns", 0.0)
+    kind, of = pattern.kind, max(pattern.of, 1)
+    if kind == "rows":
+        work = weight.to(dtype)
+        energy = (work @ statistics.sums).mul_(work).sum(dim=1, keepdim=True)
+        mask = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
+        return Pruned(weight.masked_fill(~mask, 0), mask)
+    block_columns = inner_columns = -(-BLOCK_COLUMNS // of) * of
+    if grid is None:
+        factor, work = statistics.inverse_factor(None, damping, name), weight.to(dtype, copy=True)
+        squares = statistics.column_squares
+    else:  # transposed in memory, so that a column is contiguous
+        groups = statistics.column_squares.reshape(-1, of).sum(dim=1).argsort(descending=True, stable=True)
+        order = (groups[:, None] * of + torch.arange(of, device=groups.device)).view(-1)
+        factor, work = statistics.inverse_factor(order, damping, name), weight.T[order].to(dtype).T
+        squares, mask = statistics.column_squares[order], None if mask is None else mask.T[order].T
+        inner_columns, zero_code = -(-_INNER_COLUMNS // of) * of, codebooks.zero_code(grid.kind)
+        codes = torch.empty(num_columns, rows, dtype=torch.uint8, device=weight.device)
+    if kind == "columns" and pattern.sparsity:
+        mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), squares), pattern)
+    if mask is None:
+        mask = torch.ones_like(work, dtype=torch.bool)
+    cost = _cost(factor.diagonal().square(), squares)
     for start in range(0, num_columns, block_columns):
         columns = slice(start, min(start + block_columns, num_columns))
-        if pattern.kind == "unstructured":  # the counts of all blocks add up to that of the tensor
-            before, after = (num_pruned(pattern.sparsity, len(work) * end) for end in (columns.start, columns.stop))
+        if kind == "unstructured":  # the counts of all blocks add up to that of the tensor
+            before, after = (num_pruned(pattern.sparsity, rows * end) for end in (columns.start, columns.stop))
             scores = work[:, columns].square() * cost[columns]
             mask[:, columns] = ~lowest(scores.reshape(1, -1), after - before).view(scores.shape)
-        errors = torch.empty_like(work[:, columns])  # w / V_jj of every removed weight at its removal
-        for column in range(columns.start, columns.stop):
-            if pattern.kind == "n:m" and column % pattern.of == 0:
-                group = slice(column, column + pattern.of)
-                mask[:, group] = ~lowest(work[:, group].square() * cost[group], pattern.of - pattern.keep)
-            error = (work[:, column] / factor[column, column]).masked_fill_(mask[:, column], 0)
-            rest = slice(column, columns.stop)
-            work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
-            errors[:, column - columns.start] = error
+        if grid is not None:
+            scales = grid.scales_of(rows, num_columns, order[columns])
+        errors = torch.empty_like(work[:, columns])  # e / V_jj of every weight
+        for first in range(columns.start, columns.stop, inner_columns):
+            inner = slice(first, min(first + inner_columns, columns.stop))
+            for column in range(first, inner.stop):
+                if kind == "n:m" and column % of == 0:
+                    group = slice(column, column + of)
+                    mask[:, group] = ~lowest(work[:, group].square() * cost[group], of - pattern.keep)
+                gone, point = ~mask[:, column], work[:, column]
+                if grid is not None:
+                    codes[column], point = nearest(point, scales[column - start], grid.kind, grid.values)
+                    codes[column].masked_fill_(gone, zero_code)
+                error = (work[:, column] - point.masked_fill(gone, 0)) / factor[column, column]
+                rest = slice(column, inner.stop)
+                work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
+                errors[:, column - start] = error
+            behind = slice(inner.stop, columns.stop)
+            work[:, behind] -= errors[:, first - start : inner.stop - start] @ factor[inner, behind]
         work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
-    return Pruned(work.masked_fill_(~mask, 0).to(weight.dtype), mask)
+    if grid is None:
+        return Pruned(work.masked_fill_(~mask, 0).to(weight.dtype), mask)
+    back = order.argsort()
+    return Pruned(codes[back].T.contiguous(), mask.T[back].T.contiguous())
 
 
-def _inverse_factor(input_products: Tensor, damping: float, name: str) -> Tensor:
-    """V, upper triangular, with V^T V = (X^T X + damping)^-1."""
-    diagonal = input_products.diagonal()
-    mean = diagonal.mean()
-    # If nothing was measured, every input counts the same.
-    added = torch.where(mean > 0, damping * mean, 1.0)
-    damped = input_products + torch.diag(added.expand(len(diagonal)))
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if int(info):
-        raise UserError(f"{name}: base.prune.damping: {damping} leaves X^T X not positive definite. Fix: raise it.")
-    eye = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
-    return factor
-
-
-def _cost(inverse_diagonal: Tensor, input_products: Tensor) -> Tensor:
+def _cost(inverse_diagonal: Tensor, squares: Tensor) -> Tensor:
     """The cost of a squared weight of each column, (in,): 0 in a dead column, unless all are dead."""
-    dead = input_products.diagonal() == 0
+    dead = squares == 0
     return inverse_diagonal.reciprocal().masked_fill_(dead & ~dead.all(), 0)

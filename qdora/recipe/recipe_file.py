@@ -258,6 +258,7 @@ _PATHS = {
     "model.tokenizer": "",
     "adapter.resume_from": "",
     "base.cache": "auto",
+    "base.calibration.text": "mix",
     "base.prune.calibration.text": "mix",
     "data.chat_template": "",
     "data.cache": "off",
@@ -325,6 +326,8 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("model", "revision", f"model.source {model.source} is not on the Hub", model.is_local),
         ("model", "tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
         ("base", "block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
+        ("base", "method", f"base.quant {base.quant} is always rounded", not base.has_blocks),
+        ("base", "clip calibration", "it is for base.method gptq", base.method == "round" or not base.has_blocks),
         ("base", "skip", "base.quant none quantises no layer", plain and prune is None),
         ("base", "cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
         ("base", "streamed_blocks", "base.residency is device", base.residency == "device"),
@@ -356,6 +359,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         rows += [
             ("base.prune", "damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
             ("base.prune", "calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
+            ("base", "calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
             ("base.prune", "group", f"{prune.method} with {prune.pattern} has its own", has_groups),
             ("base.prune", "sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
         ]
@@ -417,7 +421,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     train, memory, prune, gates, added = recipe.train, recipe.memory, base.prune, adapter.gates, model.add_tokens
     full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
     away, stream, micro = base.residency != "device", data.has_stream, train.micro_batch_tokens
-    measures = prune is not None and prune.method != "magnitude"
+    measured, gptq = base.measured, base.method == "gptq"
     matrices = adapter.also_train and adapter.also_train_rows == "all"
     untrained = added and not full and not nothing and "embed_tokens" not in adapter.also_train
     is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
@@ -429,8 +433,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ("model.trust_remote_code", "be false unless model.revision is a full commit",
          model.trust_remote_code and not is_pinned),
         ("model.dtype", "not be float16 with adapter.also_train_rows all", model.dtype == "float16" and matrices),
-        ("model.add_tokens", "be empty with adapter.kind none or a base.prune.method that measures",
-         added and (nothing or measures)),
+        ("model.add_tokens", "be empty with adapter.kind none, and where base.prune.method or base.method measures",
+         added and (nothing or measured)),
         ("adapter.also_train", "hold embed_tokens with model.add_tokens", untrained),
         ("adapter.also_train_rows", "be all without model.add_tokens", adapter.also_train and not (added or matrices)),
         ("base.residency", "be device with base.quant none and with base.prune", away and not is_packed),
@@ -459,11 +463,14 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         rows += [
             ("base.prune.pattern", "have n below m", is_n_of_m and int(n) >= int(m)),
             ("base.prune.sparsity", f"be set for pattern {n}", not is_n_of_m and prune.sparsity is None),
-            ("base.prune.order", "be prune_first with sparsegpt and with base.quant none",
-             prune.order == "quantize_first" and (plain or prune.method == "sparsegpt")),
-            ("base.prune.calibration.text", "be a text file with a streamed source",
-             measures and prune.calibration.text == "mix" and stream),
+            ("base.prune.order", "be prune_first with sparsegpt, with base.method gptq and with base.quant none",
+             prune.order == "quantize_first" and (plain or gptq or prune.method == "sparsegpt")),
+            ("base.prune.pattern", "not be rows with sparsegpt and base.method gptq",
+             gptq and prune.method == "sparsegpt" and prune.pattern == "rows"),
         ]  # fmt: skip
+    if measured is not None:
+        rows.append((f"{measured[0]}.text", "be a text file with a streamed source",
+                     measured[1].text == "mix" and stream))  # fmt: skip
     if gates is not None:
         largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)
         rows += [

@@ -137,6 +137,14 @@ class BaseWeightsConfig(Section):
     """Weights per scale, for all formats but int8 and mxfp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
     """Store the scales in 8 bits, which saves 0.37 bit a weight. QLoRA, arXiv 2305.14314, sec. 3."""
+    method: Literal["round", "gptq"] = "round"
+    """round: each weight to the nearest value. gptq (arXiv 2210.17323): what rounding changes in the outputs is made up
+    for by the weights not yet rounded. It takes minutes to hours, once."""
+    clip: Flag | None = None
+    """For gptq: let the scale of each block be smaller than its largest weight where that lowers the error (null: at 3
+    bits and fewer)."""
+    calibration: CalibrationConfig = CalibrationConfig(sequences=32, length=512)
+    """For gptq without pruning that measures inputs; else base.prune.calibration serves both."""
     skip: tuple[Text, ...] = ("lm_head",)
     """Linear layers that are neither quantised nor pruned; named as in adapter.targets."""
     prune: PruneConfig | None = None
@@ -154,11 +162,37 @@ class BaseWeightsConfig(Section):
         return self.quant not in ("int8", "mxfp4", "none")
 
     @property
+    def clips(self) -> bool:
+        """Whether block scales may be smaller than the largest weight."""
+        few_bits = self.quant in ("nf3", "nf2", "int3", "int2")
+        return self.method == "gptq" and (few_bits if self.clip is None else self.clip)
+
+    @property
+    def is_made_once(self) -> bool:
+        """Whether the run keeps its base: compressing it again takes long, and needs the same text."""
+        return self.prune is not None or self.method == "gptq"
+
+    @property
+    def measured(self) -> tuple[str, CalibrationConfig] | None:
+        """The setting that names the text on which inputs are measured; None if none are."""
+        if self.prune is not None and self.prune.method != "magnitude":
+            return "base.prune.calibration", self.prune.calibration
+        return ("base.calibration", self.calibration) if self.method == "gptq" else None
+
+    @property
+    def statistic(self) -> Literal["wanda", "sparsegpt"]:
+        """What is measured: the squares of each input, or X^T X."""
+        by_squares = self.method == "round" and self.prune is not None and self.prune.method == "wanda"
+        return "wanda" if by_squares else "sparsegpt"
+
+    @property
     def quant_in_words(self) -> str:
         """'nf4, blocks of 64, scales quantised, too'; 'int8' where the blocks are no setting."""
         if not self.has_blocks:
             return self.quant
-        return f"{self.quant}, blocks of {self.block_size}{', scales quantised, too' if self.double_quant else ''}"
+        scales = ", scales quantised, too" if self.double_quant else ""
+        method = f", by GPTQ{' with clipped scales' if self.clips else ''}" if self.method == "gptq" else ""
+        return f"{self.quant}, blocks of {self.block_size}{scales}{method}"
 
 
 class ExpertConfig(Section):

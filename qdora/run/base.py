@@ -1,4 +1,4 @@
-"""The base of a run: loaded to where its recipe keeps it; with base.prune pruned once, into the run directory.
+"""The base of a run: loaded to where its recipe keeps it; pruned or quantised by GPTQ once, into the run directory.
 
 recipe.yaml has the commits of a base and of another tokenizer, environment.json has samples of its files,
 residency.json the residency that `memory.budget: auto` chose.
@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,15 +35,15 @@ from qdora.model.attention import positions_of
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, load_model, quantization_of
 from qdora.model.source import ModelSource
-from qdora.model.store import BaseCache, PrunedBase, fingerprints, save_pruned_base
-from qdora.prune.pruner import Pruner
+from qdora.model.store import BaseCache, BaseWriter, CompressedBase, compressed_key, fingerprints
+from qdora.prune.compressor import Compressor
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.train.distributed import free_host_bytes
 
 FOLDER = "base"
-"""Folder of a run directory that holds its pruned base."""
+"""Folder of a run directory that holds its compressed base."""
 FILE = "residency.json"
 REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
 """Setting of the model section that may name a place on the Hub -> its revision there."""
@@ -62,17 +62,17 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
 
-    With base.prune `placer` prunes the base or reads a pruned one. `mesh` are the processes that divide the base.
+    With base.prune and by GPTQ `placer` makes a compressed base or reads one. `mesh` are the processes that divide it.
     """
     base, cache = recipe.base, None
-    if base.quant != "none" and base.cache is not None:
-        root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
+    if base.quant != "none" and placer is None and (root := cache_root(recipe)) is not None:
         cache = BaseCache(root, quantization_of(base), compute.device, progress)
-    if mesh is not None:
-        assert placer is None or isinstance(placer, PrunedBase)
-        placer = ShardedBase(mesh, placer)
-    elif base.residency == "host" and base.quant != "none":
-        placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
+    if not isinstance(placer, Compressor):
+        compressed = cast(CompressedBase | None, placer)
+        if mesh is not None:
+            placer = ShardedBase(mesh, compressed)
+        elif base.residency == "host" and base.quant != "none":
+            placer = HostResidency(base.streamed_blocks, compressed, free_bytes=free_host_bytes)
     model = load_model(
         source,
         quant=base.quant,
@@ -96,6 +96,12 @@ def load_base(
     return model
 
 
+def cache_root(recipe: Recipe) -> Path | None:
+    """The directory of base.cache."""
+    name = recipe.base.cache
+    return None if name is None else cache_folder("bases") if name == "auto" else user_path(name)
+
+
 def compress_base(
     recipe: Recipe,
     source: ModelSource,
@@ -105,24 +111,28 @@ def compress_base(
     *,
     key: str,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says."""
-    prune = recipe.base.prune
-    assert prune is not None
-    pruner = Pruner(prune, calibration)
-    model = load_base(recipe, source, compute, progress, placer=pruner)
-    compression = {"prune": settings(recipe)["base"]["prune"], "quant": recipe.base.quant}
-    record = save_pruned_base(model, pruner.layers, directory, key=key, settings=compression)
-    facts = len(pruner.layers), prune.method, 100 * record["sparsity"], f"{record['num_weights']:,}"
-    logger.info("Pruned %d layers by %s: %.2f %% of their %s weights are zero.", *facts)
-    del model
+) -> None:
+    """Prune and quantise the base of a recipe and write it to `directory`, unless it is there, whole or in part."""
+    if compressed_key(directory) == key:
+        return
+    base, writer = recipe.base, BaseWriter(directory, key)
+    if writer.layers:
+        logger.info("%s: %d layers are compressed already; the rest follows.", directory, len(writer.layers))
+    load_base(recipe, source, compute, progress, placer=Compressor(base, writer, calibration))
     gc.collect()
-    return record
+    made = settings(recipe)["base"] | {"clip": base.clips}
+    names = ("prune", "quant", "method", "clip", "calibration")
+    record = writer.finish({name: made[name] for name in names if name in made})
+    if base.prune is not None:
+        facts = len(writer.layers), base.prune.method, 100 * record["sparsity"], f"{record['num_weights']:,}"
+        logger.info("Pruned %d layers by %s: %.2f %% of their %s weights are zero.", *facts)
+    if base.method == "gptq":
+        logger.info("Quantised %d layers to %s.", len(writer.layers), base.quant_in_words)
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
-    """A hash of all that decides a pruned base, 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
-    base = recipe.base.model_dump(mode="json")
+    """A hash of all that decides a compressed base, 16 hex digits: files, base.*, dtype, calibration tokens."""
+    base = recipe.base.model_dump(mode="json", exclude={"cache", "residency", "streamed_blocks"})
     facts = {"files": fingerprints(source), "base": base, "dtype": str(compute.dtype)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     if calibration is not None:
@@ -134,28 +144,26 @@ def calibration_tokens(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, config: PreTrainedConfig
 ) -> Tensor | None:
     """Pieces of the calibration text, (sequences, length) int64; None if no inputs are measured."""
-    prune = recipe.base.prune
-    if prune is None or prune.method == "magnitude":
+    if recipe.base.measured is None:
         return None
-    asked = prune.calibration
-    context = positions_of(config)
+    (where, asked), context = recipe.base.measured, positions_of(config)
     if context is not None and asked.length > context:
-        raise UserError(f"base.prune.calibration.length: must be at most {context}, the context, got {asked.length}.")
+        raise UserError(f"{where}.length: must be at most {context}, the context, got {asked.length}.")
     if asked.text == "mix":
         examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
         order = np.random.default_rng(asked.seed).permutation(len(examples))
         ids = np.concatenate([np.empty(0, dtype=np.int32), *(examples[index].input_ids for index in order)])
     else:
         (ids,) = map(np.asarray, encode_batch(tokenizer, read_texts([asked.text])))
-    return pieces(ids, special_prefix(tokenizer), asked)
+    return pieces(ids, special_prefix(tokenizer), asked, where)
 
 
-def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig) -> Tensor:
+def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig, where: str = "calibration") -> Tensor:
     """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin."""
     ids = np.asarray(ids)
     length = asked.length - len(prefix)
     if length < 1 or len(ids) < length:
-        raise UserError(f"base.prune.calibration.length: got {asked.length}, but the text has only {len(ids)} tokens.")
+        raise UserError(f"{where}.length: got {asked.length}, but the text has only {len(ids)} tokens.")
     starts = np.random.default_rng(asked.seed).integers(0, len(ids) - length + 1, asked.sequences)
     return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)
 

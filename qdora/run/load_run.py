@@ -26,7 +26,7 @@ from qdora.model.build_model import Compute, choose_compute, find_model, set_kep
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model, skeleton, stored_form
 from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
-from qdora.model.store import PrunedBase
+from qdora.model.store import CompressedBase
 from qdora.model.tokens import extend_vocabulary, new_token_ids
 from qdora.recipe.data_settings import DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
@@ -81,14 +81,14 @@ def load_run(
     check_base(run, source)
     set_chat_date(tokenizer, chat_date_of(path))
     if original:
-        recipe = with_settings(recipe, base={"quant": "none"})
+        recipe = with_settings(recipe, base={"quant": "none", "method": "round"})
         if recipe.model.attention == "flash_attention_2":  # which the checkpoint's dtype may not have
             recipe = override(recipe, ["model.attention=auto"])
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)
-    pruned = None if recipe.base.prune is None else PrunedBase(run.inside(FOLDER))
-    model = load_base(loaded, source, compute, placer=pruned)
+    compressed = CompressedBase(run.inside(FOLDER)) if recipe.base.is_made_once else None
+    model = load_base(loaded, source, compute, placer=compressed)
     extend_vocabulary(model, new_token_ids(tokenizer, recipe.model.add_tokens))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
@@ -157,8 +157,9 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     adapter = user_path(adapter)
     described, file = describe_adapter(adapter), adapter / CONFIG_FILE
     config, trained_on = read_json_object(file), dict((described.base or {}).get("quant") or {})
-    if "prune" in trained_on or (described.extra or {}).get("add_tokens"):
-        raise UserError(f"{adapter}: its base is pruned or has new tokens, which only its run has. Fix: name the run.")
+    if {"prune", "method"} & trained_on.keys() or (described.extra or {}).get("add_tokens"):
+        what = "its base is pruned, quantised by GPTQ or has new tokens, which only its run has"
+        raise UserError(f"{adapter}: {what}. Fix: name the run.")
     named = config.get("base_model_name_or_path")
     name, where = base_model or named, "--base-model" if base_model else f"{file}: base_model_name_or_path"
     if not name or (not base_model and is_path(name) and not user_path(name).exists()):

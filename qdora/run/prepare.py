@@ -82,7 +82,7 @@ class PreparedRun:
     mix_plan: MixPlan
     memory_plan: Plan | None  # None without memory.budget
     chat_date: str  # the day that chat templates print, YYYY-MM-DD: the run started on it
-    calibration: Tensor | None  # token ids on which pruning measures inputs, (sequences, length) int64
+    calibration: Tensor | None  # token ids on which compression measures inputs, (sequences, length) int64
 
 
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:

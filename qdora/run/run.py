@@ -19,7 +19,14 @@ from qdora.data.batches import PackedLayout
 from qdora.errors import Interrupted, UserError
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
-from qdora.files.atomic import atomic_directory, atomic_write_text, disk_failures, read_json_object
+from qdora.files.atomic import (
+    atomic_directory,
+    atomic_write_text,
+    disk_failures,
+    in_turn,
+    link_or_copy,
+    read_json_object,
+)
 from qdora.files.console import bar, consoles
 from qdora.files.machine import environment
 from qdora.files.run_directory import (
@@ -37,13 +44,14 @@ from qdora.model.attention import weights_unread
 from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.model.store import PrunedBase
+from qdora.model.store import CompressedBase
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.base import (
     FOLDER,
     base_record,
+    cache_root,
     check_base,
     compress_base,
     compression_key,
@@ -78,7 +86,7 @@ def train_run(
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
     resume: continue from the newest whole checkpoint. force: start although the plan is over memory.budget.
-    shared_bases: keeps pruned bases that several runs share. Returns JSON values in the first process: the run
+    shared_bases: keeps compressed bases that several runs share. Returns JSON values in the first process: the run
     directory, steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
@@ -149,35 +157,37 @@ def base_of_run(
     resume: bool,
     shared: SharedBases | None,
 ) -> PreTrainedModel:
-    """The frozen base of a run. With base.prune the first process prunes it, with `shared` once for all runs with the
-    same key, and all processes read its files in the run directory."""
+    """The frozen base of a run. If it is pruned or quantised by GPTQ, the first process does that, with `shared` or a
+    base.cache once for all runs with the same key, and all processes read its files in the run directory."""
     recipe, directory = prepared.recipe, run.inside(FOLDER)
     what = recipe, prepared.source, prepared.compute
     mesh = mesh_of(processes, prepared.compute.device, recipe.train.parallel)
 
     def compress() -> None:
-        is_there = resume and directory.is_dir()
-        if is_there and run.checkpoint_steps():  # which belong to the base that is there
+        if resume and directory.is_dir() and run.checkpoint_steps():  # which belong to the base that is there
             return
-        key = compression_key(*what, prepared.calibration)
-        if is_there and PrunedBase(directory).key == key:  # else an earlier start with another recipe has left it
-            return
-        with bar(console, "pruning the base") as progress:
+        key, root = compression_key(*what, prepared.calibration), cache_root(recipe)
+        with bar(console, "compressing the base") as progress:
 
             def fill(path: Path) -> None:
                 compress_base(*what, prepared.calibration, path, key=key, progress=progress)
 
-            if shared is None:
+            if shared is not None:
+                made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
+            elif root is not None:
+                made = root / key
+                with in_turn(made), disk_failures(made, "name another directory in base.cache"):
+                    fill(made)
+            else:
                 fill(directory)
                 return
-            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
-        with atomic_directory(directory) as unfinished:  # links take no room: files of a base are never changed
-            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=os.link)
+        with atomic_directory(directory) as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
 
     placer = None
-    if recipe.base.prune is not None:
+    if recipe.base.is_made_once:
         processes.first(compress)
-        placer = PrunedBase(directory)
+        placer = CompressedBase(directory)
     with bar(console, "loading the base") as progress:
         return load_base(*what, progress, placer=placer, mesh=mesh)
 

@@ -41,7 +41,7 @@ from qdora.study.grid import (
 )
 
 _WHOLE_BYTES = 2**30
-_LATER = {"model.tokenizer_revision": None}
+_LATER = {"model.tokenizer_revision": None, "base.method": "round"}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that are younger than the committed cells; at this value they are not in a key."""
 _GONE = {"train.compile": False}
@@ -68,12 +68,12 @@ def _without(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 def _files(recipe: Recipe) -> dict[Path, list[Path]]:
     """Paths of examples, calibration text, a chat template or the adapter to start from -> the files in them."""
-    start, prune = recipe.adapter.resume_from, recipe.base.prune
+    start, measured = recipe.adapter.resume_from, recipe.base.measured
     found: dict[Path, list[Path]] = {}
     if start is not None:
         folder = user_path(start)
         found[folder] = sorted(folder.glob("adapter_*")) if folder.is_dir() else _of_splits(folder, ())
-    calibration = None if prune is None or prune.calibration.text == "mix" else prune.calibration.text
+    calibration = None if measured is None or measured[1].text == "mix" else measured[1].text
     for path in (user_path(name) for name in (calibration, recipe.data.chat_template) if name is not None):
         found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
@@ -269,15 +269,15 @@ class Expander:
                 self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
         except UserError as error:  # a value of the study file is an override, which begins with -s
             return [re.sub("^(-s|recipe):? ", "", fault) for fault in error.faults]
-        prune, stage = recipe.base.prune, arm.stage.name
+        (where, asked), stage = recipe.base.measured or ("", None), arm.stage.name
         limited = any(each.limit is not None for each in recipe.data.mix)
-        calibrates = prune is not None and prune.method != "magnitude" and prune.calibration.text == "mix"
+        calibrates = asked is not None and asked.text == "mix"
         before = "transplant" if kind == "rescaled" else "train"
         is_there = any(other.stage.kind == before and other.labels == arm.labels for other in self.arms)
         rows: list[tuple[str, Any]] = [
             (f"eval.best_by: got {recipe.eval.best_by}, which uses all validation examples. Fix: compare.split test.",
              recipe.eval.best_by is not None and self.study.compare.split == "halves"),
-            ("base.prune.calibration.text: mix differs by seed with data.mix[].limit. Fix: name a text file.",
+            (f"{where}.text: mix differs by seed with data.mix[].limit. Fix: name a text file.",
              calibrates and limited),
             (f"stage {stage}: the study does not train this arm on the uncompressed base.",
              kind == "transplant" and self._twin(arm) is None),

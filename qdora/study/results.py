@@ -300,7 +300,7 @@ class _Prediction:
 
     def _by_plan(self, recipe: Recipe) -> float:
         """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
-        base = {"prune": None} if recipe.base.quant == "none" else {"prune": None, "quant": "nf4"}
+        base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
         plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
         whole = settings(plain)
         text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])

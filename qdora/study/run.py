@@ -29,7 +29,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of
-from qdora.prune.pruner import quantized_layers
+from qdora.prune.compressor import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run

@@ -1,0 +1,295 @@
+"""Compressing a base while it is loaded, block by block: read, measure, prune, quantise, write, run.
+
+One forward pass on the calibration text drives it. Each block's weights are read, its inputs are run through it to
+measure its linear layers, these are pruned and quantised, and the inputs are run through once more. Memory holds one
+block at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from qdora.adapter.expert_product import ExpertTokens
+from qdora.adapter.experts import BareExperts
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
+from qdora.errors import UserError, first_few
+from qdora.model.checkpoint import Stored, StoredPacked
+from qdora.model.load import (
+    Loading,
+    Quantization,
+    layers_to_quantize,
+    load_config,
+    place_all,
+    place_frozen,
+    skeleton,
+    tensors_of_source,
+    tie_and_move_buffers,
+)
+from qdora.model.source import ModelSource
+from qdora.model.store import BaseWriter
+from qdora.prune.grid import Grid, fitted_absmax
+from qdora.prune.scores import (
+    DAMPING,
+    InputStatistics,
+    check_finite,
+    check_shape,
+    mask_by_scores,
+    pattern_from,
+    sweep,
+)
+from qdora.quant.codebooks import code_values
+from qdora.quant.packed import dequantize, mask_bits, pack, quantize, stored_scales, zero_packed
+from qdora.quant.tiles import Weight, dense_weight
+from qdora.recipe.settings import BaseWeightsConfig
+
+log = logging.getLogger("qdora")
+
+# Calibration tokens per forward pass of a block; bounds its activations.
+_TOKENS_AT_ONCE = 4096
+_Statistics = list[InputStatistics | None]
+"""Of a layer, one for each of its experts; None where no calibration token came."""
+
+
+class Compressor:
+    """A `Placer` that prunes and quantises the linear layers of the blocks as `base` says, and hands each block to
+    `writer`; the model keeps none of them. `calibration` holds token ids (sequences, length), None if no inputs are
+    measured."""
+
+    def __init__(self, base: BaseWeightsConfig, writer: BaseWriter, calibration: Tensor | None = None) -> None:
+        self.base, self.writer, self.calibration = base, writer, calibration
+        prune = base.prune
+        self.pattern = None if prune is None else pattern_from(prune.pattern, prune.sparsity)
+
+    @torch.no_grad()
+    def __call__(self, load: Loading) -> None:
+        """Read every stored tensor once, write the compressed layers."""
+        if any(isinstance(item, StoredPacked) for item in load.stored.values()):
+            setting = "method" if self.base.prune is None else "prune"
+            raise UserError(f"base.{setting}: the checkpoint is already quantised. Fix: name one in full precision.")
+        path, blocks = _decoder_blocks(load.model)
+        for name in sorted(load.layers):  # before anything is read
+            item = load.stored.get(f"{name}.weight")
+            if item is not None and self.pattern is not None and name.startswith(f"{path}."):
+                check_shape(self.pattern, (item.shape[0], item.shape[-1]), name)
+        # The tensors are read in several passes, whose counts are added up.
+        count, total, progress = itertools.count(1), len(load.stored), load.progress or (lambda _done, _total: None)
+        load = replace(load, progress=lambda _done, _total: progress(next(count), total))
+        outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
+        place_all(replace(load, stored=outside))
+        tie_and_move_buffers(load.model, load.device)
+        for index, block in enumerate(blocks):
+            tensors = {name: item for name, item in load.stored.items() if name.startswith(f"{path}.{index}.")}
+            if self.calibration is not None:
+                block.forward = functools.partial(self._through_block, load, index, block, tensors)
+            elif not self.writer.finished(index, _paths(load, tensors)):
+                self._place_others(load, tensors)
+                self._compress(load, index, tensors, {})
+                block.to_empty(device="meta")
+        if self.calibration is not None:
+            inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
+            with evaluation_mode(load.model):
+                inner(input_ids=self.calibration.to(load.device), use_cache=False)
+
+    def _through_block(
+        self, load: Loading, index: int, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
+    ) -> Any:
+        del block.forward  # back to the class's own
+        self._place_others(load, tensors)
+        paths = _paths(load, tensors)
+        if finished := self.writer.finished(index, paths):  # by a start that was interrupted
+            place_all(replace(load, stored=finished))
+        else:
+            weights, prune = {f"{path}.weight": tensors[f"{path}.weight"] for path in paths}, self.base.prune
+            is_first = prune is not None and prune.order == "quantize_first"
+            wanted = load.wanted if is_first else replace(load.wanted, kind="none")
+            place_all(replace(load, stored=weights, wanted=wanted, progress=None))
+            with _measured({path: load.model.get_submodule(path) for path in paths}, self.base.statistic) as statistics:
+                for part in _parts(args, kwargs):
+                    block(*part[0], **part[1])
+            self._compress(load, index, tensors, statistics)
+        outputs = [block(*part[0], **part[1]) for part in _parts(args, kwargs)]
+        block.to_empty(device="meta")
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs)
+        return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+
+    def _place_others(self, load: Loading, tensors: Mapping[str, Stored]) -> None:
+        compressed = {f"{path}.weight" for path in _paths(load, tensors)}
+        place_all(replace(load, stored={name: item for name, item in tensors.items() if name not in compressed}))
+
+    def _compress(
+        self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
+    ) -> None:
+        assert load.progress is not None
+        layers, records = dict[str, FrozenLinear](), dict[str, dict[str, Any]]()
+        for path in _paths(load, tensors):
+            value = tensors[f"{path}.weight"].read()
+            assert isinstance(value, Tensor)
+            layer, value = load.model.get_submodule(path), value.to(load.device)
+            num_parts = layer.num_experts if isinstance(layer, BareExperts) else 1
+            measured = statistics.pop(path, [None] * num_parts)
+            weight, mask = self._compressed(load, value, measured, f"{path}.weight")
+            layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
+            records[path] = _record(value, weight, mask)
+            del layer, value, measured, weight, mask
+            load.progress(1, 1)
+        if layers:
+            self.writer.write(index, layers, records)
+
+    def _compressed(
+        self, load: Loading, value: Tensor, measured: _Statistics, name: str
+    ) -> tuple[Weight, Tensor | None]:
+        prune, wanted, pattern = self.base.prune, load.wanted, self.pattern
+        form, by_gptq = (wanted.kind, wanted.block_size), self.base.method == "gptq"
+        missing = [str(index) for index, found in enumerate(measured) if found is None]
+        if missing and self.calibration is not None:
+            experts = f"experts {first_few(missing, 8)} ({len(missing)} of {len(measured)})"
+            which = experts if len(measured) > 1 else "the inputs"
+            how = "rounded" if prune is None else "pruned by magnitude"
+            log.warning("%s: no calibration token reached %s; they are %s.", name, which, how)
+            # Equal statistics prune by magnitude, and move no error.
+            blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
+            measured = [found or blank for found in measured]
+        sweeps = by_gptq or (prune is not None and prune.method == "sparsegpt")
+        # Corrected weights are not rounded to the file's dtype before they are quantised.
+        kept = value.float() if sweeps else value
+        parts, masks = kept.chunk(len(measured)), list[Tensor]([])
+        for part, found in zip(parts, measured, strict=True):
+            check_finite(part, found, name)
+        if prune is not None and pattern is not None and prune.method != "sparsegpt":
+            group = None if prune.group == "auto" else prune.group
+            seen = parts
+            if prune.order == "quantize_first":
+                packed = quantize(value, *form, wanted.double_quant, name=name)
+                seen = dequantize(packed).chunk(len(measured))
+            scored = [found if prune.method == "wanda" else None for found in measured]
+            masks = [mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)]
+            mask, pattern = torch.cat(masks), None
+            if prune.order == "quantize_first":
+                return zero_packed(packed, mask), mask
+            kept = kept.masked_fill(~mask, 0)
+        if sweeps:
+            known, grid, done = cast(list[InputStatistics], measured), None, []
+            if by_gptq:
+                squares = torch.stack([found.column_squares for found in known])
+                absmax = fitted_absmax(kept, squares, *form, clip=self.base.clips)
+                scales = stored_scales(absmax, wanted.double_quant)
+                grid = Grid(*form, scales, code_values(wanted.kind, value.device))
+            for index, (part, found) in enumerate(zip(parts, known, strict=True)):
+                own = None if grid is None else replace(grid, first=index * part.numel())
+                options: dict[str, Any] = {"damping": DAMPING if prune is None else prune.damping, "name": name}
+                done.append(sweep(part, found, pattern, masks[index] if masks else None, own, **options))
+            kept, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
+            if by_gptq:
+                return pack(kept, absmax, *form, wanted.double_quant), None if prune is None else mask
+        if wanted.kind == "none":
+            return kept.to(load.compute_dtype), mask
+        return quantize(kept, *form, wanted.double_quant, name=name), mask
+
+
+def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
+    """Of the layers among a block's tensors."""
+    return [path for name in tensors if (path := name.removesuffix(".weight")) in load.layers]
+
+
+def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise UserError(f"base: {model.config.model_type} has no list of its {count} blocks.")
+
+
+@contextmanager
+def _measured(
+    layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
+) -> Iterator[dict[str, _Statistics]]:
+    """Measure the inputs of linear layers within a `with`. Layers that share an input share its statistics."""
+    statistics: dict[str, _Statistics] = {}
+    last: tuple[Tensor, _Statistics] | None = None
+
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal last
+        x = inputs[0]
+        tokens: ExpertTokens | None = inputs[1] if len(inputs) > 1 else None
+        own = statistics.get(name)
+        if last is not None and last[0] is x and (own is None or own is last[1]):
+            # The query, key and value layers, and gate and up, read the same tensor.
+            statistics[name] = last[1]
+            return
+        if own is None:
+            own = [None] * (1 if tokens is None else len(tokens.counts))
+        reached = [(0, x)]
+        if tokens is not None:  # an expert's rows of padding, which are no inputs, lie behind its tokens
+            experts = ((run.experts[0], run.tokens) for run in tokens.reached)
+            reached = [(expert, x[rows][: tokens.routed[expert]]) for expert, rows in experts]
+        for index, some in reached:
+            found = own[index] or InputStatistics(x.shape[-1], method, x.device)
+            found.add(some)
+            own[index] = found
+        statistics[name] = own
+        last = (x, own)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(functools.partial(record, name)))
+        yield statistics
+
+
+def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    step = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
+    for start in range(0, len(hidden), step):
+
+        def cut(value: Any, some: slice = slice(start, start + step)) -> Any:
+            is_cut = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(hidden)
+            return value[some] if is_cut else value
+
+        yield tree_map(cut, (list(args), dict(kwargs)))
+
+
+def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
+    """Path -> record of each linear layer that is quantised without pruning."""
+    config = load_config(source)
+    if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
+        return {}
+    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    layers, found = layers_to_quantize(model, wanted), {}
+    for name, item in tensors_of_source(source, model).items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in layers and not isinstance(item, StoredPacked):
+            value = item.read()
+            assert isinstance(value, Tensor)
+            weight = quantize(value, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            found[path] = _record(value, weight, None)
+            del value, weight
+    return found
+
+
+def _record(value: Tensor, weight: Weight, mask: Tensor | None) -> dict[str, Any]:
+    """Form, counts and error of a layer. `num_zeros`: also the weights that are quantised to 0. `relative_error`:
+    ||W' - W|| / ||W|| (Frobenius norm) of the dense weight W and the result W'."""
+    dense, original = dense_weight(weight, torch.float32), value.float()
+    norm, num_pruned = float(original.norm()), 0 if mask is None else int((~mask).sum())
+    return {
+        "kind": "dense" if isinstance(weight, Tensor) else weight.kind,
+        "shape": list(value.shape),
+        "block_size": 0 if isinstance(weight, Tensor) else weight.block_size,
+        "sparsity": num_pruned / value.numel(),
+        "num_weights": value.numel(),
+        "num_pruned": num_pruned,
+        "num_zeros": int((dense == 0).sum()),
+        "relative_error": float((dense - original).norm()) / norm if norm else 0.0,
+        "num_packed_bytes": weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes,
+    }
