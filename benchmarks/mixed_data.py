@@ -45,15 +45,16 @@ def recipe(data: Path, *, batch: int = 1, quant: str = "nf4") -> Recipe:
 
 
 def base_model(*, smoke: bool, quant: str = "nf4") -> Any:
-    """The frozen builtin model in bf16; with `smoke` a random Llama of two small blocks in NF4."""
+    """The frozen builtin model in bf16; with `smoke` a random Llama of two small blocks, never in 16 bits."""
     if not smoke:
         settings = recipe(Path(), quant=quant)
         return load_base(settings, find_model(settings)[0], choose_compute("bfloat16"))
+    kind = "nf4" if quant == "none" else quant
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small_config(128), dtype=torch.bfloat16)
     for path, module in list(model.named_modules()):
         if path.endswith("_proj"):
-            replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))
+            replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), kind)))
     return model.requires_grad_(False)
 
 

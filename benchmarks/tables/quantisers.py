@@ -1,0 +1,124 @@
+"""Tables and the figure of `quantisers.py`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from frame import Column, cell, markdown, quartiles, table, tabulated
+
+from qdora.files.pages import svg_file
+
+LENGTHS = (512, 2048, 8192)
+METHODS = {
+    "round": "rounded",
+    "gptq passages": "GPTQ on passages",
+    "gptq tasks": "GPTQ on tasks",
+    "hqq 0": "HQQ, axis 0",
+    "hqq 1": "HQQ, axis 1",
+    "gptqmodel passages": "gptqmodel on passages",
+    "gptqmodel tasks": "gptqmodel on tasks",
+}
+
+
+def draw(cases: dict[str, Any], out: Path) -> None:
+    """Bits against loss: a row for each model, a column for each kind of text."""
+    models = list(dict.fromkeys(case["model"] for case in cases.values()))
+    with svg_file(out, 9.6, 3.6 * len(models)) as figure:
+        for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
+            for axis, text in zip(axes, ("passages", "tasks"), strict=True):
+                for (method, title), mark in zip(METHODS.items(), "o^vx+<>", strict=True):
+                    some = [case for case in cases.values() if (case["model"], case["method"]) == (model, method)]
+                    points = [(case["bits"], case[text]["nll_per_token"]) for case in some]
+                    axis.scatter([x for x, _ in points], [y for _, y in points], marker=mark, label=title)
+                    for case, point in zip(some, points, strict=True):
+                        axis.annotate(case["format"], point, (3, 3), textcoords="offset points", fontsize=6)
+                axis.set(xlabel="bits a weight", ylabel="NLL, nats per token", title=f"{model}, {text}")
+                axis.set(xscale="log", yscale="log")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+
+
+@table("quantisers")
+def quantisers_answer(result: Any) -> str:
+    """Perplexity of the passages in 16 bits, in NF4 as it is rounded everywhere, and the best of each way below."""
+    cases, lines = result["cases"].values(), []
+
+    def least(model: str, kinds: tuple[str, ...], method: str) -> str:
+        found = [each for each in cases if each["model"] == model and each["format"] in kinds]
+        scores = [(each["passages"]["nll_per_token"], each["format"]) for each in found if each["method"] == method]
+        return f"{math.exp(min(scores)[0]):.1f} ({min(scores)[1]})" if scores else "–"
+
+    for model in dict.fromkeys(each["model"] for each in cases):
+        dense, nf4, swept = (
+            least(model, ("none",), "round"),
+            *(least(model, ("nf4",), each) for each in list(METHODS)[:2]),
+        )
+        parts = [f"{dense.partition(' ')[0]} in 16 bits, {nf4} rounded, {swept} by GPTQ"]
+        for bits in (3, 2):
+            ways = (f"{title} {least(model, (f'nf{bits}', f'int{bits}'), each)}" for each, title in METHODS.items())
+            parts.append(f"at {bits} bits {', '.join(way for way in ways if not way.endswith('–'))}")
+        lines.append(f"**{model}**, perplexity of held-out passages: {'; '.join(parts)}.\n")
+    return "\n".join(lines)
+
+
+@table("quantisers")
+def quantisers_table(result: Any) -> str:
+    """A row for each model and format: perplexity of the passages and NLL of the tasks by each quantiser."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in result["cases"].values():
+        found.setdefault((case["model"], case["format"]), {})[case["method"]] = case
+    shown = [method for method in METHODS if any(method in each for each in found.values())]
+    rows = []
+    for (model, kind), each in found.items():
+        row = [f"{model}, {'16 bits' if kind == 'none' else kind}", cell("{bits:.2f}", next(iter(each.values())))]
+        for method in shown:
+            scores = (each[method][text]["nll_per_token"] for text in ("passages", "tasks")) if method in each else None
+            row.append("–" if scores is None else f"{math.exp(next(scores)):.2f}, {next(scores):.3f}")
+        rows.append([*row, ", ".join(f"{case['seconds']:.0f}" for case in each.values())])
+    return markdown(["model, format", "bits", *(METHODS[method] for method in shown), "seconds"], rows)
+
+
+@table("quantisers_layer")
+def quantisers_layer_table(result: Any) -> str:
+    """Error of each program on one layer, and its codes against ours at equal settings."""
+    columns: dict[str, Column] = {
+        "bits, program, settings": "{0}",
+        "error": "{1[error]:.5f}",
+        "codes equal": lambda item: f"{item[1]['equal_codes']:.4%}" if "equal settings" in item[0] else "–",
+    }
+    return tabulated(result["cases"].items(), columns)
+
+
+@table("quantisers_memory")
+def quantisers_memory_table(result: Any) -> str:
+    """Peak and time of both ways."""
+    columns: dict[str, Column] = {"format": "{0}, {1[layers]} blocks, {1[tokens]:,} tokens"}
+    for method in ("round", "gptq"):
+        columns[f"{method}: peak, GiB"] = f"{{1[{method}][peak_bytes]:.2fGiB}}"
+        columns[f"{method}: seconds"] = f"{{1[{method}][seconds]:,.0f}}"
+    return tabulated(result["cases"].items(), columns)
+
+
+@table("quantisers_time")
+def quantisers_time_table(result: Any) -> str:
+    """Time of each format, relative to nf4's and int4's of the same round."""
+    pairs = [f"{kind} / {other}" for other in ("nf4", "int4") for kind in ("nf3", "int3", "nf2", "int2")]
+    rows = [[name, *(quartiles(case["ratios"][pair]) for pair in pairs)] for name, case in result["cases"].items()]
+    return markdown(["", *pairs], rows)
+
+
+@table("quantisers_plans")
+def quantisers_plans_table(result: Any) -> str:
+    """What each format leaves to the host, its longest row and its times."""
+    rows = []
+    for name, each in result["plans"].items():
+        found = each["plan"]
+        row = [name, cell("{packed base:.2fGiB}", found["components"]), cell("{peak_bytes:.2fGiB}", found)]
+        row += [f"{found['num_streamed']} of {found['num_blocks']}", cell("{host_bytes:.1fGiB}", found)]
+        seconds = (each["seconds"][str(length)] for length in LENGTHS)
+        rows.append([*row, f"{each['longest']:,}", *("–" if some is None else f"{some:.1f}" for some in seconds)])
+    header = ["model, card, format", "packed base on it, GiB", "peak", "blocks in host memory", "pinned", "longest row"]
+    bits = ", ".join(f"{kind} {double:.3f} ({single:.2f})" for kind, (double, single) in result["bits"].items())
+    times = [f"s, {length:,} tokens" for length in LENGTHS]
+    return markdown([*header, *times], rows) + f"\nBits a weight, double quantised (not): {bits}.\n"
