@@ -11,11 +11,11 @@ USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130  # exit codes of a command
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, a recipe, an argument. One line per fault, of many the first ones."""
+    """A mistake in what the user gave: a file, a recipe, an argument. One line per fault, of many the first 20."""
 
     def __init__(self, *faults: str) -> None:
         # A damaged file may bring in control characters, or a name of a megabyte.
-        lines = ("".join(char if char.isprintable() else " " for char in fault) for fault in shorten(faults))
+        lines = ("".join(char if char.isprintable() else " " for char in fault) for fault in shorten(faults, 20))
         self.faults: tuple[str, ...] = tuple(line[:2000] for line in lines)
         super().__init__("\n".join(self.faults))
 

@@ -199,7 +199,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
     faults = faults_of(load_source, SourceConfig(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
-    assert (len(faults), faults[-1]) == (11, "and 990 more")
+    assert (len(faults), faults[-1]) == (21, "and 980 more")
     rows = tmp_path / "rows"
     write(rows / "a.jsonl", [{"text": "x"}] * 30)
     write(rows / "b.jsonl", [{"text": "y"}, {"text": 3}])

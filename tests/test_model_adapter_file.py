@@ -233,7 +233,7 @@ WRONG: dict[str, Any] = {
     "base_model.model.model.embed_tokens.weight": torch.zeros(320, 32),
     "base_model.model.../../../../etc/passwd.lora_A.weight": torch.zeros(1, 1),
 }
-WRONG_WORDS = [r"q_proj\.lora_A\.weight must hold finite numbers \[3, 32\], .*k_proj\.lora_B.* and 1 more\."]
+WRONG_WORDS = [r"q_proj\.lora_A\.weight must hold finite numbers \[3, 32\], .*k_proj\.lora_B.*embed_tokens"]
 NO_LINEAR = [r"must select linear layers \(got model\.embed_tokens"]
 NO_MAGNITUDES = [r"magnitude_vector must hold .*and 9 more\."]
 REFUSED: dict[str, tuple[Damage, list[str]]] = {
