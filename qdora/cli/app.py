@@ -350,21 +350,17 @@ def rank(run: Run, settings: RankSettings, at: AtStep) -> None:
 @verb
 def study(
     study: Annotated[
-        Path, typer.Argument(help="A study file (YAML), or with --vary a recipe: a file or a shipped one.")
+        Path, typer.Argument(help="A study file; with --vary a recipe, which is a file or a shipped one.")
     ],
     directory: Annotated[
         Path | None, typer.Option("--dir", "-d", help="Directory of the study; default: runs/studies/<name>.")
     ] = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=A,B", help="Compare these values of a setting; the first is the reference. Repeatable."
-        ),
+        typer.Option(metavar="KEY=A,B", help="Compare these values of a setting; the first is the reference."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="With --vary: number of seeds; default: 3.")] = None,
-    rates: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="With --vary: search the learning rate of each arm in these.")
-    ] = None,
+    rates: Annotated[str | None, typer.Option(metavar="A,B,C", help="With --vary: learning rates to search.")] = None,
     set_: Set = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
@@ -380,7 +376,7 @@ def study(
         typer.Option(metavar="KEY=VALUE", help="With --jobs: an option of submitit, such as timeout_min=600."),
     ] = None,
 ) -> None:
-    """Run a grid of recipes, each cell once; with --vary all combinations of some values, and print their table.
+    """Run a grid of recipes, each cell once; --vary makes the grid.
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
@@ -395,11 +391,11 @@ def study(
 
     file, place, text = study, directory, None
     if vary:
-        text = varied(str(study), vary, overrides=set_ or [], seeds=seeds, rates=rates)
+        text = varied(str(study), vary, set_ or [], seeds, rates)
         place = directory or Path("runs") / "studies" / study.stem
         file = place / "grid.yaml"
     if jobs is not None:
-        emit(submit_study(file, place, jobs, cluster or "slurm", job_option or [], text=text))
+        emit(submit_study(file, place, jobs, cluster or "slurm", job_option or [], text))
         return
     try:
         emit(study_run(file, place, text=text, shard=shard, retry_failed=retry_failed, dry_run=dry_run))

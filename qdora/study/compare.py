@@ -154,11 +154,7 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
             found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, study, cells)))
     family, pairs = "" if compare.primary else "primary", _pairs(arms, compare.reference)
     for axis in compare.also:
-        turned = [
-            replace(arm, name=arm.context[axis], context=_without(arm.context, axis) | {compare.arm: arm.name})
-            for arm in arms
-            if axis in arm.context
-        ]
+        turned = [_turned(arm, axis, compare.arm) for arm in arms if axis in arm.context]
         pairs += _pairs(turned, labels_of(study.product[axis])[0])
     for arm, other in pairs:
         name = f"{arm.name} against {other.name}"
@@ -166,8 +162,9 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
     return found
 
 
-def _without(context: Mapping[str, str], axis: str) -> dict[str, str]:
-    return {name: label for name, label in context.items() if name != axis}
+def _turned(arm: Arm, axis: str, arm_axis: str) -> Arm:
+    context = {name: label for name, label in arm.context.items() if name != axis} | {arm_axis: arm.name}
+    return replace(arm, name=arm.context[axis], context=context)
 
 
 def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
@@ -246,14 +243,11 @@ def count_primary(study: Study, cells: Records) -> int:
         return len(study.compare.primary)
     own = _trained_places(study).keys() - _first_places(cells, study).keys()
     reference = study.compare.reference
-    pairs = [(name != reference, (context, reference)) for context, name in own]
+    pairs = [(place, (place[0], str(reference))) for place in own]
     for axis in study.compare.also:
         first = (axis, labels_of(study.product[axis])[0])
-        turned = [
-            (context, tuple(first if item[0] == axis else item for item in context), name) for context, name in own
-        ]
-        pairs += [(context != other, (other, name)) for context, other, name in turned]
-    return sum(differs and other in own for differs, other in pairs)
+        pairs += [(place, (tuple(first if each[0] == axis else each for each in place[0]), place[1])) for place in own]
+    return sum(place != other and other in own for place, other in pairs)
 
 
 def comparisons(

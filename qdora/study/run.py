@@ -317,13 +317,7 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
 
 
 def submit_study(
-    file: Path,
-    directory: Path | None,
-    num_jobs: int,
-    cluster: str,
-    options: Sequence[str],
-    *,
-    text: str | None = None,
+    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str], text: str | None = None
 ) -> dict[str, Any]:
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not equals]:

@@ -16,14 +16,7 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.machine import user_path
 from qdora.files.pages import markdown_table
-from qdora.recipe.recipe_file import (
-    ignored,
-    key_and_value,
-    recipe_document,
-    recipe_names,
-    with_overrides,
-    yaml_text,
-)
+from qdora.recipe.recipe_file import ignored, key_and_value, recipe_document, recipe_names, with_overrides, yaml_text
 from qdora.recipe.section import shown
 from qdora.study.compare import BASE_ARM
 from qdora.study.grid import label_of
@@ -33,12 +26,7 @@ logger = logging.getLogger("qdora")
 
 
 def varied(
-    recipe: str,
-    vary: Sequence[str],
-    *,
-    overrides: Sequence[str] = (),
-    seeds: int | None = None,
-    rates: str | None = None,
+    recipe: str, vary: Sequence[str], overrides: Sequence[str] = (), seeds: int | None = None, rates: str | None = None
 ) -> str:
     """The study file, not checked. The first values are the references, `rates` the values of train.lr to search.
 
@@ -46,9 +34,7 @@ def varied(
     """
     document, where = recipe_document(recipe)
     if "product" in document:
-        raise UserError(
-            f"--vary: {where} is a study file, which has its own axes. Fix: name a recipe, or remove --vary."
-        )
+        raise UserError(f"--vary: {where} is a study file, which has axes of its own. Fix: remove --vary.")
     start, keys = with_overrides(document, overrides, logging.INFO), dict[str, list[Any]]()
     for key, values in (key_and_value(item, of_vary=True) for item in vary):
         keys.setdefault(key, []).extend(values)
@@ -109,10 +95,7 @@ def table(report: Report) -> str:
         parts = [_with_ends(row, "nll_per_token", 1.0, 3), _with_ends(row, "acc", 100.0, 1, " %")]
         cells.setdefault(base, {})[column] = "; ".join(filter(None, parts))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [
-        [base, f"{bits[base]:.2f}", *(of_base.get(column) or "–" for column in columns)]
-        for base, of_base in cells.items()
-    ]
+    rows = [[base, f"{bits[base]:.2f}", *(own.get(each) or "–" for each in columns)] for base, own in cells.items()]
     note = "NLL of the answers in nats a token (lower is better); accuracy. Brackets: 95 % intervals."
     return markdown_table(["base", "bits a weight", *columns], rows, [False, True]) + f"\n\n{note}"
 
