@@ -194,6 +194,11 @@ def test_an_interrupted_study_says_how_to_continue(monkeypatch):
         ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "exactly one of --prompt neither"),
         ("generate a --prompt a --chats b.jsonl", "exactly one of --prompt both"),
         ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --chats Fix: remove"),
+        ("study tiny --seeds 2", "--seeds --vary Fix: write"), ("study tiny --vary base.quant", "base.quant: must"),
+        ("study tiny --vary base.qunt=nf4 --dir {tmp}", "--vary (base.qunt=nf4): base.qunt: unknown 'quant'?"),
+        ("study tiny --vary base.quant=none,nf5 --dir {tmp}", "--vary (base.quant=nf5): base.quant: 'none', 'nf5'."),
+        ("study tiny --vary data.mix[9].limit=3", "--vary data.mix[9].limit=3: the recipe has nothing"),
+        ("study benchmarks/results/study/grid.yaml --vary base.quant=nf4", "--vary: is a study file Fix: remove"),
     ],
 )  # fmt: skip
 def test_mistakes_exit_with_2(arguments, words, tmp_path, monkeypatch):
@@ -201,6 +206,7 @@ def test_mistakes_exit_with_2(arguments, words, tmp_path, monkeypatch):
     found = invoke(*(each.format(tmp=tmp_path / "run") for each in arguments.split()))
     assert found.exit_code == 2
     assert all(word in found.stderr for word in words.split()), found.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:

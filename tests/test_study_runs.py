@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,8 @@ from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import AdapterConfig
 from qdora.run.load_run import load_run
 from qdora.study import run as study_module
+from qdora.study.compare import count_primary
+from qdora.study.grid import Study
 from qdora.study.report import read_report
 from qdora.study.results import StudyDirectory, read_index
 from qdora.study.run import study_run
@@ -287,6 +291,39 @@ def test_a_finished_study_trains_nothing(done: Path, root: Path, monkeypatch: py
     monkeypatch.setattr(study_module, "train_run", None)
     found = run(root / "whole.yaml", done)
     assert found["num_cells"] == found["num_done"] == len(read_index(done)["cells"])
+
+
+def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_study(root, "one", **ONE)
+    line = ["study", str(root / "recipe.yaml"), "--seeds", "1", "-s", "train.steps=1", "--dir", str(tmp_path)]
+    line += ["--vary", "base.quant=none,nf4", "--vary", "adapter.kind=lora,dora"]
+    found = CliRunner().invoke(app, line)
+    assert found.exit_code == 0, found.output
+    grid = yaml.safe_load((tmp_path / "grid.yaml").read_text())
+    assert grid["product"] == {"base.quant": ["none", "nf4"], "adapter.kind": ["lora", "dora"]}
+    told = dict.fromkeys(itertools.product(("none", "nf4"), ("no adapter", "lora", "dora")), "")
+    for row in (line.split(" | ") for line in found.stdout.splitlines() if re.match(r"\| (none|nf4) ", line)):
+        told |= zip(itertools.product([row[0][2:]], ("no adapter", "lora", "dora")), row[2:], strict=True)
+        assert (
+            row[1] == "16.00" if row[0] == "| none" else 4.13 < float(row[1]) < 8
+        )  # few weights for one table of codes
+    index = read_index(tmp_path)
+    for cell in index["cells"]:
+        file = tmp_path / "cells" / cell["key"] / result_of(tmp_path, cell["key"])["files"]["scores"]
+        rows = json.loads(file.read_text())["per_example"]
+        nll = sum(row["nll"] for row in rows) / sum(row["num_answer_tokens"] for row in rows)
+        place = cell["labels"]["base.quant"], cell["labels"].get("adapter.kind", "no adapter")
+        assert told.pop(place).startswith(f"{nll:.3f}")
+    assert told == {}
+    for words in ("base.quant nf4, dora against lora", "adapter.kind dora, nf4 against none"):
+        assert re.search(f"{words}: not decided.* not searched", found.stdout)
+    assert count_primary(Study.model_validate(index["study"]), index["cells"]) == 4
+    monkeypatch.setattr(study_module, "train_run", None)
+    assert CliRunner().invoke(app, line).stdout == found.stdout
+    refused = CliRunner().invoke(app, [*line, "--rates", "1e-4,1e-3,1e-2"])
+    assert (refused.exit_code, "grid.yaml: is of other settings" in refused.stderr) == (2, True)
 
 
 def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_its_checkpoint(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import itertools
 import logging
 import os
 import signal
@@ -368,10 +369,19 @@ def rank(run: Run, settings: RankSettings, at: AtStep) -> None:
 
 @verb
 def study(
-    study: Annotated[Path, typer.Argument(help="A YAML file with a recipe, axes, and what to compare.")],
+    study: Annotated[
+        Path, typer.Argument(help="A study file; with --vary a recipe, which is a file or a shipped one.")
+    ],
     directory: Annotated[
         Path | None, typer.Option("--dir", "-d", help="Directory of the study; default: runs/studies/<name>.")
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="Compare these values of a setting; the first is the reference."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --vary: number of seeds; default: 3.")] = None,
+    rates: Annotated[str | None, typer.Option(metavar="A,B,C", help="With --vary: learning rates to search.")] = None,
+    set_: Set = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run cells again that have used up their tries.")
@@ -386,7 +396,7 @@ def study(
         typer.Option(metavar="KEY=VALUE", help="With --jobs: an option of submitit, such as timeout_min=600."),
     ] = None,
 ) -> None:
-    """Run a grid of recipes, each cell once.
+    """Run a grid of recipes, each cell once; --vary makes the grid.
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
@@ -394,17 +404,26 @@ def study(
         raise UserError("--jobs: is not used with --shard, --dry-run or --retry-failed. Fix: remove them.")
     if jobs is None and (cluster is not None or job_option):
         raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
+    if not vary and (seeds is not None or rates is not None or set_):
+        raise UserError("--seeds, --rates, -s: are used only with --vary. Fix: write them into the study file.")
     from qdora.study.run import study_run, submit_study
+    from qdora.study.vary import varied
 
+    file, place, text = study, directory, None
+    if vary:
+        text = varied(str(study), vary, set_ or [], seeds, rates)
+        place = directory or Path("runs") / "studies" / study.stem
+        file = place / "grid.yaml"
     if jobs is not None:
-        emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []))
+        emit(submit_study(file, place, jobs, cluster or "slurm", job_option or [], text))
         return
     try:
-        emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
+        emit(study_run(file, place, text=text, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
     except Interrupted as stopped:  # its cell goes on where it was
-        words = ["qdora", "study", str(study), *(["--dir", str(directory)] if directory is not None else [])]
-        words += ["--shard", shard] if shard is not None else []
-        raise stopped.with_command(words) from None
+        lists, single = {"--vary": vary, "-s": set_}, {"--seeds": seeds, "--rates": rates, "--dir": directory}
+        pairs = [(flag, value) for flag, values in lists.items() for value in values or ()]
+        pairs += [(flag, str(value)) for flag, value in (single | {"--shard": shard}).items() if value is not None]
+        raise stopped.with_command(["qdora", "study", str(study), *itertools.chain(*pairs)]) from None
 
 
 @verb

@@ -160,7 +160,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with all defaults as YAML, which can be run again."""
-    return str(yaml.dump(settings(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    return yaml_text(settings(recipe))
+
+
+def yaml_text(document: dict[str, Any]) -> str:
+    return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def json_schema() -> dict[str, Any]:
@@ -208,6 +212,15 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: {line}not YAML: {what}.") from None
 
 
+def key_and_value(item: str, *, of_vary: bool = False) -> tuple[str, Any]:
+    """`key=value` of -s, or with `of_vary` the list of `key=value,value` of --vary; values are YAML."""
+    key, equals, text = (part.strip() for part in item.partition("="))
+    option, example = ("--vary", "base.quant=none,nf4") if of_vary else ("-s", "data.mix[0].limit=5")
+    if not equals or not _steps(key) or (of_vary and not text):
+        raise UserError(f"{option} {one_line(item)}: must be key=value, such as {example}.")
+    return key, _parsed(f"[{text}]" if of_vary else text, f"{option} {one_line(item)}")
+
+
 def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = logging.DEBUG) -> dict[str, Any]:
     """A copy of `data` with `key=value` settings put in, in order.
 
@@ -217,12 +230,10 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
-        key, equals, text = (part.strip() for part in item.partition("="))
-        steps, where = _steps(key), f"-s {one_line(item)}"
+        where = f"-s {one_line(item)}"
         try:
-            if not equals or not steps:
-                raise UserError(f"{where}: must be key=value, such as data.mix[0].limit=5.")
-            given[key] = _parsed(text, where)
+            key, value = key_and_value(item)
+            steps, given[key] = _steps(key), value
             here: Any = changed
             for step in steps[:-1]:
                 if isinstance(here, dict) and here.get(step) is None:
@@ -239,8 +250,8 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
         for one, other in itertools.permutations(pair):
             if given.get(f"train.{one}") is not None and f"train.{other}" not in given:
                 changed["train"].pop(other, None)
-    disabled = {key: why for key, why in _ignored(changed).items() if not is_below(key, given)} if given else {}
-    for key in sorted(disabled.keys() - (_ignored(data) if disabled else {})):
+    disabled = {key: why for key, why in ignored(changed).items() if not is_below(key, given)} if given else {}
+    for key in sorted(disabled.keys() - (ignored(data) if disabled else {})):
         head, _, last = key.rpartition(".")
         value = _inner(changed, head).pop(last)
         logger.log(level, "%s %s is dropped from the recipe: %s.", key, shown(value), disabled[key])
@@ -383,7 +394,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
     return {f"{section}.{key}": why for section, keys, why, applies in rows if applies for key in keys.split()}
 
 
-def _ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
+def ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
     """Those of the `_unused` settings that a recipe sets -> the reason; none if plain data is no recipe."""
     try:
         recipe = data if isinstance(data, Recipe) else Recipe.model_validate(data)
@@ -398,7 +409,7 @@ def _ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
 
 
 def _faults(recipe: Recipe) -> Iterator[Fault]:
-    for key, why in _ignored(recipe).items():
+    for key, why in ignored(recipe).items():
         yield key, f"would be ignored because {why}, got {shown(_inner(recipe, key))}. Fix: remove it."
     seen = set()
     for key, must, applies in _contradictions(recipe):

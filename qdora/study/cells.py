@@ -346,14 +346,15 @@ class Expander:
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
         equal: dict[str, list[Labels]] = {}
-        # A base has no label on axes that change nothing but the training
+        # A base has no label on axes that change nothing but the training, and on that of the arms if it is none
         arm_axis, training = self.study.compare.arm, axes_of(self.study, "train.", "adapter.")
+        are_bases = arm_axis in axes_of(self.study, "base.")
         for arm in self.arms:
             (key, recipe), (dense_key, dense) = self._base(arm, dense=False), self._base(arm, dense=True)
             bare = self._is_bare(arm)
             if not (self.study.bases or bare):
                 continue
-            kept = {axis for axis in arm.labels if (bare if axis == arm_axis else axis not in training)}
+            kept = {axis for axis in arm.labels if (bare or are_bases if axis == arm_axis else axis not in training)}
             labels = {axis: text for axis, text in arm.labels.items() if axis in kept}
             of_base = partial(Cell, kind="base", stage=BASES, dense_key=dense_key)
             if key not in bases or (bare and arm_axis not in bases[key].labels):

@@ -30,6 +30,7 @@ from qdora.study.grid import (
     has_labels,
     in_words,
     label_of,
+    labels_of,
 )
 from qdora.study.results import HIGHER_IS_BETTER, Results, combined
 
@@ -143,18 +144,27 @@ class NamedComparison:
 def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context.
 
-    Without `compare.primary` the latter are the primary ones.
+    Then, with `compare.also`, beside the same arm at the first value of these axes. Without `compare.primary` all these
+    are the primary ones.
     """
     compare, found = study.compare, []
     for name, asked in (compare.primary or {}).items():
         known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
         if terms := _terms(asked, _pairs(known, asked.reference or compare.reference)):
             found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, study, cells)))
-    family = "" if compare.primary else "primary"
-    for arm, other in _pairs(arms, compare.reference):
+    family, pairs = "" if compare.primary else "primary", _pairs(arms, compare.reference)
+    for axis in compare.also:
+        turned = [_turned(arm, axis, compare.arm) for arm in arms if axis in arm.context]
+        pairs += _pairs(turned, labels_of(study.product[axis])[0])
+    for arm, other in pairs:
         name = f"{arm.name} against {other.name}"
         found.append(NamedComparison(name, arm.context, family, [(1.0, arm, other)], []))
     return found
+
+
+def _turned(arm: Arm, axis: str, arm_axis: str) -> Arm:
+    context = {name: label for name, label in arm.context.items() if name != axis} | {arm_axis: arm.name}
+    return replace(arm, name=arm.context[axis], context=context)
 
 
 def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
@@ -233,7 +243,11 @@ def count_primary(study: Study, cells: Records) -> int:
         return len(study.compare.primary)
     own = _trained_places(study).keys() - _first_places(cells, study).keys()
     reference = study.compare.reference
-    return sum(name != reference and (context, reference) in own for context, name in own)
+    pairs = [(place, (place[0], str(reference))) for place in own]
+    for axis in study.compare.also:
+        first = (axis, labels_of(study.product[axis])[0])
+        pairs += [(place, (tuple(first if each[0] == axis else each for each in place[0]), place[1])) for place in own]
+    return sum(place != other and other in own for place, other in pairs)
 
 
 def comparisons(

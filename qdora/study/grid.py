@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.recipe_file import read_file
+from qdora.recipe.recipe_file import read_file, read_yaml
 from qdora.recipe.section import (
     Fault,
     Flag,
@@ -62,6 +62,7 @@ class CompareConfig(Section):
 
     arm: Text = "adapter"
     reference: Text | None = None
+    also: tuple[Text, ...] = ()
     metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
     tasks: Literal["tokens", "equal"] = "tokens"
     split: Literal["halves", "test"] = "halves"
@@ -157,7 +158,10 @@ class Study(Section):
             asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]
             asked += [("rates.of", {axis: list(values)}) for axis, values in rates.of.items()]
         asked += [(f"stages[{index}].cells", stage.cells) for index, stage in enumerate(self.stages)]
-        asked.append(("compare", {compare.arm: compare.reference or []}))
+        asked += [
+            ("compare", {compare.arm: compare.reference or []}),
+            ("compare.also", dict.fromkeys(compare.also, ())),
+        ]
         for name, each in (compare.primary or {}).items():
             where = f"compare.primary.{name}"
             asked.append((where, {compare.arm: [arm for arm in (each.arm, each.reference) if arm is not None]}))
@@ -175,13 +179,16 @@ class Study(Section):
                 yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
 
 
-def load_study(path: Path) -> Study:
-    """Read and check a study file; a `recipe` that is a file gets an absolute path. UserError lists all faults."""
-    data = read_file(path, str(path))
+def load_study(path: Path, text: str | None = None) -> Study:
+    """Read and check a study file, or its `text`. UserError lists all faults.
+
+    A `recipe` that is a file gets an absolute path.
+    """
+    data = read_file(path, str(path)) if text is None else read_yaml(text, str(path))
     recipe = data.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())
-    return study_from(data, str(path))
+    return study_from(data, str(path) if text is None else "--vary")
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:

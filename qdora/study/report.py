@@ -155,7 +155,7 @@ def read_report(directory: Path) -> Report:
     # Settings of the study that are one value, and the time that its cells took
     facts: dict[str, Any] = {"recipe": Path(study.recipe).name}
     facts |= {key: value for key, value in study.settings.items() if not isinstance(value, list | dict)}
-    compare = study.compare.model_dump(exclude={"primary"}, exclude_none=True)
+    compare = study.compare.model_dump(exclude={"primary", "also"}, exclude_none=True)
     facts |= {f"compare.{name}": value for name, value in compare.items()}
     seconds = sum(row.get("seconds") or 0.0 for row in tables["cells"])
     facts |= {"seeds": ", ".join(map(str, study.seeds)), "hours": round(seconds / 3600, 4)}
@@ -164,7 +164,7 @@ def read_report(directory: Path) -> Report:
     status = f"{len(cells)} cells: {', '.join(f'{number} {name}' for name, number in counts.items())}"
     num_waiting = sum(index["num_waiting"].values())
     status += f"; {num_waiting} more wait for a learning rate or an adapter." if num_waiting else "."
-    answer = [_sentence(row, axes, metric) for row in pairs if row["role"] == "primary"]
+    answer = [_sentence(row, [*axes, study.compare.arm], metric) for row in pairs if row["role"] == "primary"]
     answer = answer or ["There is nothing to compare: no primary comparison has both arms with the same seeds."]
     return Report(tables=tables, answer=answer, status=status, axes=axes, compare=study.compare)
 
@@ -317,7 +317,7 @@ def _figures(report: Report) -> Rows:
 
 def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
     figure, axis = _row_figure(len(rows), compare.zone, 1.0)
-    where, labels = _naming(rows, axes), []
+    where, labels = _naming(rows, [*axes, compare.arm]), []
     for y, row in enumerate(rows):
         color, marker = ("#000000", "s") if row["role"] == "primary" else (_COLORS[0], "o")
         seeds = [float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]

@@ -36,7 +36,9 @@ from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import in_words, load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
+from qdora.study.report import read_report, report_run
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
+from qdora.study.vary import keep_grid, table
 from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
@@ -65,6 +67,7 @@ def study_run(
     file: Path,
     directory: Path | None = None,
     *,
+    text: str | None = None,
     shard: str | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
@@ -73,14 +76,19 @@ def study_run(
     """Run the cells of a study that have no result and that no other process works on.
 
     `shard` "i/n": only an n-th of all cells. `retry_failed`: also those that were given up. `dry_run`: check every
-    cell, tell how long the study takes, and write nothing. Returns the directory and the counts of cells.
+    cell, tell how long the study takes, and write nothing. `text`: of a study file that is not written yet (`varied`);
+    such a study ends with its table and report. Returns the directory and the counts of cells.
     """
     progress, results = consoles(console)
-    expander, directory = checked_study(file, directory)
+    expander, directory = checked_study(file, directory, text)
     shard_of([], shard)
     if not dry_run:
         check_gpu()
+    elif text is not None:
+        results.print(text, soft_wrap=True)
     with disk_failures(directory):
+        if text is not None and not dry_run:
+            keep_grid(file, text)
         store = StudyDirectory(directory, retries=expander.study.retries, makes=not dry_run)
         known = Results(store, expander.study)
         cells = planned_cells(expander, known) if dry_run else cells_now(expander, known)
@@ -109,8 +117,12 @@ def study_run(
         key, reason = next(iter(found.failed.items()))
         what = f"{len(found.failed)} of {found.num_cells} cells failed; the first is {key}: {reason}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
-    counts = {key: value for key, value in vars(found).items() if key != "failed"}
-    return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
+    counts = {key: value for key, value in vars(found).items() if key != "failed"} | {"num_waiting": num_waiting}
+    if text is not None and found.num_done:
+        report = read_report(directory)
+        results.print(f"\n{table(report)}\n", soft_wrap=True)
+        counts |= {"arms": report.tables["arms"]} | report_run(directory, console=console)
+    return {"directory": str(directory)} | counts
 
 
 def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
@@ -133,13 +145,14 @@ def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, 
         time.sleep(_IDLE_SECONDS)
 
 
-def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
-    expander = Expander(load_study(file), str(file))
+def checked_study(file: Path, directory: Path | None, text: str | None = None) -> tuple[Expander, Path]:
+    where = str(file) if text is None else "--vary"
+    expander = Expander(load_study(file, text), where)
     cells = planned_cells(expander, None).cells
-    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
+    faults = [fault for cell in cells for fault in missing_files(cell.recipe, where)]
     if expander.study.compare.split == "test":
         faults += [
-            f"{file}: compare.split: {source.label} has no test split."
+            f"{where}: compare.split: {source.label} has no test split."
             for cell in cells
             for source in cell.recipe.data.mix
             if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
@@ -304,13 +317,15 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
 
 
 def submit_study(
-    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
+    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str], text: str | None = None
 ) -> dict[str, Any]:
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {wrong[0]!r}.")
     parameters = {key.strip(): read_yaml(f"value: {value}", f"--job-option {key}")["value"] for key, _, value in pairs}
-    expander, directory = checked_study(file, directory)
+    expander, directory = checked_study(file, directory, text)
+    if text is not None:
+        keep_grid(file, text)
     known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
     cells_now(expander, known)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
