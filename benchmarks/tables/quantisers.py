@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from frame import Column, cell, markdown, quartiles, table, tabulated
+from frame import Column, cell, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
@@ -88,37 +88,3 @@ def quantisers_layer_table(result: Any) -> str:
         "codes equal": lambda item: f"{item[1]['equal_codes']:.4%}" if "equal settings" in item[0] else "–",
     }
     return tabulated(result["cases"].items(), columns)
-
-
-@table("quantisers_memory")
-def quantisers_memory_table(result: Any) -> str:
-    """Peak and time of both ways."""
-    columns: dict[str, Column] = {"format": "{0}, {1[layers]} blocks, {1[tokens]:,} tokens"}
-    for method in ("round", "gptq"):
-        columns[f"{method}: peak, GiB"] = f"{{1[{method}][peak_bytes]:.2fGiB}}"
-        columns[f"{method}: seconds"] = f"{{1[{method}][seconds]:,.0f}}"
-    return tabulated(result["cases"].items(), columns)
-
-
-@table("quantisers_time")
-def quantisers_time_table(result: Any) -> str:
-    """Time of each format, relative to nf4's and int4's of the same round."""
-    pairs = [f"{kind} / {other}" for other in ("nf4", "int4") for kind in ("nf3", "int3", "nf2", "int2")]
-    rows = [[name, *(quartiles(case["ratios"][pair]) for pair in pairs)] for name, case in result["cases"].items()]
-    return markdown(["", *pairs], rows)
-
-
-@table("quantisers_plans")
-def quantisers_plans_table(result: Any) -> str:
-    """What each format leaves to the host, its longest row and its times."""
-    rows = []
-    for name, each in result["plans"].items():
-        found = each["plan"]
-        row = [name, cell("{packed base:.2fGiB}", found["components"]), cell("{peak_bytes:.2fGiB}", found)]
-        row += [f"{found['num_streamed']} of {found['num_blocks']}", cell("{host_bytes:.1fGiB}", found)]
-        seconds = (each["seconds"][str(length)] for length in LENGTHS)
-        rows.append([*row, f"{each['longest']:,}", *("–" if some is None else f"{some:.1f}" for some in seconds)])
-    header = ["model, card, format", "packed base on it, GiB", "peak", "blocks in host memory", "pinned", "longest row"]
-    bits = ", ".join(f"{kind} {double:.3f} ({single:.2f})" for kind, (double, single) in result["bits"].items())
-    times = [f"s, {length:,} tokens" for length in LENGTHS]
-    return markdown([*header, *times], rows) + f"\nBits a weight, double quantised (not): {bits}.\n"
