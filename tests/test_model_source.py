@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
         {},
         [*NOT_PLAIN, rf"'{MISSING}' is not a"],
     ),
-    "long index": (indexed(LONG), "", {}, ["m-"] * 10 + ["90 more"]),
+    "long index": (indexed(LONG), "", {}, ["m-"] * 20 + ["80 more"]),
     "empty index": (indexed({}), "", {}, ["weight_map: is empty"]),
     "no JSON": ({**CONFIG, INDEX: '{"weight_map": '}, "", {}, ["cannot be read as JSON"]),
 }
