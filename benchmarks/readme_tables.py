@@ -25,7 +25,7 @@ MODELS = ROOT / "qdora/guide/models.md"
 SETTINGS = ROOT / "qdora/guide/settings.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 for path in sorted([*HERE.glob("*.py"), *HERE.glob("tables/*.py")]):
-    if "\n@table(" in path.read_text(encoding="utf-8"):
+    if re.search(r"^@(table|bench)\(", path.read_text(encoding="utf-8"), re.MULTILINE):
         import_module(".".join(path.relative_to(HERE).with_suffix("").parts))
 
 
