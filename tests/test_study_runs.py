@@ -299,6 +299,9 @@ def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
     write_study(root, "one", **ONE)
     line = ["study", str(root / "recipe.yaml"), "--seeds", "1", "-s", "train.steps=1", "--dir", str(tmp_path)]
     line += ["--vary", "base.quant=none,nf4", "--vary", "adapter.kind=lora,dora"]
+    found = CliRunner().invoke(app, [*line, "--dry-run"])
+    assert "can get a verdict: the learning rates are not searched; there is 1 seed, but at least 3" in found.stdout
+    assert (found.stdout[:8], [*tmp_path.iterdir()]) == ("recipe: ", [])
     found = CliRunner().invoke(app, line)
     assert found.exit_code == 0, found.output
     grid = yaml.safe_load((tmp_path / "grid.yaml").read_text())
@@ -306,9 +309,8 @@ def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
     told = dict.fromkeys(itertools.product(("none", "nf4"), ("no adapter", "lora", "dora")), "")
     for row in (line.split(" | ") for line in found.stdout.splitlines() if re.match(r"\| (none|nf4) ", line)):
         told |= zip(itertools.product([row[0][2:]], ("no adapter", "lora", "dora")), row[2:], strict=True)
-        assert (
-            row[1] == "16.00" if row[0] == "| none" else 4.13 < float(row[1]) < 8
-        )  # few weights for one table of codes
+        dense = row[0] == "| none"  # the others have few weights for one table of codes
+        assert row[1] == "16.00" if dense else 4.13 < float(row[1]) < 8
     index = read_index(tmp_path)
     for cell in index["cells"]:
         file = tmp_path / "cells" / cell["key"] / result_of(tmp_path, cell["key"])["files"]["scores"]

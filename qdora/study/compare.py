@@ -352,15 +352,33 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
     names = {
         f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
     }
-    few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
     reasons = {
         f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,
         f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
-        "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
+        _NOT_SEARCHED: any(arm.is_interior is None for arm in each.arms),
         f"the best learning rate of {', '.join(sorted(names))} is the smallest or largest that was tried": names,
-        f"there {few}, but at least {compare.min_seeds} are needed": num_seeds < compare.min_seeds,
+        _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
     }
     return [reason for reason, applies in reasons.items() if applies]
+
+
+_NOT_SEARCHED = "the learning rates were not searched"
+
+
+def _too_few(num_seeds: int, compare: CompareConfig) -> str:
+    few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
+    return f"there {few}, but at least {compare.min_seeds} are needed"
+
+
+def against_all_verdicts(study: Study, cells: Records) -> str:
+    """Why no comparison of a study can get a verdict, whatever its results; "" if one can."""
+    num_seeds, compare = max(_trained_places(study).values(), default=0), study.compare
+    reasons = {
+        "no arm has a reference to be compared with": not count_primary(study, cells),
+        _NOT_SEARCHED.replace("were", "are"): study.rates is None,
+        _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
+    }
+    return "; ".join(reason for reason, applies in reasons.items() if applies)
 
 
 def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) -> None:

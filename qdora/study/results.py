@@ -310,9 +310,10 @@ class _Prediction:
 
 
 def times_in_words(times: Sequence[StageTime]) -> list[str]:
-    lines = [
-        f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {each.seconds / 3600:.1f} h" for each in times
-    ]
+    def hours(seconds: float) -> str:
+        return "unknown" if math.isnan(seconds) else f"{seconds / 3600:.1f} h"
+
+    lines = [f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours(each.seconds)}" for each in times]
     total = sum(each.seconds for each in times)
-    fix = " (not known before runs of two lengths are done. Fix: set time)" if math.isnan(total) else ""
-    return [*lines, f"In all {total / 3600:.1f} h of one process{fix}."]
+    known = "The time is known once runs of two lengths are done, or with time in the study file."
+    return [*lines, known if math.isnan(total) else f"In all {hours(total)} of one process."]

@@ -34,6 +34,7 @@ from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, sett
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
+from qdora.study.compare import against_all_verdicts
 from qdora.study.grid import in_words, load_study
 from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
 from qdora.study.report import read_report, report_run
@@ -98,6 +99,8 @@ def study_run(
             + (f"; {len(mine)} in shard {shard}" if shard else "")
             + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
         )
+        if why := against_all_verdicts(expander.study, [cell.record() for cell in cells.cells]):
+            results.print(f"No comparison can get a verdict: {why}.", soft_wrap=True)
         if dry_run:
             times = stage_times(mine, known)
             for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in mine), *times_in_words(times)):
