@@ -22,7 +22,14 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.gguf import export_gguf
 from qdora.export.merge import write_merge
 from qdora.export.nf4_lora import check_loadable, export_nf4_lora
-from qdora.export.verify import comparison_text, validation_examples, verify_merged, verify_nf4_lora, verify_requantized
+from qdora.export.verify import (
+    ComparisonText,
+    comparison_text,
+    validation_examples,
+    verify_merged,
+    verify_nf4_lora,
+    verify_requantized,
+)
 from qdora.export.write import save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
@@ -143,20 +150,28 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
 
 def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     trained = load_run(run, step=options.step)
-    with bar(console, "writing the 4-bit base and its LoRA") as progress:
+    published_as = options.push if options.push is not None and "/" in options.push else None
+    written, text = _written_by_bnb(trained, folder, options, console, None, published_as=published_as)
+    return trained, written, verify_nf4_lora(trained.model, folder, text)
+
+
+def _written_by_bnb(
+    trained: TrainedRun, folder: Path, options: ExportOptions, console: Console, dtype: torch.dtype | None, **more: Any
+) -> tuple[dict[str, Any], ComparisonText]:
+    """Write a bitsandbytes checkpoint in --dtype, by default `dtype`: what was written, and the text to compare on."""
+    with bar(console, "writing the checkpoint") as progress:
         written = export_nf4_lora(
             trained.model,
             trained.tokenizer,
             folder,
-            dtype=None if options.dtype is None else DTYPES[options.dtype],
+            dtype=dtype if options.dtype is None else DTYPES[options.dtype],
             max_shard_bytes=parse_size(options.shard_size),
             progress=progress,
-            extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
-            published_as=options.push if options.push is not None and "/" in options.push else None,
+            extra_files=card_files(trained.run, trained.recipe, trained.state, form=options.form),
+            **more,
         )
     console.print("comparing the exported model with the running one")
-    text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
-    return trained, written, verify_nf4_lora(trained.model, folder, text)
+    return written, comparison_text(trained.tokenizer, validation_examples(trained.recipe))
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -201,19 +216,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    with bar(console, "writing the base") as progress:
-        written = export_nf4_lora(
-            trained.model,
-            trained.tokenizer,
-            folder,
-            dtype=dtype if options.dtype is None else DTYPES[options.dtype],
-            adapted=False,
-            max_shard_bytes=parse_size(options.shard_size),
-            progress=progress,
-            extra_files=card_files(run, recipe, trained.state, form="base"),
-        )
-    console.print("comparing the checkpoint with the running model")
-    text = comparison_text(trained.tokenizer, validation_examples(recipe))
+    written, text = _written_by_bnb(trained, folder, options, console, dtype, adapted=False)
     check = verify_requantized(trained.model, folder, text, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, check
 

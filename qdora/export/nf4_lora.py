@@ -28,7 +28,7 @@ from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
-from qdora.model.checkpoint import load_faults, quantization_config, shorten, stored_kind, taken_for_experts
+from qdora.model.checkpoint import load_faults, quantization_config, stored_kind, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
 from qdora.model.multimodal import all_paths
@@ -162,7 +162,7 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
         of_transformers = load_faults(model, classes, "--format nf4-lora")
     faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
     if faults:
-        raise UserError(*shorten(faults))
+        raise UserError(*faults)
 
 
 def check_loadable(recipe: Recipe, source: ModelSource) -> None:

@@ -34,7 +34,6 @@ from transformers.core_model_loading import (
 )
 
 from qdora.errors import NotFinite, UserError, named
-from qdora.errors import shorten as shorten
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state

@@ -76,8 +76,13 @@ class Moment:
 
     @property
     def name(self) -> str:
-        names = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
-        names["compress"] = "compression of the base"
+        names = {
+            "compress": "compression of the base",
+            "load": "loading",
+            "gains": "norms before a step",
+            "loss": "output head and loss",
+            "update": "update",
+        }
         block = "" if self.block is None else f" of block {self.block}"
         return names.get(self.phase, f"{self.phase} pass") + block
 

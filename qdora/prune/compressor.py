@@ -186,9 +186,9 @@ class Compressor:
                 absmax = fitted_absmax(kept, squares, *form, clip=self.base.clips)
                 scales = stored_scales(absmax, wanted.double_quant)
                 grid = Grid(*form, scales, code_values(wanted.kind, value.device))
+            options: dict[str, Any] = {"damping": DAMPING if prune is None else prune.damping, "name": name}
             for index, (part, found) in enumerate(zip(parts, known, strict=True)):
                 own = None if grid is None else replace(grid, first=index * part.numel())
-                options: dict[str, Any] = {"damping": DAMPING if prune is None else prune.damping, "name": name}
                 done.append(sweep(part, found, pattern, masks[index] if masks else None, own, **options))
             kept, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
             if by_gptq:

@@ -157,13 +157,14 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
-    half, on_cpu = "model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.", "needs a GPU."
-    rules = {
-        half: compute.dtype == float16 and recipe.adapter.kind == "full",
-        f"base.residency: host {on_cpu}": compute.device.type != "cuda" and recipe.base.residency == "host",
-        f"memory.offload_activations: {on_cpu}": compute.device.type != "cuda" and recipe.memory.offload_activations,
-    }
-    return [text for text, applies in rules.items() if applies]
+    is_full, no_gpu = recipe.adapter.kind == "full", compute.device.type != "cuda"
+    rules = [
+        ("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.",
+         compute.dtype == float16 and is_full),
+        ("base.residency: host needs a GPU.", no_gpu and recipe.base.residency == "host"),
+        ("memory.offload_activations: needs a GPU.", no_gpu and recipe.memory.offload_activations),
+    ]  # fmt: skip
+    return [fault for fault, applies in rules if applies]
 
 
 def _data_faults(

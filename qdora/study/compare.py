@@ -355,14 +355,11 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
     reasons = {
         f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,
         f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
-        _NOT_SEARCHED: any(arm.is_interior is None for arm in each.arms),
+        "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
         f"the best learning rate of {', '.join(sorted(names))} is the smallest or largest that was tried": names,
         _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
     }
     return [reason for reason, applies in reasons.items() if applies]
-
-
-_NOT_SEARCHED = "the learning rates were not searched"
 
 
 def _too_few(num_seeds: int, compare: CompareConfig) -> str:
@@ -375,7 +372,7 @@ def against_all_verdicts(study: Study, cells: Records) -> str:
     num_seeds, compare = max(_trained_places(study).values(), default=0), study.compare
     reasons = {
         "no arm has a reference to be compared with": not count_primary(study, cells),
-        _NOT_SEARCHED.replace("were", "are"): study.rates is None,
+        "the learning rates are not searched": study.rates is None,
         _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
     }
     return "; ".join(reason for reason, applies in reasons.items() if applies)

@@ -270,10 +270,9 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     if seen <= most and wrong <= most_wrong:  # NaN fails both
         said = f"packed examples stay apart: other tokens in one change the next one's logits by {seen:.2g}, "
         return layout, f"{said}rounding by up to {most:.2g} (attention by {attention})."
-    moved = (
-        f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g}), packing by {wrong:.2g}"
-    )
-    what = f"{name} (attention by {attention}), which does not keep examples apart: {moved} ({most_wrong:.2g}, RMS)"
+    moved = f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g})"
+    mean = f"packing by {wrong:.2g} in the root mean square (rounding: {most_wrong:.2g})"
+    what = f"{name} (attention by {attention}), which does not keep examples apart: {moved}, {mean}"
     raise UserError(f"data.packing: must be false for {what}.")
 
 
