@@ -45,7 +45,7 @@ from qdora.model.inject import linear_layers
 from qdora.model.store import CompressedBase
 from qdora.plan.fit import plan
 from qdora.plan.plan import Plan, public_shapes
-from qdora.prune.grid import Grid, fitted_absmax
+from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import InputStatistics, sweep
 from qdora.quant.blockwise import nearest_codes
 from qdora.quant.codebooks import code_values
@@ -230,7 +230,7 @@ def own_layer(weight: Tensor, x: Tensor, kind: str, group: int, clip: bool) -> T
     """The weight (out, in) by GPTQ on the inputs x (tokens, in), dequantised; `group` divides `in`."""
     statistics, values = InputStatistics(weight.shape[1], "sparsegpt", weight.device), code_values(kind)
     statistics.add(x)
-    absmax = fitted_absmax(weight, statistics.column_squares[None], kind, group, clip=clip)
+    absmax = fitted_scales(weight, statistics.column_squares[None], kind, group, clip=clip)
     codes, _ = sweep(weight, statistics, grid=Grid(kind, group, absmax, values))
     return values[codes.int()] * absmax.repeat_interleave(group).view(weight.shape)
 

@@ -49,15 +49,15 @@ def obs_with_mask(weight, keep, products, damping):
     return work
 
 
-def clipped_absmax(weight, costs, block, values, factors):
-    """Largest magnitude of each block times the factor at which rounding costs least; `costs` are those of a square."""
+def rounding_costs(weight, costs, block, values, factors):
+    """Of each block, (blocks, factors): the squared errors, times `costs`, of rounding to `values` times the block's
+    largest magnitude times each factor. And these magnitudes."""
     found, flat = [], list(zip(weight.ravel(), costs.ravel(), strict=True))
-    for start in range(0, len(flat), block):
-        part = flat[start : start + block]
-        largest = max(abs(w) for w, _ in part)
-        lost = [sum(cost * np.min(np.abs(values * largest * f - w)) ** 2 for w, cost in part) for f in factors]
-        found.append(largest * factors[int(np.argmin(lost))])
-    return found
+    largest = [max(abs(w) for w, _ in flat[start : start + block]) for start in range(0, len(flat), block)]
+    for index, most in enumerate(largest):
+        part = flat[index * block : (index + 1) * block]
+        found.append([sum(cost * np.min(np.abs(values * most * f - w)) ** 2 for w, cost in part) for f in factors])
+    return np.array(found), np.array(largest)
 
 
 def gptq(weight, products, damping, values, scales, order, keep=None):

@@ -38,7 +38,7 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.store import BaseWriter
-from qdora.prune.grid import Grid, fitted_absmax
+from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import (
     DAMPING,
     InputStatistics,
@@ -132,20 +132,54 @@ class Compressor:
         self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
     ) -> None:
         assert load.progress is not None
+        assert load.progress is not None
         layers, records = dict[str, FrozenLinear](), dict[str, dict[str, Any]]()
-        for path in _paths(load, tensors):
-            value = tensors[f"{path}.weight"].read()
-            assert isinstance(value, Tensor)
-            layer, value = load.model.get_submodule(path), value.to(load.device)
-            num_parts = layer.num_experts if isinstance(layer, BareExperts) else 1
-            measured = statistics.pop(path, [None] * num_parts)
-            weight, mask = self._compressed(load, value, measured, f"{path}.weight")
-            layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
-            records[path] = _record(value, weight, mask)
-            del layer, value, measured, weight, mask
-            load.progress(1, 1)
+        for paths in self._stacks(load, tensors, statistics):
+            values, parts = list[Tensor](), 1
+            for path in paths:
+                value, layer = tensors[f"{path}.weight"].read(), load.model.get_submodule(path)
+                assert isinstance(value, Tensor)
+                values.append(value.to(load.device))
+                parts = layer.num_experts if isinstance(layer, BareExperts) else 1
+            measured = statistics.pop(paths[0], [None] * parts)
+            if len(paths) == 1:
+                done = [self._compressed(load, values[0], measured, f"{paths[0]}.weight")]
+            else:
+                assert measured[0] is not None
+                done = [(weight, None) for weight in self._rounded_together(load, values, measured[0], paths)]
+            for path, value, (weight, mask) in zip(paths, values, done, strict=True):
+                layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
+                records[path] = _record(value, weight, mask)
+                load.progress(1, 1)
+            del values, value, layer, measured, done, weight, mask
         if layers:
             self.writer.write(index, layers, records)
+
+    def _stacks(
+        self, load: Loading, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
+    ) -> list[list[str]]:
+        """The layers of a block, those with the same inputs together where GPTQ rounds them in one sweep."""
+        stacks = dict[int, list[str]]()
+        for place, path in enumerate(_paths(load, tensors)):
+            measured, width = statistics.get(path, [None]), tensors[f"{path}.weight"].shape[-1]
+            is_plain = self.base.method == "gptq" and self.pattern is None and width % load.wanted.block_size == 0
+            shared = is_plain and len(measured) == 1 and measured[0] is not None
+            stacks.setdefault(id(measured) if shared else place, []).append(path)
+        return list(stacks.values())
+
+    def _rounded_together(
+        self, load: Loading, values: Sequence[Tensor], measured: InputStatistics, paths: Sequence[str]
+    ) -> list[Weight]:
+        form, double_quant, name = (load.wanted.kind, load.wanted.block_size), load.wanted.double_quant, paths[0]
+        for path, value in zip(paths, values, strict=True):
+            check_finite(value, measured, f"{path}.weight")
+        squares = measured.column_squares[None]
+        scales = [fitted_scales(value.float(), squares, *form, clip=self.base.clips) for value in values]
+        stored = torch.cat([stored_scales(each, double_quant) for each in scales])
+        grid = Grid(*form, stored, code_values(form[0], stored.device))
+        codes, _ = sweep(torch.cat(list(values)).float(), measured, grid=grid, name=f"{name}.weight")
+        parts = torch.split(codes, [len(value) for value in values])
+        return [pack(part, each, *form, double_quant) for part, each in zip(parts, scales, strict=True)]
 
     def _compressed(
         self, load: Loading, value: Tensor, measured: _Statistics, name: str
@@ -183,7 +217,7 @@ class Compressor:
             known, grid, done = cast(list[InputStatistics], measured), None, []
             if by_gptq:
                 squares = torch.stack([found.column_squares for found in known])
-                absmax = fitted_absmax(kept, squares, *form, clip=self.base.clips)
+                absmax = fitted_scales(kept, squares, *form, clip=self.base.clips)
                 scales = stored_scales(absmax, wanted.double_quant)
                 grid = Grid(*form, scales, code_values(wanted.kind, value.device))
             options: dict[str, Any] = {"damping": DAMPING if prune is None else prune.damping, "name": name}

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 from qdora.quant.blockwise import nearest_codes
 from qdora.quant.codebooks import code_values
 
-CLIP_FACTORS = tuple(1 - step / 20 for step in range(13))
-"""Of a block's largest magnitude, 1 to 0.4."""
+CLIP_FACTORS = tuple(sign * (1 - step / 20) for step in range(13) for sign in (1, -1))
+"""Of a block's largest magnitude: 1 to 0.4, and the same below 0, which turn an uneven grid over (int2's reaches from
+-4/3 to 2/3). A scale below 0 is decoded as any other."""
 _CHUNK = 1 << 20  # weights whose clipped scales are chosen at a time; a multiple of every block size
 _SMALLEST_SCALE = 1e-38
 
@@ -42,8 +43,8 @@ def nearest(weights: Tensor, scales: Tensor, kind: str, values: Tensor) -> tuple
 
 
 @torch.no_grad()
-def fitted_absmax(weight: Tensor, importance: Tensor, kind: str, block_size: int, *, clip: bool) -> Tensor:
-    """The largest magnitude of each block, (blocks,) float32, or with `clip` the one of `CLIP_FACTORS` of it at which
+def fitted_scales(weight: Tensor, importance: Tensor, kind: str, block_size: int, *, clip: bool) -> Tensor:
+    """The largest magnitude of each block, (blocks,) float32, with `clip` times the one of `CLIP_FACTORS` at which
     rounding costs least.
 
         sum over the block of h_j (w_ij - rounded(w_ij))^2        h_j = ||x_j||^2, H's diagonal
