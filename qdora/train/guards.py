@@ -315,7 +315,9 @@ def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
 
     def read(block: nn.Module, _args: Any) -> None:
         for layer in frozen_layers(block).values():
-            byte_sums[names[layer]] = sum(int(each.reshape(-1).view(torch.uint8).sum()) for each in layer.buffers())
+            # In slices: torch sums bytes in an int64 copy of them.
+            slices = (torch.split(each.reshape(-1).view(torch.uint8), 1 << 22) for each in layer.buffers())
+            byte_sums[names[layer]] = sum(int(each.sum()) for tensors in slices for each in tensors)
 
     names, blocks = {layer: name for name, layer in frozen_layers(model).items()}, block_list(model)
     assert blocks is not None
