@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import evaluation_mode
@@ -27,7 +27,8 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
-from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import block_list
 from qdora.recipe.settings import TrainConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
@@ -305,20 +306,36 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
 def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
     """What was compared; None if the base is not divided. All processes call this together.
 
-    A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss.
+    A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss. So
+    each process sums the bytes of every layer of its blocks as the forward pass reads them.
     """
     if not processes.shards:
         return None
+    byte_sums = dict[str, int]()
+
+    def read(block: nn.Module, _args: Any) -> None:
+        for layer in frozen_layers(block).values():
+            # In slices: torch sums bytes in an int64 copy of them.
+            slices = (torch.split(each.reshape(-1).view(torch.uint8), 1 << 22) for each in layer.buffers())
+            byte_sums[names[layer]] = sum(int(each.sum()) for tensors in slices for each in tensors)
+
+    names, blocks = {layer: name for name, layer in frozen_layers(model).items()}, block_list(model)
+    assert blocks is not None
+    hooks = [block.register_forward_pre_hook(read) for block in blocks[1]]
     vocabulary = model.config.get_text_config().vocab_size
     labels = torch.randint(vocabulary, (1, _NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    layers, training = adapted_layers(model).values(), model.training
-    model.eval()
-    refresh(layer for layer in layers if layer.base.share is not None)
+    refresh(layer for layer in adapted_layers(model).values() if layer.base.share is not None)
     ids = labels.to(model.device)
-    losses = processes.gather(float(batch_loss(model, ids, torch.ones_like(ids), labels).nll_sum / _NUM_TOKENS))
-    model.train(training)
-    for rank, loss in enumerate(losses):
-        if not math.isclose(loss, losses[0], rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
-            text = f"process {rank} has a loss of {loss:.8g}, process 0 of {losses[0]:.8g}"
+    with evaluation_mode(model):
+        loss = float(batch_loss(model, ids, torch.ones_like(ids), labels).nll_sum / _NUM_TOKENS)
+    for hook in hooks:
+        hook.remove()
+    results = processes.gather((loss, byte_sums))
+    first_loss, first_sums = results[0]
+    for rank, (loss, sums) in enumerate(results):
+        wrong = [name for name, value in first_sums.items() if sums[name] != value]
+        if wrong or not math.isclose(loss, first_loss, rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
+            text = f"process {rank} has a loss of {loss:.8g}, process 0 of {first_loss:.8g}"
+            text += f", and other bytes in {wrong[0]}" if wrong else ""
             raise RunFailure(f"train.parallel: the base is not the same when it is divided: {text}.")
-    return f"all processes have one loss with the divided base, {losses[0]:.6g}."
+    return f"all processes have the same {len(byte_sums)} layers and one loss with the divided base, {first_loss:.6g}."
