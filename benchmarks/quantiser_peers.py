@@ -26,9 +26,10 @@ Weights = dict[str, torch.Tensor]
 def by_program(python: str, task: str, folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
     """Run this file with another Python: the dequantised weights, and what is known of them."""
     (folder / "settings.json").write_text(json.dumps(settings))
-    call = [python, __file__, task, str(folder)]
+    call = [str(Path(python).absolute()), str(Path(__file__).absolute()), task, str(folder)]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run(call, capture_output=True, text=True, check=False, env=variables)
+    # cwd: gptqmodel writes logs/ where it runs
+    run = subprocess.run(call, capture_output=True, text=True, check=False, env=variables, cwd=folder)
     if run.returncode != 0:
         raise RuntimeError(f"{' '.join(call)}: exit {run.returncode}\n{run.stderr[-4000:]}")
     return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
@@ -45,7 +46,8 @@ def hqq(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]
         codes, meta = Quantizer.quantize(dense[f"{path}.weight"], **options)
         num_bits += 8 * codes.nbytes + 16 * (meta["scale"].numel() + meta["zero"].numel())
         num_weights += dense[f"{path}.weight"].numel()
-        found[path] = Quantizer.dequantize(codes, meta).float()
+        in_16_bits = {name: meta[name].half().float() for name in ("scale", "zero")}
+        found[path] = Quantizer.dequantize(codes, meta | in_16_bits).float()
     return found, {"bits": num_bits / num_weights}
 
 
@@ -53,7 +55,8 @@ def gptqmodel(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str
     """A whole model, with the settings that are used here."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    model = GPTQModel.load(str(folder / "model"), QuantizeConfig(**_gptqmodel_options(settings, equal=True)))
+    config = QuantizeConfig(**_gptqmodel_options(settings, equal=True))
+    model = GPTQModel.load(str(folder / "model"), config, dtype=torch.float32)  # unasked, bfloat16 on a CPU
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in settings["calibration"]]
     model.quantize(rows, batch_size=1)
     model.save(str(folder / "quantised"))
@@ -106,7 +109,7 @@ def llmcompressor_layer(folder: Path, settings: dict[str, Any]) -> tuple[Weights
     scale = weight.unflatten(1, (-1, settings["group"])).abs().amax(dim=2) / ((2**bits - 1) / 2)
     batch = [each[None] for each in (weight, given["products"], scale, torch.zeros_like(scale))]
     args = QuantizationArgs(**options, actorder="static")
-    return {"weight": quantize_weight(*batch, None, args, blocksize=128, percdamp=0.01)[1][0].float()}, {}
+    return {"weight": quantize_weight(*batch, None, args, blocksize=128, percdamp=0.01)[0][0].float()}, {}
 
 
 PACKAGES = {"gptqmodel_layer": "gptqmodel", "llmcompressor_layer": "llmcompressor"}
