@@ -287,6 +287,7 @@ LABELS = {
     "acc_norm": "accuracy per character",
 }
 
+
 def _figures(report: Report) -> Rows:
     rows = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
     note = (
