@@ -341,7 +341,7 @@ def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking
     trained: dict[str, Any] = {"kind": "trained", "rate": "", "is_interior": True, "seeds": {"0": "key"}}
     trained |= {"num_missing": 0, "base_key": None, "dense_key": None}
     arms = [Arm(context={"base.quant": quant}, name=name, **trained) for quant in ("none", "nf4") for name in ADAPTERS]
-    assert [each.lacking for each in named_comparisons(arms, study, []) if each.family] == [lacking]
+    assert [each.lacking for each in named_comparisons(arms, study) if each.family] == [lacking]
 
 
 @pytest.mark.parametrize("lost", [["none"], ["none", "fp4"], ["fp4"]])

@@ -27,7 +27,7 @@ from qdora.study.compare import (
     repair_row,
     task_rows,
 )
-from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, in_words, label_of
+from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, label_of
 from qdora.study.measure import read_guesses
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
@@ -135,13 +135,13 @@ def read_report(directory: Path) -> Report:
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
     measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
-    pairs = comparisons(arms, results, measures, cells, num_primary=count_primary(study, cells))
+    pairs = comparisons(arms, results, measures, num_primary=count_primary(study))
     axes = [axis for axis in study.product if axis != study.compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
     rows = _TableRows(results, axes, runs)
     tables = {
         "comparisons": pairs,
-        "tasks": task_rows(arms, results, [name for name in measures if name != "nll_by_task"], cells),
+        "tasks": task_rows(arms, results, [name for name in measures if name != "nll_by_task"]),
         "repair": [row for arm in arms if (row := rows.repair(arm, arms))],
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
@@ -230,7 +230,6 @@ class _TableRows:
         attempts, result = store.failures(key), results.result(key)
         row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)}
         row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
-        row["equal_to"] = "; ".join(map(in_words, cell.get("equal", ())))
         row["status"] = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
         row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
         if result is None:

@@ -99,7 +99,7 @@ def study_run(
             + (f"; {len(mine)} in shard {shard}" if shard else "")
             + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
         )
-        if why := against_all_verdicts(expander.study, [cell.record() for cell in cells.cells]):
+        if why := against_all_verdicts(expander.study):
             results.print(f"No comparison can get a verdict: {why}.", soft_wrap=True)
         if dry_run:
             times = stage_times(mine, known)
