@@ -72,7 +72,7 @@ def one_study(
     results, arms = simulated.results, find_arms(simulated.cells, simulated.results)
     named, results.study = results.study, with_settings(results.study, compare={"primary": None})
     compressed = [arm for arm in arms if arm.context.get("base") != DENSE]
-    judged = comparisons(compressed, results, ["nll_per_token"], simulated.cells)  # each base is a primary comparison
+    judged = comparisons(compressed, results, ["nll_per_token"])  # each base is a primary comparison
     results.study = named
     if judged_alone:
         equivalent = [row["verdict"].startswith("no difference") for row in judged]
@@ -85,7 +85,7 @@ def one_study(
         if not math.isnan(lower):
             held.setdefault(name, []).append(lower <= truth <= upper)
 
-    for row in comparisons(arms, results, ["nll_per_token"], simulated.cells):
+    for row in comparisons(arms, results, ["nll_per_token"]):
         add("primary" if row["role"] == "primary" else "difference", scenario.effect, row)
     for arm in arms:
         if arm.kind == "trained":

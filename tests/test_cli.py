@@ -181,9 +181,9 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
 def test_an_interrupted_study_says_how_to_continue(monkeypatch):
     stopped = Interrupted(3, Path("cells/a/checkpoints/step-3"))
     monkeypatch.setattr("qdora.study.run.study_run", partial(fail, stopped))
-    found = invoke("study", "my grid.yaml", "--dir", "d", "--shard", "1/2")
+    found = invoke("study", "my grid.yaml", "--dir", "d")
     assert found.exit_code == 130
-    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d --shard 1/2\n")
+    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d\n")
 
 
 @pytest.mark.parametrize(

@@ -274,24 +274,14 @@ def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
     assert first == "warning: s: 1 of 1 answers do not end with a stop token (the model names none)."
 
 
-def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) -> None:
+def test_a_run_tells_what_it_checked_once(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-
-    def kept() -> list[tuple[str, str]]:
-        groups = json.loads((run / "checks.json").read_text())
-        return [(each["state"], each["text"]) for group in groups.values() for each in group]
-
     changes: dict[str, Any] = {"data__packing": True}
     log = train(root, run, train__steps=1, **changes)
-    found = kept()
     starts = ("sums: 0 of", "letters: 0 of", "packed examples stay apart")
     assert [log.count(f" Checked: {start}") for start in starts] == [2, 2, 1]
-    gradients = [text for state, text in found if state == "open"]
-    assert gradients == ["whether every trainable tensor gets a gradient: known after 3 updates."]
-    train(root, run, resume=True, train__steps=4, **changes)
-    assert len(kept()) == len(found)
-    assert [text for state, text in kept() if state == "open"] == []
-    assert any("in 3 updates 0 of 42 trainable tensors had no gradient" in text for _, text in kept())
+    log = train(root, run, resume=True, train__steps=4, **changes)
+    assert "Checked: in 3 updates 0 of 42 trainable tensors had no gradient" in log
 
 
 def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
@@ -302,10 +292,9 @@ def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     source = write(tmp_path / "c.jsonl", [chat("2 + 2?", "4")])
     data = {"data__mix": [{"source": source}], "data__validation_fraction": 0, "train__steps": 1}
-    train(tmp_path, tmp_path / "run", **data | NOT_EVALUATED)
-    [told] = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
+    log = train(tmp_path, tmp_path / "run", **data | NOT_EVALUATED)
     text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
-    assert told["text"].startswith(text)
+    assert f" {text}" in log
 
 
 def test_a_run_that_evaluates_nothing_says_so(root: Path, tmp_path: Path) -> None:

@@ -110,8 +110,6 @@ def test_the_export_runs_elsewhere(run, tmp_path):
 
 
 def test_what_a_run_leaves_names_the_experts(run, tmp_path):
-    checks = json.loads((run / "checks.json").read_text())
-    assert {check["state"] for group in checks.values() for check in group} == {"passed"}
     layers = {each["path"]: each for each in json.loads((run / "trained.json").read_text())["layers"]}
     name = "model.layers.0.mlp.experts.down_proj"
     stack = adapted_layers(load_run(run).model)[name]

@@ -84,11 +84,11 @@ def test_bases_exclusions_equal_combinations_and_initial_values_of_an_axis(study
     cells = study(product=TWO, bases=False, exclude=[{"base.quant": "none", "adapter": ["dora"]}]).now().cells
     assert {*labels(cells, "base.quant", "adapter")} == {("none", "lora"), ("nf4", "lora"), ("nf4", "dora")}
     bare = {"adapter.kind": "none", "train.steps": 0}
-    product = {"adapter": {"bare": bare, "bare again": bare, "lora": LORA, "lora again": LORA}}
+    product = {"adapter": {"bare": bare, "lora": LORA}}
     cells = study(product=product, seeds=[0, 1], settings={"base.quant": "none"}).now().cells
     assert [cell.labels["adapter"] for cell in cells] == ["bare", "lora", "lora"]
-    assert cells[0].equal == ({"adapter": "bare again"},)  # its seeds are one cell on purpose
-    assert [cell.equal for cell in cells[1:]] == [({"adapter": "lora again", "seed": seed},) for seed in ("0", "1")]
+    with pytest.raises(UserError, match=r"adapter=again\): is the same recipe as \(adapter=lora\)"):
+        study(product={"adapter": {"lora": LORA, "again": LORA}})
     product = {"base.quant": ["nf4"], "adapter": {"lora": LORA, "other": LORA | {"train.seed": 100}}}
     cells = of_kind(study(product=product, settings={"eval.limit": 9}).now(), "trained")
     found = {(c.labels["adapter"], c.recipe.train.seed, c.recipe.data.seed, c.recipe.eval.block) for c in cells}

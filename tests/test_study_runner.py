@@ -27,7 +27,7 @@ from qdora.study import run
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
 from qdora.study.results import Results, StudyDirectory, cells_now
-from qdora.study.run import CellsLog, once, run_cells, shard_of, submit_jobs, tally
+from qdora.study.run import CellsLog, once, run_cells, submit_jobs
 from tests import fake_study
 from tests.fake_study import numbered
 
@@ -66,6 +66,11 @@ def started(directory: Path) -> list[str]:
     """Keys of the cells in the order in which their work began."""
     file = directory / "started"
     return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def failed(cells: Sequence[Cell], store: StudyDirectory) -> dict[str, str]:
+    """Key of a cell that was given up -> why its last attempt failed."""
+    return {cell.key: store.failures(cell.key)[-1]["reason"] for cell in cells if store.is_given_up(cell.key)}
 
 
 def values(store: StudyDirectory, number: int) -> list[Any]:
@@ -118,20 +123,19 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
     first = [(zero, "failed"), (one, "failed"), (two, "done")]
     assert events == [*first, (zero, "failed"), (one, "done"), (zero, "failed")]
     assert calls == [key for key, _ in events]
-    found = tally(cells, store)
-    assert (found.num_cells, found.num_done, found.num_elsewhere) == (3, 2, 0)
-    assert found.failed == {zero: f"RuntimeError: no memory for {zero}"}
+    assert store.num_done({zero, one, two}) == 2
+    assert failed(cells, store) == {zero: f"RuntimeError: no memory for {zero}"}
     assert [attempt["reason"] for attempt in store.failures(one)] == [f"RuntimeError: no memory for {one}"]
     assert any("no memory" in line for line in store.failures(zero)[0]["traceback"])
     run_cells(cells, store, work)
-    assert (tally(cells, store).failed.keys(), len(calls)) == ({zero}, 6)  # given up, and not dropped
+    assert (failed(cells, store).keys(), len(calls)) == ({zero}, 6)  # given up, and not dropped
     store.forget_failures([zero, one, two])
     assert [bool(store.failures(key)) for key in (zero, one, two)] == [False, True, False]
     run_cells(cells, store, lambda cell, path: {})
-    assert tally(cells, store).num_done == 3
+    assert store.num_done({zero, one, two}) == 3
     full = numbered(4)[3:]
     run_cells(full, store, work)
-    assert "cannot be written: the disk is full" in tally(full, store).failed[full[0].key]
+    assert "cannot be written: the disk is full" in failed(full, store)[full[0].key]
 
 
 def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> 
     with pytest.raises(Interrupted):
         run_cells(numbered(2), store, work)
     assert not list((tmp_path / "claims").glob("*.lock"))
-    assert (store.failures(numbered(1)[0].key), tally(numbered(2), store).num_elsewhere) == ([], 2)
+    assert [(store.failures(cell.key), store.is_done(cell.key)) for cell in numbered(2)] == [([], False)] * 2
 
 
 def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
@@ -154,15 +158,13 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
     monkeypatch.setattr(run, "train_run", diverge)
     store, base = StudyDirectory(tmp_path, retries=0), replace(numbered(1)[0], kind="base")
     run_cells([base], store, run.cell_work(store))
-    assert list(tally([base], store).failed) == [base.key]
+    assert store.is_given_up(base.key)
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--shard", "4/3"], ["--shard", "I/N", "4/3"]),
-        (["--shard", "0/3"], ["--shard", "I/N", "0/3"]),
-        (["--jobs", "2", "--shard", "1/2"], ["--jobs: is not used with --shard"]),
+        (["--jobs", "2", "--dry-run"], ["--jobs: is not used with --dry-run"]),
         (["--cluster", "local"], ["are used only with --jobs"]),
         (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
         pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
@@ -204,14 +206,6 @@ def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
     assert once(store, "base", "other", make).is_dir()
 
 
-def test_shards_share_the_cells_out() -> None:
-    cells = numbered(7)
-    parts = [shard_of(cells, f"{index}/3") for index in (1, 2, 3)]
-    assert sorted(cell.key for part in parts for cell in part) == [cell.key for cell in cells]
-    assert [len(part) for part in parts] == [3, 2, 2]
-    assert shard_of(cells, None) == cells
-
-
 @pytest.fixture
 def expander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expander:
     """A study on nf4, of which nothing has run."""
@@ -219,40 +213,35 @@ def expander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expander:
     return Expander(load_study(write(tmp_path)))
 
 
-def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: float = 0.0) -> Sequence[Cell]:
+def run_all(expander: Expander, store: StudyDirectory, seconds: float = 0.0) -> None:
     def work(cell: Cell, directory: Path) -> Mapping[str, Any]:
         time.sleep(seconds)
         return fake_study.work_of()(cell, directory)
 
-    log = CellsLog(Console(quiet=True), store)
-    return run._run_all(expander, Results(store, expander.study), shard, work, log)
+    run._run_all(expander, Results(store, expander.study), work, CellsLog(Console(quiet=True), store))
 
 
 def test_a_process_waits_for_cells_that_others_work_on(expander: Expander, tmp_path: Path) -> None:
-    """Two shards at once. One has done its part of the search long before the other, whose rates it needs."""
-    stores, found = [StudyDirectory(tmp_path / "both") for _ in range(2)], list[Cell]()
+    """Two processes at once. One waits for a run of the search that the other, slower one works on."""
+    stores = [StudyDirectory(tmp_path / "both") for _ in range(2)]
     other = Expander(expander.study)
-    together(
-        lambda: found.extend(run_shard(expander, stores[0], "1/2")),
-        lambda: found.extend(run_shard(other, stores[1], "2/2", 0.1)),
-    )
-    trained = [cell for cell in found if cell.kind == "trained"]
-    assert len(trained) == 8  # both arms with four seeds, in both shards
-    assert all(stores[0].is_done(cell.key) for cell in trained)
+    together(lambda: run_all(expander, stores[0]), lambda: run_all(other, stores[1], 0.1))
+    cells = cells_now(expander, Results(stores[0], expander.study)).cells
+    assert sum(cell.kind == "trained" for cell in cells) == 8  # both arms with four seeds
+    assert all(stores[0].is_done(cell.key) for cell in cells)
 
 
-def test_a_process_does_not_wait_for_one_that_died(
-    expander: Expander, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other shard was killed in a run of the search whose rate this one needs."""
-    store = StudyDirectory(tmp_path / "shard")
+def test_a_process_does_not_wait_for_one_that_died(expander: Expander, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another one was killed in a run of the search; a cell of the search was given up."""
+    store = StudyDirectory(tmp_path / "one", retries=0)
     results, looks = Results(store, expander.study), iter(range(20))
-    (other, *_) = shard_of(cells_now(expander, results).cells, "2/2")
-    (tmp_path / f"shard/claims/{other.key}.lock").touch()
+    first = cells_now(expander, results).cells[0]
+    store.add_failure(first.key, {"reason": "RuntimeError: no memory"})
+    (tmp_path / f"one/claims/{first.key}.lock").touch()
 
     def sleep(_: float) -> None:
         assert next(looks, None) is not None, "waits for ever"
 
     monkeypatch.setattr(time, "sleep", sleep)
-    run_shard(expander, store, "1/2")
+    run_all(expander, store)
     assert cells_now(expander, results).num_waiting["main"] > 0

@@ -321,7 +321,7 @@ def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
     assert told == {}
     for words in ("base.quant nf4, dora against lora", "adapter.kind dora, nf4 against none"):
         assert re.search(f"{words}: not decided.* not searched", found.stdout)
-    assert count_primary(Study.model_validate(index["study"]), index["cells"]) == 4
+    assert count_primary(Study.model_validate(index["study"])) == 4
     monkeypatch.setattr(study_module, "train_run", None)
     assert CliRunner().invoke(app, line).stdout == found.stdout
     refused = CliRunner().invoke(app, [*line, "--rates", "1e-4,1e-3,1e-2"])

@@ -382,7 +382,6 @@ def study(
     seeds: Annotated[int | None, typer.Option(min=1, help="With --vary: number of seeds; default: 3.")] = None,
     rates: Annotated[str | None, typer.Option(metavar="A,B,C", help="With --vary: learning rates to search.")] = None,
     set_: Set = None,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run cells again that have used up their tries.")
     ] = False,
@@ -400,8 +399,8 @@ def study(
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
-    if jobs is not None and (shard is not None or dry_run or retry_failed):
-        raise UserError("--jobs: is not used with --shard, --dry-run or --retry-failed. Fix: remove them.")
+    if jobs is not None and (dry_run or retry_failed):
+        raise UserError("--jobs: is not used with --dry-run or --retry-failed. Fix: remove them.")
     if jobs is None and (cluster is not None or job_option):
         raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
     if not vary and (seeds is not None or rates is not None or set_):
@@ -418,11 +417,11 @@ def study(
         emit(submit_study(file, place, jobs, cluster or "slurm", job_option or [], text))
         return
     try:
-        emit(study_run(file, place, text=text, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
+        emit(study_run(file, place, text=text, retry_failed=retry_failed, dry_run=dry_run))
     except Interrupted as stopped:  # its cell goes on where it was
         lists, single = {"--vary": vary, "-s": set_}, {"--seeds": seeds, "--rates": rates, "--dir": directory}
         pairs = [(flag, value) for flag, values in lists.items() for value in values or ()]
-        pairs += [(flag, str(value)) for flag, value in (single | {"--shard": shard}).items() if value is not None]
+        pairs += [(flag, str(value)) for flag, value in single.items() if value is not None]
         raise stopped.with_command(["qdora", "study", str(study), *itertools.chain(*pairs)]) from None
 
 

@@ -1,6 +1,6 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  mix.json  checks.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
+recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
 trained.json  eval/*.json  report.html  README.md
 
 A checkpoint is whole if the sizes and check sums in its complete.json agree.

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
-from qdora.rank.allocate import LayerSpectrum, allocate, draw_rank_map, draw_spectra, effective_rank
+from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
 from qdora.recipe.options import RankSettings
@@ -30,10 +29,6 @@ from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
 _THRESHOLD = 0.9
 """Share of the energy for the effective ranks that are shown."""
-_ENERGY = {
-    "curvature": "worth in nats",
-    "svd": "squared singular value of the update",
-}
 Details = dict[str, dict[str, Any]]
 """Layer -> JSON values about it; under "" those about all layers."""
 
@@ -109,15 +104,6 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         ranks = allocate(spectra, budget)
     else:
         ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
-    written = write_recipe(trained.run, recipe, asked.method, {**ranks_now, **ranks})
-    figures = [trained.run.inside("rank") / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")]
-    energies = {name: spectrum.energies for name, spectrum in spectra.items()}
-    draw_spectra(energies, figures[0], measure=_ENERGY[asked.method], ranks=ranks)
-    draw_rank_map({**ranks_now, **ranks}, figures[1])
-    if asked.eigenvalues:
-        figures.append(trained.run.inside("rank") / f"{asked.method}-eigenvalues.svg")
-        values = {name: np.array(details[name]["spectrum"]["eigenvalues"]) for name in spectra}
-        draw_spectra(values, figures[2], measure=f"eigenvalue of the {asked.curvature}, magnitude", ranks={})
     return {
         "run": str(trained.run.path),
         "state": trained.state,
@@ -139,8 +125,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
             }
             for name, spectrum in spectra.items()
         },
-        **written,
-        "figures": [str(each) for each in figures],
+        **write_recipe(trained.run, recipe, asked.method, {**ranks_now, **ranks}),
     }
 
 
@@ -211,7 +196,7 @@ def _budget(asked: RankSettings, own: int) -> int:
 
 
 def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[str, Any]:
-    """The ranks that the gates of a run chose, read from its adapter without the model; writes a recipe and a map.
+    """The ranks that the gates of a run chose, read from its adapter without the model; writes a recipe.
     "removed_after" has for each component of the start the steps after which it was removed, or null."""
     assert recipe.adapter.gates is not None
     trained, state = trained_state(run, recipe, step)
@@ -220,8 +205,7 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
     ranks = {name: each["removed_after"].count(None) for name, each in layers.items()}
     cost = {name: each["parameters_per_rank"] for name, each in layers.items()}
     starts = {name: len(each["removed_after"]) for name, each in layers.items()}
-    figure = run.inside("rank") / "gates-ranks.svg"
-    document = {
+    return {
         "run": str(run.path),
         "state": state,
         "method": "gates",
@@ -230,10 +214,7 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
         "num_parameters_of_run": sum(rank * cost[name] for name, rank in starts.items()),
         "layers": {name: {"rank": ranks[name], "rank_of_run": starts[name], **each} for name, each in layers.items()},
         **write_recipe(run, recipe, "gates", ranks),
-        "figures": [str(figure)],
     }
-    draw_rank_map(ranks, figure)
-    return document
 
 
 def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[str, int]) -> dict[str, Any]:

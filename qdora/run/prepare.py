@@ -36,7 +36,7 @@ from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import json_bytes
-from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of, unharmed
+from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of
 from qdora.model.attention import positions_of
 from qdora.model.build_model import (
     Compute,
@@ -58,7 +58,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.base import base_record, calibration_tokens, pinned
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
-from qdora.train.guards import CHECKS_FILE, DATA, GRADIENTS, Check, tell_checks
+from qdora.train.guards import Check
 from qdora.train.logs import interference_faults
 from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
@@ -250,24 +250,22 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: run.write_json("mix.json", asdict(mix)))
-    processes.first(unharmed(CHECKS_FILE)(lambda: _tell_data_checks(prepared, run)))
+    processes.first(lambda: _log_data_checks(prepared))
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: run.write_json(PLAN_FILE, memory.to_dict()))
 
 
-def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
+def _log_data_checks(prepared: PreparedRun) -> None:
     recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
-    trains = recipe.adapter.kind != "none"
     checks = example_checks(sources, prepared.tokenizer, recipe.data)
     if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
         checks.append(Check("warning", "no source has validation data, so nothing is evaluated."))
-    if trains:
+    if recipe.adapter.kind != "none":
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
-    unknown = [asdict(Check("open", "whether every trainable tensor gets a gradient: known after 3 updates."))]
-    run.write_json(CHECKS_FILE, {GRADIENTS: run.read_json(CHECKS_FILE).get(GRADIENTS, unknown)} if trains else {})
-    tell_checks(run, {DATA: checks})
+    for check in checks:
+        check.log()
 
 
 def _some(items: Sequence[Any]) -> Sequence[Any]:

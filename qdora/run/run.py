@@ -63,7 +63,7 @@ from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
 from qdora.run.report import PAGE_FILE, run_card, write_page
 from qdora.train.distributed import Processes, mesh_of, processes_of_launch, seed_of
 from qdora.train.evals import adapter_record, read_result
-from qdora.train.guards import CHECKS_FILE, DIVISION, PACKING, TOKENS, Check, check_division, packed_layout, tell_checks
+from qdora.train.guards import Check, check_division, packed_layout
 from qdora.train.trainer import Trainer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -117,7 +117,7 @@ def train_run(
         stack.enter_context(weights_unread(model))
         adapter = None if checkpoint is None else checkpoint / "adapter"
         adapt(model, recipe, prepared.source, tokenizer, adapter=adapter)
-        loader.batching.packed = check_model(model, run, processes, prepared)
+        loader.batching.packed = check_model(model, processes, prepared)
         trainer = Trainer(
             recipe,
             run,
@@ -191,23 +191,19 @@ def base_of_run(
         return load_base(*what, progress, placer=placer, mesh=mesh)
 
 
-def check_model(
-    model: PreTrainedModel, run: RunDirectory, processes: Processes, prepared: PreparedRun
-) -> PackedLayout | None:
+def check_model(model: PreTrainedModel, processes: Processes, prepared: PreparedRun) -> PackedLayout | None:
     """Try the adapted model before its first step; returns how micro-batches are packed. All processes call this."""
-    layout, checks = None, dict[str, list[Check]]()
+    layout, checks = None, list[Check]()
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
-        checks[PACKING] = [Check("passed", text)]
+        checks.append(Check("passed", text))
     if (divided := check_division(model, processes)) is not None:
-        checks[DIVISION] = [Check("passed", divided)]
-
-    def tell() -> None:
+        checks.append(Check("passed", divided))
+    if processes.is_first:
         if not processes.shards:
-            checks[TOKENS] = token_checks(model, prepared.loader.tokenised, prepared.tokenizer)
-        tell_checks(run, checks)
-
-    processes.first(unharmed(CHECKS_FILE)(tell))
+            checks += token_checks(model, prepared.loader.tokenised, prepared.tokenizer)
+        for check in checks:
+            check.log()
     return layout
 
 

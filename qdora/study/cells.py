@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +124,7 @@ class Cell:
 
     kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. The others evaluate
     the adapter of the cell `adapter_key`. base_key, dense_key: cells that evaluate the same base without an adapter,
-    and the uncompressed base. equal: labels of other combinations of the grid that have the same key.
+    and the uncompressed base.
     """
 
     key: str
@@ -136,7 +136,6 @@ class Cell:
     dense_key: str | None = None
     adapter_key: str | None = None
     is_interior: bool | None = None
-    equal: tuple[Labels, ...] = field(default=(), compare=False)
     steps: tuple[int, ...] = ()
 
     @property
@@ -144,7 +143,7 @@ class Cell:
         return self.kind in ("rate", "trained")
 
     def record(self) -> dict[str, Any]:
-        fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior", "equal")
+        fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior")
         return {name: getattr(self, name) for name in fields}
 
 
@@ -210,7 +209,7 @@ class Expander:
 
         Within a stage all arms have a seed before any has the next one: a stopped study has compared all of them.
         """
-        bases, uncompressed, equal = self._base_cells()
+        bases, uncompressed = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
         trained: dict[str, Cell] = {}
         waiting: dict[str, int] = {}
@@ -229,14 +228,12 @@ class Expander:
                     cell = cell if left else None
                 if cell is None:
                     waiting[arm.stage.name] = waiting.get(arm.stage.name, 0) + 1
-                elif trained.setdefault(cell.key, cell).labels != cell.labels:
-                    equal.setdefault(cell.key, []).append(cell.labels)
                 else:
+                    trained[cell.key] = cell
                     places[cell.key] = (stages.index(arm.stage.name), number)
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
         in_order = sorted(trained.values(), key=lambda cell: places[cell.key])
-        every = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
-        cells = [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
+        cells = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
         return Cells(cells, waiting, list(searches.values()))
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -250,6 +247,12 @@ class Expander:
         for arm in self.arms:
             for text in self._faults(arm):
                 faults.setdefault(text, f"{self.file} ({in_words(arm.labels)}): {text}")
+        first: dict[str, Labels] = {}
+        for arm in () if faults else (arm for arm in self.arms if arm.stage.kind == "train"):
+            text = self._recipe(arm, self.study.seeds[0]).model_dump_json()
+            if first.setdefault(text, arm.labels) != arm.labels:
+                same = f"({in_words(arm.labels)}): is the same recipe as ({in_words(first[text])})"
+                faults[text] = f"{self.file} {same}. Fix: exclude one of them."
         if faults:
             raise UserError(*faults.values())
         if not self.arms:
@@ -341,11 +344,10 @@ class Expander:
             self._bases[text] = (key_of(recipe), recipe)
         return self._bases[text]
 
-    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell], dict[str, list[Labels]]]:
-        """Key -> base; key -> uncompressed base; key -> labels of arms without an adapter that have the same base."""
+    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell]]:
+        """Key -> base; key -> uncompressed base."""
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
-        equal: dict[str, list[Labels]] = {}
         # A base has no label on axes that change nothing but the training, and on that of the arms if it is none
         arm_axis, training = self.study.compare.arm, axes_of(self.study, "train.", "adapter.")
         are_bases = arm_axis in axes_of(self.study, "base.")
@@ -359,11 +361,9 @@ class Expander:
             of_base = partial(Cell, kind="base", stage=BASES, dense_key=dense_key)
             if key not in bases or (bare and arm_axis not in bases[key].labels):
                 bases[key] = of_base(key, labels, recipe, base_key=key)
-            elif bare and labels != bases[key].labels and labels not in equal.get(key, []):
-                equal.setdefault(key, []).append(labels)
             if self.study.bases:
                 uncompressed[dense_key] = of_base(dense_key, {}, dense, base_key=dense_key)
-        return bases, uncompressed, equal
+        return bases, uncompressed
 
     def _search(
         self, arm: _Combination, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,12 +53,12 @@ class Arm:
     context: dict[str, str]
     name: str
     kind: Kind
-    rate: str
-    is_interior: bool | None
+    rate: str = ""
+    is_interior: bool | None = None
     seeds: dict[str, str]
-    num_missing: int
-    base_key: str | None
-    dense_key: str | None
+    num_missing: int = 0
+    base_key: str | None = None
+    dense_key: str | None = None
 
 
 def find_arms(cells: Records, results: Results) -> list[Arm]:
@@ -141,17 +140,30 @@ class NamedComparison:
         return {"comparison": self.name, **self.context, "arm": arm.name, "reference": other.name}
 
 
-def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
+def planned_arms(study: Study) -> list[Arm]:
+    """The arms that the study file trains; their seeds have no cells yet."""
+    seeds_of: dict[tuple[str, ...], dict[str, str]] = {}
+    for stage, labels, seeds in combinations(study):
+        if stage.kind == "train":
+            seeds_of.setdefault(tuple(labels.values()), {}).update(dict.fromkeys(map(str, seeds), ""))
+    arms = []
+    for texts, own in seeds_of.items():
+        context = dict(zip(study.product, texts, strict=True))
+        arms.append(Arm(name=context.pop(study.compare.arm), context=context, kind="trained", seeds=own))
+    return arms
+
+
+def named_comparisons(arms: Sequence[Arm], study: Study) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context.
 
     Then, with `compare.also`, beside the same arm at the first value of these axes. Without `compare.primary` all these
     are the primary ones.
     """
-    compare, found = study.compare, []
+    compare, planned, found = study.compare, planned_arms(study), []
     for name, asked in (compare.primary or {}).items():
         known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
         if terms := _terms(asked, _pairs(known, asked.reference or compare.reference)):
-            found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, study, cells)))
+            found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, planned, compare)))
     family, pairs = "" if compare.primary else "primary", _pairs(arms, compare.reference)
     for axis in compare.also:
         turned = [_turned(arm, axis, compare.arm) for arm in arms if axis in arm.context]
@@ -192,73 +204,32 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     return terms
 
 
-Place = tuple[tuple[tuple[str, str], ...], str]
-"""Context and name of the arm of a combination of labels."""
-
-
-def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: Records) -> list[str]:
+def _lacking(asked: PrimaryConfig, terms: Sequence[Term], planned: Sequence[Arm], compare: CompareConfig) -> list[str]:
     """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
-    names, first, trained = [arm.name for arm in terms[0][1:]], _first_places(cells, study), _trained_places(study)
-    there = {(tuple(arm.context.items()), arm.name) for _, *pair in terms for arm in pair}
-    planned, found = [], []
-    for context in dict.fromkeys(context for context, _ in trained):
-        places = [(context, name) for name in names]
-        if all(place in trained and place not in first for place in places):
-            planned.append(dict(context))
-        if all(first.get(place, place) in there for place in places):
-            found.append(dict(context))
-    lacking: list[str] = []
-    for entry in [asked.over] + ([] if asked.minus is None else [asked.minus]):
-        lacking += [in_words(context) for context in planned if has_labels(context, entry) and context not in found]
+    there = [arm.context for _, arm, _ in terms]
+    at_end = _terms(asked, _pairs(planned, asked.reference or compare.reference))
+    lacking = [in_words(arm.context) for _, arm, _ in at_end if arm.context not in there]
+    for entry in (asked.over, asked.minus or {}):
         for axis, value in entry.items():
-            known = {context[axis] for context in planned + found if has_labels(context, entry)}
+            known = {context[axis] for context in there if has_labels(context, entry)}
             lacking += [f"{axis}={label}" for label in map(label_of, as_list(value)) if label not in known]
     return list(dict.fromkeys(lacking))
 
 
-def _place(labels: Mapping[str, str], study: Study) -> Place:
-    arm = study.compare.arm
-    return tuple((axis, labels[axis]) for axis in study.product if axis != arm), labels[arm]
-
-
-def _trained_places(study: Study) -> Counter[Place]:
-    found: Counter[Place] = Counter()
-    for stage, labels, seeds in combinations(study):
-        if stage.kind == "train":
-            found[_place(labels, study)] += len(seeds)
-    return found
-
-
-def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
-    """Combination that has no cell of its own, since another one gives the same recipe -> that one."""
-    trained = [cell for cell in cells if cell["kind"] == "trained"]
-    own = {_place(cell["labels"], study) for cell in trained}
-    pairs = ((_place(each, study), _place(cell["labels"], study)) for cell in trained for each in cell.get("equal", ()))
-    return {other: place for other, place in pairs if other not in own}
-
-
-def count_primary(study: Study, cells: Records) -> int:
+def count_primary(study: Study) -> int:
     """How many primary comparisons there are at the end."""
-    if study.compare.primary is not None:
-        return len(study.compare.primary)
-    own = _trained_places(study).keys() - _first_places(cells, study).keys()
-    reference = study.compare.reference
-    pairs = [(place, (place[0], str(reference))) for place in own]
-    for axis in study.compare.also:
-        first = (axis, labels_of(study.product[axis])[0])
-        pairs += [(place, (tuple(first if each[0] == axis else each for each in place[0]), place[1])) for place in own]
-    return sum(place != other and other in own for place, other in pairs)
+    return sum(bool(each.family) for each in named_comparisons(planned_arms(study), study))
 
 
 def comparisons(
-    arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records, *, num_primary: int = 0
+    arms: Sequence[Arm], results: Results, measures: Sequence[str], *, num_primary: int = 0
 ) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
     Only those of the first measure, the study's metric, are primary. `num_primary`: of the whole study.
     """
     rows, families = [], dict[str, list[dict[str, Any]]]()
-    for each, measure in itertools.product(named_comparisons(arms, results.study, cells), measures):
+    for each, measure in itertools.product(named_comparisons(arms, results.study), measures):
         is_primary = bool(each.family) and measure == measures[0]
         row = _row(each, results, measure, is_primary=is_primary)
         if row is not None:
@@ -324,10 +295,10 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     }
 
 
-def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
+def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str]) -> list[dict[str, Any]]:
     """The primary comparisons on each task; `weight`: its share in the study's metric, a mean over the seeds."""
     rows = []
-    for each in named_comparisons(arms, results.study, cells):
+    for each in named_comparisons(arms, results.study):
         seeds = seed_improvements(each.terms, results, measures[0]) if each.family else {}
         weights: dict[str, float] = {}
         for scores in (results.scores(each.terms[0][1].seeds[seed]).get(measures[0], {}) for seed in seeds):
@@ -367,11 +338,11 @@ def _too_few(num_seeds: int, compare: CompareConfig) -> str:
     return f"there {few}, but at least {compare.min_seeds} are needed"
 
 
-def against_all_verdicts(study: Study, cells: Records) -> str:
+def against_all_verdicts(study: Study) -> str:
     """Why no comparison of a study can get a verdict, whatever its results; "" if one can."""
-    num_seeds, compare = max(_trained_places(study).values(), default=0), study.compare
+    num_seeds, compare = max((len(arm.seeds) for arm in planned_arms(study)), default=0), study.compare
     reasons = {
-        "no arm has a reference to be compared with": not count_primary(study, cells),
+        "no arm has a reference to be compared with": not count_primary(study),
         "the learning rates are not searched": study.rates is None,
         _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,11 @@ from qdora.study.compare import (
     repair_row,
     task_rows,
 )
-from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, in_words, label_of
+from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, label_of
 from qdora.study.measure import read_guesses
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -136,13 +135,13 @@ def read_report(directory: Path) -> Report:
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
     measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
-    pairs = comparisons(arms, results, measures, cells, num_primary=count_primary(study, cells))
+    pairs = comparisons(arms, results, measures, num_primary=count_primary(study))
     axes = [axis for axis in study.product if axis != study.compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
     rows = _TableRows(results, axes, runs)
     tables = {
         "comparisons": pairs,
-        "tasks": task_rows(arms, results, [name for name in measures if name != "nll_by_task"], cells),
+        "tasks": task_rows(arms, results, [name for name in measures if name != "nll_by_task"]),
         "repair": [row for arm in arms if (row := rows.repair(arm, arms))],
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
@@ -231,7 +230,6 @@ class _TableRows:
         attempts, result = store.failures(key), results.result(key)
         row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)}
         row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
-        row["equal_to"] = "; ".join(map(in_words, cell.get("equal", ())))
         row["status"] = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
         row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
         if result is None:
@@ -287,43 +285,39 @@ LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy per character",
 }
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-_MARKERS = "osD^vPX*"
-_WIDTH, _ROW = 9.0, 0.33  # inches
 
 
 def _figures(report: Report) -> Rows:
-    pairs = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
-    drawn = {
-        "Differences between the arms": (
-            "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares: primary. Small: seeds. "
-            "Shaded: the zone of equivalence; the scale is linear there and logarithmic outside.",
-            _differences,
-            pairs,
-        ),
-        "Damage and repair": (
-            "How much worse each arm is than the same arm trained on the uncompressed base. Hollow: the adapter of "
-            "the uncompressed base, without training on this one.",
-            _damage,
-            [row for row in report.tables["repair"] if "left" in row],
-        ),
-    }
-    return [
-        {"title": title, "note": note, "svg": svg_text(draw(rows, report.axes, report.compare))}
-        for title, (note, draw, rows) in drawn.items()
-        if rows
-    ]
+    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
+    note = (
+        "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares: primary. Small: seeds. "
+        "Shaded: the zone of equivalence; the scale is linear there and logarithmic outside."
+    )
+    figure = {"title": "Differences between the arms", "note": note}
+    return [figure | {"svg": svg_text(_differences(rows, report.axes, report.compare))}] if rows else []
 
 
 def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
-    figure, axis = _row_figure(len(rows), compare.zone, 1.0)
-    where, labels = _naming(rows, [*axes, compare.arm]), []
+    figure = new_figure(9.0, 0.33 * len(rows) + 1.2)
+    axis = figure.add_subplot()
+    axis.set_xscale("symlog", linthresh=compare.zone, linscale=1.0)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.axvspan(-compare.zone, compare.zone, color="#777777", alpha=0.2, lw=0)
+    axis.axvline(0.0, color="#777777", lw=1)
+    axis.grid(alpha=0.3, axis="x")
+    axis.margins(y=0.02)
+    axis.invert_yaxis()
+    # A context is named by the axes on which the rows differ
+    axes = [*axes, compare.arm]
+    differing = [name for name in axes if len({row.get(name, "") for row in rows} - {""}) > 1] or axes[:1]
+    labels = []
     for y, row in enumerate(rows):
-        color, marker = ("#000000", "s") if row["role"] == "primary" else (_COLORS[0], "o")
+        color, marker = ("#000000", "s") if row["role"] == "primary" else ("#0072b2", "o")
         seeds = [float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
         axis.plot(seeds, [y + 0.3] * len(seeds), ".", ms=4, color=color, alpha=0.6)
-        _dot(axis, row, "improvement", y, color=color, marker=marker)
-        labels.append(", ".join(filter(None, (row["comparison"], where(row)))))
+        axis.plot([row["lower"], row["upper"]], [y, y], color=color, lw=2, alpha=0.6)
+        axis.plot([row["improvement"]], [y], ls="none", color=color, marker=marker)
+        labels.append(", ".join([row["comparison"], *(row[name] for name in differing if row.get(name))]))
     axis.set_yticks(range(len(rows)), labels, fontsize="small")
     axis.set_xlabel(f"improvement, {LABELS[compare.metric]}")
     # Intervals of too few seeds for a verdict may leave the figure
@@ -332,53 +326,3 @@ def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Fig
     values = [*ends, *(row["improvement"] for row in rows), -2 * compare.zone, 2 * compare.zone]
     axis.set_xlim(1.1 * min(values), 1.1 * max(values))
     return figure
-
-
-def _damage(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
-    where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
-    bases: dict[str, Rows] = {}
-    for row in sorted(rows, key=lambda row: row["left"]):
-        bases.setdefault(where(row), []).append(row)
-    figure, axis = _row_figure(len(bases) * max(1.0, max(map(len, bases.values())) / 4), compare.zone, 0.5)
-    drawn: dict[str, Any] = dict.fromkeys(arms)
-    places = [
-        (base + 0.8 * ((index + 0.5) / len(own) - 0.5), row)
-        for base, own in enumerate(bases.values())
-        for index, row in enumerate(own)
-    ]
-    for y, row in places:
-        index = arms.index(row[compare.arm])
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
-        if "transplant" in row:
-            _dot(axis, row, "transplant", y, color=color, marker=marker, mfc="white")
-        drawn[arms[index]] = _dot(axis, row, "left", y, color=color, marker=marker)
-    axis.set_yticks(range(len(bases)), list(bases), fontsize="small")
-    axis.set_xlabel(f"worse than on the uncompressed base, {LABELS[compare.metric]}")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
-    return figure
-
-
-def _row_figure(num_rows: float, zone: float, decades: float) -> tuple[Figure, Axes]:
-    """Rows over an axis that is linear up to the zone, as long as so many decades, and logarithmic outside."""
-    figure = new_figure(_WIDTH, _ROW * num_rows + 1.2)
-    axis = figure.add_subplot()
-    axis.set_xscale("symlog", linthresh=zone, linscale=decades)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.axvspan(-zone, zone, color="#777777", alpha=0.2, lw=0)
-    axis.axvline(0.0, color="#777777", lw=1)
-    axis.grid(alpha=0.3, axis="x")
-    axis.margins(y=0.02)
-    axis.invert_yaxis()
-    return figure, axis
-
-
-def _dot(axis: Axes, row: Row, column: str, y: float, **style: Any) -> Any:
-    lower, upper = (row.get(f"{column}_{end}", row.get(end)) for end in ("lower", "upper"))
-    axis.plot([lower, upper], [y, y], color=style["color"], lw=2, alpha=0.6)
-    return axis.plot([row[column]], [y], ls="none", **style)[0]
-
-
-def _naming(rows: Rows, axes: Sequence[str]) -> Callable[[Row], str]:
-    """Names a context by the axes on which the rows differ."""
-    differing = [axis for axis in axes if len({row.get(axis, "") for row in rows} - {""}) > 1] or axes[:1]
-    return lambda row: ", ".join(row[axis] for axis in differing if row.get(axis))

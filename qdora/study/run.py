@@ -6,14 +6,12 @@ A failed cell is recorded and tried again; a finished one never runs again.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,17 +49,6 @@ AfterAttempt = Callable[[Cell, Event, float], None]
 
 _TRACEBACK_LINES = 12
 _IDLE_SECONDS = 2.0
-_IDLE_LOOKS = 5
-
-
-@dataclass(frozen=True)
-class CellTally:
-    """How far a study is. failed: key -> last reason."""
-
-    num_cells: int
-    num_done: int
-    failed: dict[str, str]
-    num_elsewhere: int
 
 
 def study_run(
@@ -69,20 +56,18 @@ def study_run(
     directory: Path | None = None,
     *,
     text: str | None = None,
-    shard: str | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the cells of a study that have no result and that no other process works on.
 
-    `shard` "i/n": only an n-th of all cells. `retry_failed`: also those that were given up. `dry_run`: check every
-    cell, tell how long the study takes, and write nothing. `text`: of a study file that is not written yet (`varied`);
-    such a study ends with its table and report. Returns the directory and the counts of cells.
+    `retry_failed`: also those that were given up. `dry_run`: check every cell, tell how long the study takes, and write
+    nothing. `text`: of a study file that is not written yet (`varied`); such a study ends with its table and report.
+    Returns the directory and the counts of cells.
     """
     progress, results = consoles(console)
     expander, directory = checked_study(file, directory, text)
-    shard_of([], shard)
     if not dry_run:
         check_gpu()
     elif text is not None:
@@ -92,59 +77,60 @@ def study_run(
             keep_grid(file, text)
         store = StudyDirectory(directory, retries=expander.study.retries, makes=not dry_run)
         known = Results(store, expander.study)
-        cells = planned_cells(expander, known) if dry_run else cells_now(expander, known)
-        mine = shard_of(cells.cells, shard)
+        found = planned_cells(expander, known) if dry_run else cells_now(expander, known)
+        cells = found.cells
         results.print(
-            f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
-            + (f"; {len(mine)} in shard {shard}" if shard else "")
-            + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
+            f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
+            + (f"; {sum(found.num_waiting.values())} more wait for these" if found.num_waiting else ""),
         )
-        if why := against_all_verdicts(expander.study, [cell.record() for cell in cells.cells]):
+        if why := against_all_verdicts(expander.study):
             results.print(f"No comparison can get a verdict: {why}.", soft_wrap=True)
         if dry_run:
-            times = stage_times(mine, known)
-            for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in mine), *times_in_words(times)):
+            times = stage_times(cells, known)
+            for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in cells), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
-            whole = {"directory": str(directory), "num_cells": len(cells.cells)}
-            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in mine]}
+            whole = {"directory": str(directory), "num_cells": len(cells)}
+            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in cells]}
         if retry_failed:
-            store.forget_failures([cell.key for cell in cells.cells])
+            store.forget_failures([cell.key for cell in cells])
         with _quiet_runs():
-            mine = _run_all(expander, known, shard, cell_work(store), CellsLog(progress, store))
-        num_waiting = sum(cells_now(expander, known).num_waiting.values())
-    found = tally(mine, store)
+            _run_all(expander, known, cell_work(store), CellsLog(progress, store))
+        found = cells_now(expander, known)
+    num_waiting, keys = sum(found.num_waiting.values()), [cell.key for cell in found.cells]
     results.print(f"study: {directory}", soft_wrap=True)
-    if found.num_elsewhere or num_waiting:
-        results.print(f"Cells with other processes: {found.num_elsewhere}; that wait for others: {num_waiting}.")
-    if found.failed:
-        key, reason = next(iter(found.failed.items()))
-        what = f"{len(found.failed)} of {found.num_cells} cells failed; the first is {key}: {reason}"
+    failed = [key for key in keys if store.is_given_up(key)]
+    num_done = store.num_done({*keys})
+    num_elsewhere = len(keys) - num_done - len(failed)
+    if num_elsewhere or num_waiting:
+        results.print(f"Cells with other processes: {num_elsewhere}; that wait for others: {num_waiting}.")
+    if failed:
+        first = f"{failed[0]}: {store.failures(failed[0])[-1]['reason']}"
+        what = f"{len(failed)} of {len(keys)} cells failed; the first is {first}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
-    counts = {key: value for key, value in vars(found).items() if key != "failed"} | {"num_waiting": num_waiting}
-    if text is not None and found.num_done:
+    counts: dict[str, Any] = {"num_cells": len(keys), "num_done": num_done}
+    counts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
+    if text is not None and num_done:
         report = read_report(directory)
         results.print(f"\n{table(report)}\n", soft_wrap=True)
         counts |= {"arms": report.tables["arms"]} | report_run(directory, console=console)
     return {"directory": str(directory)} | counts
 
 
-def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, log: CellsLog) -> list[Cell]:
-    """Run the shard's cells, and those that the results of all processes add to them."""
-    store, num_idle = known.store, 0
+def _run_all(expander: Expander, known: Results, work: Work, log: CellsLog) -> None:
+    """Run all cells, and those that the results of all processes add to them."""
+    store = known.store
     while True:
-        cells = cells_now(expander, known)
-        mine = shard_of(cells.cells, shard)
-        log.show(mine)
-        before = store.num_done({cell.key for cell in cells.cells})
-        run_cells(mine, store, work, log.report)
+        cells = cells_now(expander, known).cells
+        keys = {cell.key for cell in cells}
+        log.show(cells)
+        before = store.num_done(keys)
+        run_cells(cells, store, work, log.report)
+        others_work = store.is_at_work()  # before their results are read
         now = cells_now(expander, known)
-        if len(now.cells) > len(cells.cells) or store.num_done({cell.key for cell in cells.cells}) > before:
-            num_idle = 0
+        if len(now.cells) > len(cells) or store.num_done(keys) > before:
             continue
-        # Others may be between two cells: a single look without a lock does not tell that they are gone
-        num_idle = 0 if store.is_at_work() else num_idle + 1
-        if not now.num_waiting or num_idle >= _IDLE_LOOKS:
-            return mine
+        if not now.num_waiting or not others_work:
+            return
         time.sleep(_IDLE_SECONDS)
 
 
@@ -163,14 +149,6 @@ def checked_study(file: Path, directory: Path | None, text: str | None = None) -
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return expander, (directory or Path("runs") / "studies" / file.stem).absolute()
-
-
-def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
-    """Shard "i/n": an n-th of the cells by their keys, always the same ones; None is all."""
-    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", shard or "1/1")
-    if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {shard!r}.")
-    return [cell for cell in cells if int(cell.key, 16) % int(match[2]) == int(match[1]) - 1]
 
 
 @contextmanager
@@ -240,12 +218,6 @@ def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt
         logger.warning("%s: %s", cell.key, reason)
     if report is not None:
         report(cell, event, time.perf_counter() - began)
-
-
-def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
-    open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
-    failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
-    return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
 def cell_work(store: StudyDirectory) -> Work:

@@ -1,6 +1,6 @@
 """A run's policies (rate, smaller micro-batches, bad steps), and checks of its model before the first step.
 
-The `state_dict` of a policy has JSON values. Checks are in log.txt and checks.json.
+The `state_dict` of a policy has JSON values. Checks are in log.txt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,6 @@ from qdora.adapter.layer import evaluation_mode
 from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
-from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.model.inject import adapted_layers, frozen_layers
@@ -34,8 +33,6 @@ from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import Shortage, batch_loss
 
-CHECKS_FILE = "checks.json"
-DATA, TOKENS, PACKING, DIVISION, GRADIENTS = GROUPS = "data", "tokens", "packing", "division", "gradients"
 # A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
 _WINDOW, _LEAST_LOSSES = 32, 8
 # Tokens of the probed example, of that before it in each of two rows (whose borders differ), and of that behind it.
@@ -185,22 +182,17 @@ class BadSteps:
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question; `open` where it is not known yet."""
+    """The answer to one question."""
 
-    state: Literal["passed", "warning", "open"]
+    state: Literal["passed", "warning"]
     text: str
 
-
-def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None:
-    """Log the checks and put them into checks.json, in place of those of the same groups."""
-    for check in (check for checks in found.values() for check in checks):
-        if check.state == "warning":
-            logger.warning("%s", check.text)
-        elif check.state == "passed":
-            logger.info("Checked: %s", check.text)
-    made = {group: [asdict(check) for check in checks] for group, checks in found.items()}
-    groups = run.read_json(CHECKS_FILE) | made
-    run.write_json(CHECKS_FILE, {group: groups[group] for group in GROUPS if group in groups})
+    def log(self) -> None:
+        """Write it to the log."""
+        if self.state == "warning":
+            logger.warning("%s", self.text)
+        else:
+            logger.info("Checked: %s", self.text)
 
 
 class MissingGradientCheck:

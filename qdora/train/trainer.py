@@ -339,10 +339,8 @@ class Trainer:
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         usual = " That is usual only for experts that no token has chosen yet."
-        checks = [guards.Check("warning", f"{text}{usual}") if missing else guards.Check("passed", text)]
         if self.processes.is_first:
-            with unharmed(guards.CHECKS_FILE):
-                guards.tell_checks(self.directory, {guards.GRADIENTS: checks})
+            guards.Check("warning" if missing else "passed", text + usual * bool(missing)).log()
 
     def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
         """Save the state before the step that failed. After some CUDA errors all calls fail."""
