@@ -28,7 +28,7 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from qdora.errors import UserError
-from qdora.export.nf4_lora import check_foldable
+from qdora.export.bnb import check_foldable
 from qdora.model.inject import frozen_layers, inject
 from qdora.quant.packed import dequantize, quantize
 from tests.support import (
@@ -185,13 +185,14 @@ def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
     assert_refused(words, load_checkpoint, tmp_path, **settings)
 
 
-def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeypatch):
+def test_a_conversion_that_turns_a_weight_is_transformers_own(tmp_path, monkeypatch):
     checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
+    path = "model.layers.0.self_attn.o_proj"
+    plain = load_checkpoint(tmp_path).get_submodule(path).weight
     monkeypatch.setattr("qdora.model.checkpoint.get_model_conversion_mapping", lambda model: [turned])
-    with pytest.raises(UserError, match=r"llama: tensors .* must be cut or permuted \(model\.layers"):
-        load_checkpoint(tmp_path, quant="nf4")
+    assert torch.equal(load_checkpoint(tmp_path).get_submodule(path).weight, plain.T)
 
 
 Tensors = dict[str, Tensor]

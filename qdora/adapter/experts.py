@@ -130,7 +130,6 @@ class AdaptedExperts(AdaptedLinear):
             scaling=self.scaling / (1.0 - dropout),
             dropout=dropout,
             seed=draw_seed() if dropout > 0.0 else 0,
-            keeps_copy=self.keeps_copy and bias is None,  # a bias makes another tensor
         )
         out: Tensor = AdaptedStack.apply(x, self.lora_A, self.gated_B(), self.magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
         return out if bias is None else add_expert_bias(out, bias, tokens)

@@ -173,7 +173,6 @@ class AdaptedLinear(nn.Module):
         # Block scales times g are decoded once for each state of the parameters: half a bit a weight at blocks of 64.
         # It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
         self.keeps_scales = True
-        self.keeps_copy = False  # of the output, since the model writes into it (`model.attention`)
         self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
         # On the device, not read yet: a factored norm has cancelled. None once checked.
         self.has_cancelled: Tensor | None = None
@@ -229,7 +228,6 @@ class AdaptedLinear(nn.Module):
             magnitude=self.magnitude,
             dropout=self.present_dropout,
             keep_bits=self._mask_bits,
-            keeps_copy=self.keeps_copy,
         )
 
     def operands(self, dtype: torch.dtype) -> Operands:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
+from qdora.export.bnb import check_loadable, export_bnb
 from qdora.export.gguf import export_gguf
 from qdora.export.merge import write_merge
-from qdora.export.nf4_lora import check_loadable, export_nf4_lora
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,
@@ -160,7 +160,7 @@ def _written_by_bnb(
 ) -> tuple[dict[str, Any], ComparisonText]:
     """Write a bitsandbytes checkpoint in --dtype, by default `dtype`: what was written, and the text to compare on."""
     with bar(console, "writing the checkpoint") as progress:
-        written = export_nf4_lora(
+        written = export_bnb(
             trained.model,
             trained.tokenizer,
             folder,

@@ -19,12 +19,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError
-from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
+from qdora.export.write import (
+    Source,
+    dense_layers,
+    dense_weight_sources,
+    packed_sources,
+    plan_export,
+    write_checkpoint,
+)
 from qdora.files.console import bar
 from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
@@ -32,17 +38,14 @@ from qdora.model.checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.quant.bnb import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
-from qdora.quant.packed import PackedWeight, empty_packed, quantize
+from qdora.quant.bnb import FOUR_BIT_KINDS
+from qdora.quant.packed import PackedWeight, quantize
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
 from qdora.run.report import card_files
-
-_STATE_BYTES = 256
-"""Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
 
 
 def write_merge(
@@ -120,24 +123,15 @@ def export_merged(
 def _requantized(layer: AdaptedLinear | FrozenLinear, *, dtype: torch.dtype) -> Mapping[str, Source]:
     """The merge of a layer in 4 bits; a layer without an adapter keeps the bytes that training used."""
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    packed = base.packed_weight
-    if packed is None:
+    form = base.packed_form
+    if form is None:
         return dense_weight_sources(layer)
-    kind, shape, block_size, double_quant = packed.kind, packed.shape, packed.block_size, packed.nested is not None
-    state = f"{STATE_NAME}{kind}"
-    made: dict[str, Tensor] = {}
 
-    def make(part: str) -> Tensor:
-        if not made:
-            weight: PackedWeight | None = base.packed_weight  # read now: a streamed block's tensors come and go
-            if isinstance(layer, AdaptedLinear):
-                weight = quantize(layer.merged_weight(), kind, block_size, double_quant)
-            assert weight is not None
-            made.update(to_bnb_state(weight, dtype))
-            blanks = torch.full((_STATE_BYTES - made[state].numel(),), ord(" "), dtype=torch.uint8)
-            made[state] = torch.cat([made[state].cpu(), blanks])
-        return made.pop(part)  # the writer asks for each part once, one after the other
+    def make() -> PackedWeight:
+        if isinstance(layer, AdaptedLinear):
+            return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested is not None)
+        weight = base.packed_weight
+        assert weight is not None
+        return weight
 
-    layout = to_bnb_state(empty_packed(kind, shape, block_size, double_quant), dtype)
-    layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)  # only shapes and dtypes of these are read
-    return {part: Source(tensor.to("meta"), partial(make, part), dtype=tensor.dtype) for part, tensor in layout.items()}
+    return packed_sources(base, make, dtype)

@@ -34,8 +34,12 @@ from qdora.model.experts import library_names, stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
+from qdora.quant.bnb import STATE_NAME, to_bnb_state
+from qdora.quant.packed import PackedWeight, empty_packed
 
 MAX_SHARD_BYTES = 5 * 2**30
+_STATE_BYTES = 256
+"""Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written
 
 
@@ -152,6 +156,32 @@ def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Sourc
     return {"weight": Source(shape, lambda: make(wide))}
 
 
+def packed_sources(
+    base: FrozenLinear, make: Callable[[], PackedWeight], dtype: torch.dtype, *, double_quant: bool = True
+) -> dict[str, Source]:
+    """The tensors of bitsandbytes for a weight like that of `base`; without `double_quant` its scales are float32.
+
+    `make` is called when the first of them is written: by then, the tensors of a streamed block hold another block.
+    """
+    form, made = base.packed_form, dict[str, Tensor]()
+    assert form is not None
+    state = f"{STATE_NAME}{form.kind}"
+
+    def part(name: str) -> Tensor:
+        if not made:
+            made.update(to_bnb_state(make(), dtype))
+            if state in made:
+                blanks = torch.full((_STATE_BYTES - made[state].numel(),), ord(" "), dtype=torch.uint8)
+                made[state] = torch.cat([made[state], blanks])
+        return made.pop(name)  # the writer asks for each part once, one after the other
+
+    nested = double_quant and form.nested is not None
+    layout = to_bnb_state(empty_packed(form.kind, form.shape, form.block_size, nested), dtype)
+    if state in layout:
+        layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
+    return {name: Source(each.to("meta"), partial(part, name), dtype=each.dtype) for name, each in layout.items()}
+
+
 def dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
     packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
@@ -202,9 +232,6 @@ def write_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
-    if (free := shutil.disk_usage(directory).free) < total_bytes:
-        room = f"{total_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
-        raise RunFailure(f"The export needs {room}.")
     shards = split_state_dict_into_shards_factory(
         dict(plan.specs),
         get_storage_size=lambda spec: spec.num_bytes,

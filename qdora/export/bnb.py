@@ -1,4 +1,6 @@
-"""Export a trained QDoRA model in 4 bits without loss: the gain goes into the block scales, the rest is plain LoRA.
+"""Export as a bitsandbytes checkpoint: a base as it is held, or a trained QDoRA model in 4 bits without loss.
+
+For the latter the gain goes into the block scales, and the rest is plain LoRA.
 
     y = g (x W^T + s (x A^T) B^T) + bias = x (g W)^T + s (x A^T) (g B)^T + bias
 
@@ -24,7 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError, first_few
-from qdora.export.write import Source, dense_layers, dense_weight_sources, plan_export, write_checkpoint
+from qdora.export.write import (
+    Source,
+    dense_layers,
+    dense_weight_sources,
+    packed_sources,
+    plan_export,
+    write_checkpoint,
+)
 from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
@@ -33,13 +42,13 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
 from qdora.model.multimodal import all_paths
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
-from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS, to_bnb_state
+from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import block_scales
+from qdora.quant.packed import PackedWeight, block_scales
 from qdora.recipe.settings import Recipe
 
 
-def export_nf4_lora(
+def export_bnb(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
@@ -68,8 +77,7 @@ def export_nf4_lora(
     plan.config.quantization_config = quantization_config(
         first.kind, double_quant=nested, dtype=dtype, dense=dense_layers(model)
     )
-    result = write_checkpoint(plan, tokenizer, directory, **options)
-    written: dict[str, Any] = {name: result[name] for name in ("files", "num_tensors", "num_bytes")}
+    written = write_checkpoint(plan, tokenizer, directory, **options)
     written |= {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
     if not adapted:
         return written
@@ -119,19 +127,15 @@ def _packed_base(
         rows = None if read is None else lambda some: scaled(read(some).float(), some)
         return {"weight": Source(dense.shaped.float(), lambda: scaled(dense.make().float()), rows=rows)}
 
-    # Made again when it is written: by then, the tensors of a streamed block hold another block.
-    def state() -> dict[str, Tensor]:
+    def make() -> PackedWeight:
         weight = base.packed_weight
         assert weight is not None
-        if gains is not None:
-            scales = scaled(block_scales(weight).reshape(base.out_features, -1)).reshape(-1)
-            weight = replace(weight, absmax=scales, nested=None)
-        return to_bnb_state(weight, dtype)
+        if gains is None:
+            return weight
+        scales = scaled(block_scales(weight).reshape(base.out_features, -1)).reshape(-1)
+        return replace(weight, absmax=scales, nested=None)
 
-    return {
-        name: Source(tensor.to("meta"), partial(lambda part: state()[part], name), dtype=tensor.dtype)
-        for name, tensor in state().items()
-    }
+    return packed_sources(base, make, dtype, double_quant=gains is None)
 
 
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
