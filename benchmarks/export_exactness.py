@@ -155,7 +155,7 @@ def bnb_weights(base: Any) -> dict[str, Tensor]:
     """Path -> dequantised weight (out, in) float32, by bitsandbytes."""
     result = {}
     for path, layer in packed_layers(base).items():
-        packed = layer.packed_weight
+        packed = layer.stored_weight
         state = quant_state(packed, torch.float32)
         # As one row: on a CPU, bitsandbytes 0.50 gives blocks that cross rows the scales of others.
         state.shape = torch.Size((1, packed.shape[0] * packed.shape[1]))

@@ -21,7 +21,7 @@ from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import verify as checks
 from qdora.export import write
-from qdora.export.merge import export_merged, no_original
+from qdora.export.checkpoints import export_merged, no_original
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,

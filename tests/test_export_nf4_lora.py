@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.export.bnb import export_bnb
+from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.verify import ComparisonText, float32_arithmetic, verify_nf4_lora
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
@@ -68,7 +68,7 @@ def adapted_head(architecture: str, **options: Any) -> Any:
 def test_transformers_bitsandbytes_and_peft_give_the_running_logits(tmp_path, architecture, kind, dtype):
     model = support.adapted_model(architecture, quant="nf4", kind=kind, dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = export_bnb(model, None, tmp_path / "out")
+    result = export_nf4_lora(model, None, tmp_path / "out")
     assert result["num_adapted_layers"] == 14
     assert result["num_folded_layers"] == (14 if kind == "dora" else 0)
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
@@ -90,11 +90,11 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
     model = support.adapted_model(quant=quant)
     layers = adapted_layers(model)
     layers["model.layers.0.mlp.up_proj"].magnitude.data[2] = 0.0
-    export_bnb(model, None, tmp_path / "out")
+    export_nf4_lora(model, None, tmp_path / "out")
     base, adapter = load_file(tmp_path / "out" / BASE), load_file(tmp_path / "out" / ADAPTER)
     assert not [name for name in (*base, *adapter) if "nested" in name or "magnitude" in name]
     for path, layer in layers.items():
-        packed = layer.base.packed_weight
+        packed = layer.base.stored_weight
         codes = base[f"{path}.weight"].reshape(-1)
         assert torch.equal(codes, packed.packed)
         assert base[f"{path}.weight.absmax"].dtype == torch.float32
@@ -110,7 +110,7 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
 def test_files_config_and_tokenizer(tmp_path):
     model, out = support.base_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     support.move_adapters_(inject(model, rank=3, alpha=6.0, rank_pattern={"q_proj": 2}, targets=["q_proj", "v_proj"]))
-    export_bnb(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files={"README.md": "a card"})
+    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files={"README.md": "a card"})
     config = json.loads((out / "config.json").read_text())
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
     settings |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]}
@@ -129,12 +129,12 @@ def test_files_config_and_tokenizer(tmp_path):
 def test_an_adapted_head_in_float32_and_an_export_in_a_narrower_dtype_than_the_models(tmp_path):
     """A CPU without bfloat16 runs in float32; then embeddings, norms and head lose digits in a bfloat16 export."""
     model = adapted_head("llama")
-    export_bnb(model, None, tmp_path / "head")
+    export_nf4_lora(model, None, tmp_path / "head")
     assert json.loads((tmp_path / "head" / "config.json").read_text())["tie_word_embeddings"] is False
     found = support.logits_of(with_peft(tmp_path / "head"))
     torch.testing.assert_close(found, support.logits_of(model), rtol=1e-5, atol=5e-6)
     model = support.adapted_model("llama", quant="nf4")
-    export_bnb(model, None, tmp_path / "out", dtype=torch.bfloat16)
+    export_nf4_lora(model, None, tmp_path / "out", dtype=torch.bfloat16)
     check = verify_nf4_lora(model, tmp_path / "out", TEXT)
     assert check["passed"], check["faults"]
     assert check["exported_vs_reference"]["max_logit_difference"] > 1e-4
@@ -153,7 +153,7 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(tmp_path,
         (support.adapted_model("gemma2", quant="nf4"), 2, no_multiple),
     ):
         with pytest.raises(UserError, match=words) as raised:
-            export_bnb(model, None, tmp_path / "out")
+            export_nf4_lora(model, None, tmp_path / "out")
         assert ["--format merged" in fault for fault in raised.value.faults] == [True] * num_faults
     assert not (tmp_path / "out").exists()
 
@@ -166,7 +166,7 @@ PLACE = "model.layers.1.self_attn.v_proj"
 @pytest.mark.parametrize("has_room", [True, False])
 def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits(tmp_path, monkeypatch, has_room):
     model, out = support.adapted_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
-    export_bnb(model, None, out)
+    export_nf4_lora(model, None, out)
     needed = (out / BASE).stat().st_size
     monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 10 * needed if has_room else needed})
     found = verify_nf4_lora(model, out, TEXT)
@@ -195,7 +195,7 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
 
 def test_its_adapter_is_not_left_out(tmp_path, monkeypatch):
     model, commit = support.adapted_model("llama", quant="nf4"), "a" * 40
-    export_bnb(model, support.tokenizer(), tmp_path / commit)
+    export_nf4_lora(model, support.tokenizer(), tmp_path / commit)
     monkeypatch.setattr("qdora.model.source.snapshot_download", lambda *_, **__: str(tmp_path / commit))
     for name in (str(tmp_path / commit), "org/name"):
         loaded = load_target(name, verb="generate")

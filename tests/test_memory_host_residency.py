@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
-from qdora.export.bnb import export_bnb
+from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.export import export_run
 from qdora.memory import stream
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
@@ -240,7 +240,7 @@ def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, 
 def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path) -> None:
     whole_blocks = support.write_source(tmp_path / "source", intermediate_size=128)
     for name, model in (("expected", support.resident_model(whole_blocks)), ("found", on_host(whole_blocks))):
-        export_bnb(support.adapt_streamed(model).eval(), None, tmp_path / name)
+        export_nf4_lora(support.adapt_streamed(model).eval(), None, tmp_path / name)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         expected, found = (load_file(tmp_path / name / file) for name in ("expected", "found"))
         support.assert_equal_tensors(found, expected)

@@ -23,7 +23,7 @@ from qdora.adapter import expert_product
 from qdora.adapter.experts import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.export.merge import export_merged
+from qdora.export.checkpoints import export_merged
 from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter

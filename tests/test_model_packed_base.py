@@ -207,7 +207,7 @@ def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_err
     write(tmp_path, "llama")
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
     for name, layer in frozen_layers(support.load_checkpoint(tmp_path, quant=kind)).items():
-        assert torch.equal(layer.packed_weight.absmax, after[name].packed_weight.absmax)  # type: ignore[union-attr]
+        assert torch.equal(layer.stored_weight.absmax, after[name].stored_weight.absmax)  # type: ignore[union-attr]
         assert torch.equal(after[name].dequantized(), layer.dequantized() * after[name].keep_mask())
     found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

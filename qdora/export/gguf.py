@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError, shorten
-from qdora.export.merge import write_merge
+from qdora.export.checkpoints import write_merge
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,
