@@ -280,7 +280,7 @@ def first_step(model: Any) -> None:
     [
         (lambda: reading(in_training_alone=False), "model.layers.0.mlp.down_proj"),
         (lambda: reading(in_training_alone=True), "model.layers.0.mlp.down_proj"),
-        (lambda: MambaForCausalLM(MambaConfig(**MIXER)), "backbone.layers.0.mixer.dt_proj"),
+        (lambda: MambaForCausalLM(MambaConfig(**MIXER)), "backbone.layers.0.mixer.x_proj"),
     ],
     ids=["llama", "llama in training", "mamba"],
 )

@@ -221,9 +221,12 @@ def export_nf4_lora(
         if layer not in gains:
             return sources
         dense, gain = sources["weight"], gains[layer].reshape(-1, 1)
-        read = dense.rows
-        rows = None if read is None else lambda some: read(some).float() * gain[some]
-        return {"weight": Source(dense.shaped.float(), lambda: dense.make().float() * gain, rows=rows)}
+
+        def make() -> Tensor:
+            values = dense.make().float()
+            return values * gain.to(values.device)
+
+        return {"weight": Source(dense.shaped.float(), make)}
 
     def scaled_B(layer: AdaptedLinear) -> Tensor:
         b = layer.stored_B()

@@ -336,31 +336,11 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
     return replace(item, shape=shape, read=lambda: (item.read().mT if transposed else item.read()).reshape(shape))
 
 
-@dataclass(frozen=True)
-class Published:
-    """A tensor of a published checkpoint: consecutive rows of a stack, which may be transposed."""
-
-    shape: tuple[int, ...]
-    rows: slice
-    transposed: bool
-
-
-def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
-    """Key in published checkpoints -> the rows of a stack that it holds, by transformers' reverse conversion."""
-    stack, transposed = stacks(model)[path], is_transposed(model, path)
-    num_experts, rows, columns = stack.num_experts, stack.expert_features, stack.in_features
-    if transposed:
-        (key,) = revert_weight_conversion(model, {path: torch.empty(0, device="meta")})
-        return {str(key): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
-    numbers = torch.arange(num_experts * rows).view(num_experts, rows, 1)  # of the rows, in the place of their values
-    found = {}
-    for key, held in revert_weight_conversion(model, {path: numbers}).items():
-        flat = held.reshape(-1)
-        start = int(flat[0])
-        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
-        sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
-        found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
-    return found
+def published_form(model: PreTrainedModel, path: str, weight: Tensor) -> dict[str, Tensor]:
+    """Key in published checkpoints -> tensor, by transformers' reverse conversion of the weight of a stack, (experts *
+    out, in)."""
+    stack = weight.view(stacks(model)[path].num_experts, -1, weight.shape[1])
+    return dict(revert_weight_conversion(model, {path: stack.mT if is_transposed(model, path) else stack}))
 
 
 # transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.
@@ -380,6 +360,7 @@ def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
     if patterns.get(model.config.model_type) not in _CHANGED_BY_PEFT:
         return set()
     one_of_each = {path.rpartition(".")[2]: path for path in experts}
-    pieces = [list(published_pieces(model, path)) for path in one_of_each.values()]
+    columns = {path: torch.empty(experts[path].out_features, 1, device="meta") for path in one_of_each.values()}
+    pieces = [published_form(model, path, column) for path, column in columns.items()]
     names = {key.removesuffix(".weight").rpartition(".")[2] for keys in pieces if len(keys) > 1 for key in keys}
     return {path for path in paths if path.rpartition(".")[2] in names and path not in experts}
