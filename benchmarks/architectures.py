@@ -43,7 +43,6 @@ from qdora.data.batches import IGNORED
 from qdora.errors import USER_MISTAKE
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
-from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
@@ -319,7 +318,6 @@ def gradients(case: Case) -> dict[str, Any]:
         end = ids.shape[1]
         tokens[row, :end], mask[row, :end], labels[row, start:end] = ids[0], 1, ids[0, start:]
     recompute_activations(model)
-    keep_inplace_outputs_(model)
     for layer in layers.values():
         for parameter in layer.parameters():
             parameter.data = parameter.data.float()  # else torch rounds the gradients of bf16 factors

@@ -280,11 +280,11 @@ def on_linear4bit(base: Any, dtype: torch.dtype) -> Any:
     """`plain` with bitsandbytes' layers on copies of the packed bytes of `base`, which has no experts."""
     model = plain(base, dtype)
     for path, frozen in packed_layers(base).items():
-        replace_module(model, path, linear4bit(frozen.packed_weight, dtype, frozen.bias))
+        replace_module(model, path, linear4bit(frozen.stored_weight, dtype, frozen.bias))
     model.is_loaded_in_4bit = True
     return model
 
 
 def packed_layers(base: Any) -> dict[str, Any]:
     """Path -> frozen layer that holds packed weights."""
-    return {path: each for path, each in frozen_layers(base).items() if each.packed_weight is not None}
+    return {path: each for path, each in frozen_layers(base).items() if each.packed_form is not None}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qdora.export.export import export_run
-from qdora.export.verify import LogitDifference, texts_of, validation_examples
+from qdora.export.verify import logit_differences, summary, texts_of, validation_examples
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
@@ -147,17 +147,15 @@ def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
 
 def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) -> dict[str, float]:
     """Differences from the reference, and the NLL."""
-    difference = LogitDifference()
-    for expected, other in zip(reference, found, strict=True):
-        difference.add(expected, other)
-    return {**difference.to_dict(), "nll_per_token": nll(found, tokens)}
+    pairs = zip(reference, found, strict=True)
+    return {**summary(torch.cat([logit_differences(*pair) for pair in pairs])), "nll_per_token": nll(found, tokens)}
 
 
 def bnb_weights(base: Any) -> dict[str, Tensor]:
     """Path -> dequantised weight (out, in) float32, by bitsandbytes."""
     result = {}
     for path, layer in packed_layers(base).items():
-        packed = layer.packed_weight
+        packed = layer.stored_weight
         state = quant_state(packed, torch.float32)
         # As one row: on a CPU, bitsandbytes 0.50 gives blocks that cross rows the scales of others.
         state.shape = torch.Size((1, packed.shape[0] * packed.shape[1]))

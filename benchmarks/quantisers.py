@@ -173,7 +173,7 @@ def quantisers(
 
 def bits_of(model: Any) -> float:
     """Stored bits of a weight of the quantised layers; 16 without any."""
-    packed = [layer.packed_weight for layer in packed_layers(model).values()]
+    packed = [layer.stored_weight for layer in packed_layers(model).values()]
     num_weights = sum(math.prod(each.shape) for each in packed)
     return 8 * sum(each.num_bytes for each in packed) / num_weights if packed else 16.0
 

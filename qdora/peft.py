@@ -46,17 +46,15 @@ import torch
 from torch import Tensor, nn
 
 from qdora.adapter.algebra import (
-    Gain,
     checked_norms,
     entries_at_a_time,
-    gain,
     gain_of_sum,
     merged_weight,
     rounded,
     row_norm,
-    scaled_B,
     squared_row_norm,
 )
+from qdora.adapter.norms import operands_of_alike
 from qdora.adapter.product import Kept, Operands, adapted_linear, operands_of, product_dtype
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
@@ -430,7 +428,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
     if others[limit:]:
         _passed[alike] = weakref.WeakKeyDictionary(dict(others[limit:]))
     rows = [(layer, name), *others[:limit]]
-    (dtype, a_dtype, _), s = alike.dtypes, alike.scaling
+    dtype, s = alike.dtypes[0], alike.scaling
     weights, squares = zip(*(_packed(each) for each, _ in rows), strict=True)
     magnitudes = [_adopt(each, its) for each, its in rows]
     parameters = [
@@ -439,17 +437,11 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
     ]
     a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
     norm = checked_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
-    value, inverse = gain(m, norm)
-    factor = value.unsqueeze(-1) * (s / (1.0 - alike.dropout))
-    scaled = scaled_B(b.flatten(0, 1), factor.flatten(0, 1), dtype).view_as(b)
-    if a_dtype != dtype:
-        a = rounded(a, dtype)
-    made = []
-    for i, (magnitude, present) in enumerate(zip(magnitudes, parameters, strict=True)):
+    own = [present[0].detach() for present in parameters]
+    made = operands_of_alike(own, rounded(a, dtype), b, m, norm, s / (1.0 - alike.dropout))
+    for magnitude, present, weight, operands in zip(magnitudes, parameters, weights, made, strict=True):
         _keep_32_bit_states(magnitude.weight)
-        factors = present[0].detach() if a_dtype == dtype else a[i], scaled[i], factor[i]
-        made.append(Operands(*factors, Gain(value[i], inverse[i]), None))
-        magnitude.operands.put(present, (alike, weights[i]), made[-1])
+        magnitude.operands.put(present, (alike, weight), operands)
     return made[0]
 
 

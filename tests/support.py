@@ -59,7 +59,7 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import ModelSource, resolve
-from qdora.model.store import BaseWriter, CompressedBase
+from qdora.model.store import BaseWriter, compressed_layers
 from qdora.prune.compressor import Compressor
 from qdora.quant.packed import mask_bits, quantize
 from qdora.recipe.recipe_file import recipe_from
@@ -286,7 +286,7 @@ def compressed(
     writer = BaseWriter(directory / "base", "key")
     load_checkpoint(directory, placer=Compressor(base, writer, calibration), **load)
     writer.finish({})
-    return load_checkpoint(directory, placer=CompressedBase(directory / "base"), **load), writer.layers
+    return load_checkpoint(directory, compressed=compressed_layers(directory / "base"), **load), writer.layers
 
 
 def one_file_checkpoint(directory: Path, config: Any = None) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.verify import ComparisonText, float32_arithmetic, verify_nf4_lora
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
@@ -94,7 +94,7 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
     base, adapter = load_file(tmp_path / "out" / BASE), load_file(tmp_path / "out" / ADAPTER)
     assert not [name for name in (*base, *adapter) if "nested" in name or "magnitude" in name]
     for path, layer in layers.items():
-        packed = layer.base.packed_weight
+        packed = layer.base.stored_weight
         codes = base[f"{path}.weight"].reshape(-1)
         assert torch.equal(codes, packed.packed)
         assert base[f"{path}.weight.absmax"].dtype == torch.float32

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
+from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.export import export_run
-from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import stream
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.memory.stream import NUM_SLOTS, ActivationOffload, CudaCopies, HostResidency, Piece, Ring, interleaved

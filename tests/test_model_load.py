@@ -28,7 +28,7 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from qdora.errors import UserError
-from qdora.export.nf4_lora import check_foldable
+from qdora.export.checkpoints import check_foldable
 from qdora.model.inject import frozen_layers, inject
 from qdora.quant.packed import dequantize, quantize
 from tests.support import (
@@ -146,7 +146,7 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     dense = FalconForCausalLM(config).eval()
     dense.save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path, quant="nf4")
-    packed = [path for path, layer in frozen_layers(model).items() if layer.packed_weight is not None]
+    packed = [path for path, layer in frozen_layers(model).items() if layer.packed_form is not None]
     leaves = [path.rpartition(".")[2] for path in packed]
     assert sorted(leaves) == sorted(["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"] * 2)
     assert list(inject(model, rank=2)) == packed
@@ -185,13 +185,14 @@ def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
     assert_refused(words, load_checkpoint, tmp_path, **settings)
 
 
-def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeypatch):
+def test_a_conversion_that_turns_a_weight_is_transformers_own(tmp_path, monkeypatch):
     checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
+    path = "model.layers.0.self_attn.o_proj"
+    plain = load_checkpoint(tmp_path).get_submodule(path).weight
     monkeypatch.setattr("qdora.model.checkpoint.get_model_conversion_mapping", lambda model: [turned])
-    with pytest.raises(UserError, match=r"llama: tensors .* must be cut or permuted \(model\.layers"):
-        load_checkpoint(tmp_path, quant="nf4")
+    assert torch.equal(load_checkpoint(tmp_path).get_submodule(path).weight, plain.T)
 
 
 Tensors = dict[str, Tensor]
@@ -288,7 +289,7 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
     for name, layer in layers.items():
         state = saved.get_submodule(name).weight.quant_state
         packed, parts = stored[f"{name}.weight"], state.as_dict(packed=True)
-        assert torch.equal(layer.packed_weight.packed, packed.reshape(-1))
+        assert torch.equal(layer.stored_weight.packed, packed.reshape(-1))
         expected = dequantised_by_hand(packed, parts, 64, float(state.offset) if nested else 0.0).reshape(state.shape)
         torch.testing.assert_close(layer.dequantized(), expected, rtol=1e-6, atol=1e-7)
         reference.get_submodule(name).weight.data = expected

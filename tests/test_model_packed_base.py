@@ -22,7 +22,7 @@ from qdora.model import store
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.source import resolve
-from qdora.model.store import BaseCache, CompressedBase
+from qdora.model.store import BaseCache, compressed_layers
 from qdora.prune import compressor as pruning
 from qdora.prune.compressor import quantized_layers
 from qdora.quant.packed import dequantize, quantize
@@ -207,7 +207,7 @@ def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_err
     write(tmp_path, "llama")
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
     for name, layer in frozen_layers(support.load_checkpoint(tmp_path, quant=kind)).items():
-        assert torch.equal(layer.packed_weight.absmax, after[name].packed_weight.absmax)  # type: ignore[union-attr]
+        assert torch.equal(layer.stored_weight.absmax, after[name].stored_weight.absmax)  # type: ignore[union-attr]
         assert torch.equal(after[name].dequantized(), layer.dequantized() * after[name].keep_mask())
     found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -235,7 +235,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(UserError, match=said + r"Fix: .* base\.skip\.$"):
         pruned(tmp_path / "model", "magnitude", "3:7", quant="nf4")
     with pytest.raises(UserError, match=r"compressed\.json: missing"):
-        CompressedBase(tmp_path / "model")
+        compressed_layers(tmp_path / "model")
 
 
 # --- the packed base of a source: the same model from it, and every way in which it can be a wrong one
@@ -272,11 +272,8 @@ def same(first: PreTrainedModel, second: PreTrainedModel) -> bool:
 def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, double_quant, monkeypatch):
     source = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS[config])
     plain = load_checkpoint(source, quant=quant, double_quant=double_quant)
-    if config == "gemma3":
-        monkeypatch.setattr(store, "_FILE_BYTES", 20_000)
     first, directory = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
-    assert (len(list(directory.iterdir())) > 3) == (config == "gemma3")
     monkeypatch.setattr(store, "tensors_of_source", None)
     second, again = cached(source, tmp_path, quant, double_quant=double_quant)
     assert again == directory
@@ -304,7 +301,7 @@ def test_a_place_that_cannot_be_written_and_a_damaged_file_are_named(source, tmp
     with pytest.raises(UserError, match=r"file/.*: cannot be written: .* base\.cache"):
         cached(source, tmp_path / "file")
     _, directory = cached(source, tmp_path)
-    (file,) = directory.iterdir()
+    file = min(directory.iterdir())
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=rf"base\.cache: {directory} is damaged\. Fix: delete it\."):
         cached(source, tmp_path)

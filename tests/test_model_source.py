@@ -62,7 +62,7 @@ LONG, OF_HUB = {str(i): f"m-{i}.safetensors" for i in range(100)}, {"revision": 
 # Files, the source among them, options, and words of each fault.
 REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
     "misspelt": ({"models/llama-3/x": ""}, "models/lama-3", {}, [r"must be a directory.*lama-3\)"]),
-    "pickle": ({**CONFIG, "pytorch_model.bin": ""}, "", {}, ["pickle, which can run any code"]),
+    "pickle": ({**CONFIG, "pytorch_model.bin": ""}, "", {}, ["has no model.safetensors"]),
     "empty": ({}, "", {}, [r"no config\.json"]),
     "adapter": (ADAPTER, "", {}, [r"^model\.source: .* an adapter, not a model; adapter\.resume_from"]),
     "adapter to a command": (ADAPTER, "", {"setting": "generate"}, ["^generate: .* an adapter, not a model"]),

@@ -195,16 +195,9 @@ def test_a_frozen_stack_has_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(lambda value: layer.base(value, tokens).tanh(), (x,))
 
 
-def test_a_model_that_writes_into_the_output_of_a_stack_gets_the_true_gradient():
-    (x, _), tokens = inputs(), ExpertTokens((2, 0, 5, 1, 6))
-    first, second, third = (layer_of(bias=False) for _ in range(3))
-    (first(x, tokens) * 3.0).square().sum().backward()
-    second.keeps_copy = True
-    second(x, tokens).mul_(3.0).square().sum().backward()
-    for name, parameter in first.named_parameters():
-        torch.testing.assert_close(second.get_parameter(name).grad, parameter.grad, rtol=1e-6, atol=1e-6)
+def test_a_model_that_writes_into_the_output_of_a_stack_is_refused():
     with pytest.raises(RuntimeError, match="inplace"):
-        third(x, tokens).mul_(3.0).square().sum().backward()
+        layer_of(bias=False)(inputs()[0], ExpertTokens((2, 0, 5, 1, 6))).mul_(3.0).square().sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------ the grouped kernel

@@ -163,7 +163,7 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     for file in (pruned / "base").glob("*.safetensors"):
         stored |= load_file(file)
     for path, layer in adapted_layers(load_run(pruned).model).items():
-        packed = layer.base.packed_weight
+        packed = layer.base.stored_weight
         assert torch.equal(packed.packed, stored[f"{path}.weight"].view(-1))
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
     evaluated = evaluate_target(str(pruned), EvalOptions(split="validation"), console=QUIET)["evaluation"]

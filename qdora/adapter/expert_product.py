@@ -332,7 +332,6 @@ class StackCall(NamedTuple):
     scaling: float
     dropout: float
     seed: int
-    keeps_copy: bool
 
     def runs(self, x: Tensor) -> Iterator[Run]:
         """The experts with tokens, as many at a time as share launches."""
@@ -376,8 +375,6 @@ class AdaptedStack(torch.autograd.Function):
                 del dropped_x
                 _add_run_(out, x, call.weight, run, call.gain)
         kept = out if magnitude is not None and magnitude.requires_grad else None
-        if kept is not None and call.keeps_copy:
-            kept = out.clone()
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, low, kept)
         ctx.call = call
         ctx.version = 0 if kept is None or kept.is_inference() else kept._version
@@ -390,7 +387,7 @@ class AdaptedStack(torch.autograd.Function):
         dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
-            raise RuntimeError("the model has written into the output of an adapted layer: set its keeps_copy.")
+            raise RuntimeError("the model has written into the output of a stack of experts (inplace).")
         call: StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None

@@ -130,7 +130,6 @@ class AdaptedExperts(AdaptedLinear):
             scaling=self.scaling / (1.0 - dropout),
             dropout=dropout,
             seed=draw_seed() if dropout > 0.0 else 0,
-            keeps_copy=self.keeps_copy and bias is None,  # a bias makes another tensor
         )
         out: Tensor = AdaptedStack.apply(x, self.lora_A, self.gated_B(), self.magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
         return out if bias is None else add_expert_bias(out, bias, tokens)
@@ -210,24 +209,24 @@ class AdaptedExperts(AdaptedLinear):
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""
-        weight = self.base.dequantized_rows(rows, torch.promote_types(dtype, torch.float32))
+        size, wide = self.expert_features, torch.promote_types(dtype, torch.float32)
+        first, last = rows.start // size, -(-rows.stop // size)
+        merged = self._merged_experts(slice(first, last), wide, self.magnitude).to(dtype)
+        return merged[rows.start - first * size : rows.stop - first * size]
+
+    def _merged_experts(self, some: slice, dtype: torch.dtype, magnitude: Tensor | None) -> Tensor:
+        rows = slice(some.start * self.expert_features, some.stop * self.expert_features)
         keep = self.base.keep_mask(rows) if self.masked else None
-        factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
-        return merged_rows(weight, rows.start, *factors, keep_mask=keep).to(dtype)
+        factors = self.lora_A[some], self.gated_B()[some], self.scaling, None if magnitude is None else magnitude[some]
+        return merged_stack(self.base.dequantized_rows(rows, dtype), *factors, keep_mask=keep)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (experts, out); None for LoRA."""
-        magnitude = self.magnitude
-        if magnitude is None:
+        if self.magnitude is None:
             return None
-        found = []
-        for expert in range(self.num_experts):
-            rows = slice(expert * self.expert_features, (expert + 1) * self.expert_features)
-            weight = self.base.dequantized_rows(rows, self.base.wide_dtype)
-            keep = self.base.keep_mask(rows) if self.masked else None
-            adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, keep_mask=keep)
-            found.append(gain_of_sum(adapted, magnitude[expert]))
-        return torch.stack(found)
+        experts = (slice(expert, expert + 1) for expert in range(self.num_experts))
+        adapted = (self._merged_experts(one, self.base.wide_dtype, None) for one in experts)
+        return torch.stack([gain_of_sum(each, own) for each, own in zip(adapted, self.magnitude, strict=True)])
 
 
 Stack = BareExperts | AdaptedExperts
@@ -254,24 +253,18 @@ def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype 
 
 
 @torch.no_grad()
-def merged_rows(
+def merged_stack(
     weight: Tensor,
-    first: int,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """Some rows of the dense stack that equals base and adapter, by `algebra.merged_weight` expert by expert. `weight`
-    are rows of the dequantised base from row `first` on, (rows, in), float32 or float64."""
-    size, done, merged = lora_B.shape[1], 0, []
-    while done < len(weight):
-        expert, row = divmod(first + done, size)
-        count = min(size - row, len(weight) - done)
-        here, inside = slice(done, done + count), slice(row, row + count)
-        own = None if magnitude is None else magnitude[expert, inside]
-        keep = None if keep_mask is None else keep_mask[here]
-        merged.append(merged_weight(weight[here], lora_A[expert], lora_B[expert, inside], scaling, own, keep))
-        done += count
-    return merged[0] if len(merged) == 1 else torch.cat(merged)
+    """The dense stack that equals base and adapter, by `algebra.merged_weight` expert by expert. `weight` is the
+    dequantised base, (experts * out, in), float32 or float64."""
+    size, lacking = lora_B.shape[1], [None] * len(lora_B)
+    magnitudes = lacking if magnitude is None else magnitude
+    keep = lacking if keep_mask is None else torch.split(keep_mask, size)
+    parts = zip(torch.split(weight, size), lora_A, lora_B, magnitudes, keep, strict=True)
+    return torch.cat([merged_weight(w, a, b, scaling, m, mask) for w, a, b, m, mask in parts])

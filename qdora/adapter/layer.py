@@ -56,14 +56,9 @@ class FrozenLinear(nn.Module):
         return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape, rows)
 
     @property
-    def packed_weight(self) -> PackedWeight | None:
-        """The packed form, sharing memory; None for a dense base."""
-        weight = self.stored_weight
-        return weight if isinstance(weight, PackedWeight) else None
-
-    @property
     def packed_form(self) -> PackedWeight | None:
-        """`packed_weight` without bringing it: its tensors may have no values."""
+        """The packed form of `stored_weight`, sharing memory, without bringing it: its tensors may have no values. None
+        for a dense base."""
         if self.kind == "dense":
             return None
         # Kept, since a check of the tensors at every forward costs as much as a kernel.
@@ -162,10 +157,6 @@ class AdaptedLinear(nn.Module):
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
         shape_a, shape_b, shape_m = self._shapes()
-        limit = min(shape_b[-2], shape_a[-1])
-        if not 1 <= rank <= limit:
-            shape = (base.out_features, base.in_features)
-            raise ValueError(f"the rank of a {shape} layer must be 1 to {limit}, got {rank}.")
         self.kind: Kind = kind
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
@@ -173,7 +164,6 @@ class AdaptedLinear(nn.Module):
         # Block scales times g are decoded once for each state of the parameters: half a bit a weight at blocks of 64.
         # It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time.
         self.keeps_scales = True
-        self.keeps_copy = False  # of the output, since the model writes into it (`model.attention`)
         self.dtype: torch.dtype | None = None  # of the latest products, for which `norms.refresh` computes
         # On the device, not read yet: a factored norm has cancelled. None once checked.
         self.has_cancelled: Tensor | None = None
@@ -229,7 +219,6 @@ class AdaptedLinear(nn.Module):
             magnitude=self.magnitude,
             dropout=self.present_dropout,
             keep_bits=self._mask_bits,
-            keeps_copy=self.keeps_copy,
         )
 
     def operands(self, dtype: torch.dtype) -> Operands:

@@ -20,7 +20,6 @@ from qdora.adapter.algebra import (
     gain,
     measure_cancelled_,
     rounded,
-    row_factor,
     row_norm,
     scaled_B,
 )
@@ -137,17 +136,27 @@ class _Alike:
     def keep(self) -> None:
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
-        value, inverse = gain(magnitude, self.norm)
-        factor = row_factor(value, first.scaling / (1.0 - first.present_dropout))
-        assert isinstance(factor, Tensor), "DoRA has gains"
-        scaled = scaled_B(self.lora_B.flatten(0, 1), factor.flatten(0, 1), self.dtype).view_as(self.lora_B)
-        for i, layer in enumerate(self.layers):
+        scaling = first.scaling / (1.0 - first.present_dropout)
+        own = [layer.lora_A.detach() for layer in self.layers]
+        made = operands_of_alike(own, self.lora_A, self.lora_B, magnitude, self.norm, scaling)
+        for layer, norm, operands in zip(self.layers, self.norm, made, strict=True):
             weight = self.weights.pop(0)  # its decoded scales go with it
-            scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
-            a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
-            operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
-            layer.kept_norm.put(*layer.norm_state(self.dtype), self.norm[i])
+            if layer.may_keep_scales and operands.gain is not None:
+                operands = operands._replace(scales=own_scales(weight, operands.gain.value))
+            layer.kept_norm.put(*layer.norm_state(self.dtype), norm)
             layer.kept_operands.put(*layer.state(self.dtype), operands)
+
+
+def operands_of_alike(
+    own: Sequence[Tensor], lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, scaling: float
+) -> list[Operands]:
+    """The operands of n layers alike: A, (n, rank, in) in the dtype of the products, B, (n, out, rank), magnitudes and
+    row norms, (n, out). Where the A's of the layers, `own`, have that dtype, these serve."""
+    value, inverse = gain(magnitude, norm)
+    factor = (value * scaling).unsqueeze(-1)
+    scaled = scaled_B(lora_B.flatten(0, 1), factor.flatten(0, 1), lora_A.dtype).view_as(lora_B)
+    factors = [a if a.dtype == lora_A.dtype else lora_A[i] for i, a in enumerate(own)]
+    return [Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), None) for i, a in enumerate(factors)]
 
 
 def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:

@@ -4,8 +4,7 @@
 
 The gain is multiplied into the block scales of W and into B: no pass over the outputs and no rounding is added. Forward
 and backward read the base tile by tile and keep no dense weight. Saved per call: x, x A^T, and for DoRA the output that
-is returned, for the gradient of m. If a model writes into it (OLMo's clip_qkv), the backward pass computes it again,
-unless a copy is kept (`keeps_copy`).
+is returned, for the gradient of m. If a model writes into it (OLMo's clip_qkv), the backward pass computes it again.
 
 Gradients, for dy of the output:
 
@@ -265,7 +264,6 @@ def adapted_linear(
     magnitude: Tensor | None = None,
     dropout: float = 0.0,
     keep_bits: Tensor | None = None,
-    keeps_copy: bool = False,
 ) -> Tensor:
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, or the same with g = 1 where magnitude is None.
 
@@ -275,9 +273,9 @@ def adapted_linear(
     (out,) float32 (float64 for float64 x). `operands` are `operands_of` their present values for the `product_dtype`
     and s / (1 - dropout); without a graph nothing else of them is read. A call with dropout draws one seed from torch's
     default CPU generator, which a checkpoint's recompute restores. `keep_bits` are `quant.packed.mask_bits` of a mask
-    M: M o (B A) replaces B A. With `keeps_copy` the caller may write into the output.
+    M: M o (B A) replaces B A. The caller may write into the output.
     """
-    call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0, keeps_copy)
+    call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0)
     if without_graph_or_autocast(x):
         out, _ = call.product(x.reshape(-1, x.shape[-1]), may_fuse=True)
         return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
@@ -295,7 +293,6 @@ class _Call(NamedTuple):
     operands: Operands
     dropout: float
     seed: int
-    keeps_copy: bool
 
     def product(self, x: Tensor, *, may_fuse: bool = False) -> tuple[Tensor, Tensor | None]:
         """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None masked."""
@@ -345,14 +342,11 @@ class _AdaptedLinear(torch.autograd.Function):
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         ctx.watch = None
-        if read_again is not None and call.bias is None:  # a bias makes another tensor
-            if call.keeps_copy:
-                read_again = out.clone()
-            elif not out.is_inference():
-                # Saved without torch's count of changes, which would make each an error: an empty tensor has it.
-                ctx.watch, read_again = out.detach(), out.data
-                ctx.watch.data = out.new_empty(0)
-                ctx.version = ctx.watch._version
+        if read_again is not None and call.bias is None and not out.is_inference():  # a bias makes another tensor
+            # Saved without torch's count of changes, which would make each an error: an empty tensor has it.
+            ctx.watch, read_again = out.detach(), out.data
+            ctx.watch.data = out.new_empty(0)
+            ctx.version = ctx.watch._version
         # The backward pass reads neither A nor the magnitude, but saving them makes a change before it an error.
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, low, read_again)
         ctx.call = call

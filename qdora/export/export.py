@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +20,8 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
+from qdora.export.checkpoints import check_loadable, export_base, export_nf4_lora, write_merge
 from qdora.export.gguf import export_gguf
-from qdora.export.merge import write_merge
-from qdora.export.nf4_lora import check_loadable, export_nf4_lora
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,
@@ -78,7 +78,12 @@ def export_run(
     keep_freed_memory()
     place, notes = out.absolute(), []
     with ExitStack() as stack:
-        path = stack.enter_context(_opened(run, options))
+        adopts = is_adapter(run)
+        of_adapters = {"--base-model": options.base_model, "--quant": options.quant}
+        for name, value in ({"--step": options.step} if adopts else of_adapters).items():
+            if value is not None:
+                raise UserError(f"{name}: used only with {'a run' if adopts else 'an adapter'}.")
+        path = stack.enter_context(adopted_run(run, options.base_model, options.quant)) if adopts else run
         with disk_failures(out, "name another directory"):
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
@@ -123,21 +128,6 @@ def export_run(
     return document
 
 
-@contextmanager
-def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
-    """A run as it is, or an adapter as a run."""
-    adopts = is_adapter(run)
-    of_others = {"--step": options.step} if adopts else {"--base-model": options.base_model, "--quant": options.quant}
-    for name, value in of_others.items():
-        if value is not None:
-            raise UserError(f"{name}: used only with {'a run' if adopts else 'an adapter'}.")
-    if adopts:
-        with adopted_run(run, options.base_model, options.quant) as path:
-            yield path
-    else:
-        yield run
-
-
 def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     kind = load_config(find_source(recipe_of_run(open_run(run).recipe_file), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
@@ -151,24 +141,25 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
 def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     trained = load_run(run, step=options.step)
     published_as = options.push if options.push is not None and "/" in options.push else None
-    written, text = _written_by_bnb(trained, folder, options, console, None, published_as=published_as)
+    export = partial(export_nf4_lora, published_as=published_as)
+    written, text = _written_by_bnb(export, trained, folder, options, console)
     return trained, written, verify_nf4_lora(trained.model, folder, text)
 
 
 def _written_by_bnb(
-    trained: TrainedRun, folder: Path, options: ExportOptions, console: Console, dtype: torch.dtype | None, **more: Any
+    export: Callable[..., dict[str, Any]], trained: TrainedRun, folder: Path, options: ExportOptions, console: Console
 ) -> tuple[dict[str, Any], ComparisonText]:
-    """Write a bitsandbytes checkpoint in --dtype, by default `dtype`: what was written, and the text to compare on."""
+    """Write a bitsandbytes checkpoint, in --dtype if it is given: what was written, and the text to compare on."""
+    dtype = {} if options.dtype is None else {"dtype": DTYPES[options.dtype]}
     with bar(console, "writing the checkpoint") as progress:
-        written = export_nf4_lora(
+        written = export(
             trained.model,
             trained.tokenizer,
             folder,
-            dtype=dtype if options.dtype is None else DTYPES[options.dtype],
+            **dtype,
             max_shard_bytes=parse_size(options.shard_size),
             progress=progress,
             extra_files=card_files(trained.run, trained.recipe, trained.state, form=options.form),
-            **more,
         )
     console.print("comparing the exported model with the running one")
     return written, comparison_text(trained.tokenizer, validation_examples(trained.recipe))
@@ -216,7 +207,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    written, text = _written_by_bnb(trained, folder, options, console, dtype, adapted=False)
+    written, text = _written_by_bnb(partial(export_base, dtype=dtype), trained, folder, options, console)
     check = verify_requantized(trained.model, folder, text, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, check
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError, shorten
-from qdora.export.merge import write_merge
+from qdora.export.checkpoints import write_merge
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,
@@ -39,7 +39,7 @@ from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, stored_rows, tied_weights
+from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, tied_weights
 from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
 from qdora.model.multimodal import is_multimodal
@@ -230,27 +230,16 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
         try:
             if not isinstance(expected, StoredTensor):
                 raise UserError("it is not in the checkpoint")
-            for values, wanted in _pairs(item, expected):
-                measure, error, share = _error(type_, values, wanted)
+            values, wanted = item.read(), expected.read()
+            size = getattr(model.get_submodule(name.rpartition(".")[0]), "expert_features", len(values))
+            for some, other in zip(torch.split(values, size), torch.split(wanted[: len(values)], size), strict=True):
+                measure, error, share = _error(type_, some, other.float())
                 errors[measure] = max(error, errors[measure])
                 if not share <= 1:  # NaN is a fault
                     raise UserError(f"its error is {share:.3g} times what rounding allows")
         except UserError as fault:
             faults.append(f"tensor {item.key} ({type_}): {fault}")
     return facts | errors, faults
-
-
-def _pairs(item: StoredTensor, expected: StoredTensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The values of a file and of the checkpoint in float32, those of experts one by one."""
-    if item.parts is None:
-        values = item.read()
-        yield values, expected.read()[: len(values)].float()
-        return
-    whole, first = None if expected.parts else expected.read(), 0
-    for part in item.parts:
-        rows = slice(first, first + part.rows)
-        yield part.read(), (stored_rows(expected, rows) if whole is None else whole[rows]).float()
-        first += part.rows
 
 
 def _error(type_: str, values: Tensor, expected: Tensor) -> tuple[str, float, float]:

@@ -17,9 +17,10 @@ import json
 import logging
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
@@ -38,6 +38,7 @@ from qdora.data.sources import run_examples
 from qdora.errors import UserError, first_few
 from qdora.export.write import has_own_code
 from qdora.files.machine import available_memory_bytes
+from qdora.files.tensor_file import torch_dtype
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, read_adapter, stored_factors
 from qdora.model.attention import softcap_of
@@ -129,53 +130,37 @@ def validation_examples(recipe: Recipe) -> dict[str, list[Example]]:
 # --- the logits
 
 
-@dataclass
-class LogitDifference:
-    """The difference between two sets of logits, by position."""
-
-    largest: list[float] = field(default_factory=list)  # |difference|
-    mean: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)  # nats
-    same: list[float] = field(default_factory=list)  # 1 where both have the same argmax
-
-    def add(self, logits: Tensor, other: Tensor) -> None:
-        """Add positions, (positions, vocabulary). KL(logits || other) in float64: it is of second order."""
-        pairs = zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True)
-        for first, second in ((first.double(), second.double()) for first, second in pairs):
-            gap = (first - second).abs()
-            log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
-            self.largest += gap.amax(dim=1).tolist()
-            self.mean += gap.mean(dim=1).tolist()
-            self.kl += (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0).tolist()
-            self.same += (first.argmax(dim=-1) == second.argmax(dim=-1)).double().tolist()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax; NaN stays."""
-        largest, kl = torch.tensor(self.largest).double(), torch.tensor(self.kl).double()
-        return {
-            "max_logit_difference": float(largest.max()),
-            "mean_logit_difference": sum(self.mean) / len(self.mean),
-            "kl_max": float(kl.max()),
-            "kl_mean": sum(self.kl) / len(self.kl),
-            "argmax_agreement": sum(self.same) / len(self.same),
-        }
+def logit_differences(logits: Tensor, other: Tensor) -> Tensor:
+    """Of each position (positions, 4) float64: largest and mean |difference|, KL(logits || other) in nats, and 1 where
+    both have the same argmax. Logits are (positions, vocabulary); in float64, since KL is of second order."""
+    found = []
+    for some in zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True):
+        first, second = (each.double() for each in some)
+        gap = (first - second).abs()
+        log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0.0)
+        same = first.argmax(dim=-1) == second.argmax(dim=-1)
+        found.append(torch.stack([gap.amax(dim=1), gap.mean(dim=1), kl, same.double()], dim=1).cpu())
+    return torch.cat(found)
 
 
-@dataclass
-class Comparison:
-    """The three differences over all sequences."""
-
-    exported_vs_running: LogitDifference = field(default_factory=LogitDifference)
-    exported_vs_reference: LogitDifference = field(default_factory=LogitDifference)
-    reference_vs_running: LogitDifference = field(default_factory=LogitDifference)
-    spread: list[float] = field(default_factory=list)  # standard deviation over the vocabulary, by position
+def summary(differences: Tensor) -> dict[str, Any]:
+    """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax; NaN stays."""
+    (largest, _, kl_max, _), (_, mean, kl_mean, same) = differences.amax(0).tolist(), differences.mean(0).tolist()
+    differs = {"max_logit_difference": largest, "mean_logit_difference": mean}
+    return differs | {"kl_max": kl_max, "kl_mean": kl_mean, "argmax_agreement": same}
 
 
-def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
-    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32, on any devices."""
+def compare_logits(
+    model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32, on any devices.
+
+    Returns the `logit_differences` of each pair by its name, and "spread", the standard deviation over the vocabulary.
+    """
     # accelerate's hooks, which only a model on several devices has, move the inputs themselves.
     elsewhere = model.device if hasattr(exported, "_hf_hook") else next(exported.parameters()).device
-    total = Comparison()
+    total = defaultdict[str, list[Tensor]](list)
     with evaluation_mode(model):
         for ids in sequences:
             tokens = torch.tensor([ids], device=model.device)
@@ -183,11 +168,11 @@ def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences:
             with float32_arithmetic(model):
                 reference = logits_of(model, tokens)
             other = logits_of(exported, tokens.to(elsewhere))
-            total.exported_vs_running.add(running, other)
-            total.exported_vs_reference.add(reference, other)
-            total.reference_vs_running.add(running, reference)
-            total.spread += reference.float().std(dim=-1).tolist()
-    return total
+            total["exported_vs_running"].append(logit_differences(running, other))
+            total["exported_vs_reference"].append(logit_differences(reference, other))
+            total["reference_vs_running"].append(logit_differences(running, reference))
+            total["spread"].append(reference.double().std(dim=-1).cpu())
+    return {name: torch.cat(parts) for name, parts in total.items()}
 
 
 @torch.no_grad()
@@ -223,7 +208,12 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
 
 def verdict(
-    total: Comparison | None, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
+    total: Mapping[str, Tensor] | None,
+    faults: list[str],
+    stored: torch.dtype,
+    running_dtype: torch.dtype,
+    *,
+    lossy: bool = False,
 ) -> dict[str, Any]:
     """Decide whether an export passes, from its logits and the `faults` found before; returns JSON values.
 
@@ -235,9 +225,10 @@ def verdict(
     result = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
     if total is None:
         return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
-    error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
-    errors, noises = total.exported_vs_reference.largest, total.reference_vs_running.largest
-    spread = sum(total.spread) / len(total.spread)
+    found = {name: summary(each) for name, each in total.items() if name != "spread"}
+    names = ("exported_vs_reference", "reference_vs_running")
+    (error, noise), (errors, noises) = zip(*((found[name], total[name][:, 0].tolist()) for name in names), strict=True)
+    spread = float(total["spread"].mean())
     # A model that runs in float32 has no error of its own.
     scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
@@ -261,9 +252,7 @@ def verdict(
         "num_positions": len(errors),
         "ill_conditioned": len(over) - len(wrong),
         "logit_spread": spread,
-        "exported_vs_running": total.exported_vs_running.to_dict(),
-        "exported_vs_reference": error,
-        "reference_vs_running": noise,
+        **found,
         "tolerance": tolerance,
     }
 
@@ -330,7 +319,7 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
 
 def _compared(
     load: Callable[[Path, PreTrainedModel], Loaded], model: PreTrainedModel, directory: Path, text: ComparisonText
-) -> tuple[Comparison | None, list[str]]:
+) -> tuple[dict[str, Tensor] | None, list[str]]:
     """The logits of a 4-bit export, and what has no place in it; without room only the latter."""
     if fits_in_float32(directory, model):
         exported, faults = load(directory, model)
@@ -349,7 +338,9 @@ def _compared(
     return None, []
 
 
-def logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText) -> Comparison | None:
+def logits_compared(
+    model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText
+) -> dict[str, Tensor] | None:
     """`compare_logits`; None, with a warning, if memory runs out."""
     try:
         return compare_logits(model, exported, text.sequences)
@@ -472,8 +463,6 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
     attention = model.config._attn_implementation
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
         loaded, info = auto_class(model.config).from_pretrained(
             str(directory),
@@ -485,9 +474,6 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: transformers cannot load it: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     wrong = {key.replace("_", " "): sorted(map(str, info.get(key) or ())) for key in _KEYS}
     faults = [f"{what} on reloading: {first_few(names)}" for what, names in wrong.items() if names]
     return loaded.eval(), faults
@@ -521,7 +507,7 @@ def load_with_peft(directory: Path, model: PreTrainedModel) -> Loaded:
 def fits_in_float32(directory: Path, model: PreTrainedModel) -> bool:
     """Whether a checkpoint, its floats in float32, fits beside the running model with its activations and logits."""
     num_bytes = sum(
-        4 * math.prod(each.shape) if each.dtype.startswith(("F", "BF")) else each.num_bytes
+        math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else torch_dtype(each.dtype).itemsize)
         for each in open_safetensors(directory).values()
     )
     return num_bytes * _WORKSPACE <= _room_beside(model).get(_device_of(model), 0)

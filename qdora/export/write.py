@@ -29,13 +29,17 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
-from qdora.model.checkpoint import INDEX_FILE, Published, published_pieces, tied_weights
+from qdora.model.checkpoint import INDEX_FILE, published_form, tied_weights
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
+from qdora.quant.bnb import STATE_NAME, to_bnb_state
+from qdora.quant.packed import PackedWeight, empty_packed
 
 MAX_SHARD_BYTES = 5 * 2**30
+_STATE_BYTES = 256
+"""Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written
 
 
@@ -44,15 +48,13 @@ class Source:
     """A tensor before it has a name in the output: a meta tensor of its shape, and what returns it.
 
     `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is set where the
-    format fixes it (packed weights, block scales). `rows` returns some rows of a stack of experts, which checkpoints
-    may hold one by one.
+    format fixes it (packed weights, block scales).
     """
 
     shaped: Tensor
     make: Callable[[], Tensor]
     held: Tensor | None = None
     dtype: torch.dtype | None = None
-    rows: Callable[[slice], Tensor] | None = None
 
 
 WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
@@ -99,9 +101,10 @@ def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSourc
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, source in sources.items():
         if name in stacked:
-            for key, piece in published_pieces(model, stacked[name]).items():
-                specs[key] = TensorSpec(key, dtype, piece.shape)
-                makers[key] = partial(_piece, source, piece)
+            made: dict[str, Tensor] = {}
+            for key, empty in published_form(model, stacked[name], source.shaped).items():
+                specs[key] = TensorSpec(key, dtype, tuple(empty.shape))
+                makers[key] = partial(_published, model, stacked[name], source, made, key)
         elif name in names:
             fixed = source.dtype if source.shaped.is_floating_point() else source.shaped.dtype
             key = names[name]
@@ -144,12 +147,39 @@ def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Sourc
     wide = (layer.base if isinstance(layer, AdaptedLinear) else layer).wide_dtype
     if isinstance(layer, FrozenExperts | AdaptedExperts):
         rows = layer.merged_rows if isinstance(layer, AdaptedExperts) else layer.dequantized_rows
-        every = slice(0, layer.out_features)
-        return {"weight": Source(shape, lambda: rows(every, wide), rows=lambda some: rows(some, wide))}
+        starts, size = range(0, layer.out_features, layer.expert_features), layer.expert_features
+        # On the device one expert at a time.
+        return {"weight": Source(shape, lambda: torch.cat([rows(slice(i, i + size), wide).cpu() for i in starts]))}
     if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
         return {"weight": held(layer.stored_weight)}
     make = layer.merged_weight if isinstance(layer, AdaptedLinear) else layer.dequantized
     return {"weight": Source(shape, lambda: make(wide))}
+
+
+def packed_sources(
+    base: FrozenLinear, make: Callable[[], PackedWeight], dtype: torch.dtype, *, double_quant: bool = True
+) -> dict[str, Source]:
+    """The tensors of bitsandbytes for a weight like that of `base`; without `double_quant` its scales are float32.
+
+    `make` is called when the first of them is written: by then, the tensors of a streamed block hold another block.
+    """
+    form, made = base.packed_form, dict[str, Tensor]()
+    assert form is not None
+    state = f"{STATE_NAME}{form.kind}"
+
+    def part(name: str) -> Tensor:
+        if not made:
+            made.update(to_bnb_state(make(), dtype))
+            if state in made:
+                blanks = torch.full((_STATE_BYTES - made[state].numel(),), ord(" "), dtype=torch.uint8)
+                made[state] = torch.cat([made[state], blanks])
+        return made.pop(name)  # the writer asks for each part once, one after the other
+
+    nested = double_quant and form.nested is not None
+    layout = to_bnb_state(empty_packed(form.kind, form.shape, form.block_size, nested), dtype)
+    if state in layout:
+        layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
+    return {name: Source(each.to("meta"), partial(part, name), dtype=each.dtype) for name, each in layout.items()}
 
 
 def dense_layers(model: nn.Module) -> list[str]:
@@ -168,13 +198,11 @@ def held(tensor: Tensor) -> Source:
     return Source(tensor.to("meta"), lambda: tensor, tensor)
 
 
-def _piece(source: Source, piece: Published) -> Tensor:
-    """The tensor of a published checkpoint that holds some rows of a stack of experts."""
-    rows = source.make()[piece.rows] if source.rows is None else source.rows(piece.rows)
-    if not piece.transposed:
-        return rows.view(piece.shape)
-    experts, columns, size = piece.shape
-    return rows.view(experts, size, columns).mT
+def _published(model: PreTrainedModel, path: str, source: Source, made: dict[str, Tensor], key: str) -> Tensor:
+    """A tensor of a stack of experts as published; `made` has those that are still to be written."""
+    if not made:
+        made.update(published_form(model, path, source.make()))
+    return made.pop(key)  # the writer asks for each once, one after the other
 
 
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
@@ -202,9 +230,6 @@ def write_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
-    if (free := shutil.disk_usage(directory).free) < total_bytes:
-        room = f"{total_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
-        raise RunFailure(f"The export needs {room}.")
     shards = split_state_dict_into_shards_factory(
         dict(plan.specs),
         get_storage_size=lambda spec: spec.num_bytes,

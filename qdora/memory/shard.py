@@ -23,10 +23,9 @@ from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.rows import RowShare, divided_tensors, gather_runs, span
 from qdora.errors import RunFailure, UserError
 from qdora.memory.oom import return_freed_memory
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, stored_rows
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
-from qdora.model.store import CompressedBase
 from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
 
@@ -36,13 +35,10 @@ _Parts = dict[str, Tensor]  # name of a tensor of a layer -> this process's part
 
 
 class ShardedBase:
-    """A `Placer` that keeps in each process its rows of the weights; the last dimension of `mesh` divides them.
+    """A `Placer` that keeps in each process its rows of the weights; the last dimension of `mesh` divides them."""
 
-    `compressed` is read instead of the model's own layers.
-    """
-
-    def __init__(self, mesh: DeviceMesh, compressed: CompressedBase | None = None) -> None:
-        self.mesh, self.compressed = mesh, compressed
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
         self.group = mesh.get_group(mesh.ndim - 1)
 
     @torch.no_grad()
@@ -63,7 +59,7 @@ class ShardedBase:
             else:
                 place(load, name, item)
 
-        place_all(load if self.compressed is None else self.compressed.added_to(load), place_rows)
+        place_all(load, place_rows)
         self._shard(model, placed)
         return_freed_memory()  # the processes of a machine share its memory
 
@@ -80,12 +76,10 @@ class ShardedBase:
             form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
         share = RowShare(form, None, self.group)
         if isinstance(form, Tensor):
-            return share, {"weight": _rows(item, share.rows).to(load.device, dtype, copy=True)}
+            return share, {"weight": item.read()[share.rows].to(load.device, dtype, copy=True)}
         if not share.by_rows:
-            rows = item.read_rows().to(load.device)
-            whole = quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            return self._kept(whole, load.device)
-        parts = _quantized(_rows(item, share.rows).to(load.device), form, name)
+            return self._kept(load.read(name, item), load.device)
+        parts = _quantized(item.read()[share.rows].to(load.device), form, name)
         if form.nested is not None:  # double quantised scales depend on those of all rows
             scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
             nested = with_nested_scales(replace(form, absmax=scales, nested=None))
@@ -127,7 +121,7 @@ class ShardedBase:
         parameter.requires_grad_(False)
         parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
         rows = span(item.shape[0], self.group.rank(), self.group.size())
-        return module, leaf, _rows(item, rows).to(device, dtype, copy=True)
+        return module, leaf, item.read()[rows].to(device, dtype, copy=True)
 
     def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
         found = block_list(model)
@@ -165,10 +159,6 @@ def release(module: nn.Module) -> None:
     """Drop the gathered weight of an output head, which the loss needs after its forward pass."""
     if isinstance(module, FSDPModule):
         module.reshard()
-
-
-def _rows(item: StoredTensor, rows: slice) -> Tensor:
-    return stored_rows(item, rows) if rows.start < rows.stop else stored_rows(item, slice(0, 1))[:0]
 
 
 def _quantized(rows: Tensor, form: PackedWeight, name: str) -> _Parts:

@@ -31,7 +31,6 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.machine import available_memory_bytes
 from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen
-from qdora.model.store import CompressedBase
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 NUM_SLOTS = 2  # one is read while the other is filled
@@ -191,25 +190,23 @@ class HostResidency:
 
     Training needs `memory.checkpointing`: only the recomputation brings a block back for its backward pass.
     `num_streamed` blocks are spread evenly among those on the device; None streams all. `sample`: the first block's
-    piece and the first slot, (bytes,) uint8, for measurements. `compressed` is read instead of the model's own layers.
+    piece and the first slot, (bytes,) uint8, for measurements.
     """
 
     def __init__(
         self,
         num_streamed: int | None = None,
-        compressed: CompressedBase | None = None,
         *,
         free_bytes: Callable[[], int] = available_memory_bytes,
         copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies,
     ) -> None:
-        self.num_streamed, self.compressed = num_streamed, compressed
+        self.num_streamed = num_streamed
         self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._free_bytes = free_bytes
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        load = load if self.compressed is None else self.compressed.added_to(load)
         model, device = load.model, load.device
         turns = Turns(model, self.num_streamed)
         pieces = [Piece() for _ in range(len(turns))]

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,7 @@ def adapter_config(
     ranks = {names[path]: layer.rank for path, layer in layers.items()}
     alphas = {names[path]: float(layer.alpha) for path, layer in layers.items()}
     alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
-    rank, alpha = (max(sorted(set(each.values())), key=list(each.values()).count) for each in (ranks, alphas))
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     targets = {path for path in layers if names[path] not in parameters}
     last_parts = {path.rpartition(".")[2] for path in targets}
     if {path for path in all_paths if path.rpartition(".")[2] in last_parts} <= targets:
@@ -212,8 +213,6 @@ def save_adapter(
     qdora.json (step, data, metrics).
     """
     layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("the model carries no adapters to save.")
     if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
         raise UserError(f"{directory}: is not empty and holds no adapter.")
     matrices = trained_matrices(model)

@@ -1,6 +1,6 @@
 """Attention: the fastest implementation that computes what a model needs, and its masks without reading from a GPU.
 
-Besides: models that change the outputs of their layers in place, or read their weights.
+Besides: models that read the weights of their layers themselves.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.utils import is_flash_attn_2_available
 
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode, own_class
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
-from qdora.model.inject import adapted_layers
 from qdora.quant.kernels import device_kind
 
 log = logging.getLogger("qdora")
@@ -235,33 +234,6 @@ def _within_examples(
 
     options = {"mask_function": within, "attention_mask": None, "allow_is_causal_skip": False}
     return make(*args, **kwargs | options)
-
-
-@torch.no_grad()
-def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
-    """Let the adapted layers whose outputs the model changes in place keep a copy of them while they train.
-
-    The gradient of a magnitude is read from the output. One forward pass of a few tokens finds the layers, by torch's
-    count of the changes of each tensor. Returns their paths.
-    """
-    # A bias is added into another tensor, and LoRA needs no output.
-    own = adapted_layers(model).items()
-    layers = {path: layer for path, layer in own if layer.magnitude is not None and layer.base.bias is None}
-    if not layers:
-        return []
-    outputs: list[tuple[str, Tensor, int]] = []
-
-    def returned(path: str, _layer: AdaptedLinear, _inputs: Any, output: Tensor) -> None:
-        outputs.append((path, output, output._version))
-
-    with ExitStack() as hooks, evaluation_mode(model), weights_unread(model):
-        for path, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(partial(returned, path)))
-        model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=model.device), use_cache=False)
-    written = list(dict.fromkeys(path for path, output, version in outputs if output._version != version))
-    for path in written:
-        layers[path].keeps_copy = True
-    return written
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from qdora.errors import UserError
 from qdora.files.atomic import read_json_object
 from qdora.files.machine import check_gpu, cpu_has_bfloat16
 from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, save_adapter
-from qdora.model.attention import keep_inplace_outputs_
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.load import load_config, skeleton, tensors_of_source
@@ -122,7 +121,6 @@ def adapt(
         if base not in (None, recipe.model.source):
             text = "adapter.resume_from: %s was trained on %s, and model.source is %s."
             logger.warning(text, settings.resume_from, base, recipe.model.source)
-    keep_inplace_outputs_(model)
 
 
 def put_adapters(

@@ -2,8 +2,8 @@
 
 A shard is opened again for every tensor, which costs 30 microseconds: closing it gives the mapped pages back.
 
-transformers converts pieces (experts one by one) by operations on whole tensors. Here these operations run once on the
-numbers of the rows instead. The result maps each weight to row ranges of stored tensors.
+transformers converts pieces (experts one by one) by operations on whole tensors. Here these operations run without
+values first, which gives names and shapes, and again when a tensor is read.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,7 +37,7 @@ from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.quant.packed import PackedWeight, RowParts, from_tensors
+from qdora.quant.packed import PackedWeight, from_tensors
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,39 +59,19 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be used: {named(error)[:300]}") from error
 
 
-class StoredRows(NamedTuple):
-    """Consecutive rows of a stored matrix."""
-
-    rows: int
-    read: Callable[[], Tensor]
-
-
 @dataclass(frozen=True)
 class StoredTensor:
-    """A dense tensor of a checkpoint, not read yet; `dtype` and `itemsize` are those of its header.
+    """A dense tensor of a checkpoint, not read yet; `dtype` is that of its header.
 
     `read` returns a tensor on the CPU, perhaps a view of a mapped file: copy it before it is written to or kept.
-    `parts` gives a matrix in parts of whole rows, if the file has it so; `key` is the first's. `keep_bits` reads the
-    pruning mask of a weight.
+    `keep_bits` reads the pruning mask of a weight.
     """
 
     key: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    itemsize: int = 4
     dtype: str = "F32"
-    parts: tuple[StoredRows, ...] | None = None
     keep_bits: Callable[[], Tensor] | None = None
-
-    def read_rows(self) -> Tensor | RowParts:
-        parts = self.parts
-        if parts is None:
-            return self.read()
-        return RowParts((self.shape[0], self.shape[1]), lambda: (part.read() for part in parts))
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -140,10 +119,8 @@ def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> di
         with reading(str(file)), safe_open(str(file), framework="pt", device="cpu") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                 piece = shard.get_slice(key)
-                shape, dtype = tuple(map(int, piece.get_shape())), piece.get_dtype()
-                bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, BOOL
-                itemsize = 1 if bits is None else max(1, int(bits.group()) // 8)
-                stored[key] = StoredTensor(key, shape, partial(_read, file, key), itemsize, dtype)
+                shape = tuple(map(int, piece.get_shape()))
+                stored[key] = StoredTensor(key, shape, partial(_read, file, key), piece.get_dtype())
     return stored
 
 
@@ -151,30 +128,6 @@ def _read(file: Path, key: str) -> Tensor:
     with safe_open(str(file), framework="pt", device="cpu") as shard:
         tensor: Tensor = shard.get_tensor(key)
         return tensor
-
-
-def in_parts(
-    key: str, shape: tuple[int, ...], parts: Sequence[StoredRows], *, itemsize: int, dtype: str
-) -> StoredTensor:
-    """A tensor that is read in parts of rows; a vector's parts are kept together."""
-
-    def read() -> Tensor:
-        return torch.cat([part.read() for part in parts]).view(shape)
-
-    return StoredTensor(key, shape, read, itemsize, dtype, parts=tuple(parts) if len(shape) == 2 else None)
-
-
-def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
-    """Some rows of a stored matrix; of one in parts only the parts that have them are read."""
-    if item.parts is None:
-        return item.read()[rows]
-    pieces, first = [], 0
-    for part in item.parts:
-        start, stop = max(rows.start, first), min(rows.stop, first + part.rows)
-        if start < stop:
-            pieces.append(part.read()[start - first : stop - first])
-        first += part.rows
-    return torch.cat(pieces)
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
@@ -313,68 +266,33 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
     return StoredPacked(weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read)
 
 
-def _numbered(shape: Sequence[int], first: int) -> Tensor:
-    """Row numbers from `first` on in the place of a weight, whose columns are one."""
-    shape = (*shape[:-1], 1) if len(shape) > 1 else shape
-    return torch.arange(first, first + torch.Size(shape).numel()).view(*shape)
-
-
-_MOST_PIECES = 8  # a conversion that cuts a tensor into more permutes its rows
-
-
-def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[tuple[str, slice]]:
-    """Key and rows of each run of consecutive numbers. `first_rows`: (first number, key) of each tensor, ascending."""
-    flat = numbers.reshape(-1)
-    starts = torch.tensor([first for first, _ in first_rows])
-    owner = torch.bucketize(flat, starts, right=True) - 1
-    jumps = (flat.diff() != 1) | (owner.diff() != 0)
-    bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
-    if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
-        raise ValueError("rows are permuted")
-    pieces = []
-    for start, stop in pairwise(bounds):
-        first, key = first_rows[int(owner[start])]
-        row = int(flat[start]) - first
-        pieces.append((key, slice(row, row + stop - start)))
-    return pieces
-
-
 def _convert(
     name: str, items: Mapping[str, tuple[str, StoredTensor]], converter: WeightConverter, model: PreTrainedModel
 ) -> dict[str, StoredTensor]:
     """The model's tensors that a conversion makes from `items`: key -> pattern of the converter, and the tensor.
 
-    `name` is their name after transformers' renaming. Fails if columns are permuted, rows cut or reordered.
+    `name` is their name after transformers' renaming.
     """
-    run = copy.deepcopy(converter)
-    first, first_rows = 0, []
-    for key in sorted(items, key=dot_natural_key):
-        pattern, item = items[key]
-        numbers = _numbered(item.shape, first)
-        run.add_tensor(name, key, pattern, numbers)
-        first_rows.append((first, key))
-        first += numbers.numel()
-    converted: dict[str, Any] = run.convert(name, model=model, config=model.config)
-    (width,), made = {item.shape[1:][-1:] for _, item in items.values()}, {}  # empty of vectors
-    for target, numbers in converted.items():
-        numbers = numbers[0] if isinstance(numbers, list) else numbers
-        if numbers.ndim > 1 and numbers.shape[-1] != 1:
-            raise ValueError("its columns are permuted")
-        shape = (numbers.numel(), *width) if width else tuple(numbers.shape)
-        pieces = _pieces(numbers, first_rows)
-        parts = [StoredRows(rows.stop - rows.start, partial(_read_rows, items[key][1], rows)) for key, rows in pieces]
-        some = items[pieces[0][0]][1]
-        made[target] = in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
-    return made
 
+    def converted(value: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+        run = copy.deepcopy(converter)
+        for key in sorted(items, key=dot_natural_key):
+            pattern, item = items[key]
+            run.add_tensor(name, key, pattern, value(item))
+        made = run.convert(name, model=model, config=model.config).items()
+        return {target: value[0] if isinstance(value, list) else value for target, value in made}
 
-def _read_rows(item: StoredTensor, rows: slice) -> Tensor:
-    value = item.read()
-    return (value.flatten(0, -2) if value.ndim > 2 else value)[rows]
+    (key, dtype), *_ = ((item.key, item.dtype) for _, item in items.values())
+
+    def read(target: str) -> Tensor:
+        return converted(lambda item: item.read())[target]
+
+    empty = converted(lambda item: torch.empty(item.shape, device="meta"))
+    return {to: StoredTensor(key, tuple(each.shape), partial(read, to), dtype) for to, each in empty.items()}
 
 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> tensor, by transformers' renames and conversions for this model; each weight of whole rows."""
+    """Model name -> tensor, by transformers' renames and conversions for this model."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -393,8 +311,8 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
         key, (pattern, _) = next(iter(items.items()))
         try:
             renamed |= _convert(name, items, by_pattern[pattern], model)
-        except Exception as error:  # operations on columns meet columns of length 1, and fail in many ways
-            what = f"tensors are missing, or must be cut or permuted ({key} -> {name})"
+        except Exception as error:  # operations on tensors that do not fit fail in many ways
+            what = f"tensors are missing or do not fit ({key} -> {name})"
             raise UserError(f"model.source: {model.config.model_type}: {what}.") from error
     return to_stacks(renamed, model)
 
@@ -412,47 +330,17 @@ def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
-    """A stored stack, (experts, out, in) or transposed, as (experts * out, in), read expert by expert."""
+    """A stored stack, (experts, out, in) or transposed, as (experts * out, in)."""
     experts, rows, columns = item.shape
-    if transposed:
-        rows, columns = columns, rows
-
-    def turned() -> Tensor:
-        return item.read().mT if transposed else item.read()
-
-    def read_expert(expert: int) -> Tensor:
-        return turned()[expert].contiguous()
-
-    shape = (experts * rows, columns)
-    parts = tuple(StoredRows(rows, partial(read_expert, expert)) for expert in range(experts))
-    return replace(item, shape=shape, read=lambda: turned().reshape(shape), parts=parts)
+    shape = (experts * columns, rows) if transposed else (experts * rows, columns)
+    return replace(item, shape=shape, read=lambda: (item.read().mT if transposed else item.read()).reshape(shape))
 
 
-@dataclass(frozen=True)
-class Published:
-    """A tensor of a published checkpoint: consecutive rows of a stack, which may be transposed."""
-
-    shape: tuple[int, ...]
-    rows: slice
-    transposed: bool
-
-
-def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
-    """Key in published checkpoints -> the rows of a stack that it holds, by transformers' reverse conversion."""
-    stack, transposed = stacks(model)[path], is_transposed(model, path)
-    num_experts, rows, columns = stack.num_experts, stack.expert_features, stack.in_features
-    if transposed:
-        (key,) = revert_weight_conversion(model, {path: torch.empty(0, device="meta")})
-        return {str(key): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
-    numbers = _numbered((num_experts, rows, columns), 0)
-    found = {}
-    for key, held in revert_weight_conversion(model, {path: numbers}).items():
-        flat = held.reshape(-1)
-        start = int(flat[0])
-        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
-        sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
-        found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
-    return found
+def published_form(model: PreTrainedModel, path: str, weight: Tensor) -> dict[str, Tensor]:
+    """Key in published checkpoints -> tensor, by transformers' reverse conversion of the weight of a stack, (experts *
+    out, in)."""
+    stack = weight.view(stacks(model)[path].num_experts, -1, weight.shape[1])
+    return dict(revert_weight_conversion(model, {path: stack.mT if is_transposed(model, path) else stack}))
 
 
 # transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.
@@ -472,6 +360,7 @@ def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
     if patterns.get(model.config.model_type) not in _CHANGED_BY_PEFT:
         return set()
     one_of_each = {path.rpartition(".")[2]: path for path in experts}
-    pieces = [list(published_pieces(model, path)) for path in one_of_each.values()]
+    columns = {path: torch.empty(experts[path].out_features, 1, device="meta") for path in one_of_each.values()}
+    pieces = [published_form(model, path, column) for path, column in columns.items()]
     names = {key.removesuffix(".weight").rpartition(".")[2] for keys in pieces if len(keys) > 1 for key in keys}
     return {path for path in paths if path.rpartition(".")[2] in names and path not in experts}

@@ -5,7 +5,7 @@ seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, vers
 
 Names come from the tables of `gguf`, layouts from transformers' readers (llama.cpp interleaves the rows of q and k, and
 adds 1 to Gemma's norms). Of experts the file has a tensor for each of gate, up and down, (experts, out, in), or gate
-and up as one. A stack here holds gate and up together, one expert after the other, and is read expert by expert.
+and up as one. A stack here holds gate and up together, one expert after the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, disk_reason, in_turn
 from qdora.files.machine import cache_folder, package_versions
-from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts
+from qdora.model.checkpoint import StoredTensor
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import block_of
 
@@ -80,11 +80,11 @@ class GgufTensor:
         # asarray: slicing a memmap costs more than dequantising a small slice.
         return np.asarray(flat).reshape(-1, shape[-1])
 
-    def values(self, rows: slice = slice(None)) -> Values:
-        """Some rows in float32, (rows, in), dequantised some at a time, since `gguf` would hold them twice."""
+    def values(self) -> Values:
+        """The rows in float32, (rows, in), dequantised some at a time, since `gguf` would hold them twice."""
         import gguf
 
-        stored, kind = self.stored_rows()[rows], gguf.GGMLQuantizationType(self.type)
+        stored, kind = self.stored_rows(), gguf.GGMLQuantizationType(self.type)
         values = np.empty((len(stored), self.shape[-1]), dtype=np.float32)
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
@@ -210,15 +210,13 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
         is_split = projection == "gate_up" and f"{start}gate_up_exps.weight" not in tensors
         keys = [f"{start}{part}_exps.weight" for part in (("gate", "up") if is_split else (projection,))]
         held = [tensors.pop(key) for key in keys if key in tensors]
-        num_experts, features = stack.num_experts, stack.expert_features
-        each = (num_experts, features // len(keys), stack.in_features)
+        each = (stack.num_experts, stack.expert_features // len(keys), stack.in_features)
         if not held:
             continue
         if [tensor.shape for tensor in held] != [each] * len(keys):
             raise UserError(f"model.source: {', '.join(keys)}: must have {list(each)} each.")
-        parts = [StoredRows(features, partial(_read_expert, held, expert)) for expert in range(num_experts)]
         name = f"{path}.weight"
-        stored[name] = in_parts(held[0].name, shapes[name], parts, itemsize=4, dtype="F32")
+        stored[name] = StoredTensor(held[0].name, shapes[name], partial(_read_experts, held))
     for key, tensor in tensors.items():
         if key not in names:
             raise UserError(f"model.source: the file's tensor '{key}' has no place in the model.")
@@ -228,9 +226,9 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
     return stored
 
 
-def _read_expert(held: Sequence[GgufTensor], expert: int) -> Tensor:
-    rows = held[0].shape[1]
-    return torch.from_numpy(np.concatenate([each.values(slice(expert * rows, (expert + 1) * rows)) for each in held]))
+def _read_experts(held: Sequence[GgufTensor]) -> Tensor:
+    parts = [torch.from_numpy(each.values()).view(each.shape) for each in held]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def _read_tensor(tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:

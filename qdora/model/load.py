@@ -26,10 +26,8 @@ from qdora.model.attention import with_attention
 from qdora.model.checkpoint import (
     Stored,
     StoredPacked,
-    StoredRows,
     StoredTensor,
     gather_packed,
-    in_parts,
     match_to_model,
     open_safetensors,
     reading,
@@ -43,14 +41,13 @@ from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replac
 from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import PackedWeight, dequantize, packed_rows, quantize
+from qdora.quant.packed import RowParts, dequantize, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
 DEFAULT_SKIP = (HEAD,)
-_DENSE_PART_ELEMENTS = 1 << 24  # a stored MXFP4 weight is dequantised in parts of 32 MiB
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,9 @@ class Loading:
         if not self.quantizes(name, item):
             return item.read()
         assert isinstance(item, StoredTensor)
-        wanted, rows = self.wanted, item.read_rows().to(self.device)
+        layer, values, wanted = self.model.get_submodule(name.removesuffix(".weight")), item.read(), self.wanted
+        size = getattr(layer, "expert_features", len(values))  # a stack goes to the device expert by expert
+        rows = RowParts((len(values), values.shape[1]), lambda: iter(torch.split(values, size))).to(self.device)
         return quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -116,6 +115,7 @@ def load_model(
     attention: str = "auto",
     progress: Progress | None = None,
     reader: Callable[[ModelSource, PreTrainedModel], dict[str, Stored]] | None = None,
+    compressed: Mapping[str, Stored] | None = None,
     placer: Placer | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights; every linear layer is quantised except the skipped ones.
@@ -128,6 +128,7 @@ def load_model(
         quant: As base.quant; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
+        compressed: Model name -> weight that is read instead of the source's.
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
@@ -142,6 +143,7 @@ def load_model(
             log.info("The model is multimodal, and only its language part is loaded and trained.")
         layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
         stored, layers = settle_stored(stored, kind, wanted, layers)
+        stored |= compressed or {}
         (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     except UserError as error:
         kept = getattr(reader, "directory", None)  # of a base cache: what is wrong otherwise ends its writing
@@ -341,27 +343,14 @@ def settle_stored(
         raise UserError("base.quant: mxfp4 needs a checkpoint that holds it (gpt-oss).")
     if wanted.kind != MXFP4 and kinds == [MXFP4]:
         log.info("%d weights in mxfp4 are dequantised; base.quant: mxfp4 would keep them.", len(packed))
-        held: dict[str, PackedWeight] = {}
-        return {**stored, **{name: _dense(item, held) for name, item in packed.items()}}, layers
+
+        def read(item: StoredPacked) -> Tensor:
+            return dequantize(item.read(), torch.bfloat16)
+
+        dense = {name: StoredTensor(each.key, each.shape, partial(read, each), "BF16") for name, each in packed.items()}
+        return {**stored, **dense}, layers
     if not packed and kind is None:
         return dict(stored), layers
     if kinds != [wanted.kind]:
         raise UserError(f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind}).")
     return dict(stored), set()
-
-
-def _dense(item: StoredPacked, held: dict[str, PackedWeight]) -> StoredTensor:
-    """A packed weight, dequantised some rows at a time; `held` has the one that was read last."""
-    rows, columns = item.shape
-    step = max(1, _DENSE_PART_ELEMENTS // columns)
-    starts = range(0, rows, step)
-
-    def read(start: int) -> Tensor:
-        if item.key not in held:
-            held.clear()  # of another weight only some rows were wanted
-            held[item.key] = item.read()
-        packed = held.pop(item.key) if start == starts[-1] else held[item.key]
-        return dequantize(packed_rows(packed, slice(start, min(start + step, rows))), torch.bfloat16)
-
-    parts = [StoredRows(min(step, rows - start), partial(read, start)) for start in starts]
-    return in_parts(item.key, (rows, columns), parts, itemsize=2, dtype="BF16")

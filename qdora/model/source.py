@@ -146,8 +146,6 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
     with reading(f"{setting}: {path}: its quantization_config"):
         stored_kind(read_json_object(path / "config.json").get("quantization_config"))
     if weights:
-        if not any(path.glob("*.safetensors*")) and any(path.glob("*.bin")):
-            raise UserError(f"{setting}: {path} holds pickle, which can run any code. Fix: convert it to safetensors.")
         shard_files(path)
 
 

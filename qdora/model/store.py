@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from qdora.files.atomic import (
 from qdora.files.console import Progress
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import Stored, StoredTensor, gather_packed, match_to_model, open_safetensors, shard_files
-from qdora.model.load import Loading, Quantization, layers_to_quantize, place_all, settle_stored, tensors_of_source
+from qdora.model.load import Loading, Quantization, layers_to_quantize, settle_stored, tensors_of_source
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import to_bnb_state
@@ -46,8 +46,6 @@ from qdora.quant.tiles import Weight
 
 log = logging.getLogger("qdora")
 
-# A file's tensors are in memory until it is written.
-_FILE_BYTES = 256 << 20
 _RECORD_FILE, _UNFINISHED_FILE = "compressed.json", "unfinished.json"
 
 
@@ -59,20 +57,6 @@ def _parts(name: str, weight: Weight) -> dict[str, Tensor]:
     if isinstance(weight, Tensor):
         return {name: weight}
     return {name.removesuffix("weight") + part: each for part, each in to_bnb_state(weight).items()}
-
-
-def _write_weights(folder: Path, weights: Iterable[tuple[str, Weight]], max_file_bytes: int) -> None:
-    """Write (model name, weight) to safetensors files of at most `max_file_bytes`; memory holds one of them."""
-    files = (folder / f"model-{number:05d}.safetensors" for number in range(10**5))
-    held: dict[str, Tensor] = {}
-    for name, weight in weights:
-        parts = _parts(name, weight)
-        if held and sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
-            write_tensors(next(files), held)
-            held.clear()
-        held.update(parts)
-        del weight, parts  # before the next weight is made
-    write_tensors(next(files), held)
 
 
 @dataclass
@@ -135,20 +119,10 @@ def compressed_key(directory: Path) -> str | None:
     return str(read_json_object(file)["key"]) if file.is_file() else None
 
 
-class CompressedBase:
-    """A `Placer` that takes the pruned layers, or those quantised by GPTQ, from a directory of `BaseWriter`."""
-
-    def __init__(self, directory: Path) -> None:
-        paths, stored = read_json_object(directory / _RECORD_FILE)["layers"], _with_masks(_stored_in(directory))
-        self.stored = {f"{path}.weight": stored[f"{path}.weight"] for path in paths}
-
-    @torch.no_grad()
-    def __call__(self, load: Loading) -> None:
-        place_all(self.added_to(load))
-
-    def added_to(self, load: Loading) -> Loading:
-        """With the compressed layers instead of the source's."""
-        return replace(load, stored={**load.stored, **self.stored})
+def compressed_layers(directory: Path) -> dict[str, Stored]:
+    """Model name -> weight of the pruned layers, or those quantised by GPTQ, in a directory of `BaseWriter`."""
+    paths, stored = read_json_object(directory / _RECORD_FILE)["layers"], _with_masks(_stored_in(directory))
+    return {f"{path}.weight": stored[f"{path}.weight"] for path in paths}
 
 
 def _with_masks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -197,17 +171,11 @@ class BaseCache:
         stored, layers = settle_stored(stored, None, self.wanted, layers)
         load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
         log.info("Writing the packed base to %s, for later starts.", directory)
-
-        def weights() -> Iterator[tuple[str, Weight]]:
-            for done, (name, item) in enumerate(stored.items(), start=1):
-                value = load.read(name, item)
-                yield name, value.clone() if isinstance(value, Tensor) else value  # it may be a view of the file
-                del value
-                if self.progress is not None:
-                    self.progress(done, len(stored))
-
         with atomic_directory(directory) as folder:
-            _write_weights(folder, weights(), _FILE_BYTES)
+            for number, (name, item) in enumerate(stored.items()):
+                write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
+                if self.progress is not None:
+                    self.progress(number + 1, len(stored))
 
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.norms import refresh
 from qdora.model.adapter_file import AdapterDescription, selected_modules
-from qdora.model.attention import attention_of, fast_grouped_attention, keep_inplace_outputs_, replaced
+from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
 from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import (
@@ -220,12 +220,12 @@ def _measured(
                     train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
             for layer in adapted_layers(model).values() if settings.gates is not None else ():
                 layer.add_gate()
-        keep_inplace_outputs_(model)
         live.reset_peak()
         parameters = adapter_parameters(model)
         if not parameters:
             return [Moment("load", None, live.live_by_label)], {}
-        moments = _record(model.train(), parameters, recipe, shape, live)
+        with weights_unread(model):
+            moments = _record(model.train(), parameters, recipe, shape, live)
     return moments, {path: (tuple(weight.shape), weight.dtype) for path, weight in parameters.items()}
 
 

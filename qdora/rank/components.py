@@ -61,7 +61,7 @@ from torch.nn import functional
 
 from qdora.adapter.algebra import merged_weight
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts, merged_rows
+from qdora.adapter.experts import AdaptedExperts, merged_stack
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
@@ -179,7 +179,7 @@ def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Te
     weight = layer.base.dequantized(layer.base.wide_dtype)
     factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
     if isinstance(layer, AdaptedExperts):
-        total = merged_rows(weight, 0, *factors, keep_mask=keep).to(dtype)
+        total = merged_stack(weight, *factors, keep_mask=keep).to(dtype)
     else:
         total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
     norm = torch.linalg.vector_norm(total, dim=1)

@@ -10,9 +10,9 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,10 @@ from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import ActivationOffload, HostResidency
 from qdora.model.attention import positions_of
 from qdora.model.build_model import Compute, recompute_activations
+from qdora.model.checkpoint import Stored
 from qdora.model.load import Placer, load_model, quantization_of
 from qdora.model.source import ModelSource
-from qdora.model.store import BaseCache, BaseWriter, CompressedBase, compressed_key, fingerprints
+from qdora.model.store import BaseCache, BaseWriter, compressed_key, fingerprints
 from qdora.prune.compressor import Compressor
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
@@ -57,22 +58,23 @@ def load_base(
     compute: Compute,
     progress: Progress | None = None,
     *,
-    placer: Placer | None = None,
+    compressor: Compressor | None = None,
+    compressed: Mapping[str, Stored] | None = None,
     mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
 
-    With base.prune and by GPTQ `placer` makes a compressed base or reads one. `mesh` are the processes that divide it.
+    With base.prune and by GPTQ `compressor` makes a compressed base, or `compressed` are its layers. `mesh` are the
+    processes that divide it.
     """
     base, cache = recipe.base, None
-    if base.quant != "none" and placer is None and (root := cache_root(recipe)) is not None:
+    placer: Placer | None = compressor
+    if base.quant != "none" and not base.is_made_once and (root := cache_root(recipe)) is not None:
         cache = BaseCache(root, quantization_of(base), compute.device, progress)
-    if not isinstance(placer, Compressor):
-        compressed = cast(CompressedBase | None, placer)
-        if mesh is not None:
-            placer = ShardedBase(mesh, compressed)
-        elif base.residency == "host" and base.quant != "none":
-            placer = HostResidency(base.streamed_blocks, compressed, free_bytes=free_host_bytes)
+    if mesh is not None and placer is None:
+        placer = ShardedBase(mesh)
+    elif base.residency == "host" and base.quant != "none" and placer is None:
+        placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
     model = load_model(
         source,
         quant=base.quant,
@@ -84,6 +86,7 @@ def load_base(
         attention=recipe.model.attention,
         progress=progress,
         reader=cache,
+        compressed=compressed,
         placer=placer,
     )
     if recipe.adapter.kind == "full":
@@ -118,7 +121,7 @@ def compress_base(
     base, writer = recipe.base, BaseWriter(directory, key)
     if writer.layers:
         logger.info("%s: %d layers are compressed already; the rest follows.", directory, len(writer.layers))
-    load_base(recipe, source, compute, progress, placer=Compressor(base, writer, calibration))
+    load_base(recipe, source, compute, progress, compressor=Compressor(base, writer, calibration))
     gc.collect()
     made = settings(recipe)["base"] | {"clip": base.clips}
     names = ("prune", "quant", "method", "clip", "calibration")

@@ -26,7 +26,7 @@ from qdora.model.build_model import Compute, choose_compute, find_model, set_kep
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model, skeleton, stored_form
 from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
-from qdora.model.store import CompressedBase
+from qdora.model.store import compressed_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids
 from qdora.recipe.data_settings import DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
@@ -87,8 +87,8 @@ def load_run(
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)
-    compressed = CompressedBase(run.inside(FOLDER)) if recipe.base.is_made_once else None
-    model = load_base(loaded, source, compute, placer=compressed)
+    compressed = compressed_layers(run.inside(FOLDER)) if recipe.base.is_made_once else None
+    model = load_base(loaded, source, compute, compressed=compressed)
     extend_vocabulary(model, new_token_ids(tokenizer, recipe.model.add_tokens))
     if base_only or recipe.adapter.kind == "none":
         state = "base"

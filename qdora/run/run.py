@@ -44,7 +44,7 @@ from qdora.model.attention import weights_unread
 from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.model.store import CompressedBase
+from qdora.model.store import compressed_layers
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
@@ -183,12 +183,12 @@ def base_of_run(
         with atomic_directory(directory) as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
 
-    placer = None
+    compressed = None
     if recipe.base.is_made_once:
         processes.first(compress)
-        placer = CompressedBase(directory)
+        compressed = compressed_layers(directory)
     with bar(console, "loading the base") as progress:
-        return load_base(*what, progress, placer=placer, mesh=mesh)
+        return load_base(*what, progress, compressed=compressed, mesh=mesh)
 
 
 def check_model(model: PreTrainedModel, processes: Processes, prepared: PreparedRun) -> PackedLayout | None:

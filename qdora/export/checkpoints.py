@@ -1,0 +1,307 @@
+"""Base and adapter as one checkpoint, or as a bitsandbytes checkpoint and a LoRA.
+
+A merge is exact: the base is dequantised in float32, the adapter applied in float32, and the result cast once, each
+weight when it is written. Besides the merge on the dequantised base, which is the model that was trained, there are two
+others:
+
+    original      m (W + s B A) / ||W + s B A|| on the source's own 16-bit weights W, with the norm of that sum: free of
+                  the base's quantisation error, but not the model that the adapter was fitted to
+    requantised   the merge quantised to 4 bits again, as a bitsandbytes checkpoint: small, but rounded a second time
+
+nf4-lora loses nothing in 4 bits: the gain goes into the block scales, and the rest is plain LoRA.
+
+    y = g (x W^T + s (x A^T) B^T) + bias = x (g W)^T + s (x A^T) (g B)^T + bias
+
+If no block of W crosses from one row into the next, g W has the same 4-bit codes as W, and the block scales of row i
+times g_i. So the model becomes a bitsandbytes checkpoint and a LoRA adapter of the same rank, which any program that
+serves QLoRA can run. Each scale and each entry of g B is rounded once, to float32: double quantisation would round each
+scale to 8 bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.errors import UserError, first_few
+from qdora.export.write import Source, dense_layers, dense_weight_sources, packed_sources, plan_export, write_checkpoint
+from qdora.files.atomic import json_bytes
+from qdora.files.console import bar
+from qdora.files.run_directory import open_run
+from qdora.files.tensor_file import write_tensors
+from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
+from qdora.model.build_model import find_source
+from qdora.model.checkpoint import load_faults, quantization_config, stored_kind, taken_for_experts
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
+from qdora.model.multimodal import all_paths
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
+from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
+from qdora.quant.codebooks import MXFP4
+from qdora.quant.packed import PackedWeight, block_scales, quantize
+from qdora.recipe.options import ExportOptions
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.section import parse_size
+from qdora.recipe.settings import Recipe
+from qdora.run.load_run import TrainedRun, load_run
+from qdora.run.report import card_files
+
+Layer = AdaptedLinear | FrozenLinear
+
+
+def write_merge(
+    run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
+) -> tuple[TrainedRun, dict[str, Any]]:
+    """Write the merged model of a run with a model card; returns the running model and what was written."""
+    recipe = load_recipe(open_run(run).recipe_file)
+    if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
+        raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
+    if options.requantize and (recipe.base.prune is not None or recipe.base.quant not in FOUR_BIT_KINDS):
+        got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
+        raise UserError(f"--requantize: the base must be in nf4 or fp4, got {got}.")
+    trained = load_run(run, step=options.step, original=options.base == "original")
+    with bar(console, "merging") as progress:
+        written = export_merged(
+            trained.model,
+            trained.tokenizer,
+            directory,
+            dtype=dtype,
+            requantize=options.requantize,
+            max_shard_bytes=parse_size(options.shard_size),
+            progress=progress,
+            extra_files=card_files(trained.run, recipe, trained.state, form=options.form),
+        )
+    return trained, written
+
+
+def no_original(recipe: Recipe, source: ModelSource) -> str:
+    """Why a base has no 16-bit weights to merge on; '' if it has."""
+    if recipe.base.prune is not None:
+        return "the base is pruned, and the source's own weights are not"
+    if recipe.base.quant == "none":
+        return "the base was not quantised in training"
+    if source.is_gguf:
+        return f"{source.name} is a GGUF file, not the 16-bit model"
+    stored = stored_kind(getattr(load_config(source), "quantization_config", None))
+    return "" if stored is None else f"{source.name} is stored in {stored} and has no 16-bit weights"
+
+
+def export_merged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    requantize: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a model as a transformers checkpoint in `dtype`; returns what was written, as JSON.
+
+    With `requantize` the layers of a base in nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
+    """
+    start = time.perf_counter()
+    plan = plan_export(model, dtype)
+    num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
+    if requantize:
+        if faults := load_faults(model, _classes(model), "--requantize"):
+            raise UserError(*faults)
+        written = _write_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
+    else:
+        written = write_checkpoint(plan, tokenizer, directory, **options)
+    return written | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_merged_layers": len(adapted_layers(model)),
+        "num_parameters": num_parameters,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _requantized(layer: Layer) -> PackedWeight:
+    """The merge of a layer in 4 bits; a layer without an adapter keeps the bytes that training used."""
+    if not isinstance(layer, AdaptedLinear):
+        return _packed(layer)
+    form = _packed(layer)
+    return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested is not None)
+
+
+def _packed(layer: Layer) -> PackedWeight:
+    packed = _base_of(layer).stored_weight
+    assert isinstance(packed, PackedWeight)
+    return packed
+
+
+def _base_of(layer: Layer) -> FrozenLinear:
+    return layer.base if isinstance(layer, AdaptedLinear) else layer
+
+
+def _classes(model: PreTrainedModel) -> dict[str, str]:
+    """Path of each quantised layer -> its class in the model's code."""
+    layers = frozen_layers(model).items()
+    return {path.removesuffix(".base"): layer.replaces for path, layer in layers if layer.kind != "dense"}
+
+
+def _write_bnb(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    packed_of: Callable[[Layer], PackedWeight],
+    dense_of: Callable[[Layer], Mapping[str, Source]] = dense_weight_sources,
+    *,
+    dtype: torch.dtype,
+    double_quant: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a bitsandbytes checkpoint: of layers with a packed base `packed_of`, of the others `dense_of`."""
+
+    def sources(layer: Layer) -> Mapping[str, Source]:
+        base = _base_of(layer)
+        if base.kind == "dense":
+            return dense_of(layer)
+        return packed_sources(base, partial(packed_of, layer), dtype, double_quant=double_quant)
+
+    plan = plan_export(model, dtype, sources)
+    first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
+    nested = double_quant and hasattr(first, "nested_code")
+    plan.config.quantization_config = quantization_config(
+        first.kind, double_quant=nested, dtype=dtype, dense=dense_layers(model)
+    )
+    facts = {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
+    return write_checkpoint(plan, tokenizer, directory, **options) | facts
+
+
+def export_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, **options: Any
+) -> dict[str, Any]:
+    """Write a model without adapters as a bitsandbytes checkpoint with the bytes that it holds, also in int8."""
+    return _write_bnb(model, tokenizer, directory, _packed, **options)
+
+
+def export_nf4_lora(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    published_as: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
+
+    lora_A is as it is stored, lora_B = g B in float32. What is not quantised is in `dtype`; default: the model's own,
+    which rounds nothing. `published_as` is the Hub id of `directory`, for the adapter's file; without it the file names
+    no base. `options` are those of `write_checkpoint`. Returns what was written, as JSON.
+    """
+    start = time.perf_counter()
+    dtype = dtype or model.dtype
+    check_foldable(model, dtype)
+    layers = adapted_layers(model)
+    gains: dict[Any, Tensor] = {
+        layer: gain.float().unsqueeze(-1) for layer in layers.values() if (gain := layer.merged_gain()) is not None
+    }
+
+    def packed_of(layer: Layer) -> PackedWeight:
+        weight = _packed(layer)
+        scales = block_scales(weight)
+        if layer in gains:  # not in place: it may be the model's
+            scales = (scales.reshape(weight.shape[0], -1) * gains[layer].reshape(-1, 1)).reshape(-1)
+        return replace(weight, absmax=scales, nested=None)
+
+    def dense_of(layer: Layer) -> Mapping[str, Source]:
+        sources = dense_weight_sources(_base_of(layer))
+        if layer not in gains:
+            return sources
+        dense, gain = sources["weight"], gains[layer].reshape(-1, 1)
+
+        def make() -> Tensor:
+            values = dense.make().float()
+            return values * gain.to(values.device)
+
+        return {"weight": Source(dense.shaped.float(), make)}
+
+    def scaled_B(layer: AdaptedLinear) -> Tensor:
+        b = layer.stored_B()
+        return b.float() * gains[layer] if layer in gains else b
+
+    how: dict[str, Any] = {"dtype": dtype, "double_quant": False, **options}
+    written = _write_bnb(model, tokenizer, directory, packed_of, dense_of, **how)
+    config = adapter_config(
+        layers,
+        all_paths(model),
+        base_name_or_path=published_as,
+        revision=None,
+        as_parameters=taken_for_experts(model, layers),
+    )
+    tensors = factor_tensors(model, scaled_B)
+    adapter = directory / ADAPTER_DIRECTORY
+    adapter.mkdir()
+    write_tensors(adapter / WEIGHTS_FILE, dict(sorted(tensors.items())))
+    (adapter / CONFIG_FILE).write_bytes(json_bytes(config | {"use_dora": False}, indent=2))
+    return written | {
+        "adapter": ADAPTER_DIRECTORY,
+        "num_folded_layers": len(gains),
+        "num_adapted_layers": len(layers),
+        "num_adapter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """UserError with the reasons why the gain cannot go into block scales without loss."""
+    layers, frozen = adapted_layers(model), frozen_layers(model)
+    kinds = {layer.kind for layer in frozen.values()} - {"dense"}
+    faults, of_transformers = [], list[str]()
+    if not layers:
+        faults.append("the run has no LoRA or DoRA adapter")
+    elif any(layer.masked for layer in layers.values()):
+        faults.append("plain LoRA cannot mask B A (adapter.mask: keep)")
+    elif not kinds & set(FOUR_BIT_KINDS):
+        faults.append(f"the base must be in nf4 or fp4 (got {', '.join(sorted(kinds)) or 'full precision'})")
+    else:
+        for path, layer in frozen.items():
+            if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
+                size = f"in_features {layer.in_features} is no multiple of the block size {layer.block_size}"
+                faults.append(f"{path.removesuffix('.base')}: {size}")
+        faults += [
+            f"{path} is a DoRA layer on a dense weight, which needs --dtype float32"
+            for path, layer in layers.items()
+            if layer.magnitude is not None and layer.base.kind == "dense" and dtype != torch.float32
+        ]
+        for path in sorted(taken_for_experts(model, layers)):
+            if layers[path].base.kind != "dense":  # PEFT can name a dense one by its weight
+                faults.append(f"PEFT takes {path} for an expert")
+        of_transformers = load_faults(model, _classes(model), "--format nf4-lora")
+    faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
+    if faults:
+        raise UserError(*faults)
+
+
+def check_loadable(recipe: Recipe, source: ModelSource) -> None:
+    """UserError with the reasons why transformers could not load the base as a bitsandbytes checkpoint."""
+    base, config = recipe.base, load_config(source)
+    if base.quant not in BNB_KINDS:
+        text = f"must be {', '.join(BNB_KINDS)} in a checkpoint of bitsandbytes, got {base.quant}"
+        raise UserError(f"base.quant: {text}. Fix: set base.cache in a recipe, which keeps such a base.")
+    if (stored := stored_kind(getattr(config, "quantization_config", None))) not in (None, MXFP4):
+        raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
+    vars(config).pop("quantization_config", None)
+    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    chosen = layers_to_quantize(model, quantization_of(base))
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in sorted(chosen)}
+    classes = {path: type(module).__name__ for path, module in modules.items()}
+    faults = load_faults(model, classes, "base.quant", "leave them dense with base.skip=[lm_head,experts]")
+    size, why = base.block_size, "bitsandbytes on a CPU misreads rows that begin inside a block"
+    crossing = [path for path, module in modules.items() if base.has_blocks and module.in_features % size]
+    if crossing:
+        faults.append(f"base.block_size: must divide the inputs of {first_few(crossing)}, got {size}: {why}.")
+    if faults:
+        raise UserError(*faults)
