@@ -24,7 +24,7 @@ from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
-from qdora.model.store import CompressedBase
+from qdora.model.store import compressed_layers
 from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import public_shapes
@@ -163,12 +163,12 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"process_bytes": peak_rss_bytes()}
     with LiveBytes() if counting else nullcontext() as live:
         compute = Compute(torch.device("cpu"), getattr(torch, recipe.model.dtype))
-        placer = None
+        compressed = None
         if recipe.base.prune is not None:
             pruned = Path(folder, "base")
             compress_base(recipe, source, compute, None, pruned, key=compression_key(recipe, source, compute, None))
-            placer = CompressedBase(pruned)
-        model = load_base(recipe, source, compute, placer=placer)
+            compressed = compressed_layers(pruned)
+        model = load_base(recipe, source, compute, compressed=compressed)
         put_adapters(model, recipe)
         if recipe.data.packing:
             loader.batching.packed = packed_layout(model)[0]

@@ -42,7 +42,7 @@ from qdora.evaluate.suite import spread as evenly
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, find_source
 from qdora.model.inject import linear_layers
-from qdora.model.store import CompressedBase
+from qdora.model.store import compressed_layers
 from qdora.plan.fit import plan
 from qdora.plan.plan import Plan, public_shapes
 from qdora.prune.grid import Grid, fitted_scales
@@ -125,7 +125,7 @@ def own_model(recipe: Recipe, source: Any, calibration: Tensor | None) -> Any:
     with tempfile.TemporaryDirectory() as name:
         recipe = override(recipe, ["base.method=gptq"])
         compress_base(recipe, source, compute, calibration, Path(name), key="none")
-        return load_base(recipe, source, compute, placer=CompressedBase(Path(name)))
+        return load_base(recipe, source, compute, compressed=compressed_layers(Path(name)))
 
 
 @bench(smoke={"cells": ("none round", "nf3 round", "nf3 gptq tasks"), "tokens": 1024, "texts": 4}, keep=True)

@@ -30,6 +30,7 @@ from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
@@ -463,6 +464,8 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
     attention = model.config._attn_implementation
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
         loaded, info = auto_class(model.config).from_pretrained(
             str(directory),
@@ -474,6 +477,9 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: transformers cannot load it: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     wrong = {key.replace("_", " "): sorted(map(str, info.get(key) or ())) for key in _KEYS}
     faults = [f"{what} on reloading: {first_few(names)}" for what, names in wrong.items() if names]
     return loaded.eval(), faults
