@@ -118,29 +118,26 @@ def placed(at: Callable[[bytes], int], number: int, size: int) -> Callable[[byte
     return change
 
 
-BROKEN, CUT = "its config cannot be used", r"does not fit: the file is damaged or cut short"
-
-
 @pytest.mark.parametrize(
-    ("damage", "fault"),
+    "damage",
     [
         # A read of so many bytes would take the memory for them before it finds that they are not there.
-        (placed(lambda file: 24, 2**64 - 1, 8), BROKEN),
-        (placed(head_entry, 2**32 - 1, 4), BROKEN),
-        (placed(head_entry, 0, 4), f"{BROKEN}|{CUT}"),
-        (placed(lambda file: head_entry(file) + 20, 99, 4), f"{BROKEN}.*99"),
-        (placed(lambda file: head_entry(file) + 4, 0, 8), CUT),
-        (placed(lambda file: head_entry(file) + 12, 2**62, 8), CUT),
-        (lambda file: file.replace(b"output.weight", b"output\xffweight"), BROKEN),
-        (lambda file: file[:-5000], rf"'output\.weight' {CUT}"),
-        (lambda file: file[:700], BROKEN),
-        (lambda file: b"hello world, this is no model" * 10, "is no GGUF file of version"),
-        (placed(lambda file: 4, 1, 4), "is no GGUF file of version"),
+        placed(lambda file: 24, 2**64 - 1, 8),
+        placed(head_entry, 2**32 - 1, 4),
+        placed(head_entry, 0, 4),
+        placed(lambda file: head_entry(file) + 20, 99, 4),
+        placed(lambda file: head_entry(file) + 4, 0, 8),
+        placed(lambda file: head_entry(file) + 12, 2**62, 8),
+        lambda file: file.replace(b"output.weight", b"output\xffweight"),
+        lambda file: file[:-5000],
+        lambda file: file[:700],
+        lambda file: b"hello world, this is no model" * 10,
+        placed(lambda file: 4, 1, 4),
     ],
 )
-def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage, fault):
+def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage):
     llama.write_bytes(damage(llama.read_bytes()))
-    with pytest.raises(UserError, match=fault) as raised:
+    with pytest.raises(UserError, match="is no GGUF file, damaged or cut short") as raised:
         load_checkpoint(llama)
     assert all(len(each) < 500 for each in raised.value.faults)
 

@@ -209,9 +209,7 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
     block and the rounding of the step, else within 0.3 of the norm (Q2_K: 0.8). An embedding may lack its last rows,
     which have no word. Returns JSON values and faults; of an unknown layout all tensors are `num_unchecked`.
     """
-    import gguf
-
-    types = {tensor.name: str(gguf.GGMLQuantizationType(tensor.type).name) for tensor in header.tensors}
+    types = {tensor.name: str(tensor.tensor_type.name) for tensor in header.tensors}
     errors = {"dense_error": 0.0, "q8_0_error": 0.0, "lossy_error": 0.0}
     num_unchecked = 0 if header.architecture in LAYOUTS else len(types)
     facts = {"types": dict(Counter(types.values())), "num_tensors": len(types), "num_unchecked": num_unchecked}

@@ -1,8 +1,5 @@
 """Reading GGUF files: the header, and tensors one at a time, dequantised to float32 in transformers' layout.
 
-The header is read here: the reader of the package `gguf` makes arrays of every word of the vocabulary, which takes
-seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-
 Names come from the tables of `gguf`, layouts from transformers' readers (llama.cpp interleaves the rows of q and k, and
 adds 1 to Gemma's norms). Of experts the file has a tensor for each of gate, up and down, (experts, out, in), or gate
 and up as one. A stack here holds gate and up together, one expert after the other.
@@ -13,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import math
-import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
 
-from qdora.errors import UserError
+from qdora.errors import UserError, named
 from qdora.files.atomic import atomic_directory, disk_reason, in_turn
 from qdora.files.machine import cache_folder, package_versions
 from qdora.model.checkpoint import StoredTensor
@@ -40,8 +35,6 @@ from qdora.model.inject import block_of
 log = logging.getLogger("qdora")
 Values = np.ndarray[Any, np.dtype[Any]]
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 # Computed by the converter from the config; transformers does not take them from a GGUF file.
 _ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -57,99 +50,69 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class GgufTensor:
-    """A tensor: `shape` in torch's order, `offset` in bytes from the start of the file, `type` by gguf's numbers."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-
-    @property
-    def byte_shape(self) -> tuple[int, ...]:
-        import gguf
-
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type)]
-        return (*self.shape[:-1], self.shape[-1] // block * block_bytes)
-
-    def stored_rows(self) -> Values:
-        """The stored bytes as (rows, bytes per row), mapped."""
-        shape = self.byte_shape
-        flat = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(math.prod(shape),))
-        # asarray: slicing a memmap costs more than dequantising a small slice.
-        return np.asarray(flat).reshape(-1, shape[-1])
-
-    def values(self) -> Values:
-        """The rows in float32, (rows, in), dequantised some at a time, since `gguf` would hold them twice."""
-        import gguf
-
-        stored, kind = self.stored_rows(), gguf.GGMLQuantizationType(self.type)
-        values = np.empty((len(stored), self.shape[-1]), dtype=np.float32)
-        for start in range(0, len(stored), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            values[part] = gguf.dequantize(stored[part], kind)
-        return values
-
-
-@dataclass(frozen=True)
 class GgufHeader:
-    """`settings` holds the scalars and strings of the metadata, without arrays."""
+    """`settings`: scalars and strings of the metadata; `tensors`: of the package `gguf`, whose shapes are reversed.
+
+    `end` is the byte where the values start.
+    """
 
     path: Path
     settings: Mapping[str, Any]
-    tensors: tuple[GgufTensor, ...]
+    tensors: Sequence[Any]
+    end: int
 
     @property
     def architecture(self) -> str:
-        return str(self.settings.get("general.architecture", ""))
+        return str(self.settings.get("general.architecture"))
+
+    def rows(self, tensor: Any) -> Values:
+        """The stored bytes or numbers as a matrix, mapped anew, so that the pages are given back."""
+        data = tensor.data
+        flat = np.memmap(self.path, data.dtype, "r", tensor.data_offset, data.shape)
+        # asarray: slicing a memmap costs more than dequantising a small slice.
+        return np.asarray(flat).reshape(-1, data.shape[-1])
+
+    def values(self, tensor: Any) -> Values:
+        """Float32 in torch's shape, dequantised some rows at a time, since `gguf` would hold them twice."""
+        import gguf
+
+        stored = self.rows(tensor)
+        values = np.empty((len(stored), tensor.shape[0]), dtype=np.float32)
+        for start in range(0, len(stored), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            values[part] = gguf.dequantize(stored[part], tensor.tensor_type)
+        return values.reshape(shape_of(tensor))
 
 
-class _Cursor:
-    def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.at = content, 0
-
-    def take(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{form}", self.content, self.at)
-        self.at += struct.calcsize(f"<{form}")
-        return values
-
-    def string(self) -> str:
-        (length,) = self.take("Q")
-        self.at += length
-        return self.content[self.at - length : self.at].decode("utf-8")
-
-    def skip_array(self) -> None:
-        kind, length = self.take("IQ")
-        if kind != _STRING:
-            self.at += length * struct.calcsize(_SCALARS[kind])
-            return
-        for _ in range(length):
-            (size,) = self.take("Q")  # first: it moves `at`, too
-            self.at += size
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """In torch's order."""
+    return tuple(map(int, reversed(tensor.shape)))
 
 
 def read_header(path: Path) -> GgufHeader:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        cursor = _Cursor(content)
-        magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise UserError(f"model.source: {path}: is no GGUF file of version 2 or 3.")
-        settings: dict[str, Any] = {}
-        for _ in range(num_settings):
-            key, (kind,) = cursor.string(), cursor.take("I")
-            if kind == _ARRAY:
-                cursor.skip_array()
+    import gguf
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get_field_parts(self, start: int, kind: int) -> Any:
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(start, kind)
+            # Skipped: arrays of every word of the vocabulary would take seconds.
+            (item, length), end = struct.unpack_from("<IQ", self.data, start), start + 12
+            if item == gguf.GGUFValueType.STRING:
+                for _ in range(length):
+                    end += 8 + struct.unpack_from("<Q", self.data, end)[0]
             else:
-                settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
-        entries = []
-        for _ in range(num_tensors):
-            name, (num_dims,) = cursor.string(), cursor.take("I")
-            entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
-        alignment = settings.get("general.alignment", 32)
-        data = -(-cursor.at // alignment) * alignment
-    tensors = tuple(GgufTensor(path, name, shape, kind, data + offset) for name, shape, kind, offset in entries)
-    return GgufHeader(path, settings, tensors)
+                end += length * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(item)]).itemsize
+            return end - start, [], [], []
+
+    try:
+        reader = Reader(path)
+        if not all(tensor.n_elements > 0 for tensor in reader.tensors):
+            raise ValueError("a tensor is empty")
+    except Exception as error:  # a file may hold anything
+        raise UserError(f"model.source: {path}: is no GGUF file, damaged or cut short ({named(error)}).") from error
+    settings = {name: field.contents() for name, field in reader.fields.items() if field.types}
+    return GgufHeader(path, settings, reader.tensors, int(reader.data_offset))
 
 
 def require_gguf() -> None:
@@ -158,20 +121,11 @@ def require_gguf() -> None:
 
 
 def check_gguf(header: GgufHeader) -> None:
-    """Check that all tensors are in the file: broken downloads are common."""
-    import gguf
-
-    path, architecture = header.path, header.architecture
-    where = f"model.source: {path}:"
+    where, architecture = f"model.source: {header.path}:", header.architecture
     if architecture not in {*LAYOUTS, *GGUF_SUPPORTED_ARCHITECTURES}:
         raise UserError(f"{where} the layout of {architecture!r} in GGUF files is not known.")
     if (architecture, header.settings.get(f"{architecture}.block_count")) in _SCALE_NOT_STORED:
         raise UserError(f"{where} the attention scale of this {architecture} is not in GGUF files.")
-    for tensor in header.tensors:
-        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
-        fits = min(tensor.shape, default=0) > 0 and tensor.shape[-1] % block == 0
-        if not fits or tensor.offset + math.prod(tensor.byte_shape) > path.stat().st_size:
-            raise UserError(f"{where} tensor '{tensor.name}' does not fit: the file is damaged or cut short.")
 
 
 def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
@@ -179,14 +133,11 @@ def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
 
     transformers takes any stored head for an untied one, which would drift away from the embedding in training.
     """
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
-    if head is None or embedding is None or head.type != embedding.type or head.shape != embedding.shape:
-        return
-    first, second = head.stored_rows(), embedding.stored_rows()
-    rows = range(0, first.shape[0], _ROWS_AT_ONCE)
-    if all(np.array_equal(first[r : r + _ROWS_AT_ONCE], second[r : r + _ROWS_AT_ONCE]) for r in rows):
-        config.tie_word_embeddings = True
+    pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
+    if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
+        first, second = (header.rows(tensor) for tensor in pair)
+        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(first), _ROWS_AT_ONCE)]
+        config.tie_word_embeddings = all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
@@ -213,26 +164,25 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
         each = (stack.num_experts, stack.expert_features // len(keys), stack.in_features)
         if not held:
             continue
-        if [tensor.shape for tensor in held] != [each] * len(keys):
+        if [shape_of(tensor) for tensor in held] != [each] * len(keys):
             raise UserError(f"model.source: {', '.join(keys)}: must have {list(each)} each.")
         name = f"{path}.weight"
-        stored[name] = StoredTensor(held[0].name, shapes[name], partial(_read_experts, held))
+        stored[name] = StoredTensor(held[0].name, shapes[name], partial(_read_experts, header, held))
     for key, tensor in tensors.items():
         if key not in names:
             raise UserError(f"model.source: the file's tensor '{key}' has no place in the model.")
         shape = shapes[names[key]]
-        shape = (*tensor.shape[:1], *shape[1:]) if key == _EMBEDDING else shape
-        stored[names[key]] = StoredTensor(key, shape, partial(_read_tensor, tensor, processor, shape))
+        shape = (len(tensor.data), *shape[1:]) if key == _EMBEDDING else shape
+        stored[names[key]] = StoredTensor(key, shape, partial(_read_tensor, header, tensor, processor, shape))
     return stored
 
 
-def _read_experts(held: Sequence[GgufTensor]) -> Tensor:
-    parts = [torch.from_numpy(each.values()).view(each.shape) for each in held]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+def _read_experts(header: GgufHeader, held: Sequence[Any]) -> Tensor:
+    return torch.cat([torch.from_numpy(header.values(each)) for each in held], dim=1).flatten(0, 1)
 
 
-def _read_tensor(tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
-    values = processor.process(weights=tensor.values().reshape(tensor.shape), name=tensor.name).weights
+def _read_tensor(header: GgufHeader, tensor: Any, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
+    values = processor.process(weights=header.values(tensor), name=tensor.name).weights
     # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:
@@ -287,7 +237,7 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
         given = {name: value for name, value in config.to_dict().items() if name in alike}
         given |= {"num_local_experts": num_experts, "num_experts_per_tok": num_chosen}
         config = MixtralConfig(**given | {"architectures": ["MixtralForCausalLM"]})
-    widths = {tensor.name.rpartition(".ffn_")[2]: tensor.shape[-1] for tensor in header.tensors}
+    widths = {tensor.name.rpartition(".ffn_")[2]: int(tensor.shape[0]) for tensor in header.tensors}
     of_experts = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
     for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
         if f"{part}.weight" in widths and hasattr(config, name):
@@ -308,9 +258,8 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     """
     path = header.path
     # The header, and the versions that read it.
-    start = min((tensor.offset for tensor in header.tensors), default=path.stat().st_size)
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(start))
+        digest = hashlib.sha256(file.read(header.end))
     digest.update(repr(package_versions(("transformers", "tokenizers", "gguf"))).encode())
     folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
     if not folder.is_dir():
