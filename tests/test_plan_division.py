@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.memory import stream as offload
-from qdora.memory.stream import HostResidency, PinnedPages, pages_bytes
+from qdora.memory.stream import HostResidency
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
@@ -252,24 +251,12 @@ def test_a_counted_run_saves_what_the_plan_says(tmp_path):
     assert peaks[0] - peaks[1] == sizes.codes + sizes.scales - 2 * sizes.block_bytes - 4 * 7 * 1024
 
 
-def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch):
+def test_checkpoints_on_the_host_leave_three_on_the_device():
     keeps = [Moment("forward", block, {parts.CHECKPOINTS: (block + 1) * 3000, parts.BASE: 7}) for block in range(5)]
     found, host = with_offloaded([*keeps, Moment("update", None, {parts.BASE: 7})], 5)
     assert [moment.by_component.get(parts.CHECKPOINTS, 0) for moment in found] == [3000, 6000, 9000, 9000, 9000, 0]
     assert all(moment.by_component[parts.BASE] == 7 for moment in found)
-    assert host == 16 << 20  # 4 pages of 2 MiB, which are taken 8 at a time
-    for num_bytes, count in ((3000, 4), (16 << 20, 31), (17_203_200, 31), ((16 << 20) + 1, 3), (1, 0)):
-        taken: list[int] = []
-
-        def pinned(size: int, taken: list[int] = taken) -> torch.Tensor:
-            taken.append(size)
-            return torch.empty(size, dtype=torch.uint8, device="meta")
-
-        monkeypatch.setattr(offload, "_pinned", pinned)
-        pages = PinnedPages()
-        for _ in range(count):
-            pages.take(num_bytes)
-        assert pages_bytes(num_bytes, count) == sum(taken)
+    assert host == 4 * 3000
 
 
 @pytest.mark.parametrize("others", [0, 10**9])

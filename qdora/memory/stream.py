@@ -10,11 +10,10 @@ backward pass of the block behind it; the device holds the last two or three.
 
 from __future__ import annotations
 
-import math
 import mmap
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,107 +28,16 @@ from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.adapter.norms import refresh
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored, StoredPacked
+from qdora.model.checkpoint import Stored, StoredTensor
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 NUM_SLOTS = 2  # one is read while the other is filled
 
 
-class Ring:
-    """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
-
-    The graph of a checkpoint's first forward pass keeps the address of each weight, where the backward pass reads.
-    """
-
-    def __init__(self, num_blocks: int, engine: SlotCopies) -> None:
-        self.num_blocks, self.engine = num_blocks, engine
-        self._slots: list[int | None] = [None] * NUM_SLOTS
-        self._current: int | None = None
-        self._step = 1
-
-    def use(self, block: int, *, turns_back: bool) -> None:
-        """Bring a block before its use, and begin to bring the next one over the block used until now.
-
-        `turns_back`: a backward pass follows the last block, not the next forward pass.
-        """
-        if block == self._current:
-            return
-        if self._current is not None:
-            if abs(block - self._current) == 1:
-                self._step = block - self._current
-            self.engine.release(self.slot_of(self._current))
-        self._current = block
-        self._bring(block)
-        self.engine.wait(self.slot_of(block))
-        following = block + self._step
-        if following == self.num_blocks:
-            following = block - 1 if turns_back else 0
-        elif following < 0:
-            following = block + 1
-        if 0 <= following < self.num_blocks and self.slot_of(following) != self.slot_of(block):
-            self._bring(following)
-
-    def slot_of(self, block: int) -> int:
-        return block % NUM_SLOTS
-
-    def _bring(self, block: int) -> None:
-        slot = self.slot_of(block)
-        previous, self._slots[slot] = self._slots[slot], block
-        if previous != block:
-            self.engine.start(block, slot, previous)
-
-
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
     """The streamed blocks, spread evenly, so that copies hide behind all blocks' work."""
     return [(2 * index + 1) * num_blocks // (2 * num_streamed) for index in range(num_streamed)]
-
-
-class Turns:
-    """The streamed blocks of a causal LM, numbered by their turn; `residency` of the layers in them."""
-
-    def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
-        found = block_list(model)
-        if found is None:
-            raise UserError(f"base.residency: must be device, since {model.config.model_type} has no list of blocks.")
-        self._path, blocks = found
-        self._blocks = list(blocks)
-        count = len(blocks) if num_streamed is None else num_streamed
-        if count > len(blocks):
-            raise UserError(f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}.")
-        self._turns = {block: turn for turn, block in enumerate(interleaved(len(blocks), count))}
-        self._turn_of: dict[FrozenLinear, int] = {}
-        self._ring: Ring | None = None
-
-    def __len__(self) -> int:
-        return len(self._turns)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return [self._blocks[block] for block in self._turns]
-
-    def of(self, name: str) -> int | None:
-        """The turn of the block of a weight or layer; None if it is not streamed."""
-        index = name.removeprefix(f"{self._path}.").partition(".")[0]
-        inside = name.startswith(f"{self._path}.") and index.isdecimal()
-        return self._turns.get(int(index)) if inside else None
-
-    def add(self, layer: FrozenLinear, turn: int) -> None:
-        layer.residency = self
-        self._turn_of[layer] = turn
-
-    def start(self, engine: SlotCopies) -> None:
-        self._ring = Ring(len(self), engine)
-        for turn, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(partial(_enter, self._ring, turn))
-
-    def use(self, layer: FrozenLinear) -> None:
-        assert self._ring is not None
-        self._ring.use(self._turn_of[layer], turns_back=False)
-
-
-def _enter(ring: Ring, turn: int, _block: nn.Module, _args: Any) -> None:
-    ring.use(turn, turns_back=torch.is_grad_enabled())
 
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
@@ -184,6 +92,32 @@ class Piece:
             found[name] = memory[start : start + size].view(dtype).view(shape)
         return found
 
+    def read_from(self, memory: Tensor) -> None:
+        """Let the layers read `memory`."""
+        with torch.inference_mode(False):  # whose tensors a training step could not use
+            for path, layer in self.layers.items():
+                layer._buffers.update(self.tensors(memory, path))
+
+
+class Turns:
+    """The streamed blocks of a causal LM, and their pieces."""
+
+    def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
+        found = block_list(model)
+        if found is None:
+            raise UserError(f"base.residency: must be device, since {model.config.model_type} has no list of blocks.")
+        path, blocks = found
+        count = len(blocks) if num_streamed is None else num_streamed
+        if count > len(blocks):
+            raise UserError(f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}.")
+        chosen = interleaved(len(blocks), count)
+        self.blocks = [blocks[block] for block in chosen]
+        self.pieces = {f"{path}.{block}": Piece() for block in chosen}
+
+    def piece_of(self, name: str) -> Piece | None:
+        """The piece of the block of a weight or layer; None if it is not streamed."""
+        return next((piece for path, piece in self.pieces.items() if name.startswith(f"{path}.")), None)
+
 
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
@@ -207,77 +141,93 @@ class HostResidency:
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
-        model, device = load.model, load.device
-        turns = Turns(model, self.num_streamed)
-        pieces = [Piece() for _ in range(len(turns))]
+        turns = Turns(load.model, self.num_streamed)
         for name, item in load.stored.items():
-            path, turn = name.removesuffix(".weight"), turns.of(name)
-            if turn is None:
-                continue
-            if load.quantizes(name, item):
-                kind, block_size, double_quant = load.wanted.kind, load.wanted.block_size, load.wanted.double_quant
-            elif isinstance(item, StoredPacked):
-                kind, block_size, double_quant = item.kind, item.block_size, item.double_quant
-            else:
-                continue
-            shape = (item.shape[0], item.shape[1])
-            pieces[turn].add(path, empty_packed(kind, shape, block_size, double_quant, "meta"))
-        _pin(pieces, device, self._free_bytes())
+            piece, form = turns.piece_of(name), load.wanted if load.quantizes(name, item) else item
+            if piece is not None and not isinstance(form, StoredTensor):
+                shape = (item.shape[0], item.shape[1])
+                packed = empty_packed(form.kind, shape, form.block_size, form.double_quant, "meta")
+                piece.add(name.removesuffix(".weight"), packed)
+        pieces = list(turns.pieces.values())
+        _pin(pieces, load.device, self._free_bytes())
 
         def place_in_turn(load: Loading, name: str, item: Stored) -> None:
-            path, turn = name.removesuffix(".weight"), turns.of(name)
-            if turn is None or path not in pieces[turn].layout:
+            path, piece = name.removesuffix(".weight"), turns.piece_of(name)
+            if piece is None or path not in piece.layout:
                 place(load, name, item)
                 return
-            value, held = load.read(name, item), pieces[turn].tensors(pieces[turn].host, path)
+            value, held = load.read(name, item), piece.tensors(piece.host, path)
             assert isinstance(value, PackedWeight)
             for part, tensor in value.tensors().items():
                 held[part].copy_(tensor)
-            layer = place_frozen(model, path, from_tensors(value.kind, value.shape, value.block_size, held))
-            pieces[turn].layers[path] = layer
-            turns.add(layer, turn)
+            weight = from_tensors(value.kind, value.shape, value.block_size, held)
+            piece.layers[path] = place_frozen(load.model, path, weight)
 
         place_all(load, place_in_turn)
-        most = max((piece.num_bytes for piece in pieces), default=0)
-        slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        size = max(piece.num_bytes for piece in pieces)
+        slots = [torch.empty(size, dtype=torch.uint8, device=load.device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
-        turns.start(SlotCopies(pieces, slots, self._make_copies(device, slots)))
-        for block in turns.blocks:
-            block.register_forward_pre_hook(_before_block)
+        ring = Ring(pieces, slots, self._make_copies(load.device, slots))
+        for turn, block in enumerate(turns.blocks):
+            block.register_forward_pre_hook(partial(_before_block, ring, turn))
 
 
-class SlotCopies:
-    """The engine: the layers of a block read its slot, until another block takes the slot."""
+class Ring:
+    """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
+
+    The graph of a checkpoint's first forward pass keeps the address of each weight, where the backward pass reads. It
+    is the `residency` of the blocks' layers, which read the slot of their block until another one takes it.
+    """
 
     def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: CudaCopies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
-        self.wait, self.release = copies.wait, copies.release
+        self._turn_of = {layer: turn for turn, piece in enumerate(pieces) for layer in piece.layers.values()}
+        for layer in self._turn_of:
+            layer.residency = self
+        self._held: list[int | None] = [None] * NUM_SLOTS
+        self._current: int | None = None
+        self._step = 1
 
-    def start(self, block: int, slot: int, previous: int | None) -> None:
+    def use(self, layer: FrozenLinear) -> None:
+        self.enter(self._turn_of[layer], turns_back=False)
+
+    def enter(self, block: int, *, turns_back: bool) -> None:
+        """Bring a block before its use, and begin to bring the next one over the block used until now.
+
+        `turns_back`: a backward pass follows the last block, not the next forward pass.
+        """
+        if block == self._current:
+            return
+        if self._current is not None:
+            if abs(block - self._current) == 1:
+                self._step = block - self._current
+            self.copies.release(self._current % NUM_SLOTS)
+        self._current = block
+        self._bring(block)
+        self.copies.wait(block % NUM_SLOTS)
+        following, last = block + self._step, len(self.pieces) - 1
+        if following > last:
+            following = block - 1 if turns_back else 0
+        elif following < 0:
+            following = min(1, last)
+        if following >= 0 and (following - block) % NUM_SLOTS:
+            self._bring(following)
+
+    def _bring(self, block: int) -> None:
+        slot, piece = block % NUM_SLOTS, self.pieces[block]
+        previous, self._held[slot] = self._held[slot], block
+        if previous == block:
+            return
         if previous is not None:
-            self._read_from(self.pieces[previous], self.pieces[previous].host)
-        piece = self.pieces[block]
+            self.pieces[previous].read_from(self.pieces[previous].host)
         self.copies.begin(piece.host, self.slots[slot][: piece.num_bytes], slot)
-        self._read_from(piece, self.slots[slot])
-
-    def _read_from(self, piece: Piece, memory: Tensor) -> None:
-        # Outside of inference mode, whose tensors a training step could not use.
-        with torch.inference_mode(False):
-            for path, layer in piece.layers.items():
-                layer._buffers.update(piece.tensors(memory, path))
+        piece.read_from(self.slots[slot])
 
 
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
     """Give every block its piece of host memory."""
     sizes = [piece.num_bytes for piece in pieces]
-    short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, and"
-    if free < sum(sizes):
-        raise UserError(f"{short} {free / 2**30:.1f} GiB are free. Fix: lower base.streamed_blocks.")
-    try:
-        memory = page_locked(sum(sizes), device)
-    except (RuntimeError, OSError) as error:
-        refused = f"the system refuses them ({first_line(error)})"
-        raise UserError(f"{short} {refused}. Fix: lower base.streamed_blocks.") from error
+    memory = page_locked(sum(sizes), device, free, "base.streamed_blocks")
     for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
         piece.host = host
 
@@ -294,26 +244,33 @@ class _PageLocked(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
-def page_locked(num_bytes: int, device: torch.device) -> Tensor:
+def page_locked(num_bytes: int, device: torch.device, free: int, setting: str) -> Tensor:
     """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
 
-    torch would round its pinned memory up to a power of two, and keep what is freed.
+    torch would round its pinned memory up to a power of two, and keep what is freed. `setting` asks for the memory.
     """
-    memory = _PageLocked(-1, num_bytes, mmap.MAP_PRIVATE)
-    locked = torch.frombuffer(memory, dtype=torch.uint8)
-    if device.type != "cpu":
-        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        answer = cuda.cudaHostRegister(locked.data_ptr(), num_bytes, 0)
-        if int(answer) != 0:
-            with suppress(RuntimeError):
-                torch.ones(1, device=device)  # CUDA reports the refusal again, to the next kernel
-        torch.cuda.check_error(answer)
-        memory.address = locked.data_ptr()
+    needed = f"{setting}: {num_bytes / 2**30:.2f} GiB of pinned host memory are needed"
+    if free < num_bytes:  # beyond its limit, a container's process would be ended by SIGKILL
+        raise RunFailure(f"{needed}, and {free / 2**30:.2f} GiB are free.")
+    try:
+        memory = _PageLocked(-1, num_bytes, mmap.MAP_PRIVATE)
+        locked = torch.frombuffer(memory, dtype=torch.uint8)
+        if device.type != "cpu":
+            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            answer = cuda.cudaHostRegister(locked.data_ptr(), num_bytes, 0)
+            if int(answer) != 0:
+                with suppress(RuntimeError):
+                    torch.ones(1, device=device)  # CUDA reports the refusal again, to the next kernel
+            torch.cuda.check_error(answer)
+            memory.address = locked.data_ptr()
+    except (RuntimeError, OSError) as error:
+        raise RunFailure(f"{needed}, which the system refuses ({first_line(error)}).") from error
     return locked
 
 
-def _before_block(block: nn.Module, _args: Any) -> None:
-    """Compute the block's norms at once, and refuse a backward pass that could read another block."""
+def _before_block(ring: Ring, turn: int, block: nn.Module, _args: Any) -> None:
+    """Bring the block, compute its norms at once, and refuse a backward pass that could read another block."""
+    ring.enter(turn, turns_back=torch.is_grad_enabled())
     recomputed = block.training and getattr(block, "gradient_checkpointing", False)
     if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
         raise RunFailure("base.residency: host: gradients without checkpointing would use another block's weights.")
@@ -321,59 +278,11 @@ def _before_block(block: nn.Module, _args: Any) -> None:
 
 
 _LEAST_BYTES = 1 << 16  # smaller inputs are masks and positions
-_PAGE_BYTES = 1 << 21  # 80 microseconds of copying; a block's input takes 16 MiB at 2,048 tokens of width 4,096
-_PAGES_AT_ONCE = 8
 _MOST_LEAVING = 2  # tensors that are being copied out: copies have as long as two blocks compute
 
 
-class PinnedPages:
-    """Pinned host memory in pages of one size, which serve tensors of any shape.
-
-    A pool per shape would hold the need of every length of micro-batch at once.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, num_bytes: int) -> list[Tensor]:
-        """Pages (_PAGE_BYTES,) uint8 that hold `num_bytes` together."""
-        count = math.ceil(num_bytes / _PAGE_BYTES)
-        while len(self._free) < count:
-            self._free += torch.split(_pinned(_PAGE_BYTES * _PAGES_AT_ONCE), _PAGE_BYTES)
-        pages = self._free[-count:]
-        del self._free[-count:]
-        return pages
-
-    def give(self, pages: list[Tensor]) -> None:
-        self._free += pages
-
-
-def pages_bytes(num_bytes: int, count: int) -> int:
-    """Pinned memory that `PinnedPages` takes for `count` tensors of `num_bytes` at once."""
-    pages = count * math.ceil(num_bytes / _PAGE_BYTES)
-    return math.ceil(pages / _PAGES_AT_ONCE) * _PAGES_AT_ONCE * _PAGE_BYTES
-
-
-def _pinned(num_bytes: int) -> Tensor:
-    reason = "too little is free"  # beyond its limit, a container's process would be ended by SIGKILL
-    if available_memory_bytes() >= num_bytes:
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            reason = first_line(error)
-    size = num_bytes / 2**20
-    raise RunFailure(f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason}).")
-
-
-def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
-    """Begin to copy; a page may be longer than the last piece."""
-    for into, out_of in zip(target, source, strict=True):
-        size = min(into.numel(), out_of.numel())
-        into[:size].copy_(out_of[:size], non_blocking=True)
-
-
 class CudaHost:
-    """Pinned pages for tensors of `device`, and a stream on which tensors go out and come back in call order.
+    """Pinned memory for tensors of `device`, and a stream on which tensors go out and come back in call order.
 
     The stream that computes waits for a copy before it gives away memory that the copy uses. With `record_stream` a
     host that runs ahead would take new memory for each block.
@@ -382,7 +291,7 @@ class CudaHost:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pages = PinnedPages()
+        self.free: list[Tensor] = []  # (bytes,) uint8 each; they grow to the largest tensor, whatever its shape
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # being copied out, and the ends of the copies
 
     @property
@@ -391,16 +300,19 @@ class CudaHost:
 
     def __call__(self, tensor: Tensor) -> Away:
         """Begin to copy a tensor out."""
-        flat = tensor.reshape(-1)  # a copy if it is not contiguous
-        pages = self.pages.take(flat.nbytes)
+        tensor = tensor.contiguous()
+        memory = self.free.pop() if self.free else torch.empty(0, dtype=torch.uint8)
+        if memory.nbytes < tensor.nbytes:
+            memory = page_locked(tensor.nbytes, self.device, available_memory_bytes(), "memory.offload_activations")
+        away = Away(self, memory, memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
         self.stream.wait_stream(self.computing)
         left = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.stream):
-            _copy(pages, torch.split(flat.view(torch.uint8), _PAGE_BYTES))
+            away.there.copy_(tensor, non_blocking=True)
             left.record(self.stream)
-        self.leaving.append((flat, left))
+        self.leaving.append((tensor, left))
         self.let_go(_MOST_LEAVING)
-        return Away(self, pages, tensor.shape, tensor.dtype)
+        return away
 
     def let_go(self, most: int) -> None:
         """Free the memory of all but the last tensors that are being copied out."""
@@ -411,38 +323,34 @@ class CudaHost:
 class Away:
     """A tensor on the host, or on its way there or back."""
 
-    def __init__(self, host: CudaHost, pages: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
-        self.host, self.pages, self.shape, self.dtype = host, pages, shape, dtype
+    def __init__(self, host: CudaHost, memory: Tensor, there: Tensor) -> None:
+        self.host, self.memory, self.there = host, memory, there
         self.back: Tensor | None = None
         self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def fetch(self) -> None:
+    def fetch(self) -> Tensor:
         if self.back is None:
-            self.back = torch.empty(self.shape, dtype=self.dtype, device=self.host.device)
+            self.back = torch.empty_like(self.there, device=self.host.device)
             self.host.stream.wait_stream(self.host.computing)  # it may still use what was in this memory
             with torch.cuda.stream(self.host.stream):
-                _copy(torch.split(self.back.view(-1).view(torch.uint8), _PAGE_BYTES), self.pages)
+                self.back.copy_(self.there, non_blocking=True)
                 self.arrived.record(self.host.stream)
+        return self.back
 
     def take(self) -> Tensor:
         """The tensor on the device, for later work; only once."""
-        self.fetch()
-        back = self.back
-        assert back is not None
-        self._end()
+        back, self.back = self.fetch(), None
+        self._wait()
         return back
 
-    def _end(self) -> None:
-        if self.back is not None:
-            self.host.computing.wait_event(self.arrived)
-            self.host.let_go(0)
-            self.back = None
-        self.host.pages.give(self.pages)  # the next tensor is copied into them on the same stream, behind this one
-        self.pages = []
+    def _wait(self) -> None:
+        self.host.computing.wait_event(self.arrived)
+        self.host.let_go(0)
 
     def __del__(self) -> None:
-        if self.pages:  # a pass that was broken off takes nothing back
-            self._end()
+        if self.back is not None:  # of a pass that was broken off
+            self._wait()
+        self.host.free.append(self.memory)  # the next copy into it is on the same stream, behind this one
 
 
 class ActivationOffload:
@@ -463,7 +371,7 @@ class ActivationOffload:
         def out(tensor: Tensor) -> Tensor | list[Away]:
             if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
                 return tensor
-            self._sent.pop(block, None)  # gives its pages back if its pass was broken off
+            self._sent.pop(block, None)  # gives its memory back if its pass was broken off
             sent = self._sent[block] = [self._send(tensor.detach())]
             return sent
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qdora.adapter.rows import divided_tensors, is_cut_by_rows
-from qdora.memory.stream import NUM_SLOTS, Piece, Turns, pages_bytes
+from qdora.memory.stream import NUM_SLOTS, Turns
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize, quantization_of
@@ -403,19 +403,17 @@ class StreamedBlocks:
 
 def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: int | None) -> StreamedBlocks:
     """Sizes of streamed blocks (None: all) of a model on the meta device, whose layers are not yet replaced."""
-    turns = Turns(model, num_streamed)
-    pieces = [Piece() for _ in range(len(turns))]
-    codes = scales = 0
+    turns, codes, scales = Turns(model, num_streamed), 0, 0
     for path in layers_to_quantize(model, wanted):
-        turn = turns.of(path)
-        if turn is not None:
+        piece = turns.piece_of(path)
+        if piece is not None:
             rows, columns = model.get_submodule(path).weight.shape
             packed = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
-            pieces[turn].add(path, packed)
+            piece.add(path, packed)
             codes += packed.packed.nbytes
             scales += packed.num_bytes - packed.packed.nbytes
-    sizes = [piece.num_bytes for piece in pieces]
-    return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), sum(sizes))
+    sizes = [piece.num_bytes for piece in turns.pieces.values()]
+    return StreamedBlocks(len(sizes), codes, scales, max(sizes), sum(sizes))
 
 
 def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
@@ -432,7 +430,7 @@ def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Mom
     sizes = [moment.by_component.get(CHECKPOINTS, 0) for moment in moments]
     single = max(sizes, default=0) // max(num_blocks, 1)
     here = [moment.changed({CHECKPOINTS: min(size, 3 * single)}) for moment, size in zip(moments, sizes, strict=True)]
-    return here, pages_bytes(single, max(num_blocks - 1, 0))
+    return here, single * max(num_blocks - 1, 0)
 
 
 @dataclass(frozen=True)
