@@ -44,7 +44,6 @@ from qdora.model.build_model import find_source
 from qdora.model.checkpoint import load_faults, quantization_config, stored_kind, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
-from qdora.model.multimodal import all_paths
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
 from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
@@ -234,18 +233,12 @@ def export_nf4_lora(
 
     how: dict[str, Any] = {"dtype": dtype, "double_quant": False, **options}
     written = _write_bnb(model, tokenizer, directory, packed_of, dense_of, **how)
-    config = adapter_config(
-        layers,
-        all_paths(model),
-        base_name_or_path=published_as,
-        revision=None,
-        as_parameters=taken_for_experts(model, layers),
-    )
+    config = adapter_config(model, published_as, None, use_dora=False)
     tensors = factor_tensors(model, scaled_B)
     adapter = directory / ADAPTER_DIRECTORY
     adapter.mkdir()
     write_tensors(adapter / WEIGHTS_FILE, dict(sorted(tensors.items())))
-    (adapter / CONFIG_FILE).write_bytes(json_bytes(config | {"use_dora": False}, indent=2))
+    (adapter / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
     return written | {
         "adapter": ADAPTER_DIRECTORY,
         "num_folded_layers": len(gains),

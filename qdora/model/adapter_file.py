@@ -15,8 +15,9 @@ published checkpoints have such a projection, so other layers of that name are l
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import mode
@@ -133,30 +134,28 @@ def describe_adapter(directory: Path) -> AdapterDescription:
 
 
 def adapter_config(
-    layers: Mapping[str, AdaptedLinear],
-    all_paths: Collection[str],
-    *,
-    base_name_or_path: str | None,
-    revision: str | None,
-    as_parameters: Collection[str] = (),
+    model: nn.Module, base_name_or_path: str | None, revision: str | None, *, use_dora: bool
 ) -> dict[str, Any]:
     """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
-    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. Linear
-    layers in `as_parameters` are named by their weights, as stacks are. `all_paths`: of all modules of the model.
+    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. LoRA on a
+    linear layer that PEFT would take for an expert is named by its weight, as stacks are.
     """
+    layers = adapted_layers(model)
     first = next(iter(layers.values()))
-    names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}
+    by_weight = set() if use_dora else taken_for_experts(model, layers)
+    names = {path: f"{path}.weight" if path in by_weight else path for path in layers}
     parameters = [
-        names[path] for path, layer in layers.items() if isinstance(layer, AdaptedExperts) or path in as_parameters
+        names[path] for path, layer in layers.items() if path in by_weight or isinstance(layer, AdaptedExperts)
     ]
     ranks = {names[path]: layer.rank for path, layer in layers.items()}
-    alphas = {names[path]: float(layer.alpha) for path, layer in layers.items()}
-    alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
+    alphas = {
+        names[path]: int(layer.alpha) if layer.alpha.is_integer() else layer.alpha for path, layer in layers.items()
+    }
     rank, alpha = mode(ranks.values()), mode(alphas.values())
-    targets = {path for path in layers if names[path] not in parameters}
+    targets = {path for path, name in names.items() if name not in parameters}
     last_parts = {path.rpartition(".")[2] for path in targets}
-    if {path for path in all_paths if path.rpartition(".")[2] in last_parts} <= targets:
+    if {path for path in all_paths(model) if path.rpartition(".")[2] in last_parts} <= targets:
         targets = last_parts
     return {
         "peft_type": MASKED if first.masked else "LORA",
@@ -167,7 +166,7 @@ def adapter_config(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT refuses any other with parameters
-        "use_dora": first.kind == "dora",
+        "use_dora": use_dora,
         "use_rslora": first.rank_stabilized,
         "target_modules": sorted(targets),
         "rank_pattern": _pattern(ranks, rank),
@@ -216,23 +215,18 @@ def save_adapter(
     if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
         raise UserError(f"{directory}: is not empty and holds no adapter.")
     matrices = trained_matrices(model)
-    whole = [path for path, matrix in matrices.items() if matrix.ids is None]
-    config = adapter_config(
-        layers,
-        all_paths(model),
-        base_name_or_path=base_name_or_path,
-        revision=revision,
-        as_parameters=() if next(iter(layers.values())).kind == "dora" else taken_for_experts(model, layers),
-    )
+    whole = sorted(path for path, matrix in matrices.items() if matrix.ids is None)
+    rows = {path: list(matrix.ids) for path, matrix in matrices.items() if matrix.ids is not None}
+    kind = next(iter(layers.values())).kind
+    config = adapter_config(model, base_name_or_path, revision, use_dora=kind == "dora")
     if whole:
-        config |= {"modules_to_save": sorted(whole)} | ({"ensure_weight_tying": True} if is_tied(model) else {})
-    if len(whole) < len(matrices):
-        rows = {path: list(matrix.ids) for path, matrix in matrices.items() if matrix.ids is not None}
+        config |= {"modules_to_save": whole} | ({"ensure_weight_tying": True} if is_tied(model) else {})
+    if rows:
         config["trainable_token_indices"] = rows
     record = {
         "format": 1,
         "qdora_version": __version__,
-        "kind": "dora" if config["use_dora"] else "lora",
+        "kind": kind,
         "formula": _FORMULA,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
@@ -319,16 +313,14 @@ def read_adapter(
         for path, module in linear.items():
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             (a, b, m), rank = _names(names[path]), described.rank_of(path)
-            num_experts, out, swapped = 1, [module.out_features], False
-            if isinstance(module, BareExperts):
-                num_experts, out = module.num_experts, [module.num_experts, module.expert_features]
-                swapped = peft_swaps(model, path)
-            rows, columns = (module.in_features, out[-1]) if swapped else (out[-1], module.in_features)
-            lora_A, lora_B = take(a, num_experts * rank, columns), take(b, rows, rank * num_experts)
-            if isinstance(module, BareExperts):
-                lora_A, lora_B = _from_peft(lora_A, lora_B, num_experts, swapped=swapped)
-            magnitude = take(m, *out) if described.kind == "dora" else None
-            layers[path] = lora_A, lora_B, magnitude
+            experts = [module.num_experts] if isinstance(module, BareExperts) else []
+            out, num_ranks = module.out_features // math.prod(experts), rank * math.prod(experts)
+            swapped = bool(experts) and peft_swaps(model, path)
+            rows, columns = (module.in_features, out) if swapped else (out, module.in_features)
+            lora_A, lora_B = take(a, num_ranks, columns), take(b, rows, num_ranks)
+            if experts:
+                lora_A, lora_B = _from_peft(lora_A, lora_B, *experts, swapped=swapped)
+            layers[path] = lora_A, lora_B, take(m, *experts, out) if described.kind == "dora" else None
         for path, ids in trained.items():
             size, width = model.get_submodule(path).weight.shape  # type: ignore[misc]
             shape = (size if ids is None else len(ids), width)
@@ -421,15 +413,12 @@ def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[st
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left_out, modules = routers(model), {}
     for path, module in model.named_modules():
-        if isinstance(module, BareExperts):
-            selected = described.selects_parameter(path)
-        else:
-            is_open = not described.all_linear or (is_linear(module) and path not in left_out and module is not head)
-            selected = path and (
-                described.selects_parameter(f"{path}.weight")
-                or (is_open and check_target_module_exists(described.config, path))
-            )
-        if selected:
+        is_stack = isinstance(module, BareExperts)
+        is_open = not described.all_linear or (is_linear(module) and path not in left_out and module is not head)
+        if path and (
+            described.selects_parameter(path if is_stack else f"{path}.weight")
+            or (is_open and not is_stack and check_target_module_exists(described.config, path))
+        ):
             modules[path] = module
     return modules
 
@@ -437,22 +426,20 @@ def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[st
 def _trained_rows(model: nn.Module, described: AdapterDescription, where: str) -> dict[str, tuple[int, ...] | None]:
     """Path of a trained embedding or head -> ids of its trained rows, None for all."""
     config, trained = described.config, dict[str, tuple[int, ...] | None]()
-    rows = config.trainable_token_indices or {}  # a list is of the input embedding
-    asked: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name in config.modules_to_save or ()]
-    asked += [(name, tuple(ids)) for name, ids in (rows if isinstance(rows, dict) else {"": rows}).items()]
-    if not asked:
+    rows, whole = config.trainable_token_indices or {}, config.modules_to_save or ()
+    if not rows and not whole:
         return trained
     embedding, head = embedding_paths(model)
-    for name, ids in asked:
-        paths = [path for path in (embedding, head) if path and f".{path}".endswith(f".{name}")]
-        if name and not paths:
+    rows = rows if isinstance(rows, dict) else {embedding: rows}
+    for name, ids in {**dict.fromkeys(whole), **rows}.items():
+        path = next((path for path in (embedding, head) if path and f".{path}".endswith(f".{name}")), None)
+        if path is None:
             raise UserError(f"{where}: {name!r} must be the input embedding or the output head.")
-        path = paths[0] if name else embedding
         check_trainable(model, [path])
         size = len(model.get_submodule(path).weight)  # type: ignore[arg-type]
         if max(ids or (), default=0) >= size:
             raise UserError(f"{where}: trainable_token_indices: must be below {size}.")
-        trained[path] = ids
+        trained[path] = None if ids is None else tuple(ids)
     if is_tied(model):
         settings = set(trained.values())
         # PEFT unties a tied head that it does not train in the same way.
