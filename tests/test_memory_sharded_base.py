@@ -10,12 +10,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qdora.adapter.rows import span
 from qdora.errors import RunFailure, UserError
-from qdora.memory import shard
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.quant.packed import PackedWeight
 from qdora.run.run import train_run
 from qdora.train.distributed import Processes, StopRequest
 from qdora.train.guards import check_division
@@ -67,20 +65,13 @@ def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> 
 
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
-    """Each process reads, quantises and holds its rows, and the parts of all are the weights of a whole base, bit for
-    bit. A block is whole only while it computes."""
-    rows, counts = list[int](), list[int]()
-    real = shard.quantize
-
-    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
-        rows.append(weight.shape[0])
-        return real(weight, *args, **options)
-
-    shard.quantize = counted
+    """The parts of all processes are the weights of a whole base, bit for bit. A block is whole only while it
+    computes."""
+    counts = list[int]()
     with support.dividing_processes() as processes:
         whole, sharded = support.load_sharded(source, **loading), support.load_sharded(source, processes, **loading)
         layers = frozen_layers(sharded)
-        divided, mine = 0, []
+        divided = 0
         for path, layer in frozen_layers(whole).items():
             share, right = layers[path].share, layer.stored_weight
             assert share is not None
@@ -93,11 +84,6 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
             assert torch.equal(layers[path].squared_row_norm(), layer.squared_row_norm())
             with pytest.raises(RunFailure, match="read outside of its forward pass"):
                 _ = layers[path].stored_weight
-            own = span(layer.out_features, rank, processes.size)
-            if share.by_rows:  # others are quantised whole
-                mine.append(own.stop - own.start)
-        assert sorted(rows) == sorted(mine)
-        assert sum(rows) < sum(layer.out_features for layer in frozen_layers(whole).values())
         head, table = sharded.get_output_embeddings(), whole.get_input_embeddings().weight
         divided += table.nbytes * (1 if head.weight is sharded.get_input_embeddings().weight else 2)
         before = support.num_resident_bytes(sharded)
@@ -135,15 +121,6 @@ def test_each_process_holds_its_part(root: Path, size: int, loading: dict[str, A
     five = support.write_llama(root / "five", num_hidden_layers=5)
     source = five if size == 2 else write(root / "qwen3", "qwen3")
     assert support.run_processes(size, parts, source, loading) == [""] * size
-
-
-def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
-    form = empty_packed("nf4", (3, 64), 16, False, "meta")
-    found = shard._quantized(torch.empty(0, 64), form, "w")
-    assert {name: (tuple(each.shape), each.dtype) for name, each in found.items()} == {
-        "packed": ((0, 32), torch.uint8),
-        "absmax": ((0, 4), torch.float32),
-    }
 
 
 SHARD = {"train__parallel": "shard"}

@@ -20,18 +20,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.adapter.rows import RowShare, divided_tensors, gather_runs, span
-from qdora.errors import RunFailure, UserError
+from qdora.adapter.rows import RowShare, divided_tensors, span
+from qdora.errors import RunFailure
 from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
-from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
+from qdora.model.load import Loading, blocks_of, place, place_all, place_frozen, tie_
 from qdora.quant.tiles import Weight
 
 _SUFFIX = "_share"  # of a layer's parameter that torch gathers; a buffer without it is a view of that
 _Placed = tuple[nn.Module, str, Tensor]  # module, name of its sharded parameter, this process's part
-_Parts = dict[str, Tensor]  # name of a tensor of a layer -> this process's part
 
 
 class ShardedBase:
@@ -44,88 +42,59 @@ class ShardedBase:
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         model = load.model
-        if block_list(model) is None:
-            raise UserError(f"train.parallel: must be replicate: {model.config.model_type} has no list of blocks.")
+        _, blocks = blocks_of(model, "train.parallel: must be replicate")
         tied, placed = tie_(model), list[_Placed]()
 
         def place_rows(load: Loading, name: str, item: Stored) -> None:
             path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
+            module, dtype = model.get_submodule(path), load.dtype_of(name)
             if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
-                placed.extend(self._place_layer(load, path, *self._read_layer(load, name, item)))
+                weight = load.read(name, item)
+                weight = weight.to(dtype) if isinstance(weight, Tensor) else weight.to(load.device)
+                bits = None if item.keep_bits is None else item.keep_bits()
+                placed.extend(self._place_layer(load, path, weight, bits))
             elif isinstance(module, nn.Embedding) or name in tied:
                 assert isinstance(item, StoredTensor)
-                placed.append(self._place_matrix(module, leaf, item, load.dtype_of(name), load.device))
+                parameter = module._parameters[leaf]
+                assert parameter is not None  # the same object as that of a tied head
+                parameter.requires_grad_(False)
+                parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
+                rows = span(item.shape[0], self.group.rank(), self.group.size())
+                placed.append((module, leaf, item.read()[rows].to(load.device, dtype, copy=True)))
             else:
                 place(load, name, item)
 
         place_all(load, place_rows)
-        self._shard(model, placed)
+        self._shard(model, blocks, placed)
         return_freed_memory()  # the processes of a machine share its memory
 
-    def _read_layer(self, load: Loading, name: str, item: Stored) -> tuple[RowShare, _Parts]:
-        """The share of a layer, and what this process keeps; of a dense matrix it reads its rows alone."""
-        wanted, dtype = load.wanted, load.dtype_of(name)
-        if isinstance(item, StoredPacked) or item.keep_bits is not None:
-            weight = item.read()
-            weight = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
-            return self._kept(weight, load.device, None if item.keep_bits is None else item.keep_bits())
-        shape = (item.shape[0], item.shape[1])
-        form: Weight = torch.empty(shape, dtype=dtype, device="meta")
-        if load.quantizes(name, item):
-            form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
-        share = RowShare(form, None, self.group)
-        if isinstance(form, Tensor):
-            return share, {"weight": item.read()[share.rows].to(load.device, dtype, copy=True)}
-        if not share.by_rows:
-            return self._kept(load.read(name, item), load.device)
-        parts = _quantized(item.read()[share.rows].to(load.device), form, name)
-        if form.nested is not None:  # double quantised scales depend on those of all rows
-            scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
-            nested = with_nested_scales(replace(form, absmax=scales, nested=None))
-            parts["absmax"] = share.mine(share.cut(nested.absmax)).clone()
-            share.form = replace(form, nested=nested.nested)
-        return share, parts
-
-    def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
-        form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
-        if isinstance(weight, PackedWeight):
-            nested = weight.nested
-            if nested is not None:
-                values = (each.to(device, copy=True) for each in (nested.absmax, nested.code, nested.offset))
-                nested = NestedScales(*values)
-            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), nested=nested)
-        share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
-        tensors = divided_tensors(weight, keep_bits).items()
-        return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors}
-
-    def _place_layer(self, load: Loading, path: str, share: RowShare, parts: _Parts) -> list[_Placed]:
+    def _place_layer(self, load: Loading, path: str, weight: Weight, keep_bits: Tensor | None) -> list[_Placed]:
         """Put a layer without values into the model."""
-        form = share.form
-        shapes = divided_tensors(form, share.keep_bits_form)
-        empty = {name: _no_memory(each, load.device) for name, each in shapes.items()}
-        weight: Weight = empty["weight"] if isinstance(form, Tensor) else form
-        if isinstance(weight, PackedWeight):
-            weight = replace(weight, packed=empty["packed"], absmax=empty["absmax"])
-        layer = place_frozen(load.model, path, weight, empty.get("keep_bits"))
+        if isinstance(weight, Tensor):
+            form: Weight = weight.to("meta")
+        else:
+            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"))
+        share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
+        tensors, empty = divided_tensors(weight, keep_bits), dict[str, Tensor]()
+        for name, tensor in tensors.items():
+            empty[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=load.device)
+            empty[name].untyped_storage().resize_(0)
+        held = (
+            empty["weight"]
+            if isinstance(form, Tensor)
+            else replace(form, packed=empty["packed"], absmax=empty["absmax"])
+        )
+        layer = place_frozen(load.model, path, held, empty.get("keep_bits"))
         layer.share = share
-        for name, each in shapes.items():
-            layer.register_parameter(f"{name}{_SUFFIX}", nn.Parameter(share.cut(each), requires_grad=False))
-        return [(layer, f"{name}{_SUFFIX}", parts[name]) for name in shapes]
+        for name, tensor in tensors.items():
+            parameter = nn.Parameter(share.cut(tensor.to("meta")), requires_grad=False)
+            layer.register_parameter(f"{name}{_SUFFIX}", parameter)
+        return [
+            (layer, f"{name}{_SUFFIX}", share.mine(share.cut(tensor)).to(load.device, copy=True))
+            for name, tensor in tensors.items()
+        ]
 
-    def _place_matrix(
-        self, module: nn.Module, leaf: str, item: StoredTensor, dtype: torch.dtype, device: torch.device
-    ) -> _Placed:
-        parameter = module._parameters[leaf]
-        assert parameter is not None  # the same object as that of a tied head
-        parameter.requires_grad_(False)
-        parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
-        rows = span(item.shape[0], self.group.rank(), self.group.size())
-        return module, leaf, item.read()[rows].to(device, dtype, copy=True)
-
-    def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
-        found = block_list(model)
-        assert found is not None
+    def _shard(self, model: PreTrainedModel, blocks: nn.ModuleList, placed: list[_Placed]) -> None:
         divided = {id(module._parameters[name]) for module, name, _ in placed}
         options: dict[str, Any] = {"mesh": self.mesh}
         options["ignored_params"] = {each for each in model.parameters() if id(each) not in divided}
@@ -141,7 +110,7 @@ class ShardedBase:
             made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)  # head: `release`
             if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
                 made.set_unshard_in_backward(False)
-        sharded = [fully_shard(block, **options) for block in found[1]]
+        sharded = [fully_shard(block, **options) for block in blocks]
         fully_shard(model, **options)
         for block, following in pairwise(sharded):
             block.set_modules_to_forward_prefetch([following])
@@ -159,24 +128,6 @@ def release(module: nn.Module) -> None:
     """Drop the gathered weight of an output head, which the loss needs after its forward pass."""
     if isinstance(module, FSDPModule):
         module.reshard()
-
-
-def _quantized(rows: Tensor, form: PackedWeight, name: str) -> _Parts:
-    """Codes and scales by rows, without double quantisation; `form` is that of the whole weight."""
-    if len(rows) == 0:
-        codes = form.packed.reshape(form.shape[0], -1)
-        blocks = form.absmax.numel() // form.shape[0]
-        packed = torch.empty(0, codes.shape[1], dtype=codes.dtype, device=rows.device)
-        return {"packed": packed, "absmax": torch.empty(0, blocks, device=rows.device)}
-    found = quantize(rows, form.kind, form.block_size, double_quant=False, name=name)
-    return {"packed": found.packed.reshape(len(rows), -1), "absmax": found.absmax.reshape(len(rows), -1)}
-
-
-def _no_memory(form: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the same shape and dtype whose memory is given back."""
-    empty = torch.empty(form.shape, dtype=form.dtype, device=device)
-    empty.untyped_storage().resize_(0)
-    return empty
 
 
 class _Views:

@@ -29,7 +29,7 @@ from qdora.adapter.norms import refresh
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.machine import available_memory_bytes
 from qdora.model.checkpoint import Stored, StoredTensor
-from qdora.model.load import Loading, block_list, place, place_all, place_frozen
+from qdora.model.load import Loading, blocks_of, place, place_all, place_frozen
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 NUM_SLOTS = 2  # one is read while the other is filled
@@ -103,10 +103,7 @@ class Turns:
     """The streamed blocks of a causal LM, and their pieces."""
 
     def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
-        found = block_list(model)
-        if found is None:
-            raise UserError(f"base.residency: must be device, since {model.config.model_type} has no list of blocks.")
-        path, blocks = found
+        path, blocks = blocks_of(model, "base.residency: must be device")
         count = len(blocks) if num_streamed is None else num_streamed
         if count > len(blocks):
             raise UserError(f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}.")
@@ -357,13 +354,10 @@ class ActivationOffload:
     """Keeps the inputs of a model's checkpointed blocks in the host's memory, but the last, which is read at once."""
 
     def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:
-        blocks = block_list(model)
-        if blocks is None:
-            why = f"{model.config.model_type} has no list of blocks"
-            raise UserError(f"memory.offload_activations: must be false, since {why}.")
+        _, blocks = blocks_of(model, "memory.offload_activations: must be false")
         self._send = send or CudaHost(model.device)
         self._sent: dict[int, list[Away]] = {}  # block -> its input, until it is taken
-        for index, block in enumerate(list(blocks[1])[:-1]):
+        for index, block in enumerate(blocks[:-1]):
             plain: Any = block._gradient_checkpointing_func
             block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
 

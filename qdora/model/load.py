@@ -202,6 +202,14 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return max(of_blocks, key=lambda each: len(each[1]), default=None)
 
 
+def blocks_of(model: PreTrainedModel, needed: str) -> tuple[str, nn.ModuleList]:
+    """`block_list`; a UserError that says what is `needed` of a model without blocks."""
+    found = block_list(model)
+    if found is None:
+        raise UserError(f"{needed}: {model.config.model_type} has no list of blocks.")
+    return found
+
+
 def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
     """Model name -> stored tensor, in the model's order; nothing is read yet."""
     if source.is_gguf:
