@@ -287,7 +287,7 @@ def check_loadable(recipe: Recipe, source: ModelSource) -> None:
     if (stored := stored_kind(getattr(config, "quantization_config", None))) not in (None, MXFP4):
         raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
     vars(config).pop("quantization_config", None)
-    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    model = skeleton(config, source)
     chosen = layers_to_quantize(model, quantization_of(base))
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in sorted(chosen)}
     classes = {path: type(module).__name__ for path, module in modules.items()}

@@ -216,7 +216,7 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
     if num_unchecked:
         return facts | errors, []
     source = ModelSource("directory", merged, merged.name)
-    model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
+    model = skeleton(load_config(source), source)
     stored, tied = rename_to_model(open_safetensors(merged), model), tied_weights(model)
     try:
         found = gguf_tensors(header, model)

@@ -330,7 +330,7 @@ def _compared(
     try:
         config = load_config(source)
         del config.quantization_config  # as `load_model` does
-        bare = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+        bare = skeleton(config, source)
         tensors_of_source(source, bare)
         if (directory / ADAPTER_DIRECTORY).is_dir():
             read_adapter(bare, directory / ADAPTER_DIRECTORY)

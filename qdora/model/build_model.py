@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.layer import AdaptedLinear, Kind
 from qdora.data.chats import set_chat_settings, use_data_settings
 from qdora.errors import UserError
-from qdora.files.atomic import read_json_object
 from qdora.files.machine import check_gpu, cpu_has_bfloat16
 from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, save_adapter
 from qdora.model.checkpoint import tied_weights
@@ -116,11 +115,6 @@ def adapt(
     settings = recipe.adapter
     if settings.init == "loftq" and settings.kind in ("lora", "dora") and not (adapter or settings.resume_from):
         start_from_error_(model, source)
-    if adapter is None and settings.resume_from is not None:
-        base = read_json_object(Path(settings.resume_from) / CONFIG_FILE).get("base_model_name_or_path")
-        if base not in (None, recipe.model.source):
-            text = "adapter.resume_from: %s was trained on %s, and model.source is %s."
-            logger.warning(text, settings.resume_from, base, recipe.model.source)
 
 
 def put_adapters(
@@ -257,7 +251,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> None:
     Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps;
     here it stays as it is, so that the adapter can be used on it anywhere. One weight is read at a time.
     """
-    empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
+    empty = skeleton(load_config(source), source, model.dtype)
     stored, tied = tensors_of_source(source, empty), tied_weights(empty)
     for path, layer in adapted_layers(model).items():
         name = f"{path}.weight"

@@ -151,10 +151,9 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-    faults = []
+    held, faults = {tied.get(name, name) for name in stored}, []
     for name, tensor in expected.items():
-        partners = {tied.get(name), *(target for target, origin in tied.items() if origin in (name, tied.get(name)))}
-        if not {name, *partners} & stored.keys() and (tensor.is_meta or not _matches_any(name, may_lack)):
+        if tied.get(name, name) not in held and (tensor.is_meta or not _matches_any(name, may_lack)):
             faults.append(f"model.source: the checkpoint has no tensor '{name}'.")
     for name, item in stored.items():
         where = f"model.source: the checkpoint's tensor '{item.key}'"

@@ -46,8 +46,8 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Path -> stack of experts, in model order."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Stack)}
-    return {name: module for name, module in found.items() if name.removesuffix(".base") == name}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Stack) and not name.endswith(".base")}
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
@@ -147,8 +147,7 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     flat = chosen.reshape(-1)
     # Not bincount, for which a GPU's host waits twice.
     counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-    found: list[int] = counts.tolist()
-    return found
+    return list(map(int, counts.tolist()))
 
 
 def _llama4_forward(owner: Any, hidden_states: Tensor) -> Tensor:

@@ -117,9 +117,8 @@ def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> linear layer or stack of experts, without routers: those stay in their dtype, unquantised and frozen."""
-    left_out = routers(model)
-    found = {name: module for name, module in model.named_modules() if is_linear(module)}
-    return {name: module for name, module in found.items() if name not in left_out}
+    left_out, modules = routers(model), model.named_modules()
+    return {name: module for name, module in modules if is_linear(module) and name not in left_out}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -135,8 +134,7 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Path -> trainable parameter, in model order, without gates, which have an optimizer of their own."""
     gates = {id(layer.gate) for layer in adapted_layers(model).values() if layer.gate is not None}
-    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: parameter for name, parameter in found.items() if id(parameter) not in gates}
+    return {name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in gates}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -48,6 +48,7 @@ from qdora.recipe.settings import BaseWeightsConfig
 log = logging.getLogger("qdora")
 
 DEFAULT_SKIP = (HEAD,)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,13 @@ def load_model(
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    try:
-        stored = (reader or tensors_of_source)(source, model)
-        if not_loaded(model):
-            log.info("The model is multimodal, and only its language part is loaded and trained.")
-        layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
-        stored, layers = settle_stored(stored, kind, wanted, layers)
-        stored |= compressed or {}
-        (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
-    except UserError as error:
-        kept = getattr(reader, "directory", None)  # of a base cache: what is wrong otherwise ends its writing
-        if kept is None or not kept.is_dir():
-            raise
-        raise UserError(*error.faults, f"base.cache: {kept} is damaged. Fix: delete it.") from error
+    stored = (reader or tensors_of_source)(source, model)
+    if not_loaded(model):
+        log.info("The model is multimodal, and only its language part is loaded and trained.")
+    layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
+    stored, layers = settle_stored(stored, kind, wanted, layers)
+    stored |= compressed or {}
+    (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     tie_and_move_buffers(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -174,7 +169,11 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def skeleton(
-    config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str, device: torch.device
+    config: PreTrainedConfig,
+    source: ModelSource,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    device: torch.device = _CPU,
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
@@ -259,7 +258,14 @@ def place(load: Loading, name: str, item: Stored) -> None:
     """Read a tensor, quantise it if it is a weight of `load.layers`, and put it into the model."""
     (path, _, leaf), value = name.rpartition("."), load.read(name, item)
     if isinstance(value, Tensor) and item.keep_bits is None:
-        place_dense(load.model.get_submodule(path), leaf, value, load.device, load.dtype_of(name))
+        module, dtype = load.model.get_submodule(path), load.dtype_of(name)
+        if leaf in module._buffers and not isinstance(module, FrozenLinear):  # keeps its dtype
+            dtype = getattr(module, leaf).dtype
+        elif not value.is_floating_point():
+            dtype = value.dtype
+        # copy: the value may be a view of the file.
+        placed = value.to(load.device, dtype, copy=True)
+        setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
         return
     keep_bits = None if item.keep_bits is None else item.keep_bits().to(load.device, copy=True)
     if isinstance(value, Tensor):
@@ -283,18 +289,6 @@ def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor
     frozen.replaces = type(before).__name__
     replace_module(model, layer, frozen)
     return frozen
-
-
-def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Set a parameter or buffer of a module. Buffers and integers keep their dtype."""
-    old = getattr(module, leaf)
-    if leaf in module._buffers and not isinstance(module, FrozenLinear):
-        dtype = old.dtype
-    elif not value.is_floating_point():
-        dtype = value.dtype
-    # copy: the value may be a view of the file.
-    placed = value.to(device=device, dtype=dtype, copy=True)
-    setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
 
 
 def tie_(model: PreTrainedModel) -> set[str]:

@@ -12,7 +12,6 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -153,16 +152,15 @@ def _download(source: str, revision: str | None, patterns: list[str], setting: s
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except Exception as error:
-        # Errors of httpx are neither. A full disk, a name that cannot be or a wrong revision is not the Hub's failure.
-        of_hub = not isinstance(error, OSError | ValueError) or isinstance(error, HfHubHTTPError | ConnectionError)
         what = named(error)
         if isinstance(error, GatedRepoError):
             what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
         elif isinstance(error, RepositoryNotFoundError):
             what = "no such directory, and no such model on the Hub. If it is private, run: hf auth login"
         elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
-            what, of_hub = "no such directory, not in the Hub's cache, and the Hub cannot be reached.", True
-        kind = HubFailure if of_hub and not isinstance(error, RevisionNotFoundError) else UserError
+            what = "no such directory, not in the Hub's cache, and the Hub cannot be reached."
+        # A full disk or a wrong revision is not the Hub's failure.
+        kind = UserError if type(error) in (OSError, RevisionNotFoundError) else HubFailure
         raise kind(f"{setting}: {source}{f' at {revision}' if revision else ''}: {what}") from error
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import FrozenLinear
+from qdora.errors import UserError
 from qdora.files.atomic import (
     atomic_directory,
     atomic_file,
@@ -121,8 +122,8 @@ def compressed_key(directory: Path) -> str | None:
 
 def compressed_layers(directory: Path) -> dict[str, Stored]:
     """Model name -> weight of the pruned layers, or those quantised by GPTQ, in a directory of `BaseWriter`."""
-    paths, stored = read_json_object(directory / _RECORD_FILE)["layers"], _with_masks(_stored_in(directory))
-    return {f"{path}.weight": stored[f"{path}.weight"] for path in paths}
+    read_json_object(directory / _RECORD_FILE)  # without which it is not whole
+    return _with_masks(_stored_in(directory))
 
 
 def _with_masks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -164,7 +165,10 @@ class BaseCache:
                 log.info("Reading the packed base from %s.", directory)
                 if not_loaded(model):  # an export copies these from the source
                     tensors_of_source(source, model)
-        return match_to_model(_stored_in(directory), model)
+        try:
+            return match_to_model(_stored_in(directory), model)
+        except UserError as error:
+            raise UserError(*error.faults, f"base.cache: {directory} is damaged. Fix: delete it.") from error
 
     def _write(self, directory: Path, source: ModelSource, model: PreTrainedModel) -> None:
         stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)

@@ -174,7 +174,7 @@ def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtyp
         del config.quantization_config
     # It needs a GPU; auto is sdpa, which keeps the same tensors, or eager, which keeps more
     attention = "auto" if attention == "flash_attention_2" else attention
-    return skeleton(config, source, dtype, attention, torch.device("cpu"))
+    return skeleton(config, source, dtype, attention)
 
 
 def _measured(

@@ -298,7 +298,7 @@ def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dic
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
         return {}
-    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    model = skeleton(config, source)
     layers, found = layers_to_quantize(model, wanted), {}
     for name, item in tensors_of_source(source, model).items():
         path, _, leaf = name.rpartition(".")
