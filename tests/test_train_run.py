@@ -195,12 +195,9 @@ def test_other_arms_run_resume_evaluate_and_export(root: Path, tmp_path: Path, k
 def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     run, adapter = tmp_path / "run", Path(shutil.copytree(whole / "adapter", tmp_path / "adapter"))
-    config = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(config.replace(str(root / "model"), "org/other"))
     changes |= {"adapter__resume_from": str(adapter), "train__steps": 1}
     assert list(train_run(support.tiny_recipe(root, **changes), run)["evaluations"]) == ["start", "adapter"]
     assert "| starts from | an earlier adapter |" in (run / "README.md").read_text()
-    assert f"was trained on org/other, and model.source is {root / 'model'}." in (run / "log.txt").read_text()
     assert nll(run, 0) == nll(whole, 6)
 
 
