@@ -44,7 +44,7 @@ from qdora.errors import USER_MISTAKE
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
-from qdora.model.experts import is_transposed, peft_swaps, stacks
+from qdora.model.experts import is_transposed, stacks
 from qdora.model.inject import adapted_layers
 from qdora.run.load_run import load_run
 from qdora.train import passes
@@ -133,8 +133,7 @@ class Case:
     @cached_property
     def plain(self) -> Any:
         """Plain transformers with the merged weights, float32."""
-        swapped = [path for path in stacks(self.base) if peft_swaps(self.base, path)]
-        return dense(self.base, merged_by_numpy(self.weights, self.run / "adapter", swapped))
+        return dense(self.base, merged_by_numpy(self.weights, self.run / "adapter"))
 
     @cached_property
     def pairs(self) -> list[tuple[Tensor, int]]:

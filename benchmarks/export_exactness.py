@@ -16,7 +16,6 @@ import gc
 import json
 import tempfile
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +180,11 @@ def with_peft(model: nn.Module, directory: Path) -> Any:
     return adapted
 
 
-def merged_by_numpy(weights: dict[str, Tensor], directory: Path, swapped: Collection[str] = ()) -> dict[str, Tensor]:
+def merged_by_numpy(weights: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """The merge by the formula in float64, from the files alone: g (W + s B A), s = alpha / rank.
 
     A stack of experts is (experts * out, in). PEFT has its tensors at the module of the experts, those of the first of
-    two stacks one level further in: A (experts * rank, in), B (out, rank * experts) with the expert last. Where PEFT
-    takes inputs for outputs, in the stacks `swapped`, they are those of the transposed update.
+    two stacks one level further in: A (experts * rank, in), B (out, rank * experts) with the expert last.
     """
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     assert not config["use_rslora"]
@@ -202,11 +200,10 @@ def merged_by_numpy(weights: dict[str, Tensor], directory: Path, swapped: Collec
             if name != "down_proj" and f"{owner}.down_proj" in experts:
                 start += ".base_layer"
         a, b = stored[f"{start}.lora_A.weight"], stored[f"{start}.lora_B.weight"]
-        num_experts = weight.shape[0] // (a.shape[1] if path in swapped else b.shape[0])
+        num_experts = weight.shape[0] // b.shape[0]
         a = a.reshape(num_experts, -1, a.shape[1])
         b = b.reshape(b.shape[0], -1, num_experts).transpose(2, 0, 1)
         update = config["lora_alpha"] / a.shape[1] * (b @ a)
-        update = update.transpose(0, 2, 1) if path in swapped else update
         total = weight.double().numpy() + update.reshape(weight.shape)
         if config["use_dora"]:
             gain = stored[f"{start}.lora_magnitude_vector"].reshape(-1) / np.sqrt((total**2).sum(axis=1))

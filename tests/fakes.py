@@ -92,7 +92,6 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "glm4_moe": "glm4moe",
     "lfm2_moe": "lfm2moe",
-    "llama4_text": "llama4",
 }
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 SMALL_BLOCKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0"}
@@ -132,17 +131,10 @@ def interleaved(weight: Values, heads: int) -> Values:
 def expert_tensors(checkpoint: dict[str, Values], architecture: str) -> dict[str, Values]:
     """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint."""
     single: dict[str, dict[int, Values]] = defaultdict(dict)
-    stacked: dict[str, Values] = {}
     for name in list(checkpoint):
-        stem, _, part = name.rpartition(".")
         if match := EXPERT.fullmatch(name):
             single[f"{match[1]}.{match[3]}.weight"][int(match[2])] = checkpoint.pop(name)
-        elif part == "gate_up_proj":  # of Llama 4, turned
-            gate, up = np.split(checkpoint.pop(name).transpose(0, 2, 1), 2, axis=1)
-            stacked |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
-        elif part == "down_proj":
-            stacked[f"{name}.weight"] = checkpoint.pop(name).transpose(0, 2, 1)
-    stacked |= {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
+    stacked = {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
     found = {name_of(name, architecture): values for name, values in stacked.items()}
     gate, up = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"
     if FAULT == "experts":

@@ -537,7 +537,6 @@ LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 HYBRID = LINEAR | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 LOCAL = {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-LLAMA4 = {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "head_dim": 16, "interleave_moe_layer_step": 1}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": LOCAL,
     "qwen2_moe": DENSE | SMALL | FOUR | SHARED,
@@ -548,7 +547,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": DENSE | SMALL | ROUTED | LATENT | GROUPS | {"q_lora_rank": 32},
     "glm4_moe": DENSE | SMALL | ROUTED | GROUPS | {"head_dim": 16},
     "granitemoe": LOCAL,
-    "llama4_text": LOCAL | LLAMA4,
     "qwen3_5_moe_text": SMALL | FOUR | SHARED | HYBRID,
     "lfm2_moe": DENSE | SMALL | FOUR | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "qwen3_next": DENSE | SMALL | FOUR | SHARED | HYBRID,

@@ -112,7 +112,7 @@ def export_merged(
     plan = plan_export(model, dtype)
     num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
     if requantize:
-        if faults := load_faults(model, _classes(model), "--requantize"):
+        if faults := load_faults(_classes(model), "--requantize"):
             raise UserError(*faults)
         written = _write_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
     else:
@@ -143,10 +143,9 @@ def _base_of(layer: Layer) -> FrozenLinear:
     return layer.base if isinstance(layer, AdaptedLinear) else layer
 
 
-def _classes(model: PreTrainedModel) -> dict[str, str]:
-    """Path of each quantised layer -> its class in the model's code."""
-    layers = frozen_layers(model).items()
-    return {path.removesuffix(".base"): layer.replaces for path, layer in layers if layer.kind != "dense"}
+def _classes(model: PreTrainedModel) -> list[str]:
+    """Of each quantised layer in the model's code."""
+    return [layer.replaces for layer in frozen_layers(model).values() if layer.kind != "dense"]
 
 
 def _write_bnb(
@@ -272,7 +271,7 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for path in sorted(taken_for_experts(model, layers)):
             if layers[path].base.kind != "dense":  # PEFT can name a dense one by its weight
                 faults.append(f"PEFT takes {path} for an expert")
-        of_transformers = load_faults(model, _classes(model), "--format nf4-lora")
+        of_transformers = load_faults(_classes(model), "--format nf4-lora")
     faults = [f"--format nf4-lora: {fault}. Fix: use --format merged." for fault in faults] + of_transformers
     if faults:
         raise UserError(*faults)
@@ -290,8 +289,8 @@ def check_loadable(recipe: Recipe, source: ModelSource) -> None:
     model = skeleton(config, source)
     chosen = layers_to_quantize(model, quantization_of(base))
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in sorted(chosen)}
-    classes = {path: type(module).__name__ for path, module in modules.items()}
-    faults = load_faults(model, classes, "base.quant", "leave them dense with base.skip=[lm_head,experts]")
+    classes = [type(module).__name__ for module in modules.values()]
+    faults = load_faults(classes, "base.quant", "leave them dense with base.skip=[lm_head,experts]")
     size, why = base.block_size, "bitsandbytes on a CPU misreads rows that begin inside a block"
     crossing = [path for path, module in modules.items() if base.has_blocks and module.in_features % size]
     if crossing:

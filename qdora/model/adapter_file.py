@@ -8,9 +8,9 @@
     adapter_config.json          PEFT's settings, read by `peft.LoraConfig`
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
-PEFT has no DoRA for experts and refuses it. It takes the inputs of Llama 4's experts for their outputs, so A and B are
-swapped in the file. It takes a name in `target_modules` (gate_proj) for the stack of experts if single experts in
-published checkpoints have such a projection, so other layers of that name are listed in `target_parameters`.
+PEFT has no DoRA for experts and refuses it. It takes a name in `target_modules` (gate_proj) for the stack of experts if
+single experts in published checkpoints have such a projection, so other layers of that name are listed in
+`target_parameters`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import reading, taken_for_experts
-from qdora.model.experts import peft_swaps, routers
+from qdora.model.experts import routers
 from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_masks, is_linear, put_layers
 from qdora.model.multimodal import all_paths
 from qdora.model.tokens import TrainedMatrix, check_trainable, embedding_paths, is_tied, put_trained, trained_matrices
@@ -315,11 +315,9 @@ def read_adapter(
             (a, b, m), rank = _names(names[path]), described.rank_of(path)
             experts = [module.num_experts] if isinstance(module, BareExperts) else []
             out, num_ranks = module.out_features // math.prod(experts), rank * math.prod(experts)
-            swapped = bool(experts) and peft_swaps(model, path)
-            rows, columns = (module.in_features, out) if swapped else (out, module.in_features)
-            lora_A, lora_B = take(a, num_ranks, columns), take(b, rows, num_ranks)
+            lora_A, lora_B = take(a, num_ranks, module.in_features), take(b, out, num_ranks)
             if experts:
-                lora_A, lora_B = _from_peft(lora_A, lora_B, *experts, swapped=swapped)
+                lora_A, lora_B = _from_peft(lora_A, lora_B, *experts)
             layers[path] = lora_A, lora_B, take(m, *experts, out) if described.kind == "dora" else None
         for path, ids in trained.items():
             size, width = model.get_submodule(path).weight.shape  # type: ignore[misc]
@@ -345,7 +343,7 @@ def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) ->
         layer = layers[path]
         a, b = layer.lora_A.detach(), b_of(layer)
         if isinstance(layer, AdaptedExperts):
-            a, b = _as_peft(a, b, swapped=peft_swaps(model, path))
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         a_name, b_name, _ = _names(name)
         tensors |= {a_name: a, b_name: b}
     return tensors
@@ -358,7 +356,7 @@ def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
         layer, (a, b, _) = layers[path], (tensors.get(each) for each in _names(name))
         if a is not None and b is not None:
             if isinstance(layer, AdaptedExperts):
-                a, b = _from_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
+                a, b = _from_peft(a, b, layer.num_experts)
             factors[path] = a, b
     return factors
 
@@ -389,21 +387,10 @@ def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return paths
 
 
-def _as_peft(lora_A: Tensor, lora_B: Tensor, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    """The factors of experts as PEFT has them: (experts * rank, in), (out, rank * experts) with the expert last.
-
-    If `swapped` they are those of the transposed update, A^T B^T (`peft_swaps`).
-    """
-    if swapped:
-        lora_A, lora_B = lora_B.mT, lora_A.mT
-    return lora_A.flatten(0, 1).contiguous(), lora_B.permute(1, 2, 0).flatten(1).contiguous()
-
-
-def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = a.view(num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
-    if swapped:
-        lora_A, lora_B = lora_B.mT, lora_A.mT
-    return lora_A.contiguous(), lora_B.contiguous()
+def _from_peft(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The factors of experts from PEFT's: (experts * rank, in), (out, rank * experts) with the expert last."""
+    lora_B = b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
+    return a.view(num_experts, -1, a.shape[1]), lora_B.contiguous()
 
 
 def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[str, nn.Module]:

@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 
 from qdora.errors import NotFinite, UserError, named
 from qdora.files.atomic import read_json_object
-from qdora.model.experts import is_transposed, library_names, replaced_in_4_bits, stacks
+from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
 from qdora.quant.packed import PackedWeight, from_tensors
@@ -200,19 +200,14 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
     return dict(BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(dense)).to_dict())
 
 
-def load_faults(
-    model: nn.Module, classes: Mapping[str, str], option: str, fix: str = "use --format merged"
-) -> list[str]:
+def load_faults(classes: Iterable[str], option: str, fix: str = "use --format merged") -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
-    It builds Llama 4's experts one by one then. `classes`: path -> class of each quantised layer in the model's code.
+    `classes`: of each quantised layer in the model's code.
     """
-    others = dict.fromkeys(replaced_in_4_bits(model), "ExpertLinear")
-    others |= {path: name for path, name in classes.items() if name != "Linear"}
-    if not others:
-        return []
-    what = f"transformers does not load {len(others)} layers in 4 bits (such as {next(iter(others.values()))})"
-    return [f"{option}: {what}. Fix: {fix}."]
+    others = [name for name in classes if name != "Linear"]
+    what = f"transformers does not load {len(others)} layers in 4 bits (such as {', '.join(others[:1])})"
+    return [f"{option}: {what}. Fix: {fix}."] if others else []
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:

@@ -6,7 +6,6 @@ its own here, a stack, which is quantised, pruned, streamed and adapted like any
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from qdora.quant.kernels import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
 """Name of `routed_forward` among transformers' implementations of experts."""
-_LLAMA4 = "Llama4TextExperts"
-"""It has no interface, its weights are transposed, and every expert gets every token, most of them times 0."""
 
 
 def use_expert_layers_(model: PreTrainedModel) -> None:
@@ -29,17 +26,12 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
     for module in list(model.modules()):
         owner: Any = module
-        is_llama4 = type(module).__name__ == _LLAMA4
-        if is_llama4:
-            owner.forward = partial(_llama4_forward, owner)
-        elif hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
-            owner.config._experts_implementation = IMPLEMENTATION
-        else:
+        if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
             continue
-        transposed = is_llama4 or owner.is_transposed
-        for name in ("gate_up_proj" if is_llama4 or owner.has_gate else "up_proj", "down_proj"):
+        owner.config._experts_implementation = IMPLEMENTATION
+        for name in ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj"):
             weight, bias = owner._parameters.pop(name), owner._parameters.pop(f"{name}_bias", None)
-            turned = (weight.detach().mT if transposed else weight.detach()).flatten(0, 1)
+            turned = (weight.detach().mT if owner.is_transposed else weight.detach()).flatten(0, 1)
             stack = ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias)
             owner.register_module(name, stack.train(owner.training))
 
@@ -50,23 +42,8 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     return {name: module for name, module in modules if isinstance(module, Stack) and not name.endswith(".base")}
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
-
-
 def is_transposed(model: nn.Module, path: str) -> bool:
-    owner = _owner(model, path)
-    return type(owner).__name__ == _LLAMA4 or bool(getattr(owner, "is_transposed", False))
-
-
-def peft_swaps(model: nn.Module, path: str) -> bool:
-    """Whether PEFT takes the inputs of a stack for its outputs: it is transposed, and its module does not say so."""
-    return is_transposed(model, path) and not hasattr(_owner(model, path), "is_transposed")
-
-
-def replaced_in_4_bits(model: nn.Module) -> list[str]:
-    """Stacks in whose place transformers builds the experts one by one for a model in 4 bits."""
-    return [path for path in stacks(model) if type(_owner(model, path)).__name__ == _LLAMA4]
+    return bool(getattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed", False))
 
 
 def library_names(model: nn.Module) -> dict[str, str]:
@@ -148,20 +125,3 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     # Not bincount, for which a GPU's host waits twice.
     counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return list(map(int, counts.tolist()))
-
-
-def _llama4_forward(owner: Any, hidden_states: Tensor) -> Tensor:
-    """The forward pass of Llama 4's experts, (experts * tokens, hidden) -> the same, without tokens times 0."""
-    num_experts = owner.num_experts
-    if is_planning():
-        chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)
-        counts = planned_counts(len(chosen), 1, num_experts)
-    else:
-        live = hidden_states.detach().abs().amax(dim=1) > 0
-        counts = live.view(num_experts, -1).sum(dim=1).tolist()
-        chosen = live.nonzero_static(size=sum(counts)).squeeze(1)  # nonzero would let a GPU's host wait again
-    tokens = ExpertTokens(counts)
-    gate, up = owner.gate_up_proj(hidden_states.index_select(0, chosen), tokens).chunk(2, dim=-1)
-    out = owner.down_proj(up * owner.act_fn(gate), tokens)
-    zeros = hidden_states.new_zeros(len(hidden_states), out.shape[1])
-    return zeros.index_copy(0, chosen, out.to(zeros.dtype))  # autocast has computed `out` in 16 bits

@@ -40,7 +40,7 @@ _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LAYOUTS: dict[str, str | None] = {name: name for name in TENSOR_PROCESSORS} | {"gemma": "gemma2", "lfm2moe": "lfm2"}
 LAYOUTS |= dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
-LAYOUTS |= dict.fromkeys(("cohere2", "command-r", "glm4moe", "llama4", "olmo2", "olmoe"))
+LAYOUTS |= dict.fromkeys(("cohere2", "command-r", "glm4moe", "olmo2", "olmoe"))
 LAYOUTS |= dict.fromkeys(("phi3", "qwen2", "qwen3", "seed_oss", "stablelm", "starcoder2"))
 """Architecture -> the one whose tensors the converter changes alike, for transformers; None: unchanged."""
 # The 27B models of Gemma 2 and 3 scale their attention by another width than the head's, which llama.cpp knows from the
