@@ -187,7 +187,7 @@ def directory(tmp_path: Path) -> Path:
 
 def test_settings_that_are_not_supported_are_named_all_at_once(directory):
     wrong = {"peft_type": "ADALORA", "init_lora_weights": "pissa_niter_4", "bias": "lora_only", "target_modules": None}
-    wrong |= {"lora_bias": True, "layer_replication": [[0, 2]], "ensure_weight_tying": True}
+    wrong |= {"lora_bias": True, "layer_replication": [[0, 2]]}
     wrong |= {"future_1": {"on": True}, "future_2": 0.5}
     change_config(directory, **wrong)
     model = support.base_model()

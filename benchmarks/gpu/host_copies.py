@@ -30,11 +30,11 @@ class SwitchedCopies:
         plain = SimpleNamespace(begin=lambda source, to, _: to.copy_(source), wait=lambda _: 0, release=lambda _: 0)
         self.inner: Any = CudaCopies(device, slots) if device.type == "cuda" else plain
         self.wait, self.release = self.inner.wait, self.inner.release
-        self.is_on, self.num_copies = True, 0
+        self.is_on, self.num_copies, self.sample = True, 0, (torch.empty(0), torch.empty(0))
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
         """See `CudaCopies`."""
-        self.num_copies += 1
+        self.num_copies, self.sample = self.num_copies + 1, (source, target)
         if self.is_on:
             self.inner.begin(source, target, slot)
 
@@ -53,7 +53,6 @@ def streamed(part: Part, plan: Plan, device: torch.device, size: str, limit: int
         made.append(SwitchedCopies(where, slots))
         return made[0]
 
-    residency = HostResidency(number, copies=copies)
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**settings, tie_word_embeddings=False, use_cache=False).save_pretrained(folder)
         model: Any = load_model(
@@ -63,7 +62,7 @@ def streamed(part: Part, plan: Plan, device: torch.device, size: str, limit: int
             compute_dtype=torch.bfloat16,
             attention="sdpa",
             reader=lambda _source, skeleton: random_checkpoint(skeleton, device),
-            placer=residency,
+            placer=HostResidency(number, copies=copies),
         )
     inject(model, rank=plan.ranks[0], dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     for layer in adapted_layers(model).values():
@@ -74,11 +73,11 @@ def streamed(part: Part, plan: Plan, device: torch.device, size: str, limit: int
     part.attempt("planned", planned, settings, tokens, plan.ranks[0], number)
     step = make_step(model, "paged_adamw_8bit", tokens)
     part.attempt(f"{tokens} tokens", peak_and_time, step, tokens, plan.num_steps, device)
-    part.attempt("hidden", hidden, step, residency.sample, made[0], plan.num_steps, device)
+    part.attempt("hidden", hidden, step, made[0], plan.num_steps, device)
 
 
 def hidden(
-    step: Callable[[int], list[float]], sample: Any, copies: SwitchedCopies, number: int, device: torch.device
+    step: Callable[[int], list[float]], copies: SwitchedCopies, number: int, device: torch.device
 ) -> dict[str, Any]:
     """Times of a step with its copies, without them (the numbers are then wrong, the work is the same), and of the
     copies alone."""
@@ -88,8 +87,8 @@ def hidden(
     without = on.timed(device, lambda: step(number)).seconds / number
     copies.is_on = True
     count = (copies.num_copies - before) / number
-    piece, slot = sample
-    alone = on.timed(device, lambda: slot[: len(piece)].copy_(piece, non_blocking=True), 10).seconds
+    piece, slot = copies.sample
+    alone = on.timed(device, lambda: slot.copy_(piece, non_blocking=True), 10).seconds
     return {
         "step_seconds": with_copies,
         "step_seconds_without_copies": without,

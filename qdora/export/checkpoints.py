@@ -285,7 +285,6 @@ def check_loadable(recipe: Recipe, source: ModelSource) -> None:
         raise UserError(f"base.quant: {text}. Fix: set base.cache in a recipe, which keeps such a base.")
     if (stored := stored_kind(getattr(config, "quantization_config", None))) not in (None, MXFP4):
         raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
-    vars(config).pop("quantization_config", None)
     model = skeleton(config, source)
     chosen = layers_to_quantize(model, quantization_of(base))
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in sorted(chosen)}

@@ -328,9 +328,7 @@ def _compared(
     logger.warning(_NO_ROOM)
     source = ModelSource("directory", directory, directory.name, trust_remote_code=has_own_code(model))
     try:
-        config = load_config(source)
-        del config.quantization_config  # as `load_model` does
-        bare = skeleton(config, source)
+        bare = skeleton(load_config(source), source)
         tensors_of_source(source, bare)
         if (directory / ADAPTER_DIRECTORY).is_dir():
             read_adapter(bare, directory / ADAPTER_DIRECTORY)

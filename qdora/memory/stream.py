@@ -120,8 +120,7 @@ class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
     Training needs `memory.checkpointing`: only the recomputation brings a block back for its backward pass.
-    `num_streamed` blocks are spread evenly among those on the device; None streams all. `sample`: the first block's
-    piece and the first slot, (bytes,) uint8, for measurements.
+    `num_streamed` blocks are spread evenly among those on the device; None streams all.
     """
 
     def __init__(
@@ -132,7 +131,6 @@ class HostResidency:
         copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies,
     ) -> None:
         self.num_streamed = num_streamed
-        self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._free_bytes = free_bytes
 
@@ -163,7 +161,6 @@ class HostResidency:
         place_all(load, place_in_turn)
         size = max(piece.num_bytes for piece in pieces)
         slots = [torch.empty(size, dtype=torch.uint8, device=load.device) for _ in range(NUM_SLOTS)]
-        self.sample = pieces[0].host, slots[0]
         ring = Ring(pieces, slots, self._make_copies(load.device, slots))
         for turn, block in enumerate(turns.blocks):
             block.register_forward_pre_hook(partial(_before_block, ring, turn))

@@ -120,8 +120,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     if not read.get("target_modules") and not read.get("target_parameters"):
         # PEFT has a table of layers for some types of models where it is null.
         faults.append(f"{where}: target_modules: must name layers.")
-    if read.get("ensure_weight_tying") and not (read.get("modules_to_save") or read.get("trainable_token_indices")):
-        faults.append(f"{where}: ensure_weight_tying: is not supported without modules_to_save.")
     if faults:
         raise UserError(*faults)
     all_linear = str(read.get("target_modules")).lower() == ALL_LINEAR  # PEFT needs a live model for it

@@ -6,7 +6,6 @@ Besides: models that read the weights of their layers themselves.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +26,6 @@ from qdora.adapter.layer import AdaptedLinear, FrozenLinear, own_class
 from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.quant.kernels import device_kind
-
-log = logging.getLogger("qdora")
 
 FLASH = "flash_attention_2"
 # attn_logit_softcapping of Gemma 2; final_logit_softcapping is of the output head.
@@ -77,7 +74,6 @@ def with_attention(
         if asked != "auto":
             raise UserError(f"model.attention: must be auto or eager for {name}, which has {need} (got {asked}).")
         model = build("eager")
-    log.debug("Attention of %s: %s.", name, attention_of(model))
     return model
 
 
@@ -90,28 +86,26 @@ def _fits_flash(model: PreTrainedModel) -> bool:
     return all(size <= _FLASH_HEAD for size in sizes if isinstance(size, int))
 
 
-def text_config(config: Any) -> Any:
+def text_config(model: Any) -> Any:
+    """The config of the text model, of a model or a config; without one the model itself."""
+    config = getattr(model, "config", model)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def positions_of(config: Any) -> int | None:
-    """The most tokens that the positions of a config's model allow; None: no limit."""
-    length = getattr(text_config(config), "max_position_embeddings", None)
+def context_length(model: Any) -> int | None:
+    """The most tokens that the positions of a model, or of a config's model, allow; None: no limit."""
+    length = getattr(text_config(model), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
-
-
-def context_length(model: nn.Module) -> int | None:
-    return positions_of(getattr(model, "config", None))
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Width of the logits; 65,536 where the config does not say."""
-    return int(getattr(text_config(getattr(model, "config", None)), "vocab_size", 2**16))
+    return int(getattr(text_config(model), "vocab_size", 2**16))
 
 
 def attention_of(model: nn.Module) -> str | None:
     """transformers' name of the attention implementation, such as sdpa; None without one."""
-    name: str | None = getattr(text_config(getattr(model, "config", None)), "_attn_implementation", None)
+    name: str | None = getattr(text_config(model), "_attn_implementation", None)
     return name
 
 

@@ -337,8 +337,8 @@ def published_form(model: PreTrainedModel, path: str, weight: Tensor) -> dict[st
     return dict(revert_weight_conversion(model, {path: stack.mT if is_transposed(model, path) else stack}))
 
 
-# transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.
-_CHANGED_BY_PEFT = ("mixtral", "qwen2_moe")
+# transformers' names of the ways in which published experts become stacks -> names that PEFT 0.21 takes for experts.
+_PEFT_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
 def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
@@ -351,10 +351,5 @@ def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
     if not experts or not isinstance(model, PreTrainedModel):
         return set()
     patterns: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    if patterns.get(model.config.model_type) not in _CHANGED_BY_PEFT:
-        return set()
-    one_of_each = {path.rpartition(".")[2]: path for path in experts}
-    columns = {path: torch.empty(experts[path].out_features, 1, device="meta") for path in one_of_each.values()}
-    pieces = [published_form(model, path, column) for path, column in columns.items()]
-    names = {key.removesuffix(".weight").rpartition(".")[2] for keys in pieces if len(keys) > 1 for key in keys}
+    names = _PEFT_EXPERTS.get(patterns.get(model.config.model_type, ""), ())
     return {path for path in paths if path.rpartition(".")[2] in names and path not in experts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,7 @@ def inject(
         if not chosen:
             raise UserError("adapter.targets: this model has no linear layer.")
     else:
-        if faults := unmatched("adapter.targets", patterns, linear):
-            raise UserError(*faults)
+        check_matches("adapter.targets", patterns, linear)
         chosen = {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
@@ -165,14 +164,13 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (last, name) or fnmatch.fnmatchcase(name, pattern)
 
 
-def unmatched(where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear") -> list[str]:
-    """A fault of the setting `where` for each pattern that matches none of the paths `names`, of `what` layers."""
-    paths = list(names)
+def check_matches(where: str, patterns: Iterable[str], paths: Collection[str], what: str = "linear") -> None:
+    """Refuse patterns of the setting `where` that match none of the `paths`, of `what` layers."""
     leaves = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
     lost = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
-    return [
-        f"{where}: '{pattern}' matches no {what} layer; must be a path, a pattern, or {leaves}." for pattern in lost
-    ]
+    if lost:
+        text = f"matches no {what} layer; must be a path, a pattern, or {leaves}."
+        raise UserError(*(f"{where}: '{pattern}' {text}" for pattern in lost))
 
 
 def most_rank(module: nn.Module) -> int:
@@ -188,8 +186,7 @@ def is_linear(module: nn.Module) -> bool:
 def _ranks(
     chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
 ) -> dict[str, int]:
-    if faults := unmatched("adapter.rank_pattern", rank_pattern, chosen, "adapted"):
-        raise UserError(*faults)
+    check_matches("adapter.rank_pattern", rank_pattern, chosen, "adapted")
     ranks = {}
     for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)

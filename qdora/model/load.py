@@ -37,7 +37,7 @@ from qdora.model.checkpoint import (
 )
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf import config_of_gguf, open_gguf
-from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
+from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, matches, replace_module
 from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
@@ -134,9 +134,6 @@ def load_model(
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
     kind = stored_kind(getattr(config, "quantization_config", None))
-    if kind is not None:
-        # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
-        del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
@@ -179,6 +176,8 @@ def skeleton(
 
     Of a multimodal model only the language part has parameters (`model/multimodal.py`).
     """
+    # The layers are not transformers' own: with this entry the model would refuse to be saved.
+    vars(config).pop("quantization_config", None)
     family = auto_class(config, source.name)
 
     def build(choice: str | None) -> PreTrainedModel:
@@ -229,27 +228,24 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     linear, head = linear_layers(model), model.get_output_embeddings()
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise UserError("base.quant: must be none for a model of Conv1D layers (GPT-2), and adapter.kind full or none.")
-    if faults := unmatched("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear):
-        raise UserError(*faults)
-    skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
+    check_matches("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear)
+    chosen = {name for name in linear if not any(matches(name, pattern) for pattern in wanted.skip)}
     if HEAD in wanted.skip:
-        skipped |= {name for name, module in linear.items() if module is head}
+        chosen = {name for name in chosen if linear[name] is not head}
     shared = {name for pair in tied_weights(model).items() for name in pair}
-    for name in linear.keys() - skipped:
+    for name in chosen:
         if f"{name}.weight" in shared:
             raise UserError(f"base.skip: must have {name}, which shares its weight with the embedding.")
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits.
     half = torch.float16
-    return {name for name in linear.keys() - skipped if dense_dtype(model, f"{name}.weight", half) == half}
+    return {name for name in chosen if dense_dtype(model, f"{name}.weight", half) == half}
 
 
 def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 for a parameter that the model keeps in it beside a 16-bit `dtype`, by transformers' rule."""
-    parts: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    names = {torch.float16: ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules")}
+    names[torch.bfloat16] = names[torch.float16][:1]
+    parts = [part for each in names.get(dtype, ()) for part in getattr(model, each, None) or ()]
     is_wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)
     return torch.float32 if is_wide else dtype
 

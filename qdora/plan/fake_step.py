@@ -169,12 +169,9 @@ def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """A model with its parameters on the meta device; `dtype` is that of the activations."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     # It needs a GPU; auto is sdpa, which keeps the same tensors, or eager, which keeps more
     attention = "auto" if attention == "flash_attention_2" else attention
-    return skeleton(config, source, dtype, attention)
+    return skeleton(copy.deepcopy(config), source, dtype, attention)
 
 
 def _measured(

@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.experts import BareExperts
@@ -28,6 +27,7 @@ from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
     Loading,
     Quantization,
+    blocks_of,
     layers_to_quantize,
     load_config,
     place_all,
@@ -77,7 +77,7 @@ class Compressor:
         if any(isinstance(item, StoredPacked) for item in load.stored.values()):
             setting = "method" if self.base.prune is None else "prune"
             raise UserError(f"base.{setting}: the checkpoint is already quantised. Fix: name one in full precision.")
-        path, blocks = _decoder_blocks(load.model)
+        path, blocks = blocks_of(load.model, "base.prune and base.method gptq: must be off")
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")
             if item is not None and self.pattern is not None and name.startswith(f"{path}."):
@@ -235,14 +235,6 @@ class Compressor:
 def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
     """Of the layers among a block's tensors."""
     return [path for name in tensors if (path := name.removesuffix(".weight")) in load.layers]
-
-
-def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise UserError(f"base: {model.config.model_type} has no list of its {count} blocks.")
 
 
 @contextmanager

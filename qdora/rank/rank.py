@@ -18,7 +18,7 @@ from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
+from qdora.model.inject import adapted_layers, check_matches, matches, most_rank
 from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
@@ -77,8 +77,7 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
 
 def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
     adapted = adapted_layers(trained.model)
-    if faults := unmatched("--layers", asked.layers, adapted, "adapted"):
-        raise UserError(*faults)
+    check_matches("--layers", asked.layers, adapted, "adapted")
     layers = {
         name: layer
         for name, layer in adapted.items()

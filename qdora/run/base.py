@@ -31,7 +31,7 @@ from qdora.files.machine import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import ActivationOffload, HostResidency
-from qdora.model.attention import positions_of
+from qdora.model.attention import context_length
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.checkpoint import Stored
 from qdora.model.load import Placer, load_model, quantization_of
@@ -149,7 +149,7 @@ def calibration_tokens(
     """Pieces of the calibration text, (sequences, length) int64; None if no inputs are measured."""
     if recipe.base.measured is None:
         return None
-    (where, asked), context = recipe.base.measured, positions_of(config)
+    (where, asked), context = recipe.base.measured, context_length(config)
     if context is not None and asked.length > context:
         raise UserError(f"{where}.length: must be at most {context}, the context, got {asked.length}.")
     if asked.text == "mix":

@@ -191,8 +191,6 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         "train": {"steps": 1, "batch": 1},
     }
     recipe = recipe_from(document, str(adapter))
-    if getattr(base_config, "quantization_config", None) is not None:
-        del base_config.quantization_config
     read_adapter(skeleton(base_config, source), adapter)
     public = name if name == BUILTIN else public_name(name)
     return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}

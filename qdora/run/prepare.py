@@ -37,7 +37,7 @@ from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of
-from qdora.model.attention import positions_of
+from qdora.model.attention import context_length
 from qdora.model.build_model import (
     Compute,
     choose_compute,
@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
     def unscored() -> list[str]:
         """What the first evaluation would refuse, which may come only after many steps."""
-        context = positions_of(config)
+        context = context_length(config)
         found = {name: scoring_faults(tokenizer, examples, context) for name, examples in scored.items()}
         files = {source.label: f" ({source.validation})" if source.validation else "" for source in recipe.data.mix}
         return [f"validation data{files[name]}: {fault}" for name, faults in found.items() for fault in faults]
