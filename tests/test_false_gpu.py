@@ -177,7 +177,7 @@ def test_a_base_goes_where_the_recipe_says(tmp_path, monkeypatch):
     offloaded: list[Any] = []
     monkeypatch.setattr(load_base, "load_model", lambda *_, placer, **__: placers.append(placer) or torch.nn.Module())
     monkeypatch.setattr(load_base, "recompute_activations", lambda model: None)
-    monkeypatch.setattr(load_base, "ActivationOffload", offloaded.append)
+    monkeypatch.setattr(load_base, "offload_activations", offloaded.append)
     options: dict[str, Any] = {"base__residency": "host", "base__streamed_blocks": 1}
     recipe = support.tiny_recipe(tmp_path, **options, memory__offload_activations=True, memory__checkpointing=True)
     compute = build_model.Compute(CUDA, torch.bfloat16)

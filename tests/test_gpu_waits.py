@@ -22,7 +22,7 @@ from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.spans import Span, score_spans
 from qdora.files.run_directory import RunDirectory
 from qdora.memory import stream as offload
-from qdora.memory.stream import ActivationOffload, HostResidency
+from qdora.memory.stream import HostResidency, offload_activations
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
@@ -66,20 +66,6 @@ class CopiesNow:
         pass
 
 
-class OnHost:
-    """A tensor in pinned memory, copied in the order of all other work."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.device, self.held = tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.held.copy_(tensor, non_blocking=True)
-
-    def fetch(self) -> None:
-        pass
-
-    def take(self) -> Tensor:
-        return self.held.to(self.device, non_blocking=True)
-
-
 def one_step(packed=False):
     """A loader of always the same step: two padded rows in each micro-batch, or two rows of two packed examples."""
     examples = support.examples([11, 9] * NUM_MICRO_BATCHES * (2 if packed else 1))
@@ -102,7 +88,7 @@ def model_on(device, source, *, streamed=False, offload=False, **adapters):
     inject(model, **{"kind": "dora", "rank": 4, "dtype": torch.bfloat16, "generator": generator} | adapters)
     recompute_activations(model)
     if offload:
-        ActivationOffload(model, OnHost)
+        offload_activations(model)
     return model
 
 

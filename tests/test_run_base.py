@@ -407,8 +407,8 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_ru
     assert trained_matrices(load_run(tmp_path / "run").model)
     turned = {"model__add_tokens": list(reversed(TOKENS))}
     for changes, words in (
-        (WHOLE, r"model.add_tokens: must be \[.*\], with also_train_rows as in"),
-        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\], with also_train_rows as in"),
+        (WHOLE, r"model.add_tokens: must be \[.*\], with also_train and also_train_rows as in"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\], with also_train and also_train_rows as in"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")

@@ -16,7 +16,7 @@ from gpu import device as on
 from gpu.models import Weights, random_checkpoint
 from gpu.plan import Part, Plan
 from gpu.steps import make_model, make_step, peak_and_time, planned
-from qdora.memory.stream import ActivationOffload, CudaCopies, HostResidency
+from qdora.memory.stream import CudaCopies, HostResidency, offload_activations
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
@@ -111,9 +111,7 @@ def offloaded(part: Part, plan: Plan, device: torch.device) -> None:
     def steps(offloads: bool) -> dict[str, Any]:
         model = make_model(plan.middle, "own_dora", device, rank=plan.ranks[0], weights=weights)
         if offloads:
-            # The dry run has no other memory.
-            stays = lambda tensor: SimpleNamespace(fetch=lambda: None, take=lambda: tensor)  # noqa: E731
-            ActivationOffload(model, None if device.type == "cuda" else stays)
+            offload_activations(model)
         return peak_and_time(make_step(model, "adamw", tokens), tokens, plan.num_steps, device)
 
     part.attempt("plain", steps, False)

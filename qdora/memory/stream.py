@@ -3,16 +3,12 @@
 Two slots on the device take turns: one holds the block in use, the other is filled with the one that comes next. Every
 block lies in one piece of pinned memory, so it is one copy; a layer's tensors are views of its block's slot, or of the
 host's piece while the block is in no slot. Nothing is ever copied back.
-
-A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back during the
-backward pass of the block behind it; the device holds the last two or three.
 """
 
 from __future__ import annotations
 
 import mmap
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -221,7 +217,7 @@ class Ring:
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
     """Give every block its piece of host memory."""
     sizes = [piece.num_bytes for piece in pieces]
-    memory = page_locked(sum(sizes), device, free, "base.streamed_blocks")
+    memory = page_locked(sum(sizes), device, free)
     for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
         piece.host = host
 
@@ -238,12 +234,12 @@ class _PageLocked(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
-def page_locked(num_bytes: int, device: torch.device, free: int, setting: str) -> Tensor:
+def page_locked(num_bytes: int, device: torch.device, free: int) -> Tensor:
     """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
 
-    torch would round its pinned memory up to a power of two, and keep what is freed. `setting` asks for the memory.
+    torch would round its pinned memory up to a power of two, and keep what is freed.
     """
-    needed = f"{setting}: {num_bytes / 2**30:.2f} GiB of pinned host memory are needed"
+    needed = f"base.streamed_blocks: {num_bytes / 2**30:.2f} GiB of pinned host memory are needed"
     if free < num_bytes:  # beyond its limit, a container's process would be ended by SIGKILL
         raise RunFailure(f"{needed}, and {free / 2**30:.2f} GiB are free.")
     try:
@@ -272,109 +268,28 @@ def _before_block(ring: Ring, turn: int, block: nn.Module, _args: Any) -> None:
 
 
 _LEAST_BYTES = 1 << 16  # smaller inputs are masks and positions
-_MOST_LEAVING = 2  # tensors that are being copied out: copies have as long as two blocks compute
 
 
-class CudaHost:
-    """Pinned memory for tensors of `device`, and a stream on which tensors go out and come back in call order.
+def offload_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of a model's checkpointed blocks in pinned host memory, but the last, which is read at once.
 
-    The stream that computes waits for a copy before it gives away memory that the copy uses. With `record_stream` a
-    host that runs ahead would take new memory for each block.
+    The stream that computes copies, too, so that the host never waits; a copy takes a few percent of a block's time.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.free: list[Tensor] = []  # (bytes,) uint8 each; they grow to the largest tensor, whatever its shape
-        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # being copied out, and the ends of the copies
-
-    @property
-    def computing(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
-
-    def __call__(self, tensor: Tensor) -> Away:
-        """Begin to copy a tensor out."""
-        tensor = tensor.contiguous()
-        memory = self.free.pop() if self.free else torch.empty(0, dtype=torch.uint8)
-        if memory.nbytes < tensor.nbytes:
-            memory = page_locked(tensor.nbytes, self.device, available_memory_bytes(), "memory.offload_activations")
-        away = Away(self, memory, memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-        self.stream.wait_stream(self.computing)
-        left = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self.stream):
-            away.there.copy_(tensor, non_blocking=True)
-            left.record(self.stream)
-        self.leaving.append((tensor, left))
-        self.let_go(_MOST_LEAVING)
-        return away
-
-    def let_go(self, most: int) -> None:
-        """Free the memory of all but the last tensors that are being copied out."""
-        while len(self.leaving) > most:
-            self.computing.wait_event(self.leaving.popleft()[1])
+    _, blocks = blocks_of(model, "memory.offload_activations: must be false")
+    for block in blocks[:-1]:
+        plain: Any = block._gradient_checkpointing_func
+        block._gradient_checkpointing_func = partial(_offloaded, plain)  # type: ignore[assignment]
 
 
-class Away:
-    """A tensor on the host, or on its way there or back."""
-
-    def __init__(self, host: CudaHost, memory: Tensor, there: Tensor) -> None:
-        self.host, self.memory, self.there = host, memory, there
-        self.back: Tensor | None = None
-        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def fetch(self) -> Tensor:
-        if self.back is None:
-            self.back = torch.empty_like(self.there, device=self.host.device)
-            self.host.stream.wait_stream(self.host.computing)  # it may still use what was in this memory
-            with torch.cuda.stream(self.host.stream):
-                self.back.copy_(self.there, non_blocking=True)
-                self.arrived.record(self.host.stream)
-        return self.back
-
-    def take(self) -> Tensor:
-        """The tensor on the device, for later work; only once."""
-        back, self.back = self.fetch(), None
-        self._wait()
-        return back
-
-    def _wait(self) -> None:
-        self.host.computing.wait_event(self.arrived)
-        self.host.let_go(0)
-
-    def __del__(self) -> None:
-        if self.back is not None:  # of a pass that was broken off
-            self._wait()
-        self.host.free.append(self.memory)  # the next copy into it is on the same stream, behind this one
+def _offloaded(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with saved_tensors_hooks(_to_host, lambda saved: saved[1].to(saved[0], non_blocking=True)):
+        return plain(*args, **kwargs)
 
 
-class ActivationOffload:
-    """Keeps the inputs of a model's checkpointed blocks in the host's memory, but the last, which is read at once."""
-
-    def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:
-        _, blocks = blocks_of(model, "memory.offload_activations: must be false")
-        self._send = send or CudaHost(model.device)
-        self._sent: dict[int, list[Away]] = {}  # block -> its input, until it is taken
-        for index, block in enumerate(blocks[:-1]):
-            plain: Any = block._gradient_checkpointing_func
-            block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
-
-    def _checkpoint(self, block: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def out(tensor: Tensor) -> Tensor | list[Away]:
-            if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
-                return tensor
-            self._sent.pop(block, None)  # gives its memory back if its pass was broken off
-            sent = self._sent[block] = [self._send(tensor.detach())]
-            return sent
-
-        def back(sent: Tensor | list[Away]) -> Tensor:
-            if isinstance(sent, Tensor):
-                return sent
-            if not sent:
-                raise RunFailure("memory.offload_activations: a graph allows only one backward pass.")
-            tensor = sent.pop().take()
-            for before in self._sent.get(block - 1, ()):
-                before.fetch()
-            return tensor
-
-        with saved_tensors_hooks(out, back):
-            return plain(*args, **kwargs)
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """Where a tensor comes from, and what is kept of it."""
+    tensor, device = tensor.detach(), tensor.device
+    if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
+        return device, tensor
+    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    return device, held.copy_(tensor, non_blocking=True)

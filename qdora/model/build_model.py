@@ -171,11 +171,12 @@ def put_adapters(
     assert directory is not None
     paths = dict(zip((EMBEDDING, HEAD), embedding_paths(model), strict=True))
     named = {paths[name] for name in settings.also_train}
-    if set(trained) != ({paths[EMBEDDING]} if is_tied(model) and named else named):
-        raise UserError(f"adapter.also_train: must have the matrices that {directory} has.")
+    if is_tied(model) and named:
+        named = {paths[EMBEDDING]}
     before = describe_adapter(directory).extra.get("add_tokens", [])
-    if before != list(recipe.model.add_tokens) or any(each.ids != ids for each in trained.values()):
-        raise UserError(f"model.add_tokens: must be {before}, with also_train_rows as in {directory}.")
+    is_same = trained.keys() == named and all(each.ids == ids for each in trained.values())
+    if not is_same or before != list(recipe.model.add_tokens):
+        raise UserError(f"model.add_tokens: must be {before}, with also_train and also_train_rows as in {directory}.")
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -291,12 +291,10 @@ def tie_(model: PreTrainedModel) -> set[str]:
     """Let tied weights be one tensor, which the skeleton may hold twice. Returns their names."""
     pairs = tied_weights(model)
     for target, origin in pairs.items():
-        first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
-        target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]
-        if getattr(second, origin_leaf).is_meta and not getattr(first, target_leaf).is_meta:
-            setattr(second, origin_leaf, getattr(first, target_leaf))  # only the other name was stored
-        else:
-            setattr(first, target_leaf, getattr(second, origin_leaf))
+        if model.get_parameter(origin).is_meta:  # perhaps only the other name was stored
+            target, origin = origin, target
+        path, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
     return {name for pair in pairs.items() for name in pair}
 
 

@@ -425,12 +425,13 @@ def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[M
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
     """The moments with checkpoints on the host, and the pinned memory that these take.
 
-    On the device are that of the block in its backward pass, the next one, which is being copied, and the last one.
+    On the device are at most three: that of the block in its pass, one that is being copied, and the last one.
     """
     sizes = [moment.by_component.get(CHECKPOINTS, 0) for moment in moments]
     single = max(sizes, default=0) // max(num_blocks, 1)
     here = [moment.changed({CHECKPOINTS: min(size, 3 * single)}) for moment, size in zip(moments, sizes, strict=True)]
-    return here, single * max(num_blocks - 1, 0)
+    # torch rounds pinned memory up to a power of two.
+    return here, (1 << max(single - 1, 0).bit_length()) * max(num_blocks - 1, 0)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from qdora.files.console import Progress
 from qdora.files.machine import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.shard import ShardedBase
-from qdora.memory.stream import ActivationOffload, HostResidency
+from qdora.memory.stream import HostResidency, offload_activations
 from qdora.model.attention import context_length
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.checkpoint import Stored
@@ -95,7 +95,7 @@ def load_base(
     if recipe.memory.checkpointing:
         recompute_activations(model)
         if recipe.memory.offload_activations and compute.device.type == "cuda":
-            ActivationOffload(model)
+            offload_activations(model)
     return model
 
 
