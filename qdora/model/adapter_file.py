@@ -109,12 +109,8 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     defaults = {each.name: each.default for each in fields(LoraConfig)}
     faults = []
     for name, value in {"peft_type": None, **settings}.items():
-        if name in _ALLOWED:
-            is_right = value in _ALLOWED[name]
-        else:  # of releases to come, too, whatever is off
-            is_off = value is False or value in (defaults.get(name), None, [], {}, "")
-            is_right = is_off or name in _COMPUTED | _WITHOUT_EFFECT
-        if not is_right:
+        off = (defaults.get(name), False, None, [], {}, "")  # also of releases to come
+        if name not in _COMPUTED | _WITHOUT_EFFECT and value not in _ALLOWED.get(name, off):
             faults.append(f"{where}: {name}: {value!r} is not supported.")
     read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}
     if not read.get("target_modules") and not read.get("target_parameters"):

@@ -79,8 +79,10 @@ def with_attention(
 
 def _fits_flash(model: PreTrainedModel) -> bool:
     """False where flash attention fails, or computes something else although transformers built it."""
-    # GPT-Neo's own class for it leaves out the windows of its local layers; Falcon's fails with ALiBi.
-    if not model._can_set_attn_implementation():
+    # GPT-Neo's own class for it leaves out the windows of its local layers; Falcon's fails with ALiBi. Without further
+    # arguments the lengths of packed examples would not reach the layers.
+    arguments = inspect.signature(model.forward).parameters.values()
+    if not model._can_set_attn_implementation() or all(each.kind is not each.VAR_KEYWORD for each in arguments):
         return False
     sizes = (getattr(module, "head_dim", 0) for module in model.modules())
     return all(size <= _FLASH_HEAD for size in sizes if isinstance(size, int))
@@ -155,8 +157,7 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
 
     with ExitStack() as stack:
         attention = attention_of(model)
-        lacks_lengths = packing is not None and attention == FLASH and not takes_flash_lengths(model)
-        is_known = attention in ("sdpa", FLASH) and not lacks_lengths
+        is_known = attention in ("sdpa", FLASH)
         if is_known or packing is None:
             # In the modules of models with convolutions, linear attention or Mamba layers.
             module = sys.modules[own_class(model).__module__]
@@ -185,9 +186,8 @@ def packed_mask_is_known() -> bool:
 
 
 def takes_flash_lengths(model: nn.Module) -> bool:
-    """Whether the model attends by flash attention and hands the lengths of packed examples on to it."""
-    forward = inspect.signature(model.forward).parameters.values()
-    return attention_of(model) == FLASH and any(each.kind is each.VAR_KEYWORD for each in forward)
+    """Whether the model attends by flash attention, to which it hands the lengths of packed examples on."""
+    return attention_of(model) == FLASH
 
 
 def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:

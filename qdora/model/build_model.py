@@ -202,7 +202,7 @@ def write_adapter(
     if recipe.model.add_tokens:
         extra = {"add_tokens": list(recipe.model.add_tokens), **(extra or {})}
     base, quant = recipe.base, dict[str, Any](quant=recipe.base.quant)
-    if base.quant not in ("int8", "mxfp4", "none"):
+    if base.has_blocks:
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
     if base.method == "gptq":
         quant |= {"method": base.method, "clip": base.clips}

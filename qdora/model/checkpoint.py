@@ -276,13 +276,15 @@ def _convert(
         made = run.convert(name, model=model, config=model.config).items()
         return {target: value[0] if isinstance(value, list) else value for target, value in made}
 
-    (key, dtype), *_ = ((item.key, item.dtype) for _, item in items.values())
+    _, first = next(iter(items.values()))
 
     def read(target: str) -> Tensor:
         return converted(lambda item: item.read())[target]
 
     empty = converted(lambda item: torch.empty(item.shape, device="meta"))
-    return {to: StoredTensor(key, tuple(each.shape), partial(read, to), dtype) for to, each in empty.items()}
+    return {
+        to: StoredTensor(first.key, tuple(each.shape), partial(read, to), first.dtype) for to, each in empty.items()
+    }
 
 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
