@@ -134,13 +134,12 @@ class _Views:
     """`residency` of the layers: they read the memory into which torch gathers their unit."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        seen: set[FrozenLinear] = set()
         for module in [*model.modules()][::-1]:  # blocks before the model
             if not isinstance(module, FSDPModule):
                 continue
             assert isinstance(module, nn.Module)
-            layers = [each for each in frozen_layers(module).values() if each.share is not None and each not in seen]
-            seen.update(layers)
+            layers = frozen_layers(module).values()
+            layers = [layer for layer in layers if layer.share is not None and layer.residency is None]
             for layer in layers:
                 layer.residency = self
             if layers:

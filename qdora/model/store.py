@@ -154,8 +154,8 @@ class BaseCache:
         if self.wanted.kind == MXFP4:  # the source holds it packed
             return tensors_of_source(source, model)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        decides = {"format": 2, "quantization": asdict(self.wanted), "model": shapes}
-        key = hashlib.sha256(json_text({**decides, "files": fingerprints(source)}).encode()).hexdigest()
+        decides = {"format": 2, "quantization": asdict(self.wanted), "model": shapes, "files": fingerprints(source)}
+        key = hashlib.sha256(json_text(decides).encode()).hexdigest()
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):
             if not directory.is_dir():
