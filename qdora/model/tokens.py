@@ -112,10 +112,9 @@ def train_embeddings(
 
 def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None:
     """Train the matrices at these paths, from these values; of a tied pair one is enough."""
-    embedding_path, head_path = embedding_paths(model)
+    paths, shared = embedding_paths(model), dict[TrainedMatrix, TrainedRows]()
     if is_tied(model) and matrices:
-        matrices = dict.fromkeys((embedding_path, head_path), next(iter(matrices.values())))
-    shared: dict[int, TrainedRows] = {}
+        matrices = dict.fromkeys(paths, next(iter(matrices.values())))
     for path, matrix in matrices.items():
         module: Any = model.get_submodule(path)
         if matrix.ids is None:
@@ -123,11 +122,11 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
                 module.weight.data = matrix.values.to(module.weight, copy=True)  # not in place: it may be of a file
             module.weight.requires_grad_(True)
             continue
-        if id(matrix) not in shared:
+        if matrix not in shared:
             values = matrix.values.detach().to(module.weight.device, torch.float32, copy=True)
-            shared[id(matrix)] = TrainedRows(matrix.ids, values)
-        made = RowHead if path == head_path else RowEmbedding
-        replace_module(model, path, made(module, shared[id(matrix)]))
+            shared[matrix] = TrainedRows(matrix.ids, values)
+        made = RowHead if path == paths[1] else RowEmbedding
+        replace_module(model, path, made(module, shared[matrix]))
 
 
 def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
@@ -135,12 +134,11 @@ def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
     found: dict[str, TrainedMatrix] = {}
     if not hasattr(model, "get_input_embeddings"):
         return found
-    seen: set[int] = set()
     for path, module in zip(embedding_paths(model), _modules(model), strict=True):
         is_rows = isinstance(module, RowEmbedding | RowHead)
         parameter = module.trained.rows if is_rows else getattr(module, "weight", None)
-        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in seen:
-            seen.add(id(parameter))
+        is_trained = isinstance(parameter, nn.Parameter) and parameter.requires_grad
+        if is_trained and all(each.values is not parameter for each in found.values()):
             found[path] = TrainedMatrix(parameter, tuple(module.trained.ids.tolist()) if is_rows else None)
     return found
 
