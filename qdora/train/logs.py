@@ -1,4 +1,4 @@
-"""What a run shows of its training: progress, trackers, figures, layers, expert loads, gradients of data sets."""
+"""What a run shows of its training: progress, trackers, figures, layers, gradients of data sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
@@ -35,8 +34,7 @@ from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat, unharmed
-from qdora.model.experts import stacks
+from qdora.files.run_directory import RunDirectory, flat
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -47,11 +45,9 @@ if TYPE_CHECKING:
 
 PROJECT = "qdora"
 TRAINED_FILE = "trained.json"
-EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-_WINDOW = 10  # most optimizer steps at the start and at the end whose division of tokens among experts is compared
 _LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
@@ -283,69 +279,6 @@ def _steps(steps: Lines, figure: Figure) -> None:
         axes.plot([line["step"] for line in steps], values, gid=name)
         if name == "gradient norm":  # spikes are decades above the rest
             axes.set_yscale("log")
-
-
-class ExpertLoad:
-    """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
-    False for a model without experts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
-        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
-        self._first: dict[str, list[list[int]]] = {}
-        self._recent: dict[str, list[list[int]]] = {}
-        self.num_steps = 0
-        for owner, stack in last.items():
-            stack.register_forward_pre_hook(partial(self._add, owner))
-
-    def __bool__(self) -> bool:
-        return bool(self._now)
-
-    def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        tokens: ExpertTokens = inputs[1]
-        if module.training:  # a checkpoint's recompute counts again, which changes no share
-            self._now[owner] += np.array(tokens.routed)
-
-    def begin(self) -> None:
-        """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
-        for counts in self._now.values():
-            counts[:] = 0
-
-    def step(self) -> None:
-        """The update of an optimizer step was made."""
-        for owner, counts in self._now.items():
-            first, recent = self._first.setdefault(owner, []), self._recent.get(owner, [])
-            self._recent[owner] = [*recent, counts.tolist()][-_WINDOW:]
-            if self.num_steps < _WINDOW:
-                first.append(counts.tolist())
-        self.num_steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"num_steps": self.num_steps, "first": self._first, "recent": self._recent}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.num_steps, self._first, self._recent = state["num_steps"], state["first"], state["recent"]
-
-    def record(self) -> dict[str, Any]:
-        """JSON values: of each block the share of each expert in the first and in the last `window` steps, and `moved`,
-        the share of tokens that went to other experts than at the start."""
-        window = min(_WINDOW, max(1, self.num_steps // 2))
-        blocks = {}
-        for owner in self._now:
-            ends = [np.array(self._first[owner][:window]), np.array(self._recent[owner][-window:])]
-            first, last = (counts.sum(axis=0) / max(1, counts.sum()) for counts in ends)
-            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None}
-            if self.num_steps > 1:
-                blocks[owner]["moved"] = float(np.abs(last - first).sum() / 2)
-        return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
-
-    def write(self, run: RunDirectory) -> None:
-        """Write the record. Nothing without experts or steps."""
-        if self._now and self.num_steps:
-            with unharmed(EXPERT_LOAD_FILE):
-                run.write_json(EXPERT_LOAD_FILE, self.record())
 
 
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:

@@ -88,7 +88,6 @@ class Trainer:
         self.schedule, self.backoff = guards.Schedule(recipe.train, num_steps), guards.Backoff(loader)
         self.bad_steps = guards.BadSteps(recipe.train)
         self.loss_scale = passes.LossScale() if model.dtype == torch.float16 else None
-        self.expert_load = logs.ExpertLoad(model)
         validation = validation or {}
         evaluated = {name: validation[name] for name in evals.evaluated_sources(recipe, validation)}
         self.best = evals.best_so_far(recipe, evaluated) if self.trains else None
@@ -234,7 +233,6 @@ class Trainer:
                 raise RunFailure(text, safe=[newest.path] if newest else []) from error
             self.bad_steps.applied(loss)
             self.step = number
-            self.expert_load.step()
             self._check_gradients(lr)
             if self.loss_scale is not None:
                 self.loss_scale.applied()
@@ -256,7 +254,6 @@ class Trainer:
     def _gradient_that_fits(self) -> _Gradient:
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
-            self.expert_load.begin()
             if self.gates is not None:
                 self.gates.begin(self.step)
             gradient = self._gradient()
@@ -362,7 +359,6 @@ class Trainer:
         with suppress(RunFailure):  # a full disk, which must not hide why the run ends
             logs.report_streams(self.directory, self.loader.streams)
         logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
-        self.expert_load.write(self.directory)
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and send it to the trackers."""
@@ -401,7 +397,6 @@ class Trainer:
             "loss_scale": self.loss_scale,
             "best": self.best,
             "gates": self.gates,
-            "expert_load": self.expert_load or None,
         }
         return {name: policy for name, policy in policies.items() if policy is not None}
 
