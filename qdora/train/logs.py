@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
@@ -69,26 +70,19 @@ def peaks(processes: Processes) -> dict[str, int]:
     return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end."""
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or plain_console(stderr=True)
+        console = console or plain_console(stderr=True)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        super().__init__(*columns, console=console, disable=not shows_bars(console))
+        self._task = self.add_task("training", total=num_steps, completed=start)
         self._num_steps = num_steps
         self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bar = Progress(*columns, console=self.console, disable=not shows_bars(self.console))
-        self._task = self._bar.add_task("training", total=num_steps, completed=start)
-
-    def __enter__(self) -> TrainingProgress:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._bar.stop()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
@@ -100,9 +94,9 @@ class TrainingProgress:
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
-        self._bar.update(self._task, completed=step, description=text)
+        self.update(self._task, completed=step, description=text)
         is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
-        if self._bar.disable and is_due:
+        if self.disable and is_due:
             self._last_line = time.monotonic()
             self.console.print(text, soft_wrap=True)
 
@@ -177,19 +171,20 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
     not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
     """
-    facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
-    squared, magnitude = layer.base_squared, layer.magnitude
+    names, squared, magnitude = (
+        ("magnitude_moved", "magnitude_moved_most", "update"),
+        layer.base_squared,
+        layer.magnitude,
+    )
     if squared is None or magnitude is None:
-        return facts
+        return {"rank": layer.rank, **dict.fromkeys(names)}
     alive = squared > 0
     moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
     first, second = layer.lora_A.float(), layer.gated_B().float()
     # ||B A||^2 = sum of (A A^T) o (B^T B)
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
-    if moved.numel():
-        facts |= {"magnitude_moved": float(moved.mean()), "magnitude_moved_most": float(moved.max())}
-        facts["update"] = float(size / squared.sum().sqrt())
-    return facts
+    values = moved.mean(), moved.max(), size / squared.sum().sqrt()
+    return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
 
 
 def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
@@ -197,12 +192,17 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
     seen = {}
     for part in streams:
         here = part.position
-        counts = {"num_examples": here.num_drawn, "num_truncated": here.num_truncated}
-        counts |= {"num_dropped": here.num_dropped, "num_passes": here.epoch}
         if here.num_bad:
             logger.warning("%s: %d faulty rows were skipped, such as %s", part.name, here.num_bad, here.bad_rows[0])
-        faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
-        seen[part.name] = counts | faulty
+        seen[part.name] = {
+            "num_examples": here.num_drawn,
+            "num_truncated": here.num_truncated,
+            "num_dropped": here.num_dropped,
+            "num_passes": here.epoch,
+            "num_bad_rows": here.num_bad,
+            "bad_rows": list(here.bad_rows),
+            "unused": sorted(part.unused),
+        }
     if seen:
         run.write_json("mix.json", run.read_json("mix.json") | {"seen": seen})
 
@@ -210,51 +210,47 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
     After `half_life` steps a contribution counts half."""
-    import pandas as pd
+    fade = 0.5 ** (1 / half_life)
+    sums, counts = (
+        np.array([*itertools.accumulate(np.asarray(x, float), lambda faded, new: fade * faded + new)])
+        for x in (values, weights)
+    )
+    with np.errstate(invalid="ignore"):  # without tokens so far NaN
+        return sums / counts
 
-    sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
-    return (sums / counts).to_numpy().reshape(np.shape(values))
 
-
-def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
-    """Draw the lines of metrics.jsonl as SVG; returns the files. One that cannot be drawn is logged."""
+def draw_figures(metrics: Lines, directory: Path) -> None:
+    """Draw the lines of metrics.jsonl as SVG. A figure that cannot be drawn is logged."""
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
     plots: dict[str, Callable[[Figure], None]] = {}
     if steps:
         plots = {"loss_per_task": partial(_loss_per_task, steps), "steps": partial(_steps, steps)}
-    for metric, name in (("nll_per_token", "validation_nll"), ("acc", "validation_accuracy")):
-        is_known = any(line.get("average", {}).get(metric) is not None for line in evaluations)
-        if steps and len(evaluations) > 1 and is_known:
-            plots[name] = partial(_validation, evaluations, metric)
-    files = []
-    for name, plot in plots.items():
-        try:
-            with svg_file(directory / f"{name}.svg", 5.6, 3.6) as figure:  # inches: on a page two stand side by side
-                plot(figure)
-            files.append(directory / f"{name}.svg")
-        except Exception as error:  # the run is worth more than its pictures
-            logger.warning("figures/%s.svg was not drawn: %s: %s", name, type(error).__name__, error)
-    return files
+        for metric, name in (("nll_per_token", "validation_nll"), ("acc", "validation_accuracy")):
+            if len(evaluations) > 1 and any(line["average"][metric] is not None for line in evaluations):
+                plots[name] = partial(_validation, evaluations, metric)
+    for name, plot in plots.items():  # inches: on a page two stand side by side
+        with unharmed(f"figures/{name}.svg"), svg_file(directory / f"{name}.svg", 5.6, 3.6) as figure:
+            plot(figure)
 
 
 def _loss_per_task(steps: Lines, figure: Figure) -> None:
     names = sorted({name for line in steps for name in line["tasks"]})
-    sums = [[line["tasks"].get(name, {"nll_sum": 0.0})["nll_sum"] for name in names] for line in steps]
-    tokens = [[line["tasks"].get(name, {"num_tokens": 0})["num_tokens"] for name in names] for line in steps]
-    for line, row, counts in zip(steps, sums, tokens, strict=True):
-        row.append(line["loss"] * line["num_label_tokens"])
-        counts.append(line["num_label_tokens"])
+    none, rows = {"nll_sum": 0.0, "num_tokens": 0}, []
+    for line in steps:
+        whole = {"nll_sum": line["loss"] * line["num_label_tokens"], "num_tokens": line["num_label_tokens"]}
+        rows.append([*(line["tasks"].get(name, none) for name in names), whole])
+    sums, tokens = ([[numbers[key] for numbers in row] for row in rows] for key in none)
     values = smooth(sums, tokens, max(1.0, len(steps) / 20))
     _plot(figure, "training loss, nats per answer token", steps, names, values)
 
 
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
     names = sorted({name for line in evaluations for name in line["eval"]})
-    rows = [[line["eval"].get(name, {}).get(metric) for name in names] for line in evaluations]
-    rows = [[*row, line["average"].get(metric)] for row, line in zip(rows, evaluations, strict=True)]
+    tasks = [[*(line["eval"].get(name, {}) for name in names), line["average"]] for line in evaluations]
+    values = np.array([[numbers.get(metric) for numbers in row] for row in tasks], dtype=float)  # None becomes NaN
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
-    _plot(figure, label, evaluations, names, np.array(rows, dtype=float))  # None becomes NaN
+    _plot(figure, label, evaluations, names, values)
 
 
 def _plot(figure: Figure, label: str, lines: Lines, names: Sequence[str], values: Array) -> None:
@@ -304,8 +300,6 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
-        if len(examples[source.label]) < _LEAST_PROBED:
-            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
@@ -365,16 +359,13 @@ def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
     Returns `cosines` (tasks, tasks); `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too
     few; `norms` (tasks,).
     """
-    num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    mean = np.kron(np.eye(num_tasks), np.ones(2)) * weights.reshape(-1)
-    products = mean @ gram @ mean.T
-    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    num_tasks = len(weights)
+    products = np.einsum("ia,iajb,jb->ij", weights, gram.reshape(num_tasks, 2, num_tasks, 2), weights)
+    norms, squares = np.sqrt(products.diagonal()), gram.diagonal().reshape(num_tasks, 2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = products / np.outer(norms, norms)
-        halves = gram.diagonal().reshape(num_tasks, 2)
-        own = gram[::2, 1::2].diagonal() / np.sqrt(halves.prod(axis=1))
-    return {"cosines": cosines, "own_cosines": own, "norms": norms}
+        own = gram[::2, 1::2].diagonal() / np.sqrt(squares.prod(axis=1))
+        return {"cosines": products / np.outer(norms, norms), "own_cosines": own, "norms": norms}
 
 
 def _plain(values: Any) -> Any:
