@@ -35,7 +35,7 @@ from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat
+from qdora.files.run_directory import RunDirectory, flat, unharmed
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -171,11 +171,8 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
     not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
     """
-    names, squared, magnitude = (
-        ("magnitude_moved", "magnitude_moved_most", "update"),
-        layer.base_squared,
-        layer.magnitude,
-    )
+    names = "magnitude_moved", "magnitude_moved_most", "update"
+    squared, magnitude = layer.base_squared, layer.magnitude
     if squared is None or magnitude is None:
         return {"rank": layer.rank, **dict.fromkeys(names)}
     alive = squared > 0
