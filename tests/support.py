@@ -445,7 +445,7 @@ def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
 
     def poisoned(_number: int, loss: Any, _ids: Tensor, _options: Any) -> Any:
-        return type(loss)(loss.nll_sum * float("nan"), loss.example_nll, loss.example_tokens)
+        return type(loss)(loss.nll_sum * float("nan"), loss.example_nll)
 
     in_batches(monkeypatch, poisoned)
 

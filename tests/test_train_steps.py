@@ -175,14 +175,15 @@ def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: py
     step = replace(support.step_of(support.examples(), Batching(40, 0)), micro_batches=[])
     model = model_of("llama", tmp_path).train()
     metrics, example_nll = step_gradient(model, step, loss_scale=LossScale())
-    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    tasks = {name: {"nll_sum": 0.0, "num_tokens": count} for name, count in step.task_label_tokens.items()}
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, tasks, [])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert even_passes(step, Processes(1, 2)) is step
     monkeypatch.setattr(Processes, "gather", lambda self, value: [2, value])
     step = even_passes(step, Processes(1, 2, shards=True))
     assert len(step.micro_batches) == 2
     metrics, example_nll = step_gradient(model, step, weights=WEIGHTS, router_aux_loss=0.0)
-    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, tasks, [])
     assert not gradient_of(model).any()
     assert len(gradient_of(model)) > 0
 

@@ -65,7 +65,6 @@ class Gates:
         self._origin = torch.cat([torch.arange(layer.rank) for layer in self.layers.values()])
         self._alive = torch.ones(len(self._value), dtype=torch.bool)
         self._noise: Tensor | None = None
-        self._gradient: Tensor | None = None  # of the step, if the loop has read it
         if (fault := settings.length_fault(num_steps)) is not None:
             raise UserError(f"adapter.gates.anneal: {fault}")
 
@@ -95,7 +94,6 @@ class Gates:
 
     def begin(self, step: int) -> None:
         """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
-        self._gradient = None
         for gate in self.parameters:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
@@ -106,15 +104,6 @@ class Gates:
             index = self._origin + torch.tensor(first)[self._layer_numbers()]
             self._noise = noise[index].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
-
-    def gradient(self) -> Tensor:
-        """(n,) float64, on the device; empty after the budget is reached."""
-        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
-        return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
-
-    def take_gradient(self, values: list[float]) -> None:
-        """The values of `gradient` for the coming `end`, which else reads them itself."""
-        self._gradient = torch.tensor(values, dtype=torch.float64)
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
@@ -204,7 +193,8 @@ class Gates:
         return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
     def _update(self, step: int) -> None:
-        gradient = self.gradient().cpu() if self._gradient is None else self._gradient
+        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
+        gradient = torch.cat(parts).cpu().double()
         if self.settings.mode == "hard_concrete":
             if step < self.num_warmup:
                 return

@@ -285,9 +285,6 @@ class Trainer:
             self._restore()
             safe = [self.save()] if alone else []
             raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.", safe=safe) from error
-        reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
-        if alone and self.gates is not None:
-            reads["gates"] = self.gates.gradient
         try:
             gradient.metrics, gradient.example_nll = passes.step_gradient(
                 self.model,
@@ -296,7 +293,6 @@ class Trainer:
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
                 router_aux_loss=self.recipe.train.router_aux_loss,
-                reads=reads,
             )
         except RuntimeError as error:
             if processes.shards:
@@ -311,13 +307,11 @@ class Trainer:
             gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
             gradient.fault, gradient.metrics = gradient.shortage.fault(), dict(_UNKNOWN)
             return gradient
-        rank, fault = next(((rank, fault) for rank, (fault, _, _) in enumerate(per_rank) if fault), (0, None))
-        if fault is not None:
-            gradient.fault, gradient.metrics = fault if alone else f"process {rank}: {fault}", dict(_UNKNOWN)
-        elif alone:
-            gradient.metrics["gradient_norm"] = gradient.metrics["gradient_norm"][0]
-            if self.gates is not None:
-                self.gates.take_gradient(gradient.metrics.pop("gates"))
+        faults = [
+            fault if alone else f"process {rank}: {fault}" for rank, (fault, _, _) in enumerate(per_rank) if fault
+        ]
+        if faults:
+            gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
         else:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
             summed = passes.over_processes([metrics for _, _, metrics in per_rank])
