@@ -84,6 +84,11 @@ def read_state(
     return step, dict(state["policies"])
 
 
+def state_of(policy: Any) -> dict[str, Any]:
+    """The JSON values of a policy that its `STATE` names."""
+    return {name: getattr(policy, name) for name in policy.STATE}
+
+
 def best_step_in(directory: Path) -> int | None:
     """The best step that a checkpoint records, or None: a run that continues from it may end with that step."""
     step: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")

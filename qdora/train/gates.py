@@ -40,12 +40,13 @@ _STREAM = 0x67617465
 logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
-# The phases are those of the start: a run that is extended continues the anneal that it began.
-_STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal")
 
 
 class Gates:
     """The gates of a model's adapted layers (path -> layer) while it trains."""
+
+    # The phases are those of the start: a run that is extended continues the anneal that it began.
+    STATE = "num_updates", "full", "target", "is_over", "num_warmup", "num_anneal", "died"
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
@@ -156,10 +157,6 @@ class Gates:
             layer.parameters_changed()
         self.is_over = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
-        return {name: getattr(self, name) for name in (*_STATE, "died")}
-
     def record(self) -> dict[str, Any]:
         """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
         return {
@@ -174,9 +171,8 @@ class Gates:
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Restore `save` from a checkpoint's `directory`, and `state_dict`; its adapter must be loaded already."""
-        for name in _STATE:
-            setattr(self, name, state[name])
+        """Restore `save` from a checkpoint's `directory`, and `STATE`; its adapter must be loaded already."""
+        vars(self).update(state)
         for layer in self.layers.values() if self.is_over else ():
             layer.gate = None
             layer.parameters_changed()
@@ -185,7 +181,6 @@ class Gates:
             setattr(self, f"_{name}", tensors[name])
         for name, factor in self._raw_factors().items():
             factor.copy_(tensors[name])
-        self.died = {path: list(steps) for path, steps in state["died"].items()}
         self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 

@@ -66,13 +66,14 @@ class LossScale:
     Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
+    STATE = "value", "num_good"
+
     def __init__(self) -> None:
-        self.value = _START
-        self._num_good = 0
+        self.value, self.num_good = _START, 0
 
     def halve(self) -> bool:
         """After an overflow: half the factor, and whether the step is worth another try."""
-        self._num_good = 0
+        self.num_good = 0
         if self.value <= _LEAST:
             return False
         self.value /= 2
@@ -80,17 +81,9 @@ class LossScale:
 
     def applied(self) -> None:
         """Count a step without an overflow; after many of them the factor doubles."""
-        self._num_good += 1
-        if self._num_good == _PATIENCE:
-            self.value, self._num_good = min(2 * self.value, _MOST), 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"value": self.value, "num_good": self._num_good}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.value, self._num_good = state["value"], state["num_good"]
+        self.num_good += 1
+        if self.num_good == _PATIENCE:
+            self.value, self.num_good = min(2 * self.value, _MOST), 0
 
 
 def step_gradient(

@@ -125,7 +125,7 @@ class Trainer:
                     text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
                     logger.info(text, self.step, self.num_steps, self.best.num_since)
                 if self.best.step is not None:
-                    logger.info("adapter/ is %s.", evals.best_in_words(self.best.state_dict()))
+                    logger.info("adapter/ is %s.", evals.best_in_words(vars(self.best)))
                 self._save_final()
 
     def _take_steps(self) -> None:
@@ -206,8 +206,7 @@ class Trainer:
             results = self.evaluations.results
             value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
             is_better = self.best.judge(step, value)
-            state = self.best.state_dict()
-            line["best"] = {key: value for key, value in state.items() if key not in ("question", "judged")}
+            line["best"] = {name: getattr(self.best, name) for name in ("step", "value", "num_since")}
         self.write_metrics({"step": step, **line})
         self.model.train()
         return is_better
@@ -233,7 +232,7 @@ class Trainer:
                 raise RunFailure(text, safe=[newest.path] if newest else []) from error
             self.bad_steps.applied(loss)
             self.step = number
-            self._check_gradients(lr)
+            self._check_gradients()
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         else:
@@ -318,9 +317,9 @@ class Trainer:
             gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
         return gradient
 
-    def _check_gradients(self, lr: float) -> None:
+    def _check_gradients(self) -> None:
         """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
-        missing = self._missing_gradients.updated(lr)
+        missing = self._missing_gradients.updated()
         if missing is None:
             return
         total = self._missing_gradients.num_tensors
@@ -377,7 +376,7 @@ class Trainer:
                     optimizer=self.optimizer,
                     loader_state=self.loader.state_dict(),
                     random=random,
-                    policies={name: policy.state_dict() for name, policy in self._policies().items()},
+                    policies={name: checkpoint.state_of(policy) for name, policy in self._policies().items()},
                 )
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
@@ -419,7 +418,7 @@ class Trainer:
             with self.directory.result_directory("adapter") as directory:
                 for file in files:
                     shutil.copyfile(file, directory / file.name)
-                record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
+                record = {**checkpoint.state_of(self.best), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
         with unharmed(logs.TRAINED_FILE):
             layers = [{"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()]
@@ -454,13 +453,15 @@ class Trainer:
             if name == "best":
                 end = 0 if self.evaluates_again else self.step
                 state = partial(evals.former_best, policy, self.recipe, self.directory, states.get(name), end)
-                policy.load_state_dict(self.processes.from_first(state))
+                vars(policy).update(self.processes.from_first(state))
             elif name == "schedule":
-                self.schedule.load_state_dict(states[name], self.step)
+                self.schedule.warmup = states[name]["warmup"]
+            elif name == "micro_batch_tokens":
+                self.backoff.resume(states[name])
             elif name == "gates":
                 policy.load(path, states[name])
             elif name in states:
-                policy.load_state_dict(states[name])
+                vars(policy).update(states[name])
         logger.info("Continuing from %s.", path)
         start = self.directory.evaluation_file(0)
         if start.is_file():
