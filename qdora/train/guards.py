@@ -238,10 +238,8 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     seen, wrong = float((first - second).abs().max()), rms(first - alone)
     most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
     most_wrong = _SPREAD * max(rms(rounding), eps * rms(alone))
-    text = (
-        f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g}), packing by {wrong:.2g} "
-    )
-    text += f"in the root mean square (rounding: {most_wrong:.2g})."
+    text = f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g}), "
+    text += f"packing by {wrong:.2g} in the root mean square (rounding: {most_wrong:.2g})."
     if seen <= most and wrong <= most_wrong:  # NaN fails both
         return layout, f"packed examples stay apart (attention by {attention}): {text}"
     what = f"{name} (attention by {attention}), which does not keep examples apart"
