@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -284,11 +285,9 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
         return going
     # The highest living component of each layer stays, the first one in a tie.
     down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    place = torch.full((int(layer.max()) + 1,), len(order))
-    place = place.scatter_reduce(0, layer[down], torch.arange(len(order)), "amin")
-    best = torch.zeros_like(alive)
-    best[down[place[place < len(order)]]] = True
-    candidates = (alive & ~best).nonzero().squeeze(1)
+    rest = alive.clone()
+    rest[down[np.unique(layer[down].numpy(), return_index=True)[1]]] = False
+    candidates = rest.nonzero().squeeze(1)
     lowest = candidates[order[candidates].argsort(stable=True)]
     before = cost[lowest].cumsum(0) - cost[lowest]
     # Exact: sums of whole numbers.

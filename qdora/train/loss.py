@@ -83,8 +83,6 @@ def chunked_nll(
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
-    trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
-    assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad  # gradients are off inside the function
     nll: Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, weight, bias, labels, scale, softcap, chunk, wants_gradient
@@ -290,8 +288,8 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     replaced = "forward" in vars(head)  # accelerate's offloading does that
     if linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
-        options: Any = {"bias": head.bias, "scale": form.scale, "softcap": form.softcap, "chunk": chunk}
-        return chunked_nll(hidden, weight, targets, **options)  # type: ignore[arg-type]
+        bias: Any = head.bias
+        return chunked_nll(hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk)  # type: ignore[arg-type]
     if chunk is None:
         chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
 
@@ -339,31 +337,22 @@ def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
     raise UserError(f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}: {why}.")
 
 
-@dataclass
-class RouterTap:
-    """The logits of all routers in the latest forward pass, (tokens, experts) each, with their graph."""
-
-    top_k: int
-    logits: tuple[Tensor, ...] = ()
-
-    def loss(self, real: Tensor) -> Tensor:
-        """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
-        if not self.logits:
-            raise UserError("train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers")
-        return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
-
-
 @contextmanager
-def tapped_routers(model: Any) -> Iterator[RouterTap]:
-    """Record the routers' logits. The decoder is asked: the model would count the padding of packed rows."""
-    tap = RouterTap(model.config.get_text_config().num_experts_per_tok)
+def tapped_routers(model: Any) -> Iterator[list[Tensor]]:
+    """Record the logits of all routers in the latest forward pass, (tokens, experts) each, with their graph.
+
+    The decoder is asked: the model would count the padding of packed rows.
+    """
+    logits: list[Tensor] = []
 
     def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         return args, kwargs | {"output_router_logits": True}
 
     def take(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        tap.logits = getattr(output, "router_logits", None) or ()
+        logits[:] = getattr(output, "router_logits", None) or ()
+        if not logits:
+            raise UserError("train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers")
 
     decoder: nn.Module = model.get_decoder()
     with decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take):
-        yield tap
+        yield logits

@@ -25,7 +25,7 @@ from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loss import labelled_nll, tapped_routers
+from qdora.train.loss import labelled_nll, load_balancing_loss, tapped_routers
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -248,12 +248,15 @@ def batch_loss(
         inputs["position_ids"] = there["position_ids"]
         if "starts" in there and takes_flash_lengths(model):
             inputs |= flash_inputs(there["starts"], flash_lengths(packing.position_ids)[1])
-    with tapped_routers(model) if routers else nullcontext() as tap:
+    with tapped_routers(model) if routers else nullcontext([]) as router_logits:
         nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, there["owners"], nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * there["weights"][there["owners"]]).sum()
-    router_loss = None if tap is None else tap.loss(attention_mask)
+    router_loss = None
+    if routers:
+        top_k = model.config.get_text_config().num_experts_per_tok  # type: ignore[union-attr, operator]
+        router_loss = load_balancing_loss(router_logits, top_k, attention_mask.reshape(-1))
     return BatchLoss(nll_sum, example_nll, router_loss)
 
 

@@ -6,6 +6,7 @@ processes of a run call every method for the same step; the first one writes the
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.batches import Step, StepLoader, micro_batches
 from qdora.data.example import Example
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
-from qdora.files.atomic import json_bytes
+from qdora.files.atomic import json_bytes, read_json_object
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory, checkpoint_fault, unharmed
 from qdora.files.tensor_file import write_tensors
@@ -35,7 +36,7 @@ from qdora.model.inject import adapted_layers
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.train import checkpoint, evals, guards, logs, passes
-from qdora.train.distributed import Processes, StopRequest, stop_on_signal
+from qdora.train.distributed import Processes, StopRequest, seed_of, stop_on_signal
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer, optimizer_of
 from qdora.train.passes import Metrics
@@ -370,17 +371,25 @@ class Trainer:
                 self._write_trained(directory, directory / "adapter")
                 if self.gates is not None:
                     self.gates.save(directory)
-                checkpoint.write_state(
-                    directory,
-                    step=self.step,
-                    optimizer=self.optimizer,
-                    loader_state=self.loader.state_dict(),
-                    random=random,
-                    policies={name: checkpoint.state_of(policy) for name, policy in self._policies().items()},
-                )
+                self._write_state(directory, random)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
+
+    def _write_state(self, directory: Path, random: Sequence[Mapping[str, Tensor]]) -> None:
+        """Everything but the parameters; `random` is the `random_state` of every process."""
+        write_tensors(directory / "optimizer.safetensors", self.optimizer.state_tensors())
+        generators = dict[str, Tensor]()
+        for rank, states in enumerate(random):
+            generators |= {checkpoint.numbered(kind, rank): state for kind, state in states.items()}
+        write_tensors(directory / "random.safetensors", generators)
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "policies": {name: checkpoint.state_of(policy) for name, policy in self._policies().items()},
+        }
+        (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
     def _policies(self) -> dict[str, Any]:
         policies = {
@@ -437,18 +446,31 @@ class Trainer:
                 (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
         return self.directory.inside(*parts)
 
+    def _restore_generators(self, path: Path) -> None:
+        """A process without a random state in the checkpoint seeds its generators from `train.seed`."""
+        tensors, rank = load_file(path / "random.safetensors"), self.processes.rank
+        before = sum(name.startswith("cpu") for name in tensors)
+        if before != self.processes.size:
+            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+            logger.warning(text, before, self.processes.size)
+        names = {kind: checkpoint.numbered(kind, rank) for kind in ("cpu", "cuda")}
+        if rank < before:
+            checkpoint.set_random_state({kind: tensors[name] for kind, name in names.items() if name in tensors})
+        else:
+            torch.manual_seed(seed_of(self.recipe.train.seed, rank, self.step))
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
         if self.recipe.adapter.kind == "full":
             tensors = load_file(path / checkpoint.PARAMETERS_FILE)
             checkpoint.copy_parameters(tensors, self.optimizer.parameters)
-        self.step, states = checkpoint.read_state(
-            path,
-            optimizer=self.optimizer,
-            loader=self.loader,
-            processes=self.processes,
-            seed=self.recipe.train.seed,
-        )
+        state = read_json_object(path / "state.json")
+        if state.get("format") != checkpoint.FORMAT:
+            raise UserError(f"{path}: is no checkpoint of this version of qdora (format {state.get('format')}).")
+        self.loader.load_state_dict(state["loader"])
+        self.optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
+        self.step, states = state["step"], state["policies"]
+        self._restore_generators(path)
         for name, policy in self._policies().items():
             if name == "best":
                 end = 0 if self.evaluates_again else self.step
