@@ -49,7 +49,7 @@ from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe
-from qdora.train.loss import head_nll, load_balancing_loss, proposed_form, tapped, tapped_routers
+from qdora.train.loss import head_nll, proposed_form, tapped
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
@@ -372,20 +372,13 @@ def _record(
             inputs["position_ids" if shape.packed else "attention_mask"] = torch.zeros_like(ids)
         rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
     head, chunk = model.get_output_embeddings(), recipe.memory.loss_chunk
-    with part("forward", None, parts.FORWARD), ExitStack() as stack:
-        tap = stack.enter_context(tapped(head, rows, columns, probing=False))
-        with_routers = recipe.train.router_aux_loss > 0
-        router_logits = stack.enter_context(tapped_routers(model)) if with_routers else []
+    with part("forward", None, parts.FORWARD), tapped(head, rows, columns) as tap:
         is_forward = True
         model(**inputs, use_cache=False)
         is_forward = False
     with part("loss", None, parts.LOSS):
         form, size = proposed_form(model.config), None if chunk == "auto" else chunk
         loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
-        if with_routers:
-            top_k = model.config.get_text_config().num_experts_per_tok
-            loss = loss + load_balancing_loss(router_logits, top_k, torch.ones_like(ids).reshape(-1))
-            router_logits.clear()
     with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap

@@ -182,7 +182,6 @@ class MissingGradientCheck:
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
         self._parameters, self._optional = optimizer.parameters, optimizer.undecayed
-        self.num_tensors = len(self._parameters)
         self._num_seen = 0
         self._arrived: dict[str, Tensor] = {}
 

@@ -302,7 +302,7 @@ def probe_examples(
 
 def measure(
     model: nn.Module,
-    halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
+    halves: Mapping[str, Sequence[Sequence[MicroBatch]]],
     parameters: Mapping[str, nn.Parameter],
     *,
     loss_chunk: int | None = None,

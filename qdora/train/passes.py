@@ -9,7 +9,6 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loss import labelled_nll, load_balancing_loss, tapped_routers
+from qdora.train.loss import labelled_nll
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -93,15 +92,14 @@ def step_gradient(
     loss_chunk: int | None = None,
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
-    router_aux_loss: float = 0.0,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
     The host waits for a GPU once, at the end; if it then learns that a row norm was wrong (`unchecked`), the gradient
-    is computed again. The routers' auxiliary loss of a step is the mean over all micro-batches, weighted by tokens.
+    is computed again.
 
-    Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
-    of each micro-batch's examples, (examples,), on the device.
+    Returns the step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples,
+    (examples,), on the device.
     """
     names = batch.micro_batches[0].task_names if batch.micro_batches else list(batch.task_label_tokens)
     device = next(model.parameters()).device
@@ -112,7 +110,6 @@ def step_gradient(
         total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
     while True:
         nll = torch.zeros(len(names), dtype=torch.float32, device=device)
-        aux = torch.zeros(1, dtype=torch.float32, device=device)
         example_nll = []
         with norms_checked_later(later):
             layers = adapted_layers(model).values()
@@ -134,15 +131,9 @@ def step_gradient(
                             chunk=loss_chunk,
                             packing=micro.packing,
                             weights=weight,
-                            routers=router_aux_loss > 0,
                             sent=sent,
                         )
-                        objective = loss.nll_sum
-                        if loss.router_loss is not None:
-                            part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
-                            objective = objective + router_aux_loss * part * total * loss.router_loss
-                            aux += part * loss.router_loss.detach()
-                        scaled = objective / total if loss_scale is None else objective * loss_scale.value
+                        scaled = loss.nll_sum / total if loss_scale is None else loss.nll_sum * loss_scale.value
                         scaled.backward()  # type: ignore[no-untyped-call]
                     nll.index_add_(0, sent["task_ids"], loss.example_nll.float())
                 except (RuntimeError, MemoryError) as error:
@@ -157,14 +148,14 @@ def step_gradient(
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
         doubts = unchecked(layers)
         # All at once, so that the host waits once.
-        joined = torch.cat([nll, aux, *(flag.to(nll).view(1) for flag in doubts.values())])
+        joined = torch.cat([nll, *(flag.to(nll).view(1) for flag in doubts.values())])
         read = joined.tolist()
-        if not settle_norms(doubts, read[len(names) + 1 :]):
+        if not settle_norms(doubts, read[len(names) :]):
             break
         model.zero_grad()
         set_random_state(random)
     counts = [batch.task_label_tokens.get(name) for name in names]
-    nll_sums, aux_sum = read[: len(names)], read[len(names)]
+    nll_sums = read[: len(names)]
     metrics = {
         "loss": sum(nll_sums) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
@@ -176,8 +167,6 @@ def step_gradient(
             if count
         },
     }
-    if router_aux_loss > 0:
-        metrics["router_aux_loss"] = aux_sum
     return metrics, example_nll
 
 
@@ -216,7 +205,6 @@ class BatchLoss:
 
     nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
     example_nll: Tensor  # (examples,) unweighted sum of each example; detached
-    router_loss: Tensor | None = None  # scalar, the routers' auxiliary loss; differentiable
 
 
 def batch_loss(
@@ -228,7 +216,6 @@ def batch_loss(
     chunk: int | None = None,
     packing: Packing | None = None,
     weights: Tensor | None = None,
-    routers: bool = False,
     sent: dict[str, Tensor] | None = None,
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
@@ -248,16 +235,11 @@ def batch_loss(
         inputs["position_ids"] = there["position_ids"]
         if "starts" in there and takes_flash_lengths(model):
             inputs |= flash_inputs(there["starts"], flash_lengths(packing.position_ids)[1])
-    with tapped_routers(model) if routers else nullcontext([]) as router_logits:
-        nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
+    nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, there["owners"], nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * there["weights"][there["owners"]]).sum()
-    router_loss = None
-    if routers:
-        top_k = model.config.get_text_config().num_experts_per_tok  # type: ignore[union-attr, operator]
-        router_loss = load_balancing_loss(router_logits, top_k, attention_mask.reshape(-1))
-    return BatchLoss(nll_sum, example_nll, router_loss)
+    return BatchLoss(nll_sum, example_nll)
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
@@ -275,14 +257,11 @@ def even_passes(batch: Step, processes: Processes) -> Step:
 
 def over_processes(per_rank: Sequence[Metrics]) -> Metrics:
     """The numbers of a step summed over the processes."""
-    sums = {
-        name: sum(metrics[name] for metrics in per_rank) for name in ("loss", "router_aux_loss") if name in per_rank[0]
-    }
     tasks = {
         name: numbers | {"nll_sum": sum(metrics["tasks"][name]["nll_sum"] for metrics in per_rank)}
         for name, numbers in per_rank[0]["tasks"].items()
     }
-    return per_rank[0] | sums | {"tasks": tasks}
+    return per_rank[0] | {"loss": sum(metrics["loss"] for metrics in per_rank), "tasks": tasks}
 
 
 def task_weights(recipe: Recipe, loader: StepLoader) -> TaskWeights | None:

@@ -99,7 +99,7 @@ class Trainer:
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
         self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}  # states of loader and generators before a step
-        self._tell_trackers: Callable[[Metrics], None] | None = None
+        self._tell_trackers: Callable[[Metrics], None] = lambda _metrics: None
 
     def run(self) -> None:
         """Take the steps that are left, evaluate and save. adapter/ gets the best step, or by default the last one."""
@@ -125,8 +125,6 @@ class Trainer:
                 if self.is_over:
                     text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
                     logger.info(text, self.step, self.num_steps, self.best.num_since)
-                if self.best.step is not None:
-                    logger.info("adapter/ is %s.", evals.best_in_words(vars(self.best)))
                 self._save_final()
 
     def _take_steps(self) -> None:
@@ -135,7 +133,7 @@ class Trainer:
         with stop_on_signal(self.processes) as self.stop, bar as progress:
             self.model.train()
             was_measured = partial(evals.was_measured, self.directory, self.step)
-            if self.step > 0 and self._evaluates and not self.processes.from_first(was_measured):
+            if self._evaluates and self.step > 0 and not self.processes.from_first(was_measured):
                 self.evaluate_and_save()  # what a stop has left out
             while self.step < self.num_steps and not self.is_over:
                 metrics = self.one_step()
@@ -196,9 +194,8 @@ class Trainer:
         if every is not None and step % every == 0:
             began, halves = time.perf_counter(), {}
             for name, examples in self._probed.items():
-                tasks = list({example.task: None for example in examples})
-                one, two = (micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1))
-                halves[name] = one, two
+                tasks = [*{example.task for example in examples}]
+                halves[name] = [micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1)]
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
@@ -240,9 +237,14 @@ class Trainer:
             kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
                 raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
-            numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
-            metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
-            self.write_metrics({"step": number, "skipped": metrics["skipped"]})
+            skipped = {
+                "reason": fault,
+                "loss": loss,
+                "gradient_norm": norm,
+                "num_examples": gradient.batch.num_examples,
+            }
+            self.write_metrics({"step": number, "skipped": skipped})
+            metrics["skipped"] = skipped
             logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
         self.optimizer.zero_grad()
@@ -292,7 +294,6 @@ class Trainer:
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
-                router_aux_loss=self.recipe.train.router_aux_loss,
             )
         except RuntimeError as error:
             if processes.shards:
@@ -323,7 +324,7 @@ class Trainer:
         missing = self._missing_gradients.updated()
         if missing is None:
             return
-        total = self._missing_gradients.num_tensors
+        total = len(self.optimizer.parameters)
         text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
         text += f", e.g. {missing[0]}." if missing else "."
         if missing and self.recipe.base.residency != "device":
@@ -358,8 +359,7 @@ class Trainer:
         """Add a line to metrics.jsonl and send it to the trackers."""
         if self.processes.is_first:
             self.directory.append_metrics(metrics)
-        if self._tell_trackers is not None:
-            self._tell_trackers(metrics)
+        self._tell_trackers(metrics)
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
@@ -471,19 +471,17 @@ class Trainer:
         self.optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
         self.step, states = state["step"], state["policies"]
         self._restore_generators(path)
-        for name, policy in self._policies().items():
-            if name == "best":
-                end = 0 if self.evaluates_again else self.step
-                state = partial(evals.former_best, policy, self.recipe, self.directory, states.get(name), end)
-                vars(policy).update(self.processes.from_first(state))
-            elif name == "schedule":
-                self.schedule.warmup = states[name]["warmup"]
-            elif name == "micro_batch_tokens":
-                self.backoff.resume(states[name])
-            elif name == "gates":
-                policy.load(path, states[name])
-            elif name in states:
-                vars(policy).update(states[name])
+        self.backoff.resume(states["micro_batch_tokens"])
+        self.schedule.warmup = states["schedule"]["warmup"]
+        vars(self.bad_steps).update(states["bad_steps"])
+        if self.loss_scale is not None:
+            vars(self.loss_scale).update(states["loss_scale"])
+        if self.best is not None:
+            end = 0 if self.evaluates_again else self.step
+            former = partial(evals.former_best, self.best, self.recipe, self.directory, states.get("best"), end)
+            vars(self.best).update(self.processes.from_first(former))
+        if self.gates is not None:
+            self.gates.load(path, states["gates"])
         logger.info("Continuing from %s.", path)
         start = self.directory.evaluation_file(0)
         if start.is_file():
