@@ -217,30 +217,6 @@ def bag_of_tokens(ids: NDArray[np.int64], embedding: Array, head: Array, dz: Arr
     return logits, of_embedding, of_head
 
 
-def load_balancing(logits: list[Array], top_k: int) -> tuple[float, list[Array]]:
-    """E sum_e f_e P_e over all tokens of all routers, f the choices of an expert for each token and P its mean
-    probability; and the gradient by the logits, (tokens, experts) each, in which f is constant.
-
-    Source: arXiv 2101.03961, eq. 4 to 6; with k choices for each token.
-    """
-    experts = logits[0].shape[1]
-    chosen, probability, routed = np.zeros(experts), np.zeros(experts), 0
-    softmaxes: list[list[Array]] = []
-    for router in logits:
-        softmaxes.append([])
-        for token in router:
-            p = np.exp(token - token.max())
-            p /= p.sum()
-            for expert in sorted(range(experts), key=lambda e: -token[e])[:top_k]:
-                chosen[expert] += 1
-            probability += p
-            softmaxes[-1].append(p)
-            routed += 1
-    value = experts * sum(chosen[e] / routed * probability[e] / routed for e in range(experts))
-    scale = experts / routed**2
-    return value, [np.array([scale * p * (chosen - chosen @ p) for p in router]) for router in softmaxes]
-
-
 def error_undone(merged: Array, base: Array, dense: Array, rank: int) -> tuple[float, float, float]:
     """<U, -E> / |E|^2, the same of the best matrix of this rank, and <U, -E> / (|U| |E|); U = merged - base, E = base -
     dense. The best one has the largest eigenvalues of E E^T."""

@@ -69,6 +69,7 @@ from qdora.run import prepare
 from qdora.run.run import train_run
 from qdora.train import passes
 from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
+from qdora.train.optimizer import AdapterOptimizer, join_float32
 from qdora.train.passes import even_passes, step_gradient
 from qdora.train.trainer import Trainer
 from tests import reference
@@ -445,7 +446,7 @@ def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
 
     def poisoned(_number: int, loss: Any, _ids: Tensor, _options: Any) -> Any:
-        return type(loss)(loss.nll_sum * float("nan"), loss.example_nll, loss.example_tokens)
+        return type(loss)(loss.nll_sum * float("nan"), loss.example_nll)
 
     in_batches(monkeypatch, poisoned)
 
@@ -815,6 +816,12 @@ def assert_same_steps(found: Any, expected: Any, tolerance: float = 1e-6) -> Non
             most = float(others[name].abs().max())
             error = float((gradient - others[name]).abs().max())
             assert error <= 3 * tolerance * most, (name, error, most)
+
+
+def master(optimizer: AdapterOptimizer, key: str) -> Tensor:
+    """The full float32 value of a parameter, as a new tensor."""
+    parameter, low = optimizer.parameters[key].detach(), optimizer.state_tensors().get(f"residual/{key}")
+    return parameter.clone() if low is None else join_float32(parameter, low)
 
 
 def num_resident_bytes(model: nn.Module) -> int:

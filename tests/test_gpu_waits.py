@@ -136,24 +136,26 @@ CASES: dict[str, dict[str, Any]] = {
     "gates": {"gates": GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=2, shrink_every=1, lr=0.1)},
 }
 FAST = ("padded", "streamed")
-ONCE = Counter({"train/passes.py: read = joined.tolist()": 1})
+NUMBERS = "train/passes.py: read = joined.tolist()"
+NORM = 'train/trainer.py: gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}'
 # Of a micro-batch, beside the one of its inputs: the inputs of two blocks out and back.
 MORE_COPIES = {"offload": 4}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES])
 @on_false_gpu
-def test_the_host_waits_once_in_a_step(gpu, source, case):
+def test_the_host_waits_for_the_numbers_of_a_step_and_for_its_norm(gpu, source, case):
     options = dict(CASES[case])
     offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader, gates = one_step(options.pop("packed", False)), options.pop("gates", None)
     model = model_on(gpu.device, source, **options)
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
+    wanted = Counter([NUMBERS, NORM, *["train/gates.py: gradient = torch.cat(parts).cpu().double()"] * bool(gates)])
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
         norms = {} if case == "lora" else {"adapter/algebra.py": len(adapted_layers(model))}
-        assert files((waits(first) - ONCE).elements()) == {"train/loss.py": 1} | norms
-    assert waits(events) == ONCE
+        assert files((waits(first) - wanted).elements()) == {"train/loss.py": 1} | norms
+    assert waits(events) == wanted
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
     if case not in ("streamed", "gates"):
         assert len(copies) == NUM_MICRO_BATCHES * (1 + MORE_COPIES.get(case, 0))
@@ -233,7 +235,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
         with nullcontext() if later else patch.object(passes, "norms_checked_later", lambda _later: nullcontext()):
             numbers, _ = step_gradient(model, step)
         lines = waits(list(gpu.events))
-        assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
+        assert lines.pop(NUMBERS) == (2 if later else 1)
         assert all(line.startswith(("adapter/norms.py: answers", "adapter/algebra.py")) for line in lines)
         gain: Any = layer.gain(torch.float32)
         found.append((numbers, [gain.value, *(each.grad for each in adapter_parameters(model).values())]))

@@ -390,12 +390,9 @@ def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
             live.reset_peak()
             refresh(adapted_layers(model).values())
             for _ in range(2):
-                routers = recipe.train.router_aux_loss > 0
-                loss = batch_loss(model, ids, torch.ones_like(ids), ids.clone(), chunk=64, routers=routers)
-                total = loss.nll_sum if loss.router_loss is None else loss.nll_sum + loss.router_loss
+                loss = batch_loss(model, ids, torch.ones_like(ids), ids.clone(), chunk=64).nll_sum
+                loss.backward()  # type: ignore[no-untyped-call]
                 del loss
-                total.backward()  # type: ignore[no-untyped-call]
-                del total
             optimizer.scale_gradients_(1.0 / optimizer.gradient_norm())
             optimizer.step(1e-4)
             optimizer.zero_grad()

@@ -14,12 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.adapter import expert_product
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.export import export_run
-from qdora.model import experts
-from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -27,8 +24,6 @@ from qdora.rank.components import update_spectrum
 from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.run import train_run
-from qdora.train.logs import EXPERT_LOAD_FILE as FILE
-from qdora.train.logs import ExpertLoad
 from tests import support
 from tests.support import assert_close_runs, assert_same_run
 
@@ -85,7 +80,6 @@ def test_resumed_and_exported(root, tmp_path, name, changes):
         assert any("experts.down_proj.bias" in name for name in load_file(run / "adapter/parameters.safetensors"))
     else:
         assert_same_run(tmp_path / "whole", run, step=4)
-        assert (tmp_path / "whole" / FILE).read_text() == (run / FILE).read_text()
     found = exported(run, tmp_path / "out")
     if asked.adapter.mask == "keep":
         assert found["zeros"]["kept"] == found["zeros"]["pruned"] > 0
@@ -116,8 +110,6 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
     update = stack.scaling * (stack.lora_B.detach().double() @ stack.lora_A.detach().double())
     expected = float(update.norm() / stack.base.dequantized(torch.float64).norm())
     assert layers[name]["update"] == pytest.approx(expected, rel=1e-3)
-    record = json.loads((run / FILE).read_text())
-    assert (record["num_steps"], record["window"], len(record["blocks"])) == (4, 2, 2)
     with pytest.raises(UserError, match=r"does not load 4 layers .* ExpertLinear\)\. Fix: use --format merged"):
         export_run(run, tmp_path / "out", ExportOptions(format="nf4-lora"), console=QUIET)
 
@@ -191,49 +183,3 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root, tmp_path, name):
     wanted, base = (logits(load_run(tmp_path / "run", base_only=only).model) for only in (False, True))
     assert float((base - wanted).abs().max()) > 0.01 * float(wanted.std()), "training changed something"
     torch.testing.assert_close(logits(library), wanted, rtol=0, atol=1e-4 * float(wanted.std()))
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_shares_are_those_of_the_router(monkeypatch, padded):
-    monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
-    monkeypatch.setattr(expert_product, "_MOST_PADDING", 1.0)
-    model = support.mixture("olmoe")
-    routed: list[np.ndarray] = []  # tokens of each expert, block by block
-    for block in model.model.layers:
-        block.mlp.gate.register_forward_hook(
-            lambda _module, _inputs, out: routed.append(np.bincount(out[2].reshape(-1), minlength=4))
-        )
-    use_expert_layers_(model)
-    load = ExpertLoad(model)
-    model(torch.arange(3, 43).view(2, 20))  # evaluation does not count
-    model.train()
-    first, second = torch.arange(3, 43).view(2, 20), torch.arange(50, 90).view(2, 20)
-    for batch, counts in ((first, False), (first, True), (second, True)):  # once again, as after a lack of memory
-        load.begin()
-        model(batch)
-        if counts:
-            load.step()
-    record, counted = load.record(), routed[4:]
-    assert (record["num_steps"], record["window"]) == (2, 1)
-    one, two = record["blocks"].values()
-    assert one["first"] == pytest.approx(counted[0] / counted[0].sum())
-    assert two["last"] == pytest.approx(counted[3] / counted[3].sum())
-    assert one["moved"] == pytest.approx(np.abs(counted[2] - counted[0]).sum() / 2 / counted[0].sum())
-
-
-def counted(*divisions: tuple[float, ...], steps: int = 10) -> dict[str, Any]:
-    """The record of `steps` steps with each division of the tokens."""
-    load, block = ExpertLoad(torch.nn.Module()), "mlp.experts"
-    load._now = {block: np.zeros(len(divisions[0]), np.int64)}
-    for division in (division for division in divisions for _ in range(steps)):
-        load._now[block][:] = division
-        load.step()
-    record = load.record()
-    return {"window": record["window"], **record["blocks"][block]}
-
-
-def test_moved_is_what_went_elsewhere():
-    found = counted((9, 1), (5, 5), steps=3)
-    assert found == {"window": 3, "first": [0.9, 0.1], "last": [0.5, 0.5], "moved": pytest.approx(0.4)}
-    found = counted((6, 4, 0), (5, 5, 0), (3, 4, 3))  # the first and the last ten of thirty
-    assert (found["window"], found["first"], found["last"]) == (10, [0.6, 0.4, 0.0], [0.3, 0.4, 0.3])

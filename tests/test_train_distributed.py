@@ -29,7 +29,6 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure
 from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
-from qdora.train import checkpoint as writer
 from qdora.train import distributed
 from qdora.train.distributed import Processes, free_host_bytes, processes_of_launch, seed_of
 from qdora.train.trainer import Trainer
@@ -161,7 +160,7 @@ def test_a_process_that_hangs_or_has_a_full_disk_ends_the_others(root: Path, tmp
         train_run(settings, tmp_path / "hanging")
 
     def full_disk(_rank: int) -> None:
-        writer.write_state = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        Trainer._write_state = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         train_run(settings, tmp_path / "full")
 
     first, second = support.run_processes(2, hanging, timeout=100)
@@ -194,7 +193,7 @@ def test_where_one_runs_out_of_memory_both_take_smaller_micro_batches(root: Path
 
 def exchange(rank: int) -> None:
     """Messages; gradients of three shapes in two dtypes, in messages of at most 10 elements; and the other one ends."""
-    distributed._MESSAGE_ELEMENTS = 10
+    distributed._MESSAGE_BYTES = 40
     numbers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32)
     with processes_of_launch() as processes:
         assert (processes.rank, processes.size) == (rank, 2)
@@ -268,7 +267,7 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[None]:
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch, "zeros", on_the_host)
         patch.setattr(dist, "new_group", group)
-        patch.setattr(distributed, "_MESSAGE_ELEMENTS", 100)
+        patch.setattr(distributed, "_MESSAGE_BYTES", 400)
         yield
 
 

@@ -157,7 +157,7 @@ def scale_loss(patch: pytest.MonkeyPatch, wanted: list[int], factor: float) -> N
         rows = [row[: len(wanted)] == wanted for row in ids.tolist()]
         example_nll = loss.example_nll * torch.where(torch.tensor(rows), factor, 1.0)
         whole = float(example_nll.sum() / loss.example_nll.sum()) if any(rows) else 1.0
-        return type(loss)(loss.nll_sum * whole, example_nll, loss.example_tokens)
+        return type(loss)(loss.nll_sum * whole, example_nll)
 
     in_batches(patch, scaled)
 

@@ -232,7 +232,7 @@ def state_of(gates: Gates, optimizer: AdapterOptimizer) -> tuple[dict[str, Any],
     """Copies of the gates, and of the optimizer's masters and states."""
     values = {path: layer.gate.detach().clone() for path, layer in gates.layers.items() if layer.gate is not None}
     states = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
-    return values, {key: optimizer.master(key) for key in optimizer.parameters}, states
+    return values, {key: support.master(optimizer, key) for key in optimizer.parameters}, states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,12 +251,12 @@ def test_removal_and_folding_keep_the_loss_and_the_states_of_what_stays(name: An
         num_cut += int((~keep).sum())
         for part, dim in (("lora_A", 0), ("lora_B", 1)):
             key, index = f"{path}.{part}", keep.nonzero().squeeze(1)
-            assert torch.equal(optimizer.master(key), masters[key].index_select(dim, index))
+            assert torch.equal(support.master(optimizer, key), masters[key].index_select(dim, index))
             for state, tensor in optimizer.state_tensors().items():
                 of_factor = state.startswith(f"state/{key}/") and tensor.shape == layer.get_parameter(part).shape
                 if of_factor and tensor.dtype == torch.float32:
                     assert torch.equal(tensor, states[state].index_select(dim, index)), state
-        assert torch.equal(optimizer.master(f"{path}.magnitude"), masters[f"{path}.magnitude"])
+        assert torch.equal(support.master(optimizer, f"{path}.magnitude"), masters[f"{path}.magnitude"])
     assert 0 < num_cut == NUM_LAYERS * (8 - gates.mean_rank)
     step(model, gates, optimizer, 3)  # training goes on
     gates.remove_dead(optimizer)

@@ -1,4 +1,4 @@
-"""Whole runs of other recipes: streams, packing, generated answers, cosines of tasks, routers, weights of tasks."""
+"""Whole runs of other recipes: streams, packing, generated answers, cosines of tasks, weights of tasks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from qdora.data import stream
 from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
-from qdora.plan.fit import plan
 from qdora.recipe.options import EvalOptions
 from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target
 from qdora.train.checkpoint import random_state
 from qdora.train.logs import agreement, measure
 from tests import reference, support
-from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, training_lines
+from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -164,31 +163,6 @@ def test_a_run_with_a_probe_trains_as_one_without_and_resumes(root: Path, tmp_pa
     assert last["tasks"] == ["sums", "letters"]
     assert -1 <= last["lowest_cosine"] == last["mean_cosine"] == last["cosines"][0][1] <= 1
     assert_resumes(recipe, run, tmp_path / "again", stop_at=3)
-
-
-def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
-    def routed(name: str, coefficient: float) -> Any:
-        if not (root / name / "model").exists():
-            support.write_mixture(root / name / "model", name)
-        own = {"adapter__experts": {"rank": 2}, "train__steps": 4, "data__packing": name == "qwen3_moe", **UNEVALUATED}
-        return support.tiny_recipe(root / name, **own, train__router_aux_loss=coefficient)
-
-    recipe, whole = routed("qwen3_moe", 0.05), tmp_path / "whole"
-    train_run(recipe, whole)
-    assert_resumes(recipe, whole, tmp_path / "run", stop_at=2, step=4)
-    lines = training_lines(whole)
-    for line in lines:
-        assert 0.5 < line["router_aux_loss"] < 4.0
-        nll = sum(task["nll_sum"] for task in line["tasks"].values()) / line["num_label_tokens"]
-        assert line["loss"] == pytest.approx(nll)
-    train_run(routed("qwen3_moe", 0.0), tmp_path / "off")
-    off = training_lines(tmp_path / "off")
-    assert not any("router_aux_loss" in line for line in off)
-    assert (off[0]["loss"] == lines[0]["loss"], off[-1]["loss"] == lines[-1]["loss"]) == (True, False)
-    refused = routed("lfm2_moe", 0.05)
-    for action in (lambda: train_run(refused, tmp_path / "refused"), lambda: plan(refused)):
-        with pytest.raises(UserError, match="router_aux_loss: must be 0 with lfm2_moe"):
-            action()
 
 
 def test_fixed_weights_change_a_run(root: Path, tmp_path: Path) -> None:

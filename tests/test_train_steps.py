@@ -1,4 +1,4 @@
-"""The gradient of a step against float64, example by example: micro-batches, packing, weights, routers, float16."""
+"""The gradient of a step against float64, example by example: micro-batches, packing, weights, experts, float16."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional
 
 from qdora.data.batches import Batching, Step
 from qdora.data.tokenize import TokenizedExample
-from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters, inject
 from qdora.train.distributed import Processes
-from qdora.train.loss import check_router_loss, load_balancing_loss
-from qdora.train.passes import LossScale, batch_loss, even_passes, step_gradient
+from qdora.train.passes import LossScale, even_passes, step_gradient
 from tests import reference, support
-
-WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_5_moe_text", "qwen3_next")
 
 
 def model_of(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -38,64 +32,30 @@ def model_of(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> 
     return made
 
 
-def forward(model: Any, example: TokenizedExample) -> tuple[Tensor, list[Tensor]]:
-    """NLL of an example alone, and (tokens, experts) of each router from its inputs and weights."""
-    routed: list[Tensor] = []
-
-    def see(router: Any, args: tuple[Any, ...], _output: Any) -> None:
-        bias = getattr(router, "bias", None)
-        product = args[0].reshape(-1, args[0].shape[-1]) @ router.weight.T
-        routed.append(product if bias is None else product + bias)
-
-    hooks = [m.register_forward_hook(see) for m in model.modules() if type(m).__name__.endswith("Router")]
+def nll_of(model: Any, example: TokenizedExample) -> Tensor:
+    """NLL of an example alone."""
     ids = torch.from_numpy(example.input_ids).long()
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    for hook in hooks:
-        hook.remove()
     wanted = torch.from_numpy(example.loss_mask)[1:]
-    return functional.cross_entropy(logits[:-1][wanted], ids[1:][wanted], reduction="sum"), routed
+    return functional.cross_entropy(logits[:-1][wanted], ids[1:][wanted], reduction="sum")
 
 
 def expected(
-    model: Any,
-    step: Step,
-    examples: list[TokenizedExample],
-    weights: Mapping[str, float] | None = None,
-    coefficient: float = 0.0,
+    model: Any, step: Step, examples: list[TokenizedExample], weights: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Each example by itself, without padding, in float64: NLL of each task, auxiliary loss, gradients.
-
-    The auxiliary loss of the routers is the mean over the micro-batches by their tokens.
-    """
+    """Each example by itself, without padding, in float64: NLL of each task, gradients."""
     parameters, by_id = adapter_parameters(model), {each.id: each for each in examples}
     share_of = weights or dict.fromkeys(step.task_label_tokens, 1.0)
     total = sum(share_of[name] * count for name, count in step.task_label_tokens.items())
     gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
     nll = dict.fromkeys(step.task_label_tokens, 0.0)
-    aux = 0.0
-
-    def add(found: Any) -> None:
+    for name in (name for micro in step.micro_batches for name in micro.example_ids):
+        loss = nll_of(model, by_id[name])
+        nll[by_id[name].task] += float(loss.detach())
+        found = torch.autograd.grad(share_of[by_id[name].task] * loss / total, [*parameters.values()])
         for gradient, each in zip(gradients.values(), found, strict=True):
             gradient += each
-
-    for micro in step.micro_batches:
-        routed = []
-        for name in micro.example_ids:
-            loss, routers = forward(model, by_id[name])
-            routed.append(routers)
-            nll[by_id[name].task] += float(loss.detach())
-            objective = share_of[by_id[name].task] * loss / total
-            add(torch.autograd.grad(objective, [*parameters.values()], retain_graph=bool(routers)))
-        if not coefficient:
-            continue
-        layers = [torch.cat(each) for each in zip(*routed, strict=True)]
-        value, upstream = reference.load_balancing([each.detach().numpy() for each in layers], 2)
-        share = len(layers[0]) / step.num_tokens
-        aux += share * value
-        given = [torch.from_numpy(each) * (share * coefficient) for each in upstream]
-        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        add(torch.autograd.grad(layers, [*parameters.values()], given, **options))
-    return {"nll": nll, "aux": aux, "gradients": gradients}
+    return {"nll": nll, "gradients": gradients}
 
 
 def flat(gradients: Any) -> Any:
@@ -107,16 +67,15 @@ def gradient_of(model: Any) -> Any:
 
 
 WEIGHTS = {"a": 2.0, "b": 0.25}
-ROUTED = {"coefficient": 0.5}
 CASES: dict[str, tuple[str, Batching, bool, bool, dict[str, Any]]] = {
     "one micro-batch": ("llama", Batching(200, 0), False, False, {}),
     "padded micro-batches": ("llama", Batching(24, 0), True, False, {}),
     "weights": ("llama", Batching(40, 0), False, False, {"weights": WEIGHTS}),
     "packed rows": ("llama", Batching(50, 0, "rows", 25), True, False, {"weights": WEIGHTS}),
     "one packed row": ("llama", Batching(50, 0, "single"), False, False, {}),
-    "routers": ("qwen3_moe", Batching(40, 0), False, False, ROUTED),
-    "packed routers": ("mixtral", Batching(40, 0, "rows", 20), True, True, ROUTED | {"weights": WEIGHTS}),
-    "routers with a bias": ("gpt_oss", Batching(40, 0), True, False, ROUTED),
+    "experts": ("qwen3_moe", Batching(40, 0), False, False, {}),
+    "packed experts": ("mixtral", Batching(40, 0, "rows", 20), True, True, {"weights": WEIGHTS}),
+    "routers with a bias": ("gpt_oss", Batching(40, 0), True, False, {}),
 }
 
 
@@ -131,8 +90,7 @@ def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) 
     if checkpointing:
         recompute_activations(model)
     options: dict[str, Any] = {"weights": settings.get("weights"), "loss_scale": LossScale() if scaled else None}
-    coefficient = settings.get("coefficient", 0.0)
-    metrics, example_nll = step_gradient(model, step, router_aux_loss=coefficient, **options)
+    metrics, example_nll = step_gradient(model, step, **options)
     assert metrics["loss"] == pytest.approx(sum(wanted["nll"].values()) / step.num_label_tokens, rel=1e-5)
     assert metrics["tasks"].keys() == wanted["nll"].keys()
     for task, numbers in metrics["tasks"].items():
@@ -143,12 +101,6 @@ def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) 
     assert metrics["num_tokens"] == sum(map(len, examples))
     gradient = flat(wanted["gradients"].values())
     assert reference.relative_error(gradient_of(model), gradient) < 1e-4
-    assert ("router_aux_loss" in metrics) == bool(coefficient)
-    if coefficient:
-        assert metrics["router_aux_loss"] == pytest.approx(wanted["aux"], rel=1e-5)
-        plain = expected(model_of(name, tmp_path, torch.float64), step, examples, settings.get("weights"))
-        plain = flat(plain["gradients"].values())
-        assert reference.relative_error(plain, gradient) > 0.02, "the loss of the routers does not show"
 
 
 def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) -> None:
@@ -175,65 +127,14 @@ def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: py
     step = replace(support.step_of(support.examples(), Batching(40, 0)), micro_batches=[])
     model = model_of("llama", tmp_path).train()
     metrics, example_nll = step_gradient(model, step, loss_scale=LossScale())
-    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    tasks = {name: {"nll_sum": 0.0, "num_tokens": count} for name, count in step.task_label_tokens.items()}
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, tasks, [])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert even_passes(step, Processes(1, 2)) is step
     monkeypatch.setattr(Processes, "gather", lambda self, value: [2, value])
     step = even_passes(step, Processes(1, 2, shards=True))
     assert len(step.micro_batches) == 2
-    metrics, example_nll = step_gradient(model, step, weights=WEIGHTS, router_aux_loss=0.0)
-    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    metrics, example_nll = step_gradient(model, step, weights=WEIGHTS)
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, tasks, [])
     assert not gradient_of(model).any()
     assert len(gradient_of(model)) > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_value_and_gradient_of_router_logits(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    routers = [(torch.randn(11, 7, generator=generator, dtype=torch.float64) * 3).to(dtype) for _ in range(3)]
-    routers[1][:, 2] += 30.0  # for certain
-    leaves = [each.clone().requires_grad_() for each in routers]
-    real = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 0])
-    value = load_balancing_loss(leaves, 3, real)
-    assert value.dtype == torch.promote_types(dtype, torch.float32)
-    kept = real.bool()
-    wanted, gradients = reference.load_balancing([each[kept].double().numpy() for each in routers], 3)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
-    assert float(value.detach()) == pytest.approx(wanted, rel=tolerance)
-    found = torch.stack(torch.autograd.grad(value, leaves))
-    assert not found[:, ~kept].any()
-    # A gradient in bf16 is rounded once.
-    most = 5e-3 if dtype == torch.bfloat16 else tolerance
-    assert reference.relative_error(found[:, kept].double().numpy(), np.stack(gradients)) < most
-    alike = torch.tensor([[40.0, 0.0, 0.0, 0.0]]).expand(5, 4)
-    assert float(load_balancing_loss([alike], 1, torch.ones(5))) == pytest.approx(4.0)
-
-
-def ids_and_mask(rows: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
-    """The second row is padded after five tokens."""
-    ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    return ids, mask
-
-
-@pytest.mark.parametrize("name", WITH_LOSS)
-def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
-    model, _ = support.adapted_mixture(tmp_path, name, torch.float32, targets=["o_proj"])
-    ids, mask = ids_and_mask()
-    library = model(ids, attention_mask=mask, output_router_logits=True)
-    found = batch_loss(model, ids, mask, ids.clone(), routers=True)
-    assert found.router_loss is not None
-    torch.testing.assert_close(found.router_loss, library.aux_loss, rtol=1e-5, atol=1e-6)
-    assert batch_loss(model, ids, mask, ids.clone()).router_loss is None
-
-
-def test_which_models_have_one(root: Path) -> None:
-    recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
-    for name in ("Qwen3VLMoeConfig", "Glm4vMoeConfig"):  # images and texts: the loss of the family
-        check_router_loss(recipe, getattr(transformers, name)())
-    with pytest.raises(UserError, match=r"train\.router_aux_loss: must be 0 with deepseek_v3, got 0\.05"):
-        check_router_loss(recipe, support.mixture("deepseek_v3").config)
-    ids, mask = ids_and_mask(2, 7)
-    with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with this model: .* no logits of routers"):
-        batch_loss(support.mixture("qwen3_moe", mlp_only_layers=[0, 1]), ids, mask, ids.clone(), routers=True)

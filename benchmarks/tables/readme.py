@@ -171,4 +171,4 @@ def _failures() -> Iterator[list[str]]:
     runs = {run["factor"]: run for run in read("router_loss")["runs"]}
     load = ", ".join(f"{runs[factor]['load']['last']:.3f} with {factor:g}" for factor in sorted(runs))
     figure = f"sum of squared shares of a small mixture's experts, times their number: {load}; one seed"
-    yield ["the auxiliary loss of frozen routers", "none (`train.router_aux_loss`)", figure]
+    yield ["the auxiliary loss of frozen routers", "none", figure]

@@ -49,7 +49,7 @@ from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe
-from qdora.train.loss import head_nll, proposed_form, tapped, tapped_routers
+from qdora.train.loss import head_nll, proposed_form, tapped
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
@@ -369,23 +369,17 @@ def _record(
             inputs["position_ids" if shape.packed else "attention_mask"] = torch.zeros_like(ids)
         rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
     head, chunk = model.get_output_embeddings(), recipe.memory.loss_chunk
-    with part("forward", None, parts.FORWARD), ExitStack() as stack:
-        tap = stack.enter_context(tapped(head, rows, columns, probing=False))
-        with_routers = recipe.train.router_aux_loss > 0
-        router_tap = stack.enter_context(tapped_routers(model)) if with_routers else None
+    with part("forward", None, parts.FORWARD), tapped(head, rows, columns) as tap:
         is_forward = True
         model(**inputs, use_cache=False)
         is_forward = False
     with part("loss", None, parts.LOSS):
         form, size = proposed_form(model.config), None if chunk == "auto" else chunk
         loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
-        if router_tap is not None:
-            loss = loss + router_tap.loss(torch.ones_like(ids))
-            router_tap.logits = ()
     with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap
-    del inputs, ids, rows, columns, targets, router_tap
+    del inputs, ids, rows, columns, targets
     with part("update", None, parts.UPDATE):
         pass
     return moments

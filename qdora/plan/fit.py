@@ -37,7 +37,7 @@ from qdora.recipe.recipe_file import override
 from qdora.recipe.section import parse_size, with_settings
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
-from qdora.train.loss import auto_chunk, check_router_loss
+from qdora.train.loss import auto_chunk
 
 logger = logging.getLogger("qdora")
 
@@ -122,7 +122,7 @@ class Planner:
             recipe.adapter.model_dump_json(),
             repr(adapter),
             (memory.checkpointing, memory.loss_chunk, keeps_scales(recipe)),
-            (recipe.train.optimizer, recipe.train.router_aux_loss > 0, len(recipe.model.add_tokens)),
+            (recipe.train.optimizer, len(recipe.model.add_tokens)),
             (shape, routing),
         )
         if key not in self.steps:
@@ -232,7 +232,6 @@ def plan(
             if public is None:
                 raise
             config = public.config()
-    check_router_loss(recipe, config)
     name, attention = recipe.model.dtype, recipe.model.attention
     if name == "auto":
         name = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"

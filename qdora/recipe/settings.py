@@ -323,8 +323,6 @@ class TrainConfig(Section):
     """Decay rates of the two averages (null: [0.9, 0.999] for Adam, [0.9, 0.99] for Lion)."""
     eps: Positive = 1e-8
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
-    router_aux_loss: NotNegative = 0.0
-    """Factor of the auxiliary loss that spreads tokens over experts (0: off). See the guide experts."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"

@@ -60,7 +60,6 @@ from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.guards import Check
 from qdora.train.logs import interference_faults
-from qdora.train.loss import check_router_loss
 from qdora.train.passes import task_weight_faults
 
 logger = logging.getLogger("qdora")
@@ -99,7 +98,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     recipe = pinned(recipe, source, tokenizer_source)
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
-    check_router_loss(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
 

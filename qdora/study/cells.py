@@ -44,7 +44,7 @@ _WHOLE_BYTES = 2**30
 _LATER = {"model.tokenizer_revision": None, "base.method": "round"}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that are younger than the committed cells; at this value they are not in a key."""
-_GONE = {"train.compile": False}
+_GONE = {"train.compile": False, "train.router_aux_loss": 0.0}
 _GONE_OF_ADAPTERS = {"adapter.experts.share": "none"}
 """Settings that have left, but stay in every key, and in that of LoRA and DoRA."""
 

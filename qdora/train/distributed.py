@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -32,7 +33,7 @@ from qdora.memory.oom import is_out_of_memory
 
 T = TypeVar("T")
 
-_MESSAGE_ELEMENTS = 1 << 24  # gradient elements in one message
+_MESSAGE_BYTES = 1 << 26  # of gradients in one message
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 # How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
@@ -97,8 +98,8 @@ class Processes:
         """Let NCCL connect the groups and take its buffers now, before free memory is measured."""
         with self._connected():
             for group in groups:
-                for num_elements in (1, _MESSAGE_ELEMENTS):
-                    dist.all_reduce(torch.zeros(num_elements, device="cuda"), group=group)
+                for num_bytes in (4, _MESSAGE_BYTES):
+                    dist.all_reduce(torch.zeros(num_bytes // 4, device="cuda"), group=group)
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -107,16 +108,16 @@ class Processes:
         """Replace every gradient by its sum over the processes, equal bit for bit in all of them."""
         if self.size == 1:
             return
-        present = self.gather([parameter.grad is not None for parameter in parameters])
-        for parameter, *flags in zip(parameters, *present, strict=True):
+        reached = self.gather([parameter.grad is not None for parameter in parameters])
+        for parameter, *flags in zip(parameters, *reached, strict=True):
             if parameter.grad is None and any(flags):
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
-        for gradients in _messages([parameter.grad for parameter in parameters if parameter.grad is not None]):
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for gradients in _take_tensors(present, _MESSAGE_BYTES):  # type: ignore[no-untyped-call]
+            flat = _flatten_dense_tensors(gradients)
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -144,8 +145,7 @@ class Processes:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
         if self.size == 1:
             return
-        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        views = (p.detach().contiguous().view(bits[p.element_size()]) for p in parameters.values())
+        views = (parameter.detach().contiguous().view(torch.int16) for parameter in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
             if differing := [key for key, one, other in zip(parameters, sums[0], theirs, strict=True) if one != other]:
@@ -261,15 +261,3 @@ def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    run: list[Tensor] = []
-    for tensor in tensors:
-        alike = run and (run[0].dtype, run[0].device) == (tensor.dtype, tensor.device)
-        if run and (not alike or sum(map(Tensor.numel, run)) + tensor.numel() > _MESSAGE_ELEMENTS):
-            yield run
-            run = []
-        run.append(tensor)
-    if run:
-        yield run

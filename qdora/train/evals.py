@@ -21,6 +21,7 @@ from qdora.files.atomic import read_json_object
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
 from qdora.recipe.settings import MACRO, Recipe
+from qdora.train.checkpoint import state_of
 from qdora.train.distributed import Processes
 from qdora.train.logs import TRAINED_FILE
 
@@ -94,6 +95,8 @@ class BestSoFar:
     Values of another `question` (metric, tasks, examples) are not comparable. `judged` is the step of the last one.
     """
 
+    STATE = "question", "step", "value", "num_since", "judged"
+
     def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
         self.question, self.higher, self.patience = dict(question), higher, patience
         self.step: int | None = None
@@ -115,16 +118,6 @@ class BestSoFar:
     def is_over(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
         return self.patience is not None and self.num_since >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        numbers = {name: getattr(self, name) for name in ("step", "value", "num_since", "judged")}
-        return {"question": self.question, **numbers}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of the same question."""
-        for name in ("step", "value", "num_since", "judged"):
-            setattr(self, name, state[name])
 
 
 def evaluated_sources(recipe: Recipe, validation: Mapping[str, Any]) -> Sequence[str]:
@@ -168,13 +161,13 @@ def former_best(
     elif state["step"] is not None and (lost := checkpoint_fault(run.checkpoint_path(state["step"]))):
         fault = f"The best checkpoint, step-{state['step']}, is not whole ({lost})"
     else:
-        best.load_state_dict(state)
+        vars(best).update(state)
         if best.judged is not None and best.judged < step and was_measured(run, step):
             # The evaluation after the last step of a run that is extended followed that step's checkpoint.
             best.judge(step, selection_value(recipe, read_result(run.evaluation_file(step))))
-        return best.state_dict()
+        return state_of(best)
     logger.warning("%s. The best step is chosen from the evaluations that follow.", fault)
-    return best.state_dict()
+    return state_of(best)
 
 
 def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]], num_steps: int) -> list[str]:
@@ -183,9 +176,7 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    if not evaluated:
-        faults.append(f"eval.best_by: got {by!r}, but no source has validation data.")
-    elif by not in (MACRO, *evaluated):
+    if by not in (MACRO, *evaluated):
         faults.append(f"eval.best_by: got {by!r}, must be one of {', '.join((MACRO, *evaluated))}.")
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,12 +41,13 @@ _STREAM = 0x67617465
 logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
-# The phases are those of the start: a run that is extended continues the anneal that it began.
-_STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal")
 
 
 class Gates:
     """The gates of a model's adapted layers (path -> layer) while it trains."""
+
+    # The phases are those of the start: a run that is extended continues the anneal that it began.
+    STATE = "num_updates", "full", "target", "is_over", "num_warmup", "num_anneal", "died"
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
@@ -65,7 +67,6 @@ class Gates:
         self._origin = torch.cat([torch.arange(layer.rank) for layer in self.layers.values()])
         self._alive = torch.ones(len(self._value), dtype=torch.bool)
         self._noise: Tensor | None = None
-        self._gradient: Tensor | None = None  # of the step, if the loop has read it
         if (fault := settings.length_fault(num_steps)) is not None:
             raise UserError(f"adapter.gates.anneal: {fault}")
 
@@ -95,7 +96,6 @@ class Gates:
 
     def begin(self, step: int) -> None:
         """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
-        self._gradient = None
         for gate in self.parameters:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
@@ -106,15 +106,6 @@ class Gates:
             index = self._origin + torch.tensor(first)[self._layer_numbers()]
             self._noise = noise[index].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
-
-    def gradient(self) -> Tensor:
-        """(n,) float64, on the device; empty after the budget is reached."""
-        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
-        return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
-
-    def take_gradient(self, values: list[float]) -> None:
-        """The values of `gradient` for the coming `end`, which else reads them itself."""
-        self._gradient = torch.tensor(values, dtype=torch.float64)
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
@@ -167,10 +158,6 @@ class Gates:
             layer.parameters_changed()
         self.is_over = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
-        return {name: getattr(self, name) for name in (*_STATE, "died")}
-
     def record(self) -> dict[str, Any]:
         """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
         return {
@@ -185,9 +172,8 @@ class Gates:
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Restore `save` from a checkpoint's `directory`, and `state_dict`; its adapter must be loaded already."""
-        for name in _STATE:
-            setattr(self, name, state[name])
+        """Restore `save` from a checkpoint's `directory`, and `STATE`; its adapter must be loaded already."""
+        vars(self).update(state)
         for layer in self.layers.values() if self.is_over else ():
             layer.gate = None
             layer.parameters_changed()
@@ -196,7 +182,6 @@ class Gates:
             setattr(self, f"_{name}", tensors[name])
         for name, factor in self._raw_factors().items():
             factor.copy_(tensors[name])
-        self.died = {path: list(steps) for path, steps in state["died"].items()}
         self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 
@@ -204,7 +189,8 @@ class Gates:
         return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
     def _update(self, step: int) -> None:
-        gradient = self.gradient().cpu() if self._gradient is None else self._gradient
+        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
+        gradient = torch.cat(parts).cpu().double()
         if self.settings.mode == "hard_concrete":
             if step < self.num_warmup:
                 return
@@ -299,11 +285,9 @@ def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: 
         return going
     # The highest living component of each layer stays, the first one in a tie.
     down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    place = torch.full((int(layer.max()) + 1,), len(order))
-    place = place.scatter_reduce(0, layer[down], torch.arange(len(order)), "amin")
-    best = torch.zeros_like(alive)
-    best[down[place[place < len(order)]]] = True
-    candidates = (alive & ~best).nonzero().squeeze(1)
+    rest = alive.clone()
+    rest[down[np.unique(layer[down].numpy(), return_index=True)[1]]] = False
+    candidates = rest.nonzero().squeeze(1)
     lowest = candidates[order[candidates].argsort(stable=True)]
     before = cost[lowest].cumsum(0) - cost[lowest]
     # Exact: sums of whole numbers.

@@ -1,6 +1,6 @@
 """A run's policies (rate, smaller micro-batches, bad steps), and checks of its model before the first step.
 
-The `state_dict` of a policy has JSON values. Checks are in log.txt.
+What a checkpoint keeps of a policy, as JSON, is named by its `STATE`. Checks are in log.txt.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import inspect
 import logging
 import math
 import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,9 +40,8 @@ _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
 _SPREAD = 8.0
 # Least rounding in units of the logits; an example that sees its neighbour moves logits by more than 0.1.
 _LEAST = 1e-4
-# Relative differences allowed between the losses of two processes that divide a base.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
-_ROUNDING_16 = 5e-3
+# Relative differences allowed between the losses of two processes that divide a base, in float32 and in 16 bits.
+_ROUNDING, _ROUNDING_16 = 1e-5, 5e-3
 _NUM_TOKENS = 32
 
 logger = logging.getLogger("qdora")
@@ -57,40 +55,34 @@ class Schedule:
     A run that is extended keeps its warm-up.
     """
 
+    STATE = "num_steps", "warmup"
+
     def __init__(self, train: TrainConfig, num_steps: int) -> None:
-        self._train, self._num_steps = train, num_steps
+        self._train, self.num_steps = train, num_steps
         # As written in the recipe: 0.07 * 100 is 7.000000000000001 in floating point.
         share = Fraction(repr(train.warmup)) if isinstance(train.warmup, float) else None
-        self._warmup = min(train.warmup if share is None else math.ceil(share * num_steps), num_steps)
+        self.warmup = min(train.warmup if share is None else math.ceil(share * num_steps), num_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, 0 to num_steps - 1."""
-        train, warmup = self._train, self._warmup
+        train, warmup = self._train, self.warmup
         if step < warmup:
             return train.lr * (step + 1) / warmup
         if train.schedule == "constant":
             return train.lr
-        progress = (step - warmup) / max(1, self._num_steps - warmup)
+        progress = (step - warmup) / max(1, self.num_steps - warmup)
         share = (1 - progress) if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return train.lr_end + (train.lr - train.lr_end) * share
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"num_steps": self._num_steps, "warmup": self._warmup}
-
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after `step` steps; the run may be longer now."""
-        self._warmup = state["warmup"]
-        if state["num_steps"] != self._num_steps:
-            text = "The run has %d steps now, %d before: from step %d on the learning rate is that of a %s schedule."
-            logger.warning(text, self._num_steps, state["num_steps"], step + 1, self._train.schedule)
 
 
 class Backoff:
     """Tokens of a micro-batch: half as many when memory runs out."""
 
+    STATE = "asked", "used"
+
     def __init__(self, loader: StepLoader) -> None:
-        self._batching, self._asked = loader.batching, loader.batching.max_tokens
+        self._batching = loader.batching
+        self.asked = self.used = loader.batching.max_tokens
 
     def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
         """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
@@ -98,18 +90,14 @@ class Backoff:
         before = self._batching.max_tokens
         if shortage.num_examples == 1 or before <= 1:
             return None
-        self._batching.max_tokens = min(before, shortage.num_tokens) // 2
+        self._batching.max_tokens = self.used = min(before, shortage.num_tokens) // 2
         free_memory()
-        return {"tokens_before": before, "tokens_after": self._batching.max_tokens, "reason": shortage.reason}
+        return {"tokens_before": before, "tokens_after": self.used, "reason": shortage.reason}
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"asked": self._asked, "used": self._batching.max_tokens}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, unless the recipe asks for another size now."""
-        if state["asked"] == self._asked:
-            self._batching.max_tokens = state["used"]
+        if state["asked"] == self.asked:
+            self._batching.max_tokens = self.used = state["used"]
 
 
 def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -133,51 +121,43 @@ def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str,
 class BadSteps:
     """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`)."""
 
+    STATE = "losses", "in_a_row", "num_skipped"
+
     def __init__(self, train: TrainConfig) -> None:
         self._train = train
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._in_a_row = 0
-        self.num_skipped = 0
+        self.losses: list[float] = []
+        self.in_a_row = self.num_skipped = 0
 
     def fault(self, loss: float, gradient_norm: float) -> str | None:
         """What is wrong with a step of these numbers, or None."""
         for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
             if not math.isfinite(value):
                 return f"{name} {value} is not finite"
-        if self._train.spike is not None and len(self._losses) >= _LEAST_LOSSES:
-            usual, num_losses = statistics.median(self._losses), len(self._losses)
+        if self._train.spike is not None and len(self.losses) >= _LEAST_LOSSES:
+            usual = statistics.median(self.losses)
             if loss > self._train.spike * usual:
-                what = f"{self._train.spike:g} times {usual:.4g}, the median of the last {num_losses} steps"
+                what = f"{self._train.spike:g} times {usual:.4g}, the median of the last {len(self.losses)} steps"
                 return f"loss {loss:.4g} is more than {what}"
         return None
 
     def applied(self, loss: float) -> None:
         """Count a step that was applied."""
-        self._losses.append(loss)
-        self._in_a_row = 0
+        self.losses = [*self.losses, loss][-_WINDOW:]
+        self.in_a_row = 0
 
     def skip(self) -> bool:
         """Whether a bad step is skipped, and then counted; otherwise the run has to stop before it."""
-        if self._train.on_bad_step == "stop" or self._in_a_row >= self._train.max_skips:
+        if self._train.on_bad_step == "stop" or self.in_a_row >= self._train.max_skips:
             return False
-        self._in_a_row += 1
+        self.in_a_row += 1
         self.num_skipped += 1
         return True
 
     def advice(self, kept: Path) -> str:
         """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
-        skipped = f"The {self._in_a_row} steps before it were skipped. " if self._in_a_row else ""
+        skipped = f"The {self.in_a_row} steps before it were skipped. " if self.in_a_row else ""
         batch = "/".join(kept.parts[-2:])
         return f"{skipped}Fix: look at {batch}, then resume with a lower -s train.lr or with -s train.on_bad_step=skip."
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"losses": list(self._losses), "in_a_row": self._in_a_row, "num_skipped": self.num_skipped}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._losses = deque(state["losses"], maxlen=_WINDOW)
-        self._in_a_row, self.num_skipped = state["in_a_row"], state["num_skipped"]
 
 
 @dataclass(frozen=True)
@@ -202,25 +182,22 @@ class MissingGradientCheck:
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
         self._parameters, self._optional = optimizer.parameters, optimizer.undecayed
-        self.num_tensors = len(self._parameters)
         self._num_seen = 0
         self._arrived: dict[str, Tensor] = {}
 
-    def updated(self, lr: float) -> list[str] | None:
-        """After the third update with `lr` > 0, the tensors without a gradient in all three; otherwise None."""
-        if lr == 0.0 or self._num_seen == self.num_updates:
-            return None
+    def updated(self) -> list[str] | None:
+        """After the third update the tensors without a gradient in all three; otherwise None."""
         self._num_seen += 1
+        if self._num_seen > self.num_updates:
+            return None
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                some = parameter.grad.any()  # stays on the device, so that the host does not wait for it
-                self._arrived[name] = self._arrived.get(name, some) | some
+                # Stays on the device, so that the host does not wait for it.
+                self._arrived[name] = parameter.grad.any() | self._arrived.get(name, False)
         if self._num_seen < self.num_updates:
             return None
-        flags = torch.stack([*self._arrived.values()]).tolist() if self._arrived else []
-        arrived = dict(zip(self._arrived, flags, strict=True))
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        return [name for name in self._parameters if name not in self._optional and not arrived.get(name)]
+        return [name for name in self._parameters if name not in self._optional and not self._arrived.get(name)]
 
 
 def layout_for(attention: str) -> PackedLayout:
@@ -241,32 +218,31 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
         raise UserError(f"data.packing: must be false for {name}, which takes no position_ids (got true).")
     generator = torch.Generator().manual_seed(0)
 
-    def text(length: int) -> Tensor:
+    def tokens(length: int) -> Tensor:
         return torch.randint(config.vocab_size, (length,), generator=generator)
 
     def rms(values: Tensor) -> float:
         return float(values.square().mean().sqrt())
 
     with evaluation_mode(model):
-        probe = text(_PROBED)
+        probe = tokens(_PROBED)
         alone = _logits(model, probe[None])[0]
         # In a causal model later tokens have no effect, so this is the rounding error of a row of another length.
-        rounding = _logits(model, torch.cat([probe, text(_BEHIND)])[None])[0, :_PROBED] - alone
+        rounding = _logits(model, torch.cat([probe, tokens(_BEHIND)])[None])[0, :_PROBED] - alone
         first, second = (
-            _probe_outputs(model, layout, [[text(before), probe, text(_BEHIND)] for before in _BEFORE])
+            _probe_outputs(model, layout, [[tokens(before), probe, tokens(_BEHIND)] for before in _BEFORE])
             for _ in range(2)
         )
     eps = max(torch.finfo(model.dtype).eps, _LEAST)
     seen, wrong = float((first - second).abs().max()), rms(first - alone)
     most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
     most_wrong = _SPREAD * max(rms(rounding), eps * rms(alone))
+    text = f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g}), "
+    text += f"packing by {wrong:.2g} in the root mean square (rounding: {most_wrong:.2g})."
     if seen <= most and wrong <= most_wrong:  # NaN fails both
-        said = f"packed examples stay apart: other tokens in one change the next one's logits by {seen:.2g}, "
-        return layout, f"{said}rounding by up to {most:.2g} (attention by {attention})."
-    moved = f"other tokens in one change logits of the next by {seen:.2g} (rounding: {most:.2g})"
-    mean = f"packing by {wrong:.2g} in the root mean square (rounding: {most_wrong:.2g})"
-    what = f"{name} (attention by {attention}), which does not keep examples apart: {moved}, {mean}"
-    raise UserError(f"data.packing: must be false for {what}.")
+        return layout, f"packed examples stay apart (attention by {attention}): {text}"
+    what = f"{name} (attention by {attention}), which does not keep examples apart"
+    raise UserError(f"data.packing: must be false for {what}: {text}")
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
@@ -324,9 +300,10 @@ def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
         hook.remove()
     results = processes.gather((loss, byte_sums))
     first_loss, first_sums = results[0]
+    rounding = _ROUNDING if model.dtype == torch.float32 else _ROUNDING_16
     for rank, (loss, sums) in enumerate(results):
         wrong = [name for name, value in first_sums.items() if sums[name] != value]
-        if wrong or not math.isclose(loss, first_loss, rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)):
+        if wrong or not math.isclose(loss, first_loss, rel_tol=rounding):
             text = f"process {rank} has a loss of {loss:.8g}, process 0 of {first_loss:.8g}"
             text += f", and other bytes in {wrong[0]}" if wrong else ""
             raise RunFailure(f"train.parallel: the base is not the same when it is divided: {text}.")

@@ -1,7 +1,8 @@
-"""What a run shows of its training: progress, trackers, figures, layers, expert loads, gradients of data sets."""
+"""What a run shows of its training: progress, trackers, figures, layers, gradients of data sets."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
@@ -36,7 +36,6 @@ from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
 from qdora.files.run_directory import RunDirectory, flat, unharmed
-from qdora.model.experts import stacks
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -47,11 +46,9 @@ if TYPE_CHECKING:
 
 PROJECT = "qdora"
 TRAINED_FILE = "trained.json"
-EXPERT_LOAD_FILE = "expert_load.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-_WINDOW = 10  # most optimizer steps at the start and at the end whose division of tokens among experts is compared
 _LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
@@ -73,26 +70,19 @@ def peaks(processes: Processes) -> dict[str, int]:
     return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end."""
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or plain_console(stderr=True)
+        console = console or plain_console(stderr=True)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        super().__init__(*columns, console=console, disable=not shows_bars(console))
+        self._task = self.add_task("training", total=num_steps, completed=start)
         self._num_steps = num_steps
         self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bar = Progress(*columns, console=self.console, disable=not shows_bars(self.console))
-        self._task = self._bar.add_task("training", total=num_steps, completed=start)
-
-    def __enter__(self) -> TrainingProgress:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._bar.stop()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
@@ -104,9 +94,9 @@ class TrainingProgress:
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
         )
-        self._bar.update(self._task, completed=step, description=text)
+        self.update(self._task, completed=step, description=text)
         is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
-        if self._bar.disable and is_due:
+        if self.disable and is_due:
             self._last_line = time.monotonic()
             self.console.print(text, soft_wrap=True)
 
@@ -181,19 +171,17 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
     not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
     """
-    facts: dict[str, Any] = {"rank": layer.rank, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
+    names = "magnitude_moved", "magnitude_moved_most", "update"
     squared, magnitude = layer.base_squared, layer.magnitude
     if squared is None or magnitude is None:
-        return facts
+        return {"rank": layer.rank, **dict.fromkeys(names)}
     alive = squared > 0
     moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
     first, second = layer.lora_A.float(), layer.gated_B().float()
     # ||B A||^2 = sum of (A A^T) o (B^T B)
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
-    if moved.numel():
-        facts |= {"magnitude_moved": float(moved.mean()), "magnitude_moved_most": float(moved.max())}
-        facts["update"] = float(size / squared.sum().sqrt())
-    return facts
+    values = moved.mean(), moved.max(), size / squared.sum().sqrt()
+    return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
 
 
 def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
@@ -201,12 +189,17 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
     seen = {}
     for part in streams:
         here = part.position
-        counts = {"num_examples": here.num_drawn, "num_truncated": here.num_truncated}
-        counts |= {"num_dropped": here.num_dropped, "num_passes": here.epoch}
         if here.num_bad:
             logger.warning("%s: %d faulty rows were skipped, such as %s", part.name, here.num_bad, here.bad_rows[0])
-        faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
-        seen[part.name] = counts | faulty
+        seen[part.name] = {
+            "num_examples": here.num_drawn,
+            "num_truncated": here.num_truncated,
+            "num_dropped": here.num_dropped,
+            "num_passes": here.epoch,
+            "num_bad_rows": here.num_bad,
+            "bad_rows": list(here.bad_rows),
+            "unused": sorted(part.unused),
+        }
     if seen:
         run.write_json("mix.json", run.read_json("mix.json") | {"seen": seen})
 
@@ -214,51 +207,47 @@ def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
     After `half_life` steps a contribution counts half."""
-    import pandas as pd
+    fade = 0.5 ** (1 / half_life)
+    sums, counts = (
+        np.array([*itertools.accumulate(np.asarray(x, float), lambda faded, new: fade * faded + new)])
+        for x in (values, weights)
+    )
+    with np.errstate(invalid="ignore"):  # without tokens so far NaN
+        return sums / counts
 
-    sums, counts = (pd.DataFrame(np.asarray(x, float)).ewm(halflife=half_life).mean() for x in (values, weights))
-    return (sums / counts).to_numpy().reshape(np.shape(values))
 
-
-def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
-    """Draw the lines of metrics.jsonl as SVG; returns the files. One that cannot be drawn is logged."""
+def draw_figures(metrics: Lines, directory: Path) -> None:
+    """Draw the lines of metrics.jsonl as SVG. A figure that cannot be drawn is logged."""
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
     plots: dict[str, Callable[[Figure], None]] = {}
     if steps:
         plots = {"loss_per_task": partial(_loss_per_task, steps), "steps": partial(_steps, steps)}
-    for metric, name in (("nll_per_token", "validation_nll"), ("acc", "validation_accuracy")):
-        is_known = any(line.get("average", {}).get(metric) is not None for line in evaluations)
-        if steps and len(evaluations) > 1 and is_known:
-            plots[name] = partial(_validation, evaluations, metric)
-    files = []
-    for name, plot in plots.items():
-        try:
-            with svg_file(directory / f"{name}.svg", 5.6, 3.6) as figure:  # inches: on a page two stand side by side
-                plot(figure)
-            files.append(directory / f"{name}.svg")
-        except Exception as error:  # the run is worth more than its pictures
-            logger.warning("figures/%s.svg was not drawn: %s: %s", name, type(error).__name__, error)
-    return files
+        for metric, name in (("nll_per_token", "validation_nll"), ("acc", "validation_accuracy")):
+            if len(evaluations) > 1 and any(line["average"][metric] is not None for line in evaluations):
+                plots[name] = partial(_validation, evaluations, metric)
+    for name, plot in plots.items():  # inches: on a page two stand side by side
+        with unharmed(f"figures/{name}.svg"), svg_file(directory / f"{name}.svg", 5.6, 3.6) as figure:
+            plot(figure)
 
 
 def _loss_per_task(steps: Lines, figure: Figure) -> None:
     names = sorted({name for line in steps for name in line["tasks"]})
-    sums = [[line["tasks"].get(name, {"nll_sum": 0.0})["nll_sum"] for name in names] for line in steps]
-    tokens = [[line["tasks"].get(name, {"num_tokens": 0})["num_tokens"] for name in names] for line in steps]
-    for line, row, counts in zip(steps, sums, tokens, strict=True):
-        row.append(line["loss"] * line["num_label_tokens"])
-        counts.append(line["num_label_tokens"])
+    none, rows = {"nll_sum": 0.0, "num_tokens": 0}, []
+    for line in steps:
+        whole = {"nll_sum": line["loss"] * line["num_label_tokens"], "num_tokens": line["num_label_tokens"]}
+        rows.append([*(line["tasks"].get(name, none) for name in names), whole])
+    sums, tokens = ([[numbers[key] for numbers in row] for row in rows] for key in none)
     values = smooth(sums, tokens, max(1.0, len(steps) / 20))
     _plot(figure, "training loss, nats per answer token", steps, names, values)
 
 
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
     names = sorted({name for line in evaluations for name in line["eval"]})
-    rows = [[line["eval"].get(name, {}).get(metric) for name in names] for line in evaluations]
-    rows = [[*row, line["average"].get(metric)] for row, line in zip(rows, evaluations, strict=True)]
+    tasks = [[*(line["eval"].get(name, {}) for name in names), line["average"]] for line in evaluations]
+    values = np.array([[numbers.get(metric) for numbers in row] for row in tasks], dtype=float)  # None becomes NaN
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
-    _plot(figure, label, evaluations, names, np.array(rows, dtype=float))  # None becomes NaN
+    _plot(figure, label, evaluations, names, values)
 
 
 def _plot(figure: Figure, label: str, lines: Lines, names: Sequence[str], values: Array) -> None:
@@ -285,69 +274,6 @@ def _steps(steps: Lines, figure: Figure) -> None:
             axes.set_yscale("log")
 
 
-class ExpertLoad:
-    """How the routers of a mixture divide the training steps' tokens of the first process among the experts.
-    False for a model without experts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
-        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
-        self._first: dict[str, list[list[int]]] = {}
-        self._recent: dict[str, list[list[int]]] = {}
-        self.num_steps = 0
-        for owner, stack in last.items():
-            stack.register_forward_pre_hook(partial(self._add, owner))
-
-    def __bool__(self) -> bool:
-        return bool(self._now)
-
-    def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        tokens: ExpertTokens = inputs[1]
-        if module.training:  # a checkpoint's recompute counts again, which changes no share
-            self._now[owner] += np.array(tokens.routed)
-
-    def begin(self) -> None:
-        """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
-        for counts in self._now.values():
-            counts[:] = 0
-
-    def step(self) -> None:
-        """The update of an optimizer step was made."""
-        for owner, counts in self._now.items():
-            first, recent = self._first.setdefault(owner, []), self._recent.get(owner, [])
-            self._recent[owner] = [*recent, counts.tolist()][-_WINDOW:]
-            if self.num_steps < _WINDOW:
-                first.append(counts.tolist())
-        self.num_steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"num_steps": self.num_steps, "first": self._first, "recent": self._recent}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.num_steps, self._first, self._recent = state["num_steps"], state["first"], state["recent"]
-
-    def record(self) -> dict[str, Any]:
-        """JSON values: of each block the share of each expert in the first and in the last `window` steps, and `moved`,
-        the share of tokens that went to other experts than at the start."""
-        window = min(_WINDOW, max(1, self.num_steps // 2))
-        blocks = {}
-        for owner in self._now:
-            ends = [np.array(self._first[owner][:window]), np.array(self._recent[owner][-window:])]
-            first, last = (counts.sum(axis=0) / max(1, counts.sum()) for counts in ends)
-            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": None}
-            if self.num_steps > 1:
-                blocks[owner]["moved"] = float(np.abs(last - first).sum() / 2)
-        return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
-
-    def write(self, run: RunDirectory) -> None:
-        """Write the record. Nothing without experts or steps."""
-        if self._now and self.num_steps:
-            with unharmed(EXPERT_LOAD_FILE):
-                run.write_json(EXPERT_LOAD_FILE, self.record())
-
-
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
     """What is missing for a measurement: evaluations at its steps, two tasks with validation examples."""
     every, evaluated = recipe.interference.every, recipe.eval.every
@@ -371,14 +297,12 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
-        if len(examples[source.label]) < _LEAST_PROBED:
-            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
 def measure(
     model: nn.Module,
-    halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]],
+    halves: Mapping[str, Sequence[Sequence[MicroBatch]]],
     parameters: Mapping[str, nn.Parameter],
     *,
     loss_chunk: int | None = None,
@@ -432,16 +356,13 @@ def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
     Returns `cosines` (tasks, tasks); `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too
     few; `norms` (tasks,).
     """
-    num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    mean = np.kron(np.eye(num_tasks), np.ones(2)) * weights.reshape(-1)
-    products = mean @ gram @ mean.T
-    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    num_tasks = len(weights)
+    products = np.einsum("ia,iajb,jb->ij", weights, gram.reshape(num_tasks, 2, num_tasks, 2), weights)
+    norms, squares = np.sqrt(products.diagonal()), gram.diagonal().reshape(num_tasks, 2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = products / np.outer(norms, norms)
-        halves = gram.diagonal().reshape(num_tasks, 2)
-        own = gram[::2, 1::2].diagonal() / np.sqrt(halves.prod(axis=1))
-    return {"cosines": cosines, "own_cosines": own, "norms": norms}
+        own = gram[::2, 1::2].diagonal() / np.sqrt(squares.prod(axis=1))
+        return {"cosines": products / np.outer(norms, norms), "own_cosines": own, "norms": norms}
 
 
 def _plain(values: Any) -> Any:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,15 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
 from qdora.adapter.layer import FrozenLinear, is_plain_linear
-from qdora.errors import UserError
 from qdora.memory.shard import release
 from qdora.model.attention import text_config
 from qdora.quant.kernels import device_kind
 from qdora.quant.tiles import Weight, dense_weight
-from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 
 CHUNK_BYTES = 2**27
@@ -83,8 +79,6 @@ def chunked_nll(
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
-    trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
-    assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad  # gradients are off inside the function
     nll: Tensor = _ChunkedNll.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, weight, bias, labels, scale, softcap, chunk, wants_gradient
@@ -290,8 +284,8 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     replaced = "forward" in vars(head)  # accelerate's offloading does that
     if linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
-        options: Any = {"bias": head.bias, "scale": form.scale, "softcap": form.softcap, "chunk": chunk}
-        return chunked_nll(hidden, weight, targets, **options)  # type: ignore[arg-type]
+        bias: Any = head.bias
+        return chunked_nll(hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk)  # type: ignore[arg-type]
     if chunk is None:
         chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
 
@@ -300,70 +294,3 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
 
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.cat([checkpoint(nll_of, part, labels, use_reentrant=False) for part, labels in parts])
-
-
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
-    """E sum_e f_e P_e over the real tokens of all routers together, a scalar; f is counted and has no gradient.
-
-    f_e is how often expert e is among the `top_k` most probable ones, for each token; P_e its mean probability.
-    `router_logits` are (tokens, E) of each router, `real` (tokens,) True for tokens that are not padding.
-    Source: Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for several choices as in transformers.
-    """
-    num_experts = router_logits[0].shape[-1]
-    wide = torch.promote_types(router_logits[0].dtype, torch.float32)
-    device = router_logits[0].device
-    weights = real.to(device, wide)
-    chosen_by = real.to(device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)  # integers: no order of sums
-    probability = torch.zeros(num_experts, dtype=wide, device=device)
-    for logits in router_logits:
-        own = logits.to(device, wide)
-        counts.scatter_add_(0, own.topk(top_k, dim=-1).indices.reshape(-1), chosen_by)
-        probability = probability + weights @ torch.softmax(own, dim=-1)
-    num_routed = weights.sum() * len(router_logits)
-    return num_experts * (counts / num_routed * (probability / num_routed)).sum()
-
-
-def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss."""
-    asked, text = recipe.train.router_aux_loss, config.get_text_config()
-    if not asked:
-        return
-    if getattr(text, "router_aux_loss_coef", None) is not None:
-        families = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (config, text)]
-        families.append(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None))
-        modules = (sys.modules[family.__module__] for family in families if family is not None)
-        if any(hasattr(module, "load_balancing_loss_func") for module in modules):
-            return
-    why = "transformers has no auxiliary loss of routers for it"
-    raise UserError(f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}: {why}.")
-
-
-@dataclass
-class RouterTap:
-    """The logits of all routers in the latest forward pass, (tokens, experts) each, with their graph."""
-
-    top_k: int
-    logits: tuple[Tensor, ...] = ()
-
-    def loss(self, real: Tensor) -> Tensor:
-        """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
-        if not self.logits:
-            raise UserError("train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers")
-        return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
-
-
-@contextmanager
-def tapped_routers(model: Any) -> Iterator[RouterTap]:
-    """Record the routers' logits. The decoder is asked: the model would count the padding of packed rows."""
-    tap = RouterTap(model.config.get_text_config().num_experts_per_tok)
-
-    def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return args, kwargs | {"output_router_logits": True}
-
-    def take(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        tap.logits = getattr(output, "router_logits", None) or ()
-
-    decoder: nn.Module = model.get_decoder()
-    with decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take):
-        yield tap

@@ -91,15 +91,16 @@ def groups_of(
     ratios: Mapping[str, float] | None = None,
     undecayed: Collection[str] = (),
 ) -> list[tuple[list[str], GroupKind]]:
-    """The parameters (key -> shape and dtype) that are updated together: one kind, at most _GROUP_ELEMENTS elements."""
+    """The parameters (key -> shape and dtype) that are updated together: one kind, at most _GROUP_ELEMENTS elements.
+    `ratios`: last part of a path -> its rate in units of lr."""
     groups: list[tuple[list[str], GroupKind]] = []
     newest: dict[GroupKind, list[str]] = {}
     sizes: dict[GroupKind, int] = {}
     for key, (shape, dtype) in shapes.items():
-        size = math.prod(shape)
-        is_matrix = len(shape) >= 2 and key.rpartition(".")[2] not in _NO_MATRICES
+        size, part = math.prod(shape), key.rpartition(".")[2]
+        is_matrix = len(shape) >= 2 and part not in _NO_MATRICES
         is_8bit = is_matrix and name.endswith("8bit") and size >= _LEAST_8BIT
-        kind = GroupKind(is_matrix, is_8bit, (ratios or {}).get(key, 1.0), key not in undecayed, dtype)
+        kind = GroupKind(is_matrix, is_8bit, (ratios or {}).get(part, 1.0), key not in undecayed, dtype)
         if kind not in newest or sizes[kind] + size > _GROUP_ELEMENTS:
             newest[kind], sizes[kind] = [], 0
             groups.append((newest[kind], kind))
@@ -158,14 +159,13 @@ class FlatGroup:
             self._master.mul_(1.0 - rate * self.weight_decay)
         self.inner.param_groups[0]["lr"] = rate
         state = self.inner.state[self._master] = self._state_at(self._span(run))
-        steps = self.steps[run[0]]
         if isinstance(self.inner, torch.optim.AdamW):
-            state["step"].fill_(steps)
+            state["step"].fill_(self.steps[run[0]])
             self.inner.step()
         else:  # bitsandbytes' step waits for the GPU after each tensor
-            state["step"] = steps
-            self.inner.prefetch_state(self._master)  # type: ignore[attr-defined]
-            self.inner.update_step(self.inner.param_groups[0], self._master, 0, 0)  # type: ignore[attr-defined]
+            state["step"] = self.steps[run[0]]
+            self.inner.prefetch_state(self._master)
+            self.inner.update_step(self.inner.param_groups[0], self._master, 0, 0)
         self._store(run)
         self._release()
         for key in run:
@@ -203,11 +203,11 @@ class FlatGroup:
         return state
 
     def _join(self, run: Sequence[str]) -> None:
-        parameters = [self.parameters[key] for key in run]
-        master = self._flat([parameter.detach() for parameter in parameters], run)
+        master = self._flat([self.parameters[key].detach() for key in run], run)
         self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
         del master
-        self._master.grad = self._flat([parameter.grad for parameter in parameters if parameter.grad is not None], run)
+        gradients = [self.parameters[key].grad for key in run]
+        self._master.grad = self._flat([gradient for gradient in gradients if gradient is not None], run)
 
     def _flat(self, tensors: Sequence[Tensor], run: Sequence[str]) -> Tensor:
         """The tensors of a run behind each other, each filled up to whole units with zeros; a plain one as it is."""
@@ -244,12 +244,9 @@ class FlatGroup:
         self.inner.state.clear()
 
 
-def _inner_optimizer(
-    name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
-) -> torch.optim.Optimizer:
+def _inner_optimizer(name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]) -> Any:
     if name == "lion" or ("lion" in name and not kind.is_matrix):
-        lion: torch.optim.Optimizer = bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
-        return lion
+        return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
     if name == "adamw" or not kind.is_matrix:
         return torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
     rule = "Lion" if "lion" in name else "AdamW"
@@ -262,8 +259,7 @@ def _inner_optimizer(
         inner.get_state_buffer = _page_like
     if is_planning():
         inner.name2qmap = {key: torch.empty(256) for key in inner.name2qmap}
-    made: torch.optim.Optimizer = inner
-    return made
+    return inner
 
 
 def can_page(parameter: Tensor) -> bool:
@@ -290,12 +286,12 @@ def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return state
 
 
-def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
+def _fresh_state(inner: Any, master: nn.Parameter) -> dict[str, Any]:
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    inner.init_state(inner.param_groups[0], master, 0, 0)  # type: ignore[attr-defined]
+    inner.init_state(inner.param_groups[0], master, 0, 0)
     state: dict[str, Any] = inner.state[master]
     if not is_planning():
         for number in (name[-1] for name in state if name.startswith("qmap")):
@@ -365,21 +361,15 @@ class AdapterOptimizer:
         weight_decay: float = 0.0,
     ) -> None:
         self.parameters = dict(parameters)
-        for key, parameter in self.parameters.items():
-            if parameter.dtype == torch.bfloat16:
-                parameter.grad_dtype = torch.float32
-            elif parameter.dtype != torch.float32:
-                raise ValueError(f"{key} is stored in {parameter.dtype}, must be bfloat16 or float32.")
-        self._name = name
+        for parameter in self.parameters.values():
+            parameter.grad_dtype = torch.float32
+        self._name, self._ratios = name, lr_ratios
         self._options: dict[str, Any] = {"betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
         if "lion" not in name:
             self._options["eps"] = eps
         self._weight_decay = weight_decay
-        parts = {key: key.rpartition(".")[2] for key in self.parameters}
-        self._rates = {key: (lr_ratios or {}).get(part, 1.0) for key, part in parts.items()}
         self.undecayed = frozenset(undecayed)
-        pages = any(can_page(parameter) for parameter in self.parameters.values())
-        if pages:
+        if any(can_page(parameter) for parameter in self.parameters.values()):
             gc.collect()  # an earlier run's optimizer gives its pages back
         self._groups = self._made_groups(self.parameters)
 
@@ -395,7 +385,7 @@ class AdapterOptimizer:
     def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
         shapes = {key: (tuple(self.parameters[key].shape), self.parameters[key].dtype) for key in keys}
         groups = []
-        for members, kind in groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed):
+        for members, kind in groups_of(shapes, self._name, ratios=self._ratios, undecayed=self.undecayed):
             parameters = {key: self.parameters[key] for key in members}
             decay = self._weight_decay if kind.is_matrix and kind.decays else 0.0
             groups.append(FlatGroup(parameters, kind, self._name, self._options, weight_decay=decay))
@@ -419,16 +409,6 @@ class AdapterOptimizer:
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-
-    def master(self, key: str) -> Tensor:
-        """The full float32 value of a parameter, as a new tensor."""
-        parameter, low = self.parameters[key].detach(), self._group_of(key).low(key)
-        return parameter.clone() if low is None else join_float32(parameter, low)
-
-    def state(self, key: str) -> dict[str, Any]:
-        """The state of a parameter: views, and its count of updates. Pages can be read."""
-        self._wait_for_pages()
-        return self._group_of(key).state_of(key)
 
     @torch.no_grad()
     def cut_(self, cuts: Mapping[str, tuple[Tensor, int]]) -> None:
@@ -464,8 +444,9 @@ class AdapterOptimizer:
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
         """Multiply a parameter by `factor`, nowhere 0, and divide its averages by the factor or its square."""
-        parameter, state = self.parameters[key].detach(), self.state(key)
-        folded, low = parameter.float() * factor, self._group_of(key).low(key)
+        self._wait_for_pages()
+        parameter, group = self.parameters[key].detach(), self._group_of(key)
+        folded, low, state = parameter.float() * factor, group.low(key), group.state_of(key)
         if low is None:
             parameter.copy_(folded)
         else:
@@ -479,11 +460,11 @@ class AdapterOptimizer:
         tensors: dict[str, Tensor] = {}
         for key in self.parameters:
             group = self._group_of(key)
-            low = group.low(key)
-            if low is not None:
+            if (low := group.low(key)) is not None:
                 tensors[f"residual/{key}"] = low
-            stored = {name: value for name, value in group.state_of(key).items() if name not in _NOT_STORED}
-            tensors |= {f"state/{key}/{name}": value.detach() for name, value in stored.items()}
+            for name, value in group.state_of(key).items():
+                if name not in _NOT_STORED:
+                    tensors[f"state/{key}/{name}"] = value.detach()
         return tensors
 
     @torch.no_grad()
@@ -510,11 +491,10 @@ def optimizer_of(recipe: Recipe, model: PreTrainedModel) -> AdapterOptimizer:
         return AdapterOptimizer({})
     counts = describe_adapters(model)
     logger.info("Training %s parameters on %s adapted layers.", f"{counts['num_trainable']:,}", counts["num_layers"])
-    ratios = {"lora_B": train.lr_ratio_B, "magnitude": train.lr_ratio_magnitude}
     return AdapterOptimizer(
         adapter_parameters(model),
         name=train.optimizer,
-        lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
+        lr_ratios={"lora_B": train.lr_ratio_B or 1.0, "magnitude": train.lr_ratio_magnitude or 1.0},
         undecayed=() if kind == "full" else trained_parameters(model),
         betas=train.betas,
         eps=train.eps,

@@ -8,9 +8,7 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loss import labelled_nll, tapped_routers
+from qdora.train.loss import labelled_nll
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -67,13 +65,14 @@ class LossScale:
     Source: Mixed Precision Training, arXiv 1710.03740, sec. 3.2.
     """
 
+    STATE = "value", "num_good"
+
     def __init__(self) -> None:
-        self.value = _START
-        self._num_good = 0
+        self.value, self.num_good = _START, 0
 
     def halve(self) -> bool:
         """After an overflow: half the factor, and whether the step is worth another try."""
-        self._num_good = 0
+        self.num_good = 0
         if self.value <= _LEAST:
             return False
         self.value /= 2
@@ -81,17 +80,9 @@ class LossScale:
 
     def applied(self) -> None:
         """Count a step without an overflow; after many of them the factor doubles."""
-        self._num_good += 1
-        if self._num_good == _PATIENCE:
-            self.value, self._num_good = min(2 * self.value, _MOST), 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"value": self.value, "num_good": self._num_good}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.value, self._num_good = state["value"], state["num_good"]
+        self.num_good += 1
+        if self.num_good == _PATIENCE:
+            self.value, self.num_good = min(2 * self.value, _MOST), 0
 
 
 def step_gradient(
@@ -101,20 +92,16 @@ def step_gradient(
     loss_chunk: int | None = None,
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
-    router_aux_loss: float = 0.0,
-    reads: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
     The host waits for a GPU once, at the end; if it then learns that a row norm was wrong (`unchecked`), the gradient
-    is computed again. The routers' auxiliary loss of a step is the mean over all micro-batches, weighted by tokens.
-    `reads` are numbers of the gradient that are read with the step's own, by name.
+    is computed again.
 
-    Returns the step's numbers, with the unweighted NLL per task and the auxiliary loss without its factor; and the NLL
-    of each micro-batch's examples, (examples,), on the device.
+    Returns the step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples,
+    (examples,), on the device.
     """
-    names = batch.micro_batches[0].task_names if batch.micro_batches else []
-    tokens = torch.zeros(len(names), dtype=torch.int64)
+    names = batch.micro_batches[0].task_names if batch.micro_batches else list(batch.task_label_tokens)
     device = next(model.parameters()).device
     later = device.type != "cpu"
     random = random_state() if later else {}
@@ -122,33 +109,31 @@ def step_gradient(
     if weights is not None:
         total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
     while True:
-        tokens.zero_()
         nll = torch.zeros(len(names), dtype=torch.float32, device=device)
-        aux = torch.zeros((), dtype=torch.float32, device=device)
         example_nll = []
         with norms_checked_later(later):
             layers = adapted_layers(model).values()
             # For norms alone no block is fetched that is not resident.
             refresh(layer for layer in layers if layer.base.residency is None or layer.base.share is not None)
             for micro in batch.micro_batches:
-                weight = None
-                if weights is not None:
-                    weight = torch.tensor([weights[name] for name in micro.task_names])[micro.task_ids]
-                options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
+                weight = None if weights is None else torch.tensor([weights[name] for name in names])[micro.task_ids]
                 try:
-                    labels = label_tensors(micro.labels, micro.packing, weight)
-                    others = {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "task_ids")}
-                    sent = send(labels | others, device)
-                    options |= {"routers": router_aux_loss > 0, "sent": (labels, sent)}
+                    tensors = label_tensors(micro.labels, micro.packing, weight)
+                    tensors |= {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "task_ids")}
+                    sent = send(tensors, device)
                     packing = micro.packing and Packing(sent["position_ids"], sent["example_index"])
                     with known_masks(model, packing, device):
-                        loss = batch_loss(model, sent["input_ids"], sent["attention_mask"], micro.labels, **options)
-                        objective = loss.nll_sum
-                        if loss.router_loss is not None:
-                            part = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
-                            objective = objective + router_aux_loss * part * total * loss.router_loss
-                            aux += part * loss.router_loss.detach()
-                        scaled = objective / total if loss_scale is None else objective * loss_scale.value
+                        loss = batch_loss(
+                            model,
+                            sent["input_ids"],
+                            sent["attention_mask"],
+                            micro.labels,
+                            chunk=loss_chunk,
+                            packing=micro.packing,
+                            weights=weight,
+                            sent=sent,
+                        )
+                        scaled = loss.nll_sum / total if loss_scale is None else loss.nll_sum * loss_scale.value
                         scaled.backward()  # type: ignore[no-untyped-call]
                     nll.index_add_(0, sent["task_ids"], loss.example_nll.float())
                 except (RuntimeError, MemoryError) as error:
@@ -158,33 +143,30 @@ def step_gradient(
                     raise OutOfMemory(short) from error
                 if micro.example_ids:
                     example_nll.append(loss.example_nll)
-                tokens.index_add_(0, micro.task_ids, loss.example_tokens)
             if loss_scale is not None and batch.micro_batches:
                 factor = 1.0 / (loss_scale.value * total)
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
         doubts = unchecked(layers)
-        numbers = {"nll": [nll], "flags": list(doubts.values()), "aux": [aux]}
-        numbers |= {name: [read()] for name, read in (reads or {}).items()}
         # All at once, so that the host waits once.
-        flat = {name: [each.to(device).double().view(-1) for each in tensors] for name, tensors in numbers.items()}
-        joined = torch.cat([each for tensors in flat.values() for each in tensors])
+        joined = torch.cat([nll, *(flag.to(nll).view(1) for flag in doubts.values())])
         read = joined.tolist()
-        borders = itertools.accumulate((sum(map(len, tensors)) for tensors in flat.values()), initial=0)
-        values = {name: read[slice(*ends)] for name, ends in zip(flat, itertools.pairwise(borders), strict=True)}
-        if not settle_norms(doubts, values["flags"]):
+        if not settle_norms(doubts, read[len(names) :]):
             break
         model.zero_grad()
         set_random_state(random)
-    task_numbers = zip(names, values["nll"], tokens.tolist(), strict=True)
-    metrics = {name: values[name] for name in reads or ()} | {
-        "loss": sum(values["nll"]) / batch.num_label_tokens,
+    counts = [batch.task_label_tokens.get(name) for name in names]
+    nll_sums = read[: len(names)]
+    metrics = {
+        "loss": sum(nll_sums) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
-        "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in task_numbers if count},
+        "tasks": {
+            name: {"nll_sum": nll_sum, "num_tokens": count}
+            for name, nll_sum, count in zip(names, nll_sums, counts, strict=True)
+            if count
+        },
     }
-    if router_aux_loss > 0:
-        metrics["router_aux_loss"] = values["aux"][0]
     return metrics, example_nll
 
 
@@ -223,8 +205,6 @@ class BatchLoss:
 
     nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
     example_nll: Tensor  # (examples,) unweighted sum of each example; detached
-    example_tokens: Tensor  # (examples,) int64 on the CPU, labelled tokens of each example
-    router_loss: Tensor | None = None  # scalar, the routers' auxiliary loss; differentiable
 
 
 def batch_loss(
@@ -236,20 +216,16 @@ def batch_loss(
     chunk: int | None = None,
     packing: Packing | None = None,
     weights: Tensor | None = None,
-    routers: bool = False,
-    sent: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+    sent: dict[str, Tensor] | None = None,
 ) -> BatchLoss:
     """Run the model, a transformers causal LM, and sum the NLL of labels[:, 1:] given the tokens before them.
 
     `input_ids` and `attention_mask`, 1 on real tokens, are (rows, length) on the model's device; with `packing` the
     model gets no mask: transformers then keeps attention inside each run of positions (`guards.packed_layout`).
     `labels`, (rows, length) int64 on the CPU, are -100 where a token does not count. `weights` are (examples,). `sent`
-    are the `label_tensors` on the CPU and on the device, if they are at hand.
+    are the `label_tensors` on the device, if they are there.
     """
-    if sent is None:
-        tensors = label_tensors(labels, packing, weights)
-        sent = tensors, send(tensors, input_ids.device)
-    here, there = sent
+    there = sent or send(label_tensors(labels, packing, weights), input_ids.device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if packing is None or packed_mask_is_known():
         inputs["attention_mask"] = attention_mask
@@ -259,13 +235,11 @@ def batch_loss(
         inputs["position_ids"] = there["position_ids"]
         if "starts" in there and takes_flash_lengths(model):
             inputs |= flash_inputs(there["starts"], flash_lengths(packing.position_ids)[1])
-    with tapped_routers(model) if routers else nullcontext() as tap:
-        nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
+    nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, there["owners"], nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * there["weights"][there["owners"]]).sum()
-    router_loss = None if tap is None else tap.loss(attention_mask)
-    return BatchLoss(nll_sum, example_nll, torch.bincount(here["owners"], minlength=num_examples), router_loss)
+    return BatchLoss(nll_sum, example_nll)
 
 
 def even_passes(batch: Step, processes: Processes) -> Step:
@@ -283,13 +257,11 @@ def even_passes(batch: Step, processes: Processes) -> Step:
 
 def over_processes(per_rank: Sequence[Metrics]) -> Metrics:
     """The numbers of a step summed over the processes."""
-    tasks: dict[str, dict[str, Any]] = {}
-    for name, numbers in (pair for metrics in per_rank for pair in metrics["tasks"].items()):
-        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
-        for key in total:
-            total[key] += numbers[key]
-    names = {"loss", "router_aux_loss"} & per_rank[0].keys()
-    return per_rank[0] | {name: sum(metrics[name] for metrics in per_rank) for name in names} | {"tasks": tasks}
+    tasks = {
+        name: numbers | {"nll_sum": sum(metrics["tasks"][name]["nll_sum"] for metrics in per_rank)}
+        for name, numbers in per_rank[0]["tasks"].items()
+    }
+    return per_rank[0] | {"loss": sum(metrics["loss"] for metrics in per_rank), "tasks": tasks}
 
 
 def task_weights(recipe: Recipe, loader: StepLoader) -> TaskWeights | None:

@@ -6,6 +6,7 @@ processes of a run call every method for the same step; the first one writes the
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.batches import Step, StepLoader, micro_batches
 from qdora.data.example import Example
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
-from qdora.files.atomic import json_bytes
+from qdora.files.atomic import json_bytes, read_json_object
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory, checkpoint_fault, unharmed
 from qdora.files.tensor_file import write_tensors
@@ -35,7 +36,7 @@ from qdora.model.inject import adapted_layers
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.train import checkpoint, evals, guards, logs, passes
-from qdora.train.distributed import Processes, StopRequest, stop_on_signal
+from qdora.train.distributed import Processes, StopRequest, seed_of, stop_on_signal
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer, optimizer_of
 from qdora.train.passes import Metrics
@@ -88,7 +89,6 @@ class Trainer:
         self.schedule, self.backoff = guards.Schedule(recipe.train, num_steps), guards.Backoff(loader)
         self.bad_steps = guards.BadSteps(recipe.train)
         self.loss_scale = passes.LossScale() if model.dtype == torch.float16 else None
-        self.expert_load = logs.ExpertLoad(model)
         validation = validation or {}
         evaluated = {name: validation[name] for name in evals.evaluated_sources(recipe, validation)}
         self.best = evals.best_so_far(recipe, evaluated) if self.trains else None
@@ -99,7 +99,7 @@ class Trainer:
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
         self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}  # states of loader and generators before a step
-        self._tell_trackers: Callable[[Metrics], None] | None = None
+        self._tell_trackers: Callable[[Metrics], None] = lambda _metrics: None
 
     def run(self) -> None:
         """Take the steps that are left, evaluate and save. adapter/ gets the best step, or by default the last one."""
@@ -125,8 +125,6 @@ class Trainer:
                 if self.is_over:
                     text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
                     logger.info(text, self.step, self.num_steps, self.best.num_since)
-                if self.best.step is not None:
-                    logger.info("adapter/ is %s.", evals.best_in_words(self.best.state_dict()))
                 self._save_final()
 
     def _take_steps(self) -> None:
@@ -135,7 +133,7 @@ class Trainer:
         with stop_on_signal(self.processes) as self.stop, bar as progress:
             self.model.train()
             was_measured = partial(evals.was_measured, self.directory, self.step)
-            if self.step > 0 and self._evaluates and not self.processes.from_first(was_measured):
+            if self._evaluates and self.step > 0 and not self.processes.from_first(was_measured):
                 self.evaluate_and_save()  # what a stop has left out
             while self.step < self.num_steps and not self.is_over:
                 metrics = self.one_step()
@@ -196,9 +194,8 @@ class Trainer:
         if every is not None and step % every == 0:
             began, halves = time.perf_counter(), {}
             for name, examples in self._probed.items():
-                tasks = list({example.task: None for example in examples})
-                one, two = (micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1))
-                halves[name] = one, two
+                tasks = [*{example.task for example in examples}]
+                halves[name] = [micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1)]
             options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
             cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
@@ -207,8 +204,7 @@ class Trainer:
             results = self.evaluations.results
             value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
             is_better = self.best.judge(step, value)
-            state = self.best.state_dict()
-            line["best"] = {key: value for key, value in state.items() if key not in ("question", "judged")}
+            line["best"] = {name: getattr(self.best, name) for name in ("step", "value", "num_since")}
         self.write_metrics({"step": step, **line})
         self.model.train()
         return is_better
@@ -234,17 +230,21 @@ class Trainer:
                 raise RunFailure(text, safe=[newest.path] if newest else []) from error
             self.bad_steps.applied(loss)
             self.step = number
-            self.expert_load.step()
-            self._check_gradients(lr)
+            self._check_gradients()
             if self.loss_scale is not None:
                 self.loss_scale.applied()
         else:
             kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
                 raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
-            numbers = {"reason": fault, "loss": loss, "gradient_norm": norm}
-            metrics["skipped"] = {**numbers, "num_examples": gradient.batch.num_examples}
-            self.write_metrics({"step": number, "skipped": metrics["skipped"]})
+            skipped = {
+                "reason": fault,
+                "loss": loss,
+                "gradient_norm": norm,
+                "num_examples": gradient.batch.num_examples,
+            }
+            self.write_metrics({"step": number, "skipped": skipped})
+            metrics["skipped"] = skipped
             logger.warning("Step %d is skipped: %s. Its examples: %s", number, fault, kept)
         self.step = number
         self.optimizer.zero_grad()
@@ -256,7 +256,6 @@ class Trainer:
     def _gradient_that_fits(self) -> _Gradient:
         scale = None if self.loss_scale is None else self.loss_scale.value
         while True:
-            self.expert_load.begin()
             if self.gates is not None:
                 self.gates.begin(self.step)
             gradient = self._gradient()
@@ -288,9 +287,6 @@ class Trainer:
             self._restore()
             safe = [self.save()] if alone else []
             raise RunFailure(f"step {self.step + 1}: {reason.removesuffix('.')}.", safe=safe) from error
-        reads = {"gradient_norm": self.optimizer.gradient_norm} if alone else {}
-        if alone and self.gates is not None:
-            reads["gates"] = self.gates.gradient
         try:
             gradient.metrics, gradient.example_nll = passes.step_gradient(
                 self.model,
@@ -298,8 +294,6 @@ class Trainer:
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
-                router_aux_loss=self.recipe.train.router_aux_loss,
-                reads=reads,
             )
         except RuntimeError as error:
             if processes.shards:
@@ -314,25 +308,23 @@ class Trainer:
             gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
             gradient.fault, gradient.metrics = gradient.shortage.fault(), dict(_UNKNOWN)
             return gradient
-        rank, fault = next(((rank, fault) for rank, (fault, _, _) in enumerate(per_rank) if fault), (0, None))
-        if fault is not None:
-            gradient.fault, gradient.metrics = fault if alone else f"process {rank}: {fault}", dict(_UNKNOWN)
-        elif alone:
-            gradient.metrics["gradient_norm"] = gradient.metrics["gradient_norm"][0]
-            if self.gates is not None:
-                self.gates.take_gradient(gradient.metrics.pop("gates"))
+        faults = [
+            fault if alone else f"process {rank}: {fault}" for rank, (fault, _, _) in enumerate(per_rank) if fault
+        ]
+        if faults:
+            gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
         else:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
             summed = passes.over_processes([metrics for _, _, metrics in per_rank])
             gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
         return gradient
 
-    def _check_gradients(self, lr: float) -> None:
+    def _check_gradients(self) -> None:
         """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
-        missing = self._missing_gradients.updated(lr)
+        missing = self._missing_gradients.updated()
         if missing is None:
             return
-        total = self._missing_gradients.num_tensors
+        total = len(self.optimizer.parameters)
         text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
         text += f", e.g. {missing[0]}." if missing else "."
         if missing and self.recipe.base.residency != "device":
@@ -362,14 +354,12 @@ class Trainer:
         with suppress(RunFailure):  # a full disk, which must not hide why the run ends
             logs.report_streams(self.directory, self.loader.streams)
         logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
-        self.expert_load.write(self.directory)
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and send it to the trackers."""
         if self.processes.is_first:
             self.directory.append_metrics(metrics)
-        if self._tell_trackers is not None:
-            self._tell_trackers(metrics)
+        self._tell_trackers(metrics)
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
@@ -381,17 +371,25 @@ class Trainer:
                 self._write_trained(directory, directory / "adapter")
                 if self.gates is not None:
                     self.gates.save(directory)
-                checkpoint.write_state(
-                    directory,
-                    step=self.step,
-                    optimizer=self.optimizer,
-                    loader_state=self.loader.state_dict(),
-                    random=random,
-                    policies={name: policy.state_dict() for name, policy in self._policies().items()},
-                )
+                self._write_state(directory, random)
         keep = self.recipe.train.keep_checkpoints
         self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
+
+    def _write_state(self, directory: Path, random: Sequence[Mapping[str, Tensor]]) -> None:
+        """Everything but the parameters; `random` is the `random_state` of every process."""
+        write_tensors(directory / "optimizer.safetensors", self.optimizer.state_tensors())
+        generators = dict[str, Tensor]()
+        for rank, states in enumerate(random):
+            generators |= {checkpoint.numbered(kind, rank): state for kind, state in states.items()}
+        write_tensors(directory / "random.safetensors", generators)
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "policies": {name: checkpoint.state_of(policy) for name, policy in self._policies().items()},
+        }
+        (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
     def _policies(self) -> dict[str, Any]:
         policies = {
@@ -401,7 +399,6 @@ class Trainer:
             "loss_scale": self.loss_scale,
             "best": self.best,
             "gates": self.gates,
-            "expert_load": self.expert_load or None,
         }
         return {name: policy for name, policy in policies.items() if policy is not None}
 
@@ -430,7 +427,7 @@ class Trainer:
             with self.directory.result_directory("adapter") as directory:
                 for file in files:
                     shutil.copyfile(file, directory / file.name)
-                record = {**self.best.state_dict(), "num_done": self.step, "num_steps": self.num_steps}
+                record = {**checkpoint.state_of(self.best), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
         with unharmed(logs.TRAINED_FILE):
             layers = [{"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()]
@@ -449,29 +446,42 @@ class Trainer:
                 (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
         return self.directory.inside(*parts)
 
+    def _restore_generators(self, path: Path) -> None:
+        """A process without a random state in the checkpoint seeds its generators from `train.seed`."""
+        tensors, rank = load_file(path / "random.safetensors"), self.processes.rank
+        before = sum(name.startswith("cpu") for name in tensors)
+        if before != self.processes.size:
+            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+            logger.warning(text, before, self.processes.size)
+        names = {kind: checkpoint.numbered(kind, rank) for kind in ("cpu", "cuda")}
+        if rank < before:
+            checkpoint.set_random_state({kind: tensors[name] for kind, name in names.items() if name in tensors})
+        else:
+            torch.manual_seed(seed_of(self.recipe.train.seed, rank, self.step))
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
         if self.recipe.adapter.kind == "full":
             tensors = load_file(path / checkpoint.PARAMETERS_FILE)
             checkpoint.copy_parameters(tensors, self.optimizer.parameters)
-        self.step, states = checkpoint.read_state(
-            path,
-            optimizer=self.optimizer,
-            loader=self.loader,
-            processes=self.processes,
-            seed=self.recipe.train.seed,
-        )
-        for name, policy in self._policies().items():
-            if name == "best":
-                end = 0 if self.evaluates_again else self.step
-                state = partial(evals.former_best, policy, self.recipe, self.directory, states.get(name), end)
-                policy.load_state_dict(self.processes.from_first(state))
-            elif name == "schedule":
-                self.schedule.load_state_dict(states[name], self.step)
-            elif name == "gates":
-                policy.load(path, states[name])
-            elif name in states:
-                policy.load_state_dict(states[name])
+        state = read_json_object(path / "state.json")
+        if state.get("format") != checkpoint.FORMAT:
+            raise UserError(f"{path}: is no checkpoint of this version of qdora (format {state.get('format')}).")
+        self.loader.load_state_dict(state["loader"])
+        self.optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
+        self.step, states = state["step"], state["policies"]
+        self._restore_generators(path)
+        self.backoff.resume(states["micro_batch_tokens"])
+        self.schedule.warmup = states["schedule"]["warmup"]
+        vars(self.bad_steps).update(states["bad_steps"])
+        if self.loss_scale is not None:
+            vars(self.loss_scale).update(states["loss_scale"])
+        if self.best is not None:
+            end = 0 if self.evaluates_again else self.step
+            former = partial(evals.former_best, self.best, self.recipe, self.directory, states.get("best"), end)
+            vars(self.best).update(self.processes.from_first(former))
+        if self.gates is not None:
+            self.gates.load(path, states["gates"])
         logger.info("Continuing from %s.", path)
         start = self.directory.evaluation_file(0)
         if start.is_file():
