@@ -370,17 +370,13 @@ class Scripted(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def generate(self, ids: Tensor, *, stopping_criteria: Any, **settings: Any) -> Tensor:
+    def generate(self, ids: Tensor, *, max_new_tokens: int, eos_token_id: list[int], **settings: Any) -> Tensor:
         """In place of transformers' own; a row that is done gets more ends of sequence."""
         assert not settings["do_sample"]
         keys = [next(key for key in self.says if key in self.tokenizer.decode(row)) for row in ids.tolist()]
         said = [self.tokenizer(self.says[key], add_special_tokens=False)["input_ids"] for key in keys]
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        while not done.all():
-            new = torch.tensor([[row.pop(0) if row else self.tokenizer.eos_token_id] for row in said])
-            ids = torch.cat([ids, new], dim=1)
-            done = done | stopping_criteria(ids, None)
-        return ids
+        new = [(row + eos_token_id[:1] * max_new_tokens)[:max_new_tokens] for row in said]
+        return torch.cat([ids, torch.tensor(new)], dim=1)
 
 
 def question(task: str, number: int, gold: int, names: tuple[str, ...] = NAMES) -> Example:
@@ -408,23 +404,21 @@ def test_names_are_the_word_in_which_choices_differ(choices: list[str], names: t
 @pytest.mark.parametrize(
     "text, names, expected",
     [
-        ("the correct answer is answer2", NAMES, (1, True)),  # "answer2" may still become "answer21"
-        ("the correct answer is answer2.", NAMES, (1, False)),
-        ("Answer3, I think, or answer1", NAMES, (2, False)),
-        ("answer5", NAMES, (None, True)),
-        ("answer10 ", NAMES, (None, True)),
-        ("myanswer1 ", NAMES, (None, True)),
-        ("", NAMES, (None, True)),
+        ("the correct answer is answer2.", NAMES, 1),
+        ("Answer3, I think, or answer1", NAMES, 2),
+        ("answer5", NAMES, None),
+        ("answer10 ", NAMES, None),
+        ("myanswer1 ", NAMES, None),
+        ("", NAMES, None),
         # a name that begins another one does not win
-        ("it is well-being.", ("well", "well-being"), (1, False)),
-        ("it is well-", ("well", "well-being"), (0, True)),
-        ("it is well-bred", ("well", "well-being"), (0, False)),
-        ("well, it is", ("well", "well-being"), (0, False)),
+        ("it is well-being.", ("well", "well-being"), 1),
+        ("it is well-bred", ("well", "well-being"), 0),
+        ("well, it is", ("well", "well-being"), 0),
         # one letter in any case, but not by casefold
-        ("the correct answer is opt\u0131on2.", ("option1", "option2"), (1, False)),
+        ("the correct answer is opt\u0131on2.", ("option1", "option2"), 1),
     ],
 )
-def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: tuple[int | None, bool]) -> None:
+def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: int | None) -> None:
     assert first_mention(text, names) == expected
 
 
@@ -452,7 +446,6 @@ def test_right_wrong_and_unparsable_are_counted_apart() -> None:
     records = json.loads(json.dumps(found.to_dict(per_example=True), allow_nan=False))["per_example"]
     assert [each["outcome"][0] for each in records] == list("rwuurr")
     assert [each["task"] for each in records] == list("aaaabb")  # the keys of `tasks`
-    assert records[1]["output"] == " answer1!"  # an answer that is decided is not spun out
     shown = io.StringIO()
     Console(file=shown, width=120).print(generation.generation_table({"mine": found}))
     assert says(shown.getvalue(), "a ... 25.0 ... 1 / 1 / 2 ... 100.0 ... 2 / 0 / 0 ... average ... 3 / 1 / 2")
