@@ -40,7 +40,6 @@ from qdora.evaluate.suite import (
     spread,
     task_changes,
     tie_credit,
-    worse_than_before,
 )
 from qdora.model.tokens import train_embeddings, trained_matrices
 from qdora.recipe.options import EvalOptions
@@ -236,16 +235,6 @@ def nlls(**tasks: Any) -> dict[str, Any]:
     return document(**{task: (values, None) for task, values in tasks.items()})
 
 
-def evaluated(**tasks: tuple[Any, Any]) -> EvaluationResult:
-    made = document(**tasks)
-
-    def of(one: dict[str, Any]) -> TaskResult:
-        return result(one["acc"], None, one["nll_per_token"], one.get("num_examples", 0))
-
-    tasks_ = {name: of(one) for name, one in made["tasks"].items()}
-    return EvaluationResult(tasks_, of(made["average"]), {}, made["per_example"])
-
-
 def half_width(gaps: Any) -> float:
     return float(stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
 
@@ -287,31 +276,6 @@ def test_changes_of_what_was_not_measured_of_few_and_of_other_examples() -> None
     for record in before["per_example"] + after["per_example"]:
         record["id"] = str(int(record["id"]) % 10)  # ids that repeat: two shards, each numbered from 0
     assert task_changes(before, after, "nll_per_token") == expected
-
-
-def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
-    rng = np.random.default_rng(0)
-    wide, change, flat = rng.normal(3, 1, 40), rng.normal(0.1, 0.05, 40), [0.5] * 40
-    noise = rng.normal(0, 1, 40)
-    noise -= noise.mean() - 0.05
-    before = {"worse": (wide, flat), "better": (wide + 2, flat)}
-    [found] = worse_than_before(evaluated(**before), evaluated(worse=(wide + change, flat), better=(wide, flat)))
-    assert (found.task, found.metric) == ("worse", "nll_per_token")
-    assert found.lower == pytest.approx((change.mean() - half_width(change)) / 2, rel=1e-9)
-    assert (found.before, found.after) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
-    best, worst = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 30
-    accurate = {"worse": (flat, best), "better": (flat, [0.0] * 40)}  # accuracy counts the other way
-    after = {"worse": (flat, worst), "better": (flat, [1.0] * 39 + [0.0])}
-    [found] = worse_than_before(evaluated(**accurate), evaluated(**after))
-    assert (found.task, found.metric, found.before, found.after) == ("worse", "acc", 0.75, 0.25)
-    for old, new in (
-        (before, before),
-        (before, {"worse": (wide + noise, flat), "better": (wide, flat)}),
-        (before, {"worse": (wide + 1, flat), "better": (wide + 1.5, flat)}),  # the average is worse, too
-        ({"a": ([1.0] * 2, [1, 1]), "b": ([5.0] * 2, [1, 1])}, {"a": ([1.1] * 2, [1, 1]), "b": ([1.0] * 2, [0, 1])}),
-        ({"one": (flat, flat), "b": (wide + 9, flat)}, {"one": (wide[:39], flat[:39]), "b": (wide[:39], flat[:39])}),
-    ):
-        assert worse_than_before(evaluated(**old), evaluated(**new)) == []
 
 
 # Several processes

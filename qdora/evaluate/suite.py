@@ -244,7 +244,6 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
 # Before and after training
 
 LossOrAccuracy = Literal["nll_per_token", "acc"]
-_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}  # sign of a change for the worse
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,6 @@ class TaskChange:
     difference: float | None  # after - before over the examples that both have; None for fewer than two
     lower: float | None  # ends of its 95 % interval; None for fewer than `FEWEST` examples in any task
     upper: float | None
-    metric: LossOrAccuracy = "nll_per_token"
 
 
 def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
@@ -280,24 +278,8 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
             if min(len(pair.examples) for pair in scores.values()) >= FEWEST:
                 lower, upper = interval.lower, interval.upper
         number = sum((new.get(task) or old[task])["num_examples"] for task in tasks)
-        values = (one.get(metric), other.get(metric), difference, lower, upper)
-        changes.append(TaskChange(name, number, *values, metric=metric))
+        changes.append(TaskChange(name, number, one.get(metric), other.get(metric), difference, lower, upper))
     return changes
-
-
-def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[TaskChange]:
-    """The tasks that are worse than before training, beyond the noise of their examples, by a metric whose average is
-    better. Tasks of few examples, or another number of them, are left out."""
-    worse: list[TaskChange] = []
-    before, after = (each.to_dict(per_example=True) for each in (base, now))
-    for metric, sign in _WORSE.items():
-        changes = task_changes(before, after, metric)
-        average = getattr(base.average, metric), getattr(now.average, metric)
-        if None not in average and sign * (average[1] - average[0]) < 0:
-            sizes = [{task: one.num_examples for task, one in each.tasks.items()} for each in (base, now)]
-            same = [each for each in changes if sizes[0].get(each.task) == sizes[1].get(each.task)]
-            worse += [each for each in same if min(sign * (each.lower or 0.0), sign * (each.upper or 0.0)) > 0]
-    return worse
 
 
 def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
