@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -173,9 +174,8 @@ class Cells:
 
 
 CellLoss = Callable[[Cell], float | None]
-"""Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
-HasAdapter = Callable[[Cell], bool | None]
-"""Whether a cell left an adapter: False if it diverged, None if it has no result."""
+"""Validation loss of a cell: inf if it diverged, None if it has no result."""
+_SEARCH = StageConfig(name=RATES)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Expander:
         first = next((arm.labels[study.compare.arm] for arm in trained), None)
         self.study = with_settings(study, compare={"reference": study.compare.reference or first})
 
-    def now(self, loss: CellLoss = lambda _: None, has_adapter: HasAdapter = lambda _: None) -> Cells:
+    def now(self, loss: CellLoss = lambda _: None) -> Cells:
         """The cells, in the order in which they run, as far as the results tell them.
 
         Within a stage all arms have a seed before any has the next one: a stopped study has compared all of them.
@@ -212,7 +212,7 @@ class Expander:
         bases, uncompressed = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
         trained: dict[str, Cell] = {}
-        waiting: dict[str, int] = {}
+        waiting = Counter[str]()
         places: dict[str, tuple[int, int]] = {}
         stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
         for arm in (arm for arm in self.arms if not self._is_bare(arm)):
@@ -221,14 +221,10 @@ class Expander:
                 continue  # every rate diverged
             for number, seed in enumerate(arm.seeds):
                 cell = self._cell(arm, seed, found, trained)
-                if cell is not None and cell.adapter_key is not None:
-                    left = has_adapter(trained[cell.adapter_key])
-                    if left is False:
-                        continue
-                    cell = cell if left else None
-                if cell is None:
-                    waiting[arm.stage.name] = waiting.get(arm.stage.name, 0) + 1
-                else:
+                of_source = loss(trained[cell.adapter_key]) if cell and cell.adapter_key else 0.0
+                if cell is None or of_source is None:
+                    waiting[arm.stage.name] += 1
+                elif of_source < math.inf:  # else there is no adapter
                     trained[cell.key] = cell
                     places[cell.key] = (stages.index(arm.stage.name), number)
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
@@ -268,8 +264,7 @@ class Expander:
         try:
             recipe = self._recipe(arm, arm.seeds[0])
             if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
-                first = rates.for_labels(arm.labels).values[0]
-                self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
+                self._recipe(arm, arm.seeds[0], rates.for_labels(arm.labels).values[0], rates.steps)
         except UserError as error:  # a value of the study file is an override, which begins with -s
             return [re.sub("^(-s|recipe):? ", "", fault) for fault in error.faults]
         (where, asked), stage = recipe.base.measured or ("", None), arm.stage.name
@@ -291,18 +286,14 @@ class Expander:
         ]  # fmt: skip
         return [fault for fault, applies in rows if applies]
 
-    def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
+    def _recipe(
+        self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None
+    ) -> Recipe:
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
-        if isinstance(rate, RateRun):
-            changes[RATE] = rate.rate
-            if rate.length == "short":
-                assert self.study.rates is not None
-                changes["train.steps"] = self.study.rates.steps
-        elif rate is not None:
-            changes[RATE] = rate
-        if arm.stage.kind != "train":
-            changes["train.steps"] = 0
-        text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
+        more = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
+        changes |= {key: value for key, value in more.items() if value is not None}
+        on_test = self.study.compare.split == "test" and arm.stage is not _SEARCH
+        text = json.dumps([changes, on_test], sort_keys=True)
         if text not in self._made:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
             recipe = recipe_from(with_overrides(self.start, overrides), "recipe", overrides)
@@ -313,7 +304,6 @@ class Expander:
             more = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
             if recipe.eval.limit is not None and recipe.adapter.kind != "none":
                 more.append(f"eval.block={seed}")
-            on_test = self.study.compare.split == "test" and not isinstance(rate, RateRun)
             self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
         return self._made[text]
 
@@ -374,16 +364,13 @@ class Expander:
         labels = self._like(arm.labels)
         name = in_words(labels)
         if name not in searches:
-            asked = _Combination(StageConfig(name=RATES), labels, self._changes(labels), arm.seeds)
-            cells: dict[RateRun, Cell] = {}
+            asked = _Combination(_SEARCH, labels, self._changes(labels), arm.seeds)
 
             def cell_of(run: RateRun) -> Cell:
-                if run not in cells:
-                    recipe = self._recipe(asked, run.seed, rate=run)
-                    own = labels | {RATE: label_of(run.rate), SEED: str(run.seed)}
-                    stage = RATES if run.length == "full" else SHORT_RATES
-                    cells[run] = Cell(self._key(recipe), own, recipe, "rate", stage)
-                return cells[run]
+                steps, stage = (None, RATES) if run.length == "full" else (rates.steps, SHORT_RATES)
+                recipe = self._recipe(asked, run.seed, run.rate, steps)
+                own = labels | {RATE: label_of(run.rate), SEED: str(run.seed)}
+                return Cell(self._key(recipe), own, recipe, "rate", stage)
 
             found = search(rates.for_labels(labels), lambda run: loss(cell_of(run)))
             searches[name] = (labels, found, [cell_of(run) for run in found.runs])
@@ -411,7 +398,7 @@ class Expander:
             "base_key": self._base(arm, dense=False)[0],
             "dense_key": self._base(arm, dense=True)[0],
         }
-        recipe = self._recipe(arm, seed, rate=None if found is None else found.rate)
+        recipe = self._recipe(arm, seed, None if found is None else found.rate)
         if kind == "train":
             interior = None if found is None else found.is_interior
             labels |= {} if found is None else {RATE: label_of(recipe.train.lr)}

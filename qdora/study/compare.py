@@ -440,7 +440,6 @@ def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if layers:
         row["weight_error"] = sum(layer["relative_error"] for layer in layers) / len(layers)
-    row |= {name: result[name] for name in ("perplexity", "hidden_error") if name in result}
     dense = str(arm.dense_key)
     if quality(arm, results, "acc_norm") is None or arm.dense_key in (None, key) or results.result(dense) is None:
         return row

@@ -1,53 +1,27 @@
-"""What cells measure besides scores: damage of a base, an adapter by layer or with other magnitudes, guesses."""
+"""What cells measure besides scores: an adapter by layer, at checkpoints, or with other magnitudes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import AdaptedLinear
 from qdora.data.sources import run_examples
-from qdora.data.tokenize import encode_pairs
 from qdora.evaluate.loglikelihood import score_examples
-from qdora.evaluate.perplexity import hidden_state_errors, text_perplexity
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
-from qdora.files.atomic import atomic_write_json, read_json_object
+from qdora.files.atomic import atomic_write_json
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers, block_of, model_size
-from qdora.model.load import load_config
 from qdora.rank.changes import error_undone, full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import BaseWeightsConfig, Recipe
 from qdora.run.base import load_base
 from qdora.run.load_run import TrainedRun, load_run
-
-TEXTS_OF_TASK = 25
-"""Examples of each evaluated task whose prompts with their answers are the texts."""
-
-
-def base_damage(recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """perplexity: of prompts with answers, all tokens. hidden_errors: of each block against the uncompressed
-    base; hidden_error is the last one. Not of chats."""
-    base = load_run(directory)
-    examples = run_examples(recipe, "validation", recipe.eval.tasks)
-    chosen = [each for found in examples.values() for each in spread(found, TEXTS_OF_TASK)]
-    texts = [each.prompt + each.answer for each in chosen if not each.messages]
-    if not texts:
-        return {}
-    measured: dict[str, Any] = {"perplexity": text_perplexity(base.model, base.tokenizer, texts).perplexity}
-    reference = uncompressed_base(recipe)
-    if reference is None:
-        return measured
-    ids = [encoded for encoded, _ in encode_pairs(base.tokenizer, [("", text) for text in texts])]
-    errors = hidden_state_errors(base.model, reference, ids)
-    return measured | {"hidden_errors": errors, "hidden_error": errors[-1]}
 
 
 def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
@@ -171,43 +145,3 @@ def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Itera
         found = error_undone(of_update, of_error, layer.rank)
         if found is not None:
             yield path, {f"error_{name}": value for name, value in asdict(found).items()}
-
-
-GUESSES_FILE = "guesses.json"
-MOST_OF_TASK = 2000
-"""Training examples of each task whose answers are counted."""
-UNIFORM_SHARE = 0.01
-"""Part of the unigram model that is uniform, for tokens that no training answer has."""
-
-
-def write_guesses(recipe: Recipe, directory: Path) -> None:
-    """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers."""
-    source, tokenizer = find_model(recipe, weights=False)
-    num_vocabulary = load_config(source).get_text_config().vocab_size
-    found = {"uniform": math.log(num_vocabulary)}
-
-    def answer_tokens(split: str, most: int | None) -> list[int]:
-        examples = run_examples(recipe, split, recipe.eval.tasks)
-        chosen = [each for own in examples.values() for each in spread(own, most) if not each.messages]
-        encoded = encode_pairs(tokenizer, [(each.prompt, each.answer) for each in chosen])
-        return [token for ids, start in encoded for token in ids[start:]]
-
-    if not any(each.stream for each in recipe.data.mix):
-        counted, scored = answer_tokens("train", MOST_OF_TASK), answer_tokens("validation", recipe.eval.limit)
-        if counted and scored:
-            found["unigram"] = unigram_nll(counted, scored, num_vocabulary)
-    atomic_write_json(directory / GUESSES_FILE, found)
-
-
-def read_guesses(directory: Path) -> dict[str, float]:
-    return read_json_object(directory / GUESSES_FILE) if (directory / GUESSES_FILE).is_file() else {}
-
-
-def unigram_nll(counted: Sequence[int], scored: Sequence[int], num_vocabulary: int) -> float:
-    """Mean of -ln p over the scored tokens, nats.
-
-    p = (1 - u) count / tokens counted + u / vocabulary,        u = UNIFORM_SHARE
-    """
-    counts = np.bincount(np.asarray(counted), minlength=num_vocabulary)
-    shares = (1 - UNIFORM_SHARE) * counts / len(counted) + UNIFORM_SHARE / num_vocabulary
-    return float(-np.log(shares[np.asarray(scored)]).mean())

@@ -28,7 +28,6 @@ from qdora.study.compare import (
     task_rows,
 )
 from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, label_of
-from qdora.study.measure import read_guesses
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ _SHOWN = {
         "Means over the seeds of the study file. Intervals may overlap although the arms differ.",
     ),
     "rates": ("Learning rates", "rate is_interior num_runs num_diverged losses", "losses: inf: a run diverged."),
-    "guesses": ("Guesses", "guess nll acc", "Uniform, or by the frequency of tokens in the training answers."),
     "facts": ("Settings", "fact value", ""),
 }
 
@@ -146,7 +144,6 @@ def read_report(directory: Path) -> Report:
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
         "cells": [rows.cell(cell) for cell in cells],
-        "guesses": _guess_rows(cells, results),
     }
     measured = [rows.measured(cell) for cell in cells]
     for name in ("layers", "changes", "checkpoints", "blocks"):
@@ -246,7 +243,6 @@ class _TableRows:
         base = self._context(cell["labels"], is_dense=cell["base_key"] == cell["dense_key"])
         run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
         layers = ((result.get("compression") or {}).get("layers") or {}) if is_base else {}
-        errors = result.get("hidden_errors", ()) if is_base else ()
         return {
             "layers": [base | {"layer": path} | values for path, values in layers.items()],
             "changes": [
@@ -263,21 +259,8 @@ class _TableRows:
                 for checkpoint in result.get("checkpoints", ())
                 for path, change in checkpoint["changes"].items()
             ],
-            "blocks": [
-                *(base | {"block": block, "relative_error": error} for block, error in enumerate(errors)),
-                *(run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())),
-            ],
+            "blocks": [run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())],
         }
-
-
-def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
-    dense = next((cell["dense_key"] for cell in cells if cell["kind"] == "base"), None)
-    if dense is None or results.result(dense) is None:
-        return []
-    guesses = read_guesses(results.store.shared("guesses", dense))
-    rows: Rows = [{"guess": name, "nll": value} for name, value in guesses.items()]
-    chance = results.mean(dense, "chance", "all")
-    return rows if math.isnan(chance) else [*rows, {"guess": "choice", "acc": chance}]
 
 
 LABELS = {

@@ -66,6 +66,9 @@ class StudyDirectory:
         stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
+    def is_over(self, key: str) -> bool:
+        return self.is_done(key) or self.is_given_up(key)
+
     def is_given_up(self, key: str) -> bool:
         return not self.is_done(key) and len(self.failures(key)) > self.retries
 
@@ -123,7 +126,7 @@ share of questions whose right choice is the likeliest, by its likelihood and by
 shares of generated answers."""
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
-"""Measure -> task -> scores. Only tasks with choices have accuracies, and chance: the share that a guess gets right."""
+"""Measure -> task -> scores. Only tasks with choices have accuracies."""
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
@@ -132,8 +135,7 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     for task, example, row in _rows(cell, files["scores"]):
         values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
         if "acc" in row:
-            chance = 1 / len(row["loglikelihoods"])
-            values |= {"acc": (row["acc"], 1.0), "acc_norm": (row["acc_norm"], 1.0), "chance": (chance, 1.0)}
+            values |= {"acc": (row["acc"], 1.0), "acc_norm": (row["acc_norm"], 1.0)}
         for measure, pair in values.items():
             found.setdefault(measure, {}).setdefault(task, {})[example] = pair
     for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
