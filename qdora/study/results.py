@@ -95,7 +95,7 @@ class StudyDirectory:
             "study": study.model_dump(mode="json", exclude_unset=True),
             "cells": [cell.record() for cell in cells.cells],
             "num_waiting": cells.num_waiting,
-            "rates": cells.search_rows(),
+            "rates": cells.rates,
         }
         atomic_write_json(self.path / "study.json", document)
 
@@ -239,10 +239,7 @@ class Results:
 def cells_now(expander: Expander, results: Results) -> Cells:
     """The cells that are known now, which are also written to the index."""
 
-    def has_adapter(cell: Cell) -> bool | None:
-        return None if results.result(cell.key) is None else not results.diverged(cell.key)
-
-    found = expander.now(lambda cell: results.loss(cell.key), has_adapter)
+    found = expander.now(lambda cell: results.loss(cell.key))
     results.store.write_index(expander.study, found)
     return found
 
@@ -251,14 +248,14 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
     """All cells, as if every search found its rate where the runs so far, or else its values, suggest."""
 
     def loss(cell: Cell) -> float:
-        known = None if results is None else results.loss(cell.key)
-        rates = expander.study.rates
-        assert rates is not None
+        known, rates = None if results is None else results.loss(cell.key), expander.study.rates
+        if known is not None or rates is None:
+            return known or 0.0
         values = sorted(rates.for_labels(cell.labels).values)
         # Worse than anything known, and best in the middle
-        return 1e6 + abs(math.log(cell.recipe.train.lr / values[len(values) // 2])) if known is None else known
+        return 1e6 + abs(math.log(cell.recipe.train.lr / values[len(values) // 2]))
 
-    return expander.now(loss, lambda _: True)
+    return expander.now(loss)
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,7 @@ class CellsLog:
         self.console.print(text, soft_wrap=True)
 
 
-def run_cells(
-    cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt = lambda *_: None
-) -> None:
+def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt = lambda *_: None) -> None:
     """Run every free cell without a result; a failed one is tried again after the others, `store.retries` times."""
     busy = True
     while busy:
