@@ -339,7 +339,7 @@ def test_the_grids_of_the_benchmarks_have_their_cells_and_the_hours_of_their_pla
     planned = results.planned_cells(Expander(study), None)
     assert planned.num_waiting == {}
     times = results.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
-    found = {each.stage: (each.num_cells, each.seconds) for each in times}
+    found = {each["stage"]: (each["num_cells"], each["seconds"]) for each in times}
     models = ("Qwen/Qwen3-4B-Base", "meta-llama/Meta-Llama-3-8B")
     assert sorted(asked) == [(model, quant) for model in models for quant in ("nf4", "none")]
     # Models, bases, adapters, seeds; three of the six bases have 16 bits

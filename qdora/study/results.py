@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,27 +131,28 @@ CellScores = Mapping[str, SeedScores]
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+
+    def add(measure: str, task: str, example: str, value: float, weight: float = 1.0) -> None:
+        # A task without examples in the half has none there in all cells of a seed
+        if part in ("all", half_of(example)):
+            found.setdefault(measure, {}).setdefault(task, {})[example] = (value, weight)
+
     for task, example, row in _rows(cell, files["scores"]):
-        values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
-        if "acc" in row:
-            values |= {"acc": (row["acc"], 1.0), "acc_norm": (row["acc_norm"], 1.0)}
-        for measure, pair in values.items():
-            found.setdefault(measure, {}).setdefault(task, {})[example] = pair
+        for measure in ("nll_per_token", "nll_by_task"):
+            add(measure, task, example, row["nll"], row["num_answer_tokens"])
+        for measure in ("acc", "acc_norm") if "acc" in row else ():
+            add(measure, task, example, row[measure])
     for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
         for measure in ("right", "unparsable"):
-            is_so = float(row["outcome"] == measure)
-            found.setdefault(measure, {}).setdefault(task, {})[example] = (is_so, 1.0)
-    scores: dict[str, dict[str, TaskScores]] = {}
-    for measure, tasks in found.items():
-        scores[measure] = {}
-        for task, rows in tasks.items():
-            # A task without examples in the half has none there in all cells of a seed
-            if kept := {example: pair for example, pair in rows.items() if part in ("all", half_of(example))}:
-                values, weights = np.array(list(kept.values()), dtype=np.float64).T
-                scores[measure][task] = TaskScores(tuple(kept), values, weights)
-        if not scores[measure]:
-            raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
-    return scores
+            add(measure, task, example, row["outcome"] == measure)
+    if not found:
+        raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
+    return {
+        measure: {
+            task: TaskScores(tuple(rows), *np.array(list(rows.values()), float).T) for task, rows in tasks.items()
+        }
+        for measure, tasks in found.items()
+    }
 
 
 def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -188,7 +188,6 @@ class Results:
         self.store, self.study = store, study
         self._scores: dict[tuple[str, Part], CellScores] = {}
         self._results: dict[str, dict[str, Any]] = {}
-        self._means: dict[tuple[str, str, Part, str | None], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
         if key not in self._results and (found := self.store.result(key)) is not None:
@@ -216,12 +215,9 @@ class Results:
             uniform = math.log((self.result(key) or {})["num_vocabulary"])
             worst = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
             return worst.get(measure, math.nan)
-        which = (key, measure, part or self.part, task)
-        if which not in self._means:
-            scores = self.scores(key, part).get(measure, {})
-            tasks = {name: each for name, each in scores.items() if task in (None, name)}
-            self._means[which] = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
-        return self._means[which]
+        scores = self.scores(key, part).get(measure, {})
+        tasks = {name: each for name, each in scores.items() if task in (None, name)}
+        return weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
 
     def loss(self, key: str) -> float | None:
         if self.result(key) is None:
@@ -258,61 +254,52 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
     return expander.now(loss)
 
 
-@dataclass(frozen=True)
-class StageTime:
-    """seconds: predicted of the cells that are not done, one process; nan: unknown."""
+def stage_times(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
+    """stage, num_cells, num_done, and the predicted seconds of one process for the others; nan: unknown.
 
-    stage: str
-    num_cells: int
-    num_done: int
-    seconds: float
-
-
-def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
+    A cell takes a start and so many seconds a step, by the finished ones or by the study's `time`.
+    """
     known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
-    predict, times = _Prediction(results.study, list(known.values())), []
-    for name in dict.fromkeys(cell.stage for cell in cells):
-        own = [cell for cell in cells if cell.stage == name]
-        seconds = [predict(cell) for cell in own if cell.key not in known]
-        times.append(StageTime(name, len(own), len(own) - len(seconds), sum(seconds)))
+    points = [(result["num_steps"], result["seconds"]) for result in known.values() if "num_steps" in result]
+    start, step, planned = math.nan, math.nan, dict[str, float]()
+    time = results.study.time
+    if len({steps for steps, _ in points}) > 1:
+        step, start = map(float, np.polyfit(*np.transpose(points), 1))
+    elif time is not None:
+        start, step = time.start, math.nan if time.step == "plan" else time.step
+
+    def seconds(cell: Cell) -> float:
+        number, by_plan = cell.recipe.train.steps or 0, math.isnan(step) and time is not None
+        return start + number * (_planned_step(cell.recipe, planned) if by_plan else step) if number else start
+
+    times: list[dict[str, Any]] = []
+    for stage in dict.fromkeys(cell.stage for cell in cells):
+        own = [cell for cell in cells if cell.stage == stage]
+        left = [seconds(cell) for cell in own if cell.key not in known]
+        counts = {"num_cells": len(own), "num_done": len(own) - len(left)}
+        times.append({"stage": stage, **counts, "seconds": sum(left)})
     return times
 
 
-class _Prediction:
-    """Seconds of a cell: a start and so many seconds a step, from finished cells or from the study's `time`."""
-
-    def __init__(self, study: Study, known: Sequence[Mapping[str, Any]]) -> None:
-        points = [(float(result["num_steps"]), float(result["seconds"])) for result in known if "num_steps" in result]
-        self.start: float = math.nan
-        self.step: float | Literal["plan"] = math.nan
-        self._planned: dict[str, float] = {}
-        if len({steps for steps, _ in points}) > 1:
-            steps, seconds = np.transpose(points)
-            self.step, self.start = map(float, np.polyfit(steps, seconds, 1))
-        elif study.time is not None:
-            self.start, self.step = study.time.start, study.time.step
-
-    def __call__(self, cell: Cell) -> float:
-        number = cell.recipe.train.steps or 0
-        step = self._by_plan(cell.recipe) if number and self.step == "plan" else self.step
-        return self.start + number * float(step) if number else self.start
-
-    def _by_plan(self, recipe: Recipe) -> float:
-        """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
-        base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
-        plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
-        whole = settings(plain)
-        text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
-        if text not in self._planned:
-            self._planned[text] = plan(plain).step_seconds or math.nan
-        return self._planned[text]
+def _planned_step(recipe: Recipe, known: dict[str, float]) -> float:
+    """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
+    base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
+    plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
+    whole = settings(plain)
+    text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
+    if text not in known:
+        known[text] = plan(plain).step_seconds or math.nan
+    return known[text]
 
 
-def times_in_words(times: Sequence[StageTime]) -> list[str]:
+def times_in_words(times: Sequence[Mapping[str, Any]]) -> list[str]:
     def hours(seconds: float) -> str:
         return "unknown" if math.isnan(seconds) else f"{seconds / 3600:.1f} h"
 
-    lines = [f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours(each.seconds)}" for each in times]
-    total = sum(each.seconds for each in times)
+    lines = [
+        f"{each['stage']}: {each['num_cells']} cells, {each['num_done']} done, {hours(each['seconds'])}"
+        for each in times
+    ]
+    total = sum(each["seconds"] for each in times)
     known = "The time is known once runs of two lengths are done, or with time in the study file."
     return [*lines, known if math.isnan(total) else f"In all {hours(total)} of one process."]

@@ -87,7 +87,7 @@ def study_run(
             for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in cells), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
             whole = {"directory": str(directory), "num_cells": len(cells)}
-            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in cells]}
+            return whole | {"stages": times, "cells": [cell.record() for cell in cells]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells])
         with _quiet_runs():
