@@ -20,7 +20,6 @@ from qdora.model.inject import block_of
 from qdora.study.compare import (
     Arm,
     comparisons,
-    count_primary,
     damage_row,
     find_arms,
     quality,
@@ -133,7 +132,7 @@ def read_report(directory: Path) -> Report:
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
     measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
-    pairs = comparisons(arms, results, measures, num_primary=count_primary(study))
+    pairs = comparisons(arms, results, measures)
     axes = [axis for axis in study.product if axis != study.compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
     rows = _TableRows(results, axes, runs)
