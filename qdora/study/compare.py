@@ -421,18 +421,13 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
     return next((each for name in names for each in dense if each.name == name), None)
 
 
-def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
+def damage_row(arm: Arm, results: Results) -> dict[str, float]:
     """What compression did to a base. `damage_choice`: acc_norm of the uncompressed base less that of this one."""
     if arm.kind != "base":
         return {}
     (key,) = arm.seeds.values()
-    result = results.result(key) or {}
-    layers = ((result.get("compression") or {}).get("layers") or {}).values()
-    row: dict[str, Any] = {}
-    if layers:
-        row["weight_error"] = sum(layer["relative_error"] for layer in layers) / len(layers)
-    dense = str(arm.dense_key)
-    if quality(arm, results, "acc_norm") is None or arm.dense_key in (None, key) or results.result(dense) is None:
-        return row
+    dense = arm.dense_key
+    if dense in (None, key) or quality(arm, results, "acc_norm") is None or results.result(dense) is None:
+        return {}
     lost = combined([(1.0, results.scores(dense)["acc_norm"]), (-1.0, results.scores(key)["acc_norm"])])
-    return row | example_interval(lost, "equal").columns("damage_choice")
+    return example_interval(lost, "equal").columns("damage_choice")
