@@ -72,14 +72,14 @@ def find_arms(cells: Records, results: Results) -> list[Arm]:
         base = cell["key"] if cell["kind"] == "base" else None
         groups.setdefault((cell["kind"], context, cell["labels"].get(axis, BASE_ARM), base), []).append(cell)
     arms = []
-    for (kind, context, name, _), (first, *more) in groups.items():
-        seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in (first, *more)}
+    for (kind, context, name, _), own in groups.items():
+        first, seeds = own[0], {cell["labels"].get(SEED, ""): cell["key"] for cell in own}
         done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
-        num_missing = sum(seed not in done for seed in first_seeds(results.study, seeds))
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
+        kept["num_missing"] = sum(seed not in done for seed in first_seeds(results.study, seeds))
         if done:
-            arms.append(Arm(context=dict(context), name=name, kind=kind, seeds=done, num_missing=num_missing, **kept))
+            arms.append(Arm(context=dict(context), name=name, kind=kind, seeds=done, **kept))
     return sorted(arms, key=lambda arm: KINDS.index(arm.kind))
 
 

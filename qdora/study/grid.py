@@ -42,8 +42,7 @@ SEED = "seed"
 """Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block; an axis may add to train.seed."""
 RATE = "train.lr"
 
-COLUMNS = {SEED, "stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict"}
-COLUMNS |= {"layer", "block", "step", "sparsity"}
+COLUMNS = "seed stage kind role rate cell status task arm reference measure verdict layer block step sparsity"
 
 
 class PrimaryConfig(Section):
@@ -143,7 +142,7 @@ class Study(Section):
 
     def faults(self) -> Iterator[Fault]:
         rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
-        for name in sorted(axes.keys() & COLUMNS):
+        for name in sorted(axes.keys() & {*COLUMNS.split()}):
             yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
         named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)

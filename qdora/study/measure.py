@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.adapter.layer import AdaptedLinear
@@ -32,15 +33,19 @@ def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
     return load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
 
 
+@torch.no_grad()
 def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dict[str, Any]:
-    """Evaluate the run `source` with its magnitudes `rescaled` or set back; the scores are written to `directory`."""
+    """Evaluate the run `source` with its magnitudes set back, or times ||w|| / ||w'||, w a row of the compressed base
+    and w' of the uncompressed one; the scores are written to `directory`."""
     run = load_run(source)
-    layers = adapted_layers(run.model)
-    if rescaled:
-        rescale_(layers, run.recipe)
-    else:
-        for layer in layers.values():
+    reference = uncompressed_base(run.recipe) if rescaled else None
+    for path, layer in adapted_layers(run.model).items():
+        if reference is None:
             set_magnitude_back_(layer)
+        else:
+            assert layer.magnitude is not None, "only DoRA has magnitudes"
+            before = reference.get_submodule(path).weight.float().norm(dim=-1)
+            layer.magnitude.mul_((layer.base.squared_row_norm().sqrt() / before).view_as(layer.magnitude))
     (directory / "eval").mkdir(parents=True, exist_ok=True)
     atomic_write_json(directory / "eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
     return {"size": model_size(run.model), "files": {"scores": "eval/set-back.json"}}
@@ -52,21 +57,11 @@ def _own_evaluation(run: TrainedRun) -> EvaluationResult:
     return evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
 
 
-@torch.no_grad()
-def rescale_(layers: Mapping[str, AdaptedLinear], recipe: Recipe) -> None:
-    """Multiply each magnitude by ||w|| / ||w'||, w a row of the compressed base and w' of the uncompressed one."""
-    reference = uncompressed_base(recipe)
-    assert reference is not None, "the base is not compressed"
-    for path, layer in layers.items():
-        assert layer.magnitude is not None, "only DoRA has magnitudes"
-        before = reference.get_submodule(path).weight.float().norm(dim=-1)
-        layer.magnitude.mul_((layer.base.squared_row_norm().sqrt() / before).view_as(layer.magnitude))
-
-
 EXAMPLES_OF_TASK = 15
 """Examples of each evaluated task that the loss without a block's adapter is measured on."""
 
 
+@torch.no_grad()
 def measure_by_layer(trained: Path) -> dict[str, Any]:
     """changes: path of a layer -> columns of `WeightChange` and, of a compressed base, `ErrorUndone`.
 
@@ -75,8 +70,10 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
     run = load_run(trained)
     layers = adapted_layers(run.model)
     changes: dict[str, dict[str, Any]] = {path: asdict(change) for path, change in weight_changes(layers).items()}
-    for path, found in _errors_undone(run.recipe, layers):
-        changes[path] |= found
+    reference = uncompressed_base(run.recipe)
+    if reference is not None:
+        for path, layer in layers.items():
+            changes[path] |= _error_undone(layer, reference.get_submodule(path).weight.float())
     asked = run.recipe.eval
     examples = [
         replace(each, choices=(), gold=None)  # only the answer is scored
@@ -114,9 +111,9 @@ def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
 @torch.no_grad()
 def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
     """While the block runs, these layers are their bases: B is zero, and magnitudes are the row norms of the base."""
-    kept = []
+    changed = [each for layer in layers for each in (layer.lora_B, layer.magnitude) if each is not None]
+    before = [each.clone() for each in changed]
     for layer in layers:
-        kept.append((layer.lora_B.clone(), None if layer.magnitude is None else layer.magnitude.clone()))
         layer.lora_B.zero_()
         if layer.magnitude is not None:
             set_magnitude_back_(layer)
@@ -124,24 +121,15 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, (lora_B, magnitude) in zip(layers, kept, strict=True):
-            layer.lora_B.copy_(lora_B)
-            if layer.magnitude is not None and magnitude is not None:
-                layer.magnitude.copy_(magnitude)
+        torch._foreach_copy_(changed, before)
+        for layer in layers:
             layer.parameters_changed()
 
 
-@torch.no_grad()
-def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, dict[str, float]]]:
-    reference = uncompressed_base(recipe)
-    if reference is None:
-        return
-    for path, layer in layers.items():
-        base = layer.base.dequantized(torch.float32)
-        error = base - reference.get_submodule(path).weight.float()
-        update = layer.merged_weight(torch.float32) - base
-        # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
-        of_update, of_error = (torch.stack(layer.approximated_parts(each)) for each in (update, error))
-        found = error_undone(of_update, of_error, layer.rank)
-        if found is not None:
-            yield path, {f"error_{name}": value for name, value in asdict(found).items()}
+def _error_undone(layer: AdaptedLinear, uncompressed: Tensor) -> dict[str, float]:
+    base = layer.base.dequantized(torch.float32)
+    update = layer.merged_weight(torch.float32) - base
+    # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
+    parts = (torch.stack(layer.approximated_parts(each)) for each in (update, base - uncompressed))
+    found = error_undone(*parts, layer.rank)
+    return {} if found is None else {f"error_{name}": value for name, value in asdict(found).items()}
