@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.recipe_file import read_file, read_yaml, recipe_names, recipe_text
+from qdora.recipe.recipe_file import read_yaml, recipe_document
 from qdora.recipe.section import (
     Fault,
     Flag,
@@ -183,15 +183,13 @@ def load_study(path: Path, text: str | None = None) -> Study:
 
     A `recipe` that is a file gets an absolute path.
     """
-    if text is None and str(path) in recipe_names() and not path.exists():
-        text = recipe_text(str(path))
-    data = read_file(path, str(path)) if text is None else read_yaml(text, str(path))
+    data, where = recipe_document(path) if text is None else (read_yaml(text, "--vary"), "--vary")
     recipe = data.get("recipe")
     if recipe is None and "data" in data:
         raise UserError(f"{path}: is a recipe. Fix: name what is compared, such as --vary base.quant=none,nf4.")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())
-    return study_from(data, str(path) if text is None else "--vary")
+    return study_from(data, where)
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,9 @@ from qdora.files.atomic import atomic_write_text
 from qdora.files.machine import user_path
 from qdora.files.pages import markdown_table
 from qdora.recipe.recipe_file import ignored, key_and_value, recipe_document, recipe_names, with_overrides, yaml_text
-from qdora.recipe.section import shown
 from qdora.study.compare import BASE_ARM
 from qdora.study.grid import label_of
 from qdora.study.report import Report
-
-logger = logging.getLogger("qdora")
 
 
 def varied(
@@ -54,17 +50,12 @@ def varied(
 
 
 def _axis(start: dict[str, Any], keys: Mapping[str, Sequence[Any]]) -> tuple[str, Any]:
-    """All combinations of these keys' values. A key that has no effect beside the others is left out, with a line."""
+    """All combinations of these keys' values. A key that has no effect beside the others is left out."""
     groups: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*keys.values()):
         group = dict(zip(keys, values, strict=True))
-        try:
-            whole = with_overrides(start, [f"{key}={json.dumps(value)}" for key, value in group.items()], logging.INFO)
-        except UserError as error:
-            raise UserError(*(re.sub("^-s", "--vary", fault) for fault in error.faults)) from None
-        off = {key: why for key, why in ignored(whole).items() if key in group and len(group) > 1}
-        for key, why in off.items():
-            logger.info("%s %s is left out: %s.", key, shown(group[key]), why)
+        whole = with_overrides(start, [f"{key}={json.dumps(value)}" for key, value in group.items()], logging.INFO)
+        off = ignored(whole) if len(group) > 1 else {}
         label = "/".join("-" if key in off else label_of(value) for key, value in group.items())
         groups[label] = {key: value for key, value in group.items() if key not in off}
     name = "/".join(keys)
