@@ -319,7 +319,7 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
     file.write_text("recipe: demo\nrecipe: demo\n")
     with pytest.raises(UserError, match=r"line 2: .*'recipe' is given twice"):
         load_study(file)
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.yaml: must be a YAML file"):
         load_study(tmp_path / "none.yaml")
 
 
