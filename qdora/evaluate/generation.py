@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -32,7 +32,6 @@ from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
 
 MAX_NEW_TOKENS = 32  # as in the published evaluation
-_NUM_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,6 @@ class GeneratedResult:
     chance: float  # expected accuracy of a random choice
     num_truncated: int
     num_new_tokens: int
-    unparsable: list[dict[str, str]] = field(default_factory=list)  # id and output of the first few that name no choice
 
 
 GenerationResult = Result[GeneratedResult]
@@ -125,7 +123,6 @@ def _prompts(
 
 def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -> GeneratedResult:
     outcomes = [record["outcome"] for record in records]
-    lost = [record for record in records if record["answer"] is None]
     return GeneratedResult(
         num_examples=len(records),
         num_right=outcomes.count("right"),
@@ -135,7 +132,6 @@ def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -
         chance=float(np.mean([1.0 / count for count in num_choices])),
         num_truncated=sum(record["num_truncated"] > 0 for record in records),
         num_new_tokens=sum(record["num_new_tokens"] for record in records),
-        unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
     )
 
 

@@ -69,7 +69,7 @@ class StepEvaluations:
             self.generated = {f"step {step}": answers}
             seconds["generation_seconds"] = answers.settings["seconds"]
             for task, numbers in answers.to_dict()["tasks"].items():
-                tasks[task]["generated"] = {key: value for key, value in numbers.items() if key != "unparsable"}
+                tasks[task]["generated"] = numbers
         return {"eval": tasks, "average": asdict(result.average), "time": seconds}
 
 
