@@ -16,7 +16,6 @@ from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
 from qdora.study.cells import Expander
 from qdora.study.grid import load_study
-from qdora.study.measure import GUESSES_FILE, read_guesses
 from qdora.study.results import Results, StudyDirectory, cells_now, read_index
 
 SCORES_FILE = "scores.json.xz"
@@ -24,8 +23,8 @@ _KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "l
 
 
 def pack(directory: Path) -> bytes:
-    """The content of scores.json.xz of a study's directory: study, guesses, and of each cell its record, its result,
-    its scores (name -> value of each example), and of a trained one [step, loss] of each step that was logged."""
+    """The content of scores.json.xz of a study's directory: study, and of each cell its record, its result, its scores
+    (name -> value of each example), and of a trained one [step, loss] of each step that was logged."""
     store, index, cells = StudyDirectory(directory, makes=False), read_index(directory), []
     for cell in index["cells"]:
         result = store.result(cell["key"])
@@ -43,9 +42,7 @@ def pack(directory: Path) -> bytes:
     # Names of this machine are in the settings, which no number depends on, and in sources of the axes
     study = {name: value for name, value in index["study"].items() if name not in ("recipe", "settings")}
     hide_places(study)
-    dense = {cell["dense_key"] for cell in index["cells"] if cell["kind"] == "base"}
-    guesses = {key: found for key in sorted(dense) if (found := read_guesses(store.shared("guesses", key)))}
-    text = json.dumps({"study": study, "guesses": guesses, "cells": cells}, separators=(",", ":"))
+    text = json.dumps({"study": study, "cells": cells}, separators=(",", ":"))
     return lzma.compress(text.encode(), preset=6)
 
 
@@ -78,9 +75,6 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
         done = {key: each for key, each in done.items() if key not in still_read}
     if not any(cell.key in done for cell in expander.now().cells):
         raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
-    for key, found in archive["guesses"].items():
-        store.shared("guesses", key).mkdir(parents=True, exist_ok=True)
-        atomic_write_json(store.shared("guesses", key) / GUESSES_FILE, found)
     for key, each in done.items():
         _write_cell(each, store.cell(key))
     for key, each in done.items():  # last: with results the directory counts as filled

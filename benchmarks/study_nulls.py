@@ -70,7 +70,8 @@ def one_study(
     """What one study says: whether each interval holds the truth, and whether its verdicts are false."""
     simulated = _Simulated(scenario, store, draw, with_repair=scenario.repairs and not judged_alone)
     results, arms = simulated.results, find_arms(simulated.cells, simulated.results)
-    named, results.study = results.study, with_settings(results.study, compare={"primary": None})
+    named, plain = results.study, with_settings(results.study, compare={"primary": None})
+    results.study = plain.model_copy(update={"exclude": ({"base": DENSE},)})
     compressed = [arm for arm in arms if arm.context.get("base") != DENSE]
     judged = comparisons(compressed, results, ["nll_per_token"])  # each base is a primary comparison
     results.study = named

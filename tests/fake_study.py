@@ -161,10 +161,8 @@ def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str,
         (directory / file).write_text(json.dumps({"per_example": found}))
     num_bytes = int(BITS[quant] * 2**17)
     size = {"num_linear_weights": 2**20, "num_linear_bytes": num_bytes, "num_base_bytes": num_bytes + 4096}
-    layers = {f"layers.{n}.q_proj": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
-    compression: dict[str, Any] = {"base": {"sparsity": 0.0, "layers": layers}, "trained": {"sparsity": 0.25}}
-    hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if is_base else {}
-    return hidden | {
+    compression: dict[str, Any] = {"base": {"sparsity": 0.0}, "trained": {"sparsity": 0.25}}
+    return {
         "num_steps": 1,
         "final_loss": nll,
         "num_trainable": 10,

@@ -198,7 +198,7 @@ def test_an_interrupted_study_says_how_to_continue(monkeypatch):
         ("study tiny --vary base.quant", "base.quant: must"),
         ("study tiny --vary base.qunt=nf4 --dir {tmp}", "--vary (base.qunt=nf4): base.qunt: unknown 'quant'?"),
         ("study tiny --vary base.quant=none,nf5 --dir {tmp}", "--vary (base.quant=nf5): base.quant: 'none', 'nf5'."),
-        ("study tiny --vary data.mix[9].limit=3", "--vary data.mix[9].limit=3: the recipe has nothing"),
+        ("study tiny --vary data.mix[9].limit=3", "-s data.mix[9].limit=3: the recipe has nothing"),
         ("study benchmarks/results/study/grid.yaml --vary base.quant=nf4", "--vary: is a study file Fix: remove"),
     ],
 )  # fmt: skip

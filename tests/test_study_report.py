@@ -38,16 +38,11 @@ STAGES = [
     {"name": "by step", "cells": {"base.quant": "nf4", "seed": 2}, "kind": "by_layer", "steps": [1, 2]},
 ]
 ODD = {"base.quant": ["none", "nf4"], "adapter": ADAPTERS | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}}
-GUESSES = {"uniform": math.log(1000), "unigram": 5.0}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = fake_study.make(tmp_path_factory.mktemp("study"), generated=True, stages=STAGES)
-    (dense,) = {cell["dense_key"] for cell in read_index(made)["cells"] if cell["kind"] == "base"}
-    (made / "shared/guesses" / dense).mkdir(parents=True)
-    (made / "shared/guesses" / dense / "guesses.json").write_text(json.dumps(GUESSES))
-    return made
+    return fake_study.make(tmp_path_factory.mktemp("study"), generated=True, stages=STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +140,8 @@ def test_a_later_comparison_has_its_own_seeds_reference_and_family(tmp_path: Pat
 
 def test_what_is_damaged_left_and_repaired(report: Report) -> None:
     damage = {row["base.quant"]: row for row in rows(report, "repair", adapter="no adapter")}
-    assert list(damage) == ["none", "int8", "nf4", "fp4"]
-    assert "damage_choice" not in damage["none"]
+    assert list(damage) == ["int8", "nf4", "fp4"]
     assert 0 < damage["fp4"]["damage_choice_lower"] < damage["fp4"]["damage_choice"]
-    assert damage["nf4"]["weight_error"] == pytest.approx(0.01)  # the mean of the layers: 0, 0.01, 0.02
     assert not rows(report, "repair", **{"base.quant": "none", "adapter": "dora"})
     found = {(row["base.quant"], row["adapter"]): row for row in report.tables["repair"] if row["adapter"] in ADAPTERS}
     assert {arm for arm, row in found.items() if "magnitudes" in row} == {("nf4", "dora")}
@@ -178,9 +171,7 @@ def test_answers_choices_and_tasks(report: Report) -> None:
     assert choices["improvement"] == acc["improvement"]
 
 
-def test_guesses_blocks_and_layers(report: Report) -> None:
-    guesses = {row["guess"]: row.get("nll", row.get("acc")) for row in report.tables["guesses"]}
-    assert guesses == GUESSES | {"choice": 0.5}  # piqa's two choices
+def test_blocks_and_layers(report: Report) -> None:
     off = {(row["base.quant"], row["adapter"], row["seed"]) for row in report.tables["blocks"] if "block_off" in row}
     assert off == {(quant, kind, seed) for quant in ("none", "nf4") for kind in ADAPTERS for seed in "01"}
     changes = [row for row in report.tables["changes"] if "error_undone" in row]
@@ -191,8 +182,6 @@ def test_guesses_blocks_and_layers(report: Report) -> None:
     (steps,) = {tuple(row["step"] for row in rows(report, "checkpoints", adapter=kind)[::5]) for kind in ADAPTERS}
     assert steps == (1, 2)
     assert {(row["nll"], row["length_change"]) for row in report.tables["checkpoints"]} == {(2.0, 0.002)}
-    errors = rows(report, "blocks", block=1, **{"base.quant": "fp4"})
-    assert [row["relative_error"] for row in errors] == [0.2]
 
 
 @pytest.mark.figures
@@ -211,7 +200,7 @@ def test_the_page_needs_nothing_beside_it_and_every_number_is_in_the_data(
     known += [len(report.tables["cells"]), *Counter(row["status"] for row in report.tables["cells"]).values()]
     texts = set[str]()
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted((tmp_path / "a").glob("*.csv"))]
-    assert len(frames) == 12
+    assert len(frames) == 9
     for column in (frame[name] for frame in frames for name in frame):
         if column.dtype == object or str(column.dtype) in ("str", "string"):
             texts |= set(NUMBER.findall(" ".join(map(str, column.dropna()))))
@@ -226,14 +215,10 @@ def test_the_page_needs_nothing_beside_it_and_every_number_is_in_the_data(
 
 
 def test_the_figure_shows_the_table(report: Report) -> None:
-    pairs = [dict(compared(report, quant)) for quant in LOST]
-    pairs[0] |= {"lower": -9.0, "upper": 9.0, "num_seeds": 2}  # too few seeds for a verdict
+    pairs = [compared(report, quant) for quant in LOST]
     (axis,) = _differences(pairs, report.axes, report.compare).axes
-    low, high = axis.get_xlim()
     xs = {np.asarray(line.get_xdata())[0] for line in axis.lines if line.get_marker() == "s"}
     assert xs == {row["improvement"] for row in pairs}
-    assert -1 < low < min(row["lower"] for row in pairs[1:])
-    assert max(row["upper"] for row in pairs[1:]) < high < 1
 
 
 def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
 
     monkeypatch.setattr(run, "train_run", diverge)
     store, base = StudyDirectory(tmp_path, retries=0), replace(numbered(1)[0], kind="base")
-    run_cells([base], store, run.cell_work(store))
+    run_cells([base], store, partial(run.cell_work, store))
     assert store.is_given_up(base.key)
 
 
@@ -166,7 +167,10 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
     [
         (["--jobs", "2", "--dry-run"], ["--jobs: is not used with --dry-run"]),
         (["--cluster", "local"], ["are used only with --jobs"]),
-        (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
+        (
+            ["--jobs", "1", "--job-option", "timeout_min"],
+            ["--job-option (key=value): must be a table of settings, got 'timeout_min'"],
+        ),
         pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
         pytest.param(["--jobs", "1"], ["--cluster slurm", "Could not detect"], marks=needs_submitit),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
 
+import yaml
 from frame import markdown, read, table
 from measure import RESULTS
 
@@ -187,7 +188,7 @@ def study() -> str:
     arms, repairs = of_kind("arms", "trained"), rows_of("repair")
     pairs = of_kind("comparisons", "nll_per_token", "measure")
     damage = {row["base"]: row for row in repairs if row["adapter"] == "no adapter"}
-    (reference,) = (row["value"] for row in of_kind("facts", "compare.reference", "fact"))
+    reference = yaml.safe_load((RESULTS / "study/grid.yaml").read_text())["compare"]["reference"]
     adapters = list(dict.fromkeys(row["adapter"] for row in repairs if row.get("left")))
     lines = []
     for context in dict.fromkeys((row["base"], row["length"]) for row in arms):

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from qdora.adapter.product import decoding
 from qdora.data.example import Example
@@ -32,7 +32,6 @@ from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
 
 MAX_NEW_TOKENS = 32  # as in the published evaluation
-_NUM_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,6 @@ class GeneratedResult:
     chance: float  # expected accuracy of a random choice
     num_truncated: int
     num_new_tokens: int
-    unparsable: list[dict[str, str]] = field(default_factory=list)  # id and output of the first few that name no choice
 
 
 GenerationResult = Result[GeneratedResult]
@@ -69,26 +67,15 @@ def evaluate_generated(
     stop_ids = stop_ids_of_model(model, tokenizer)
     tasks: dict[str, GeneratedResult] = {}
     records: list[dict[str, Any]] = []
-
-    def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
     for task, examples in examples_by_task.items():
         chosen = spread(examples, limit, block)
         names = [answer_names(example.choices) for example in chosen]
         prompts, cut = _prompts(tokenizer, chosen, context_length(model), max_new_tokens)
-
-        def decided(index: int, ids: Sequence[int], names: Sequence[Sequence[str]] = names) -> bool:
-            """Whether what follows could not change the answer."""
-            answer, may_change = first_mention(text(ids), names[index])
-            return answer is not None and not may_change
-
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "progress": progress}
-        generated = decode_greedily(model, prompts, finished=decided, **options)
+        generated = decode_greedily(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, progress=progress)
         own: list[dict[str, Any]] = []
         for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
-            output = text(ids)
-            answer, _ = first_mention(output, choices)
+            output = tokenizer.decode(ids, skip_special_tokens=True)
+            answer = first_mention(output, choices)
             record = {"task": task, "id": example.id, "gold": example.gold, "output": output, "answer": answer}
             outcome = "unparsable" if answer is None else "right" if answer == example.gold else "wrong"
             own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
@@ -136,7 +123,6 @@ def _prompts(
 
 def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -> GeneratedResult:
     outcomes = [record["outcome"] for record in records]
-    lost = [record for record in records if record["answer"] is None]
     return GeneratedResult(
         num_examples=len(records),
         num_right=outcomes.count("right"),
@@ -146,7 +132,6 @@ def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -
         chance=float(np.mean([1.0 / count for count in num_choices])),
         num_truncated=sum(record["num_truncated"] > 0 for record in records),
         num_new_tokens=sum(record["num_new_tokens"] for record in records),
-        unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
     )
 
 
@@ -168,22 +153,15 @@ def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
     return names if differ and all(map(_NAME.fullmatch, names)) else ()
 
 
-def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
-    """(index of the name that stands first in the text or None, whether more text could change that).
+def first_mention(text: str, names: Sequence[str]) -> int | None:
+    """Index of the name that stands first in the text.
 
     Unlike in the published evaluation a name is a whole word in any case, and one of this question.
     """
     ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
     listed = "|".join(f"({re.escape(name)})" for name in ordered)
     found = re.search(rf"(?<!\w)(?:{listed})(?!\w)", text, re.IGNORECASE)
-    if found is None:
-        return None, True
-    assert found.lastindex is not None
-    rest = text[found.start() :].casefold()
-    may_go_on = found.end() == len(text) or any(
-        name != rest and name.startswith(rest) for name in map(str.casefold, names)
-    )
-    return names.index(ordered[found.lastindex - 1]), may_go_on
+    return names.index(ordered[found.lastindex - 1]) if found and found.lastindex else None
 
 
 def decode_greedily(
@@ -192,11 +170,9 @@ def decode_greedily(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    finished: Callable[[int, Sequence[int]], bool] = lambda _index, _ids: False,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The new ids of every prompt, up to the first of `stop_ids` or where `finished` (prompt's index, new ids) is true.
-    New ones count as tokens of a batch."""
+    """The new ids of every prompt, up to the first of `stop_ids`. New ones count as tokens of a batch."""
     can_pad = pads_left(model)
 
     def fits(batch: list[int]) -> bool:
@@ -205,17 +181,9 @@ def decode_greedily(
 
     def compute(batch: list[int]) -> list[list[int]]:
         ids, mask = padded([prompts[index] for index in batch], left=True)
-        done: dict[int, list[int]] = {}
-
-        def are_done(tokens: Tensor, _scores: Any, **_: Any) -> Tensor:
-            for row, (index, new) in enumerate(zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True)):
-                if row not in done and (new[-1] in stop_ids or len(new) == max_new_tokens or finished(index, new)):
-                    done[row] = new[:-1] if new[-1] in stop_ids else new
-            return torch.tensor([row in done for row in range(len(batch))], device=tokens.device)
-
-        criteria = StoppingCriteriaList([are_done])
-        generate(model, ids, mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=criteria)
-        return [done[row] for row in range(len(batch))]
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(stop_ids) or None, "do_sample": False}
+        new = generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
+        return [list(takewhile(lambda token: token not in stop_ids, row)) for row in new]
 
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     batches = list(length_batches(order, lambda index: len(prompts[index]), fits))

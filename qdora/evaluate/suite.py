@@ -244,25 +244,14 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
 # Before and after training
 
 LossOrAccuracy = Literal["nll_per_token", "acc"]
-_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}  # sign of a change for the worse
 
 
-@dataclass(frozen=True)
-class TaskChange:
-    """A metric of one task ("average": of all) before and after training; None: not measured."""
+def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[dict[str, Any]]:
+    """The change of each task that has the metric, and of their average, from `Result.to_dict` or nothing.
 
-    task: str
-    num_examples: int
-    before: float | None
-    after: float | None
-    difference: float | None  # after - before over the examples that both have; None for fewer than two
-    lower: float | None  # ends of its 95 % interval; None for fewer than `FEWEST` examples in any task
-    upper: float | None
-    metric: LossOrAccuracy = "nll_per_token"
-
-
-def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[TaskChange]:
-    """The change of each task that has the metric, and of their average, from `Result.to_dict` or nothing."""
+    before, after: None: not measured. difference: over the examples that both have; None for fewer than two. lower,
+    upper: ends of its 95 % interval; None for fewer than `FEWEST` examples in any task.
+    """
     old, new = before.get("tasks", {}), after.get("tasks", {})
     old_records, new_records = (by_task(each.get("per_example", [])) for each in (before, after))
     rows = [(name, old.get(name, {}), new.get(name, {}), [name]) for name in dict.fromkeys([*old, *new])]
@@ -272,32 +261,21 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
         rows.append(("average", before.get("average", {}), after.get("average", {}), list(pairs)))
     changes = []
     for name, one, other, tasks in rows:
-        scores = {task: pair for task in tasks if (pair := pairs[task]) is not None}
-        difference = lower = upper = None
-        if len(scores) == len(tasks):
-            interval = example_interval(scores, "equal")
-            difference = interval.value
-            if min(len(pair.examples) for pair in scores.values()) >= FEWEST:
-                lower, upper = interval.lower, interval.upper
-        number = sum((new.get(task) or old[task])["num_examples"] for task in tasks)
-        values = (one.get(metric), other.get(metric), difference, lower, upper)
-        changes.append(TaskChange(name, number, *values, metric=metric))
+        fewest = min(len(pairs[task].examples) for task in tasks)
+        interval = example_interval({task: pairs[task] for task in tasks}, "equal") if fewest > 1 else None
+        ends = interval if fewest >= FEWEST else None
+        changes.append(
+            {
+                "task": name,
+                "num_examples": sum((new.get(task) or old[task])["num_examples"] for task in tasks),
+                "before": one.get(metric),
+                "after": other.get(metric),
+                "difference": interval and interval.value,
+                "lower": ends and ends.lower,
+                "upper": ends and ends.upper,
+            }
+        )
     return changes
-
-
-def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[TaskChange]:
-    """The tasks that are worse than before training, beyond the noise of their examples, by a metric whose average is
-    better. Tasks of few examples, or another number of them, are left out."""
-    worse: list[TaskChange] = []
-    before, after = (each.to_dict(per_example=True) for each in (base, now))
-    for metric, sign in _WORSE.items():
-        changes = task_changes(before, after, metric)
-        average = getattr(base.average, metric), getattr(now.average, metric)
-        if None not in average and sign * (average[1] - average[0]) < 0:
-            sizes = [{task: one.num_examples for task, one in each.tasks.items()} for each in (base, now)]
-            same = [each for each in changes if sizes[0].get(each.task) == sizes[1].get(each.task)]
-            worse += [each for each in same if min(sign * (each.lower or 0.0), sign * (each.upper or 0.0)) > 0]
-    return worse
 
 
 def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
@@ -311,12 +289,10 @@ def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping
     return found
 
 
-def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: LossOrAccuracy) -> TaskScores | None:
-    """new - old of the examples that both have; None for fewer than two."""
+def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: LossOrAccuracy) -> TaskScores:
+    """new - old of the examples that both have."""
     name = "nll" if metric == "nll_per_token" else "acc"
     pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
-    if len(pairs) < 2:
-        return None
     differences = np.array([after[name] - before[name] for before, after in pairs.values()], dtype=np.float64)
     weights = [1.0 if name == "acc" else float(after["num_answer_tokens"]) for _, after in pairs.values()]
     return TaskScores(tuple(pairs), differences, np.array(weights))

@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,9 +142,7 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
         for record in (*before.get("per_example", ()), *after.get("per_example", ())):
             if "outcome" in record:  # a generated answer
                 record["acc"] = float(record["outcome"] == "right")
-        changes: dict[str, Any] = {
-            metric: [asdict(change) for change in task_changes(before, after, metric)] for metric in _METRICS
-        }
+        changes: dict[str, Any] = {metric: task_changes(before, after, metric) for metric in _METRICS}
         rows = [_cells(change, metric) for metric in _METRICS for change in changes[metric]]
         if rows:
             found.append({"data": data, "step": step if after else 0, **changes, "rows": rows})

@@ -171,12 +171,11 @@ def evaluate_target(
         _keep(loaded, f"{name}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
     if texts:
-        perplexity = text_perplexity(model, tokenizer, texts)
-        document["perplexity"] = perplexity.to_dict()
-        results.print(f"perplexity {perplexity.perplexity:.3f} over {perplexity.num_tokens:,} tokens")
+        document["perplexity"] = perplexity = text_perplexity(model, tokenizer, texts)
+        results.print(f"perplexity {perplexity['perplexity']:.3f} over {perplexity['num_tokens']:,} tokens")
         places = _of_places([str(file.resolve()) for file in options.text])
         text_name = f"perplexity-{_in_a_name([file.name for file in options.text])}-{places}"
-        _keep(loaded, text_name, document["perplexity"] | {"texts": [str(file) for file in options.text]})
+        _keep(loaded, text_name, perplexity | {"texts": [str(file) for file in options.text]})
     if harness is not None:
         document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))

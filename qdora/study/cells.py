@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,33 +150,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cells:
-    """num_waiting: stage -> cells that wait for others. searches: labels of an arm, its search, its runs."""
+    """num_waiting: stage -> cells that wait for others. rates: a row for each search."""
 
     cells: list[Cell]
     num_waiting: dict[str, int]
-    searches: list[tuple[Labels, Search, list[Cell]]]
-
-    def search_rows(self) -> list[dict[str, Any]]:
-        return [
-            labels
-            | {
-                "rate": None if found.rate is None else label_of(found.rate),
-                "is_interior": found.is_interior,
-                "is_done": found.is_done,
-                "num_runs": len(found.runs),
-                "num_diverged": sum(math.isinf(value) for value in found.losses.values()),
-                "losses": "; ".join(
-                    f"{length} {rate:g}: {value:.4f}" for (length, rate), value in found.losses.items()
-                ),
-            }
-            for labels, found, _ in self.searches
-        ]
+    rates: list[dict[str, Any]]
 
 
 CellLoss = Callable[[Cell], float | None]
-"""Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
-HasAdapter = Callable[[Cell], bool | None]
-"""Whether a cell left an adapter: False if it diverged, None if it has no result."""
+"""Validation loss of a cell: inf if it diverged, None if it has no result."""
+_SEARCH = StageConfig(name=RATES)
 
 
 @dataclass(frozen=True)
@@ -195,7 +179,7 @@ class Expander:
         self.axes = {name: dict(choices(axis, name)) for name, axis in study.product.items()}
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
-        self._bases: dict[str, tuple[str, Recipe]] = {}
+        self._made_bases: dict[str, tuple[str, Recipe]] = {}
         self.arms = [
             _Combination(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)
         ]
@@ -204,15 +188,14 @@ class Expander:
         first = next((arm.labels[study.compare.arm] for arm in trained), None)
         self.study = with_settings(study, compare={"reference": study.compare.reference or first})
 
-    def now(self, loss: CellLoss = lambda _: None, has_adapter: HasAdapter = lambda _: None) -> Cells:
+    def now(self, loss: CellLoss = lambda _: None) -> Cells:
         """The cells, in the order in which they run, as far as the results tell them.
 
         Within a stage all arms have a seed before any has the next one: a stopped study has compared all of them.
         """
-        bases, uncompressed = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
         trained: dict[str, Cell] = {}
-        waiting: dict[str, int] = {}
+        waiting = Counter[str]()
         places: dict[str, tuple[int, int]] = {}
         stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
         for arm in (arm for arm in self.arms if not self._is_bare(arm)):
@@ -221,20 +204,27 @@ class Expander:
                 continue  # every rate diverged
             for number, seed in enumerate(arm.seeds):
                 cell = self._cell(arm, seed, found, trained)
-                if cell is not None and cell.adapter_key is not None:
-                    left = has_adapter(trained[cell.adapter_key])
-                    if left is False:
-                        continue
-                    cell = cell if left else None
-                if cell is None:
-                    waiting[arm.stage.name] = waiting.get(arm.stage.name, 0) + 1
-                else:
+                of_source = loss(trained[cell.adapter_key]) if cell and cell.adapter_key else 0.0
+                if cell is None or of_source is None:
+                    waiting[arm.stage.name] += 1
+                elif of_source < math.inf:  # else there is no adapter
                     trained[cell.key] = cell
                     places[cell.key] = (stages.index(arm.stage.name), number)
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
         in_order = sorted(trained.values(), key=lambda cell: places[cell.key])
-        cells = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
-        return Cells(cells, waiting, list(searches.values()))
+        rates = [
+            labels
+            | {
+                "rate": None if found.rate is None else label_of(found.rate),
+                "is_interior": found.is_interior,
+                "is_done": found.is_done,
+                "num_runs": len(found.runs),
+                "num_diverged": sum(map(math.isinf, found.losses.values())),
+                "losses": "; ".join(f"{length} {rate:g}: {loss:.4f}" for (length, rate), loss in found.losses.items()),
+            }
+            for labels, found, _ in searches.values()
+        ]
+        return Cells([*self._base_cells(), *of_rates.values(), *in_order], waiting, rates)
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
         found = dict(self.study.settings)
@@ -268,8 +258,7 @@ class Expander:
         try:
             recipe = self._recipe(arm, arm.seeds[0])
             if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
-                first = rates.for_labels(arm.labels).values[0]
-                self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
+                self._recipe(arm, arm.seeds[0], rates.for_labels(arm.labels).values[0], rates.steps)
         except UserError as error:  # a value of the study file is an override, which begins with -s
             return [re.sub("^(-s|recipe):? ", "", fault) for fault in error.faults]
         (where, asked), stage = recipe.base.measured or ("", None), arm.stage.name
@@ -291,18 +280,12 @@ class Expander:
         ]  # fmt: skip
         return [fault for fault, applies in rows if applies]
 
-    def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
+    def _recipe(self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None) -> Recipe:
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
-        if isinstance(rate, RateRun):
-            changes[RATE] = rate.rate
-            if rate.length == "short":
-                assert self.study.rates is not None
-                changes["train.steps"] = self.study.rates.steps
-        elif rate is not None:
-            changes[RATE] = rate
-        if arm.stage.kind != "train":
-            changes["train.steps"] = 0
-        text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
+        more = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
+        changes |= {key: value for key, value in more.items() if value is not None}
+        on_test = self.study.compare.split == "test" and arm.stage is not _SEARCH
+        text = json.dumps([changes, on_test], sort_keys=True)
         if text not in self._made:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
             recipe = recipe_from(with_overrides(self.start, overrides), "recipe", overrides)
@@ -313,7 +296,6 @@ class Expander:
             more = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
             if recipe.eval.limit is not None and recipe.adapter.kind != "none":
                 more.append(f"eval.block={seed}")
-            on_test = self.study.compare.split == "test" and not isinstance(rate, RateRun)
             self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
         return self._made[text]
 
@@ -325,45 +307,45 @@ class Expander:
             self._keys[id(recipe)] = key_of(recipe)
         return self._keys[id(recipe)]
 
-    def _base(self, arm: _Combination, *, dense: bool) -> tuple[str, Recipe]:
+    def _bases(self, arm: _Combination) -> list[tuple[str, Recipe]]:
+        """Key and recipe of the base of an arm and of the uncompressed one, each without an adapter."""
         whole = settings(self._recipe(arm, arm.seeds[0]))
         # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
         mix = [{name: value for name, value in each.items() if name != "loss_weight"} for each in whole["data"]["mix"]]
-        data = {name: value for name, value in whole["data"].items() if name != "seed"}
         document: dict[str, Any] = {
             "model": whole["model"],
-            "base": {"quant": "none"} if dense else whole["base"],
             "adapter": {"kind": "none"},
-            "data": data | {"mix": mix},
+            "data": {name: value for name, value in whole["data"].items() if name != "seed"} | {"mix": mix},
             "train": {"steps": 0, "batch": 1},
             "eval": {name: value for name, value in whole["eval"].items() if name in _EVALUATION},
         }
-        text = json.dumps(document, sort_keys=True)
-        if text not in self._bases:
-            recipe = recipe_from(document)
-            self._bases[text] = (key_of(recipe), recipe)
-        return self._bases[text]
+        found = []
+        for base in (whole["base"], {"quant": "none"}):
+            text = json.dumps(document | {"base": base}, sort_keys=True)
+            if text not in self._made_bases:
+                recipe = recipe_from(document | {"base": base})
+                self._made_bases[text] = (key_of(recipe), recipe)
+            found.append(self._made_bases[text])
+        return found
 
-    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell]]:
-        """Key -> base; key -> uncompressed base."""
+    def _base_cells(self) -> list[Cell]:
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
         # A base has no label on axes that change nothing but the training, and on that of the arms if it is none
         arm_axis, training = self.study.compare.arm, axes_of(self.study, "train.", "adapter.")
         are_bases = arm_axis in axes_of(self.study, "base.")
         for arm in self.arms:
-            (key, recipe), (dense_key, dense) = self._base(arm, dense=False), self._base(arm, dense=True)
+            (key, recipe), (dense_key, dense) = self._bases(arm)
             bare = self._is_bare(arm)
             if not (self.study.bases or bare):
                 continue
             kept = {axis for axis in arm.labels if (bare or are_bases if axis == arm_axis else axis not in training)}
             labels = {axis: text for axis, text in arm.labels.items() if axis in kept}
-            of_base = partial(Cell, kind="base", stage=BASES, dense_key=dense_key)
             if key not in bases or (bare and arm_axis not in bases[key].labels):
-                bases[key] = of_base(key, labels, recipe, base_key=key)
+                bases[key] = Cell(key, labels, recipe, "base", BASES, key, dense_key)
             if self.study.bases:
-                uncompressed[dense_key] = of_base(dense_key, {}, dense, base_key=dense_key)
-        return bases, uncompressed
+                uncompressed[dense_key] = Cell(dense_key, {}, dense, "base", BASES, dense_key, dense_key)
+        return list((uncompressed | bases).values())
 
     def _search(
         self, arm: _Combination, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
@@ -374,16 +356,13 @@ class Expander:
         labels = self._like(arm.labels)
         name = in_words(labels)
         if name not in searches:
-            asked = _Combination(StageConfig(name=RATES), labels, self._changes(labels), arm.seeds)
-            cells: dict[RateRun, Cell] = {}
+            asked = _Combination(_SEARCH, labels, self._changes(labels), arm.seeds)
 
             def cell_of(run: RateRun) -> Cell:
-                if run not in cells:
-                    recipe = self._recipe(asked, run.seed, rate=run)
-                    own = labels | {RATE: label_of(run.rate), SEED: str(run.seed)}
-                    stage = RATES if run.length == "full" else SHORT_RATES
-                    cells[run] = Cell(self._key(recipe), own, recipe, "rate", stage)
-                return cells[run]
+                steps, stage = (None, RATES) if run.length == "full" else (rates.steps, SHORT_RATES)
+                recipe = self._recipe(asked, run.seed, run.rate, steps)
+                own = labels | {RATE: label_of(run.rate), SEED: str(run.seed)}
+                return Cell(self._key(recipe), own, recipe, "rate", stage)
 
             found = search(rates.for_labels(labels), lambda run: loss(cell_of(run)))
             searches[name] = (labels, found, [cell_of(run) for run in found.runs])
@@ -398,24 +377,23 @@ class Expander:
         for labels in (arm.labels, self._like(arm.labels)):
             for other in self.arms:
                 same = all(label == labels[axis] for axis, label in other.labels.items() if axis not in based)
-                trains = other.stage.kind == "train" and not self._is_bare(other)
-                if same and trains and self._base(other, dense=False)[0] == self._base(other, dense=True)[0]:
-                    return other
+                if same and other.stage.kind == "train" and not self._is_bare(other):
+                    (key, _), (dense_key, _) = self._bases(other)
+                    if key == dense_key:
+                        return other
         return None
 
     def _cell(self, arm: _Combination, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
         if found is not None and found.rate is None:
             return None
         stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
-        bases: dict[str, Any] = {
-            "base_key": self._base(arm, dense=False)[0],
-            "dense_key": self._base(arm, dense=True)[0],
-        }
-        recipe = self._recipe(arm, seed, rate=None if found is None else found.rate)
+        (base_key, _), (dense_key, _) = self._bases(arm)
+        recipe = self._recipe(arm, seed, None if found is None else found.rate)
         if kind == "train":
             interior = None if found is None else found.is_interior
             labels |= {} if found is None else {RATE: label_of(recipe.train.lr)}
-            return Cell(self._key(recipe), labels, recipe, stage=stage.name, is_interior=interior, **bases)
+            key = self._key(recipe)
+            return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, None, interior)
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
         before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
@@ -425,7 +403,7 @@ class Expander:
             return None
         what = f"{kind} at {stage.steps}" if stage.steps else kind
         key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
-        return Cell(key, labels, recipe, kind, stage.name, adapter_key=source.key, steps=stage.steps, **bases)
+        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, source.key, steps=stage.steps)
 
 
 def _on_test(recipe: Recipe) -> list[str]:

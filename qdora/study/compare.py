@@ -72,14 +72,14 @@ def find_arms(cells: Records, results: Results) -> list[Arm]:
         base = cell["key"] if cell["kind"] == "base" else None
         groups.setdefault((cell["kind"], context, cell["labels"].get(axis, BASE_ARM), base), []).append(cell)
     arms = []
-    for (kind, context, name, _), (first, *more) in groups.items():
-        seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in (first, *more)}
+    for (kind, context, name, _), own in groups.items():
+        first, seeds = own[0], {cell["labels"].get(SEED, ""): cell["key"] for cell in own}
         done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
-        num_missing = sum(seed not in done for seed in first_seeds(results.study, seeds))
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
+        kept["num_missing"] = sum(seed not in done for seed in first_seeds(results.study, seeds))
         if done:
-            arms.append(Arm(context=dict(context), name=name, kind=kind, seeds=done, num_missing=num_missing, **kept))
+            arms.append(Arm(context=dict(context), name=name, kind=kind, seeds=done, **kept))
     return sorted(arms, key=lambda arm: KINDS.index(arm.kind))
 
 
@@ -123,11 +123,13 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True)
 class NamedComparison:
-    """A contrast; family "": exploratory; lacking: contexts that it is about and that are not in its terms."""
+    """A contrast; family "": exploratory; num_tests: of its family in the whole study; lacking: contexts that it is
+    about and that are not in its terms."""
 
     name: str
     context: dict[str, str]
     family: str
+    num_tests: int
     terms: list[Term]
     lacking: list[str]
 
@@ -160,18 +162,27 @@ def named_comparisons(arms: Sequence[Arm], study: Study) -> list[NamedComparison
     are the primary ones.
     """
     compare, planned, found = study.compare, planned_arms(study), []
-    for name, asked in (compare.primary or {}).items():
+    primary = compare.primary or {}
+    for name, asked in primary.items():
         known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
-        if terms := _terms(asked, _pairs(known, asked.reference or compare.reference)):
-            found.append(NamedComparison(name, {}, asked.family, terms, _lacking(asked, terms, planned, compare)))
-    family, pairs = "" if compare.primary else "primary", _pairs(arms, compare.reference)
+        terms, at_end = (_terms(asked, _pairs(each, asked.reference or compare.reference)) for each in (known, planned))
+        if terms:
+            number = sum(each.family == asked.family for each in primary.values())
+            found.append(NamedComparison(name, {}, asked.family, number, terms, _lacking(asked, terms, at_end)))
+    family, number = ("", 0) if primary else ("primary", len(_all_pairs(planned, study)))
+    for arm, other in _all_pairs(arms, study):
+        name = f"{arm.name} against {other.name}"
+        found.append(NamedComparison(name, arm.context, family, number, [(1.0, arm, other)], []))
+    return found
+
+
+def _all_pairs(arms: Sequence[Arm], study: Study) -> list[tuple[Arm, Arm]]:
+    compare = study.compare
+    pairs = _pairs(arms, compare.reference)
     for axis in compare.also:
         turned = [_turned(arm, axis, compare.arm) for arm in arms if axis in arm.context]
         pairs += _pairs(turned, labels_of(study.product[axis])[0])
-    for arm, other in pairs:
-        name = f"{arm.name} against {other.name}"
-        found.append(NamedComparison(name, arm.context, family, [(1.0, arm, other)], []))
-    return found
+    return pairs
 
 
 def _turned(arm: Arm, axis: str, arm_axis: str) -> Arm:
@@ -204,52 +215,36 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     return terms
 
 
-def _lacking(asked: PrimaryConfig, terms: Sequence[Term], planned: Sequence[Arm], compare: CompareConfig) -> list[str]:
+def _lacking(asked: PrimaryConfig, terms: Sequence[Term], at_end: Sequence[Term]) -> list[str]:
     """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
     there = [arm.context for _, arm, _ in terms]
-    at_end = _terms(asked, _pairs(planned, asked.reference or compare.reference))
-    lacking = [in_words(arm.context) for _, arm, _ in at_end if arm.context not in there]
-    for entry in (asked.over, asked.minus or {}):
-        for axis, value in entry.items():
-            known = {context[axis] for context in there if has_labels(context, entry)}
-            lacking += [f"{axis}={label}" for label in map(label_of, as_list(value)) if label not in known]
-    return list(dict.fromkeys(lacking))
+    wanted = [arm.context for _, arm, _ in at_end]
+    for axis, value in itertools.chain(asked.over.items(), (asked.minus or {}).items()):
+        wanted += [{axis: label_of(each)} for each in as_list(value)]
+    lacking = [each for each in wanted if not any(each.items() <= context.items() for context in there)]
+    return list(dict.fromkeys(map(in_words, lacking)))
 
 
-def count_primary(study: Study) -> int:
-    """How many primary comparisons there are at the end."""
-    return sum(bool(each.family) for each in named_comparisons(planned_arms(study), study))
-
-
-def comparisons(
-    arms: Sequence[Arm], results: Results, measures: Sequence[str], *, num_primary: int = 0
-) -> list[dict[str, Any]]:
+def comparisons(arms: Sequence[Arm], results: Results, measures: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
-    Only those of the first measure, the study's metric, are primary. `num_primary`: of the whole study.
+    Only those of the first measure, the study's metric, are primary.
     """
     rows, families = [], dict[str, list[dict[str, Any]]]()
     for each, measure in itertools.product(named_comparisons(arms, results.study), measures):
-        is_primary = bool(each.family) and measure == measures[0]
-        row = _row(each, results, measure, is_primary=is_primary)
-        if row is not None:
-            rows.append(row)
-            families.setdefault(each.family if is_primary else "", []).append(row)
-    for family, own in families.items():
-        named = sum(each.family == family for each in (results.study.compare.primary or {}).values())
-        if family:
-            _judge(own, results.study.compare, max(named or num_primary, len(own)))
-    for row in rows:
-        del row["_spread"]
-        row.setdefault("winner", "")
-        row.setdefault("verdict", "exploratory")
+        if by_seed := seed_improvements(each.terms, results, measure):
+            is_primary = bool(each.family) and measure == measures[0]
+            rows.append(_row(each, results, measure, by_seed, is_primary=is_primary))
+            if is_primary:
+                families.setdefault(each.family, []).append(rows[-1])
+    for family in families.values():
+        _judge(family, results.study.compare)
     return rows
 
 
-def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: bool) -> dict[str, Any] | None:
-    by_seed = seed_improvements(each.terms, results, measure)
-    if not by_seed:
-        return None
+def _row(
+    each: NamedComparison, results: Results, measure: str, by_seed: Mapping[str, float], *, is_primary: bool
+) -> dict[str, Any]:
     study, compare, num_seeds = results.study, results.study.compare, len(by_seed)
     interval, num_first = improvement_interval(by_seed, study), len(first_seeds(study, by_seed))
     differences = _differences(each.terms, list(by_seed), results, measure)
@@ -257,20 +252,16 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     of_examples = Spread(math.nan, math.nan)
     zone = compare.zone if measure[:3] == compare.metric[:3] else ZONE_OF_SHARES
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
-    equivalent = [math.nan]
+    p_equivalent = [math.nan]
     reasons = _against_a_verdict(each, num_seeds, compare)
     if len(differences) == num_seeds:
         of_examples = example_spread(differences, results.weighting(measure))
         if math.isnan(of_examples.stderr):
             reasons.append("a task has a single example, which tells no spread")
         if num_seeds > 1:
-            equivalent = [spread.p_equivalent(interval.value, zone) for spread in (of_seeds, of_examples)]
+            p_equivalent = [spread.p_equivalent(interval.value, zone) for spread in (of_seeds, of_examples)]
     examples = {(task, name) for tasks in differences for task, found in tasks.items() for name in found.examples}
-    planned = {}
-    if is_primary and compare.spread is not None and num_first > 1:
-        planned["half_width_planned"] = Spread(compare.spread / math.sqrt(num_seeds), num_first - 1).half_width
-    return {
-        **each.columns(),
+    row = each.columns() | {
         "measure": measure,
         "role": "primary" if is_primary else "exploratory",
         "family": each.family,
@@ -278,12 +269,10 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "lower": interval.lower,
         "upper": interval.upper,
         "half_width": interval.half_width,
-        **planned,
         "p_seeds": of_seeds.p(interval.value),
         "p_examples": of_examples.p(interval.value),
         # The larger one counts: of seeds, and of examples with the seeds as they are
-        "p_equivalent": _larger(equivalent),
-        "smallest_detectable": of_seeds.detectable(compare.alpha, compare.power),
+        "p_equivalent": float(np.fmax.reduce(p_equivalent)),
         "zone": zone,
         "num_seeds": num_seeds,
         "num_examples": len(examples),
@@ -291,8 +280,15 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in each.arms for seed in by_seed),
         "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
         "reason": "; ".join(reasons),
-        "_spread": of_seeds,
+        "winner": "",
+        "verdict": "exploratory",
     }
+    if is_primary:
+        row["num_tests"] = each.num_tests
+        if compare.spread is not None and num_first > 1:
+            row["half_width_planned"] = Spread(compare.spread / math.sqrt(num_seeds), num_first - 1).half_width
+    row["smallest_detectable"] = of_seeds.detectable(compare.alpha / row.get("num_tests", 1), compare.power)
+    return row
 
 
 def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str]) -> list[dict[str, Any]]:
@@ -311,11 +307,6 @@ def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str]) ->
                 row = each.columns() | {"task": task, "weight": weights[task], "measure": measure}
                 rows.append(row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper})
     return rows
-
-
-def _larger(p_values: Sequence[float]) -> float:
-    """The largest of the p-values that are known; nan if none is."""
-    return max(p_values, key=lambda p: -1.0 if math.isnan(p) else p)
 
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
@@ -340,29 +331,29 @@ def _too_few(num_seeds: int, compare: CompareConfig) -> str:
 
 def against_all_verdicts(study: Study) -> str:
     """Why no comparison of a study can get a verdict, whatever its results; "" if one can."""
-    num_seeds, compare = max((len(arm.seeds) for arm in planned_arms(study)), default=0), study.compare
+    planned, compare = planned_arms(study), study.compare
+    found, num_seeds = named_comparisons(planned, study), max((len(arm.seeds) for arm in planned), default=0)
     reasons = {
-        "no arm has a reference to be compared with": not count_primary(study),
+        "no arm has a reference to be compared with": not any(each.family for each in found),
         "the learning rates are not searched": study.rates is None,
         _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
     }
     return "; ".join(reason for reason, applies in reasons.items() if applies)
 
 
-def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, number: int) -> None:
-    """Better: the larger p is below alpha after Holm's correction for `number` tests. Equivalent: so is the larger
-    one of the two one-sided tests that the difference is outside of the zone. Both may hold.
+def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
+    """Better: the larger p is below alpha after Holm's correction for the tests of a family. Equivalent: so is the
+    larger one of the two one-sided tests that the difference is outside of the zone. Both may hold.
 
     Comparisons without results are corrected for, too, so a later one takes no verdict back.
     """
-    better = [_larger([row["p_seeds"], row["p_examples"]]) for row in rows]
-    equivalent = [row["p_equivalent"] for row in rows]
-    corrected = (statistics.holm(np.nan_to_num(each, nan=1.0).tolist(), number) for each in (better, equivalent))
+    better = np.fmax([row["p_seeds"] for row in rows], [row["p_examples"] for row in rows])
+    every = (better, [row["p_equivalent"] for row in rows])
+    corrected = (statistics.holm(np.nan_to_num(each, nan=1.0), rows[0]["num_tests"]) for each in every)
     for row, p, p_equivalent in zip(rows, *corrected, strict=True):
-        row |= {"p_holm": p, "p_equivalent_holm": p_equivalent, "num_tests": number}
-        row["smallest_detectable"] = row["_spread"].detectable(compare.alpha / number, compare.power)
+        row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
         is_equivalent = not row["reason"] and p_equivalent < compare.alpha
-        row |= {"winner": "", "verdict": f"no difference above {compare.zone:g}" if is_equivalent else "not decided"}
+        row["verdict"] = f"no difference above {compare.zone:g}" if is_equivalent else "not decided"
         if not row["reason"] and p < compare.alpha:
             row["winner"] = row["arm"] if row["improvement"] > 0 else row["reference"]
             row["verdict"] = f"{row['winner']} is better{f', by less than {compare.zone:g}' if is_equivalent else ''}"
@@ -430,19 +421,13 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
     return next((each for name in names for each in dense if each.name == name), None)
 
 
-def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
+def damage_row(arm: Arm, results: Results) -> dict[str, float]:
     """What compression did to a base. `damage_choice`: acc_norm of the uncompressed base less that of this one."""
     if arm.kind != "base":
         return {}
     (key,) = arm.seeds.values()
-    result = results.result(key) or {}
-    layers = ((result.get("compression") or {}).get("layers") or {}).values()
-    row: dict[str, Any] = {}
-    if layers:
-        row["weight_error"] = sum(layer["relative_error"] for layer in layers) / len(layers)
-    row |= {name: result[name] for name in ("perplexity", "hidden_error") if name in result}
-    dense = str(arm.dense_key)
-    if quality(arm, results, "acc_norm") is None or arm.dense_key in (None, key) or results.result(dense) is None:
-        return row
+    dense = arm.dense_key
+    if dense in (None, key) or quality(arm, results, "acc_norm") is None or results.result(dense) is None:
+        return {}
     lost = combined([(1.0, results.scores(dense)["acc_norm"]), (-1.0, results.scores(key)["acc_norm"])])
-    return row | example_interval(lost, "equal").columns("damage_choice")
+    return example_interval(lost, "equal").columns("damage_choice")

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.recipe_file import read_file, read_yaml, recipe_names, recipe_text
+from qdora.recipe.recipe_file import read_yaml, recipe_document
 from qdora.recipe.section import (
     Fault,
     Flag,
@@ -42,8 +42,7 @@ SEED = "seed"
 """Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block; an axis may add to train.seed."""
 RATE = "train.lr"
 
-COLUMNS = {SEED, "stage", "kind", "role", "rate", "cell", "status", "task", "arm", "reference", "measure", "verdict"}
-COLUMNS |= {"layer", "block", "step", "sparsity"}
+COLUMNS = "seed stage kind role rate cell status task arm reference measure verdict layer block step sparsity"
 
 
 class PrimaryConfig(Section):
@@ -143,7 +142,7 @@ class Study(Section):
 
     def faults(self) -> Iterator[Fault]:
         rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
-        for name in sorted(axes.keys() & COLUMNS):
+        for name in sorted(axes.keys() & {*COLUMNS.split()}):
             yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
         named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
@@ -184,15 +183,13 @@ def load_study(path: Path, text: str | None = None) -> Study:
 
     A `recipe` that is a file gets an absolute path.
     """
-    if text is None and str(path) in recipe_names() and not path.exists():
-        text = recipe_text(str(path))
-    data = read_file(path, str(path)) if text is None else read_yaml(text, str(path))
+    data, where = recipe_document(path) if text is None else (read_yaml(text, "--vary"), "--vary")
     recipe = data.get("recipe")
     if recipe is None and "data" in data:
         raise UserError(f"{path}: is a recipe. Fix: name what is compared, such as --vary base.quant=none,nf4.")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())
-    return study_from(data, str(path) if text is None else "--vary")
+    return study_from(data, where)
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:

@@ -20,15 +20,13 @@ from qdora.model.inject import block_of
 from qdora.study.compare import (
     Arm,
     comparisons,
-    count_primary,
     damage_row,
     find_arms,
     quality,
     repair_row,
     task_rows,
 )
-from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds, label_of
-from qdora.study.measure import read_guesses
+from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
 if TYPE_CHECKING:
@@ -62,8 +60,6 @@ _SHOWN = {
         "Means over the seeds of the study file. Intervals may overlap although the arms differ.",
     ),
     "rates": ("Learning rates", "rate is_interior num_runs num_diverged losses", "losses: inf: a run diverged."),
-    "guesses": ("Guesses", "guess nll acc", "Uniform, or by the frequency of tokens in the training answers."),
-    "facts": ("Settings", "fact value", ""),
 }
 
 
@@ -84,22 +80,23 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     report, folder = read_report(directory), out or directory / "report"
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
-    for sentence in (*report.answer, report.status, f"report: {files[0]}"):
-        results.print(sentence, soft_wrap=True)
+    for text in (f"{_markdown(_shown_table(report, 'arms'))}\n", *report.answer, report.status, f"report: {files[0]}"):
+        results.print(text, soft_wrap=True)
     found = {"page": str(files[0]), "files": list(map(str, files)), "answer": report.answer, "status": report.status}
-    return found | {"comparisons": report.tables["comparisons"]}
+    return found | {name: report.tables[name] for name in ("arms", "comparisons")}
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
     csv = {f"{name}.csv": pd.DataFrame(rows).to_csv(index=False) for name, rows in report.tables.items() if rows}
-    shown, figures = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)], _figures(report)
+    shown = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)]
+    pairs = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
+    figure = svg_text(_differences(pairs, report.axes, report.compare)) if pairs else None
     page = render_page(
-        "qdora.study", "page.html.j2", title=title, report=report, figures=figures, tables=shown, files=list(csv)
+        "qdora.study", "page.html.j2", title=title, report=report, figure=figure, tables=shown, files=list(csv)
     )
     parts = [f"# {title}", *report.answer, report.status]
     for table in shown:
-        parts += [f"## {table['title']}", table["note"]]
-        parts.append(markdown_table(table["header"], table["rows"], right=table["is_number"]))
+        parts += [f"## {table['title']}", table["note"], _markdown(table)]
     parts.append(f"All columns and tables: {', '.join(f'[{name}]({name})' for name in csv)}.")
     texts = {"index.html": page, "report.md": "\n\n".join(filter(None, parts)) + "\n", **csv}
     directory.mkdir(parents=True, exist_ok=True)
@@ -124,6 +121,10 @@ def _shown_table(report: Report, name: str) -> dict[str, Any]:
     return {"title": title, "note": note, "header": header, "is_number": is_number, "rows": cells}
 
 
+def _markdown(table: Row) -> str:
+    return markdown_table(table["header"], table["rows"], right=table["is_number"])
+
+
 def read_report(directory: Path) -> Report:
     index = read_index(directory)
     study, cells = Study.model_validate(index["study"]), index["cells"]
@@ -135,7 +136,7 @@ def read_report(directory: Path) -> Report:
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
     measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
-    pairs = comparisons(arms, results, measures, num_primary=count_primary(study))
+    pairs = comparisons(arms, results, measures)
     axes = [axis for axis in study.product if axis != study.compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
     rows = _TableRows(results, axes, runs)
@@ -146,19 +147,10 @@ def read_report(directory: Path) -> Report:
         "arms": [rows.arm(arm) for arm in arms],
         "rates": index["rates"],
         "cells": [rows.cell(cell) for cell in cells],
-        "guesses": _guess_rows(cells, results),
     }
     measured = [rows.measured(cell) for cell in cells]
-    for name in ("layers", "changes", "checkpoints", "blocks"):
+    for name in ("changes", "checkpoints", "blocks"):
         tables[name] = [row for of_cell in measured for row in of_cell[name]]
-    # Settings of the study that are one value, and the time that its cells took
-    facts: dict[str, Any] = {"recipe": Path(study.recipe).name}
-    facts |= {key: value for key, value in study.settings.items() if not isinstance(value, list | dict)}
-    compare = study.compare.model_dump(exclude={"primary", "also"}, exclude_none=True)
-    facts |= {f"compare.{name}": value for name, value in compare.items()}
-    seconds = sum(row.get("seconds") or 0.0 for row in tables["cells"])
-    facts |= {"seeds": ", ".join(map(str, study.seeds)), "hours": round(seconds / 3600, 4)}
-    tables["facts"] = [{"fact": name, "value": label_of(value)} for name, value in facts.items()]
     counts = Counter(row["status"] for row in tables["cells"])
     status = f"{len(cells)} cells: {', '.join(f'{number} {name}' for name, number in counts.items())}"
     num_waiting = sum(index["num_waiting"].values())
@@ -199,7 +191,7 @@ class _TableRows:
         results, is_dense = self.results, arm.base_key == arm.dense_key
         seeds = first_seeds(results.study, arm.seeds)
         row = self._context(arm.context, is_dense=is_dense)
-        row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
+        row |= {results.study.compare.arm: arm.name, "kind": arm.kind}
         row |= {"is_dense": is_dense, "rate": arm.rate, "rate_is_interior": arm.is_interior}
         row |= {"num_seeds": len(seeds), "num_missing": arm.num_missing}
         row["num_diverged"] = sum(results.diverged(arm.seeds[seed]) for seed in seeds)
@@ -242,13 +234,9 @@ class _TableRows:
         return row | self.sizes(key)
 
     def measured(self, cell: Row) -> dict[str, Rows]:
-        result, is_base = self.results.result(cell["key"]) or {}, cell["kind"] == "base"
-        base = self._context(cell["labels"], is_dense=cell["base_key"] == cell["dense_key"])
+        result = self.results.result(cell["key"]) or {}
         run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
-        layers = ((result.get("compression") or {}).get("layers") or {}) if is_base else {}
-        errors = result.get("hidden_errors", ()) if is_base else ()
         return {
-            "layers": [base | {"layer": path} | values for path, values in layers.items()],
             "changes": [
                 run
                 | {"layer": path, "block": block_of(path)}
@@ -263,21 +251,8 @@ class _TableRows:
                 for checkpoint in result.get("checkpoints", ())
                 for path, change in checkpoint["changes"].items()
             ],
-            "blocks": [
-                *(base | {"block": block, "relative_error": error} for block, error in enumerate(errors)),
-                *(run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())),
-            ],
+            "blocks": [run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())],
         }
-
-
-def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
-    dense = next((cell["dense_key"] for cell in cells if cell["kind"] == "base"), None)
-    if dense is None or results.result(dense) is None:
-        return []
-    guesses = read_guesses(results.store.shared("guesses", dense))
-    rows: Rows = [{"guess": name, "nll": value} for name, value in guesses.items()]
-    chance = results.mean(dense, "chance", "all")
-    return rows if math.isnan(chance) else [*rows, {"guess": "choice", "acc": chance}]
 
 
 LABELS = {
@@ -285,16 +260,6 @@ LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy per character",
 }
-
-
-def _figures(report: Report) -> Rows:
-    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
-    note = (
-        "Right of 0: the arm is better. Large: mean with its 95 % t interval; squares: primary. Small: seeds. "
-        "Shaded: the zone of equivalence; the scale is linear there and logarithmic outside."
-    )
-    figure = {"title": "Differences between the arms", "note": note}
-    return [figure | {"svg": svg_text(_differences(rows, report.axes, report.compare))}] if rows else []
 
 
 def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
@@ -307,9 +272,6 @@ def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Fig
     axis.grid(alpha=0.3, axis="x")
     axis.margins(y=0.02)
     axis.invert_yaxis()
-    # A context is named by the axes on which the rows differ
-    axes = [*axes, compare.arm]
-    differing = [name for name in axes if len({row.get(name, "") for row in rows} - {""}) > 1] or axes[:1]
     labels = []
     for y, row in enumerate(rows):
         color, marker = ("#000000", "s") if row["role"] == "primary" else ("#0072b2", "o")
@@ -317,12 +279,7 @@ def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Fig
         axis.plot(seeds, [y + 0.3] * len(seeds), ".", ms=4, color=color, alpha=0.6)
         axis.plot([row["lower"], row["upper"]], [y, y], color=color, lw=2, alpha=0.6)
         axis.plot([row["improvement"]], [y], ls="none", color=color, marker=marker)
-        labels.append(", ".join([row["comparison"], *(row[name] for name in differing if row.get(name))]))
+        labels.append(", ".join([row["comparison"], *(row[name] for name in (*axes, compare.arm) if row.get(name))]))
     axis.set_yticks(range(len(rows)), labels, fontsize="small")
     axis.set_xlabel(f"improvement, {LABELS[compare.metric]}")
-    # Intervals of too few seeds for a verdict may leave the figure
-    sure = [row for row in rows if row["num_seeds"] >= compare.min_seeds] or rows
-    ends = [row[end] for row in sure for end in ("lower", "upper") if math.isfinite(row[end])]
-    values = [*ends, *(row["improvement"] for row in rows), -2 * compare.zone, 2 * compare.zone]
-    axis.set_xlim(1.1 * min(values), 1.1 * max(values))
     return figure

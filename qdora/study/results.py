@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +65,9 @@ class StudyDirectory:
         stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
 
+    def is_over(self, key: str) -> bool:
+        return self.is_done(key) or self.is_given_up(key)
+
     def is_given_up(self, key: str) -> bool:
         return not self.is_done(key) and len(self.failures(key)) > self.retries
 
@@ -92,7 +94,7 @@ class StudyDirectory:
             "study": study.model_dump(mode="json", exclude_unset=True),
             "cells": [cell.record() for cell in cells.cells],
             "num_waiting": cells.num_waiting,
-            "rates": cells.search_rows(),
+            "rates": cells.rates,
         }
         atomic_write_json(self.path / "study.json", document)
 
@@ -123,34 +125,34 @@ share of questions whose right choice is the likeliest, by its likelihood and by
 shares of generated answers."""
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
-"""Measure -> task -> scores. Only tasks with choices have accuracies, and chance: the share that a guess gets right."""
+"""Measure -> task -> scores. Only tasks with choices have accuracies."""
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+
+    def add(measure: str, task: str, example: str, value: float, weight: float = 1.0) -> None:
+        # A task without examples in the half has none there in all cells of a seed
+        if part in ("all", half_of(example)):
+            found.setdefault(measure, {}).setdefault(task, {})[example] = (value, weight)
+
     for task, example, row in _rows(cell, files["scores"]):
-        values = dict.fromkeys(("nll_per_token", "nll_by_task"), (row["nll"], row["num_answer_tokens"]))
-        if "acc" in row:
-            chance = 1 / len(row["loglikelihoods"])
-            values |= {"acc": (row["acc"], 1.0), "acc_norm": (row["acc_norm"], 1.0), "chance": (chance, 1.0)}
-        for measure, pair in values.items():
-            found.setdefault(measure, {}).setdefault(task, {})[example] = pair
+        for measure in ("nll_per_token", "nll_by_task"):
+            add(measure, task, example, row["nll"], row["num_answer_tokens"])
+        for measure in ("acc", "acc_norm") if "acc" in row else ():
+            add(measure, task, example, row[measure])
     for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
         for measure in ("right", "unparsable"):
-            is_so = float(row["outcome"] == measure)
-            found.setdefault(measure, {}).setdefault(task, {})[example] = (is_so, 1.0)
-    scores: dict[str, dict[str, TaskScores]] = {}
-    for measure, tasks in found.items():
-        scores[measure] = {}
-        for task, rows in tasks.items():
-            # A task without examples in the half has none there in all cells of a seed
-            if kept := {example: pair for example, pair in rows.items() if part in ("all", half_of(example))}:
-                values, weights = np.array(list(kept.values()), dtype=np.float64).T
-                scores[measure][task] = TaskScores(tuple(kept), values, weights)
-        if not scores[measure]:
-            raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
-    return scores
+            add(measure, task, example, row["outcome"] == measure)
+    if not found:
+        raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
+    return {
+        measure: {
+            task: TaskScores(tuple(rows), *np.array(list(rows.values()), float).T) for task, rows in tasks.items()
+        }
+        for measure, tasks in found.items()
+    }
 
 
 def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -186,7 +188,6 @@ class Results:
         self.store, self.study = store, study
         self._scores: dict[tuple[str, Part], CellScores] = {}
         self._results: dict[str, dict[str, Any]] = {}
-        self._means: dict[tuple[str, str, Part, str | None], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
         if key not in self._results and (found := self.store.result(key)) is not None:
@@ -214,12 +215,9 @@ class Results:
             uniform = math.log((self.result(key) or {})["num_vocabulary"])
             worst = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
             return worst.get(measure, math.nan)
-        which = (key, measure, part or self.part, task)
-        if which not in self._means:
-            scores = self.scores(key, part).get(measure, {})
-            tasks = {name: each for name, each in scores.items() if task in (None, name)}
-            self._means[which] = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
-        return self._means[which]
+        scores = self.scores(key, part).get(measure, {})
+        tasks = {name: each for name, each in scores.items() if task in (None, name)}
+        return weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
 
     def loss(self, key: str) -> float | None:
         if self.result(key) is None:
@@ -237,10 +235,7 @@ class Results:
 def cells_now(expander: Expander, results: Results) -> Cells:
     """The cells that are known now, which are also written to the index."""
 
-    def has_adapter(cell: Cell) -> bool | None:
-        return None if results.result(cell.key) is None else not results.diverged(cell.key)
-
-    found = expander.now(lambda cell: results.loss(cell.key), has_adapter)
+    found = expander.now(lambda cell: results.loss(cell.key))
     results.store.write_index(expander.study, found)
     return found
 
@@ -249,71 +244,62 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
     """All cells, as if every search found its rate where the runs so far, or else its values, suggest."""
 
     def loss(cell: Cell) -> float:
-        known = None if results is None else results.loss(cell.key)
-        rates = expander.study.rates
-        assert rates is not None
+        known, rates = None if results is None else results.loss(cell.key), expander.study.rates
+        if known is not None or rates is None:
+            return known or 0.0
         values = sorted(rates.for_labels(cell.labels).values)
         # Worse than anything known, and best in the middle
-        return 1e6 + abs(math.log(cell.recipe.train.lr / values[len(values) // 2])) if known is None else known
+        return 1e6 + abs(math.log(cell.recipe.train.lr / values[len(values) // 2]))
 
-    return expander.now(loss, lambda _: True)
-
-
-@dataclass(frozen=True)
-class StageTime:
-    """seconds: predicted of the cells that are not done, one process; nan: unknown."""
-
-    stage: str
-    num_cells: int
-    num_done: int
-    seconds: float
+    return expander.now(loss)
 
 
-def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
+def stage_times(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
+    """stage, num_cells, num_done, and the predicted seconds of one process for the others; nan: unknown.
+
+    A cell takes a start and so many seconds a step, by the finished ones or by the study's `time`.
+    """
     known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
-    predict, times = _Prediction(results.study, list(known.values())), []
-    for name in dict.fromkeys(cell.stage for cell in cells):
-        own = [cell for cell in cells if cell.stage == name]
-        seconds = [predict(cell) for cell in own if cell.key not in known]
-        times.append(StageTime(name, len(own), len(own) - len(seconds), sum(seconds)))
+    points = [(result["num_steps"], result["seconds"]) for result in known.values() if "num_steps" in result]
+    start, step, planned = math.nan, math.nan, dict[str, float]()
+    time = results.study.time
+    if len({steps for steps, _ in points}) > 1:
+        step, start = map(float, np.polyfit(*np.transpose(points), 1))
+    elif time is not None:
+        start, step = time.start, math.nan if time.step == "plan" else time.step
+
+    def seconds(cell: Cell) -> float:
+        number, by_plan = cell.recipe.train.steps or 0, math.isnan(step) and time is not None
+        return start + number * (_planned_step(cell.recipe, planned) if by_plan else step) if number else start
+
+    times: list[dict[str, Any]] = []
+    for stage in dict.fromkeys(cell.stage for cell in cells):
+        own = [cell for cell in cells if cell.stage == stage]
+        left = [seconds(cell) for cell in own if cell.key not in known]
+        counts = {"num_cells": len(own), "num_done": len(own) - len(left)}
+        times.append({"stage": stage, **counts, "seconds": sum(left)})
     return times
 
 
-class _Prediction:
-    """Seconds of a cell: a start and so many seconds a step, from finished cells or from the study's `time`."""
-
-    def __init__(self, study: Study, known: Sequence[Mapping[str, Any]]) -> None:
-        points = [(float(result["num_steps"]), float(result["seconds"])) for result in known if "num_steps" in result]
-        self.start: float = math.nan
-        self.step: float | Literal["plan"] = math.nan
-        self._planned: dict[str, float] = {}
-        if len({steps for steps, _ in points}) > 1:
-            steps, seconds = np.transpose(points)
-            self.step, self.start = map(float, np.polyfit(steps, seconds, 1))
-        elif study.time is not None:
-            self.start, self.step = study.time.start, study.time.step
-
-    def __call__(self, cell: Cell) -> float:
-        number = cell.recipe.train.steps or 0
-        step = self._by_plan(cell.recipe) if number and self.step == "plan" else self.step
-        return self.start + number * float(step) if number else self.start
-
-    def _by_plan(self, recipe: Recipe) -> float:
-        """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
-        base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
-        plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
-        whole = settings(plain)
-        text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
-        if text not in self._planned:
-            self._planned[text] = plan(plain).step_seconds or math.nan
-        return self._planned[text]
+def _planned_step(recipe: Recipe, known: dict[str, float]) -> float:
+    """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
+    base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
+    plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
+    whole = settings(plain)
+    text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
+    if text not in known:
+        known[text] = plan(plain).step_seconds or math.nan
+    return known[text]
 
 
-def times_in_words(times: Sequence[StageTime]) -> list[str]:
+def times_in_words(times: Sequence[Mapping[str, Any]]) -> list[str]:
     def hours(seconds: float) -> str:
         return "unknown" if math.isnan(seconds) else f"{seconds / 3600:.1f} h"
 
-    lines = [f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours(each.seconds)}" for each in times]
-    total = sum(each.seconds for each in times)
+    lines = [
+        f"{each['stage']}: {each['num_cells']} cells, {each['num_done']} done, {hours(each['seconds'])}"
+        for each in times
+    ]
+    total = sum(each["seconds"] for each in times)
     known = "The time is known once runs of two lengths are done, or with time in the study file."
     return [*lines, known if math.isnan(total) else f"In all {hours(total)} of one process."]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -26,26 +26,23 @@ from qdora.files.machine import check_gpu
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.oom import free_memory
 from qdora.model.build_model import find_model
-from qdora.model.load import load_config, quantization_of
-from qdora.prune.compressor import quantized_layers
+from qdora.model.load import load_config
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
-from qdora.recipe.settings import Recipe
 from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import against_all_verdicts
 from qdora.study.grid import in_words, load_study
-from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
-from qdora.study.report import read_report, report_run
+from qdora.study.measure import evaluate_magnitudes, measure_by_layer, measure_checkpoints
+from qdora.study.report import report_run
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
-from qdora.study.vary import keep_grid, table
+from qdora.study.vary import keep_grid
 from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
 
 Work = Callable[[Cell, Path], Mapping[str, Any]]
 """work(cell, run directory) -> JSON values. If it was cut off, it is called again and finds its earlier files."""
-Event = Literal["done", "failed"]
-AfterAttempt = Callable[[Cell, Event, float], None]
+AfterAttempt = Callable[[Cell, str, float], None]
 
 _TRACEBACK_LINES = 12
 _IDLE_SECONDS = 2.0
@@ -63,7 +60,7 @@ def study_run(
     """Run the cells of a study that have no result and that no other process works on.
 
     `retry_failed`: also those that were given up. `dry_run`: check every cell, tell how long the study takes, and write
-    nothing. `text`: of a study file that is not written yet (`varied`); such a study ends with its table and report.
+    nothing. `text`: of a study file that is not written yet (`varied`); such a study ends with its report.
     Returns the directory and the counts of cells.
     """
     progress, results = consoles(console)
@@ -90,11 +87,11 @@ def study_run(
             for line in (*(f"  {cell.kind} {in_words(cell.labels)}" for cell in cells), *times_in_words(times)):
                 results.print(line, soft_wrap=True)
             whole = {"directory": str(directory), "num_cells": len(cells)}
-            return whole | {"stages": list(map(vars, times)), "cells": [cell.record() for cell in cells]}
+            return whole | {"stages": times, "cells": [cell.record() for cell in cells]}
         if retry_failed:
             store.forget_failures([cell.key for cell in cells])
         with _quiet_runs():
-            _run_all(expander, known, cell_work(store), CellsLog(progress, store))
+            _run_all(expander, known, partial(cell_work, store), CellsLog(progress, store))
         found = cells_now(expander, known)
     num_waiting, keys = sum(found.num_waiting.values()), [cell.key for cell in found.cells]
     results.print(f"study: {directory}", soft_wrap=True)
@@ -110,9 +107,7 @@ def study_run(
     counts: dict[str, Any] = {"num_cells": len(keys), "num_done": num_done}
     counts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
     if text is not None and num_done:
-        report = read_report(directory)
-        results.print(f"\n{table(report)}\n", soft_wrap=True)
-        counts |= {"arms": report.tables["arms"]} | report_run(directory, console=console)
+        counts |= report_run(directory, console=console)
     return {"directory": str(directory)} | counts
 
 
@@ -121,17 +116,14 @@ def _run_all(expander: Expander, known: Results, work: Work, log: CellsLog) -> N
     store = known.store
     while True:
         cells = cells_now(expander, known).cells
-        keys = {cell.key for cell in cells}
         log.show(cells)
-        before = store.num_done(keys)
         run_cells(cells, store, work, log.report)
         others_work = store.is_at_work()  # before their results are read
         now = cells_now(expander, known)
-        if len(now.cells) > len(cells) or store.num_done(keys) > before:
-            continue
-        if not now.num_waiting or not others_work:
-            return
-        time.sleep(_IDLE_SECONDS)
+        if len(now.cells) == len(cells):
+            if not now.num_waiting or not others_work:
+                return
+            time.sleep(_IDLE_SECONDS)
 
 
 def checked_study(file: Path, directory: Path | None, text: str | None = None) -> tuple[Expander, Path]:
@@ -171,13 +163,14 @@ class CellsLog:
     def __init__(self, console: Console, store: StudyDirectory) -> None:
         self.console, self.store = console, store
         self.keys: set[str] = set()
-        self.began, self.num_before = time.monotonic(), 0
+        self.began, self.num_before = time.monotonic(), -1
 
     def show(self, cells: Sequence[Cell]) -> None:
-        is_first, self.keys = not self.keys, {cell.key for cell in cells}
-        self.num_before = self.store.num_done(self.keys) if is_first else self.num_before
+        self.keys = {cell.key for cell in cells}
+        if self.num_before < 0:
+            self.num_before = self.store.num_done(self.keys)
 
-    def report(self, cell: Cell, event: Event, seconds: float) -> None:
+    def report(self, cell: Cell, event: str, seconds: float) -> None:
         done, left = self.store.num_done(self.keys), ""
         if done > self.num_before:
             each = (time.monotonic() - self.began) / (done - self.num_before)
@@ -187,54 +180,50 @@ class CellsLog:
         self.console.print(text, soft_wrap=True)
 
 
-def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None) -> None:
+def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt = lambda *_: None) -> None:
     """Run every free cell without a result; a failed one is tried again after the others, `store.retries` times."""
     busy = True
     while busy:
         busy = False
         for cell in cells:
-            if store.is_done(cell.key) or store.is_given_up(cell.key):
+            if store.is_over(cell.key):
                 continue
             with store.claimed(cell.key) as is_mine:
                 # Another process may have finished the cell just before this one claimed it
-                if is_mine and not store.is_done(cell.key) and not store.is_given_up(cell.key):
-                    _attempt(cell, store, work, report)
-                    busy = True
+                if is_mine and not store.is_over(cell.key):
+                    began, busy = time.perf_counter(), True
+                    event = _attempt(cell, store, work)
+                    report(cell, event, time.perf_counter() - began)
 
 
-def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt | None) -> None:
+def _attempt(cell: Cell, store: StudyDirectory, work: Work) -> str:
+    """'done' or 'failed'."""
     began = time.perf_counter()
-    event: Event = "done"
     try:
         with disk_failures(store.cell(cell.key)):
-            result = dict(work(cell, store.cell(cell.key)))
+            result = work(cell, store.cell(cell.key))
             store.write_result(cell.key, {"seconds": round(time.perf_counter() - began, 3), **result})
     except Interrupted:
         raise
     except Exception as error:  # the other cells must still run; the error is recorded and shown
-        event, reason = "failed", masked(named(error))
-        lines = [masked(line) for text in traceback.format_exception(error) for line in text.splitlines()]
+        reason, lines = masked(named(error)), masked("".join(traceback.format_exception(error))).splitlines()
         store.add_failure(cell.key, {"reason": reason, "traceback": lines[-_TRACEBACK_LINES:]})
         logger.warning("%s: %s", cell.key, reason)
-    if report is not None:
-        report(cell, event, time.perf_counter() - began)
+        return "failed"
+    return "done"
 
 
-def cell_work(store: StudyDirectory) -> Work:
+def cell_work(store: StudyDirectory, cell: Cell, directory: Path) -> dict[str, Any]:
     """The work of a cell. Pruned bases are made once and shared by all cells that start from the same one."""
-
-    def work(cell: Cell, directory: Path) -> dict[str, Any]:
-        try:
-            return _run(cell, directory, store)
-        except Diverged as error:
-            if not cell.is_trained:
-                raise
-            config = load_config(find_model(cell.recipe)[0]).get_text_config()
-            return {"diverged": masked(named(error)), "num_vocabulary": config.vocab_size}
-        finally:  # make room for the model of the next cell
-            free_memory()
-
-    return work
+    try:
+        return _run(cell, directory, store)
+    except Diverged as error:
+        if not cell.is_trained:
+            raise
+        config = load_config(find_model(cell.recipe)[0]).get_text_config()
+        return {"diverged": masked(named(error)), "num_vocabulary": config.vocab_size}
+    finally:  # make room for the model of the next cell
+        free_memory()
 
 
 def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
@@ -247,38 +236,23 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
             else:
                 found = evaluate_magnitudes(source, directory, rescaled=cell.kind == "rescaled")
             return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
-        recipe = with_adapter(recipe, source / "adapter")
+        moved = {"kind": recipe.adapter.kind, "resume_from": str(source / "adapter")}
+        recipe = recipe_from(settings(recipe) | {"adapter": moved})
     resume, shared_bases = run.recipe_file.is_file() and run.has_begun, partial(once, store, "bases")
     summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True), shared_bases=shared_bases)
     if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"scores": run.evaluation_file(step), "generated": run.inside("eval", f"step-{step}-generated.json")}
-    if cell.key == cell.dense_key:
-        once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
-    measured = base_damage(cell.recipe, directory) if cell.kind == "base" else {}
-    return measured | {
+    compressed = run.inside("base/compressed.json")
+    return {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
         "size": summary["size"],
         "files": {name: str(file.relative_to(directory)) for name, file in files.items() if file.is_file()},
-        "compression": _compression(run, cell),
+        "compression": read_json_object(compressed) if compressed.is_file() else None,
     }
-
-
-def with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
-    return recipe_from(settings(recipe) | {"adapter": {"kind": recipe.adapter.kind, "resume_from": str(adapter)}})
-
-
-def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
-    file, base = run.inside("base/compressed.json"), cell.recipe.base
-    if file.is_file():
-        return read_json_object(file)
-    if cell.kind != "base" or base.quant == "none":
-        return None
-    layers = quantized_layers(find_model(cell.recipe)[0], quantization_of(base))
-    return {"layers": layers} if layers else None
 
 
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
@@ -294,15 +268,11 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str], text: str | None = None
 ) -> dict[str, Any]:
-    pairs = [option.partition("=") for option in options]
-    if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {wrong[0]!r}.")
-    parameters = {key.strip(): read_yaml(f"value: {value}", f"--job-option {key}")["value"] for key, _, value in pairs}
-    expander, directory = checked_study(file, directory, text)
+    lines = [option.replace("=", ": ", 1) for option in options]
+    parameters = read_yaml("\n".join(lines) or "{}", "--job-option (key=value)")
+    _, directory = checked_study(file, directory, text)
     if text is not None:
         keep_grid(file, text)
-    known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
-    cells_now(expander, known)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
     return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}

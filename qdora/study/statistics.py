@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from qdora.evaluate.intervals import CONFIDENCE, Interval, Spread
@@ -57,14 +58,14 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], *, num_first:
     return Interval(value, lower, upper)
 
 
-def holm(p_values: Sequence[float], number: int) -> list[float]:
+def holm(p_values: ArrayLike, number: int) -> list[float]:
     """Holm's adjusted p-values: rejecting those below alpha keeps the chance of any false rejection at alpha.
 
     `number`: how many tests there are; those beyond the given ones count as if their p-value were 1.
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979), 65.
     """
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.minimum(1.0, np.asarray(p_values)[order] * (number - np.arange(len(p_values))))
-    found = np.empty(len(p_values))
-    found[order] = np.maximum.accumulate(adjusted)
-    return [float(each) for each in found]
+    given = np.asarray(p_values)
+    order = np.argsort(given, kind="stable")
+    adjusted = np.empty(len(given))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, given[order] * (number - np.arange(len(given)))))
+    return list(map(float, adjusted))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult, by_task, evaluate, spread, worse_than_before
+from qdora.evaluate.suite import EvaluationResult, by_task, evaluate, spread
 from qdora.files.atomic import read_json_object
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
@@ -70,14 +70,8 @@ class StepEvaluations:
             self.generated = {f"step {step}": answers}
             seconds["generation_seconds"] = answers.settings["seconds"]
             for task, numbers in answers.to_dict()["tasks"].items():
-                tasks[task]["generated"] = {key: value for key, value in numbers.items() if key != "unparsable"}
-        base = self.results.get(self.start)
-        worse = [] if step == 0 or base is None else worse_than_before(base, result)
-        for each in worse:
-            text = "Step %d: %s is worse than before training: %s %.4g against %.4g."
-            logger.warning(text, step, each.task, each.metric, each.after, each.before)
-        line = {"eval": tasks, "average": asdict(result.average), "time": seconds}
-        return line | ({"worse_than_base": [asdict(each) for each in worse]} if worse else {})
+                tasks[task]["generated"] = numbers
+        return {"eval": tasks, "average": asdict(result.average), "time": seconds}
 
 
 def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> Result:
