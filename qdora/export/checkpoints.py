@@ -54,13 +54,12 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
-from qdora.run.report import card_files
 
 
 def write_merge(
     run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
 ) -> tuple[TrainedRun, dict[str, Any]]:
-    """Write the merged model of a run with a model card; returns the running model and what was written."""
+    """Write the merged model of a run; returns the running model and what was written."""
     recipe = load_recipe(open_run(run).recipe_file)
     if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
         raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
@@ -68,18 +67,22 @@ def write_merge(
         got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
         raise UserError(f"--requantize: the base must be in nf4 or fp4, got {got}.")
     trained = load_run(run, step=options.step, original=options.base == "original")
-    with bar(console, "merging") as progress:
-        written = export_merged(
-            trained.model,
-            trained.tokenizer,
-            directory,
-            dtype=dtype,
-            requantize=options.requantize,
-            max_shard_bytes=parse_size(options.shard_size),
-            progress=progress,
-            extra_files=card_files(trained.run, recipe, trained.state, form=options.form),
-        )
-    return trained, written
+    how: dict[str, Any] = {"dtype": dtype, "requantize": options.requantize}
+    return trained, write_form(export_merged, trained, directory, options, console, **how)
+
+
+def write_form(
+    export: Callable[..., dict[str, Any]],
+    trained: TrainedRun,
+    directory: Path,
+    options: ExportOptions,
+    console: Console,
+    **more: Any,
+) -> dict[str, Any]:
+    """`export` of a loaded run into shards of --shard-size, with a progress bar."""
+    size = parse_size(options.shard_size)
+    with bar(console, "writing the checkpoint") as progress:
+        return export(trained.model, trained.tokenizer, directory, max_shard_bytes=size, progress=progress, **more)
 
 
 def no_original(recipe: Recipe, source: ModelSource) -> str:

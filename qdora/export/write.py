@@ -235,9 +235,8 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-    extra_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint into an empty directory; `extra_files` maps names to texts (a model card).
+    """Write a checkpoint into an empty directory.
 
     Returns JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in `max_abs_tensor`.
     """
@@ -274,7 +273,7 @@ def write_checkpoint(
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
         (directory / INDEX_FILE).write_bytes(json_bytes(index, indent=2))
     _write_config(plan, tokenizer, directory)
-    for name, text in {**processor_files(plan.model), **(extra_files or {})}.items():
+    for name, text in processor_files(plan.model).items():
         (directory / name).write_text(text, encoding="utf-8")
     return {
         "files": tuple(shards.filename_to_tensors),
