@@ -36,13 +36,12 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
         assert operator.num_matvecs == 3
         if masked or norm != "attached":
             return
-        product = lambda vector: operator.product(torch.from_numpy(vector)).numpy()  # noqa: E731
-        found, vectors, residuals = top_eigenpairs(product, operator.size, 8, tolerance=0.0)
+        found, vectors, residuals = top_eigenpairs(operator.product, operator.size, 8, tolerance=0.0)
     values = np.linalg.eigvalsh((expected + expected.T) / 2)
     largest = values[np.argsort(-np.abs(values))][:8]
     np.testing.assert_allclose(found, largest, rtol=1e-6)
     assert residuals.max() < 1e-9 * abs(largest[0])
-    np.testing.assert_allclose(expected @ vectors, vectors * found, atol=1e-8 * abs(largest[0]))
+    np.testing.assert_allclose(expected @ vectors.numpy(), vectors * found, atol=1e-8 * abs(largest[0]))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvatur
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding(curvature):
+def test_attached_and_held_differ_by_far_more_than_rounding(curvature):
     model, batch = support.float64_adapted(), support.curved_batches()[:1]
     cases: list[tuple[Any, Any]] = [("attached", batch), ("attached", batch * 2), ("held", batch)]
     products = []
@@ -126,19 +125,19 @@ def test_copies_of_an_eigenvalue_are_all_found(multiplicity, tolerance):
     values = np.concatenate([np.repeat([1.0, 0.7, 0.5], multiplicity), -np.repeat([1.0, 0.7, 0.5], multiplicity)])
     values = np.concatenate([values, 0.05 * generator.standard_normal(300 - len(values))])
     rotation, _ = np.linalg.qr(generator.standard_normal((300, 300)))
-    known = (rotation * values) @ rotation.T
+    known = torch.from_numpy((rotation * values) @ rotation.T)
     found, vectors, _ = top_eigenpairs(lambda v: known @ v, 300, 20, tolerance=tolerance)
     again = top_eigenpairs(lambda v: known @ v, 300, 20, tolerance=tolerance)[1]
     expected = np.sort(np.abs(values))[::-1][:20]
     np.testing.assert_allclose(np.abs(found), expected, rtol=max(tolerance, 1e-10))
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(20), atol=1e-10)
-    assert np.array_equal(again, vectors)
+    assert torch.equal(again, vectors)
     np.testing.assert_allclose(known @ vectors, vectors * found, atol=5e-3 if tolerance else 1e-8)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 30])
 def test_a_matrix_without_more_eigenvalues_than_were_asked_for(rank):
-    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((40, rank)))
+    basis, _ = torch.linalg.qr(normal(40, rank))
     known = basis @ basis.T
     found, _, residuals = top_eigenpairs(lambda v: known @ v, 40, 10, tolerance=1e-3)
     np.testing.assert_allclose(found[: min(rank, 10)], 1.0, rtol=1e-10)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
+from qdora.export import verify
 from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.verify import ComparisonText, float32_arithmetic, verify_nf4_lora
 from qdora.model.build_model import find_source
@@ -110,14 +111,13 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
 def test_files_config_and_tokenizer(tmp_path):
     model, out = support.base_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     support.move_adapters_(inject(model, rank=3, alpha=6.0, rank_pattern={"q_proj": 2}, targets=["q_proj", "v_proj"]))
-    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files={"README.md": "a card"})
+    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000)
     config = json.loads((out / "config.json").read_text())
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
     settings |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]}
     assert config["quantization_config"] | settings == config["quantization_config"]
     assert config["dtype"] == "bfloat16"
     assert len(list(out.glob("*.safetensors"))) > 2
-    assert (out / "README.md").read_text() == "a card"
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert {adapter["r"], *adapter["rank_pattern"].values()} == {2, 3}
     # as deployed, in bfloat16: the block scales stay float32
@@ -168,7 +168,7 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
     model, out = support.adapted_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     export_nf4_lora(model, None, out)
     needed = (out / BASE).stat().st_size
-    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 10 * needed if has_room else needed})
+    monkeypatch.setattr(verify, "available_memory_bytes", lambda: 10 * needed if has_room else needed)
     found = verify_nf4_lora(model, out, TEXT)
     assert found["passed"], found["faults"]
     assert ("exported_vs_reference" in found) == has_room

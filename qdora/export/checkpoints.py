@@ -21,9 +21,8 @@ scale to 8 bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError, first_few
-from qdora.export.write import Source, dense_layers, dense_weight_sources, packed_sources, plan_export, write_checkpoint
+from qdora.export.write import Layer, base_of, dense_layers, merged, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.console import bar
 from qdora.files.run_directory import open_run
@@ -47,21 +46,19 @@ from qdora.model.load import layers_to_quantize, load_config, quantization_of, s
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
 from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import PackedWeight, block_scales, quantize
+from qdora.quant.packed import block_scales, quantize
+from qdora.quant.tiles import Weight
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
-from qdora.run.report import card_files
-
-Layer = AdaptedLinear | FrozenLinear
 
 
 def write_merge(
     run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
 ) -> tuple[TrainedRun, dict[str, Any]]:
-    """Write the merged model of a run with a model card; returns the running model and what was written."""
+    """Write the merged model of a run; returns the running model and what was written."""
     recipe = load_recipe(open_run(run).recipe_file)
     if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
         raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
@@ -69,18 +66,22 @@ def write_merge(
         got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
         raise UserError(f"--requantize: the base must be in nf4 or fp4, got {got}.")
     trained = load_run(run, step=options.step, original=options.base == "original")
-    with bar(console, "merging") as progress:
-        written = export_merged(
-            trained.model,
-            trained.tokenizer,
-            directory,
-            dtype=dtype,
-            requantize=options.requantize,
-            max_shard_bytes=parse_size(options.shard_size),
-            progress=progress,
-            extra_files=card_files(trained.run, recipe, trained.state, form=options.form),
-        )
-    return trained, written
+    how: dict[str, Any] = {"dtype": dtype, "requantize": options.requantize}
+    return trained, write_form(export_merged, trained, directory, options, console, **how)
+
+
+def write_form(
+    export: Callable[..., dict[str, Any]],
+    trained: TrainedRun,
+    directory: Path,
+    options: ExportOptions,
+    console: Console,
+    **more: Any,
+) -> dict[str, Any]:
+    """`export` of a loaded run into shards of --shard-size, with a progress bar."""
+    size = parse_size(options.shard_size)
+    with bar(console, "writing the checkpoint") as progress:
+        return export(trained.model, trained.tokenizer, directory, max_shard_bytes=size, progress=progress, **more)
 
 
 def no_original(recipe: Recipe, source: ModelSource) -> str:
@@ -110,7 +111,6 @@ def export_merged(
     """
     start = time.perf_counter()
     plan = plan_export(model, dtype)
-    num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
     if requantize:
         if faults := load_faults(_classes(model), "--requantize"):
             raise UserError(*faults)
@@ -120,27 +120,19 @@ def export_merged(
     return written | {
         "dtype": str(dtype).removeprefix("torch."),
         "num_merged_layers": len(adapted_layers(model)),
-        "num_parameters": num_parameters,
+        "num_parameters": sum(torch.Size(spec.shape).numel() for spec in plan.specs.values()),
         "seconds": time.perf_counter() - start,
     }
 
 
-def _requantized(layer: Layer) -> PackedWeight:
+def _requantized(layer: Layer) -> Weight:
     """The merge of a layer in 4 bits; a layer without an adapter keeps the bytes that training used."""
-    if not isinstance(layer, AdaptedLinear):
-        return _packed(layer)
-    form = _packed(layer)
+    form = base_of(layer).stored_weight
+    if isinstance(form, Tensor):
+        return merged(layer)
+    if isinstance(layer, FrozenLinear):
+        return form
     return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested is not None)
-
-
-def _packed(layer: Layer) -> PackedWeight:
-    packed = _base_of(layer).stored_weight
-    assert isinstance(packed, PackedWeight)
-    return packed
-
-
-def _base_of(layer: Layer) -> FrozenLinear:
-    return layer.base if isinstance(layer, AdaptedLinear) else layer
 
 
 def _classes(model: PreTrainedModel) -> list[str]:
@@ -152,22 +144,13 @@ def _write_bnb(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
-    packed_of: Callable[[Layer], PackedWeight],
-    dense_of: Callable[[Layer], Mapping[str, Source]] = dense_weight_sources,
+    weight_of: Callable[[Layer], Weight],
     *,
     dtype: torch.dtype,
     double_quant: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a bitsandbytes checkpoint: of layers with a packed base `packed_of`, of the others `dense_of`."""
-
-    def sources(layer: Layer) -> Mapping[str, Source]:
-        base = _base_of(layer)
-        if base.kind == "dense":
-            return dense_of(layer)
-        return packed_sources(base, partial(packed_of, layer), dtype, double_quant=double_quant)
-
-    plan = plan_export(model, dtype, sources)
+    plan = plan_export(model, dtype, weight_of, packed=True, double_quant=double_quant)
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
     nested = double_quant and hasattr(first, "nested_code")
     plan.config.quantization_config = quantization_config(
@@ -181,7 +164,7 @@ def export_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, **options: Any
 ) -> dict[str, Any]:
     """Write a model without adapters as a bitsandbytes checkpoint with the bytes that it holds, also in int8."""
-    return _write_bnb(model, tokenizer, directory, _packed, **options)
+    return _write_bnb(model, tokenizer, directory, lambda layer: base_of(layer).stored_weight, **options)
 
 
 def export_nf4_lora(
@@ -207,31 +190,21 @@ def export_nf4_lora(
         layer: gain.float().unsqueeze(-1) for layer in layers.values() if (gain := layer.merged_gain()) is not None
     }
 
-    def packed_of(layer: Layer) -> PackedWeight:
-        weight = _packed(layer)
+    def scaled(layer: Layer) -> Weight:
+        weight = base_of(layer).stored_weight
+        if isinstance(weight, Tensor):
+            weight = merged(base_of(layer))
+            return weight * gains[layer].reshape(-1, 1).to(weight.device) if layer in gains else weight
         scales = block_scales(weight)
         if layer in gains:  # not in place: it may be the model's
             scales = (scales.reshape(weight.shape[0], -1) * gains[layer].reshape(-1, 1)).reshape(-1)
         return replace(weight, absmax=scales, nested=None)
 
-    def dense_of(layer: Layer) -> Mapping[str, Source]:
-        sources = dense_weight_sources(_base_of(layer))
-        if layer not in gains:
-            return sources
-        dense, gain = sources["weight"], gains[layer].reshape(-1, 1)
-
-        def make() -> Tensor:
-            values = dense.make().float()
-            return values * gain.to(values.device)
-
-        return {"weight": Source(dense.shaped.float(), make)}
-
     def scaled_B(layer: AdaptedLinear) -> Tensor:
         b = layer.stored_B()
         return b.float() * gains[layer] if layer in gains else b
 
-    how: dict[str, Any] = {"dtype": dtype, "double_quant": False, **options}
-    written = _write_bnb(model, tokenizer, directory, packed_of, dense_of, **how)
+    written = _write_bnb(model, tokenizer, directory, scaled, dtype=dtype, double_quant=False, **options)
     config = adapter_config(model, published_as, None, use_dora=False)
     tensors = factor_tensors(model, scaled_B)
     adapter = directory / ADAPTER_DIRECTORY

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.export.checkpoints import check_loadable, export_base, export_nf4_lora, write_merge
+from qdora.export.checkpoints import check_loadable, export_base, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
 from qdora.export.verify import (
     ComparisonText,
@@ -52,18 +52,18 @@ from qdora.prune.compressor import quantized_layers
 from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
-from qdora.recipe.section import parse_size, with_settings
+from qdora.recipe.section import with_settings
 from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
 from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
-from qdora.run.report import card_files, run_card
+from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 
 _TOO_WIDE_FOR_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Types of models whose activations leave the range of float16: vLLM refuses to run them in it."""
 
-Written = tuple[TrainedRun, dict[str, Any], dict[str, Any] | None]
-"""The running model, what was written, and the result of the check."""
+Written = tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]] | None]
+"""The running model, what was written, and its check."""
 
 
 def export_run(
@@ -76,7 +76,7 @@ def export_run(
     """
     console, results = consoles(console)
     keep_freed_memory()
-    place, notes = out.absolute(), []
+    place = out.absolute()
     with ExitStack() as stack:
         adopts = is_adapter(run)
         of_adapters = {"--base-model": options.base_model, "--quant": options.quant}
@@ -95,7 +95,11 @@ def export_run(
         stack.enter_context(disk_failures(out))
         folder = stack.enter_context(atomic_directory(place))
         writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter, "base": _base}
-        trained, written, check = writers[options.format](path, folder, options, console)
+        trained, written, verify = writers[options.format](path, folder, options, console)
+        check = None
+        if verify is not None:
+            console.print("comparing the export with the running model")
+            check = verify(comparison_text(trained.tokenizer, validation_examples(trained.recipe)))
         # Names without their paths: the file leaves this machine.
         document = {"format": options.format, "run": path.resolve().name, "state": trained.state, **written}
         document |= {"directory": place.name, **trained.run.adopted()}
@@ -104,23 +108,26 @@ def export_run(
         zeros = _pruned_zeros(trained) if options.form == "merged" else None
         if zeros is not None:
             document["zeros"] = zeros
-            notes.append(f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are zero after the merge")
-        facts = written["base"] if options.form == "base" else None
-        card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form, facts=facts)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        form, facts = options.form, written.get("base") if options.form == "base" else None
+        files = card_files(trained.run, trained.recipe, trained.state, check, form=form, facts=facts)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))
+    if zeros is not None:
+        text = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are zero after the merge"
+        results.print(text, soft_wrap=True)
     if check is not None:
-        notes.append("check passed" if check["passed"] else "check FAILED")
+        note = "check passed" if check["passed"] else "check FAILED"
         if check["num_positions"]:
             exact = check["exported_vs_reference"]
-            notes[-1] += (
+            note += (
                 f" on {check['num_positions']:,} tokens; largest logit difference {exact['max_logit_difference']:.3g}, "
                 f"mean KL {exact['kl_mean']:.2g} nats, same next token {exact['argmax_agreement']:.2%}"
             )
-    for note in notes:
         results.print(note, soft_wrap=True)
-    if check is not None and not check["passed"]:
-        raise RunFailure(f"{out}: do not use it, it is not the trained model: {'; '.join(check['faults'])}", safe=[run])
+        if not check["passed"]:
+            faults = "; ".join(check["faults"])
+            raise RunFailure(f"{out}: do not use it, it is not the trained model: {faults}", safe=[run])
     results.print(f"exported model: {out}", soft_wrap=True)
     if options.push is not None:
         document["pushed"] = push(out, options.push, private=not options.public)
@@ -132,37 +139,17 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     kind = load_config(find_source(recipe_of_run(open_run(run).recipe_file), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
-    console.print("comparing the merged model with the running one")
     verify = verify_requantized if options.requantize else verify_merged
-    check = verify(trained.model, folder, comparison_text(trained.tokenizer, validation_examples(trained.recipe)))
-    return trained, written | {"base": options.base, "requantized": options.requantize}, check
+    written |= {"base": options.base, "requantized": options.requantize}
+    return trained, written, partial(verify, trained.model, folder)
 
 
 def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     trained = load_run(run, step=options.step)
     published_as = options.push if options.push is not None and "/" in options.push else None
-    export = partial(export_nf4_lora, published_as=published_as)
-    written, text = _written_by_bnb(export, trained, folder, options, console)
-    return trained, written, verify_nf4_lora(trained.model, folder, text)
-
-
-def _written_by_bnb(
-    export: Callable[..., dict[str, Any]], trained: TrainedRun, folder: Path, options: ExportOptions, console: Console
-) -> tuple[dict[str, Any], ComparisonText]:
-    """Write a bitsandbytes checkpoint, in --dtype if it is given: what was written, and the text to compare on."""
-    dtype = {} if options.dtype is None else {"dtype": DTYPES[options.dtype]}
-    with bar(console, "writing the checkpoint") as progress:
-        written = export(
-            trained.model,
-            trained.tokenizer,
-            folder,
-            **dtype,
-            max_shard_bytes=parse_size(options.shard_size),
-            progress=progress,
-            extra_files=card_files(trained.run, trained.recipe, trained.state, form=options.form),
-        )
-    console.print("comparing the exported model with the running one")
-    return written, comparison_text(trained.tokenizer, validation_examples(trained.recipe))
+    how: dict[str, Any] = {"dtype": DTYPES.get(options.dtype or ""), "published_as": published_as}
+    written = write_form(export_nf4_lora, trained, folder, options, console, **how)
+    return trained, written, partial(verify_nf4_lora, trained.model, folder)
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -180,8 +167,6 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
-    for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
-        (folder / name).write_text(text, encoding="utf-8")
     return trained, {}, None
 
 
@@ -207,9 +192,10 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    written, text = _written_by_bnb(partial(export_base, dtype=dtype), trained, folder, options, console)
-    check = verify_requantized(trained.model, folder, text, lossy=base.quant == "int8")
-    return trained, written | {"base": facts}, check
+    dtype = DTYPES.get(options.dtype or "", dtype)
+    written = write_form(export_base, trained, folder, options, console, dtype=dtype)
+    verify = partial(verify_requantized, trained.model, folder, lossy=base.quant == "int8")
+    return trained, written | {"base": facts}, verify
 
 
 def quantize_model(

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,14 +28,7 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError, shorten
 from qdora.export.checkpoints import write_merge
-from qdora.export.verify import (
-    ComparisonText,
-    comparison_text,
-    logits_compared,
-    validation_examples,
-    verdict,
-    verify_merged,
-)
+from qdora.export.verify import ComparisonText, logits_compared, verdict, verify_merged
 from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
@@ -47,7 +41,6 @@ from qdora.model.source import ModelSource
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun
-from qdora.run.report import card_files
 
 logger = logging.getLogger("qdora")
 
@@ -72,8 +65,8 @@ Tools = tuple[list[str], list[str] | None]
 
 def export_gguf(
     run: Path, folder: Path, options: ExportOptions, console: Console
-) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    """Merge, convert, compare, remove the merge; returns the running model, what was written, and the check."""
+) -> tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]]]:
+    """Merge and convert; returns the running model, what was written, and the check, which removes the merge."""
     start = time.perf_counter()
     require_gguf()
     type_ = options.gguf_type
@@ -85,11 +78,6 @@ def export_gguf(
     trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
     console.print(f"converting to {type_}")
     write_gguf(tools, merged, file, type_)
-    for name, content in card_files(trained.run, recipe, trained.state, form="gguf").items():
-        (folder / name).write_text(content, encoding="utf-8")
-    console.print("comparing the file with the merge, tensor by tensor, and with the running model")
-    check = verify_gguf(trained, file, merged, comparison_text(trained.tokenizer, validation_examples(recipe)))
-    remove_directory(merged)
     result = {
         "type": type_,
         "base": options.base,
@@ -100,7 +88,7 @@ def export_gguf(
         "merged_in": written["dtype"],
         "seconds": time.perf_counter() - start,
     }
-    return trained, result, check
+    return trained, result, partial(verify_gguf, trained, file, merged)
 
 
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
@@ -181,6 +169,7 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
         kl = 0.0 if total is None else check["exported_vs_reference"]["kl_mean"]
         if file.stem.removeprefix("model-") in CONVERTED and not kl <= _KL:
             faults.append(f"llama.cpp computes other probabilities with the file: mean KL {kl:.3g} (allowed {_KL})")
+    remove_directory(merged)
     return check | {"passed": not faults, "faults": faults, "tensors": tensors}
 
 

@@ -26,18 +26,16 @@ from typing import Any
 
 import peft
 import torch
-from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qdora.adapter.experts import AdaptedExperts
-from qdora.adapter.layer import AdaptedLinear, FrozenLinear, evaluation_mode
+from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.data.example import Example
 from qdora.data.sources import run_examples
 from qdora.errors import UserError, first_few
-from qdora.export.write import has_own_code
+from qdora.export.write import has_own_code, merged
 from qdora.files.machine import available_memory_bytes
 from qdora.files.tensor_file import torch_dtype
 from qdora.memory.oom import free_memory, is_out_of_memory
@@ -272,11 +270,10 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         options, fits = dict[str, Any](), not directory.is_dir() or fits_in_float32(directory, model)
         if not fits:
             limits = {place: int(size / _WORKSPACE) for place, size in _room_beside(model).items()}
-            limits = {"cpu": limits["cpu"]} if model.device.type == "cpu" else limits
             options = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
-        merged, faults = load_with_transformers(directory, model, **options)
-        total = logits_compared(model, merged.to(model.device) if fits else merged, text)
-        files = to_stacks(rename_to_model(open_safetensors(directory), merged), model)
+        exported, faults = load_with_transformers(directory, model, **options)
+        total = logits_compared(model, exported.to(model.device) if fits else exported, text)
+        files = to_stacks(rename_to_model(open_safetensors(directory), exported), model)
         stored = stored_dtype(directory)
         weights = compare_weights(model, lambda path: _dense_weight(files, path), stored)
         faults += _faults_of_files(model, directory, files, text, weights)
@@ -369,10 +366,12 @@ def compare_weights(
         tensor = exported(path)
         if tensor is None:  # a fault of reloading already
             continue
-        step = max(1, layer.out_features // _ROWS)
-        if isinstance(layer, AdaptedExperts):
-            step |= 1  # not always the same row of an expert
-        base, update = _rows_of(layer, step)
+        step = max(1, layer.out_features // _ROWS) | 1  # odd: not always the same row of an expert
+        a, b = layer.lora_A.double(), layer.gated_B().double().flatten(0, -2)[::step]
+        a = a.view(-1, layer.rank, layer.in_features)  # of each expert
+        size = layer.out_features // len(a)
+        update = torch.stack([row @ a[index * step // size] for index, row in enumerate(b)])
+        base = merged(layer.base)[::step].to(update)
         keep = layer.base.keep_mask() if layer.masked else None
         expected = base + layer.scaling * (update if keep is None else update * keep[::step])
         if layer.magnitude is not None:
@@ -390,20 +389,6 @@ def compare_weights(
             worst, worst_layer = error, path
         num_rows += len(expected)
     return {"num_layers": len(layers), "num_rows": num_rows, "max_error": worst, "worst_layer": worst_layer}
-
-
-def _rows_of(layer: AdaptedLinear, step: int) -> tuple[Tensor, Tensor]:
-    """Every `step`-th row of the base and of B A, in float64."""
-    if not isinstance(layer, AdaptedExperts):
-        base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
-        return base, layer.gated_B()[::step].double() @ layer.lora_A.double()
-    wide, a, b = layer.base.wide_dtype, layer.lora_A.double(), layer.gated_B().double()
-    rows, updates = [], []
-    for row in range(0, layer.out_features, step):
-        expert, inside = divmod(row, layer.expert_features)
-        rows.append(layer.base.dequantized_rows(slice(row, row + 1), wide))  # one expert at a time
-        updates.append(b[expert, inside] @ a[expert])
-    return torch.cat(rows).double(), torch.stack(updates)
 
 
 def _dense_weight(files: Mapping[str, Stored], path: str) -> Any:
@@ -441,10 +426,8 @@ def _faults_of_files(
         return [*faults, f"the tokenizer does not reload: {error}"]
     if any(reloaded(each)["input_ids"] != own(each)["input_ids"] for each in text.texts):
         faults.append("the reloaded tokenizer gives other ids")
-    elif reloaded.get_added_vocab() != own.get_added_vocab():
-        faults.append("the reloaded tokenizer has other added tokens")
-    elif reloaded.chat_template != own.chat_template:
-        faults.append("the reloaded tokenizer has another chat template")
+    elif (reloaded.get_added_vocab(), reloaded.chat_template) != (own.get_added_vocab(), own.chat_template):
+        faults.append("the reloaded tokenizer has other added tokens or another chat template")
     return faults
 
 
@@ -459,8 +442,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 def load_with_transformers(directory: Path, model: PreTrainedModel, **options: Any) -> Loaded:
     """The directory as a float32 model with the attention of `model`."""
-    attention = model.config._attn_implementation
-    if attention in ("eager", "sdpa"):
+    if (attention := model.config._attn_implementation) in ("eager", "sdpa"):
         options["attn_implementation"] = attention
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the caller shows its own
@@ -514,19 +496,15 @@ def fits_in_float32(directory: Path, model: PreTrainedModel) -> bool:
         math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else torch_dtype(each.dtype).itemsize)
         for each in open_safetensors(directory).values()
     )
-    return num_bytes * _WORKSPACE <= _room_beside(model).get(_device_of(model), 0)
+    return num_bytes * _WORKSPACE <= list(_room_beside(model).values())[-1]
 
 
 def _room_beside(model: PreTrainedModel) -> dict[int | str, int]:
-    """Free bytes of each device, less the float32 copies that `float32_arithmetic` makes on that of `model`."""
+    """Free bytes of the host, and last of the device of `model` by its number, less the copies of
+    `float32_arithmetic`."""
     free_memory()
-    room: dict[int | str, int] = get_max_memory()
-    room["cpu"] = min(room["cpu"], available_memory_bytes())  # accelerate knows no limit of a container
-    copied = sum(each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == model.device)
-    place = _device_of(model)
-    return room | {place: max(0, room.get(place, 0) - 4 * copied)}
-
-
-def _device_of(model: PreTrainedModel) -> int | str:
-    """The device of `model` as accelerate names it."""
-    return "cpu" if model.device.type == "cpu" else model.device.index or 0
+    device = model.device
+    copied = sum(4 * each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == device)
+    if device.type == "cpu":
+        return {"cpu": max(0, available_memory_bytes() - copied)}
+    return {"cpu": available_memory_bytes(), device.index or 0: max(0, torch.cuda.mem_get_info(device)[0] - copied)}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
 from qdora.quant.bnb import STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.quant.tiles import Weight
 
 MAX_SHARD_BYTES = 5 * 2**30
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
-_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are cast and written
+
+Layer = AdaptedLinear | FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,19 @@ class Source:
     dtype: torch.dtype | None = None
 
 
-WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
-"""Layer -> the tensors that stand for its weight, by their names in the layer: "weight", "weight.absmax", ..."""
+def base_of(layer: Layer) -> FrozenLinear:
+    """The frozen layer in an adapted one, or itself."""
+    return layer.base if isinstance(layer, AdaptedLinear) else layer
+
+
+def merged(layer: Layer) -> Tensor:
+    """The dense weight of a layer, merged or dequantised; a stack of experts takes the device one at a time."""
+    wide = base_of(layer).wide_dtype
+    if isinstance(layer, FrozenExperts | AdaptedExperts):
+        rows = layer.merged_rows if isinstance(layer, AdaptedExperts) else layer.dequantized_rows
+        starts, size = range(0, layer.out_features, layer.expert_features), layer.expert_features
+        return torch.cat([rows(slice(start, start + size), wide).cpu() for start in starts])
+    return layer.merged_weight(wide) if isinstance(layer, AdaptedLinear) else layer.dequantized(wide)
 
 
 @dataclass(frozen=True)
@@ -71,14 +84,32 @@ class CheckpointPlan:
     makers: Mapping[str, Callable[[], Tensor]]
 
 
-def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
-    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense).
+def plan_export(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    weight_of: Callable[[Layer], Weight] = merged,
+    *,
+    packed: bool = False,
+    double_quant: bool = True,
+) -> CheckpointPlan:
+    """Plan the checkpoint of a model in memory. `weight_of` makes the weight of a layer when it is written: dense, or,
+    if `packed`, of a layer with a packed base a packed one for bitsandbytes, with float32 scales or `double_quant`.
 
     Tensors have the names of the model's published checkpoints, and `dtype`, unless their source fixes one or training
     keeps float32 (`dense_dtype`). Parts of a multimodal model that are not loaded are copied from its source. Tied
     weights are listed once; a head with a weight of its own (quantised or adapted) is no longer tied in the config.
     """
-    sources = dict(_sources(model, weights or dense_weight_sources))
+
+    def tensors(layer: Layer) -> dict[str, Source]:
+        base = base_of(layer)
+        make: Any = partial(weight_of, layer)
+        if packed and base.kind != "dense":
+            return packed_sources(base, make, dtype, double_quant)
+        shape = torch.empty(layer.out_features, layer.in_features, device="meta")
+        own = layer.get_buffer("weight") if isinstance(layer, FrozenLinear) and base.kind == "dense" else None
+        return {"weight": Source(shape, make, own)}
+
+    sources = dict(_sources(model, tensors))
     config = _plain_config(model, dtype)
     redundant = set()
     for target, origin in tied_weights(model).items():
@@ -101,21 +132,19 @@ def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSourc
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, source in sources.items():
         if name in stacked:
-            made: dict[str, Tensor] = {}
-            for key, empty in published_form(model, stacked[name], source.shaped).items():
-                specs[key] = TensorSpec(key, dtype, tuple(empty.shape))
-                makers[key] = partial(_published, model, stacked[name], source, made, key)
+            form = partial(published_form, model, stacked[name])
+            layout = form(source.shaped)
+            specs |= {key: TensorSpec(key, dtype, tuple(empty.shape)) for key, empty in layout.items()}
+            makers |= made_together(layout, form, source.make)
         elif name in names:
-            fixed = source.dtype if source.shaped.is_floating_point() else source.shaped.dtype
-            key = names[name]
-            specs[key] = TensorSpec(key, fixed or dense_dtype(model, name, dtype), tuple(source.shaped.shape))
-            makers[key] = source.make
+            key, kind = names[name], source.dtype or dense_dtype(model, name, dtype)
+            specs[key], makers[key] = TensorSpec(key, kind, tuple(source.shaped.shape)), source.make
     for key, item in carried(model).items():
         specs[key], makers[key] = TensorSpec(key, torch_dtype(item.dtype), item.shape), item.read
     return CheckpointPlan(model, config, specs, makers)
 
 
-def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, Source]]:
+def _sources(model: nn.Module, tensors_of: Callable[[Layer], Mapping[str, Source]]) -> Iterator[tuple[str, Source]]:
     inner: set[str] = set()
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
@@ -123,63 +152,53 @@ def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, So
             continue
         if isinstance(module, RowEmbedding | RowHead):
             inner |= {f"{path}.base", f"{path}.trained"}
-            weight: Any = module.base.weight
-            yield f"{dot}weight", Source(weight.detach().to("meta"), partial(merged_rows, module), weight.detach())
+            yield f"{dot}weight", replace(held(module.base.weight), make=partial(merged_rows, module))
         elif isinstance(module, AdaptedLinear | FrozenLinear):
             inner.add(f"{path}.base")
-            for name, source in weights(module).items():
+            for name, source in tensors_of(module).items():
                 yield f"{dot}{name}", source
-            bias = (module.base if isinstance(module, AdaptedLinear) else module).bias
-            if bias is not None:
+            if (bias := base_of(module).bias) is not None:
                 yield f"{dot}bias", held(bias)
         else:
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield f"{dot}{name}", held(parameter.detach())
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{dot}{name}", held(buffer)
+            own: dict[str, Tensor] = {}
+            module._save_to_state_dict(own, dot, False)
+            for name, tensor in own.items():
+                yield name, held(tensor)
 
 
-def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Source]:
-    """One dense weight: merged, dequantised, or as the layer holds it."""
-    shape = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
-    wide = (layer.base if isinstance(layer, AdaptedLinear) else layer).wide_dtype
-    if isinstance(layer, FrozenExperts | AdaptedExperts):
-        rows = layer.merged_rows if isinstance(layer, AdaptedExperts) else layer.dequantized_rows
-        starts, size = range(0, layer.out_features, layer.expert_features), layer.expert_features
-        # On the device one expert at a time.
-        return {"weight": Source(shape, lambda: torch.cat([rows(slice(i, i + size), wide).cpu() for i in starts]))}
-    if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
-        return {"weight": held(layer.stored_weight)}
-    make = layer.merged_weight if isinstance(layer, AdaptedLinear) else layer.dequantized
-    return {"weight": Source(shape, lambda: make(wide))}
+def made_together(
+    names: Iterable[str], convert: Callable[[Any], dict[str, Tensor]], make: Callable[[], Any]
+) -> dict[str, Callable[[], Tensor]]:
+    """What returns each tensor of `convert(make())`: the writer asks for each once, one after the other.
+
+    It is made when the first is written: by then, the tensors of a streamed block hold another block.
+    """
+    made: dict[str, Tensor] = {}
+
+    def one(name: str) -> Tensor:
+        if not made:
+            made.update(convert(make()))
+        return made.pop(name)
+
+    return {name: partial(one, name) for name in names}
 
 
 def packed_sources(
-    base: FrozenLinear, make: Callable[[], PackedWeight], dtype: torch.dtype, *, double_quant: bool = True
+    base: FrozenLinear, make: Callable[[], PackedWeight], dtype: torch.dtype, double_quant: bool
 ) -> dict[str, Source]:
-    """The tensors of bitsandbytes for a weight like that of `base`; without `double_quant` its scales are float32.
+    """The tensors of bitsandbytes for a weight like that of `base`; without `double_quant` its scales are float32."""
 
-    `make` is called when the first of them is written: by then, the tensors of a streamed block hold another block.
-    """
-    form, made = base.packed_form, dict[str, Tensor]()
-    assert form is not None
-    state = f"{STATE_NAME}{form.kind}"
+    def state(packed: PackedWeight) -> dict[str, Tensor]:
+        tensors, name = to_bnb_state(packed, dtype), f"{STATE_NAME}{packed.kind}"
+        if name in tensors:
+            missing = _STATE_BYTES - len(tensors[name])
+            tensors[name] = nn.functional.pad(tensors[name], (0, missing), value=ord(" "))
+        return tensors
 
-    def part(name: str) -> Tensor:
-        if not made:
-            made.update(to_bnb_state(make(), dtype))
-            if state in made:
-                blanks = torch.full((_STATE_BYTES - made[state].numel(),), ord(" "), dtype=torch.uint8)
-                made[state] = torch.cat([made[state], blanks])
-        return made.pop(name)  # the writer asks for each part once, one after the other
-
-    nested = double_quant and form.nested is not None
-    layout = to_bnb_state(empty_packed(form.kind, form.shape, form.block_size, nested), dtype)
-    if state in layout:
-        layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
-    return {name: Source(each.to("meta"), partial(part, name), dtype=each.dtype) for name, each in layout.items()}
+    nested = double_quant and hasattr(base, "nested_code")
+    layout = state(empty_packed(base.kind, (base.out_features, base.in_features), base.block_size, nested))
+    makers = made_together(layout, state, make)
+    return {name: Source(each.to("meta"), makers[name], dtype=each.dtype) for name, each in layout.items()}
 
 
 def dense_layers(model: nn.Module) -> list[str]:
@@ -195,14 +214,8 @@ def dense_layers(model: nn.Module) -> list[str]:
 
 def held(tensor: Tensor) -> Source:
     """The source of a tensor that is written as the model holds it."""
-    return Source(tensor.to("meta"), lambda: tensor, tensor)
-
-
-def _published(model: PreTrainedModel, path: str, source: Source, made: dict[str, Tensor], key: str) -> Tensor:
-    """A tensor of a stack of experts as published; `made` has those that are still to be written."""
-    if not made:
-        made.update(published_form(model, path, source.make()))
-    return made.pop(key)  # the writer asks for each once, one after the other
+    tensor = tensor.detach()
+    return Source(tensor.to("meta"), lambda: tensor, tensor, None if tensor.is_floating_point() else tensor.dtype)
 
 
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
@@ -222,9 +235,8 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-    extra_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint into an empty directory; `extra_files` maps names to texts (a model card).
+    """Write a checkpoint into an empty directory.
 
     Returns JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in `max_abs_tensor`.
     """
@@ -238,15 +250,14 @@ def write_checkpoint(
     )
     done, largest = 0, (0.0, "")
 
-    def tensors(specs: list[TensorSpec]) -> Iterator[Iterator[Tensor]]:
+    def tensors(specs: list[TensorSpec]) -> Iterator[Tensor]:
         nonlocal done, largest
         for spec in specs:
             tensor = plan.makers[spec.name]()
             if tensor.is_floating_point():
-                largest = max(largest, (_largest(spec, tensor), spec.name), key=lambda each: each[0])
-            flat = tensor.detach().reshape(-1)
-            starts = range(0, flat.numel(), _SLICE)
-            yield (flat[start : start + _SLICE].to(spec.dtype).cpu() for start in starts)
+                largest = max(largest, (_largest(spec, tensor), spec.name))
+            yield tensor.to(spec.dtype)
+            del tensor
             done += spec.num_bytes
             if progress is not None:
                 progress(done, total_bytes)
@@ -262,7 +273,7 @@ def write_checkpoint(
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
         (directory / INDEX_FILE).write_bytes(json_bytes(index, indent=2))
     _write_config(plan, tokenizer, directory)
-    for name, text in {**processor_files(plan.model), **(extra_files or {})}.items():
+    for name, text in processor_files(plan.model).items():
         (directory / name).write_text(text, encoding="utf-8")
     return {
         "files": tuple(shards.filename_to_tensors),

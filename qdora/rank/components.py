@@ -48,20 +48,21 @@ Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-New
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
-from qdora.adapter.algebra import merged_weight
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts, merged_stack
+from qdora.adapter.experts import AdaptedExperts
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
@@ -71,8 +72,11 @@ from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits
 from qdora.train.loss import token_nll
 
 Array = NDArray[np.float64]
-GRADIENT_BYTES = 2**30  # of the gradients that exist at once, in float32
-_CHUNK = 64  # tokens whose probabilities are summed up at once in float64
+Backward = Callable[[Tensor], None]
+"""What is called with dL/dy of a layer's output in each backward pass."""
+Layout = ExpertTokens | tuple[int, ...] | None
+"""How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch; None: does not matter."""
+GRADIENT_BYTES = 2**30  # about, of the gradients that exist at once, in float32
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,10 @@ class Directions:
 
     def matrix(self, index: tuple[int, ...]) -> Tensor:
         """E_i, (out, in), or (experts * out, in) of a stack."""
-        u, v = self.left[..., index[-1]], self.right[..., index[-1]]
-        if len(index) == 1:
-            return torch.outer(u, v)
-        matrices = u.unsqueeze(2) * v.unsqueeze(1)
-        if len(self.sizes) > 1:
-            others = torch.arange(len(matrices), device=u.device) != index[0]
-            matrices[others] = 0.0
-        return matrices.flatten(0, 1)
+        expert, component = index[:-1], index[-1]
+        whole = self.left.new_zeros(*self.left.shape[:-1], self.right.shape[-2])
+        whole[expert] = torch.outer(self.left[expert][:, component], self.right[expert][:, component])
+        return whole.flatten(0, -2)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Components:
 
 
 @contextmanager
-def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable[[Tensor], None]]) -> Iterator[None]:
+def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Backward]) -> Iterator[None]:
     """Call `see(name, x, y)`, for a stack of experts `see(name, x, y, tokens)`, in every forward pass of a layer, and
     what it returns with dL/dy in every backward pass.
 
@@ -169,39 +169,39 @@ def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable
         yield
 
 
-def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def row_directions(layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
     """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
     (experts * out, in) and (experts * out,).
 
     Along its own direction a row of DoRA cannot move: its length is the magnitude's.
     """
-    keep = layer.base.keep_mask() if layer.masked else None
-    weight = layer.base.dequantized(layer.base.wide_dtype)
-    factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
-    if isinstance(layer, AdaptedExperts):
-        total = merged_stack(weight, *factors, keep_mask=keep).to(dtype)
-    else:
-        total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
+    dtype, keep = layer.base.wide_dtype, layer.base.keep_mask() if layer.masked else None
+    update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).flatten(0, -2)
+    total = layer.base.dequantized(dtype) + (update if keep is None else update.masked_fill(~keep, 0.0))
     norm = torch.linalg.vector_norm(total, dim=1)
     return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
 
 
-def _groups(adapted: Mapping[str, AdaptedLinear], layers: Sequence[str]) -> Iterator[list[str]]:
-    """Layers whose gradients fit together into `GRADIENT_BYTES`, at least one."""
-    group: list[str] = []
-    held = 0
-    for name in layers:
-        size = 4 * adapted[name].in_features * adapted[name].out_features
-        if group and held + size > GRADIENT_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    yield group
+def _groups(adapted: Mapping[str, AdaptedLinear], layers: Collection[str]) -> Iterator[list[str]]:
+    """Layers whose gradients take about `GRADIENT_BYTES` together, at least one."""
+    ends = accumulate(4 * adapted[name].in_features * adapted[name].out_features for name in layers)
+    for _, group in groupby(zip(layers, ends, strict=True), key=lambda pair: pair[1] // GRADIENT_BYTES):
+        yield [name for name, _ in group]
+
+
+def _by_expert(tensor: Tensor, layout: Layout) -> list[tuple[int, Tensor]]:
+    """(..., features) as (rows, tokens, features) for each expert that has tokens; a plain layer is expert 0.
+
+    All tokens are one row in a stack, and where the layout may be another than the micro-batch's.
+    """
+    if isinstance(layout, ExpertTokens):
+        return [(run.experts[0], tensor[run.tokens].unsqueeze(0)) for run in layout.reached]
+    has_rows = layout is not None and tensor.shape[:-1] == layout and layout[0] != layout[1]
+    return [(0, tensor if has_rows else tensor.reshape(1, -1, tensor.shape[-1]))]
 
 
 def update_gradients(
-    model: nn.Module, layers: Mapping[str, AdaptedLinear], batches: Sequence[MicroBatch], norm: Norm
+    model: PreTrainedModel, layers: Mapping[str, AdaptedLinear], batches: Sequence[MicroBatch], norm: Norm
 ) -> dict[str, Tensor]:
     """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of the labelled tokens; 0 under a mask.
 
@@ -209,13 +209,13 @@ def update_gradients(
     """
     sums: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Callable[[Tensor], None]:
-        flat = x.reshape(-1, x.shape[-1])
-
+    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Backward:
         def backward(dy: Tensor) -> None:
-            upstream = dy.reshape(-1, dy.shape[-1])
-            part = upstream.T @ flat if tokens is None else _of_experts(upstream, flat, tokens)
-            sums[name] = sums[name].add_(part) if name in sums else part
+            if name not in sums:
+                sums[name] = dy.new_zeros(layers[name].out_features, x.shape[-1])
+            for (expert, upstream), (_, inputs) in zip(_by_expert(dy, tokens), _by_expert(x, tokens), strict=True):
+                rows = slice(expert * dy.shape[-1], (expert + 1) * dy.shape[-1])
+                sums[name][rows] += upstream[0].T @ inputs[0]
 
         return backward
 
@@ -229,7 +229,7 @@ def update_gradients(
     for name, layer in layers.items():
         total = sums[name]
         if norm == "attached":
-            unit, _ = row_directions(layer, total.dtype)
+            unit, _ = row_directions(layer)
             total -= (total * unit).sum(dim=1, keepdim=True) * unit
         scale = 1.0 / num_tokens
         gain = layer.gain(total.dtype)
@@ -240,14 +240,6 @@ def update_gradients(
     return sums
 
 
-def _of_experts(dy: Tensor, x: Tensor, tokens: ExpertTokens) -> Tensor:
-    """dy^T x of each expert of a stack, (experts * out, in)."""
-    total = dy.new_zeros(len(tokens.counts), dy.shape[1], x.shape[1])
-    for run in tokens.reached:
-        total[run.experts[0]] = dy[run.tokens].T @ x[run.tokens]
-    return total.flatten(0, 1)
-
-
 @torch.no_grad()
 def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
@@ -256,20 +248,17 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     matrix between the factors' orthogonal bases. In a stack of experts a component's energy is the sum over them. Not
     for a masked layer: the masked B A has another rank than B A.
     """
-    wide = torch.float64
-    b = layer.stored_B().to(wide) * layer.scaling
-    if layer.magnitude is not None:
-        norm = layer.row_norm().to(wide)
-        b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
+    gain, b = layer.merged_gain(), layer.stored_B().double() * layer.scaling
+    b = b if gain is None else b * gain.unsqueeze(-1)
     energies = np.zeros(layer.rank)
-    for left, right in layer.factor_pairs(b, layer.lora_A.to(wide)):
+    for left, right in layer.factor_pairs(b, layer.lora_A.double()):
         small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
         energies += torch.linalg.svdvals(small).square().cpu().numpy()
     return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
 
 
 def layer_directions(
-    model: nn.Module,
+    model: PreTrainedModel,
     num_new: Mapping[str, int],
     batches: Sequence[MicroBatch],
     *,
@@ -283,32 +272,22 @@ def layer_directions(
     adapted = adapted_layers(model)
     found: dict[str, Directions] = {}
     with evaluation_mode(model):
-        for group in _groups(adapted, list(num_new)):
+        for group in _groups(adapted, num_new):
             layers = {name: adapted[name] for name in group}
             for name, gradient in update_gradients(model, layers, batches, norm).items():
                 layer = layers[name]
                 pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
                 parts = [directions(held, part, num_new[name]) for held, part in pairs]
-                found[name] = _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
+                found[name] = _of_stack(parts) if isinstance(layer, AdaptedExperts) else parts[0]
             if progress is not None:
                 progress(len(found), len(num_new))
     return found
 
 
-def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
-    most = max(len(each.sizes) for each in parts)
-    pads = [(0, most - len(each.sizes)) for each in parts]
-    left = torch.stack([functional.pad(each.left, pad) for each, pad in zip(parts, pads, strict=True)])
-    right = torch.stack([functional.pad(each.right, pad) for each, pad in zip(parts, pads, strict=True)])
-    sizes = np.stack([np.pad(each.sizes, pad) for each, pad in zip(parts, pads, strict=True)])
-    slopes = np.stack([np.pad(each.slopes, pad) for each, pad in zip(parts, pads, strict=True)])
-    return Directions(
-        left.reshape(*layer.lora_B.shape[:2], most),
-        right.reshape(len(layer.lora_A), layer.in_features, most),
-        sizes,
-        slopes,
-        np.array([float(each.tail) for each in parts]),
-    )
+def _of_stack(parts: Sequence[Directions]) -> Directions:
+    columns = [(part.left.T, part.right.T, torch.tensor(part.sizes), torch.tensor(part.slopes)) for part in parts]
+    left, right, sizes, slopes = (pad_sequence(list(each), batch_first=True) for each in zip(*columns, strict=True))
+    return Directions(left.mT, right.mT, sizes.numpy(), slopes.numpy(), np.stack([part.tail for part in parts]))
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
@@ -360,7 +339,7 @@ def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact_curvatures(
-    model: nn.Module,
+    model: PreTrainedModel,
     directions: Mapping[str, Directions],
     batches: Sequence[MicroBatch],
     *,
@@ -382,7 +361,7 @@ def exact_curvatures(
 
 
 def drawn_curvatures(
-    model: nn.Module,
+    model: PreTrainedModel,
     directions: Mapping[str, Directions],
     batches: Sequence[MicroBatch],
     *,
@@ -413,84 +392,55 @@ class Probe:
     """The directions of a layer's components with its gain and mask, which read slopes off a backward pass."""
 
     def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
-        dtype = layer.base.wide_dtype
-        left, right = directions.left.to(dtype), directions.right.to(dtype)
-        is_stack = isinstance(layer, AdaptedExperts)
-        rows = (layer.num_experts, layer.expert_features) if is_stack else (layer.out_features,)
-        gain, keep = layer.gain(dtype), layer.base.keep_mask() if layer.masked else None
-        self.layer = layer
-        self._shape = directions.sizes.shape
-        self._left = left if gain is None else left * gain.value.unsqueeze(-1)
+        left, right = (each.to(layer.base.wide_dtype) for each in (directions.left, directions.right))
+        self.layer, self.shape = layer, directions.sizes.shape
+        num_experts = layer.num_experts if isinstance(layer, AdaptedExperts) else 1
+        left, right = (each.view(num_experts, *each.shape[-2:]) for each in (left, right))
+        rows, gain, bias = left.shape[:2], layer.gain(left.dtype), layer.base.bias
+        keep = layer.base.keep_mask() if layer.masked else None
+        self._left = left if gain is None else left * gain.value.view(*rows, 1)
         self._right = right
-        self._keep = None if keep is None else keep.view(*rows, layer.in_features)
+        self._bias = left.new_zeros(rows) if bias is None else bias.view(rows)
+        self._keep = None if keep is None else keep.view(*rows, -1)
         self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
-            unit, length = row_directions(layer, dtype)
-            unit = unit.view(*rows, layer.in_features)
-            unit = unit if self._keep is None else unit.masked_fill(~self._keep, 0.0)
+            unit, length = row_directions(layer)
+            unit = (unit if keep is None else unit.masked_fill(~keep, 0.0)).view(*rows, -1)
             self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
 
-    def see(
-        self, x: Tensor, output: Tensor, layout: tuple[int, ...] | ExpertTokens, take: Callable[[Tensor], None]
-    ) -> Callable[[Tensor], None]:
-        """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row.
-
-        `x` is (..., in), `output` (..., out), `layout` (rows, positions) of the micro-batch, slopes (rows, components).
-        Where the layout may be another, all tokens count as one row: the mean stays right, the spread is larger. So in
-        a stack of experts, whose slopes are (1, parts, components).
-        """
-        if isinstance(layout, ExpertTokens):
-            return functools.partial(self._of_experts, x, output, layout, take)
-        positions = _rows(x, layout)
-        # A number for each component in place of all of x, but the dense gradient of a masked layer needs x itself.
-        inner = positions @ self._right if self._keep is None else positions
-        bias = self.layer.base.bias
-        plain = None if self._own_length is None else _rows(output if bias is None else output - bias, layout)
+    def see(self, x: Tensor, output: Tensor, layout: Layout, take: Backward) -> Backward:
+        """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row of
+        `_by_expert`, (rows, experts, components)."""
 
         def backward(dy: Tensor) -> None:
-            upstream = _rows(dy, layout)
-            if self._keep is None:
-                slopes = ((upstream @ self._left) * inner).sum(dim=1)
-            else:
-                operands = self._keep, self._left, self._right
-                slopes = torch.stack([_masked_slopes(*pair, *operands) for pair in zip(upstream, inner, strict=True)])
-            if plain is not None and self._own_length is not None:
-                slopes = slopes - (upstream * plain).sum(dim=1) @ self._own_length
-            take(slopes)
+            upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
+            total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
+            for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
+                total[:, expert] = self._slopes(expert, up, given, own)
+            take(total)
 
         return backward
 
-    def _of_experts(
-        self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None], dy: Tensor
-    ) -> None:
-        total, bias = dy.new_zeros(1, *self._shape), self.layer.base.bias
-        for run in tokens.reached:
-            (expert,) = run.experts
-            upstream, inputs = dy[run.tokens], x[run.tokens]
-            left, right = (each[expert] for each in (self._left, self._right))
-            if self._keep is None:
-                slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
-            else:
-                slopes = _masked_slopes(upstream, inputs, self._keep[expert], left, right)
-            if self._own_length is not None:
-                own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
-                slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
-            total[0, expert % self._shape[0]] += slopes
-        take(total)
-
-
-def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    gradient = (dy.T @ x).masked_fill_(~keep, 0.0)
-    return ((gradient @ right) * left).sum(dim=0)
+    def _slopes(self, expert: int, dy: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        """(rows, components) of dy and output, (rows, tokens, out), and x, (rows, tokens, in)."""
+        left, right = self._left[expert], self._right[expert]
+        if self._keep is None:
+            slopes = ((dy @ left) * (x @ right)).sum(dim=1)
+        else:
+            masked = ((up.T @ given).masked_fill_(~self._keep[expert], 0.0) for up, given in zip(dy, x, strict=True))
+            slopes = torch.stack([((gradient @ right) * left).sum(dim=0) for gradient in masked])
+        if self._own_length is None:
+            return slopes
+        return slopes - (dy * (output - self._bias[expert])).sum(dim=1) @ self._own_length[expert]
 
 
 def squared_slopes(
-    model: nn.Module, probes: Mapping[str, Probe], batch: MicroBatch, labels: Callable[[Tensor], Tensor]
+    model: PreTrainedModel, probes: Mapping[str, Probe], batch: MicroBatch, labels: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
-    (sets, [parts,] components) float64 on the CPU.
+    (sets, [experts,] components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 
@@ -499,7 +449,7 @@ def squared_slopes(
 
     rows = tuple(batch.input_ids.shape)
 
-    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Callable[[Tensor], None]:
+    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Backward:
         return probes[name].see(x, output, layout, functools.partial(take, name))
 
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
@@ -515,22 +465,11 @@ def squared_slopes(
             upstream[torch.arange(len(each)), each] -= 1.0
             torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
             for name in probes:
-                found[name].append(slopes[name].double().square().sum(dim=0).cpu())
+                found[name].append(slopes[name].double().square().sum(dim=0).view(probes[name].shape).cpu())
     return {name: torch.stack(each) for name, each in found.items()}
 
 
 def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, tokens) int64, each from its token's softmax, by uniform numbers of a CPU generator."""
-    chance = torch.rand(len(logits), draws, dtype=torch.float64, generator=generator)
-    parts = []
-    for some, chances in zip(torch.split(logits, _CHUNK), torch.split(chance, _CHUNK), strict=True):
-        below = torch.softmax(some.double(), dim=-1).cumsum(dim=-1)
-        found = torch.searchsorted(below, chances.to(logits.device) * below[:, -1:], right=True)
-        parts.append(found.clamp_max(logits.shape[-1] - 1))
-    return torch.cat(parts).T
-
-
-def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(rows, positions, features) where the layout is certainly the micro-batch's, else (1, tokens, features)."""
-    known = tensor.shape[:-1] == rows and rows[0] != rows[1]
-    return tensor if known else tensor.reshape(1, -1, tensor.shape[-1])
+    """(draws, tokens) int64, each from its token's softmax, by a CPU generator."""
+    chances = torch.softmax(logits, dim=-1, dtype=torch.float64).cpu()
+    return torch.multinomial(chances, draws, replacement=True, generator=generator).T.to(logits.device)

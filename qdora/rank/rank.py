@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
-from qdora.adapter.layer import AdaptedLinear
 from qdora.data.batches import Batching, MicroBatch, StepLoader
 from qdora.data.sources import read_data, tokenized_mix
 from qdora.errors import UserError
@@ -30,7 +31,7 @@ from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 _THRESHOLD = 0.9
 """Share of the energy for the effective ranks that are shown."""
 Details = dict[str, dict[str, Any]]
-"""Layer -> JSON values about it; under "" those about all layers."""
+"""Layer -> JSON values about it."""
 
 
 def rank_run(
@@ -88,15 +89,15 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     most = asked.max_rank or 2 * max(ranks_now.values())
     limits = {name: min(most, most_rank(layer)) for name, layer in layers.items()}
     norm: Norm = asked.norm if recipe.adapter.kind == "dora" else "none"
+    details: Details = {name: {} for name in layers}
     if asked.method == "svd":
-        spectra, details = {name: update_spectrum(layer) for name, layer in layers.items()}, Details()
+        found = {name: update_spectrum(layer) for name, layer in layers.items()}
+        spectra = {name: replace(each, energies=each.energies[: limits[name]]) for name, each in found.items()}
+        about: dict[str, Any] = {}
     else:
         batches, about = training_batches(trained, asked.examples, asked.micro_batch_tokens)
-        spectra, details = _by_curvature(trained, layers, limits, batches, norm, asked=asked, progress=progress)
-        details[""] = about | {"norm": norm, "draws": asked.draws}
-    spectra = {
-        name: LayerSpectrum(each.energies[: limits[name]], each.total, each.cost) for name, each in spectra.items()
-    }
+        about |= {"norm": norm, "draws": asked.draws}
+        spectra = _by_curvature(trained.model, limits, batches, norm, asked, details, progress)
     threshold = asked.threshold or _THRESHOLD
     effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
     if asked.threshold is None:
@@ -107,7 +108,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         "run": str(trained.run.path),
         "state": trained.state,
         "method": asked.method,
-        **details.get("", {}),
+        **about,
         "budget": budget if asked.threshold is None else None,
         "threshold": threshold,
         "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
@@ -120,7 +121,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
                 "parameters_per_rank": spectrum.cost,
                 "total_energy": spectrum.total,
                 "energies": spectrum.energies.tolist(),
-                **details.get(name, {}),
+                **details[name],
             }
             for name, spectrum in spectra.items()
         },
@@ -129,16 +130,15 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
 
 
 def _by_curvature(
-    trained: TrainedRun,
-    layers: Mapping[str, AdaptedLinear],
+    model: PreTrainedModel,
     limits: Mapping[str, int],
     batches: list[MicroBatch],
     norm: Norm,
-    *,
     asked: RankSettings,
+    details: Details,
     progress: Console,
-) -> tuple[dict[str, LayerSpectrum], Details]:
-    model, draws = trained.model, asked.draws
+) -> dict[str, LayerSpectrum]:
+    draws = asked.draws
     with bar(progress, "directions of new components") as done:
         directions = layer_directions(model, limits, batches, norm=norm, progress=done)
     with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
@@ -146,17 +146,15 @@ def _by_curvature(
             components = drawn_curvatures(model, directions, batches, norm=norm, draws=draws, progress=done)
         else:
             components = exact_curvatures(model, directions, batches, norm=norm, progress=done)
-    details: Details = {name: {"components": each.to_dict()} for name, each in components.items()}
-    if asked.eigenvalues:
-        with bar(progress, f"eigenvalues of the {asked.curvature}") as done:
-            for number, name in enumerate(layers, start=1):
-                details[name]["spectrum"] = layer_spectrum(
-                    model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
-                )
-                done(number, len(layers))
-    return {
-        name: components[name].spectrum(limits[name], layer.parameters_per_rank) for name, layer in layers.items()
-    }, details
+    for name, each in components.items():
+        details[name]["components"] = each.to_dict()
+        if asked.eigenvalues:
+            progress.print(f"eigenvalues of the {asked.curvature}: {name}")
+            details[name]["spectrum"] = layer_spectrum(
+                model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
+            )
+    adapted = adapted_layers(model)
+    return {name: each.spectrum(limits[name], adapted[name].parameters_per_rank) for name, each in components.items()}
 
 
 def training_batches(

@@ -46,9 +46,18 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 # The model card
 
 
-def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> dict[str, str]:
-    """Name -> text of an export's card before its check, and of the licence files of its base."""
-    return {**_licence_files(_source(recipe)), "README.md": run_card(run, recipe, state, form=form)}
+def card_files(
+    run: RunDirectory,
+    recipe: Recipe,
+    state: str,
+    check: dict[str, Any] | None,
+    *,
+    form: Form,
+    facts: Mapping[str, str] | None,
+) -> dict[str, str]:
+    """Name -> text of an export's card, and of the licence files of its base."""
+    card = run_card(run, recipe, state, check, form=form, facts=facts)
+    return {**_licence_files(_source(recipe)), "README.md": card}
 
 
 def run_card(
