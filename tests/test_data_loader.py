@@ -433,10 +433,7 @@ def test_other_data_mix_or_step_size_is_refused():
         (loader(sets, batch=4, seed=1), "the mix ... differs"),
         (loader(sets, batch=4, strategy="equal"), "the mix ... differs"),
         (loader(sets, batch=4, max_epochs=[None, 1]), "the mix ... differs"),
-        (
-            loader(sets, batch=5),
-            "train.tokens_per_step or train.batch (4 examples, now 5 examples)",
-        ),
+        (loader(sets, batch=5), "train.tokens_per_step or train.batch (4 examples, now 5 examples)"),
         (loader(sets, tokens=4), "train.tokens_per_step or train.batch ... now 4 tokens"),
     ):
         assert says(fault_of(changed.load_state_dict, state), f"--resume: {words}")

@@ -241,11 +241,7 @@ def faulty_lines(numbers: Any, num_rows: int = 60) -> str:
     [
         (faulty_lines([3], 4), {}, "s: 1 rows are faulty, data.max_bad_rows allows 0. ... byte 117: not JSON"),
         (faulty_lines([], 1) + '{"prompt": "x"}\n', {}, "byte 39: columns prompt; format completion needs prompt, c"),
-        (
-            faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n',
-            {},
-            "byte 39: completion: must be text",
-        ),
+        (faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n', {}, "byte 39: completion: must be text"),
         ('{"a": 1}\n', {}, "columns a fit no format"),
         ("\n\n", {}, "gives no example"),
         (faulty_lines([], 3), {"max_length": 2, "too_long": "drop"}, "(3 examples are longer than data.max_length, 2)"),

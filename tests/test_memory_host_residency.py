@@ -83,10 +83,7 @@ class Slots:
         self.reading = None
 
 
-@given(
-    num_blocks=st.integers(1, 9),
-    uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40),
-)
+@given(num_blocks=st.integers(1, 9), uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40))
 def test_the_block_in_use_is_in_its_slot_whatever_the_order(num_blocks: int, uses: list[tuple[int, bool]]) -> None:
     engine = Slots()
     ring = Ring(num_blocks, engine)

@@ -322,10 +322,7 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
     loader.next_step = lambda: SimpleNamespace(micro_batches=steps[loader.position])
     found, most = largest_shapes(loader, range(3))
     assert most == 3
-    assert found == [
-        MicroBatchShape(4, 9, 32, masked=False),
-        MicroBatchShape(3, 9, 24, masked=False, accumulated=True),
-    ]
+    assert found == [MicroBatchShape(4, 9, 32, masked=False), MicroBatchShape(3, 9, 24, masked=False, accumulated=True)]
 
 
 def test_the_longest_example_of_a_long_run_is_planned(tmp_path):
