@@ -36,6 +36,7 @@ from qdora.rank.components import (
     squared_slopes,
 )
 from tests import reference, support
+from tests.adapter_numbers import expected_weight
 from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 
 
@@ -433,7 +434,7 @@ def test_changes_of_rows_against_loops_and_magnitudes_set_back(kind):
     assert set(before) == set(layers)
     directions, magnitudes, lengths = [], [], []
     base = layers[name].base.dequantized(torch.float64).tolist()
-    for w, v in zip(base, support.expected_weight(layers[name]).tolist(), strict=True):
+    for w, v in zip(base, expected_weight(layers[name]).tolist(), strict=True):
         norms = [math.sqrt(sum(value**2 for value in row)) for row in (w, v)]
         directions.append(1 - sum(a * b for a, b in zip(w, v, strict=True)) / norms[0] / norms[1])
         magnitudes.append(abs(norms[1] / norms[0] - 1))

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from rich.table import Table
 from typer.testing import CliRunner, Result
 
 import qdora
@@ -27,12 +26,11 @@ from qdora.cli.app import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import machine as this_machine
 from qdora.files.atomic import json_text
-from qdora.files.console import bar, consoles, show_only
+from qdora.files.console import show_only
 from qdora.files.machine import (
     VARIABLES,
     available_memory_bytes,
     check_gpu,
-    device_attribute,
     driver_version,
     machine_memory_bytes,
     unused_gpu,
@@ -378,14 +376,6 @@ def test_a_used_gpu_and_a_machine_without_one_are_fine(machine, monkeypatch):
     assert driver_version() is None
 
 
-def test_the_driver_says_what_a_gpu_can(monkeypatch):
-    fakes.install_driver(monkeypatch, [{89: 0}, {89: 1}])
-    assert [device_attribute(*each) for each in ((89, 0), (89, 1), (89, 2), (102, 0))] == [0, 1, None, None]
-    for devices in ([], None):
-        fakes.install_driver(monkeypatch, devices)
-        assert device_attribute(89) is None
-
-
 @pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
 def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatch):
     arguments = arguments_of(verb, root, tmp_path)
@@ -443,20 +433,3 @@ def test_doctor_checks_the_results(monkeypatch):
     monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
     assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"
-
-
-# --- consoles
-
-
-def test_brackets_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
-    name = "qa[hard] :smile: runs/[/b]"
-    for console in consoles():
-        table = Table(name)
-        table.add_row(name)
-        console.print(table)
-        console.print(f"run: {name}", soft_wrap=True)
-        with bar(console, name):
-            pass
-    shown = capsys.readouterr()
-    assert shown.out.count(name) == shown.err.count(name) == 4

@@ -16,13 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
-from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import verify as checks
 from qdora.export.checkpoints import export_merged, no_original
 from qdora.export.verify import (
     ComparisonText,
-    comparison_text,
     float32_arithmetic,
     logit_differences,
     summary,
@@ -35,6 +33,7 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from tests import reference, support
+from tests.adapter_numbers import expected_weight
 from tests.support import CHECKPOINT_SIZES, checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -90,7 +89,7 @@ def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, architect
     assert len(layers) == result["num_merged_layers"] == 14
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     for path, layer in layers.items():
-        expected = support.expected_weight(layer)
+        expected = expected_weight(layer)
         found = tensors[f"{path}.weight"].double().numpy()
         # half a step of the dtype, and what the float32 merge may be off by before the cast
         allowed = ROUNDING[dtype] * np.abs(expected) + 1e-6 * np.abs(expected).max() + 2.0**-25
@@ -441,17 +440,6 @@ def test_only_what_the_running_model_itself_gets_wrong_is_explained(error, noise
     assert (found["passed"], found["ill_conditioned"]) == (not refused, num_explained), found["faults"]
     assert any("by up to" in fault and fault.endswith("most at position 4") for fault in found["faults"]) == refused
     assert math.isnan(error) or error == 0.003 or found["tolerance"]["max_logit_difference"] < 2.9
-
-
-def test_lengths_are_bounded(monkeypatch):
-    monkeypatch.setattr(checks, "_MAX_LENGTH", 8)
-    monkeypatch.setattr(checks, "_MAX_TOKENS", 12)
-    tokenizer = support.tokenizer()
-    long = "the brown cow " * 10
-    found = comparison_text(tokenizer, {"task": [Example("task", "0", "", long)] * 3})
-    ids = tokenizer(long)["input_ids"]
-    assert len(ids) > 8
-    assert found.sequences == [ids[:8], ids[:4]]
 
 
 # --- float32 arithmetic of the running model

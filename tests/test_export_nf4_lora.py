@@ -21,6 +21,7 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_target
 from tests import reference_quant, support
+from tests.adapter_numbers import expected_weight
 
 # Rows of whole blocks of 64.
 SIZES = support.LM_SIZES | {"hidden_size": 64, "intermediate_size": 128}
@@ -102,7 +103,7 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
         values = np.array(reference_quant.VALUES[quant], dtype=np.float64)[nibbles]
         weight = (values * base[f"{path}.weight.absmax"].double().numpy()[:, None]).reshape(packed.shape)
         a, b = (adapter[f"base_model.model.{path}.lora_{name}.weight"].double().numpy() for name in "AB")
-        expected = support.expected_weight(layer)
+        expected = expected_weight(layer)
         assert np.abs(weight + 2.0 * b @ a - expected).max() < 1e-6 * np.abs(expected).max()
     assert "model.embed_tokens.weight" in base
 

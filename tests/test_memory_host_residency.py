@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import mmap
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,6 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.export import export_run
 from qdora.memory import stream
-from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.memory.stream import NUM_SLOTS, ActivationOffload, CudaCopies, HostResidency, Piece, Ring, interleaved
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
@@ -442,14 +439,3 @@ def test_a_pass_that_was_broken_off_gives_its_pages_back(pinned: list[int], cuda
         del away
         assert ("main", "waits for") in [entry[:2] for entry in cuda.read()]  # for the one that was coming back
     assert sum(pinned) == 8 << 10
-
-
-def test_freed_memory_is_kept_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In malloc.h M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1."""
-    calls: list[tuple[int, ...]] = []
-    options = {name: lambda *given: calls.append(given) or 1 for name in ("mallopt", "malloc_trim")}
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(**options))
-    keep_freed_memory()
-    return_freed_memory()
-    assert calls == [(-3, 1 << 30), (-1, 1 << 30), (0,)]

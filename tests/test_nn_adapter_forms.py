@@ -197,8 +197,7 @@ def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
 
 @pytest.mark.parametrize(("bias", "gain"), [(10.0, 0), (300.0, 0), (0, 1e-3), (0, 0.02), (0, 0.1), (0, 3.0)])
 def test_no_digits_drown_in_a_large_bias_or_in_small_and_large_gains(bias: float, gain: float) -> None:
-    layer = support.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
-    support.move_all_parameters_(layer, scale=0.05)
+    layer = make(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4", alpha=4.0)
     if layer.base.bias is not None:
         layer.base.bias *= bias / 0.1
     else:

@@ -265,15 +265,6 @@ def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_ch
     assert not settle_norms(layers[:1], [0.0])
 
 
-def test_lora_and_masked_layers_have_no_norms_to_prepare():
-    for options in ({"kind": "lora"}, {"masked": True}):
-        layer = layer_of(**options)
-        layer(X)
-        in_place(layer)
-        assert refresh([layer]) == 0
-        assert_fresh(layer)
-
-
 def test_layers_alike_are_computed_together(monkeypatch):
     def sizes() -> list[int]:
         groups = norms._alike([(layer, torch.bfloat16) for layer in layers_of()])
