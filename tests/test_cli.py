@@ -176,14 +176,6 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
         assert all(words in logged for words in ("Traceback", type(error).__name__, "in fail", "Z FAILURE eval: "))
 
 
-def test_an_interrupted_study_says_how_to_continue(monkeypatch):
-    stopped = Interrupted(3, Path("cells/a/checkpoints/step-3"))
-    monkeypatch.setattr("qdora.study.run.study_run", partial(fail, stopped))
-    found = invoke("study", "my grid.yaml", "--dir", "d")
-    assert found.exit_code == 130
-    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

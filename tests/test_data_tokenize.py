@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +199,6 @@ def test_every_token_of_split_text_is_taught_once(tokenizer: Any, text: str, max
     assert all(len(part) == max_length for part in found[:-1])
 
 
-@given(text=st.text("ab \n\u2003", max_size=300), size=st.integers(2, 50))
-def test_parts_of_a_text_are_the_text(text: str, size: int) -> None:
-    parts = tokenize.text_parts(text, size)
-    assert "".join(parts) == text
-    assert all(0 < len(part) <= size for part in parts[:-1])
-    for left, right in itertools.pairwise(parts):  # cut before white space where there is some
-        assert right[0].isspace() or not any(map(str.isspace, left[size - size // 2 + 1 :]))
-
-
 def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [example("", WORDS * 300, "a"), example("", "yes no", "b"), example("Answer:", " yes", "c")]
     expected = facts(tokenised(examples, max_length=40, too_long="split"))
@@ -217,10 +207,6 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(tokenize, name, limit)
             assert facts(tokenised(examples, max_length=40, too_long="split")) == expected
-    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 10)
-    thought = example(messages=(Turn("user", "Hi"), Turn("assistant", "yes", reasoning="hm hm")))
-    batches = tokenize.text_batches([*[example("abc", "de")] * 4, thought, example("abc", "de")])
-    assert [len(batch) for batch in batches] == [2, 2, 1, 1]
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")

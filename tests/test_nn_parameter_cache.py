@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import norms
@@ -166,17 +166,6 @@ def test_dropout_changes_the_factor_of_training_alone():
         torch.testing.assert_close(operands.scaled_b.double(), wanted, rtol=1e-6, atol=0.0)
 
 
-def test_fake_tensors_leave_nothing_behind():
-    layer = layer_of()
-    with FakeTensorMode() as mode:
-        factors = tuple(mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B"))
-        norm = mode.from_tensor(torch.ones(24))
-        kept = layer.kept_norm.get(factors, (torch.float32, 1.0), lambda: norm)
-        assert isinstance(kept, FakeTensor)
-    assert layer.kept_norm.value is None
-    assert_fresh(layer)
-
-
 # ------------------------------------------------------------------------------------------------ many layers at once
 
 # Of three forms; the last one alone keeps float32 adapters.
@@ -263,16 +252,6 @@ def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_ch
     with norms_checked_later(True):
         refresh(layers)
     assert not settle_norms(layers[:1], [0.0])
-
-
-def test_layers_alike_are_computed_together(monkeypatch):
-    def sizes() -> list[int]:
-        groups = norms._alike([(layer, torch.bfloat16) for layer in layers_of()])
-        return sorted(len(some) for some, _ in groups)
-
-    assert sizes() == [1, 2, 3]
-    monkeypatch.setattr(norms, "entries_at_a_time", lambda _: 2 * 64 * 3)
-    assert sizes() == [1, 1, 1, 1, 2]  # 3 as 2 and 1, the larger ones one by one
 
 
 def test_what_is_made_takes_the_place_of_what_it_follows():
