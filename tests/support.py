@@ -209,6 +209,19 @@ def logits_of(model: Any, ids: torch.Tensor = LM_IDS) -> torch.Tensor:
     return result
 
 
+def in_float32(model: Any) -> Any:
+    """What transformers loaded in 4 bits computes in float32. It leaves the rest in the dtype of the file, and the CPU
+    kernel of bitsandbytes for AVX512-BF16 is wrong."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+    return model
+
+
 CHECKPOINT_SIZES: dict[str, Any] = _BLOCKS | {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
 CHECKPOINT_SIZES |= {"head_dim": 16, "pad_token_id": 0}
 CHECKPOINT_CONFIGS = {

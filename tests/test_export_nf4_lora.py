@@ -38,17 +38,8 @@ def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_peft(directory: Path) -> Any:
     """As the README tells a stranger to load it, in float32."""
     base = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, attn_implementation="eager")
-    found = 0
-    for parameter in base.parameters():  # transformers leaves what is beside quantised weights in the file's dtype
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            found += 1
-            module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-    assert found == 14
-    return peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
+    assert sum(type(module).__name__ == "Linear4bit" for module in base.modules()) == 14
+    return peft.PeftModel.from_pretrained(support.in_float32(base), str(directory / "adapter")).eval()
 
 
 def adapted_head(architecture: str, **options: Any) -> Any:

@@ -28,7 +28,6 @@ from qdora.files.run_directory import open_run
 from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
-from qdora.recipe.settings import Recipe
 from qdora.run import report as model_card
 from qdora.run.report import _licence, _licence_files, page_of_run, run_card, run_facts, write_page
 from qdora.run.run import train_run
@@ -313,15 +312,11 @@ def test_a_tracker_that_fails_is_told_no_more(root, tmp_path, monkeypatch, caplo
     assert made["one"].finish.call_count == 1
 
 
-def train_of_rank(rank: int, recipe: Recipe, run: Path) -> None:
-    train_run(recipe, run)
-
-
 def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, recipe = tmp_path / "run", support.tiny_recipe(root, train__steps=2, eval__every=1)
     recipe = recipe.model_copy(update={"trackers": ("tensorboard",)})
-    assert support.run_processes(2, train_of_rank, recipe, run) == ["", ""]
+    assert support.run_processes(2, lambda _rank: train_run(recipe, run)) == ["", ""]
     (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
     board = accumulator.EventAccumulator(str(events))
     board.Reload()
