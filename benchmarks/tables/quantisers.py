@@ -47,10 +47,8 @@ def quantisers_answer(result: Any) -> str:
         return f"{math.exp(min(scores)[0]):.1f} ({min(scores)[1]})" if scores else "–"
 
     for model in dict.fromkeys(each["model"] for each in cases):
-        dense, nf4, swept = (
-            least(model, ("none",), "round"),
-            *(least(model, ("nf4",), each) for each in list(METHODS)[:2]),
-        )
+        dense = least(model, ("none",), "round")
+        nf4, swept = (least(model, ("nf4",), each) for each in list(METHODS)[:2])
         parts = [f"{dense.partition(' ')[0]} in 16 bits, {nf4} rounded, {swept} by GPTQ"]
         for bits in (3, 2):
             ways = (f"{title} {least(model, (f'nf{bits}', f'int{bits}'), each)}" for each, title in METHODS.items())
