@@ -119,8 +119,6 @@ def test_held_components_are_the_singular_directions_of_the_update():
     assert len(held_components(layer)[0][1]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ by the definition
-
 KINDS = [("lora", "none"), ("dora", "attached"), ("dora", "held")]
 # (kind, norm, masked, moved, whether it is a stack of experts)
 LAYER_CASES = [(*kind, masked, True, False) for kind in KINDS for masked in (False, True)]
@@ -287,9 +285,6 @@ def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, 
         np.testing.assert_allclose(mean, exact[name].curvatures, rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------------------------------------ draws
-
-
 def test_of_a_layer_without_rows_the_mean_is_right():
     """As many rows as positions, so that its input looks as if it had rows."""
     model = a_model("dora", "sequence first")
@@ -330,9 +325,6 @@ def test_labels_are_drawn_by_their_chances():
     assert bool((labels[:, 1::2] == 0).all())
     pairs = (labels[:, 0] == 2) & (labels[:, 2] == 2)  # independent from token to token
     assert float(pairs.double().mean()) == pytest.approx(float(shares[2]) ** 2, abs=0.03)
-
-
-# ------------------------------------------------------------------------------------------------ ranks
 
 
 def spectrum(energies, cost=1, total=None):
@@ -405,9 +397,6 @@ def test_effective_rank(energies, total, threshold, rank):
 def test_a_budget_that_is_too_small_is_refused():
     with pytest.raises(UserError, match=r"12 parameters .* got 10\."):
         allocate({"a": spectrum([1.0], 5), "b": spectrum([1.0], 7)}, 10)
-
-
-# ------------------------------------------------------------------------------------------------ weights
 
 
 @pytest.mark.parametrize("rows, columns, rank", [(13, 7, 3), (5, 11, 1), (4, 4, 9)])

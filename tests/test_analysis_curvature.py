@@ -115,9 +115,6 @@ def test_the_plain_model_is_the_model(kind, quant):
     assert torch.equal(targets, support.labelled_tokens(batch))
 
 
-# ------------------------------------------------------------------------------------------------ known matrices
-
-
 @pytest.mark.parametrize("multiplicity", [1, 4, 32])
 @pytest.mark.parametrize("tolerance", [1e-3, 0.0])
 def test_copies_of_an_eigenvalue_are_all_found(multiplicity, tolerance):

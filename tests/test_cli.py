@@ -268,8 +268,6 @@ def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(argum
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
 
 
-# --- the memory of the machine
-
 GIB = 2**30
 V2 = "/sys/fs/cgroup"
 NO_LIMIT = {"memory.max": "max\n", "memory.current": f"{9 * GIB}\n"}
@@ -308,9 +306,6 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
     assert set(found["variables"]) <= set(VARIABLES)
     assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert not [text for text in (TOKEN, "host-of-mine", str(Path.home()) + "/") if text in json_text(found)]
-
-
-# --- NVIDIA's driver
 
 
 @pytest.fixture
@@ -384,9 +379,6 @@ def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")  # of all processes of a machine one says it; a dry run needs no GPU
     found = invoke(*arguments)
     assert found.exit_code == 0 if verb == "study" else (found.exit_code, found.stderr) == (2, "")
-
-
-# --- doctor
 
 
 def test_doctor_reports_and_advises(machine):

@@ -294,9 +294,6 @@ def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: s
     assert learnt(kept(BEGUN), part) == "the cat<|im_end|>\n"
 
 
-# Settings, and what is refused
-
-
 def use(template: str | None, **options: Any) -> Any:
     """A tokenizer with this template and these settings of `data`."""
     tokenizer = support.tokenizer(chat_template=template)

@@ -188,9 +188,6 @@ def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", 
     return made
 
 
-# The mix
-
-
 def pairs(order, start, stop):
     sources, indices = order.draws(start, stop)
     return list(zip(sources.tolist(), indices.tolist(), strict=True))
@@ -301,8 +298,6 @@ def test_shares_caps_and_far_positions_by_hand():
     assert [most_draws(*case) for case in cases] == [None, 29, 10, 1]
     assert most_draws(3, 1e308) > 10**18
 
-
-# Steps
 
 SIZE = st.one_of(st.tuples(st.integers(1, 150), st.none()), st.tuples(st.none(), st.integers(1, 20)))
 

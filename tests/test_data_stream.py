@@ -70,9 +70,6 @@ def numbers_of(one: ExampleStream, count: int) -> list[int]:
     return [int(TOKENIZER.decode(one.next().input_ids).partition(":")[0]) for _ in range(count)]
 
 
-# The order
-
-
 SHAPE = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(["jsonl", "parquet"]),
@@ -133,9 +130,6 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path: Path) -> None:
     assert all(one != other for one, other in itertools.combinations([*orders, list(range(60))], 2))
     # shards come in another order, not only the rows inside a window
     assert max(abs(place - number) for place, number in enumerate(first[:60])) > 20
-
-
-# In a mix
 
 
 def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, **options: Any) -> Any:
@@ -225,9 +219,6 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path: Path) -> None:
     assert stream(first).change_since(marks[0]) is None
     assert all(stream(first).change_since(mark) for mark in [*marks[1:], None])
     assert stream(second).change_since(marks[0]) == "its first rows"
-
-
-# Faulty rows
 
 
 def faulty_lines(numbers: Any, num_rows: int = 60) -> str:
@@ -326,9 +317,6 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     numbers_of(one, 6)
     assert says(one.position.bad_rows[0], "too long, and data.too_long: split is for plain text")
     assert one.position.num_dropped == 0
-
-
-# The Hub
 
 
 def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

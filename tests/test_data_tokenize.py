@@ -135,9 +135,6 @@ def test_what_cannot_be_learnt_is_refused() -> None:
         assert says(fault_of(tokenised, examples, tokenizer), words)
 
 
-# Long examples
-
-
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
 def test_too_long_examples_are_refused(max_length: int) -> None:
     examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
@@ -172,9 +169,6 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
         return
     # cut before the assistant says anything: dropped
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
-
-
-# Split text
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS])
@@ -215,9 +209,6 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
     assert says(fault, "data.too_long: split needs data.max_length 3.")
 
 
-# Tokens as text
-
-
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @tried(text="héllo wörld 👍🏽 한국")
 @tried(text="�� a")
@@ -239,9 +230,6 @@ def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None
         assert (len(found["pieces"]), found["left_out"]) == (400, left_out)
         assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
         assert [each["in_loss"] for each in found["pieces"]] == [False] * 200 + [True] * 200
-
-
-# Kept tokens
 
 
 def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> TokenizedSet:

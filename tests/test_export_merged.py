@@ -67,9 +67,6 @@ def assert_reloads(directory: Path, model: Any) -> None:
     torch.testing.assert_close(support.logits_of(reload(directory)), expected, rtol=1e-5, atol=2e-5)
 
 
-# --- values
-
-
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
     ("architecture", "quant", "kind", "compute"),
@@ -122,9 +119,6 @@ def test_what_training_keeps_in_float32_stays_so(tmp_path):
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
-# --- files
-
-
 def test_shards_index_config_and_tokenizer(tmp_path):
     model = support.adapted_model("llama", quant="nf4")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -173,9 +167,6 @@ def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     assert model.generation_config.eos_token_id == named
 
 
-# --- refusals
-
-
 def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
     model, other = support.adapted_model(quant="nf4"), support.adapted_model(quant="nf4")
     model.model.norm.weight.data[:2] = torch.tensor([-65504.0, 1e-9])
@@ -211,8 +202,6 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
         export_aside(support.adapted_model(), tmp_path / "out", max_shard_bytes=20_000, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
-
-# --- on other bases
 
 CONFIGS = {
     "llama": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=True),
@@ -300,9 +289,6 @@ def test_bases_without_16_bit_weights(tmp_path):
     assert no_original(unquantised, dense) == "the base was not quantised in training"
     assert "stored in nf4 and has no 16-bit weights" in no_original(recipe, packed)
     assert "is a GGUF file, not the 16-bit model" in no_original(recipe, replace(dense, kind="gguf"))
-
-
-# --- verification
 
 
 @pytest.fixture
@@ -440,9 +426,6 @@ def test_only_what_the_running_model_itself_gets_wrong_is_explained(error, noise
     assert (found["passed"], found["ill_conditioned"]) == (not refused, num_explained), found["faults"]
     assert any("by up to" in fault and fault.endswith("most at position 4") for fault in found["faults"]) == refused
     assert math.isnan(error) or error == 0.003 or found["tolerance"]["max_logit_difference"] < 2.9
-
-
-# --- float32 arithmetic of the running model
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])

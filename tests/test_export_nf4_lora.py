@@ -150,8 +150,6 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-# --- verification, and the way back
-
 PLACE = "model.layers.1.self_attn.v_proj"
 
 

@@ -132,8 +132,6 @@ def test_what_needs_no_wait(gpu):
         x + X
 
 
-# ------------------------------------------------------------------------------------------------ torch's answers
-
 CUDA = torch.device("cuda")
 CARD = SimpleNamespace(name="A100", major=8, minor=0, total_memory=40 << 30, uuid="GPU-1")
 

@@ -131,8 +131,6 @@ def test_after_a_step_the_norm_is_the_new_one(name):
     torch.testing.assert_close(gain, layer.magnitude.detach().double() / norm, rtol=1e-2, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ in host memory
-
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_hidden_layers": 9}
 LOADED: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "device": DEVICE}
 

@@ -111,9 +111,6 @@ def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_pat
     assert torch.equal(checkpoint_logits(model), before)
 
 
-# --- which layers are quantised
-
-
 def test_skip_takes_last_parts_and_patterns(tmp_path):
     directory = checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     model = load_checkpoint(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
@@ -157,8 +154,6 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
         check_foldable(model, torch.float32)
 
-
-# --- what is refused
 
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 NF4 = {"quant": "nf4"}
@@ -253,9 +248,6 @@ def test_other_forms_of_a_tied_model(tmp_path, form):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings == is_tied
     wanted = checkpoint_logits(reference)
     assert torch.equal(checkpoint_logits(model), wanted if is_tied else 2 * wanted)
-
-
-# --- checkpoints that bitsandbytes quantised
 
 
 def dequantised_by_hand(packed, parts, block_size, offset):

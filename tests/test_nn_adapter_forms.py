@@ -281,9 +281,6 @@ def test_without_its_dead_components_a_layer_is_the_same(kind: str, stacked: boo
     torch.testing.assert_close(layer.merged_weight(torch.float64), merged, rtol=1e-12, atol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------ files and whole runs
-
-
 def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
     """An adapter that is written with gates is read without them, and computes the same."""
     model = support.adapted_model("llama", quant="nf4")

@@ -183,9 +183,6 @@ def test_a_model_that_writes_into_the_output_of_a_stack_is_refused():
         layer_of(bias=False)(inputs()[0], ExpertTokens((2, 0, 5, 1, 6))).mul_(3.0).square().sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------ the grouped kernel
-
-
 def fits_kernel(tensor: torch.Tensor) -> bool:
     """What the GPU's kernel asks of each operand: 16 bytes between rows or columns, and single numbers within."""
     inner, outer = sorted(tensor.stride()[-2:])

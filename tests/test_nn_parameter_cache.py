@@ -123,9 +123,6 @@ def test_a_copy_a_pickle_and_a_cast_start_without_the_norm_of_the_original():
     assert_fresh(layer)
 
 
-# ------------------------------------------------------------------------------------------------ how often
-
-
 def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations():
     layer = layer_of().eval()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
@@ -165,8 +162,6 @@ def test_dropout_changes_the_factor_of_training_alone():
         wanted = layer.lora_B.detach().double() * layer.alpha / layer.rank * (2.0 if training else 1.0)
         torch.testing.assert_close(operands.scaled_b.double(), wanted, rtol=1e-6, atol=0.0)
 
-
-# ------------------------------------------------------------------------------------------------ many layers at once
 
 # Of three forms; the last one alone keeps float32 adapters.
 LAYERS: list[dict[str, Any]] = [*({"in_": 64, "seed": seed} for seed in (1, 2, 3)), {"in_": 128, "seed": 4}]

@@ -28,8 +28,6 @@ from tests import reference
 from tests.adapter_numbers import cut_tiles, make, to_numpy
 from tests.test_ops_quantize import by_backends
 
-# ------------------------------------------------------------------------------------------------ row norms and merge
-
 
 def norm_of(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
     """The row norm with products in the weight's own dtype."""
@@ -78,9 +76,6 @@ def test_what_is_refused():
     (gradient,) = torch.autograd.grad(y, [layer.lora_A], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # a second derivative, which would be wrong
         gradient.square().sum().backward()
-
-
-# ------------------------------------------------------------------------------------------------ full precision
 
 
 def precisions() -> tuple[str, ...]:
@@ -135,9 +130,6 @@ def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(
             backend.fp32_precision = precision
 
 
-# ------------------------------------------------------------------------------------------------ sums over tokens
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 70),
@@ -162,9 +154,6 @@ def test_column_dots_of_any_shape_against_float64(tokens, out, dtype, strided, s
     off = np.abs(to_numpy(found) - to_numpy(factor) * products.sum(axis=0))
     assert found.dtype == wide
     assert np.all(off <= (1e-14 if wide == torch.float64 else 2e-6) * scale)
-
-
-# ------------------------------------------------------------------------------------------------ dropout
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -201,9 +190,6 @@ def test_share_rows_columns_and_pairs_are_those_of_independent_zeros(probability
     again, other = kept(shape, probability, 7), kept(shape, probability, 8)
     assert torch.equal(1 - again, zeros)
     assert float((other != again).float().mean()) == pytest.approx(2 * std**2, rel=0.05)
-
-
-# ------------------------------------------------------------------------------------------------ tiles
 
 
 def stored(kind: str, shape: tuple[int, int], *, double_quant: bool = True) -> tiles.Weight:
@@ -299,8 +285,6 @@ def test_the_frozen_product_is_differentiable_twice(quant):
     assert torch.autograd.gradcheck(lambda each: frozen_linear(each, weight), (short,))
     assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, weight).tanh(), (short,))
 
-
-# ------------------------------------------------------------------------------------------------ loss
 
 FORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.5, "softcap": 0.7}]
 

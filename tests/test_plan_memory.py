@@ -339,9 +339,6 @@ def test_the_longest_example_of_a_long_run_is_planned(tmp_path):
     assert max(shape.length for shape in shapes) == max(lengths) > max(lengths[:200])
 
 
-# --- mixtures of experts
-
-
 def mixture_recipe(source: str = "org/model", **changes: Any) -> Recipe:
     own: dict[str, Any] = {"model__source": source, "adapter__rank": 8, "memory__loss_chunk": 64}
     own |= {"train": {"steps": 2, "batch": 2, "micro_batch_tokens": 64, "optimizer": "adamw"}}

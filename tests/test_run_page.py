@@ -77,9 +77,6 @@ def facts(run: Path) -> dict[str, Any]:
     return page_of_run(run, console=QUIET)
 
 
-# --- the page
-
-
 def test_training_leaves_a_page_that_needs_nothing_else(whole):
     found, steps = page(whole), [line for line in lines(whole) if "loss" in line]
     assert not found.loads()
@@ -200,9 +197,6 @@ def test_other_evaluations_have_rows_of_their_own(whole, tmp_path):
     assert row[1:] == ["letters", "accuracy, %", "12", "0.0", "75.0", "+75.0", ends]
 
 
-# --- trained.json
-
-
 @pytest.mark.parametrize("gated", [False, True])
 def test_moved_magnitudes_and_the_size_of_the_update(gated):
     lora = layer_facts(make(kind="lora", dtype=torch.float32))
@@ -222,8 +216,6 @@ def test_moved_magnitudes_and_the_size_of_the_update(gated):
     expected |= {"rank": 3, "update": (update.norm() / weight.norm()).item()}
     assert layer_facts(layer) == pytest.approx(expected, rel=1e-4)
 
-
-# --- the model card
 
 LLAMA = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
 LICENCE = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
@@ -272,9 +264,6 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
         assert words in text
     headings = [text.index(f"\n\n## {each}\n\n") for each in ("Training", "Data", "Results", "Verification", "Licence")]
     assert headings[2] < text.index("| data | task | metric |") < headings[3]
-
-
-# --- experiment trackers
 
 
 def tracker(fail: str = "") -> Mock:
