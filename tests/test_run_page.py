@@ -258,12 +258,8 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
         "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/sums"], "tags": ["qdora"],
         "library_name": "transformers", "pipeline_tag": "text-generation", "license_link": link,
     }  # fmt: skip
-    for words in ("Fine-tuned from `org/base` at revision `abc` with qdora ", "largest logit difference 0.0362",
-                  "- sums: [org/sums](https://huggingface.co/datasets/org/sums)", "passed on 85 tokens.",
-                  "mean KL 1.6e-06", f"[`llama3`]({link})", "beside this card: `LICENSE`."):  # fmt: skip
-        assert words in text
-    headings = [text.index(f"\n\n## {each}\n\n") for each in ("Training", "Data", "Results", "Verification", "Licence")]
-    assert headings[2] < text.index("| data | task | metric |") < headings[3]
+    facts = ("`org/base` at revision `abc`", "0.0362", "(https://huggingface.co/datasets/org/sums)", f"]({link})")
+    assert [fact for fact in facts if fact not in text] == []
 
 
 def tracker(fail: str = "") -> Mock:
