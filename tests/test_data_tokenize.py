@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ def test_what_cannot_be_learnt_is_refused() -> None:
         assert says(fault_of(tokenised, examples, tokenizer), words)
 
 
+# Long examples
+
+
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
 def test_too_long_examples_are_refused(max_length: int) -> None:
     examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
@@ -171,6 +175,9 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
 
 
+# Split text
+
+
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS])
 @given(text=st.text(min_size=1, max_size=200).filter(str.strip), max_length=st.integers(3, 30))
 @settings(max_examples=60, deadline=None)
@@ -193,6 +200,15 @@ def test_every_token_of_split_text_is_taught_once(tokenizer: Any, text: str, max
     assert all(len(part) == max_length for part in found[:-1])
 
 
+@given(text=st.text("ab \n\u2003", max_size=300), size=st.integers(2, 50))
+def test_parts_of_a_text_are_the_text(text: str, size: int) -> None:
+    parts = tokenize.text_parts(text, size)
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= size for part in parts[:-1])
+    for left, right in itertools.pairwise(parts):  # cut before white space where there is some
+        assert right[0].isspace() or not any(map(str.isspace, left[size - size // 2 + 1 :]))
+
+
 def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [example("", WORDS * 300, "a"), example("", "yes no", "b"), example("Answer:", " yes", "c")]
     expected = facts(tokenised(examples, max_length=40, too_long="split"))
@@ -201,12 +217,19 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(tokenize, name, limit)
             assert facts(tokenised(examples, max_length=40, too_long="split")) == expected
+    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 10)
+    thought = example(messages=(Turn("user", "Hi"), Turn("assistant", "yes", reasoning="hm hm")))
+    batches = tokenize.text_batches([*[example("abc", "de")] * 4, thought, example("abc", "de")])
+    assert [len(batch) for batch in batches] == [2, 2, 1, 1]
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
     assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... (split is for")
     fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
     assert says(fault, "data.too_long: split needs data.max_length 3.")
+
+
+# Tokens as text
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -230,6 +253,9 @@ def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None
         assert (len(found["pieces"]), found["left_out"]) == (400, left_out)
         assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
         assert [each["in_loss"] for each in found["pieces"]] == [False] * 200 + [True] * 200
+
+
+# Kept tokens
 
 
 def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> TokenizedSet:

@@ -261,6 +261,8 @@ def test_modes_come_back_and_scoring_leaves_nothing_in_training() -> None:
     assert_close(found, naive_groups(model.eval(), groups))
 
 
+# Greedy decoding
+
 LENGTHS = [9, 1, 14, 3, 14, 6, 2, 11]
 PROMPTS = [np.random.default_rng([3, length]).integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
 
@@ -446,6 +448,9 @@ def test_examples_that_cannot_be_scored_are_refused() -> None:
     assert says(fault_of(score_examples, net, support.tokenizer(chat_template=None), [MOO]), "no chat template")
 
 
+# Perplexity
+
+
 @pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (7, 1), (128, 64)])
 def test_perplexity_equals_one_token_at_a_time(window: int, stride: int) -> None:
     net, texts = model(), ["Pack my box with five dozen liquor jugs now", "Ça va?", "x"]
@@ -488,6 +493,9 @@ def test_perplexity_by_hand_and_what_is_refused(tmp_path: Path) -> None:
         net.lm_head.weight.data *= factor
         with pytest.raises(Diverged, match="perplexity: it is not finite"):
             text_perplexity(net, PLAIN, ["Pack my box"])
+
+
+# Hidden states
 
 
 def captured(net: Any, ids: list[int]) -> list[Any]:

@@ -75,6 +75,9 @@ def model() -> Any:
 SETS = {"choices": questions("choices", 12), "free": texts("free", 7), "both": texts("both", 2) + questions("both", 3)}
 
 
+# Metrics
+
+
 def test_means_ratios_and_ties_by_hand() -> None:
     # squared deviations 4 + 1 + 0 + 1 + 4 = 10; s^2 = 10 / 4; se = sqrt(2.5 / 5)
     assert mean_stderr([1.0, 2.0, 3.0, 4.0, 5.0]) == Estimate(3.0, pytest.approx(math.sqrt(0.5), rel=1e-15))
@@ -132,6 +135,9 @@ def test_an_average_counts_each_task_once() -> None:
     for count, shown in ((9, "50.0"), (10, "50.0 ± 7.0")):  # two wrong answers do not make a standard error of 0
         few = result(0.5, 0.07, 1.0, count)
         assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == [shown] * 2
+
+
+# Evaluations
 
 
 def test_metrics_of_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +199,9 @@ def test_limits_and_blocks_and_what_is_refused() -> None:
     for some in (questions("t", 3), texts("t", 3)):
         with pytest.raises(RunFailure, match=r"task 't': .* not finite in 3 of 3 examples, first in example '0'"):
             evaluate(net, tokenizer, {"t": some})
+
+
+# Before and after
 
 
 def document(**tasks: tuple[Any, Any]) -> dict[str, Any]:
@@ -291,6 +300,9 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
         ({"one": (flat, flat), "b": (wide + 9, flat)}, {"one": (wide[:39], flat[:39]), "b": (wide[:39], flat[:39])}),
     ):
         assert worse_than_before(evaluated(**old), evaluated(**new)) == []
+
+
+# Several processes
 
 
 def without_times(result: Any) -> dict[str, Any]:
@@ -456,6 +468,8 @@ def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
     assert says(steps, "choices that differ in one word, unlike example ... of task next.")
     assert says(notes, "choices that differ in one word, unlike example 7 of task notes.")
 
+
+# lm-evaluation-harness
 
 RESULT = {
     "results": {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.checkpoints import export_nf4_lora
 from qdora.export.export import export_run
 from qdora.memory import stream
+from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.memory.stream import NUM_SLOTS, ActivationOffload, CudaCopies, HostResidency, Piece, Ring, interleaved
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
@@ -80,7 +83,10 @@ class Slots:
         self.reading = None
 
 
-@given(num_blocks=st.integers(1, 9), uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40))
+@given(
+    num_blocks=st.integers(1, 9),
+    uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40),
+)
 def test_the_block_in_use_is_in_its_slot_whatever_the_order(num_blocks: int, uses: list[tuple[int, bool]]) -> None:
     engine = Slots()
     ring = Ring(num_blocks, engine)
@@ -439,3 +445,14 @@ def test_a_pass_that_was_broken_off_gives_its_pages_back(pinned: list[int], cuda
         del away
         assert ("main", "waits for") in [entry[:2] for entry in cuda.read()]  # for the one that was coming back
     assert sum(pinned) == 8 << 10
+
+
+def test_freed_memory_is_kept_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In malloc.h M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1."""
+    calls: list[tuple[int, ...]] = []
+    options = {name: lambda *given: calls.append(given) or 1 for name in ("mallopt", "malloc_trim")}
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(**options))
+    keep_freed_memory()
+    return_freed_memory()
+    assert calls == [(-3, 1 << 30), (-1, 1 << 30), (0,)]

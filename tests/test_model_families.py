@@ -119,6 +119,9 @@ def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path,
     assert torch.autograd.gradgradcheck(lambda x: apply(apply(x, order, inverse, 2).tanh(), inverse, order, 1), (x,))
 
 
+# --- adapters
+
+
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_an_adapter_file_holds_the_layers(tmp_path, kind):
     support.write_mixture(tmp_path / "model", "mixtral")
@@ -211,6 +214,9 @@ def test_llama_4_computes_under_autocast(tmp_path, monkeypatch):
         found = logits(model)
     assert copied == [True] * 2
     assert float((found.float() - wanted).square().mean()) < 0.01 * float(wanted.var())
+
+
+# --- MXFP4, and checkpoints that do not fit
 
 
 def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path):

@@ -215,3 +215,21 @@ def test_shares_are_those_of_the_router(monkeypatch, padded):
     assert one["first"] == pytest.approx(counted[0] / counted[0].sum())
     assert two["last"] == pytest.approx(counted[3] / counted[3].sum())
     assert one["moved"] == pytest.approx(np.abs(counted[2] - counted[0]).sum() / 2 / counted[0].sum())
+
+
+def counted(*divisions: tuple[float, ...], steps: int = 10) -> dict[str, Any]:
+    """The record of `steps` steps with each division of the tokens."""
+    load, block = ExpertLoad(torch.nn.Module()), "mlp.experts"
+    load._now = {block: np.zeros(len(divisions[0]), np.int64)}
+    for division in (division for division in divisions for _ in range(steps)):
+        load._now[block][:] = division
+        load.step()
+    record = load.record()
+    return {"window": record["window"], **record["blocks"][block]}
+
+
+def test_moved_is_what_went_elsewhere():
+    found = counted((9, 1), (5, 5), steps=3)
+    assert found == {"window": 3, "first": [0.9, 0.1], "last": [0.5, 0.5], "moved": pytest.approx(0.4)}
+    found = counted((6, 4, 0), (5, 5, 0), (3, 4, 3))  # the first and the last ten of thirty
+    assert (found["window"], found["first"], found["last"]) == (10, [0.6, 0.4, 0.0], [0.3, 0.4, 0.3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from rich.console import Console
 
 from qdora.errors import RunFailure
@@ -167,18 +169,24 @@ def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pyt
     assert scale.value == 2.0**15
 
 
+GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]
+RATES = [1e-4, 3e-4, 2e-4, 0.0]
+SECONDS = [2.0, 0.5, 1.0, 4.0]
+GIBS = [1, 2, 5, 6]
+
+
 def lines() -> list[dict[str, Any]]:
     """Four steps of 100 tokens and an evaluation between them."""
     found: list[dict[str, Any]] = [
         {
             "step": index + 1,
-            "lr": (1e-4, 3e-4, 2e-4, 0.0)[index],
-            "gradient_norm": 0.5 + index,
+            "lr": RATES[index],
+            "gradient_norm": GRADIENT_NORMS[index],
             "loss": 2.0 - index / 4,
             "num_tokens": 100,
             "num_label_tokens": 10,
             "tasks": {"sums": {"nll_sum": 12.0 - index, "num_tokens": 10}},
-            "time": {"step_seconds": 2.0, "peak_memory_bytes": 2**30},
+            "time": {"step_seconds": SECONDS[index], "peak_memory_bytes": GIBS[index] * 2**30},
         }
         for index in range(4)
     ]
@@ -190,7 +198,7 @@ def lines() -> list[dict[str, Any]]:
 
 
 @pytest.mark.figures
-def test_figures_are_drawn_of_what_there_is_and_alike(tmp_path: Path) -> None:
+def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) -> None:
     files = draw_figures(lines(), tmp_path / "a")
     assert [file.stem for file in files] == ["loss_per_task", "steps", "validation_nll", "validation_accuracy"]
     again = draw_figures(lines(), tmp_path / "b")
@@ -199,6 +207,27 @@ def test_figures_are_drawn_of_what_there_is_and_alike(tmp_path: Path) -> None:
     strange = lines()
     del strange[1]["time"]  # what cannot be drawn is left out, and ends no run
     assert [path.stem for path in draw_figures(strange, tmp_path / "c")] == [files[n].stem for n in (0, 2, 3)]
+
+    def points(figure: str, name: str) -> NDArray[np.float64]:
+        """(points, 2) of a line in the coordinates of the picture, where y goes down."""
+        path = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', (tmp_path / f"a/{figure}.svg").read_text())
+        assert path is not None
+        return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), dtype=float)
+
+    for figure, name, steps, values in (
+        ("steps", "learning rate", [1, 2, 3, 4], RATES),
+        ("steps", "peak memory, GiB", [1, 2, 3, 4], GIBS),
+        ("steps", "tokens per second", [1, 2, 3, 4], [50.0, 200.0, 100.0, 25.0]),
+        ("steps", "gradient norm", [1, 2, 3, 4], list(np.log(GRADIENT_NORMS))),
+        ("validation_nll", "sums", [0, 2, 4], [4.0, 1.0, 2.0]),
+        ("validation_nll", "letters", [0, 2, 4], [8.0, 2.0, 4.0]),
+        ("validation_nll", "all", [0, 2, 4], [6.0, 1.5, 3.0]),
+        ("validation_accuracy", "letters", [0, 2, 4], [0.25, 0.75, 0.5]),
+    ):
+        line = points(figure, name)
+        assert len(line) == len(steps)
+        assert np.corrcoef(line[:, 0], steps)[0, 1] == pytest.approx(1.0, abs=1e-9), name
+        assert np.corrcoef(-line[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9), name
 
 
 def test_smoothing_is_a_mean_over_tokens() -> None:
