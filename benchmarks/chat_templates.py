@@ -42,10 +42,7 @@ _MARKS = re.compile(
 )
 """The spellings of special tokens."""
 PARAMETERS = {"type": "object", "properties": {"place": {"type": "string", "description": "toolplace"}}}
-TOOL = {
-    "type": "function",
-    "function": {"name": "tooltool", "description": "toolfacts", "parameters": PARAMETERS},
-}
+TOOL = {"type": "function", "function": {"name": "tooltool", "description": "toolfacts", "parameters": PARAMETERS}}
 FUNCTION = {"name": "tooltool", "arguments": {"place": "argword"}}
 Chat = list[dict[str, Any]]
 

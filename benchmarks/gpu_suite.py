@@ -50,8 +50,7 @@ class Section:
 
 FIRST = {
     "card": Section("programs:card", 30),
-    "tests": Section("programs:tests", 110),
-    "numerics": Section("numerics:run", 60),
+    "tests": Section("programs:tests", 170),
     "host_waits": Section("steps:waits", 40),
     "step_in_turns": Section("steps:in_turns", 120, {"index": 0}),
     "optimizer": Section("steps:optimizers", 40),

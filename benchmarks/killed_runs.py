@@ -56,7 +56,6 @@ WORDS = {
     "read_only": "the directory becomes read-only",
 }
 HEAVY = ("qdora.run.run", "qdora.export.export", "qdora.study.run", "qdora.study.report")
-HEAVY = ("qdora.run.run", "qdora.export.export", "qdora.study.run", "qdora.study.report")
 OPERATIONS, NUM_COMMANDS = range(2)  # what a life counts
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")
 _TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.rename")

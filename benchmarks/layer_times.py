@@ -27,13 +27,10 @@ FAST_RATIOS += ("own_dora_dropout / own_dora", "own_dora / frozen", "peft_dora_a
 SLOW_RATIOS = ("peft_dora / peft_lora", "peft_dora / own_dora", "peft_dora_defaults / peft_lora")
 # The more a call takes, the less its median wants.
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
+FIELDS = ("in_features", "out_features", "rank", "tokens", "allocator")
 
 
-@bench(
-    smoke={"shapes": ("64x96",), "tokens": (8,)},
-    by=("in_features", "out_features", "rank", "tokens", "allocator"),
-    keep=True,
-)
+@bench(smoke={"shapes": ("64x96",), "tokens": (8,)}, by=FIELDS, keep=True)
 def layer_time(
     shapes: tuple[str, ...] = ("2048x2048", "4096x4096", "4096x11008"),
     ranks: tuple[int, ...] = (16, 64),

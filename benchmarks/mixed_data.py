@@ -107,14 +107,7 @@ class FixedSteps:
         self.position = state["position"]
 
 
-def fitted(
-    model: Any,
-    optimizer: Any,
-    loader: Any,
-    train: TrainConfig,
-    *,
-    quiet: bool = False,
-) -> list[dict[str, Any]]:
+def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
     assert train.steps is not None
     lines: list[dict[str, Any]] = []

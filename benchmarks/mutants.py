@@ -203,12 +203,8 @@ def run(chosen: list[Mutant], folder: Path, out: Path, processes: int) -> None:
         for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     sys.dont_write_bytecode = True
     sys.path = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "benchmarks")]
     for library in ("accelerate", "bitsandbytes", "datasets", "peft", "pytest", "scipy.stats", "transformers"):
@@ -217,10 +213,8 @@ def run(chosen: list[Mutant], folder: Path, out: Path, processes: int) -> None:
     running: dict[int, tuple[Mutant, Path, float, int]] = {}
     while todo or running:
         while todo and len(running) < processes:
-            mutant, copy = (
-                todo.pop(0),
-                next(copy for copy in copies if copy not in {each[1] for each in running.values()}),
-            )
+            mutant = todo.pop(0)
+            copy = next(copy for copy in copies if copy not in {each[1] for each in running.values()})
             tests = tests_of(mutant, data, seconds)
             if not tests:
                 done[key(mutant)] = {"result": "not covered"}

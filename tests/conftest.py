@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))  # its list of fonts takes seconds
 # What runs keep for later ones goes here, not into the user's cache.
@@ -17,10 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import matplotlib.figure
 import pytest
 from _pytest.mark.expression import Expression
 from hypothesis import HealthCheck, settings
-from matplotlib.figure import Figure
 
 # A busy machine takes long to make inputs, which says nothing of the code.
 settings.register_profile("qdora", suppress_health_check=[HealthCheck.too_slow])
@@ -60,14 +61,31 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-_draw = Figure.savefig
+class _Empty:
+    """In place of the class of figures, a figure and all of its parts: a file without a drawing."""
+
+    def __getattr__(self, _name: str) -> Any:
+        return self
+
+    def __call__(self, *_arguments: Any, **_options: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[None]:
+        return iter(())
+
+    def savefig(self, stream: Any, **_options: Any) -> None:
+        stream.write("<svg/>")
+
+
+_Figure = matplotlib.figure.Figure
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _empty_figures() -> Iterator[None]:
-    """Figures are files without a drawing, which takes more than half of a tiny run's time; see `_figures`."""
+def _quick_runs() -> Iterator[None]:
+    """A third of a tiny run's time goes into figures (see `_figures`), another third into waiting for the disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda _figure, stream, **_options: stream.write("<svg/>"))
+        patch.setattr(matplotlib.figure, "Figure", _Empty())
+        patch.setattr(os, "fsync", lambda _descriptor: None)
         yield
 
 
@@ -76,7 +94,7 @@ def _figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Figures are drawn in tests that are marked `figures`."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("figures") is not None:
-            patch.setattr(Figure, "savefig", _draw)
+            patch.setattr(matplotlib.figure, "Figure", _Figure)
         yield
 
 

@@ -72,7 +72,6 @@ from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of
 from qdora.train.optimizer import AdapterOptimizer, join_float32
 from qdora.train.passes import even_passes, step_gradient
 from qdora.train.trainer import Trainer
-from tests import reference
 
 CORPUS = [
     "Question: What is the answer to the question?\nAnswer: the first answer of the three answers",
@@ -116,29 +115,6 @@ def tokenizer(
     )
     tokenizer.chat_template = chat_template
     return tokenizer
-
-
-def adapted_linear(
-    *,
-    out: int = 24,
-    in_: int = 40,
-    rank: int = 3,
-    bias: bool = False,
-    kind: Any = "dora",
-    dtype: torch.dtype = torch.float64,
-    quant: str | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> AdaptedLinear:
-    """A layer on a random base (std 0.1); dense in `dtype`, or quantised with block size 64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, in_, generator=generator, dtype=torch.float64) * 0.1
-    b = (torch.randn(out, generator=generator, dtype=torch.float64) * 0.1).to(dtype) if bias else None
-    stored = quantize(weight.float(), quant, 64, double_quant=False) if quant else weight.to(dtype)
-    layer = AdaptedLinear(FrozenLinear(stored, b), kind=kind, rank=rank, dtype=dtype, generator=generator, **options)
-    if dtype == torch.float64 and layer.magnitude is not None:
-        layer.magnitude.data = layer.magnitude.data.double()
-    return layer
 
 
 def move_all_parameters_(module: nn.Module, *, seed: int = 0, scale: float = 0.1) -> None:
@@ -234,16 +210,17 @@ def logits_of(model: Any, ids: torch.Tensor = LM_IDS) -> torch.Tensor:
     return result
 
 
-def expected_weight(layer: AdaptedLinear) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The merged weight by plain float64 loops."""
-    magnitude = None if layer.magnitude is None else layer.magnitude.detach().double().numpy()
-    return reference.merged_weight(
-        layer.base.dequantized(torch.float32).double().numpy(),
-        layer.lora_A.detach().double().numpy(),
-        layer.lora_B.detach().double().numpy(),
-        layer.alpha / layer.rank,
-        magnitude,
-    )
+def in_float32(model: Any) -> Any:
+    """What transformers loaded in 4 bits computes in float32. It leaves the rest in the dtype of the file, and the CPU
+    kernel of bitsandbytes for AVX512-BF16 is wrong."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+    return model
 
 
 CHECKPOINT_SIZES: dict[str, Any] = _BLOCKS | {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
@@ -995,26 +972,27 @@ def curved_batches() -> list[MicroBatch]:
 
 
 def dense_curvature(
-    architecture: str, model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, curvature: str, held: bool
+    model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, curvature: str, held: bool
 ) -> NDArray[np.float64]:
     """The whole matrix, from `torch.autograd.functional` and the definition; parameters end to end, layer by layer."""
-    logits_of, start = merged_logits(architecture, model, layers, parts, held=held)
-    found = [(logits_of(batch), labelled_tokens(batch)) for batch in curved_batches()]
-    num_tokens = sum(len(labels) for _, labels in found)
+    by_update, adapters = logits_by_update(model, held=held), adapted_layers(model)
+    starts = {(name, part): adapters[name].get_parameter(part).detach() for name in layers for part in parts}
+    start = torch.cat([each.reshape(-1) for each in starts.values()])
 
-    def loss(flat: Tensor) -> Tensor:
-        nll = [torch.log_softmax(logits(flat), -1).gather(1, labels[:, None]) for logits, labels in found]
-        return -torch.cat(nll).sum() / num_tokens
+    def logits(flat: Tensor) -> Tensor:
+        pieces = zip(starts.items(), flat.split([each.numel() for each in starts.values()]), strict=True)
+        given = {key: piece.view_as(value) for (key, value), piece in pieces}
+        updates = {n: update_of(adapters[n], lora_A=given[n, "lora_A"], lora_B=given[n, "lora_B"]) for n in layers}
+        return by_update(updates, {name: value for (name, part), value in given.items() if part == "magnitude"})
 
     if curvature == "hessian":
-        return torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()  # type: ignore[no-any-return,union-attr]
-    total = torch.zeros(len(start), len(start), dtype=torch.float64)
-    for logits, _ in found:
-        jacobian = torch.func.jacfwd(logits)(start)  # (tokens, vocabulary, size)
-        p = torch.softmax(logits(start), -1)
-        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        total += torch.einsum("tvi,tvw,twj->ij", jacobian, inner, jacobian)
-    return (total / num_tokens).numpy()  # type: ignore[no-any-return]
+        return torch.autograd.functional.hessian(  # type: ignore[no-any-return,union-attr]
+            lambda flat: nn.functional.cross_entropy(logits(flat), all_targets()), start, vectorize=True
+        ).numpy()
+    jacobian = torch.func.jacfwd(logits)(start)  # (tokens, vocabulary, size)
+    p = torch.softmax(logits(start), -1)
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return (torch.einsum("tvi,tvw,twj->ij", jacobian, inner, jacobian) / len(p)).numpy()  # type: ignore[no-any-return]
 
 
 def labelled_tokens(batch: MicroBatch) -> Tensor:
@@ -1031,50 +1009,6 @@ def merged_by_definition(base: Tensor, update: Tensor, magnitude: Tensor | None,
         return weight
     norm = weight.square().sum(1).sqrt()
     return weight * (magnitude / (norm.detach() if held else norm))[:, None]
-
-
-def merged_logits(
-    architecture: str, model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, held: bool
-) -> tuple[Callable[[MicroBatch], Callable[[Tensor], Tensor]], Tensor]:
-    """For a batch the function from the flat parameters to the logits of its labelled tokens; and the present values.
-
-    The function runs a model without adapters on weights that are merged here, entry by entry of the definition.
-    """
-    plain = float64_model(architecture)
-    adapters = adapted_layers(model)
-    values = {
-        name: {part: value.detach() for part, value in layer.named_parameters(recurse=False)}
-        for name, layer in adapters.items()
-    }
-    start = torch.cat([values[name][part].reshape(-1) for name in layers for part in parts])
-
-    def weights(flat: Tensor) -> dict[str, Tensor]:
-        here, result = 0, {}
-        for name, layer in adapters.items():
-            mine = dict(values[name])
-            for part in parts if name in layers else ():
-                size = mine[part].numel()
-                mine[part] = flat[here : here + size].view_as(mine[part])
-                here += size
-            update = layer.alpha / layer.rank * mine["lora_B"] @ mine["lora_A"]
-            base = plain.get_submodule(name).weight.detach()
-            result[f"{name}.weight"] = merged_by_definition(
-                base, update, mine.get("magnitude"), held=held, masked=layer.masked
-            )
-        return result
-
-    def logits_of(batch: MicroBatch) -> Callable[[Tensor], Tensor]:
-        wanted = batch.labels[:, 1:] != -100
-
-        def run(flat: Tensor) -> Tensor:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            with sdpa_kernel(SDPBackend.MATH):
-                logits: Tensor = functional_call(plain, weights(flat), kwargs=inputs).logits[:, :-1]
-            return logits[wanted]
-
-        return run
-
-    return logits_of, start
 
 
 # ------------------------------------------------------------------------------------------------ stacks of experts
@@ -1110,20 +1044,22 @@ def update_of(layer: Any, **changed: Tensor) -> Tensor:
     return product.flatten(0, -2)
 
 
-def logits_by_update(model: Any, *, held: bool) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """From s B A of adapted layers (default: the present ones) to the logits of the labelled tokens of all batches.
+def logits_by_update(model: Any, *, held: bool) -> Callable[..., Tensor]:
+    """From s B A and magnitudes of adapted layers (default: the present ones) to the logits of all labelled tokens.
 
     The function runs a model without adapters on weights that are merged here.
     """
     layers = adapted_layers(model)
     plain = plain_mixture() if STACKS[0] in layers else float64_model("llama")
 
-    def logits(updates: Mapping[str, Tensor]) -> Tensor:
+    def logits(updates: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor] | None = None) -> Tensor:
         weights = {}
         for name, layer in layers.items():
             path = name if name in STACKS else f"{name}.weight"
             weight = plain.get_parameter(path).detach()
-            magnitude = None if layer.magnitude is None else layer.magnitude.detach().flatten()
+            own = None if layer.magnitude is None else layer.magnitude.detach()
+            magnitude = (magnitudes or {}).get(name, own)
+            magnitude = None if magnitude is None else magnitude.flatten()
             update = updates[name] if name in updates else update_of(layer)
             flat = merged_by_definition(weight.flatten(0, -2), update, magnitude, held=held, masked=layer.masked)
             weights[path] = flat.view(weight.shape)

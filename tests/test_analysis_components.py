@@ -36,6 +36,7 @@ from qdora.rank.components import (
     squared_slopes,
 )
 from tests import reference, support
+from tests.adapter_numbers import expected_weight
 from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 
 
@@ -117,8 +118,6 @@ def test_held_components_are_the_singular_directions_of_the_update():
         layer.lora_B.zero_()
     assert len(held_components(layer)[0][1]) == 0
 
-
-# ------------------------------------------------------------------------------------------------ by the definition
 
 KINDS = [("lora", "none"), ("dora", "attached"), ("dora", "held")]
 # (kind, norm, masked, moved, whether it is a stack of experts)
@@ -286,9 +285,6 @@ def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, 
         np.testing.assert_allclose(mean, exact[name].curvatures, rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------------------------------------ draws
-
-
 def test_of_a_layer_without_rows_the_mean_is_right():
     """As many rows as positions, so that its input looks as if it had rows."""
     model = a_model("dora", "sequence first")
@@ -329,9 +325,6 @@ def test_labels_are_drawn_by_their_chances():
     assert bool((labels[:, 1::2] == 0).all())
     pairs = (labels[:, 0] == 2) & (labels[:, 2] == 2)  # independent from token to token
     assert float(pairs.double().mean()) == pytest.approx(float(shares[2]) ** 2, abs=0.03)
-
-
-# ------------------------------------------------------------------------------------------------ ranks
 
 
 def spectrum(energies, cost=1, total=None):
@@ -406,9 +399,6 @@ def test_a_budget_that_is_too_small_is_refused():
         allocate({"a": spectrum([1.0], 5), "b": spectrum([1.0], 7)}, 10)
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
-
 @pytest.mark.parametrize("rows, columns, rank", [(13, 7, 3), (5, 11, 1), (4, 4, 9)])
 def test_the_error_that_an_update_undoes_against_loops(rows, columns, rank):
     generator = torch.Generator().manual_seed(0)
@@ -433,7 +423,7 @@ def test_changes_of_rows_against_loops_and_magnitudes_set_back(kind):
     assert set(before) == set(layers)
     directions, magnitudes, lengths = [], [], []
     base = layers[name].base.dequantized(torch.float64).tolist()
-    for w, v in zip(base, support.expected_weight(layers[name]).tolist(), strict=True):
+    for w, v in zip(base, expected_weight(layers[name]).tolist(), strict=True):
         norms = [math.sqrt(sum(value**2 for value in row)) for row in (w, v)]
         directions.append(1 - sum(a * b for a, b in zip(w, v, strict=True)) / norms[0] / norms[1])
         magnitudes.append(abs(norms[1] / norms[0] - 1))

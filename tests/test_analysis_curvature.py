@@ -29,7 +29,7 @@ PLAIN = [(*CASES[0], "gauss_newton"), (*CASES[1], "gauss_newton"), (*CASES[1], "
 @pytest.mark.parametrize("kind, norm, parts, curvature, masked", [*MASKED, *((*each, False) for each in PLAIN)])
 def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, parts, curvature, masked):
     model, batches = support.float64_adapted(kind=kind, masked=masked), support.curved_batches()
-    expected = support.dense_curvature("llama", model, CURVED_LAYERS, parts, curvature=curvature, held=norm == "held")
+    expected = support.dense_curvature(model, CURVED_LAYERS, parts, curvature=curvature, held=norm == "held")
     with curvature_of(model, CURVED_LAYERS, batches, curvature=curvature, norm=norm, parts=parts) as operator:
         for vector in normal(3, operator.size):
             np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
@@ -112,9 +112,6 @@ def test_the_plain_model_is_the_model(kind, quant):
         whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
     torch.testing.assert_close(logits, whole[batch.labels[:, 1:] != -100], rtol=1e-4, atol=1e-5)
     assert torch.equal(targets, support.labelled_tokens(batch))
-
-
-# ------------------------------------------------------------------------------------------------ known matrices
 
 
 @pytest.mark.parametrize("multiplicity", [1, 4, 32])

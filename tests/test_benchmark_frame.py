@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import frame
 import measure
-from frame import BENCHES, bench, tabulated
+from frame import BENCHES, bench
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,24 +96,6 @@ def test_rows_are_saved_one_by_one_and_stay_unless_they_come_again(benches: None
     assert (again["worst"], again["end"]) == (9, 1)
 
 
-def test_rows_may_have_names(benches: None) -> None:
-    @bench(rows="kinds")
-    def speed(name: str = "a") -> Iterator[tuple[str, dict[str, int]]]:
-        yield name, {"value": 1}
-
-    assert [run()["kinds"], run("--name", "b")["kinds"]] == [{"a": {"value": 1}}, {"b": {"value": 1}}], "not kept"
-
-
-def test_a_list_of_numbers_or_strings_is_one_line_of_a_result_file(tmp_path: Path) -> None:
-    said = "a [\n  1,\n  2\n] of [1,  2]"
-    result = {"numbers": [1, 2.5], "strings": [said, "b {", ""], "rows": [[1, 2], [None]], "none": [], "cases": [{}]}
-    measure.save(tmp_path / "found.json", result)
-    text = (tmp_path / "found.json").read_text()
-    assert json.loads(text) == result
-    assert '  "numbers": [1, 2.5],\n' in text
-    assert '  "rows": [\n    [1, 2],\n    [null]\n  ],\n' in text
-
-
 def test_contenders_alternate_and_ratios_are_of_the_same_round() -> None:
     order: list[str] = []
     readings = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}  # type: ignore[misc]
@@ -129,21 +111,6 @@ def test_a_function_runs_in_a_process_of_its_own() -> None:
     assert measure.alone(measure.spread, [1.0, 2.0, 6.0]) == {"median": 2.0, "lower": 1.5, "upper": 4.0}
     with pytest.raises(RuntimeError, match="this system has no VmNone"):
         measure.alone(measure.status_bytes, "VmNone")
-
-
-def test_columns_look_into_rows() -> None:
-    rows = {"x": {"bytes": 3 << 29, "ratios": {"a / b": {"median": 2.0, "lower": 1.25, "upper": 2.5}}}}
-    columns = {
-        "name": "{0}",
-        "GiB": "{1[bytes]:.2fGiB}",
-        "MiB": "{1[bytes]:,.0fMiB}",
-        "a": "{1[ratios][a / b][median]:.1f}",
-        "b": "{1[ratios][a / b]:.2f}",
-        "c": lambda item: str(len(item)),
-    }
-    lines = tabulated(rows.items(), columns).splitlines()
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| x | 1.50 | 1,536 | 2.0 | 2.00 (1.25–2.50) | 2 |"
 
 
 def test_commands_of_the_pages_are_those_of_the_benchmarks_and_of_their_result_files(pages: Any) -> None:

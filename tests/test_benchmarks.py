@@ -15,10 +15,6 @@ from typing import Any
 
 import pytest
 
-from qdora.errors import UserError
-from qdora.export.gguf import find_llama_cpp
-from qdora.model.source import builtin_file
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 _BENCH = re.compile(r"^@bench\(.*?^def (\w+)", re.MULTILINE | re.DOTALL)
@@ -93,15 +89,6 @@ def plan_recipes(result: Any) -> bool:
     return any(each["num_streamed"] for each in result["plans"].values()) and all(result["passes"].values())
 
 
-def data_loading(result: Any) -> bool:
-    for way in result["ways"].values():
-        parts = way["seconds_to_first_step"]
-        assert list(parts) == ["imports", "tokenizer", "data", "tokenise", "load base", "adapters", "first step"]
-        assert len(way["step_seconds"]) == len(way["loader_seconds"]) == 2
-        assert all(0 < wait < step for wait, step in zip(way["loader_seconds"], way["step_seconds"], strict=True))
-    return {"grouped", "packed", "streamed"} <= set(result["ways"])
-
-
 def architectures(result: Any) -> bool:
     for row in result["families"].values():
         assert (row["failed"], row["resumed"]) == ({}, True)
@@ -119,28 +106,13 @@ def export_exactness(result: Any) -> bool:
     return worst["merged"] < worst["requantised"]
 
 
-def gguf_logits(result: Any) -> bool:
-    form = result["forms"]["f16"]
-    assert form["tensors"]["dense_error"] == 0
-    assert form["same_tokens"]
-    assert form["llama.cpp"]["mean_logit_difference"] < 0.01 * result["logit_spread"]
-    return bool(form["llama.cpp"]["kl_mean"] < 1e-4)
-
-
 CHECKS: tuple[Callable[[Any], bool], ...] = (step_time, peft_time, step_memory, load_memory, sharded_memory)
-CHECKS += (plan_accuracy, plan_recipes, data_loading, architectures, export_exactness, gguf_logits)
+CHECKS += (plan_accuracy, plan_recipes, architectures, export_exactness)
 """What the result of a benchmark of this name has, where there is more to say than that it ran."""
 
 
 @pytest.mark.parametrize("file, name, more", CASES)
 def test_a_smoke_run_measures_what_it_should(file: str, name: str, more: str, tmp_path: Path) -> None:
-    if name == "gguf_logits":
-        pytest.importorskip("llama_cpp")
-        try:
-            builtin_file()
-            find_llama_cpp(None, "f16")
-        except UserError as error:
-            pytest.skip(str(error))
     out = tmp_path / "result.json"
     options = [*([name] if len(BENCHES[file]) > 1 else []), *more.split(), "--out", str(out)]
     printed = run_smoke(file, *options, *(["--work", str(tmp_path)] if name == "sharded_memory" else []))

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from rich.table import Table
 from typer.testing import CliRunner, Result
 
 import qdora
@@ -27,12 +26,11 @@ from qdora.cli.app import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import machine as this_machine
 from qdora.files.atomic import json_text
-from qdora.files.console import bar, consoles, show_only
+from qdora.files.console import show_only
 from qdora.files.machine import (
     VARIABLES,
     available_memory_bytes,
     check_gpu,
-    device_attribute,
     driver_version,
     machine_memory_bytes,
     unused_gpu,
@@ -178,14 +176,6 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
         assert all(words in logged for words in ("Traceback", type(error).__name__, "in fail", "Z FAILURE eval: "))
 
 
-def test_an_interrupted_study_says_how_to_continue(monkeypatch):
-    stopped = Interrupted(3, Path("cells/a/checkpoints/step-3"))
-    monkeypatch.setattr("qdora.study.run.study_run", partial(fail, stopped))
-    found = invoke("study", "my grid.yaml", "--dir", "d")
-    assert found.exit_code == 130
-    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -278,8 +268,6 @@ def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(argum
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
 
 
-# --- the memory of the machine
-
 GIB = 2**30
 V2 = "/sys/fs/cgroup"
 NO_LIMIT = {"memory.max": "max\n", "memory.current": f"{9 * GIB}\n"}
@@ -318,9 +306,6 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
     assert set(found["variables"]) <= set(VARIABLES)
     assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert not [text for text in (TOKEN, "host-of-mine", str(Path.home()) + "/") if text in json_text(found)]
-
-
-# --- NVIDIA's driver
 
 
 @pytest.fixture
@@ -378,14 +363,6 @@ def test_a_used_gpu_and_a_machine_without_one_are_fine(machine, monkeypatch):
     assert driver_version() is None
 
 
-def test_the_driver_says_what_a_gpu_can(monkeypatch):
-    fakes.install_driver(monkeypatch, [{89: 0}, {89: 1}])
-    assert [device_attribute(*each) for each in ((89, 0), (89, 1), (89, 2), (102, 0))] == [0, 1, None, None]
-    for devices in ([], None):
-        fakes.install_driver(monkeypatch, devices)
-        assert device_attribute(89) is None
-
-
 @pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
 def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatch):
     arguments = arguments_of(verb, root, tmp_path)
@@ -402,9 +379,6 @@ def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")  # of all processes of a machine one says it; a dry run needs no GPU
     found = invoke(*arguments)
     assert found.exit_code == 0 if verb == "study" else (found.exit_code, found.stderr) == (2, "")
-
-
-# --- doctor
 
 
 def test_doctor_reports_and_advises(machine):
@@ -443,20 +417,3 @@ def test_doctor_checks_the_results(monkeypatch):
     monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
     assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"
-
-
-# --- consoles
-
-
-def test_brackets_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
-    name = "qa[hard] :smile: runs/[/b]"
-    for console in consoles():
-        table = Table(name)
-        table.add_row(name)
-        console.print(table)
-        console.print(f"run: {name}", soft_wrap=True)
-        with bar(console, name):
-            pass
-    shown = capsys.readouterr()
-    assert shown.out.count(name) == shown.err.count(name) == 4

@@ -294,9 +294,6 @@ def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: s
     assert learnt(kept(BEGUN), part) == "the cat<|im_end|>\n"
 
 
-# Settings, and what is refused
-
-
 def use(template: str | None, **options: Any) -> Any:
     """A tokenizer with this template and these settings of `data`."""
     tokenizer = support.tokenizer(chat_template=template)
@@ -325,10 +322,7 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
         (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(no_system, (HI, KIND), (), "a: line 2"), "a: line 2: the chat template refuses it: no sy"),
         (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
-        (
-            lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"),
-            "x: no token in the loss of 7",
-        ),
+        (lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: no token in the loss of 7"),
         (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "reads ['thinking'], got ['thinkin']"),
         (lambda: use(CHOOSES, template_kwargs={"messages": []}), "reads ['thinking'], got ['messages']"),
         (lambda: use(None, template_kwargs={"a": 1}), "data.template_kwargs: ... reads [], got ['a']"),

@@ -188,9 +188,6 @@ def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", 
     return made
 
 
-# The mix
-
-
 def pairs(order, start, stop):
     sources, indices = order.draws(start, stop)
     return list(zip(sources.tolist(), indices.tolist(), strict=True))
@@ -301,8 +298,6 @@ def test_shares_caps_and_far_positions_by_hand():
     assert [most_draws(*case) for case in cases] == [None, 29, 10, 1]
     assert most_draws(3, 1e308) > 10**18
 
-
-# Steps
 
 SIZE = st.one_of(st.tuples(st.integers(1, 150), st.none()), st.tuples(st.none(), st.integers(1, 20)))
 
@@ -433,10 +428,7 @@ def test_other_data_mix_or_step_size_is_refused():
         (loader(sets, batch=4, seed=1), "the mix ... differs"),
         (loader(sets, batch=4, strategy="equal"), "the mix ... differs"),
         (loader(sets, batch=4, max_epochs=[None, 1]), "the mix ... differs"),
-        (
-            loader(sets, batch=5),
-            "train.tokens_per_step or train.batch (4 examples, now 5 examples)",
-        ),
+        (loader(sets, batch=5), "train.tokens_per_step or train.batch (4 examples, now 5 examples)"),
         (loader(sets, tokens=4), "train.tokens_per_step or train.batch ... now 4 tokens"),
     ):
         assert says(fault_of(changed.load_state_dict, state), f"--resume: {words}")

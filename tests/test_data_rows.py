@@ -182,9 +182,6 @@ def test_turns_in_the_forms_that_files_have() -> None:
         assert parse_tools(nothing) == ()
 
 
-# What is wrong with rows and columns
-
-
 def assistant(content: Any = "x", **more: Any) -> Row:
     return {"messages": [turn("assistant", content, **more)]}
 
@@ -454,8 +451,6 @@ def test_wikihow_marks():
     ):
         assert without_wikihow_marks(text) == expected
 
-
-# The demo data
 
 SIZES = {"train": 400, "validation": 80, "test": 160}
 NUM_CHOICES = {"facts": 2, "odd": 4, "cause": 2, "howto": 2, "next": 4}

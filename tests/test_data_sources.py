@@ -134,8 +134,6 @@ def test_rows_and_their_places(tmp_path: Path, name: str, text: str, expected: l
     assert [f"{each.id} {each.answer}" for each in found] == expected
 
 
-# What is wrong with a file
-
 DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
 
 
@@ -222,9 +220,6 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
     assert read_data(data) == ([()], {})
 
 
-# Folders and patterns
-
-
 @pytest.mark.parametrize(
     "names, split, expected",
     [
@@ -286,9 +281,6 @@ def split_up(fraction: float = 0.1, seed: int = 0, **source: Any) -> tuple[list[
     data = DataConfig(mix=(config,), validation_fraction=fraction, seed=seed)
     train, validation = train_and_validation(config, data)
     return list(train or ()), list(validation or ())
-
-
-# Training and validation
 
 
 def test_validation_examples_come_from_a_split_a_file_or_the_end(tmp_path: Path) -> None:
@@ -397,9 +389,6 @@ def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level("INFO", "qdora"):
         show_mix(Console(quiet=True), plan)
     assert caplog.messages == ["pairs: not used for training: category, system."]
-
-
-# The Hub
 
 
 def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,6 @@ def numbers_of(one: ExampleStream, count: int) -> list[int]:
     return [int(TOKENIZER.decode(one.next().input_ids).partition(":")[0]) for _ in range(count)]
 
 
-# The order
-
-
 SHAPE = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(["jsonl", "parquet"]),
@@ -133,9 +130,6 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path: Path) -> None:
     assert all(one != other for one, other in itertools.combinations([*orders, list(range(60))], 2))
     # shards come in another order, not only the rows inside a window
     assert max(abs(place - number) for place, number in enumerate(first[:60])) > 20
-
-
-# In a mix
 
 
 def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, **options: Any) -> Any:
@@ -227,9 +221,6 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path: Path) -> None:
     assert stream(second).change_since(marks[0]) == "its first rows"
 
 
-# Faulty rows
-
-
 def faulty_lines(numbers: Any, num_rows: int = 60) -> str:
     """Lines of rows; those of `numbers` are cut off."""
     lines = [json.dumps(row(number)) for number in range(num_rows)]
@@ -241,11 +232,7 @@ def faulty_lines(numbers: Any, num_rows: int = 60) -> str:
     [
         (faulty_lines([3], 4), {}, "s: 1 rows are faulty, data.max_bad_rows allows 0. ... byte 117: not JSON"),
         (faulty_lines([], 1) + '{"prompt": "x"}\n', {}, "byte 39: columns prompt; format completion needs prompt, c"),
-        (
-            faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n',
-            {},
-            "byte 39: completion: must be text",
-        ),
+        (faulty_lines([], 1) + '{"prompt": "x", "completion": 3}\n', {}, "byte 39: completion: must be text"),
         ('{"a": 1}\n', {}, "columns a fit no format"),
         ("\n\n", {}, "gives no example"),
         (faulty_lines([], 3), {"max_length": 2, "too_long": "drop"}, "(3 examples are longer than data.max_length, 2)"),
@@ -330,9 +317,6 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     numbers_of(one, 6)
     assert says(one.position.bad_rows[0], "too long, and data.too_long: split is for plain text")
     assert one.position.num_dropped == 0
-
-
-# The Hub
 
 
 def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

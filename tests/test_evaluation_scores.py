@@ -157,21 +157,6 @@ def test_any_batch_gives_the_same_scores(family: str, monkeypatch: pytest.Monkey
     assert_close(score_groups(model, groups), expected)
 
 
-def test_batches_are_cut_where_they_do_not_fit_or_would_be_padding() -> None:
-    widths = [512, 410, 409, 100, 10]
-
-    def cut(most: int) -> list[list[int]]:
-        cuts = span_scores.length_batches(
-            range(5), widths.__getitem__, lambda some: widths[some[0]] * len(some) <= most
-        )
-        return list(cuts)
-
-    assert cut(10**6) == [[0, 1], [2, 3, 4]]  # from 512 tokens on, 409 is below 0.8 x 512
-    assert cut(1000) == [[0], [1, 2], [3, 4]]
-    assert cut(1) == [[index] for index in range(5)]
-    assert list(span_scores.length_batches([], widths.__getitem__, lambda _: True)) == []
-
-
 def out_of_memory(model: nn.Module, fails: Any) -> list[Any]:
     """Memory for no input of which `fails` is true; the inputs so far."""
     seen: list[Any] = []

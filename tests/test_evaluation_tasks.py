@@ -123,25 +123,13 @@ def result(acc: float | None, stderr: float | None, nll: float, count: int = 50,
     return TaskResult(**numbers | {"num_choice_examples": count if acc is not None else 0} | more)
 
 
-def test_averages_and_the_cells_of_the_table() -> None:
-    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")  # each task counts once
+def test_an_average_counts_each_task_once() -> None:
+    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")
     assert found == Estimate(pytest.approx(0.4), pytest.approx(0.05 / 2))
     unknown = averaged([result(0.2, 0.03, 1.0), result(0.6, None, 1.0)], "acc")
     assert unknown is not None
     assert math.isnan(unknown.stderr)
     assert averaged([], "acc") is None
-    base, dora = result(0.5, 0.07, 3.0), {"arc": result(0.625, None, 2.0, 40), "text": result(None, None, 1.23456)}
-    average = result(0.625, 0.05, 1.5, 90)
-    both = {"base": EvaluationResult({"arc": base}, base, {}), "dora": EvaluationResult(dora, average, {})}
-    table = compare_table(both)
-    assert [column.header for column in table.columns] == [
-        *("task", "n", "chance", "majority", "base acc %", "base NLL/token", "dora acc %", "dora NLL/token")
-    ]
-    assert list(zip(*(column.cells for column in table.columns), strict=True)) == [
-        ("arc", "50/40", "25.0", "30.0", "50.0 ± 7.0", "3.000", "62.5", "2.000"),
-        ("text", "50", "–", "–", "–", "–", "–", "1.235"),
-        ("average", "50/90", "25.0", "30.0", "50.0 ± 7.0", "3.000", "62.5 ± 5.0", "1.500"),
-    ]
     for count, shown in ((9, "50.0"), (10, "50.0 ± 7.0")):  # two wrong answers do not make a standard error of 0
         few = result(0.5, 0.07, 1.0, count)
         assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == [shown] * 2
@@ -512,12 +500,6 @@ def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: P
     model = {"pretrained": net, "tokenizer": tokenizer, "backend": "causal", "batch_size": 8}
     asked = {"tasks": ["sums", "math"], "task_manager": "the manager", "limit": 4, "log_samples": False}
     assert stand_in == asked | {"model": model}
-    assert list(zip(*(column.cells for column in harness.harness_table(found).columns), strict=True)) == [
-        ("sums", "acc", "–", "0.2500"),
-        ("sums", "acc_stderr", "–", "–"),
-        ("math", "exact_match,strict", "7", "0.5000"),
-        ("math", "exact_match_stderr,strict", "7", "0.1000"),
-    ]
     # transformers' own `tie_weights`, which the harness calls, would look for the parameter of a trained embedding
     train_embeddings(net, ("embed_tokens", "lm_head"), (3, 5))
     next(iter(trained_matrices(net).values())).values.data *= 2

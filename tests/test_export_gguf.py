@@ -75,9 +75,6 @@ def with_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# --- whole exports
-
-
 def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
     out = tmp_path / "out"
     exported = export_run(dora_run, out, asked())
@@ -140,9 +137,6 @@ def test_a_wrong_file_is_refused(dora_run, tmp_path, monkeypatch, fault, message
         assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
 
 
-# --- llama.cpp's programs
-
-
 def test_each_program_gets_its_name_for_a_type(tmp_path):
     converter = [sys.executable, "-c", "import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))"]
     quantizes = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])"
@@ -181,9 +175,6 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
     _, command = find_llama_cpp(CONVERTER, "q4_0")
     assert command is not None
     assert command[0] == sys.executable
-
-
-# --- the comparison of a file with its checkpoint
 
 
 def compared(model: Path, file: Path, type_: str) -> tuple[dict[str, Any], list[str]]:

@@ -16,13 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
-from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import verify as checks
 from qdora.export.checkpoints import export_merged, no_original
 from qdora.export.verify import (
     ComparisonText,
-    comparison_text,
     float32_arithmetic,
     logit_differences,
     summary,
@@ -35,6 +33,7 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from tests import reference, support
+from tests.adapter_numbers import expected_weight
 from tests.support import CHECKPOINT_SIZES, checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -68,9 +67,6 @@ def assert_reloads(directory: Path, model: Any) -> None:
     torch.testing.assert_close(support.logits_of(reload(directory)), expected, rtol=1e-5, atol=2e-5)
 
 
-# --- values
-
-
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
     ("architecture", "quant", "kind", "compute"),
@@ -90,7 +86,7 @@ def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, architect
     assert len(layers) == result["num_merged_layers"] == 14
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     for path, layer in layers.items():
-        expected = support.expected_weight(layer)
+        expected = expected_weight(layer)
         found = tensors[f"{path}.weight"].double().numpy()
         # half a step of the dtype, and what the float32 merge may be off by before the cast
         allowed = ROUNDING[dtype] * np.abs(expected) + 1e-6 * np.abs(expected).max() + 2.0**-25
@@ -121,9 +117,6 @@ def test_what_training_keeps_in_float32_stays_so(tmp_path):
         assert tensors[name].dtype == torch.float32
         assert torch.equal(tensors[name], bias)
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
-
-
-# --- files
 
 
 def test_shards_index_config_and_tokenizer(tmp_path):
@@ -173,9 +166,6 @@ def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     assert model.generation_config.eos_token_id == named
 
 
-# --- refusals
-
-
 def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
     model, other = support.adapted_model(quant="nf4"), support.adapted_model(quant="nf4")
     model.model.norm.weight.data[:2] = torch.tensor([-65504.0, 1e-9])
@@ -211,8 +201,6 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
         export_aside(support.adapted_model(), tmp_path / "out", max_shard_bytes=20_000, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
-
-# --- on other bases
 
 CONFIGS = {
     "llama": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=True),
@@ -300,9 +288,6 @@ def test_bases_without_16_bit_weights(tmp_path):
     assert no_original(unquantised, dense) == "the base was not quantised in training"
     assert "stored in nf4 and has no 16-bit weights" in no_original(recipe, packed)
     assert "is a GGUF file, not the 16-bit model" in no_original(recipe, replace(dense, kind="gguf"))
-
-
-# --- verification
 
 
 @pytest.fixture
@@ -441,20 +426,6 @@ def test_only_what_the_running_model_itself_gets_wrong_is_explained(error, noise
     assert (found["passed"], found["ill_conditioned"]) == (not refused, num_explained), found["faults"]
     assert any("by up to" in fault and fault.endswith("most at position 4") for fault in found["faults"]) == refused
     assert math.isnan(error) or error == 0.003 or found["tolerance"]["max_logit_difference"] < 2.9
-
-
-def test_lengths_are_bounded(monkeypatch):
-    monkeypatch.setattr(checks, "_MAX_LENGTH", 8)
-    monkeypatch.setattr(checks, "_MAX_TOKENS", 12)
-    tokenizer = support.tokenizer()
-    long = "the brown cow " * 10
-    found = comparison_text(tokenizer, {"task": [Example("task", "0", "", long)] * 3})
-    ids = tokenizer(long)["input_ids"]
-    assert len(ids) > 8
-    assert found.sequences == [ids[:8], ids[:4]]
-
-
-# --- float32 arithmetic of the running model
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])

@@ -22,6 +22,7 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_target
 from tests import reference_quant, support
+from tests.adapter_numbers import expected_weight
 
 # Rows of whole blocks of 64.
 SIZES = support.LM_SIZES | {"hidden_size": 64, "intermediate_size": 128}
@@ -38,17 +39,8 @@ def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_peft(directory: Path) -> Any:
     """As the README tells a stranger to load it, in float32."""
     base = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, attn_implementation="eager")
-    found = 0
-    for parameter in base.parameters():  # transformers leaves what is beside quantised weights in the file's dtype
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            found += 1
-            module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-    assert found == 14
-    return peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
+    assert sum(type(module).__name__ == "Linear4bit" for module in base.modules()) == 14
+    return peft.PeftModel.from_pretrained(support.in_float32(base), str(directory / "adapter")).eval()
 
 
 def adapted_head(architecture: str, **options: Any) -> Any:
@@ -103,7 +95,7 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
         values = np.array(reference_quant.VALUES[quant], dtype=np.float64)[nibbles]
         weight = (values * base[f"{path}.weight.absmax"].double().numpy()[:, None]).reshape(packed.shape)
         a, b = (adapter[f"base_model.model.{path}.lora_{name}.weight"].double().numpy() for name in "AB")
-        expected = support.expected_weight(layer)
+        expected = expected_weight(layer)
         assert np.abs(weight + 2.0 * b @ a - expected).max() < 1e-6 * np.abs(expected).max()
     assert "model.embed_tokens.weight" in base
 
@@ -157,8 +149,6 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(tmp_path,
         assert ["--format merged" in fault for fault in raised.value.faults] == [True] * num_faults
     assert not (tmp_path / "out").exists()
 
-
-# --- verification, and the way back
 
 PLACE = "model.layers.1.self_attn.v_proj"
 

@@ -79,9 +79,6 @@ def with_adapter(directory: Path) -> Tensor:
     return support.logits_of(peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval(), IDS)
 
 
-# --- every format
-
-
 def test_nf4_lora_is_moved_and_uploaded(dora_run, tmp_path, monkeypatch):
     out, hub = tmp_path / "out", FakeHub(monkeypatch)
     exported = export_run(dora_run, out, ExportOptions(format="nf4-lora", push="mine"))
@@ -180,9 +177,6 @@ def test_a_tokenizer_keeps_what_llama_cpp_needs(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a <new>").input_ids == tokenizer("a <new>").input_ids
 
 
-# --- uploads
-
-
 def test_a_public_repository_is_not_written_to_by_accident(tmp_path, monkeypatch):
     hub = FakeHub(monkeypatch, shown=False)
     with pytest.raises(UserError, match=r"shown is public.*hf upload OTHER_NAME .* --private$"):
@@ -200,9 +194,6 @@ def test_a_public_repository_is_not_written_to_by_accident(tmp_path, monkeypatch
     monkeypatch.setattr(export_module, "create_repo", offline)
     with pytest.raises(RunFailure, match=r"no route to host .*hf upload mine .* --private$"):
         push(tmp_path, "mine")
-
-
-# --- options and places
 
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -253,9 +244,6 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
     with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here", "link"]
-
-
-# --- what is left where an export stops
 
 
 @pytest.mark.parametrize(

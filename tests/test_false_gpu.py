@@ -17,7 +17,6 @@ from qdora.files.machine import environment
 from qdora.memory.oom import free_memory
 from qdora.memory.stream import HostResidency
 from qdora.model import build_model
-from qdora.quant import kernels
 from qdora.run import base as load_base
 from qdora.run import prepare
 from qdora.train.checkpoint import random_state, set_random_state
@@ -133,8 +132,6 @@ def test_what_needs_no_wait(gpu):
         x + X
 
 
-# ------------------------------------------------------------------------------------------------ torch's answers
-
 CUDA = torch.device("cuda")
 CARD = SimpleNamespace(name="A100", major=8, minor=0, total_memory=40 << 30, uuid="GPU-1")
 
@@ -164,12 +161,6 @@ def test_a_run_computes_on_the_gpu_and_its_checkpoints_have_its_generator(calls,
     set_random_state(states)
     free_memory()
     assert calls == ["set_rng_state 7", "empty_cache"]
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_kernels_of_bitsandbytes_need_a_library_for_cuda(monkeypatch, compiled):
-    monkeypatch.setattr("bitsandbytes.cextension.lib", SimpleNamespace(compiled_with_cuda=compiled))
-    assert kernels.is_available.__wrapped__("cuda") is compiled
 
 
 def test_a_base_goes_where_the_recipe_says(tmp_path, monkeypatch):

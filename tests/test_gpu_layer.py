@@ -23,7 +23,7 @@ from qdora.quant import kernels, tiles
 from qdora.quant.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, support
-from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
+from tests.adapter_numbers import expected, expected_norm, make, plain_results, results, to_numpy
 from tests.test_ops_quantize import by_backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -53,7 +53,7 @@ def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("quant", ["nf4", "int8", None])
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8", None])
 @pytest.mark.parametrize("small_tiles", [False, True])
 def test_forward_and_every_gradient(kind, quant, small_tiles, monkeypatch):
     if small_tiles:  # products into strided slices of the output
@@ -65,6 +65,21 @@ def test_forward_and_every_gradient(kind, quant, small_tiles, monkeypatch):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert reference.relative_error(to_numpy(found[name]), value) < 8e-3, name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "size", [(1, 64, 64, 1), (67, 101, 130, 8), (513, 1024, 768, 16), (2048, 4096, 4096, 16), (1000, 4096, 11008, 64)]
+)
+def test_errors_at_real_and_odd_sizes_are_at_most_twice_those_of_the_plain_formula(kind, size):
+    tokens, in_, out, rank = size
+    layer = layer_of(kind=kind, in_=in_, out=out, rank=rank).to(DEVICE)
+    x, dy = random(tokens, in_, seed=4).to(DEVICE), random(tokens, out, seed=5).to(DEVICE)
+    exact = plain_results(layer, x.double(), dy.double())
+    found, plain = results(layer, x, dy), plain_results(layer, x, dy)
+    for name, value in exact.items():
+        ours, theirs = (reference.relative_error(to_numpy(each[name]), to_numpy(value)) for each in (found, plain))
+        assert ours <= 2 * theirs + 2**-9, name
 
 
 def waits_of(function: Any) -> list[str]:
@@ -115,8 +130,6 @@ def test_after_a_step_the_norm_is_the_new_one(name):
     gain = layer.gain(torch.bfloat16).value.double()
     torch.testing.assert_close(gain, layer.magnitude.detach().double() / norm, rtol=1e-2, atol=1e-6)
 
-
-# ------------------------------------------------------------------------------------------------ in host memory
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_hidden_layers": 9}
 LOADED: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "device": DEVICE}

@@ -44,9 +44,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# --- our own round trip
-
-
 @pytest.mark.parametrize(("architecture", "kind"), [("llama", "dora"), ("qwen2", "lora"), ("gemma2", "dora")])
 def test_saved_and_loaded_is_the_same_adapter(tmp_path, architecture, kind):
     ranks = {"model.layers.1.*.q_proj": 5, "v_proj": 2}
@@ -120,9 +117,6 @@ def test_what_cannot_be_saved_leaves_what_is_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-# --- PEFT reads ours, and we read PEFT's
-
-
 @pytest.mark.parametrize(
     ("architecture", "kind", "rank_stabilized"),
     [("llama", "dora", False), ("qwen2", "lora", True), ("qwen2", "dora", True), ("gemma2", "lora", False)],
@@ -177,9 +171,6 @@ def test_an_adapter_of_peft_gives_its_logits_here(tmp_path, case, use_dora):
     torch.testing.assert_close(support.logits_of(ours), support.logits_of(theirs.eval()), rtol=1e-5, atol=2e-5)
 
 
-# --- settings
-
-
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return save(support.adapted_model(), tmp_path / "adapter")
@@ -198,8 +189,6 @@ def test_settings_that_are_not_supported_are_named_all_at_once(directory):
     assert not adapted_layers(model)
     assert any(parameter.requires_grad for parameter in model.parameters())  # untouched
 
-
-# --- what is refused
 
 Damage = Callable[[Path], object]
 
@@ -284,9 +273,6 @@ def test_what_leaves_the_base_alone_is_tolerated(directory, change):
     model = support.base_model()
     assert len(load_adapter(model, directory)) == 14
     assert torch.equal(support.logits_of(model), support.logits_of(support.adapted_model()))
-
-
-# --- the file format
 
 
 def test_the_header_in_bytes(tmp_path):

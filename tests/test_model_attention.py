@@ -99,8 +99,6 @@ def test_other_models_get_sdpa_unless_eager_is_asked_for(tmp_path, monkeypatch):
         assert load_checkpoint(directory, attention="eager").config._attn_implementation == "eager"
 
 
-# --- flash attention
-
 ON_GPU: dict[str, Any] = {"name": "it", "device": torch.device("cuda"), "dtype": torch.bfloat16}
 
 

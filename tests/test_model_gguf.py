@@ -88,9 +88,6 @@ def test_layouts_are_put_back_and_a_repeated_embedding_is_tied_again(tmp_path, l
     torch.testing.assert_close(checkpoint_logits(loaded), checkpoint_logits(qwen), rtol=1e-5, atol=1e-5)
 
 
-# --- what is refused
-
-
 def test_unknown_tensors_and_architectures(tmp_path):
     model = random_model(LlamaConfig(**CHECKPOINT_SIZES))
     extra = {"blk.0.surprise.weight": np.zeros((2, 2), dtype=np.float32)}
@@ -141,8 +138,6 @@ def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage):
         load_checkpoint(llama)
     assert all(len(each) < 500 for each in raised.value.faults)
 
-
-# --- experts
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 # What llama.cpp does whatever the file says, or what the converter does not write.
@@ -205,9 +200,6 @@ def test_experts_that_do_not_fit_are_named(tmp_path, monkeypatch):
         load_checkpoint(mixture(tmp_path, "qwen3_moe"))
 
 
-# --- the tokenizer, which is read from the header once
-
-
 def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, llama, monkeypatch):
     """Threads here: a lock on a file that was opened twice holds between them as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -227,9 +219,6 @@ def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, lla
         found = list(pool.map(tokenizer_of_gguf, [llama] * 3))
     assert from_file == ["m.gguf"]
     assert all(each.files == {"tokenizer.json", "chat_template.jinja"} for each in found)
-
-
-# --- the built-in model
 
 
 @pytest.fixture(scope="module")

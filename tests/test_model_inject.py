@@ -152,11 +152,7 @@ def test_nearest_low_rank(rows, columns, rank, seed):
 
 @pytest.mark.parametrize(
     ("name", "masked", "kind"),
-    [
-        ("llama-tied-biased", True, "dora"),
-        ("llama-tied-biased", False, "lora"),
-        ("gpt_oss", False, "dora"),
-    ],
+    [("llama-tied-biased", True, "dora"), ("llama-tied-biased", False, "lora"), ("gpt_oss", False, "dora")],
 )
 def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, kind):
     """Each expert has a start of its own."""

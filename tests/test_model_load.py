@@ -111,9 +111,6 @@ def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_pat
     assert torch.equal(checkpoint_logits(model), before)
 
 
-# --- which layers are quantised
-
-
 def test_skip_takes_last_parts_and_patterns(tmp_path):
     directory = checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     model = load_checkpoint(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
@@ -157,8 +154,6 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
         check_foldable(model, torch.float32)
 
-
-# --- what is refused
 
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 NF4 = {"quant": "nf4"}
@@ -255,9 +250,6 @@ def test_other_forms_of_a_tied_model(tmp_path, form):
     assert torch.equal(checkpoint_logits(model), wanted if is_tied else 2 * wanted)
 
 
-# --- checkpoints that bitsandbytes quantised
-
-
 def dequantised_by_hand(packed, parts, block_size, offset):
     """Not bitsandbytes' own function: on a CPU it is wrong where a block crosses a row (96 columns, blocks of 64)."""
     codes = np.stack([packed.numpy() >> 4, packed.numpy() & 15], axis=-1).reshape(-1)
@@ -280,10 +272,8 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
         device_map="cpu",
     )
     saved.save_pretrained(tmp_path / "m")
-    model, stored = (
-        load_checkpoint(tmp_path / "m", quant=kind, double_quant=nested),
-        load_file(tmp_path / "m/model.safetensors"),
-    )
+    model = load_checkpoint(tmp_path / "m", quant=kind, double_quant=nested)
+    stored = load_file(tmp_path / "m/model.safetensors")
     layers, reference = frozen_layers(model), load_checkpoint(tmp_path / "dense")
     assert len(layers) == 14
     for name, layer in layers.items():

@@ -53,9 +53,6 @@ def pruned(
     return support.compressed(directory, base, None if method == "magnitude" else IDS, **load)
 
 
-# --- against float64 on transformers' own model
-
-
 def inputs_of(model: Any, block: int, paths: Iterable[str]) -> dict[str, list[Array]]:
     """Tokens (tokens, in) of each linear layer, and of each expert of Qwen3-MoE by its formula, in a forward pass."""
     found: dict[str, list[Array]] = {}
@@ -199,9 +196,6 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplo
     assert by_magnitude == [False, True]
 
 
-# --- what stays, and quantising alone
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_errors(tmp_path, kind):
     write(tmp_path, "llama")
@@ -224,9 +218,6 @@ def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_err
         assert row["relative_error"] == pytest.approx(error, rel=1e-5)
         assert (row["kind"], row["shape"], row["num_pruned"]) == (kind, list(weight.shape), 0)
     assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
-
-
-# --- files
 
 
 def test_what_is_wrong_is_named(tmp_path):

@@ -52,8 +52,6 @@ def indexed(weight_map: Any) -> dict[str, str]:
     return {**CONFIG, INDEX: json.dumps({"metadata": {}, "weight_map": weight_map})}
 
 
-# --- files on this machine
-
 OUTSIDE = {"a": "../outside.safetensors", "b": "/etc/outside.safetensors", "c": "model-1.bin", "d": 3, "f": ".."}
 SHARDS = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
 MISSING = "model-00001-of-00002.safetensors"
@@ -69,12 +67,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
     "text": ({"m.txt": ""}, "m.txt", {}, [r"must be a directory, a \.gguf file"]),
     "of the Hub": (CONFIG, "", OF_HUB, ["is local: a revision"]),
     "fp8": (FP8, "", {"weights": False}, [r"^model\.source: must be in full precision.* \(got 'fp8'\)"]),
-    "index": (
-        {SHARDS[0]: "", **indexed(OUTSIDE | {"e": MISSING})},
-        "",
-        {},
-        [*NOT_PLAIN, rf"'{MISSING}' is not a"],
-    ),
+    "index": ({SHARDS[0]: "", **indexed(OUTSIDE | {"e": MISSING})}, "", {}, [*NOT_PLAIN, rf"'{MISSING}' is not a"]),
     "long index": (indexed(LONG), "", {}, ["m-"] * 20 + ["80 more"]),
     "empty index": (indexed({}), "", {}, ["weight_map: is empty"]),
     "no JSON": ({**CONFIG, INDEX: '{"weight_map": '}, "", {}, ["cannot be read as JSON"]),
@@ -109,9 +102,6 @@ def test_shards_in_the_order_of_the_index_and_one_that_is_cut_short(tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match=r"model\.safetensors cannot be used: "):
         open_safetensors(tmp_path / "m")
-
-
-# --- the Hub
 
 
 class Hub:
@@ -187,9 +177,6 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch, case):
     assert len(str(caught.value).splitlines()) == 1
 
 
-# --- builtin
-
-
 def test_builtin_says_what_to_run_where_it_is_missing_or_has_other_bytes(monkeypatch, tmp_path):
     def missing(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -210,9 +197,6 @@ def test_builtin_says_what_to_run_where_it_is_missing_or_has_other_bytes(monkeyp
         resolve("builtin")
     with pytest.raises(UserError, match="is local"):
         resolve("builtin", "main")
-
-
-# --- tokenizers
 
 
 def tokenizer_directory(path: Path, words: list[str], **special: str) -> ModelSource:

@@ -43,9 +43,6 @@ def layer_of(kind: str = "dora", **options: Any) -> AdaptedLinear:
     return make(kind=kind, **{"rank": 2, "bias": False, "dtype": torch.bfloat16, "quant": "nf4"} | options)
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_saved_are_the_input_the_low_rank_activations_the_output_and_nothing_else_of_token_size(kind, dropout):
@@ -80,8 +77,6 @@ def test_of_a_stack_nothing_dense_is_kept():
     sizes = sorted(tuple(tensor.shape) for tensor in kept)
     assert sizes == sorted([(5, 12, 3), (5, 3, 64), (5, 12), (14, 64), (14, 12), (14, 3)])
 
-
-# ------------------------------------------------------------------------------------------------ bytes and products
 
 # A row takes 2 KiB in float32, so runs of 16 rows (or columns, of 512 outputs) take the whole budget.
 WIDE, TILE_BYTES = 512, 32 * 1024
@@ -173,9 +168,6 @@ def test_long_factors_are_scaled_in_slices_with_the_same_bits(monkeypatch):
     assert torch.equal(layer(x), whole)
 
 
-# ------------------------------------------------------------------------------------------------ dtypes
-
-
 @pytest.mark.parametrize("kind", ["frozen", "lora", "dora"])
 def test_autocast_sets_the_dtype_of_the_products_as_for_a_linear_layer(kind):
     """transformers' Trainer with bf16=True over a float32 model. It leaves float64 alone."""
@@ -216,9 +208,6 @@ def test_a_cast_of_the_model_leaves_scales_magnitudes_and_gates_in_float32():
     assert_close(results(layer, x, dy), expected(layer, x, dy), 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ decoded scales
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("quant", ["nf4", "nf4 nested", "int8", None])
 def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind, quant):
@@ -249,9 +238,6 @@ def test_scales_are_dropped_where_a_gpu_has_no_room_for_them(monkeypatch):
         assert module.drop_scales_without_room(layers) is dropped
         assert [layer.keeps_scales for layer in layers] == [not dropped] * 2
     assert not module.drop_scales_without_room([])
-
-
-# ------------------------------------------------------------------------------------------------ plain linear layers
 
 
 class Tagged(nn.Linear):
@@ -287,9 +273,6 @@ def test_a_module_is_linear_if_its_code_computes_the_linear_map():
     layer = Plain(4, 4)
     with FakeTensorMode():  # a class that a plan meets first is judged by values
         assert is_plain_linear(layer)
-
-
-# ------------------------------------------------------------------------------------------------ divided weights
 
 
 class Group:

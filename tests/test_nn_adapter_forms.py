@@ -197,8 +197,7 @@ def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
 
 @pytest.mark.parametrize(("bias", "gain"), [(10.0, 0), (300.0, 0), (0, 1e-3), (0, 0.02), (0, 0.1), (0, 3.0)])
 def test_no_digits_drown_in_a_large_bias_or_in_small_and_large_gains(bias: float, gain: float) -> None:
-    layer = support.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
-    support.move_all_parameters_(layer, scale=0.05)
+    layer = make(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4", alpha=4.0)
     if layer.base.bias is not None:
         layer.base.bias *= bias / 0.1
     else:
@@ -280,9 +279,6 @@ def test_without_its_dead_components_a_layer_is_the_same(kind: str, stacked: boo
     assert_close({"y": after["y"]}, {"y": wanted["y"]}, 1e-10)
     assert_close(after, expected(layer, x, dy, counts=counts), 1e-10)
     torch.testing.assert_close(layer.merged_weight(torch.float64), merged, rtol=1e-12, atol=1e-13)
-
-
-# ------------------------------------------------------------------------------------------------ files and whole runs
 
 
 def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:

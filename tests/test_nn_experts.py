@@ -135,23 +135,6 @@ def test_a_stack_whose_blocks_cross_experts_is_refused():
         FrozenExperts(quantize(torch.randn(4 * 3, 40), "nf4", 64), 4)
 
 
-PADDED: dict[str, Any] = {
-    "even": ((128, 120, 131, 125), (131,) * 4, (0, 1, 2, 3)),
-    "one busy": ((4, 90, 5, 0, 6), (4, 90, 6, 0, 6), (0, 1, 2, 4)),
-    "few groups by count": (20 * (10, 100), 20 * (10, 100), (*range(1, 40, 2), *range(0, 40, 2))),
-}
-
-
-@pytest.mark.parametrize("case", PADDED)
-def test_neighbours_are_padded_to_one_count(case):
-    counts, padded, experts = PADDED[case]
-    tokens = padded_tokens(counts)
-    assert (tokens.counts, tokens.experts, tokens.routed) == (padded, experts, counts)
-    starts = dict(zip(experts, np.cumsum([0, *(padded[expert] for expert in experts)]).tolist(), strict=False))
-    before = np.cumsum([0, *counts]).tolist()
-    assert [tokens.shifts[expert] + before[expert] for expert in experts] == [starts[expert] for expert in experts]
-
-
 def test_padding_is_bounded():
     generator = np.random.default_rng(0)
     for _ in range(50):
@@ -198,9 +181,6 @@ def test_a_frozen_stack_has_gradients_of_gradients():
 def test_a_model_that_writes_into_the_output_of_a_stack_is_refused():
     with pytest.raises(RuntimeError, match="inplace"):
         layer_of(bias=False)(inputs()[0], ExpertTokens((2, 0, 5, 1, 6))).mul_(3.0).square().sum().backward()
-
-
-# ------------------------------------------------------------------------------------------------ the grouped kernel
 
 
 def fits_kernel(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import norms
@@ -123,9 +123,6 @@ def test_a_copy_a_pickle_and_a_cast_start_without_the_norm_of_the_original():
     assert_fresh(layer)
 
 
-# ------------------------------------------------------------------------------------------------ how often
-
-
 def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations():
     layer = layer_of().eval()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
@@ -165,19 +162,6 @@ def test_dropout_changes_the_factor_of_training_alone():
         wanted = layer.lora_B.detach().double() * layer.alpha / layer.rank * (2.0 if training else 1.0)
         torch.testing.assert_close(operands.scaled_b.double(), wanted, rtol=1e-6, atol=0.0)
 
-
-def test_fake_tensors_leave_nothing_behind():
-    layer = layer_of()
-    with FakeTensorMode() as mode:
-        factors = tuple(mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B"))
-        norm = mode.from_tensor(torch.ones(24))
-        kept = layer.kept_norm.get(factors, (torch.float32, 1.0), lambda: norm)
-        assert isinstance(kept, FakeTensor)
-    assert layer.kept_norm.value is None
-    assert_fresh(layer)
-
-
-# ------------------------------------------------------------------------------------------------ many layers at once
 
 # Of three forms; the last one alone keeps float32 adapters.
 LAYERS: list[dict[str, Any]] = [*({"in_": 64, "seed": seed} for seed in (1, 2, 3)), {"in_": 128, "seed": 4}]
@@ -263,25 +247,6 @@ def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_ch
     with norms_checked_later(True):
         refresh(layers)
     assert not settle_norms(layers[:1], [0.0])
-
-
-def test_lora_and_masked_layers_have_no_norms_to_prepare():
-    for options in ({"kind": "lora"}, {"masked": True}):
-        layer = layer_of(**options)
-        layer(X)
-        in_place(layer)
-        assert refresh([layer]) == 0
-        assert_fresh(layer)
-
-
-def test_layers_alike_are_computed_together(monkeypatch):
-    def sizes() -> list[int]:
-        groups = norms._alike([(layer, torch.bfloat16) for layer in layers_of()])
-        return sorted(len(some) for some, _ in groups)
-
-    assert sizes() == [1, 2, 3]
-    monkeypatch.setattr(norms, "entries_at_a_time", lambda _: 2 * 64 * 3)
-    assert sizes() == [1, 1, 1, 1, 2]  # 3 as 2 and 1, the larger ones one by one
 
 
 def test_what_is_made_takes_the_place_of_what_it_follows():

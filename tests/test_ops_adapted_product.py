@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from qdora.adapter import dropout, expert_product
 from qdora.adapter.algebra import row_norm, squared_row_norm
-from qdora.adapter.dropout import drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.adapter.dropout import dropped_slices, zeroed, zeroed_
 from qdora.adapter.product import column_dot, frozen_linear
 from qdora.quant import tiles
 from qdora.quant.packed import dequantize, quantize
@@ -27,8 +27,6 @@ from qdora.train.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from tests import reference
 from tests.adapter_numbers import cut_tiles, make, to_numpy
 from tests.test_ops_quantize import by_backends
-
-# ------------------------------------------------------------------------------------------------ row norms and merge
 
 
 def norm_of(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -78,9 +76,6 @@ def test_what_is_refused():
     (gradient,) = torch.autograd.grad(y, [layer.lora_A], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # a second derivative, which would be wrong
         gradient.square().sum().backward()
-
-
-# ------------------------------------------------------------------------------------------------ full precision
 
 
 def precisions() -> tuple[str, ...]:
@@ -135,9 +130,6 @@ def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(
             backend.fp32_precision = precision
 
 
-# ------------------------------------------------------------------------------------------------ sums over tokens
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 70),
@@ -162,9 +154,6 @@ def test_column_dots_of_any_shape_against_float64(tokens, out, dtype, strided, s
     off = np.abs(to_numpy(found) - to_numpy(factor) * products.sum(axis=0))
     assert found.dtype == wide
     assert np.all(off <= (1e-14 if wide == torch.float64 else 2e-6) * scale)
-
-
-# ------------------------------------------------------------------------------------------------ dropout
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -201,22 +190,6 @@ def test_share_rows_columns_and_pairs_are_those_of_independent_zeros(probability
     again, other = kept(shape, probability, 7), kept(shape, probability, 8)
     assert torch.equal(1 - again, zeros)
     assert float((other != again).float().mean()) == pytest.approx(2 * std**2, rel=0.05)
-
-
-def test_positions_are_inside_and_a_gpu_gets_few_slices():
-    """4,096 tokens of 14336 features are 57 slices on a CPU and 2 on a GPU."""
-    for shape in ((1, 1), (1, 7), (3, 5), (0, 4)):
-        for seed in range(20):
-            for tokens, positions in dropped_slices(torch.ones(shape), 0.6, seed):
-                size = (tokens.stop - tokens.start) * shape[1]
-                assert bool(((positions >= 0) & (positions < size)).all())
-    assert drop_(torch.ones(4, 4), 0.0, 1).all()
-    assert -(-4096 // tokens_per_slice(14336, "cpu")) == 57
-    assert -(-4096 // tokens_per_slice(14336, "cuda")) == 2
-    assert tokens_per_slice(1 << 30, "cuda") == 1
-
-
-# ------------------------------------------------------------------------------------------------ tiles
 
 
 def stored(kind: str, shape: tuple[int, int], *, double_quant: bool = True) -> tiles.Weight:
@@ -271,8 +244,6 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
     [
         ("cpu", 11008, 4096, 1, [1024] * 10 + [256] * 3),  # 8 MiB of 4096 columns in 16 bits are 1,024 rows
         ("cpu", 4096, 2048, 1, [4096]),  # 16 MiB are not cut
-        ("cpu", 4097, 2048, 1, [2048, 2048, 1]),
-        ("cpu", 2048, 8192, 1, [1024] * 2),  # 1,024 rows of 8192 columns are 16 MiB
         ("cpu", 4096, 11008, 64, [256] * 16),
         ("cpu", 600, 1 << 20, 16, [256, 256, 88]),  # no run fits: short ones
         ("cpu", 9000, 4096, 96, [1056] * 8 + [288] + [264]),
@@ -280,7 +251,6 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
         # On a GPU no product is left with a sliver.
         ("cuda", 11008, 4096, 1, [11008]),  # 16,384 rows of 8 KiB fit
         ("cuda", 4096, 11008, 64, [4096]),  # 6,096 columns of 22,016 bytes fit
-        ("cuda", 14336, 4096, 64, [14336]),
         ("cuda", 28672, 8192, 1, [7168] * 4),  # 8,192 rows of 16 KiB fit
         ("cuda", 8192, 28672, 64, [2048] * 4),  # 2,340 columns fit
         ("cuda", 11000, 8192, 1, [5504, 5496]),
@@ -315,8 +285,6 @@ def test_the_frozen_product_is_differentiable_twice(quant):
     assert torch.autograd.gradcheck(lambda each: frozen_linear(each, weight), (short,))
     assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, weight).tanh(), (short,))
 
-
-# ------------------------------------------------------------------------------------------------ loss
 
 FORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.5, "softcap": 0.7}]
 

@@ -65,9 +65,6 @@ def pruned_by(method, weight, x, pattern, group=None):
     return Pruned(wide.masked_fill(~keep, 0), keep)
 
 
-# ------------------------------------------------------------------------------------------------ masks and counts
-
-
 @given(
     rows=st.integers(1, 7),
     columns=st.integers(1, 33),
@@ -107,9 +104,6 @@ def test_a_mask_survives_as_bits(rows, columns, seed, data):
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows))
     assert torch.equal(mask_from_bits(bits, (rows, columns), slice(start, stop)), mask[start:stop])
-
-
-# ------------------------------------------------------------------------------------------------ the three rules
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -235,9 +229,6 @@ def test_statistics_of_batches_are_those_of_all_tokens(method, monkeypatch):
     expected = (rounded**2).sum(0) if method == "wanda" else rounded.T @ rounded
     np.testing.assert_allclose(statistics.sums.double().numpy(), expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(statistics.column_squares.double().numpy(), (rounded**2).sum(0), rtol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ any input
 
 
 @settings(max_examples=80, deadline=None)

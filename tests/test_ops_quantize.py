@@ -87,9 +87,6 @@ def assert_same(found: PackedWeight, wanted: PackedWeight) -> None:
     assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in wanted.tensors().items())
 
 
-# ------------------------------------------------------------------------------------------------ code books
-
-
 def table(kind):
     """QLoRA's construction with scipy.stats: evenly spaced probabilities on each side of an exact 0."""
     if kind == "int4":
@@ -120,8 +117,6 @@ def test_code_books_are_those_of_the_papers_and_of_bitsandbytes():
     assert torch.equal(codebooks.dynamic_map(), bnb_functional.create_dynamic_map())
     np.testing.assert_allclose(codebooks.dynamic_map().double().numpy(), reference.dynamic_map(), rtol=2e-7)
 
-
-# ------------------------------------------------------------------------------------------------ plain loops
 
 # Those of research formats have just been compared with their construction.
 reference.VALUES |= {kind: [np.float32(each) for each in codebooks.code_values(kind)] for kind in RESEARCH}
@@ -208,9 +203,6 @@ def test_chunks_layouts_and_parts_do_not_show(kind, monkeypatch):
     assert torch.equal(weight, kept)
 
 
-# ------------------------------------------------------------------------------------------------ bitsandbytes
-
-
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_ties_and_their_neighbours_equal_bitsandbytes(kind):
     bounds, _ = codebooks.decision_bounds(kind)
@@ -242,9 +234,6 @@ def test_nested_codes_equal_bitsandbytes_around_every_bound():
         codes, absmax = blockwise.quantize_8bit(part, code, 256)
         assert torch.equal(codes, expected)
         assert torch.equal(absmax, state.absmax)
-
-
-# ------------------------------------------------------------------------------------------------ any input
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -317,9 +306,6 @@ def test_layout_and_bytes_are_known_beforehand(kind, shape, block_size, double_q
     assert packed.num_bytes == wanted
 
 
-# ------------------------------------------------------------------------------------------------ the container
-
-
 @needs_bnb
 def test_the_kernel_is_chosen_only_where_rows_are_whole_blocks(monkeypatch):
     def chosen(kind="nf4", block_size=64, in_features=576, dtype=torch.bfloat16, device=CPU):
@@ -390,9 +376,6 @@ def test_one_launch_decodes_a_tile_where_triton_runs(kind, monkeypatch, caplog):
         assert choose_backend(kind, CPU, **form) == "triton"
         found = by_backends(packed, dtype)
         assert torch.equal(found["triton"], found["torch"])
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def bnb_checkpoint(weight: torch.Tensor, kind: str, block_size: int, double_quant: bool) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from qdora.recipe.recipe_file import recipe_from
 from qdora.train import trainer
 from qdora.train.optimizer import AdapterOptimizer
 from tests import support
+from tests.adapter_numbers import expected_weight
 
 LR, STEPS, BATCH, MICRO = 0.02, 5, 4, 2
 Trained = tuple[Any, list[float]]
@@ -102,7 +103,7 @@ def assert_norms_are_fresh(trained: Any) -> None:
     assert len(layers) == 14
     for name, layer in layers.items():
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
-        expected = x.double() @ torch.from_numpy(support.expected_weight(layer)).T
+        expected = x.double() @ torch.from_numpy(expected_weight(layer)).T
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4, msg=name)
 
 

@@ -28,7 +28,7 @@ from qdora.model.build_model import Compute, find_model
 from qdora.plan import fit, show
 from qdora.plan import plan as parts
 from qdora.plan.fit import assumed_workload, with_changes, workload_of_data
-from qdora.plan.plan import Change, MicroBatchShape, Moment, Plan
+from qdora.plan.plan import MicroBatchShape, Moment, Plan
 from qdora.plan.show import plan_run
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.section import parse_size, size_text
@@ -147,19 +147,6 @@ def first_has_less(rank: int, recipe: Recipe) -> None:
 def test_budget_auto_is_the_same_for_all_processes(tmp_path):
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
     assert support.run_processes(2, first_has_less, one_layer(tmp_path, memory__budget="auto")) == ["", ""]
-
-
-def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough():
-    moments = [Moment("update", None, {parts.OPTIMIZER: 2**30})]
-    found = Plan(device_kind="cpu", moments=moments, shape=SHAPE, num_micro_batches=1, budget_bytes=2**30)
-    assert "1.00 GiB, but" in parts.over_budget(found)
-    assert "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0" in parts.over_budget(found)
-    for peak, is_enough in ((2**30, True), (2**30 + 1, False)):
-        changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
-        text, forced = (parts.over_budget(replace(found, changes=changes), forced=each) for each in (False, True))
-        assert "cheapest first: a.b=1; c.d=2, e.f=3" in text
-        assert ("even all of these are not enough" not in text) is is_enough
-        assert ("--force" in text, "starts all the same" in forced) == (True, True)
 
 
 def proposed(recipe: Recipe) -> list[str]:

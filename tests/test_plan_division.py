@@ -58,9 +58,6 @@ SMALL: dict[str, Any] = {"adapter__targets": ["q_proj"], "memory__loss_chunk": 6
 SMALL |= {"train__batch": 1, "train__micro_batch_tokens": 64}
 
 
-# --- divided among processes
-
-
 def as_planned(rank: int, source: Path) -> None:
     model = empty_model(AutoConfig.from_pretrained(source), support.config_source(), torch.float32, "sdpa")
     division = division_of(model, NF4, torch.float32, pruned=False)
@@ -195,9 +192,6 @@ def test_the_command_plans_for_several_cards(tmp_path):
     assert found["replicate"] > found["hybrid"] > found["shard"]
     done = CliRunner().invoke(app, [*command, "3"])
     assert (done.exit_code, "--hosts: got 3, must divide --processes (4)." in done.output) == (2, True)
-
-
-# --- streamed from the host
 
 
 def blocks(count: int | None) -> StreamedBlocks:

@@ -322,10 +322,7 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
     loader.next_step = lambda: SimpleNamespace(micro_batches=steps[loader.position])
     found, most = largest_shapes(loader, range(3))
     assert most == 3
-    assert found == [
-        MicroBatchShape(4, 9, 32, masked=False),
-        MicroBatchShape(3, 9, 24, masked=False, accumulated=True),
-    ]
+    assert found == [MicroBatchShape(4, 9, 32, masked=False), MicroBatchShape(3, 9, 24, masked=False, accumulated=True)]
 
 
 def test_the_longest_example_of_a_long_run_is_planned(tmp_path):
@@ -340,9 +337,6 @@ def test_the_longest_example_of_a_long_run_is_planned(tmp_path):
     steps = [loader.next_step().micro_batches for _ in range(num_steps_of(recipe, loader))]
     lengths = [max(batch.input_ids.shape[1] for batch in batches) for batches in steps]
     assert max(shape.length for shape in shapes) == max(lengths) > max(lengths[:200])
-
-
-# --- mixtures of experts
 
 
 def mixture_recipe(source: str = "org/model", **changes: Any) -> Recipe:

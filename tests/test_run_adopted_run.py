@@ -31,18 +31,12 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def ready(model: Any) -> Any:
-    """bitsandbytes' CPU kernel for AVX512-BF16 is wrong."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
 def bnb_base(model: Path, **settings: Any) -> Any:
     """A model that bitsandbytes quantises, computing in float32."""
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **settings)
-    return ready(AutoModelForCausalLM.from_pretrained(model, quantization_config=quant, dtype=torch.float32))
+    return support.in_float32(
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=quant, dtype=torch.float32)
+    )
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -132,7 +126,7 @@ def test_exports_of_an_adapter(model, tmp_path, caplog, kind):
     loaders: dict[str, Callable[[Path], Any]] = {
         "merged": AutoModelForCausalLM.from_pretrained,
         "nf4-lora": lambda out: peft.PeftModel.from_pretrained(
-            ready(AutoModelForCausalLM.from_pretrained(out)), str(out / "adapter")
+            support.in_float32(AutoModelForCausalLM.from_pretrained(out)), str(out / "adapter")
         ),
         "peft": lambda out: peft.PeftModel.from_pretrained(bnb_base(model, **case["settings"]), str(out)),
     }

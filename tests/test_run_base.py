@@ -59,9 +59,6 @@ def _model(root: Path) -> None:
     support.write_llama(root / "model", intermediate_size=128)
 
 
-# --- recorded
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the Hub with two commits, main at the older one: of org/small with other weights, and of org/words, a
@@ -135,8 +132,6 @@ def test_a_base_that_has_changed_in_its_place_is_refused(tmp_path):
     assert load_recipe(run / "recipe.yaml").train.steps == 2
     assert not out.exists()
 
-
-# --- pruned
 
 PRUNE = {"method": "wanda", "pattern": "2:4", "calibration": {"sequences": 4, "length": 48}}
 
@@ -249,9 +244,6 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned):
     load_run(root / "lora")  # it is whole by itself
 
 
-# --- by GPTQ
-
-
 def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, tmp_path, monkeypatch):
     def recipe(cache: str, **changes: Any) -> Recipe:
         by_gptq = {"base__quant": "int3", "base__method": "gptq", "base__calibration": {"sequences": 4, "length": 48}}
@@ -299,9 +291,6 @@ def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, t
         load_run(run)
 
 
-# --- streamed
-
-
 def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1"])
@@ -317,8 +306,6 @@ def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, cap
         assert residency_here(run, chosen, torch.device("cpu")).base.residency == "device"
     assert "using device instead of host" in caplog.text
 
-
-# --- with new tokens
 
 TOKENS = ["<sum>", "<end>"]
 NEW_ROWS = {"model__add_tokens": TOKENS, "adapter__also_train": ["embed_tokens", "lm_head"]}

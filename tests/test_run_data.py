@@ -71,9 +71,6 @@ def refusal(recipe: Recipe, run: Path) -> list[str]:
     return list(error.value.faults)
 
 
-# --- validate
-
-
 DAMAGE: dict[str, Callable[[int, str], str]] = {
     "not JSON": lambda index, line: line + "}" if index % 4 == 0 else line,
     "other columns": lambda _, line: line.replace("completion", "reply"),
@@ -116,8 +113,6 @@ def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str) -
     assert (found.exit_code, "data.max_length" in found.stderr) == (2, False)
     assert says(found.stderr, "model.source: ... bitsandbytes ... (got 'awq')")
 
-
-# --- preview
 
 EVIL = "<script>alert('x')</script>"
 CHAT = chat("Is the sky blue?", "yes", "no\u200b", EVIL)["messages"]
@@ -226,9 +221,6 @@ def test_no_character_of_a_visible_text_hides(text: str) -> None:
     assert visible(text).count("⏎\n") >= text.count("\n")
     assert visible("a b\n\té") == "a b⏎\n⇥\té"
     assert visible("\u202eabc\u200b\x00\ud800\U000e0001\xa0") == "\\u202eabc\\u200b\\x00\\ud800\\U000e0001\\xa0"
-
-
-# --- checks of the start
 
 
 @pytest.fixture(scope="module")
@@ -349,9 +341,6 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     made = support.tokenizer(chat_template=FORGETTING)
     found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
     assert found == ["one: of 1 validation examples looked up, 1"]
-
-
-# --- limits of the model
 
 
 def test_limits_of_the_model_and_of_the_steps(tmp_path: Path) -> None:

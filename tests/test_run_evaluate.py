@@ -42,9 +42,6 @@ def scores(target: Any, **options: Any) -> dict[str, Any]:
     return {**found["evaluation"]["tasks"]}
 
 
-# --- own data
-
-
 def products(first: int) -> list[dict[str, Any]]:
     return [{"ask": f"{first} x {other} =", "reply": f" {first * other}"} for other in range(2, 8)]
 
@@ -169,8 +166,6 @@ def test_what_does_not_fit(run: Path, tmp_path: Path) -> None:
     (bare / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert says(fault_of(scores, bare), "--split: the run has no validation examples. Fix: ... --data")
 
-
-# --- answers
 
 PROMPT = "3 + 4 ="
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +14,9 @@ import yaml
 
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
-from qdora.recipe.settings import Recipe
 from qdora.study import cells, results
 from qdora.study.cells import Cell, Cells, Expander, key_of
 from qdora.study.grid import label_of, load_study, study_from
-from qdora.study.results import Results, StudyDirectory
 from qdora.study.run import study_run
 from tests.data_rows import faults_of, says
 from tests.fake_study import ADAPTERS, RECIPE, recipe
@@ -323,26 +321,9 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
         load_study(tmp_path / "none.yaml")
 
 
-def test_the_grids_of_the_benchmarks_have_their_cells_and_the_hours_of_their_plans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With made-up plans of 1 to 4 seconds a step, one of each model with and without quantisation."""
-    asked: list[tuple[str, str]] = []
-
-    def made_up(recipe: Recipe) -> Any:
-        assert recipe.base.prune is None
-        asked.append((recipe.model.source, recipe.base.quant))
-        return SimpleNamespace(step_seconds=len(asked))
-
-    monkeypatch.setattr(results, "plan", made_up)
-    study = load_study(ROOT / "benchmarks/grids/8b.yaml")
-    planned = results.planned_cells(Expander(study), None)
-    assert planned.num_waiting == {}
-    times = results.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
-    found = {each["stage"]: (each["num_cells"], each["seconds"]) for each in times}
-    models = ("Qwen/Qwen3-4B-Base", "meta-llama/Meta-Llama-3-8B")
-    assert sorted(asked) == [(model, quant) for model in models for quant in ("nf4", "none")]
-    # Models, bases, adapters, seeds; three of the six bases have 16 bits
-    assert found["main"] == (2 * 6 * 2 * 3, pytest.approx(sum(6 * 3 * (300 + 400 * each) for each in (1, 2, 3, 4))))
-    assert found["transplants"] == (2 * 5 * 2 * 3, pytest.approx(60 * 300))
-    assert (found["bases"][0], results.times_in_words(times)[-1][:7]) == (2 * 6, "In all ")
+def test_a_grid_of_the_benchmarks_has_its_cells() -> None:
+    cells = results.planned_cells(Expander(load_study(ROOT / "benchmarks/grids/8b.yaml")), None)
+    counts = Counter(cell.stage for cell in cells.cells)
+    # Models, bases, adapters, seeds
+    assert (counts["main"], counts["transplants"], counts["bases"]) == (2 * 6 * 2 * 3, 2 * 5 * 2 * 3, 2 * 6)
+    assert cells.num_waiting == {}

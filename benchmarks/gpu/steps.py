@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, NEW_NORM, LayerCall, adapt, random_base
+from contenders import CONTENDERS, adapt
 from measure import alternating, ratios
 from mixed_data import FixedSteps, fitted
 from torch import nn
@@ -126,21 +126,9 @@ def planned(settings: dict[str, Any], num_tokens: int, rank: int, num_streamed: 
     return {key: found[key] for key in ("peak_bytes", "tensor_bytes", "components", "host_bytes", "step_seconds")}
 
 
-_NO_WAIT = ("own_lora", "own_dora", "own_dora_dropout")
-LAYERS = (*_NO_WAIT, f"own_dora{NEW_NORM}", "peft_lora", "peft_dora")
-
-
 def waits(part: Part, plan: Plan, device: torch.device) -> None:
-    """Waits by the line that waits: of one pass of a layer, which should be none, and of the third step of a model of
-    two layers through the training loop, in one micro-batch."""
-
-    def of_layer(name: str) -> dict[str, Any]:
-        call = LayerCall(name, base, plan.ranks[0], plan.tokens[0])
-        call.step()
-        with on.host_waits(device) as lines:
-            call.step()
-        number = sum(lines.values())
-        return {"waits": number, "lines": dict(lines)} | ({"ok": number == 0} if name in _NO_WAIT else {})
+    """Waits of the third step of a model of two layers through the training loop, in one micro-batch, by the line that
+    waits."""
 
     def of_step(name: str) -> dict[str, Any]:
         small = plan.middle | {"num_hidden_layers": 2, "vocab_size": 512}
@@ -150,9 +138,6 @@ def waits(part: Part, plan: Plan, device: torch.device) -> None:
             step(1)
         return {"waits": sum(lines.values()), "lines": dict(lines.most_common(30))}
 
-    base = random_base(*plan.shapes[-1], device)
-    for name in LAYERS:
-        part.attempt(name, of_layer, name)
     for name in ("own_dora", "peft_dora"):
         part.attempt(f"training step of {name}", of_step, name)
 

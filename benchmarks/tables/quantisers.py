@@ -10,15 +10,12 @@ from frame import Column, cell, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
-LENGTHS = (512, 2048, 8192)
 METHODS = {
     "round": "rounded",
     "gptq passages": "GPTQ on passages",
     "gptq tasks": "GPTQ on tasks",
     "hqq 0": "HQQ, axis 0",
     "hqq 1": "HQQ, axis 1",
-    "gptqmodel passages": "gptqmodel on passages",
-    "gptqmodel tasks": "gptqmodel on tasks",
 }
 
 
@@ -28,7 +25,7 @@ def draw(cases: dict[str, Any], out: Path) -> None:
     with svg_file(out, 9.6, 3.6 * len(models)) as figure:
         for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
             for axis, text in zip(axes, ("passages", "tasks"), strict=True):
-                for (method, title), mark in zip(METHODS.items(), "o^vx+<>", strict=True):
+                for (method, title), mark in zip(METHODS.items(), "o^vx+", strict=True):
                     some = [case for case in cases.values() if (case["model"], case["method"]) == (model, method)]
                     points = [(case["bits"], case[text]["nll_per_token"]) for case in some]
                     axis.scatter([x for x, _ in points], [y for _, y in points], marker=mark, label=title)
@@ -50,10 +47,8 @@ def quantisers_answer(result: Any) -> str:
         return f"{math.exp(min(scores)[0]):.1f} ({min(scores)[1]})" if scores else "–"
 
     for model in dict.fromkeys(each["model"] for each in cases):
-        dense, nf4, swept = (
-            least(model, ("none",), "round"),
-            *(least(model, ("nf4",), each) for each in list(METHODS)[:2]),
-        )
+        dense = least(model, ("none",), "round")
+        nf4, swept = (least(model, ("nf4",), each) for each in list(METHODS)[:2])
         parts = [f"{dense.partition(' ')[0]} in 16 bits, {nf4} rounded, {swept} by GPTQ"]
         for bits in (3, 2):
             ways = (f"{title} {least(model, (f'nf{bits}', f'int{bits}'), each)}" for each, title in METHODS.items())
