@@ -2,13 +2,13 @@
 
     python benchmarks/recompute_study.py [benchmarks/results/study]
 
-The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv, tasks.csv,
-repair.csv and cells.csv. Needs numpy alone. Computed are every comparison in every measure, and by task (improvement, t
-interval over the seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable
-difference, the verdict), of every arm and base the damage, what is left of it, that of a transplant, the share that
-training repaired, and what magnitudes contribute, and the metric of every cell. Ends with 1 if a number differs from
-the report's by more than 1e-6, or if a verdict is another one. Only one is not recomputed: "not decided" for a reason
-that the report gives.
+The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv, tasks.csv
+and repair.csv. Needs numpy alone. Computed are every comparison in every measure, and by task (improvement, t interval
+over the seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable difference,
+the verdict), and of every arm and base the damage, what is left of it, that of a transplant, the share that training
+repaired, and what magnitudes contribute. Of results/study also every number that README.md and benchmarks/README.md
+say of it. Ends with 1 if a number differs from the report's by more than 1e-6, or from a page's by more than it was
+rounded, or if a verdict is another one. Only one is not recomputed: "not decided" for a reason that the report gives.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-6
 DEFAULT = {"arm": "adapter", "metric": "nll_per_token", "tasks": "tokens", "split": "halves", "zone": 0.02}
 DEFAULT |= {"alpha": 0.05, "power": 0.8, "min_seeds": 3}
@@ -50,15 +51,16 @@ class Tally:
     def __init__(self) -> None:
         self.number, self.worst, self.faults = 0, 0.0, 0
 
-    def add(self, where: str, told: float, own: float) -> None:
+    def add(self, where: str, told: float, own: float, allowed: float = TOLERANCE) -> None:
         """Compare a number that is told with the one that was recomputed; neither may be known."""
         if math.isnan(own) or math.isnan(told):
             difference = 0.0 if math.isnan(own) and math.isnan(told) else math.inf
         else:
             difference = abs(own - told)
         self.number += 1
-        self.worst = max(self.worst, difference)
-        if difference > TOLERANCE:
+        if allowed == TOLERANCE:  # others were rounded
+            self.worst = max(self.worst, difference)
+        if difference > allowed:
             self.fault(f"{where} is {told}, recomputed {own}")
 
     def fault(self, text: str) -> None:
@@ -78,7 +80,7 @@ class Tally:
 
 def main() -> None:
     """Recompute, compare, and print the largest difference as JSON."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "results/study"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results/study"
     document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
     study, tally = KeptStudy(document), Tally()
     tally.table(folder / "repair.csv", study.damage(), REPAIRED, (*study.axes, study.arm_axis))
@@ -97,10 +99,8 @@ def main() -> None:
             if row["role"] == "primary" and row["verdict"] != verdicts.get(key) and not is_careful:
                 who = ", ".join(filter(None, key))
                 tally.fault(f"{who}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}")
-    if not study.halves:  # else cells.csv has the examples that chose the rates, too
-        scored = [each for each in document["cells"] if each["scores"]]
-        own = {(each["cell"]["key"],): {study.metric: study.value(each)} for each in scored}
-        tally.table(folder / "cells.csv", own, (study.metric,), ("cell",))
+    if folder.resolve() == HERE / "results/study":
+        Pages(document, tally).check()
     print(json.dumps({"numbers": tally.number, "largest_difference": tally.worst, "faults": tally.faults}))
     if tally.faults or not tally.number:
         raise SystemExit(1)
@@ -480,7 +480,7 @@ def t_interval(values: Sequence[float], num_first: int) -> tuple[float, float, f
     return float(np.mean(values)), quantile(free) * stderr, stderr, free
 
 
-def three(values: Sequence[float], num_first: int) -> list[float]:
+def three(values: Sequence[float], num_first: int = 3) -> list[float]:
     """Mean and the ends of its t interval."""
     mean, half, *_ = t_interval(values, num_first)
     return [mean, mean - half, mean + half]
@@ -565,6 +565,260 @@ def holm(p_values: Sequence[float], number: int) -> list[float]:
         largest = max(largest, min(1.0, (number - rank) * known[index]))
         adjusted[index] = largest
     return adjusted
+
+
+# What the pages say of benchmarks/results/study
+
+SECTION, NEXT_SECTION = "## Compressed bases: LoRA against DoRA", "## A study recomputed"
+SHORT, PRUNED = "128 steps", ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+# Name -> base and adapter of the cells that are better, of those that are worse, and the kind of the better ones.
+CONTROLS = {
+    "LoRA with LoftQ's start, LoRA; nf3": ("nf3", "LoRA, LoftQ", "nf3", "LoRA"),
+    **{
+        f"DoRA, magnitudes trained 100 times as fast; {base}": (base, "DoRA", base, "DoRA, magnitudes 100 times")
+        for base in ("nf3", "Wanda 2:4")
+    },
+    **{
+        f"SparseGPT, Wanda; LoRA, {size}": (f"SparseGPT {size}", "LoRA", f"Wanda {size}", "LoRA")
+        for size in ("50 %", "70 %", "2:4")
+    },
+    "DoRA, LoRA; Wanda 2:4": ("Wanda 2:4", "DoRA", "Wanda 2:4", "LoRA"),
+    **{
+        f"DoRA with its magnitudes set back, DoRA; {base}": (base, "DoRA", base, "DoRA", "set_back")
+        for base in ("16 bits", "nf3", "Wanda 2:4")
+    },
+}
+Rows = list[tuple[str, list[float]]]
+
+
+class Pages:
+    """The numbers of the tables of benchmarks/README.md and of README.md's row, in their order and units."""
+
+    def __init__(self, document: Mapping[str, Any], tally: Tally) -> None:
+        self.tally = tally
+        self.studies = {measure: KeptStudy(document, measure) for measure in MEASURES}
+        self.cells = [each for each in document["cells"] if each["result"] is not None]
+        self.nll = self.studies[NLL]
+        self.compared = {measure: study.comparisons() for measure, study in self.studies.items()}
+        self.repair, self.keys = self.nll.damage(), list(self.nll.primary)
+        self.adapters = list(dict.fromkeys(arm.name for arm in self.nll.arms))
+        labels = [label for axis in self.nll.study["product"].values() for label in axis]
+        labels += [key[0] for key in self.keys]
+        self.labels = [*labels, "30 %", "50 %", "70 %", "2:4", "4-bit", *(f"{name}:" for name in labels)]
+
+    def check(self) -> None:
+        """Compare every number of the tables; the text around them has none."""
+        page = (HERE / "README.md").read_text(encoding="utf-8")
+        section = page.partition(SECTION)[2].partition(NEXT_SECTION)[0]
+        for name, (rows, note) in self.tables().items():
+            before, start, rest = section.partition(f"<!-- table: {name} -->\n")
+            block, end, after = rest.partition("<!-- end -->")
+            if not start or not end:
+                raise SystemExit(f"benchmarks/README.md: the table {name} is missing")
+            section = before + after
+            lines = [line.strip("| ") for line in block.splitlines() if line.startswith("|")][2:]
+            told = [line.split(" | ", 1) for line in lines]
+            if [label for label, _ in told] != [label for label, _ in rows]:
+                raise SystemExit(f"{name}: other rows than recomputed")
+            for (label, text), (_, own) in zip(told, rows, strict=True):
+                self.check_text(f"{name}: {label}", text, own)
+            self.check_text(f"{name}: note", " ".join(each for each in block.splitlines() if each[:1] != "|"), note)
+        if "<!-- table" in section:
+            raise SystemExit("benchmarks/README.md: a table of the study is not recomputed")
+        text = re.sub(r"```.*?```|\(http\S*|arXiv \S*", "", section, flags=re.DOTALL)
+        self.check_text("benchmarks/README.md, text", text, [])
+        readme = (HERE.parent / "README.md").read_text(encoding="utf-8").splitlines()
+        (row,) = [line for line in readme if line.startswith("| LoRA or DoRA?")]
+        self.check_text("README.md", row, self.headline())
+
+    def check_text(self, where: str, text: str, own: Sequence[float]) -> None:
+        """Compare the numbers of a text, without those in labels of the study, as far as they are rounded."""
+        for label in sorted(self.labels, key=len, reverse=True):
+            text = text.replace(label, " ")
+        found = NUMBER.findall(text)
+        if len(found) != len(own):
+            self.tally.fault(f"{where} has the numbers {found}, recomputed {list(own)}")
+            return
+        for number, value in zip(found, own, strict=True):
+            mantissa, _, exponent = number.replace(",", "").partition("e")
+            rounded = 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+            self.tally.add(where, float(number.replace(",", "")), value, 1.0001 * rounded)
+
+    def tables(self) -> dict[str, tuple[Rows, list[float]]]:
+        """Name of a table -> its rows, and the numbers of the note below it."""
+        runs = self.arm("by_layer", "16 bits", "full")  # only of the second round
+        lower_by = {name: self.lower_by(*cells) for name, cells in CONTROLS.items()}
+        return {
+            "study_checkpoints": (self.checkpoints() if runs else [], []),
+            "study_primary": (self.primary(), self.answers()),
+            "study_units": (self.units(), []),
+            "study_tasks": (self.tasks(), []),
+            "study": (self.contexts(), [95.0]),
+            "study_controls": ([(name, [len(each), *three(each)]) for name, each in lower_by.items()], []),
+            "study_transplants": self.transplants(),
+            "study_changes": (self.changes(), [1.0, 95.0, 0.0]),
+        }
+
+    def gain(self, measure: str, key: Key) -> list[float]:
+        """Improvement and interval of a comparison: nats, or points of accuracy."""
+        return self.scaled(measure, self.compared[measure][key])
+
+    def scaled(self, measure: str, numbers: Numbers) -> list[float]:
+        return [(1 if measure[:3] == "nll" else 100) * numbers[name] for name in THREE]
+
+    def primary(self) -> Rows:
+        rows = []
+        for key, measure in itertools.product(self.keys, MEASURES):
+            zone = self.studies[measure].zone * (1 if measure[:3] == "nll" else 100)
+            p = self.compared[measure][key]["p_equivalent_holm" if measure == NLL else "p_equivalent"]
+            rows.append((key[0], [*self.gain(measure, key), zone, p]))
+        return rows
+
+    def answers(self) -> list[float]:
+        found, verdicts = [], self.nll.verdicts(self.compared[NLL])
+        for key in self.keys:
+            numbers, zone, verdict = self.compared[NLL][key], self.nll.zone, verdicts[key]
+            gain, lower, upper = self.gain(NLL, key)
+            found += [zone] * verdict.count(f"{zone:g}")
+            found += [gain, 95.0, lower, upper, len(shared_seeds(self.nll.primary[key]))]
+            if "is better" in verdict:
+                found += [numbers["p_holm"], self.nll.tests[key]]
+            elif verdict == "not decided":
+                found.append(numbers["smallest_detectable"])
+            else:
+                found += [zone, numbers["p_equivalent_holm"], self.nll.tests[key]]
+        return found
+
+    def worths(self) -> list[float]:
+        """Nats that a bit per weight, and a percentage point of zeros, are worth to LoRA."""
+        worths = []
+        for mild, strong, index, scale in (("nf4", "nf3", 0, -1), ("Wanda 30 %", "Wanda 50 %", 1, 100)):
+            left, other = (self.repair[base, SHORT, "LoRA"]["left"] for base in (mild, strong))
+            size, less = (bits_and_zeros(self.arm("trained", base, "LoRA")["0"])[index] for base in (mild, strong))
+            worths.append((other - left) / (scale * (less - size)))
+        return worths
+
+    def units(self) -> Rows:
+        gain, _, upper = self.gain(NLL, self.keys[0])
+        names = ("bit per weight", "percentage point of zeros")
+        pairs = zip(names, self.worths(), strict=True)
+        return [(name, [worth, gain / worth, upper / worth, self.nll.zone / worth]) for name, worth in pairs]
+
+    def tasks(self) -> Rows:
+        found = {measure: self.studies[measure].tasks() for measure in (NLL, "acc", "acc_norm")}
+        rows = []
+        for key in found["acc"]:
+            if key[:-1] == self.keys[0]:
+                numbers = [number for measure in found for number in self.scaled(measure, found[measure][key])]
+                rows.append((key[-1], [100 * found["acc"][key]["weight"], *numbers]))
+        return rows
+
+    def contexts(self) -> Rows:
+        rows = []
+        for context in dict.fromkeys((arm.context["base"], arm.context["length"]) for arm in self.nll.arms):
+            own = [arm for arm in self.nll.arms if (arm.context["base"], arm.context["length"]) == context]
+            bits, zeros = bits_and_zeros(next(iter(own[0].cells.values())))
+            damage = self.repair.get((context[0], "", "no adapter"), {})
+            numbers = [bits, 100 * zeros, *(100 * value for value in damage.values())]
+            of_arms = {name: self.repair.get((*context, name), {}) for name in self.adapters}
+            for name in self.adapters:
+                numbers += ends(of_arms[name], "left")
+            numbers += [value for value in ends(of_arms["LoRA"], "repaired_share") if not math.isnan(value)]
+            for key in ((f"{name} against LoRA", *context, name) for name in self.adapters[1:]):
+                numbers += self.gain(NLL, key) if key in self.compared[NLL] else []
+            rows.append((", ".join(context), numbers))
+        return rows
+
+    def arm(self, kind: str, base: str, adapter: str) -> dict[str, Mapping[str, Any]]:
+        """Seed -> cell, of 128 steps."""
+        wanted = {"base": base, "adapter": adapter, "length": SHORT}.items()
+        cells = [each for each in self.cells if each["cell"]["kind"] == kind]
+        return {each["cell"]["labels"]["seed"]: each for each in cells if wanted <= each["cell"]["labels"].items()}
+
+    def values(self, kind: str, base: str, adapter: str) -> dict[str, float]:
+        """Seed -> NLL, of 128 steps."""
+        return {seed: self.nll.value(cell) for seed, cell in self.arm(kind, base, adapter).items()}
+
+    def lower_by(self, base: str, adapter: str, other: str, worse: str, kind: str = "trained") -> list[float]:
+        """By how much the NLL of the first cells is lower than that of the others, of each seed that both have."""
+        one, two = self.values(kind, base, adapter), self.values("trained", other, worse)
+        return [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys(), key=int)]
+
+    def transplants(self) -> tuple[Rows, list[float]]:
+        rows, note = [], []
+        for seeds in (("0", "1", "2"), ("3", "4", "5")):
+            plain, rescaled, told = [], [], f"seeds {seeds[0]} to {seeds[-1]}"
+            for base in ("nf4", "nf3", *PRUNED):
+                moved = {arm: self.values("transplant", base, arm) for arm in ("LoRA", "DoRA")}
+                if seeds[0] not in moved["DoRA"]:
+                    continue
+                numbers = []
+                for arm, values in moved.items():
+                    home = self.values("trained", "16 bits", arm)
+                    numbers += three([values[seed] - home[seed] for seed in seeds])
+                more = [moved["DoRA"][seed] - moved["LoRA"][seed] for seed in seeds]
+                numbers += three(more)
+                plain += [more] if base in PRUNED else []
+                mended = self.values("rescaled", base, "DoRA")
+                if seeds[0] in mended:
+                    rescaled.append([mended[seed] - moved["LoRA"][seed] for seed in seeds])
+                    numbers += three(rescaled[-1])
+                rows.append((f"{base}, {told}", numbers))
+            if not plain:
+                continue
+            means = [np.mean(each, axis=0) for each in (plain, rescaled) if each]
+            rows.append((f"mean of the pruned bases, {told}", [end for each in means for end in three(each)]))
+            note += [float(seeds[0]), float(seeds[-1]), float(np.sum(np.array(plain) > 0)), float(np.size(plain))]
+            note += [100 * (1 - np.sum(means[1]) / np.sum(means[0]))] if rescaled else []
+        return rows, note
+
+    def checkpoints(self) -> Rows:
+        """Losses at the checkpoints, and Pearson's correlations of the changes of length and direction."""
+        rows = []
+        for arm, paper in (("full", -0.62), ("LoRA", 0.83), ("DoRA", -0.31)):
+            runs = [cell["result"].get("checkpoints", []) for cell in self.arm("by_layer", "16 bits", arm).values()]
+            runs = [run for run in runs if run]
+            losses = np.array([[checkpoint["nll"] for checkpoint in run] for run in runs])
+            numbers = [number for at in losses.T for number in (at.mean(), at.std(ddof=1))]
+            for ending in ("q_proj", ""):
+                found = []
+                for run in runs:
+                    changes = [each for at in run for path, each in at["changes"].items() if path.endswith(ending)]
+                    points = np.array([[each["length"], each["direction"]] for each in changes])
+                    found.append(np.corrcoef(points.T)[0, 1])
+                numbers += [np.mean(found), min(found), max(found)]
+            rows.append((arm, [*map(float, numbers), paper]))
+        return rows
+
+    def changes(self) -> Rows:
+        columns = {"direction": 1, "magnitude": 100, "error_undone": 100, "error_undone_best": 100, "error_cosine": 1}
+        rows = []
+        for base, adapter in itertools.product(("16 bits", "nf3", "Wanda 2:4"), ("LoRA", "DoRA")):
+            results = [cell["result"] for cell in self.arm("by_layer", base, adapter).values()]
+            layers = [list(each["changes"].values()) for each in results if "changes" in each]
+            numbers: list[float] = [len(layers)]
+            for name, scale in columns.items():
+                known = [each[name] for of_seed in layers for each in of_seed if name in each]
+                numbers += [scale * float(np.mean(known))] if known else []
+            numbers += ends(self.repair.get((base, SHORT, adapter), {}), "magnitudes")
+            rows.append((f"{base}, {adapter}", numbers))
+        return rows
+
+    def headline(self) -> list[float]:
+        gain, points = (self.gain(measure, self.keys[0]) for measure in (NLL, "acc"))
+        return [gain[0], 95.0, *gain[1:], self.nll.zone, *(gain[2] / worth for worth in self.worths()), *points]
+
+
+def ends(numbers: Numbers, name: str) -> list[float]:
+    """A column and its interval, if it is there."""
+    return [numbers[name + end] for end in ENDS if name in numbers]
+
+
+def bits_and_zeros(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """Bits per weight, and the share of zeros, of the linear layers of a cell."""
+    size, compression = cell["result"]["size"], cell["result"]["compression"] or {}
+    return 8 * size["num_linear_bytes"] / size["num_linear_weights"], compression.get("sparsity", 0.0)
 
 
 if __name__ == "__main__":

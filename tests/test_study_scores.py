@@ -139,7 +139,7 @@ def test_a_second_program_finds_every_number_and_any_that_was_changed(
     assert (code, [column for _, column, _ in CHANGED if f"{column} is" not in output]) == (1, [])
 
 
-def test_the_committed_report_says_what_its_scores_do() -> None:
+def test_the_pages_say_what_the_committed_scores_do() -> None:
     code, output = recomputed(RESULTS)
     assert code == 0, output
     assert json.loads(output.splitlines()[-1])["numbers"] > 1300

@@ -1,6 +1,6 @@
 """Tables of studies, from the data files of their reports: compressed bases, and ranks.
 
-recompute_study.py computes comparisons, tasks, repair and cells of these files again from the scores.
+recompute_study.py computes each number about compressed bases again from the scores.
 """
 
 from __future__ import annotations
