@@ -39,6 +39,12 @@ def write_model(directory: Path, seed: int = 0) -> str:
 
 def small_config(vocabulary: int) -> LlamaConfig:
     """A Llama of two blocks."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(vocab_size=vocabulary, **sizes, **heads, tie_word_embeddings=True)
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )

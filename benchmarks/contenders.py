@@ -97,11 +97,13 @@ class AddmmNormDora(DoraLinearLayer):
         return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
 
 
-def random_base(in_features: int, out_features: int, device: torch.device | str = "cpu") -> PackedWeight:
-    """NF4 of weights N(0, 0.02^2), blocks of 64, scales quantised too; the same for one shape and device."""
+def random_base(
+    in_features: int, out_features: int, device: torch.device | str = "cpu", kind: str = "nf4"
+) -> PackedWeight:
+    """Weights N(0, 0.02^2), blocks of 64, scales quantised too; the same for one shape and device."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator, device=device).mul_(0.02).bfloat16()
-    return quantize(weight, "nf4", 64, double_quant=True)
+    return quantize(weight, kind, 64, double_quant=True)
 
 
 def random_input(base: PackedWeight, num_tokens: int) -> tuple[Tensor, Tensor]:

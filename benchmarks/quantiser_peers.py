@@ -1,6 +1,6 @@
 """HQQ, gptqmodel and llm-compressor: weights and inputs in, what the dequantised weights are out.
 
-    PYTHON benchmarks/quantiser_peers.py hqq | gptqmodel_layer | llmcompressor_layer FOLDER
+    PYTHON benchmarks/quantiser_peers.py hqq | gptqmodel | gptqmodel_layer | llmcompressor_layer FOLDER
 
 PYTHON is that of an environment in which the program is installed; nothing of qdora is imported. FOLDER has
 settings.json, model/ (a 16-bit checkpoint) or layer.safetensors, and gets weights.safetensors and result.json.
@@ -40,7 +40,7 @@ def hqq(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]
     from hqq.core.quantize import Quantizer
 
     dense, found, num_bits, num_weights = load_file(folder / "model/model.safetensors"), {}, 0, 0
-    options = {"nbits": settings["bits"], "group_size": 64, "axis": settings["axis"], "optimize": True}
+    options = {"nbits": settings["bits"], "group_size": 64, "axis": int(settings["option"]), "optimize": True}
     options |= {"round_zero": settings["bits"] == 4, "device": "cpu", "compute_dtype": torch.float32}
     for path in settings["layers"]:
         codes, meta = Quantizer.quantize(dense[f"{path}.weight"], **options)
@@ -51,18 +51,48 @@ def hqq(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]
     return found, {"bits": num_bits / num_weights}
 
 
+def gptqmodel(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    """A whole model, with the settings that are used here."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(**_gptqmodel_options(settings, equal=True))
+    model = GPTQModel.load(str(folder / "model"), config, dtype=torch.float32)  # unasked, bfloat16 on a CPU
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in settings["calibration"]]
+    model.quantize(rows, batch_size=1)
+    model.save(str(folder / "quantised"))
+    stored: Weights = {}
+    for file in (folder / "quantised").glob("*.safetensors"):
+        stored |= load_file(file)
+    bits = settings["bits"]
+    found = {path: _of_words(path, stored, bits) for path in settings["layers"]}
+    return found, {"bits": bits + (16 + bits) / settings["group"]}
+
+
+def _gptqmodel_options(settings: dict[str, Any], *, equal: bool) -> dict[str, Any]:
+    """Equal: scales before the sweep, columns in descending order of diag(H), damping 0.01."""
+    options = {"bits": settings["bits"], "group_size": settings["group"], "fallback": None, "device": "cpu"}
+    same = {"desc_act": True, "act_group_aware": False, "static_groups": True, "damp_percent": 0.01}
+    return options | (same if equal else {})
+
+
+def _of_words(path: str, stored: Weights, bits: int) -> torch.Tensor:
+    """(q - 2^(bits - 1)) s, (out, in) float32: codes are a stream of bits along the inputs, the lowest first."""
+    words, scales, groups = (stored[f"{path}.{name}"] for name in ("qweight", "scales", "g_idx"))
+    stream = (words[:, None, :] >> torch.arange(32, dtype=torch.int32)[:, None]) & 1
+    parts = stream.reshape(-1, bits, words.shape[1])
+    codes = (parts << torch.arange(bits, dtype=torch.int32)[:, None]).sum(dim=1)
+    return ((codes - 2 ** (bits - 1)) * scales[groups.long()].float()).T.contiguous()
+
+
 def gptqmodel_layer(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
-    """One layer, its defaults or equal settings: scales before the sweep, columns by diag(H) from the largest on."""
+    """One layer, its defaults or the equal settings."""
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    options = {"bits": settings["bits"], "group_size": settings["group"], "fallback": None, "device": "cpu"}
-    if settings["equal"]:
-        options |= {"desc_act": True, "act_group_aware": False, "static_groups": True, "damp_percent": 0.01}
     given = load_file(folder / "layer.safetensors")
     linear = torch.nn.Linear(*reversed(given["weight"].shape), bias=False)
     linear.weight.data = given["weight"].clone()
-    quantiser = GPTQ(linear, QuantizeConfig(**options))
+    quantiser = GPTQ(linear, QuantizeConfig(**_gptqmodel_options(settings, equal=settings["equal"])))
     quantiser.quantizer.configure(perchannel=True)
     quantiser.add_batch(given["inputs"][None], linear(given["inputs"][None]))
     return {"weight": quantiser.quantize()[0].float()}, {}
@@ -82,12 +112,14 @@ def llmcompressor_layer(folder: Path, settings: dict[str, Any]) -> tuple[Weights
     return {"weight": quantize_weight(*batch, None, args, blocksize=128, percdamp=0.01)[0][0].float()}, {}
 
 
+PACKAGES = {"gptqmodel_layer": "gptqmodel", "llmcompressor_layer": "llmcompressor"}
+
 if __name__ == "__main__":
     name, place = sys.argv[1], Path(sys.argv[2])
     asked = json.loads((place / "settings.json").read_text())
     began = time.perf_counter()
     weights, facts = globals()[name](place, asked)
     facts |= {"seconds": time.perf_counter() - began}
-    facts |= {"versions": {each: version(each) for each in (name.partition("_")[0], "torch")}}
+    facts |= {"versions": {each: version(each) for each in (PACKAGES.get(name, name), "torch")}}
     save_file({path: weight.detach().contiguous() for path, weight in weights.items()}, place / "weights.safetensors")
     (place / "result.json").write_text(json.dumps(facts))

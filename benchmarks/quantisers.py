@@ -53,6 +53,7 @@ CELLS = (
     *(f"{kind} round" for kind in ("none", "int8", *KINDS)),
     *(f"{kind} gptq {text}" for text in TEXTS for kind in KINDS),
     *(f"int{bits} hqq {axis}" for bits in (4, 3, 2) for axis in (0, 1)),
+    *(f"int{bits} gptqmodel {text}" for text in TEXTS for bits in (4, 3)),
 )
 SCORES = ("nll_per_token", "nll_per_token_stderr", "num_examples", "num_answer_tokens")
 
@@ -88,15 +89,16 @@ class Bed:
         calibration = None if text is None else self.calibration[text]
         return own_model(override(self.recipe, [f"base.quant={kind}"]), self.source, calibration)
 
-    def by_hqq(self, python: str, kind: str, axis: str) -> tuple[Any, dict[str, Any]]:
-        """The base with the weights that HQQ made, and what it says of them."""
+    def by_peer(self, python: str, method: str, kind: str, option: str) -> tuple[Any, dict[str, Any]]:
+        """The base with the weights that another program made, and what it says of them."""
         base = self.own("none")
         paths = [path for path in linear_layers(base) if not path.endswith("lm_head")]
-        settings = {"bits": int(kind[-1]), "layers": paths, "axis": int(axis)}
+        ids = self.calibration[option].tolist() if option in TEXTS else None
+        settings = {"bits": int(kind[-1]), "group": 64, "layers": paths, "calibration": ids, "option": option}
         with tempfile.TemporaryDirectory() as name:
             plain(base, torch.float32).save_pretrained(Path(name, "model"))
             self.tokenizer.save_pretrained(Path(name, "model"))
-            weights, found = by_program(python, "hqq", Path(name), settings)
+            weights, found = by_program(python, method, Path(name), settings)
         for path, weight in weights.items():
             base.get_submodule(path).weight.data.copy_(weight)
         return base, found
@@ -128,6 +130,7 @@ def quantisers(
     texts: int = 100,
     limit: int = 50,
     hqq: str | None = None,
+    gptqmodel: str | None = None,
     *,
     out: Path,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,9 +140,10 @@ def quantisers(
     eight tasks; --limit validation examples of each are scored, the right answer alone. GPTQ is calibrated on either:
     --tokens in pieces of 512, from other passages or from training examples. --models: builtin, or .gguf files.
 
-    A cell is FORMAT METHOD [OPTION]. hqq: groups of 64, scale and zero in 16 bits, along axis 0 or 1. Seconds: of
-    loading and quantising; of HQQ, of its own work.
+    A cell is FORMAT METHOD [OPTION]. hqq: groups of 64, scale and zero in 16 bits, along axis 0 or 1. gptqmodel: groups
+    of 64 and the settings that are used here. Seconds: of loading and quantising; of a peer, of its own work.
     """
+    pythons = {"hqq": hqq, "gptqmodel": gptqmodel}
     for source in models:
         label = "SmolLM2" if source == "builtin" else Path(source).stem
         with tempfile.TemporaryDirectory() as name:
@@ -147,12 +151,12 @@ def quantisers(
             for each in cells:
                 kind, method, *option = each.split()
                 row = {"model": label, "format": kind, "method": " ".join([method, *option])}
-                if method != "hqq":
+                if method not in pythons:
                     began = time.perf_counter()
                     model = bed.own(kind, *option)
                     row |= {"bits": bits_of(model), "seconds": time.perf_counter() - began}
-                elif hqq is not None:
-                    model, found = bed.by_hqq(hqq, kind, *option)
+                elif (python := pythons[method]) is not None:
+                    model, found = bed.by_peer(python, method, kind, *option)
                     row |= found
                 else:
                     continue

@@ -72,9 +72,9 @@ def step_time(
     return {"rank": RANK, "batch": used, **result}
 
 
-def trainer(name: str, mode: str, *, smoke: bool) -> Callable[[Step], object]:
+def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callable[[Step], object]:
     """What makes one optimizer step of a contender; checkpointing is "on" or "off" by `mode`."""
-    model = base_model(smoke=smoke)
+    model = base_model(smoke=smoke, quant=quant)
     contender = CONTENDERS[name.removesuffix(SAME_LOOP)]
     if contender.engine == "peft":
         model = on_linear4bit(model, torch.bfloat16)

@@ -16,6 +16,8 @@ METHODS = {
     "gptq tasks": "GPTQ on tasks",
     "hqq 0": "HQQ, axis 0",
     "hqq 1": "HQQ, axis 1",
+    "gptqmodel passages": "gptqmodel on passages",
+    "gptqmodel tasks": "gptqmodel on tasks",
 }
 
 
@@ -25,7 +27,7 @@ def draw(cases: dict[str, Any], out: Path) -> None:
     with svg_file(out, 9.6, 3.6 * len(models)) as figure:
         for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
             for axis, text in zip(axes, ("passages", "tasks"), strict=True):
-                for (method, title), mark in zip(METHODS.items(), "o^vx+", strict=True):
+                for (method, title), mark in zip(METHODS.items(), "o^vx+<>", strict=True):
                     some = [case for case in cases.values() if (case["model"], case["method"]) == (model, method)]
                     points = [(case["bits"], case[text]["nll_per_token"]) for case in some]
                     axis.scatter([x for x, _ in points], [y for _, y in points], marker=mark, label=title)
