@@ -10,6 +10,7 @@ from frame import Column, cell, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
+LENGTHS = (512, 2048, 8192)
 METHODS = {
     "round": "rounded",
     "gptq passages": "GPTQ on passages",
