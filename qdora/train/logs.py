@@ -28,14 +28,13 @@ from torch import nn
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
-from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError, named
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat, unharmed
+from qdora.files.run_directory import flat, unharmed
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -182,26 +181,6 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
     values = moved.mean(), moved.max(), size / squared.sum().sqrt()
     return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
-
-
-def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
-    """Add what the run has seen of each streamed source to mix.json."""
-    seen = {}
-    for part in streams:
-        here = part.position
-        if here.num_bad:
-            logger.warning("%s: %d faulty rows were skipped, such as %s", part.name, here.num_bad, here.bad_rows[0])
-        seen[part.name] = {
-            "num_examples": here.num_drawn,
-            "num_truncated": here.num_truncated,
-            "num_dropped": here.num_dropped,
-            "num_passes": here.epoch,
-            "num_bad_rows": here.num_bad,
-            "bad_rows": list(here.bad_rows),
-            "unused": sorted(part.unused),
-        }
-    if seen:
-        run.write_json("mix.json", run.read_json("mix.json") | {"seen": seen})
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:

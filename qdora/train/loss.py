@@ -224,7 +224,7 @@ def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
         difference = (form.apply(tap.raw) - own).abs().amax(dim=1).double()
         return float((difference / largest.clamp_min(1e-30)).max())  # NaN fails every comparison
 
-    errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
+    errors = {form: error(form) for form in _proposals(model.config)}
     form = min(errors, key=errors.__getitem__)
     return form if errors[form] <= rounding else None
 
@@ -267,7 +267,7 @@ def labelled_nll(
             release(head)
             return nll
         text = "%s: what this model does to its logits is not known, so memory.loss_chunk has no effect."
-        logger.warning(text, getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+        logger.warning(text, model.config.model_type)  # type: ignore[union-attr]
         set_random_state(random)  # as if the model had run once: a resumed run draws the same
         del tap, logits  # and their graph
     with tapped(head, *labelled, whole=True):

@@ -351,8 +351,9 @@ class Trainer:
         checkpoint.set_random_state(self._before[1])
 
     def _conclude(self) -> None:
-        with suppress(RunFailure):  # a full disk, which must not hide why the run ends
-            logs.report_streams(self.directory, self.loader.streams)
+        for part, here in ((part, part.position) for part in self.loader.streams if part.position.num_bad):
+            with suppress(RunFailure):  # a full disk, which must not hide why the run ends
+                logger.warning("%s: %d faulty rows were skipped: %s", part.name, here.num_bad, "; ".join(here.bad_rows))
         logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
 
     def write_metrics(self, metrics: Metrics) -> None:
