@@ -184,7 +184,7 @@ class MissingGradientCheck:
     num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
-        self._parameters, self._optional = optimizer.parameters, optimizer.undecayed
+        self._optimizer = optimizer
         self._num_seen = 0
         self._arrived: dict[str, Tensor] = {}
 
@@ -193,14 +193,15 @@ class MissingGradientCheck:
         self._num_seen += 1
         if self._num_seen > self.num_updates:
             return None
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._optimizer.parameters.items():
             if parameter.grad is not None:
                 # Stays on the device, so that the host does not wait for it.
                 self._arrived[name] = parameter.grad.any() | self._arrived.get(name, False)
         if self._num_seen < self.num_updates:
             return None
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        return [name for name in self._parameters if name not in self._optional and not self._arrived.get(name)]
+        optional = self._optimizer.undecayed
+        return [each for each in self._optimizer.parameters if each not in optional and not self._arrived.get(each)]
 
 
 def layout_for(attention: str) -> PackedLayout:

@@ -102,11 +102,10 @@ class TrainingProgress(Progress):
 
 def _wandb(run: Path) -> GeneralTracker:
     """A resumed run continues its run in wandb: the id is kept in its directory."""
-    file, given = run / "wandb_id.txt", os.environ.get("WANDB_RUN_ID")
-    if given or not file.is_file():
-        atomic_write_text(file, f"{given or secrets.token_hex(8)}\n")
-    id, project = file.read_text(encoding="utf-8").strip(), os.environ.get("WANDB_PROJECT")
-    return WandBTracker(project or PROJECT, name=run.name, dir=str(run), id=id, resume="allow")
+    file, project = run / "wandb_id.txt", os.environ.get("WANDB_PROJECT", PROJECT)
+    if not file.is_file():
+        atomic_write_text(file, os.environ.get("WANDB_RUN_ID", secrets.token_hex(8)))
+    return WandBTracker(project, name=run.name, dir=str(run), id=file.read_text("utf-8").strip(), resume="allow")
 
 
 _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
@@ -119,11 +118,11 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
 
 @contextmanager
 def tracking(
-    names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
+    names: Sequence[str], run: Path, settings: Mapping[str, Any]
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
-        PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
+        PartialState(cpu=not torch.cuda.is_available())  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
 
     def tell(action: Callable[[GeneralTracker], None]) -> None:
@@ -271,11 +270,19 @@ def probe_examples(
 ) -> dict[str, list[TokenizedExample]]:
     """Validation examples of every task, evenly spread over its data, tokenised as in training."""
     data = recipe.data
-    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": "truncate"}
     examples = {}
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
-        examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
+        examples[source.label] = [
+            *tokenize_all(
+                chosen,
+                tokenizer,
+                name=source.label,
+                max_length=data.max_length,
+                loss_on=data.loss_on,
+                too_long="truncate",
+            ).examples
+        ]
     return examples
 
 

@@ -154,18 +154,16 @@ def step_gradient(
             break
         model.zero_grad()
         set_random_state(random)
-    counts = [batch.task_label_tokens.get(name) for name in names]
-    nll_sums = read[: len(names)]
+    tasks = {}
+    for name, nll_sum in zip(names, read, strict=False):  # the flags are behind the sums
+        if count := batch.task_label_tokens.get(name):
+            tasks[name] = {"nll_sum": nll_sum, "num_tokens": count}
     metrics = {
-        "loss": sum(nll_sums) / batch.num_label_tokens,
+        "loss": sum(read[: len(names)]) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
-        "tasks": {
-            name: {"nll_sum": nll_sum, "num_tokens": count}
-            for name, nll_sum, count in zip(names, nll_sums, counts, strict=True)
-            if count
-        },
+        "tasks": tasks,
     }
     return metrics, example_nll
 
