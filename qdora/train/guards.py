@@ -87,7 +87,7 @@ class Backoff:
         """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
         Returns the line to log, or None if the micro-batch was a single example."""
         before = self._batching.max_tokens
-        if shortage.num_examples == 1 or before <= 1:
+        if shortage.num_examples == 1:
             return None
         self._batching.max_tokens = self.used = min(before, shortage.num_tokens) // 2
         free_memory()

@@ -277,8 +277,7 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     Any head but a frozen linear one runs under a checkpoint, chunk by chunk, so that its parameters get gradients.
     """
     linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
-    replaced = "forward" in vars(head)  # accelerate's offloading does that
-    if linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters()):
+    if linear and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
         bias: Any = head.bias
         return chunked_nll(hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk)  # type: ignore[arg-type]

@@ -145,7 +145,8 @@ class FlatGroup:
         for key, parameter in self.parameters.items():
             steps = None if parameter.grad is None else self.steps[key]
             if steps is not None:
-                runs += [] if steps == before else [[]]
+                if steps != before:
+                    runs.append([])
                 runs[-1].append(key)
             before = steps
         return runs

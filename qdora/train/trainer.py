@@ -313,24 +313,25 @@ class Trainer:
             gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
         else:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
-            summed = passes.over_processes([metrics for _, _, metrics in per_rank])
-            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
+            first, *others = (metrics for _, _, metrics in per_rank)
+            for metrics in others:
+                first["loss"] += metrics["loss"]
+                for name, numbers in metrics["tasks"].items():
+                    first["tasks"][name]["nll_sum"] += numbers["nll_sum"]
+            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **first}
         return gradient
 
     def _check_gradients(self) -> None:
         """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
-        missing = self._missing_gradients.updated()
-        if missing is None:
+        if not (missing := self._missing_gradients.updated()):
             return
         total = len(self.optimizer.parameters)
-        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
-        text += f", e.g. {missing[0]}." if missing else "."
-        if missing and self.recipe.base.residency != "device":
+        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient, e.g. {missing[0]}."
+        if self.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
-        usual = " That is usual only for experts that no token has chosen yet."
         if self.processes.is_first:
-            guards.Check("warning" if missing else "passed", text + usual * bool(missing)).log()
+            logger.warning("%s That is usual only for experts that no token has chosen yet.", text)
 
     def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
         """Save the state before the step that failed. After some CUDA errors all calls fail."""
@@ -373,8 +374,8 @@ class Trainer:
                 if self.gates is not None:
                     self.gates.save(directory)
                 self._write_state(directory, random)
-        keep = self.recipe.train.keep_checkpoints
-        self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
+        prune, keep = self.directory.prune_checkpoints, self.recipe.train.keep_checkpoints
+        self.processes.first(lambda: prune(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
 
     def _write_state(self, directory: Path, random: Sequence[Mapping[str, Tensor]]) -> None:
