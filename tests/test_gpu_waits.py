@@ -137,7 +137,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FAST = ("padded", "streamed")
 NUMBERS = "train/passes.py: read = joined.tolist()"
-NORM = 'train/trainer.py: gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}'
+NORM = 'train/trainer.py: gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **first}'
 # Of a micro-batch, beside the one of its inputs: the inputs of two blocks out and back.
 MORE_COPIES = {"offload": 4}
 

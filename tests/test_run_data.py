@@ -273,7 +273,6 @@ def test_a_run_tells_what_it_checked_once(root: Path, tmp_path: Path) -> None:
     starts = ("sums: 0 of", "letters: 0 of", "packed examples stay apart")
     assert [log.count(f" Checked: {start}") for start in starts] == [2, 2, 1]
     log = train(root, run, resume=True, train__steps=4, **changes)
-    assert "Checked: in 3 updates 0 of 42 trainable tensors had no gradient" in log
 
 
 def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_a_tracker_that_fails_is_told_no_more(root, tmp_path, monkeypatch, caplo
     assert not (tmp_path / "run").exists()
     made = {"one": tracker(), "bad": tracker("log"), "broken": tracker("start"), "last": tracker("finish")}
     monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: made[name] for name in made})
-    with tracking(["bad", "one", "last"], tmp_path, {}, cpu=True) as tell:
+    with tracking(["bad", "one", "last"], tmp_path, {}) as tell:
         for step in (1, 2):
             tell({"step": step, "loss": 0.5})
     expected = [call({"loss": 0.5}, step=1), call({"loss": 0.5}, step=2)]
@@ -291,7 +291,7 @@ def test_a_tracker_that_fails_is_told_no_more(root, tmp_path, monkeypatch, caplo
     made["one"] = tracker()
     with (
         pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*"),
-        tracking(["one", "broken"], tmp_path, {}, cpu=True),
+        tracking(["one", "broken"], tmp_path, {}),
     ):
         pass
     assert made["one"].finish.call_count == 1
@@ -327,7 +327,7 @@ def test_ids_and_projects_of_wandb(tmp_path, monkeypatch):
 
     def ids(name: str) -> dict[str, Any]:
         (tmp_path / name).mkdir(exist_ok=True)
-        with tracking(["wandb", "trackio"], tmp_path / name, {}, cpu=True):
+        with tracking(["wandb", "trackio"], tmp_path / name, {}):
             found: dict[str, Any] = wandb.init.call_args.kwargs
         return found
 
@@ -339,7 +339,7 @@ def test_ids_and_projects_of_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "papers")
     assert (first, ids("run")) == ({"project": "qdora", **own}, {"project": "papers", **own})
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    assert ids("run")["id"] == "mine"
+    assert (ids("named")["id"], ids("run")["id"]) == ("mine", first["id"])
 
 
 def test_numbers_and_settings_are_flat_and_hold_no_token():

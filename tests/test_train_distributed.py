@@ -216,7 +216,7 @@ def exchange(rank: int) -> None:
         parameter = nn.Parameter(torch.tensor([0.5 + rank, 1.0]))
         version = parameter._version
         processes.require_equal({"b": torch.ones(3, dtype=torch.bfloat16)})
-        with pytest.raises(RunFailure, match=r"process 1 has another a than process 0 \(1 parameters differ\)"):
+        with pytest.raises(RunFailure, match="process 1 has other parameters than process 0"):
             processes.require_equal({"b": torch.ones(3), "a": parameter})
         processes.share_first_([parameter])
         assert parameter.tolist() == [0.5, 1.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def test_hard_concrete_values_slopes_and_probabilities() -> None:
 
 
 def test_the_budget_is_full_in_warm_up_and_falls_to_its_end() -> None:
-    found = [gate_rules.allowed_cost(step, 100, 20, 4, 10) for step in range(20)]
+    gates: Any = SimpleNamespace(full=100, target=20, num_warmup=4, num_anneal=10)
+    found = [Gates.allowed_cost(gates, step) for step in range(20)]
     assert found[:5] == [100] * 5
     assert found[9] == 20 + 80 * 0.5**3
     assert found[14:] == [20] * 6

@@ -49,7 +49,7 @@ from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import Recipe
-from qdora.train.loss import head_nll, proposed_form, tapped
+from qdora.train.loss import head_nll, proposals, tapped
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
@@ -374,7 +374,7 @@ def _record(
         model(**inputs, use_cache=False)
         is_forward = False
     with part("loss", None, parts.LOSS):
-        form, size = proposed_form(model.config), None if chunk == "auto" else chunk
+        form, size = proposals(model.config)[0], None if chunk == "auto" else chunk
         loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
     with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]

@@ -54,8 +54,3 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def numbered(kind: str, rank: int) -> str:
-    """The name of a generator of a process in random.safetensors."""
-    return kind if rank == 0 else f"{kind}.{rank}"

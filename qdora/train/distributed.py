@@ -148,9 +148,9 @@ class Processes:
         views = (parameter.detach().contiguous().view(torch.int16) for parameter in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
-            if differing := [key for key, one, other in zip(parameters, sums[0], theirs, strict=True) if one != other]:
-                what = f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ)"
-                raise RunFailure(f"{what}. Fix: resume from the last checkpoint with --resume.")
+            if theirs != sums[0]:
+                text = f"process {rank} has other parameters than process 0. Fix: resume from the last checkpoint"
+                raise RunFailure(f"{text} with --resume.")
 
 
 @contextmanager

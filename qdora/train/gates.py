@@ -205,6 +205,12 @@ class Gates:
         if step >= self.num_warmup:
             self._keep_budget(step + 1, step_size)
 
+    def allowed_cost(self, step: int) -> float:
+        """The budget after `step` steps: `full` during warm-up, then down to `target` along (1 - t)^3.
+        Source: arXiv 2303.10512, eq. 15."""
+        t = min(max((step - self.num_warmup) / self.num_anneal, 0.0), 1.0)
+        return self.target + (self.full - self.target) * (1.0 - t) ** 3
+
     def _step_size(self) -> Tensor:
         second = self._exp_avg_sq / (1 - _BETAS[1] ** max(self.num_updates, 1))
         return self.settings.lr / (second.sqrt() + _EPS)
@@ -212,8 +218,7 @@ class Gates:
     def _keep_budget(self, done: int, step_size: Tensor) -> None:
         cost, layer = self._costs(), self._layer_numbers()
         fade = max(1, round(_FADE * self.num_anneal))
-        phases = (self.full, self.target, self.num_warmup, self.num_anneal)
-        now, soon = (allowed_cost(step, *phases) for step in (done, done + fade))
+        now, soon = self.allowed_cost(done), self.allowed_cost(done + fade)
         if self.settings.mode == "hard_concrete":
             dying = surplus(self._value, cost, layer, self._alive, now)
             self._alive &= ~dying
@@ -265,13 +270,6 @@ class Gates:
     def _names(self) -> list[tuple[str, int]]:
         paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
         return list(zip(paths, self._origin.tolist(), strict=True))
-
-
-def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
-    """The budget after `step` steps: `full` during warm-up, then down to `target` along (1 - t)^3.
-    Source: arXiv 2303.10512, eq. 15."""
-    t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
-    return target + (full - target) * (1.0 - t) ** 3
 
 
 def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:

@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +33,8 @@ from qdora.train.passes import Shortage, batch_loss
 
 # A loss is compared with the median of the last 32 applied steps; with fewer than 8, no loss is a spike.
 _WINDOW, _LEAST_LOSSES = 32, 8
-# Tokens of the probed example, of that before it in each of two rows (whose borders differ), and of that behind it.
-_PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
+# Tokens of the probed example, of that before it in each of two rows (whose borders differ), and of both beside it.
+_PROBED, _BEFORE, _BESIDE = 9, (7, 4), 13
 # Largest root mean square between a packed example and the same one alone, in units of rounding (SmolLM2-135M: 1.5).
 _SPREAD = 8.0
 # Least rounding in units of the logits; an example that sees its neighbour moves logits by more than 0.1.
@@ -59,9 +58,9 @@ class Schedule:
 
     def __init__(self, train: TrainConfig, num_steps: int) -> None:
         self._train, self.num_steps = train, num_steps
-        # As written in the recipe: 0.07 * 100 is 7.000000000000001 in floating point.
-        share = Fraction(repr(train.warmup)) if isinstance(train.warmup, float) else None
-        self.warmup = min(train.warmup if share is None else math.ceil(share * num_steps), num_steps)
+        # 0.07 * 100 is 7.000000000000001 in floating point.
+        share = isinstance(train.warmup, float)
+        self.warmup = min(math.ceil(train.warmup * num_steps - 1e-9) if share else int(train.warmup), num_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, 0 to num_steps - 1."""
@@ -88,7 +87,7 @@ class Backoff:
         """Halve the tokens, outside the `except` block of the error, which keeps the tensors of its frames alive.
         Returns the line to log, or None if the micro-batch was a single example."""
         before = self._batching.max_tokens
-        if shortage.num_examples == 1 or before <= 1:
+        if shortage.num_examples == 1:
             return None
         self._batching.max_tokens = self.used = min(before, shortage.num_tokens) // 2
         free_memory()
@@ -107,15 +106,19 @@ def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str,
         losses = [value for part in example_nll for value in part.tolist()]
     except RuntimeError:  # nothing can be read from a GPU after some errors
         losses = []
-    examples: list[dict[str, Any]] = []
-    for micro in batch.micro_batches:
-        for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True):
-            examples.append({"id": id, "task": micro.task_names[task], "nll_sum": math.nan})
-            examples[-1]["num_label_tokens"] = int((labels != IGNORED).sum())
-            examples[-1] |= {"input_ids": ids.tolist(), "labels": labels.tolist()}
-    for example, nll in zip(examples, losses, strict=False):  # none is known if the step failed early
-        example["nll_sum"] = nll
-    return examples
+    known = iter(losses)
+    return [
+        {
+            "id": id,
+            "task": micro.task_names[task],
+            "nll_sum": next(known, math.nan),
+            "num_label_tokens": int((labels != IGNORED).sum()),
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+        }
+        for micro in batch.micro_batches
+        for task, (id, ids, labels) in zip(micro.task_ids.tolist(), micro.examples(), strict=True)
+    ]
 
 
 class BadSteps:
@@ -181,7 +184,7 @@ class MissingGradientCheck:
     num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
-        self._parameters, self._optional = optimizer.parameters, optimizer.undecayed
+        self._optimizer = optimizer
         self._num_seen = 0
         self._arrived: dict[str, Tensor] = {}
 
@@ -190,14 +193,15 @@ class MissingGradientCheck:
         self._num_seen += 1
         if self._num_seen > self.num_updates:
             return None
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._optimizer.parameters.items():
             if parameter.grad is not None:
                 # Stays on the device, so that the host does not wait for it.
                 self._arrived[name] = parameter.grad.any() | self._arrived.get(name, False)
         if self._num_seen < self.num_updates:
             return None
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        return [name for name in self._parameters if name not in self._optional and not self._arrived.get(name)]
+        optional = self._optimizer.undecayed
+        return [each for each in self._optimizer.parameters if each not in optional and not self._arrived.get(each)]
 
 
 def layout_for(attention: str) -> PackedLayout:
@@ -228,11 +232,9 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
         probe = tokens(_PROBED)
         alone = _logits(model, probe[None])[0]
         # In a causal model later tokens have no effect, so this is the rounding error of a row of another length.
-        rounding = _logits(model, torch.cat([probe, tokens(_BEHIND)])[None])[0, :_PROBED] - alone
-        first, second = (
-            _probe_outputs(model, layout, [[tokens(before), probe, tokens(_BEHIND)] for before in _BEFORE])
-            for _ in range(2)
-        )
+        rounding = _logits(model, torch.cat([probe, tokens(_BESIDE)])[None])[0, :_PROBED] - alone
+        rows = [[tokens(before), probe, tokens(_BESIDE - before)] for before in 2 * _BEFORE]
+        first, second = _probe_outputs(model, layout, rows[:2]), _probe_outputs(model, layout, rows[2:])
     eps = max(torch.finfo(model.dtype).eps, _LEAST)
     seen, wrong = float((first - second).abs().max()), rms(first - alone)
     most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
@@ -252,22 +254,18 @@ def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
 
 
 def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Logits of the second example of each row, (rows, length, vocabulary) float32; rows may differ in length."""
-    width = max(sum(map(len, row)) for row in rows)
-    packed = []
-    for row in rows:
-        parts = list(row) if layout == "single" else [*row, torch.zeros(width - sum(map(len, row)), dtype=torch.int64)]
-        packed.append((torch.cat(parts)[None], torch.cat([torch.arange(len(part)) for part in parts])[None]))
-    if layout == "rows":
-        packed = [(torch.cat([ids for ids, _ in packed]), torch.cat([positions for _, positions in packed]))]
+    """Logits of the second example of each row, (rows, length, vocabulary) float32."""
+    ids = torch.stack([torch.cat([*row]) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(len(part)) for part in row]) for row in rows])
+    size = 1 if layout == "single" else len(rows)
     logits: list[Tensor] = []
-    for ids, positions in packed:
-        inputs: dict[str, Any] = {"position_ids": positions.to(model.device)}
+    for own, at in zip(ids.split(size), positions.split(size), strict=True):
+        inputs: dict[str, Any] = {"position_ids": at.to(model.device)}
         if layout == "single" and takes_flash_lengths(model):
-            starts, longest = flash_lengths(positions)
+            starts, longest = flash_lengths(at)
             inputs |= flash_inputs(starts.to(model.device), longest)
-        logits += _logits(model, ids, **inputs)
-    return torch.stack([out[len(row[0]) :][: len(row[1])] for out, row in zip(logits, rows, strict=True)])
+        logits += _logits(model, own, **inputs)
+    return torch.stack([out[len(row[0]) :][:_PROBED] for out, row in zip(logits, rows, strict=True)])
 
 
 @torch.no_grad()

@@ -28,14 +28,13 @@ from torch import nn
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
-from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError, named
 from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_text, masked
 from qdora.files.console import duration, plain_console, shows_bars
 from qdora.files.pages import svg_file
-from qdora.files.run_directory import RunDirectory, flat, unharmed
+from qdora.files.run_directory import flat, unharmed
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
@@ -103,11 +102,10 @@ class TrainingProgress(Progress):
 
 def _wandb(run: Path) -> GeneralTracker:
     """A resumed run continues its run in wandb: the id is kept in its directory."""
-    file, given = run / "wandb_id.txt", os.environ.get("WANDB_RUN_ID")
-    if given or not file.is_file():
-        atomic_write_text(file, f"{given or secrets.token_hex(8)}\n")
-    id, project = file.read_text(encoding="utf-8").strip(), os.environ.get("WANDB_PROJECT")
-    return WandBTracker(project or PROJECT, name=run.name, dir=str(run), id=id, resume="allow")
+    file, project = run / "wandb_id.txt", os.environ.get("WANDB_PROJECT", PROJECT)
+    if not file.is_file():
+        atomic_write_text(file, os.environ.get("WANDB_RUN_ID", secrets.token_hex(8)))
+    return WandBTracker(project, name=run.name, dir=str(run), id=file.read_text("utf-8").strip(), resume="allow")
 
 
 _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
@@ -120,11 +118,11 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
 
 @contextmanager
 def tracking(
-    names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
+    names: Sequence[str], run: Path, settings: Mapping[str, Any]
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
-        PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
+        PartialState(cpu=not torch.cuda.is_available())  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
 
     def tell(action: Callable[[GeneralTracker], None]) -> None:
@@ -182,26 +180,6 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
     values = moved.mean(), moved.max(), size / squared.sum().sqrt()
     return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
-
-
-def report_streams(run: RunDirectory, streams: Sequence[ExampleStream]) -> None:
-    """Add what the run has seen of each streamed source to mix.json."""
-    seen = {}
-    for part in streams:
-        here = part.position
-        if here.num_bad:
-            logger.warning("%s: %d faulty rows were skipped, such as %s", part.name, here.num_bad, here.bad_rows[0])
-        seen[part.name] = {
-            "num_examples": here.num_drawn,
-            "num_truncated": here.num_truncated,
-            "num_dropped": here.num_dropped,
-            "num_passes": here.epoch,
-            "num_bad_rows": here.num_bad,
-            "bad_rows": list(here.bad_rows),
-            "unused": sorted(part.unused),
-        }
-    if seen:
-        run.write_json("mix.json", run.read_json("mix.json") | {"seen": seen})
 
 
 def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
@@ -292,11 +270,19 @@ def probe_examples(
 ) -> dict[str, list[TokenizedExample]]:
     """Validation examples of every task, evenly spread over its data, tokenised as in training."""
     data = recipe.data
-    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": "truncate"}
     examples = {}
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
-        examples[source.label] = list(tokenize_all(chosen, tokenizer, name=source.label, **options).examples)
+        examples[source.label] = [
+            *tokenize_all(
+                chosen,
+                tokenizer,
+                name=source.label,
+                max_length=data.max_length,
+                loss_on=data.loss_on,
+                too_long="truncate",
+            ).examples
+        ]
     return examples
 
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -182,8 +182,8 @@ class LogitForm:
 class Tap:
     """Inputs and output of the head in one forward pass, which calls it `num_calls` times."""
 
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_labelled, hidden), with their graph
-    raw: Tensor = field(default_factory=lambda: torch.empty(0))  # (num_probed, vocabulary), before the model changes it
+    hidden: Tensor  # (num_labelled, hidden), with their graph
+    raw: Tensor  # (num_probed, vocabulary), before the model changes it
     num_calls: int = 0
 
 
@@ -193,7 +193,7 @@ def tapped(
 ) -> Iterator[Tap]:
     """Record the head's inputs at (rows[i], columns[i]), (num_labelled,) int64 on the model's device. The head itself
     computes the first of them; with `probing` those that `learn_form` needs, with `whole` all, with their graph."""
-    tap = Tap()
+    tap = Tap(torch.empty(0), torch.empty(0))
 
     def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         tap.num_calls += 1
@@ -224,12 +224,13 @@ def learn_form(model: nn.Module, tap: Tap, logits: Tensor) -> LogitForm | None:
         difference = (form.apply(tap.raw) - own).abs().amax(dim=1).double()
         return float((difference / largest.clamp_min(1e-30)).max())  # NaN fails every comparison
 
-    errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
+    errors = {form: error(form) for form in proposals(model.config)}
     form = min(errors, key=errors.__getitem__)
     return form if errors[form] <= rounding else None
 
 
-def _proposals(config: Any) -> list[LogitForm]:
+def proposals(config: Any) -> list[LogitForm]:
+    """The forms of the logits that a model's config may mean, the likeliest first."""
     config = text_config(config)
 
     def numbers(names: tuple[str, ...]) -> list[float]:
@@ -239,11 +240,6 @@ def _proposals(config: Any) -> list[LogitForm]:
     scales = [*(scale for number in numbers(_SCALES) for scale in (number, 1.0 / number)), 1.0]
     softcaps = [*numbers(_SOFTCAPS), None]
     return [LogitForm(scale, softcap) for scale, softcap in itertools.product(scales, softcaps)]
-
-
-def proposed_form(config: Any) -> LogitForm:
-    """The form of the logits that a model's config states."""
-    return _proposals(config)[0]
 
 
 def labelled_nll(
@@ -267,7 +263,7 @@ def labelled_nll(
             release(head)
             return nll
         text = "%s: what this model does to its logits is not known, so memory.loss_chunk has no effect."
-        logger.warning(text, getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+        logger.warning(text, model.config.model_type)  # type: ignore[union-attr]
         set_random_state(random)  # as if the model had run once: a resumed run draws the same
         del tap, logits  # and their graph
     with tapped(head, *labelled, whole=True):
@@ -281,8 +277,7 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     Any head but a frozen linear one runs under a checkpoint, chunk by chunk, so that its parameters get gradients.
     """
     linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
-    replaced = "forward" in vars(head)  # accelerate's offloading does that
-    if linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters()):
+    if linear and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
         bias: Any = head.bias
         return chunked_nll(hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk)  # type: ignore[arg-type]

@@ -143,13 +143,12 @@ class FlatGroup:
         runs: list[list[str]] = []
         before: int | None = None  # updates of the neighbour, if it has a gradient
         for key, parameter in self.parameters.items():
-            if parameter.grad is None:
-                before = None
-                continue
-            if self.steps[key] != before:
-                runs.append([])
-            before = self.steps[key]
-            runs[-1].append(key)
+            steps = None if parameter.grad is None else self.steps[key]
+            if steps is not None:
+                if steps != before:
+                    runs.append([])
+                runs[-1].append(key)
+            before = steps
         return runs
 
     def update(self, run: Sequence[str], rate: float) -> None:

@@ -8,7 +8,7 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,8 +28,6 @@ from qdora.train.loss import labelled_nll
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
-TaskWeights = Mapping[str, float]
-"""Task -> weight of its tokens in the loss, above 0."""
 # The range of the loss scale, its start, and the steps without an overflow after which it doubles.
 _LEAST, _START, _MOST = 2.0**-4, 2.0**7, 2.0**15
 _PATIENCE = 500
@@ -90,7 +88,7 @@ def step_gradient(
     batch: Step,
     *,
     loss_chunk: int | None = None,
-    weights: TaskWeights | None = None,
+    weights: Mapping[str, float] | None = None,
     loss_scale: LossScale | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
@@ -154,18 +152,16 @@ def step_gradient(
             break
         model.zero_grad()
         set_random_state(random)
-    counts = [batch.task_label_tokens.get(name) for name in names]
-    nll_sums = read[: len(names)]
+    tasks = {}
+    for name, nll_sum in zip(names, read, strict=False):  # the flags are behind the sums
+        if count := batch.task_label_tokens.get(name):
+            tasks[name] = {"nll_sum": nll_sum, "num_tokens": count}
     metrics = {
-        "loss": sum(nll_sums) / batch.num_label_tokens,
+        "loss": sum(read[: len(names)]) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
-        "tasks": {
-            name: {"nll_sum": nll_sum, "num_tokens": count}
-            for name, nll_sum, count in zip(names, nll_sums, counts, strict=True)
-            if count
-        },
+        "tasks": tasks,
     }
     return metrics, example_nll
 
@@ -181,7 +177,7 @@ def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | Non
     if weights is not None:
         tensors["weights"] = weights
     if packing is not None:
-        tensors |= {**vars(packing), "owners": packing.example_index.to(labels.device)[rows, columns]}
+        tensors |= {**vars(packing), "owners": packing.example_index[rows, columns]}
         if len(labels) == 1:
             tensors["starts"] = flash_lengths(packing.position_ids)[0]
     return tensors
@@ -255,16 +251,7 @@ def even_passes(batch: Step, processes: Processes) -> Step:
     return replace(batch, micro_batches=[*mine, *[empty] * num_missing])
 
 
-def over_processes(per_rank: Sequence[Metrics]) -> Metrics:
-    """The numbers of a step summed over the processes."""
-    tasks = {
-        name: numbers | {"nll_sum": sum(metrics["tasks"][name]["nll_sum"] for metrics in per_rank)}
-        for name, numbers in per_rank[0]["tasks"].items()
-    }
-    return per_rank[0] | {"loss": sum(metrics["loss"] for metrics in per_rank), "tasks": tasks}
-
-
-def task_weights(recipe: Recipe, loader: StepLoader) -> TaskWeights | None:
+def task_weights(recipe: Recipe, loader: StepLoader) -> dict[str, float] | None:
     """The weight of every task of the training data, or None if no source has a `loss_weight`."""
     if all(source.loss_weight is None for source in recipe.data.mix):
         return None

@@ -108,8 +108,7 @@ class Trainer:
             self.gates.check_budget()
         with ExitStack() as stack:
             if self.processes.is_first:
-                cpu = self.model.device.type == "cpu"
-                opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe), cpu=cpu)
+                opened = logs.tracking(self.recipe.trackers, self.directory.path, settings(self.recipe))
                 self._tell_trackers = stack.enter_context(opened)
                 stack.callback(self._conclude)
             if self.step == 0 and asked.at_start and self.evaluations.examples:
@@ -303,36 +302,36 @@ class Trainer:
             else:
                 gradient.fault = f"cannot be computed: {first_line(error)} The update was not applied."
         per_rank = processes.gather((gradient.fault, gradient.shortage, gradient.metrics))
-        if shortages := [short for _, short, _ in per_rank if short]:
-            # Among all processes the one that leaves least to cut.
-            gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
-            gradient.fault, gradient.metrics = gradient.shortage.fault(), dict(_UNKNOWN)
-            return gradient
         faults = [
             fault if alone else f"process {rank}: {fault}" for rank, (fault, _, _) in enumerate(per_rank) if fault
         ]
+        if shortages := [short for _, short, _ in per_rank if short]:
+            # Among all processes the one that leaves least to cut.
+            gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
+            faults = [gradient.shortage.fault()]
         if faults:
             gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
         else:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
-            summed = passes.over_processes([metrics for _, _, metrics in per_rank])
-            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **summed}
+            first, *others = (metrics for _, _, metrics in per_rank)
+            for metrics in others:
+                first["loss"] += metrics["loss"]
+                for name, numbers in metrics["tasks"].items():
+                    first["tasks"][name]["nll_sum"] += numbers["nll_sum"]
+            gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **first}
         return gradient
 
     def _check_gradients(self) -> None:
         """Say, after the first updates, which tensors had no gradient. With streamed blocks that ends the run."""
-        missing = self._missing_gradients.updated()
-        if missing is None:
+        if not (missing := self._missing_gradients.updated()):
             return
         total = len(self.optimizer.parameters)
-        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient"
-        text += f", e.g. {missing[0]}." if missing else "."
-        if missing and self.recipe.base.residency != "device":
+        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient, e.g. {missing[0]}."
+        if self.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
-        usual = " That is usual only for experts that no token has chosen yet."
         if self.processes.is_first:
-            guards.Check("warning" if missing else "passed", text + usual * bool(missing)).log()
+            logger.warning("%s That is usual only for experts that no token has chosen yet.", text)
 
     def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
         """Save the state before the step that failed. After some CUDA errors all calls fail."""
@@ -351,8 +350,11 @@ class Trainer:
         checkpoint.set_random_state(self._before[1])
 
     def _conclude(self) -> None:
-        with suppress(RunFailure):  # a full disk, which must not hide why the run ends
-            logs.report_streams(self.directory, self.loader.streams)
+        for part in self.loader.streams:
+            if (here := part.position).num_bad:
+                with suppress(RunFailure):  # a full disk, which must not hide why the run ends
+                    text = "%s: %d faulty rows were skipped: %s"
+                    logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
         logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
 
     def write_metrics(self, metrics: Metrics) -> None:
@@ -372,26 +374,19 @@ class Trainer:
                 if self.gates is not None:
                     self.gates.save(directory)
                 self._write_state(directory, random)
-        keep = self.recipe.train.keep_checkpoints
-        self.processes.first(lambda: self.directory.prune_checkpoints(keep, checkpoint.best_step_in))
+        prune, keep = self.directory.prune_checkpoints, self.recipe.train.keep_checkpoints
+        self.processes.first(lambda: prune(keep, checkpoint.best_step_in))
         return self.directory.checkpoint_path(self.step)
 
     def _write_state(self, directory: Path, random: Sequence[Mapping[str, Tensor]]) -> None:
         """Everything but the parameters; `random` is the `random_state` of every process."""
         write_tensors(directory / "optimizer.safetensors", self.optimizer.state_tensors())
-        generators = dict[str, Tensor]()
-        for rank, states in enumerate(random):
-            generators |= {checkpoint.numbered(kind, rank): state for kind, state in states.items()}
-        write_tensors(directory / "random.safetensors", generators)
-        state = {
-            "format": checkpoint.FORMAT,
-            "step": self.step,
-            "loader": self.loader.state_dict(),
-            "policies": {name: checkpoint.state_of(policy) for name, policy in self._policies().items()},
+        generators = {  # of the first process without a number
+            f"{kind}.{rank}".removesuffix(".0"): state
+            for rank, states in enumerate(random)
+            for kind, state in states.items()
         }
-        (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
-
-    def _policies(self) -> dict[str, Any]:
+        write_tensors(directory / "random.safetensors", generators)
         policies = {
             "micro_batch_tokens": self.backoff,
             "schedule": self.schedule,
@@ -400,7 +395,13 @@ class Trainer:
             "best": self.best,
             "gates": self.gates,
         }
-        return {name: policy for name, policy in policies.items() if policy is not None}
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "policies": {key: checkpoint.state_of(policy) for key, policy in policies.items() if policy is not None},
+        }
+        (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
     def _write_trained(self, directory: Path, adapter: Path) -> None:
         if self.recipe.adapter.kind == "full":
@@ -446,19 +447,6 @@ class Trainer:
                 (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
         return self.directory.inside(*parts)
 
-    def _restore_generators(self, path: Path) -> None:
-        """A process without a random state in the checkpoint seeds its generators from `train.seed`."""
-        tensors, rank = load_file(path / "random.safetensors"), self.processes.rank
-        before = sum(name.startswith("cpu") for name in tensors)
-        if before != self.processes.size:
-            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
-            logger.warning(text, before, self.processes.size)
-        names = {kind: checkpoint.numbered(kind, rank) for kind in ("cpu", "cuda")}
-        if rank < before:
-            checkpoint.set_random_state({kind: tensors[name] for kind, name in names.items() if name in tensors})
-        else:
-            torch.manual_seed(seed_of(self.recipe.train.seed, rank, self.step))
-
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint whose adapter is already in the model."""
         if self.recipe.adapter.kind == "full":
@@ -470,7 +458,16 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         self.optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
         self.step, states = state["step"], state["policies"]
-        self._restore_generators(path)
+        tensors, rank = load_file(path / "random.safetensors"), self.processes.rank
+        before = sum(name.startswith("cpu") for name in tensors)
+        if before != self.processes.size:
+            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+            logger.warning(text, before, self.processes.size)
+        if rank < before:
+            names = {kind: f"{kind}.{rank}".removesuffix(".0") for kind in ("cpu", "cuda")}
+            checkpoint.set_random_state({kind: tensors[name] for kind, name in names.items() if name in tensors})
+        else:
+            torch.manual_seed(seed_of(self.recipe.train.seed, rank, self.step))
         self.backoff.resume(states["micro_batch_tokens"])
         self.schedule.warmup = states["schedule"]["warmup"]
         vars(self.bad_steps).update(states["bad_steps"])
