@@ -336,7 +336,7 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
         (lambda: use(None, chat_template=f"{tmp_path}/no.jinja"), "data.chat_template: ... no.jinja: ... No such file"),
     ):
         assert says(fault_of(call), words), words
-    assert len(tokenized(chat(tools=[{"name": "f"}]), by=named)) == 1
+    assert tokenized(chat(tools=[{"name": "f"}]), by=named).num_examples == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
     *three, more = faults_of(tokenized, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]

@@ -393,7 +393,7 @@ def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 1)
-    assert [each.unused for each in plan.sources] == [columns, ()]
+    assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
     with caplog.at_level("INFO", "qdora"):
         show_mix(Console(quiet=True), plan)
     assert caplog.messages == ["pairs: not used for training: category, system."]

@@ -79,7 +79,7 @@ class StepLoader:
 
     @cached_property
     def _lengths(self) -> list[NDArray[np.int64]]:
-        return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
+        return [np.array([len(example) for example in part.examples], dtype=np.int64) for part in self.tokenised]
 
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
@@ -178,7 +178,7 @@ class StepLoader:
         if stored["step"] != now["step"]:
             changed.append(f"train.tokens_per_step or train.batch ({stored['step']}, now {now['step']})")
         before = stored.get("streams", {})
-        changed += [f"source {part.name}" for part in self.streams if part.change_since(before.get(part.name))]
+        changed += [f"source {part.name}" for part in self.streams if part.has_changed(before.get(part.name))]
         if changed:
             raise UserError(*(f"--resume: {what} differs from that of the checkpoint." for what in changed))
 
@@ -197,7 +197,7 @@ class StepLoader:
             if isinstance(part, ExampleStream):
                 digest.update(f"{part.name} stream".encode())
             else:
-                digest.update(f"{part.name} {len(part)}".encode())
+                digest.update(f"{part.name} {part.num_examples}".encode())
                 for example in part.examples:
                     digest.update(f"\n{example.task} {len(example)} ".encode())
                     digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())

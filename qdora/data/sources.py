@@ -299,7 +299,7 @@ def tokenized_sources(
         with _of_source(index):
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
-                stream.first()  # raises what a run would refuse its first rows for
+                _ = stream.examples  # raises what a run would refuse its first rows for
                 sets.append(stream)
                 continue
             make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
