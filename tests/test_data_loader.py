@@ -397,7 +397,9 @@ def test_what_is_said_beforehand_is_what_steps_take(lengths, size, most, num_ste
     assert steps.step_sizes(num_steps) == sizes
     if len(sizes) < num_steps:
         assert says(fault_of(steps.draws_for_steps, num_steps), f"must be at most {len(sizes):,}, because max_epochs")
-        assert len(ids) == sum(max(1, int(each * part.num_examples + 1e-6)) for each, part in zip(most, sets, strict=True))
+        assert len(ids) == sum(
+            max(1, int(each * part.num_examples + 1e-6)) for each, part in zip(most, sets, strict=True)
+        )
         return
     assert steps.draws_for_steps(num_steps) == steps.position
     plan = plan_mix(make_mix(sets, strategy="equal", max_epochs=most), steps, num_steps)

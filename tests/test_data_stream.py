@@ -173,7 +173,10 @@ def test_shares_sizes_and_caps_with_a_stream(tmp_path: Path) -> None:
         loader.next_step()
     assert loader.streams[0].position.num_drawn == 100
     plan = plan_mix(*mixed(tmp_path, tokens=40, strategy="equal"), 100)  # nobody knows how long its rows are
-    assert (plan["num_draws"], {(each["num_draws"], each["epochs"]) for each in plan["sources"]}) == (None, {(None, None)})
+    assert (plan["num_draws"], {(each["num_draws"], each["epochs"]) for each in plan["sources"]}) == (
+        None,
+        {(None, None)},
+    )
     fault = fault_of(plan_mix, *mixed(tmp_path, tokens=40, strategy="equal", max_epochs=[1, 1]), 1)
     assert fault.startswith("train.tokens_per_step: with max_epochs for every source and a stream")
 
@@ -285,7 +288,9 @@ def test_how_many_faulty_rows_are_allowed(tmp_path: Path) -> None:
     numbers_of(one, 1988)
     assert one.position.num_bad == 12
     file.write_text(faulty_lines(range(20, 31)))
-    assert says(fault_of(lambda: stream(file).examples), "s: 11 rows are faulty, data.max_bad_rows allows 10. ... raise it")
+    assert says(
+        fault_of(lambda: stream(file).examples), "s: 11 rows are faulty, data.max_bad_rows allows 10. ... raise it"
+    )
     file.write_text(faulty_lines(range(20, 30)))
     assert len(stream(file).examples) == 50
     file.write_text(faulty_lines(range(11), 12))

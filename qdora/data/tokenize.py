@@ -196,7 +196,9 @@ class ExampleTally:
         later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
         for number, part in enumerate([ids[: self.max_length], *later]):
-            mask = np.arange(len(part)) >= (prefix + 1 if number else max(prefix, 1))  # nothing predicts the first token
+            mask = np.arange(len(part)) >= (
+                prefix + 1 if number else max(prefix, 1)
+            )  # nothing predicts the first token
             name = f"{example.id}[{number}]"
             outcomes.append((TokenizedExample(example.task, name, np.array(part, dtype=np.int32), mask), False))
         return outcomes
