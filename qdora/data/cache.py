@@ -1,4 +1,4 @@
-"""Tokenised sources on disk: a Parquet file for each source and everything that decides its tokens, a row an example."""
+"""Tokenised sources on disk: a Parquet file for each source and all that decides its tokens, a row for an example."""
 
 from __future__ import annotations
 

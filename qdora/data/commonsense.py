@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from qdora.data.example import Example, Row, RowFault, made_from, optional_text, row_id, text_field
-from qdora.data.files import Entry, Rows, rows_of_split
-from qdora.errors import HubFailure, UserError
-from qdora.recipe.section import reason_of, shown
+from qdora.data.files import Entry, Rows, from_hub, rows_of_split
+from qdora.errors import UserError
+from qdora.recipe.section import shown
 
 # Cloze questions
 
@@ -157,12 +157,10 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         raise UserError(f"{task}: no split {split!r}, must be one of {', '.join(hub.splits)}.")
     pattern, commit = hub.files.format(split=hub.splits[split]), revision or hub.revision
     where = f"{hub.id}@{commit}"
-    try:
+    with from_hub(where):
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    except Exception as error:  # without a common base
-        raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)})") from error
     rows = rows_of_split(Path(folder) / pattern, split)
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:

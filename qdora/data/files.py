@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
 import os
@@ -130,15 +129,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    last = path.suffix.lower()
-    if last == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if last == ".zst":
-        import pyarrow as pa  # Python 3.14 is the first with a module for it
+    file, codec = path.open("rb"), {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if codec is None:
+        return file
+    import pyarrow as pa
 
-        # Frames one behind the other are read, and a file that was cut is an error.
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"), 2**20))
-    return path.open("rb")
+    # Frames one behind the other are read, and a file that was cut is an error.
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(file, compression=codec), 2**20))
 
 
 def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
@@ -351,7 +348,6 @@ class Shards:
     names: tuple[str, ...]  # of Parquet with the number of rows
     readers: tuple[Reader, ...]
     num_rows: int | None  # None where only reading all would tell
-    num_bytes: int = 0  # of all files but Parquet
 
 
 def local_shards(source: Path, split: str) -> Shards:
@@ -364,11 +360,19 @@ def local_shards(source: Path, split: str) -> Shards:
     names = tuple(f"{part.path.relative_to(folder)} {part.name}".rstrip() for part in parts)
     sizes = [part.num_rows for part in parts]
     num_rows = None if None in sizes else sum(size or 0 for size in sizes)
-    num_bytes = sum(file.stat().st_size for file in files if ending(file) != ".parquet")
-    return Shards(str(source), names, tuple(part.placed for part in parts), num_rows, num_bytes)
+    return Shards(str(source), names, tuple(part.placed for part in parts), num_rows)
 
 
 # The Hub
+
+
+@contextmanager
+def from_hub(place: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of `datasets`, huggingface_hub and others, without a common base
+        fix = f" For the folder here write ./{place}" if os.path.exists(place) else ""
+        raise HubFailure(f"{place}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
 
 
 def hub_rows(source: SourceConfig, split: str) -> Rows:
@@ -413,16 +417,11 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
         files: Any = source.data_files
         files = files if isinstance(files, Mapping) else {re.split(r"[+[]", source.split)[0]: files}
         options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
-    try:
+    with from_hub(str(source.source)):
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
-    except Exception as error:  # of `datasets`, fsspec and others, without a common base
-        fix = f" For the folder here write ./{source.source}" if os.path.exists(str(source.source)) else ""
-        raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
 
 
 def _hub_shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
-    try:
+    with from_hub(f"{place}: shard {number}"):
         for row, values in enumerate(stream.shard(stream.num_shards, number).skip(skip), skip):
             yield f"{place}: shard {number}: row {row}", dict(values)
-    except Exception as error:  # as above
-        raise UserError(f"{place}: shard {number}: cannot be read from the Hub ({reason_of(error)})") from error
