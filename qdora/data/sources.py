@@ -57,18 +57,13 @@ class SplitExamples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return self.rows.made(self.make, self.indices)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return replace(self, indices=self.indices[index])
-        return next(iter(replace(self, indices=[self.indices[index]])))
+    def __getitem__(self, part: Any) -> Any:
+        return replace(self, indices=self.indices[part])  # of a slice
 
     @property
     def identity(self) -> str | None:
         """Stands for the content of these rows in their files, where that is known."""
-        if self.rows.identity is None:
-            return None
-        meant = self.indices if isinstance(self.indices, range) else np.asarray(self.indices).tobytes()
-        return f"{self.rows.identity} {meant!r}"
+        return self.rows.identity and f"{self.rows.identity} {self.indices}"
 
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
@@ -297,19 +292,18 @@ def tokenized_sources(
         if names is not None and source.label not in names:
             continue
         with _of_source(index):
+            make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
+            identity = getattr(examples, "identity", None)
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
                 _ = stream.examples  # raises what a run would refuse its first rows for
                 sets.append(stream)
-                continue
-            make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
-            identity = getattr(examples, "identity", None)
-            if identity is None or cache is None:
+            elif identity is None or cache is None:
                 sets.append(make())
-                continue
-            layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
-            layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
-            sets.append(cache.kept(layout | options, make))
+            else:
+                layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
+                layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
+                sets.append(cache.kept(layout | options, make))
     return sets
 
 
