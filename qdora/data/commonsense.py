@@ -12,14 +12,14 @@ arXiv 2304.01933, appendix), in the wording and white space of commonsense_170k.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.example import Example, Row, RowFault, made_from, optional_text, text_field
-from qdora.data.files import Entry, Rows, from_hub, rows_of_split
+from qdora.data.example import Example, Row, RowFault, optional_text, text_field
+from qdora.data.files import Rows, from_hub, rows_of_split
 from qdora.errors import UserError
 from qdora.recipe.section import shown
 
@@ -157,14 +157,9 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    rows = rows_of_split(Path(folder) / pattern, split)
-
-    def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:
-        for place, row in rows.chosen(indices):
-            yield place, made_from(row, hub.schema_row)  # a row may have no label, or another layout by `revision`
-
     # The cache names a snapshot by its commit
-    return replace(rows, where=f"{where}/{pattern}", chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
+    identity = f"{hub.id}@{Path(folder).name}/{pattern}"
+    return replace(rows_of_split(Path(folder) / pattern, split), identity=identity)
 
 
 def _columns(row: Row, choices: Sequence[str], label: str, first: int, **columns: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.data.example import Example, RowFault, made_from
-from qdora.data.files import PlacedRow, Shards, empty_data_set
+from qdora.data.files import PlacedRow, Rows, empty_data_set
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
@@ -56,7 +56,7 @@ class ExampleStream:
     `data.mix[number]` is the source. `tokenizer` is None only for `check_rows`.
     """
 
-    def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
+    def __init__(self, shards: Rows, data: DataConfig, number: int, tokenizer: Any) -> None:
         self.shards = shards
         self.data, self.source, self.number = data, data.mix[number], number
         self.name = self.source.label
@@ -78,7 +78,7 @@ class ExampleStream:
     @property
     def num_examples(self) -> int | None:
         """`size`, else the number of rows times the examples of one of the first; None where it is not known."""
-        if self.source.size or self.shards.num_rows is None:
+        if self.source.size or not self.shards.num_rows:
             return self.source.size
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
@@ -107,7 +107,7 @@ class ExampleStream:
         """UserError if a pass has too many faulty rows among its first `num_rows`."""
         most, num_bad = self.data.max_bad_rows, len(shown) if num_bad is None else num_bad
         if most is None:
-            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows or 0)))
+            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows)))
         if num_bad > most:
             raise UserError(
                 f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
