@@ -306,16 +306,16 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _with_short_ids(turns: Messages) -> Messages:
     """The turns with an id of nine letters for every call and its result: by the data's id, else in order."""
     fitted: list[Turn] = []
-    waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
+    waiting: dict[Any, str] = {}  # of the calls without a result: the id in the data, or a number -> the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
             digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
-            waiting = [(call.get("id"), hex[:_SHORT_ID]) for call, hex in zip(turn.tool_calls, digests, strict=True)]
-            calls = tuple({**call, "id": id} for call, (_, id) in zip(turn.tool_calls, waiting, strict=True))
+            waiting = {call.get("id", n): digests[n][:_SHORT_ID] for n, call in enumerate(turn.tool_calls)}
+            calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
-            own, ids = turn.labels.get("tool_call_id"), [id for id, _ in waiting]
-            _, short = waiting.pop(ids.index(own) if own is not None and own in ids else 0)
+            own = turn.labels.get("tool_call_id")
+            short = waiting.pop(own if own in waiting else next(iter(waiting)))
             turn = replace(turn, labels={**turn.labels, "tool_call_id": short})
         fitted.append(turn)
     return tuple(fitted)
