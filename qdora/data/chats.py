@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jinja2
@@ -205,7 +206,7 @@ class ChatTemplate:
         return self._probe(_USER, prompt=True).removeprefix(self._probe(_USER))
 
     @cached_property
-    def _ending(self) -> tuple[bool, str, str, str]:
+    def ending(self) -> tuple[bool, str, str, str]:
         """(The assistant's turns have an end mark; what stands behind it at the end of a chat only; else the mark of
         the next turn that ends an answer, and a call of tools (GLM)).
         """
@@ -255,7 +256,7 @@ class ChatTemplate:
 
         `end` excludes the mark perhaps; `calls`: the turn calls tools.
         """
-        is_written, _, next_turn, tool_turn = self._ending
+        is_written, _, next_turn, tool_turn = self.ending
         if is_written and text[:end].rstrip().endswith(self._names):
             return text, end
         if mark := self._first_mark.match(text, end):
@@ -264,19 +265,6 @@ class ChatTemplate:
             text = text[:end] + (tool_turn if calls else next_turn)
             return text, len(text)
         return text, end
-
-    def end_in(self, text: str, part: str, end: int) -> int | None:
-        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat, or None."""
-        is_written, trailer, _, _ = self._ending
-        if not text.startswith(part):
-            part = part.removesuffix(trailer)
-            if not trailer or not text.startswith(part):
-                return None
-            end = min(end, len(part))
-        if is_written:
-            return end
-        mark = self._first_mark.match(text, len(part))
-        return mark.end() if mark else None
 
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
@@ -343,12 +331,10 @@ class Encoded:
 class _Text(NamedTuple):
     template: ChatTemplate
     text: str
-    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of what is learnt
-    prompts: tuple[int, ...] = ()  # ends of the texts that the model sees before it answers
-    # Of the chat up to one turn of the assistant
-    rendered: str = ""  # its text before an end mark was added
+    spans: tuple[tuple[int, int], ...]  # (start, end) of what is learnt
+    prompt: int | None = None  # end of the text that the model sees before it answers
     turn: int | None = None
-    parts: tuple[_Text, ...] = ()  # of a whole chat: the texts of its turns
+    end: int = 0  # of the turn, without what stands at the end of a chat only
 
 
 class _Tokens(NamedTuple):
@@ -364,16 +350,12 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
     else what it adds to the generation prompt. What stands behind the last learnt turn is left out.
     """
     made = [_texts_of(tokenizer, chat, loss_on) for chat in chats]
-    every = [text.text for texts in made if not isinstance(texts, str) for text in texts]
-    tokens = iter(_encode(tokenizer, every))
-    return [
-        texts if isinstance(texts, str) else [each for text in texts for each in _encoded(text, next(tokens))]
-        for texts in made
-    ]
+    tokens = iter(_encode(tokenizer, [text.text for texts in made if not isinstance(texts, str) for text in texts]))
+    return [texts if isinstance(texts, str) else _encoded(texts, list(islice(tokens, len(texts)))) for texts in made]
 
 
 def _texts_of(tokenizer: Any, chat: Example, loss_on: LossOn) -> list[_Text] | str:
-    """A chat as one text, if that shows every turn as the model sees it, else as a text for each turn."""
+    """The chat up to each turn that is learnt, as the model sees it then; or what is wrong with it."""
     tools, parts = chat.tools, list[_Text]()
     try:
         template = chat_template_of(tokenizer, tools)
@@ -393,10 +375,7 @@ def _texts_of(tokenizer: Any, chat: Example, loss_on: LossOn) -> list[_Text] | s
                 is_printed = template.mark.sub("", said).strip() or (content and content in " ".join(said.split()))
                 if is_printed or not (content or turn.tool_calls or turn.reasoning):
                     parts.append(part)
-        if len(parts) < 2:
-            return [part._replace(turn=None) for part in parts]
-        whole = _whole(parts)
-        return parts if whole is None else [whole]
+        return parts
     except RENDER_ERRORS as error:
         return f"the chat template refuses it: {error}"
 
@@ -421,21 +400,8 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) ->
     spans = list(marks) or [(start, len(text))]
     closed, end = template.closed(text, spans[-1][1], bool(turns[-1].tool_calls))
     spans[-1] = (spans[-1][0], end)
-    return _Text(template, closed, tuple(spans), (start,) if is_prompt else (), text, number)
-
-
-def _whole(parts: list[_Text]) -> _Text | None:
-    """The text of the last part with the spans of all; None where it shows an earlier turn otherwise."""
-    last = parts[-1]
-    spans: list[tuple[int, int]] = []
-    for part in parts[:-1]:
-        end = last.template.end_in(last.text, part.rendered, part.spans[-1][1])
-        if end is None:
-            return None
-        cut = [(start, stop) for start, stop in part.spans if start < end]
-        spans += [*cut[:-1], (cut[-1][0], end)]
-    prompts = tuple(border for part in parts for border in part.prompts)
-    return last._replace(spans=(*spans, *last.spans), prompts=prompts, turn=None, parts=tuple(parts))
+    bare = len(closed.removesuffix(template.ending[1]))
+    return _Text(template, closed, tuple(spans), start if is_prompt else None, number, min(end, bare))
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
@@ -453,26 +419,32 @@ def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
     return _Tokens(list(ids), np.minimum(starts, np.append(0, ends)[: len(ends)]), ends)
 
 
-def _encoded(text: _Text, tokens: _Tokens) -> list[Encoded]:
-    """One example, or one for each turn where the model sees other tokens before a turn than those of the whole."""
-    seams = [_seam(text, tokens, border) for border in text.prompts]
-    inner = [end for _, end in text.spans if end < len(text.text)]
-    indices = np.searchsorted(tokens.ends, inner, side="right")
-    if text.parts and (any(seams) or (tokens.starts[indices] < inner).any()):
-        own = _encode(text.template.tokenizer, [part.text for part in text.parts])
-        return [each for part, some in zip(text.parts, own, strict=True) for each in _encoded(part, some)]
-    tokens = next(filter(None, seams), tokens)  # the text of one turn has one prompt
-    mask = np.zeros(len(tokens.ids), dtype=np.bool_)
-    for start, end in text.spans:
-        mask |= (tokens.ends > start) & (tokens.starts < end)
-    return [Encoded(tokens.ids, mask.tolist(), turn=text.turn)]
+def _encoded(texts: list[_Text], tokens: list[_Tokens]) -> list[Encoded]:
+    """An example for each text, or for the last one alone if it begins with the tokens of the others."""
+    seams = [_seam(text, own) for text, own in zip(texts, tokens, strict=True)]
+    fixed = [seam or own for seam, own in zip(seams, tokens, strict=True)]
+    masks = []
+    for text, own in zip(texts, fixed, strict=True):
+        mask = np.zeros(len(own.ids), dtype=np.bool_)
+        for start, end in text.spans:
+            mask |= (own.ends > start) & (own.starts < end)
+        masks.append(mask)
+    ends = [int(np.searchsorted(own.starts, text.end)) for text, own in zip(texts[:-1], tokens, strict=False)]
+    if not any(seams) and all(own.ids[:end] == tokens[-1].ids[:end] for own, end in zip(tokens, ends, strict=False)):
+        for mask, end in zip(masks, ends, strict=False):
+            masks[-1][:end] |= mask[:end]
+        texts, fixed, masks = texts[-1:], fixed[-1:], masks[-1:]
+    turns: list[int | None] = [text.turn for text in texts] if len(texts) > 1 else [None]
+    return [Encoded(own.ids, mask.tolist(), turn=turn) for own, mask, turn in zip(fixed, masks, turns, strict=False)]
 
 
-def _seam(text: _Text, tokens: _Tokens, border: int) -> _Tokens | None:
-    """The tokens of a text whose first `border` characters the model sees as a text of their own; None if they are so.
+def _seam(text: _Text, tokens: _Tokens) -> _Tokens | None:
+    """The tokens of a text whose prompt the model sees as a text of its own; None if they are so.
 
     A tokenizer may join the end of the prompt with the answer ("\\n" and "\\n"), but not over the last mark before it.
     """
+    if (border := text.prompt) is None:
+        return None
     index = int(np.searchsorted(tokens.ends, border, side="right"))
     mark = next((index for index in range(index - 1, -1, -1) if tokens.ids[index] in text.template.mark_ids), 0)
     begin = int(tokens.starts[mark]) if index else 0

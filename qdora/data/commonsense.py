@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +161,6 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     return replace(rows_of_split(Path(folder) / pattern, split), identity=identity)
 
 
-def _columns(row: Row, choices: Sequence[str], label: str, first: int, **columns: str) -> dict[str, Any]:
-    """A row whose choices have a column each; labels count from `first`."""
-    texts = {name: row[own] for name, own in columns.items()}
-    return {**texts, "choices": [row[name] for name in choices], "answer": int(row[label]) - first}
-
-
 def _hellaswag_row(row: Row) -> dict[str, Any]:
     return {
         "id": str(row["ind"]),
@@ -184,7 +177,7 @@ def without_wikihow_marks(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"\[(header|step|substeps)\]", " ", text)).strip()
 
 
-def _keyed(row: Row, question: str) -> dict[str, Any]:
+def _keyed(row: Row, question: str = "question") -> dict[str, Any]:
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return {"id": row["id"], "question": row[question], "choices": texts, "answer": labels.index(row["answerKey"])}
 
@@ -192,26 +185,35 @@ def _keyed(row: Row, question: str) -> dict[str, Any]:
 _DEV_IS_TEST = {"train": "train", "test": "validation"}
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
 _ARC = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
-_boolq: Any = lambda row: {**row, "choices": ["false", "true"], "answer": int(row["answer"])}  # noqa: E731
-_piqa = partial(_columns, question="goal", choices=("sol1", "sol2"), label="label", first=0)
-_answers = ("answerA", "answerB", "answerC")
-_siqa = partial(_columns, context="context", question="question", choices=_answers, label="label", first=1)
-_winogrande = partial(_columns, question="sentence", choices=("option1", "option2"), label="answer", first=1)
-_arc, _obqa = partial(_keyed, question="question"), partial(_keyed, question="question_stem")
+
+
+def _row(row: Row, question: str, columns: Sequence[str], answer: int) -> dict[str, Any]:
+    """Of a row whose choices have a column each."""
+    choices = [row[name] for name in columns]
+    return {"context": row.get("context"), "question": row[question], "choices": choices, "answer": answer}
+
 
 HUB_TASKS: dict[str, HubTask] = {
     "boolq": HubTask(
-        "google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", "data/{split}-*.parquet", _DEV_IS_TEST, _boolq
+        "google/boolq",
+        "35b264d03638db9f4ce671b711558bf7ff0f80d5",
+        "data/{split}-*.parquet",
+        _DEV_IS_TEST,
+        lambda row: {**row, "choices": ["false", "true"], "answer": int(row["answer"])},
     ),
     "piqa": HubTask(
-        "ybisk/piqa", "142c51238b3ca2bc61e9a075913871b8b600e8e1", "plain_text/{split}/*.parquet", _DEV_IS_TEST, _piqa
+        "ybisk/piqa",
+        "142c51238b3ca2bc61e9a075913871b8b600e8e1",
+        "plain_text/{split}/*.parquet",
+        _DEV_IS_TEST,
+        lambda row: _row(row, "goal", ("sol1", "sol2"), int(row["label"])),
     ),
     "siqa": HubTask(
         "allenai/social_i_qa",
         "537a2ec8ec565adc0b70b70752893e59e024df26",
         "default/{split}/*.parquet",
         _DEV_IS_TEST,
-        _siqa,
+        lambda row: _row(row, "question", ("answerA", "answerB", "answerC"), int(row["label"]) - 1),
     ),
     "hellaswag": HubTask(
         "Rowan/hellaswag",
@@ -225,12 +227,16 @@ HUB_TASKS: dict[str, HubTask] = {
         "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
         "winogrande_xl/{split}-*.parquet",
         _DEV_IS_TEST,
-        _winogrande,
+        lambda row: _row(row, "sentence", ("option1", "option2"), int(row["answer"]) - 1),
     ),
-    "arc_e": HubTask(*_ARC, "ARC-Easy/{split}-*.parquet", _ALL, _arc),
-    "arc_c": HubTask(*_ARC, "ARC-Challenge/{split}-*.parquet", _ALL, _arc),
+    "arc_e": HubTask(*_ARC, "ARC-Easy/{split}-*.parquet", _ALL, _keyed),
+    "arc_c": HubTask(*_ARC, "ARC-Challenge/{split}-*.parquet", _ALL, _keyed),
     "obqa": HubTask(
-        "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main/{split}-*.parquet", _ALL, _obqa
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        "main/{split}-*.parquet",
+        _ALL,
+        lambda row: _keyed(row, "question_stem"),
     ),
 }
 """Built-in task -> its place on the Hub."""
