@@ -100,9 +100,8 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
     elif task is None:
         rows = hub_rows(source, split)
     elif task.startswith("demo/"):
-        made = [replace(each, task=source.label) for each in demo.examples(task.removeprefix("demo/"), split)]
-        rows = rows_of(task, [{} for _ in made])
-        return SplitExamples(rows, lambda _, id: made[int(id)], range(len(made)))
+        rows = rows_of(task, demo.examples(task.removeprefix("demo/"), split))
+        return SplitExamples(rows, lambda made, id: replace(made, task=source.label), range(rows.num_rows))
     else:
         rows, schema_row = hub_task_rows(task, split, source.revision), HUB_TASKS[task].schema_row
     first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()

@@ -159,30 +159,23 @@ class ExampleStream:
         self._ready = [(each, place == len(row)) for row in rows for place, each in enumerate(row, 1)][::-1]
 
     def _read_window(self) -> None:
+        here = self.position
         self._window = []  # free before the next one is read
-        rows = self._window_rows()
-        if not rows:
-            here = self.position
-            if here.num_drawn == here.num_drawn_before:
-                long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
-                raise UserError(
-                    f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}"
-                )
-            start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
-            self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
-            self._rows = None
-            rows = self._window_rows()
-        order = self._generator(3, self.position.window).permutation(len(rows))
-        self._window = [rows[index] for index in order.tolist()]
-
-    def _window_rows(self) -> list[PlacedRow]:
         if self._rows is None:
-            self._rows = self._pass_from(self.position.shard, self.position.row)
-        rows = []
-        for shard, row, placed in islice(self._rows, self.source.shuffle_window):
-            rows.append(placed)
-            self._next_window = (shard, row + 1)
-        return rows
+            self._rows = self._pass_from(here.shard, here.row)
+        read = list(islice(self._rows, self.source.shuffle_window))
+        if read:
+            self._next_window = (read[-1][0], read[-1][1] + 1)
+            order = self._generator(3, here.window).permutation(len(read))
+            self._window = [read[index][2] for index in order.tolist()]
+            return
+        if here.num_drawn == here.num_drawn_before:
+            long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
+            raise UserError(f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}")
+        start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
+        self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
+        self._rows = None
+        self._read_window()
 
     def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
         order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
