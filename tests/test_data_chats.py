@@ -318,7 +318,7 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
 
     for call, words in (
         (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
-        (lambda: tokenized(chat(), by=named), "templates named ['rag', 'tool_use']"),
+        (lambda: tokenized(chat(), by=named), "Available template names are ['rag', 'tool_use']"),
         (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(no_system, (HI, KIND), (), "a: line 2"), "a: line 2: the chat template refuses it: no sy"),
         (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
@@ -330,7 +330,7 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
         (lambda: use(None, chat_template=f"{tmp_path}/no.jinja"), "data.chat_template: ... no.jinja: ... No such file"),
     ):
         assert says(fault_of(call), words), words
-    assert len(tokenized(chat(tools=[{"name": "f"}]), by=named)) == 1
+    assert tokenized(chat(tools=[{"name": "f"}]), by=named).num_examples == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
     *three, more = faults_of(tokenized, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]

@@ -413,7 +413,7 @@ def test_the_hub_refuses_what_it_does_not_have(hub, monkeypatch):
 def test_boolq_spellings():
     for choices in ([False, True], ["False", "True"], ["no", "yes"]):
         row = {"question": "is ice cold ? ", "choices": choices, "answer": 0}
-        example = example_of_row(row, task="boolq", label="b", id="0")
+        example = example_of_row(row, "boolq")
         assert (example.prompt, example.answer) == ("Question: is ice cold?\nAnswer:", " no")
         found = instruction_row(row | {"choices": choices[::-1]}, "boolq")
         assert (found["instruction"], found["answer"]) == (TASKS["boolq"][4], "true")
@@ -432,7 +432,7 @@ def test_boolq_spellings():
 )
 def test_faulty_rows_of_tasks(task, change, words):
     row = {"question": "Q?", "choices": ["a", "b"], "answer": 0} | change
-    for call in (lambda: example_of_row(row, task=task, label=task, id="0"), lambda: instruction_row(row, task)):
+    for call in (lambda: example_of_row(row, task), lambda: instruction_row(row, task)):
         assert says(fault_of(call), words)
 
 

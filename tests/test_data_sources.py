@@ -23,7 +23,7 @@ from rich.console import Console
 from qdora.data import demo, files
 from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example, Turn
-from qdora.data.files import Rows, files_of, local_shards, read_rows, rows_of_split
+from qdora.data.files import files_of, local_shards, read_rows, rows_of, rows_of_split
 from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.sources import (
     SplitExamples,
@@ -94,7 +94,7 @@ def test_all_rows_any_rows_and_rows_from_anywhere(
         assert list(found.chosen(wanted)) == [(places[index], rows[index]) for index in wanted]
         shards = local_shards(file, "train")
         assert len(set(shards.names)) == len(shards.names) == len(shards.readers)
-        assert (shards.num_rows, shards.num_bytes > 0) == ((len(rows), False) if kind == "parquet" else (None, True))
+        assert shards.num_rows == (len(rows) if kind == "parquet" else 0)
         assert [row for reader in shards.readers for _, row in reader(0)] == rows
         for reader in shards.readers:
             whole, skip = list(reader(0)), data.draw(st.integers(0, len(rows)))
@@ -335,15 +335,15 @@ def test_rows_are_cut_then_drawn_by_the_seed(tmp_path: Path) -> None:
         assert [example.id for example in validation] == [f"n{number}" for number in range(2850, 3000)]
 
     def letters(text: str) -> Any:
-        rows = Rows("x", "row", len(text), lambda indices: ((index, {"text": text[index]}) for index in indices))
-        return SplitExamples(rows, lambda row, place: row["text"], range(len(text)))
+        rows = rows_of("x", [{"text": letter} for letter in text])
+        return SplitExamples(rows, lambda row, id: row["text"], range(len(text)))
 
     examples = letters("abcdefghij")
     for fraction, expected in ((0.2, ("abcdefgh", "ij")), (0.01, ("abcdefghi", "j")), (0.0, ("abcdefghij", ""))):
         assert tuple(map("".join, split_off(examples, fraction, name="x"))) == expected
     assert list(draw(examples, 10, 0)) == list("abcdefghij")
     assert list(draw(examples, 5, 0)) != list(draw(examples, 5, 1))
-    assert (examples[3], list(examples[2:4]), examples.identity) == ("d", ["c", "d"], None)
+    assert (list(examples[2:4]), examples.identity) == (["c", "d"], None)
 
 
 def test_faulty_rows_of_the_first_source_that_has_some(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 1)
-    assert [each.unused for each in plan.sources] == [columns, ()]
+    assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
     with caplog.at_level("INFO", "qdora"):
         show_mix(Console(quiet=True), plan)
     assert caplog.messages == ["pairs: not used for training: category, system."]
@@ -414,7 +414,7 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         {"split": "train[:9]", "data_files": {"train": "a.jsonl"}},
         {"split": "train", "name": "main", "data_files": {"train": ["a.jsonl", "b.jsonl"]}, "streaming": True},
     ]
-    assert shards.num_rows is None
+    assert shards.num_rows == 0
     assert says(shards.names[0], "openai/gsm8k@abc main ... train 0 of 1")
     train, held_out = split_up(**hub, split="train[:90%]", validation="train[90%:95%]+test[:5]")
     assert {each.prompt for each in train} == {"train[:90%]"}

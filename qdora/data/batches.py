@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qdora.data.mix import MixOrder, Source
@@ -78,8 +78,8 @@ class StepLoader:
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
 
     @cached_property
-    def _lengths(self) -> list[NDArray[np.int64]]:
-        return [np.array([len(example) for example in part.first()], dtype=np.int64) for part in self.tokenised]
+    def _lengths(self) -> list[list[int]]:
+        return [[len(example) for example in part.examples] for part in self.tokenised]
 
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
@@ -92,12 +92,12 @@ class StepLoader:
             examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
             num_tokens += len(examples[-1])
         self.position += len(examples)
-        labels: dict[str, int] = {}
+        labels = Counter[str]()
         for example in examples:
-            labels[example.task] = labels.get(example.task, 0) + int(example.loss_mask.sum())
+            labels[example.task] += int(example.loss_mask.sum())
         mine = share_of(examples, self.rank, self.num_processes)
         batches = micro_batches(mine, self.batching, self.task_names)
-        return Step(batches, sum(labels.values()), num_tokens, len(examples), labels)
+        return Step(batches, labels.total(), num_tokens, len(examples), labels)
 
     def _is_full(self, num_examples: int, num_tokens: int) -> bool:
         return num_tokens >= (self.tokens_per_step or 0) if self.batch is None else num_examples >= self.batch
@@ -145,11 +145,8 @@ class StepLoader:
         start, end = 0, self.order.length
         while start != end:
             stop = start + 65536 if end is None else min(start + 65536, end)
-            sources, indices = self.order.draws(start, stop)
-            lengths = np.empty_like(indices)
-            for source, tokens in enumerate(self._lengths):
-                lengths[sources == source] = tokens[indices[sources == source]]
-            yield from lengths.tolist()
+            for source, index in zip(*(each.tolist() for each in self.order.draws(start, stop)), strict=True):
+                yield self._lengths[source][index]
             start = stop
 
     # Resuming
@@ -178,7 +175,7 @@ class StepLoader:
         if stored["step"] != now["step"]:
             changed.append(f"train.tokens_per_step or train.batch ({stored['step']}, now {now['step']})")
         before = stored.get("streams", {})
-        changed += [f"source {part.name}" for part in self.streams if part.change_since(before.get(part.name))]
+        changed += [f"source {part.name}" for part in self.streams if part.has_changed(before.get(part.name))]
         if changed:
             raise UserError(*(f"--resume: {what} differs from that of the checkpoint." for what in changed))
 
@@ -197,7 +194,7 @@ class StepLoader:
             if isinstance(part, ExampleStream):
                 digest.update(f"{part.name} stream".encode())
             else:
-                digest.update(f"{part.name} {len(part)}".encode())
+                digest.update(f"{part.name} {part.num_examples}".encode())
                 for example in part.examples:
                     digest.update(f"\n{example.task} {len(example)} ".encode())
                     digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
@@ -349,10 +346,8 @@ def _cost(groups: Sequence[Sequence[PackedRow]]) -> float:
 
 def _micro_batch(rows: Sequence[PackedRow], batching: Batching, task_names: list[str]) -> MicroBatch:
     shape = len(rows), max(map(len, rows))
-    input_ids = np.full(shape, batching.pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    position_ids = np.zeros(shape, dtype=np.int64)
-    example_index = np.full(shape, -1, dtype=np.int64)
+    filling = batching.pad_id, IGNORED, 0, -1
+    input_ids, labels, position_ids, example_index = (np.full(shape, value, dtype=np.int64) for value in filling)
     examples: list[TokenizedExample] = []
     for number, row in enumerate(rows):
         start = 0

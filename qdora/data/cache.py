@@ -1,8 +1,4 @@
-"""Tokenised sources on disk: a file for each source and everything that decides its tokens. A damaged one is made anew.
-
-ids (tokens) int32   mask (tokens) bool   lengths (examples) int64   tasks (examples) int32
-record (bytes) uint8: JSON of names and counts
-"""
+"""Tokenised sources on disk: a Parquet file for each source and all that decides its tokens, a row for an example."""
 
 from __future__ import annotations
 
@@ -14,19 +10,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import pandas as pd
 
 from qdora import __version__
 from qdora.data.chats import chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.files.atomic import atomic_file, json_text
+from qdora.files.atomic import atomic_file
 from qdora.files.console import OF_THIS_PROCESS
 from qdora.files.machine import package_versions
 from qdora.files.run_directory import unharmed
 
-_FORMAT = 6
 _LEAST_TOKENS = 2**18  # fewer are tokenised in a second
 
 logger = logging.getLogger("qdora")
@@ -46,52 +39,30 @@ class TokenCache:
             day = (settings.day or date.today()) if "strftime_now" in str(template) else None
             facts = [state, template, day, dict(settings.template_kwargs), sorted(settings.stop_ids or ())]
             facts += [str(tokenizer.special_tokens_map), type(tokenizer).__name__]
-            self._identity = {"tokenizer": facts, "format": _FORMAT, "qdora": __version__}
+            self._identity = {"tokenizer": facts, "qdora": __version__}
             self._identity |= package_versions(("transformers", "tokenizers", "jinja2"))
 
     def kept(self, content: Mapping[str, Any], make: Callable[[], TokenizedSet]) -> TokenizedSet:
-        """The set of `content`, JSON values: read if it is there, else made and kept."""
+        """The set of `content`, JSON values: read if it is there, else made and kept. A damaged one is made anew."""
         if not self._identity:
             return make()
         key = json.dumps({**content, **self._identity}, default=str)
-        file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        try:
-            stored = _read(file)
-            logger.info("%s: reading its tokens from %s.", stored.name, file)
-            return stored
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
+        file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.parquet"
+        if file.exists():
+            try:
+                rows = pd.read_parquet(file)
+                examples = tuple(TokenizedExample(*row) for row in rows.itertuples(index=False))
+                stored = TokenizedSet(examples=examples, **rows.attrs)
+                logger.info("%s: reading its tokens from %s.", stored.name, file)
+                return stored
+            except (OSError, ValueError, TypeError) as error:
+                logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
         made = make()
         if made.num_tokens >= _LEAST_TOKENS:
+            rows = pd.DataFrame(list(made.examples))
+            rows.attrs = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped", "unused")}
             with unharmed(str(file)):
                 self.root.mkdir(parents=True, exist_ok=True)
                 with atomic_file(file) as aside:
-                    save_file(_arrays(made), aside)
+                    rows.to_parquet(aside)
         return made
-
-
-def _arrays(made: TokenizedSet) -> dict[str, Any]:
-    tasks = made.task_names
-    record: dict[str, Any] = {"name": made.name, "tasks": tasks, "ids": [example.id for example in made.examples]}
-    record |= {"counts": [made.num_truncated, made.num_dropped], "unused": made.unused}
-    return {
-        "ids": np.concatenate([example.input_ids for example in made.examples]),
-        "mask": np.concatenate([example.loss_mask for example in made.examples]),
-        "lengths": np.array([len(example) for example in made.examples], dtype=np.int64),
-        "tasks": np.array([tasks.index(example.task) for example in made.examples], dtype=np.int32),
-        "record": np.frombuffer(json_text(record, in_ascii=True).encode(), dtype=np.uint8),
-    }
-
-
-def _read(file: Path) -> TokenizedSet:
-    arrays = load_file(file)  # as a whole: a mapped file that somebody cuts would end the process
-    record = json.loads(arrays["record"].tobytes())
-    cuts = np.cumsum(arrays["lengths"])[:-1]
-    parts = arrays["tasks"].tolist(), record["ids"], np.split(arrays["ids"], cuts), np.split(arrays["mask"], cuts)
-    examples = [
-        TokenizedExample(record["tasks"][task], id, ids, mask) for task, id, ids, mask in zip(*parts, strict=True)
-    ]
-    num_truncated, num_dropped = record["counts"]
-    return TokenizedSet(record["name"], tuple(examples), num_truncated, num_dropped, tuple(record["unused"]))

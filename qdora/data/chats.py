@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jinja2
@@ -65,10 +66,8 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
             _variables(tokenizer.chat_template)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
             raise UserError(f"data.chat_template: {file}: {error}") from None
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"data.chat_template: {file}: line {error.lineno}: {error.message}") from None
     template = getattr(tokenizer, "chat_template", None) or ""
     texts = template.values() if isinstance(template, dict) else [template]
     names = sorted(set().union(*map(_variables, texts)) - _RESERVED)
@@ -99,13 +98,7 @@ def require_chat_template(tokenizer: Any, name: str) -> None:
 # A template
 
 
-# transformers lets no function of ours into a template, but a macro. The line end is dropped.
-_CLOCK = (
-    "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
-    "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
-    "{{ text.of }}{% endmacro %}\n"
-)
-_DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
+_CLOCK = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
 _SHORT_ID = 9
 _ANSWER, _OTHER = "Aq7probe", "\u203bprobe"
 _USER = Turn("user", "Uq7probe")
@@ -123,13 +116,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokenizer, self.settings = tokenizer, chat_settings(tokenizer)
-        self._source, self._day = text, dict[str, Any]()
-        if self.settings.day is not None and "strftime_now" in text:
-            self._day = {"qdora_day": {part: self.settings.day.strftime(part) for part in _DATE_PARTS}}
-            self._source = _CLOCK + text
+        day = self.settings.day
+        # transformers lets no function of ours into a template
+        self._source = text if day is None else _CLOCK.sub(lambda call: repr(day.strftime(call[2])), text)
         self._has_marks = bool(_GENERATION.search(text))
-        ids = {**tokenizer.get_added_vocab()}
-        ids |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+        special = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+        ids = tokenizer.get_added_vocab() | special
         self._names = tuple(sorted((name for name in ids if name.strip()), key=len, reverse=True))
         self.mark_ids = frozenset(ids[name] for name in self._names)  # tokens that were added, special or not
         self.mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
@@ -174,14 +166,10 @@ class ChatTemplate:
             if turn.tool_calls:
                 message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
             messages.append(message)
-        options = {**self.settings.template_kwargs, **self._day, "add_generation_prompt": prompt}
-        functions = [dict(tool) for tool in tools] or None
-        if not self._has_marks:
-            options |= {"chat_template": self._source, "tokenize": False}
-            return _Rendering(str(self.tokenizer.apply_chat_template(messages, tools=functions, **options)), ())
-        options = {**self.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": True}
-        rendered, marks = render_jinja_template([messages], functions, chat_template=self._source, **options)
-        return _Rendering(rendered[0], tuple((start, end) for start, end in marks[0] if end > start))
+        options = {**self.tokenizer.special_tokens_map, **self.settings.template_kwargs}
+        options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": self._has_marks}
+        rendered, marks = render_jinja_template([messages], list(tools) or None, chat_template=self._source, **options)
+        return _Rendering(rendered[0], tuple((start, end) for some in marks for start, end in some if end > start))
 
     def _probe(self, *turns: Turn, **options: Any) -> str:
         """The text of turns; "" where the template does not take them."""
@@ -218,7 +206,7 @@ class ChatTemplate:
         return self._probe(_USER, prompt=True).removeprefix(self._probe(_USER))
 
     @cached_property
-    def _ending(self) -> tuple[bool, str, str, str]:
+    def ending(self) -> tuple[bool, str, str, str]:
         """(The assistant's turns have an end mark; what stands behind it at the end of a chat only; else the mark of
         the next turn that ends an answer, and a call of tools (GLM)).
         """
@@ -268,7 +256,7 @@ class ChatTemplate:
 
         `end` excludes the mark perhaps; `calls`: the turn calls tools.
         """
-        is_written, _, next_turn, tool_turn = self._ending
+        is_written, _, next_turn, tool_turn = self.ending
         if is_written and text[:end].rstrip().endswith(self._names):
             return text, end
         if mark := self._first_mark.match(text, end):
@@ -278,26 +266,10 @@ class ChatTemplate:
             return text, len(text)
         return text, end
 
-    def end_in(self, text: str, part: str, end: int) -> int | None:
-        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat, or None."""
-        is_written, trailer, _, _ = self._ending
-        if not text.startswith(part):
-            part = part.removesuffix(trailer)
-            if not trailer or not text.startswith(part):
-                return None
-            end = min(end, len(part))
-        if is_written:
-            return end
-        mark = self._first_mark.match(text, len(part))
-        return mark.end() if mark else None
-
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
     """The tokenizer's template for a chat, with tools perhaps another one."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
-        raise UserError(f"the tokenizer has chat templates named {sorted(own)}. Fix: set data.chat_template.")
-    text = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
+    text = tokenizer.get_chat_template(tools=tools or None)
     templates: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
     if text not in templates:
         templates[text] = ChatTemplate(tokenizer, text)
@@ -306,8 +278,8 @@ def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
 
 def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = (), where: str = "--prompt") -> str:
     """The text that the model sees before it answers these turns."""
-    template = chat_template_of(tokenizer, tools)
     try:
+        template = chat_template_of(tokenizer, tools)
         return template.render(template.fitted(turns), tools, prompt=True).text
     except RENDER_ERRORS as error:
         raise UserError(f"{where}: the chat template refuses it: {error}") from None
@@ -315,28 +287,23 @@ def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = (), where: str =
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Number of equal items at the start of both."""
-    low, high = 0, min(len(first), len(second))
-    if first[:high] == second[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-    return low
+    most = min(len(first), len(second))
+    return next((index for index in range(most) if first[index] != second[index]), most)
 
 
 def _with_short_ids(turns: Messages) -> Messages:
     """The turns with an id of nine letters for every call and its result: by the data's id, else in order."""
     fitted: list[Turn] = []
-    waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
+    waiting: dict[Any, str] = {}  # of the calls without a result: the id in the data, or a number -> the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
             digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
-            waiting = [(call.get("id"), hex[:_SHORT_ID]) for call, hex in zip(turn.tool_calls, digests, strict=True)]
-            calls = tuple({**call, "id": id} for call, (_, id) in zip(turn.tool_calls, waiting, strict=True))
+            waiting = {call.get("id", n): digests[n][:_SHORT_ID] for n, call in enumerate(turn.tool_calls)}
+            calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
-            own, ids = turn.labels.get("tool_call_id"), [id for id, _ in waiting]
-            _, short = waiting.pop(ids.index(own) if own is not None and own in ids else 0)
+            own = turn.labels.get("tool_call_id")
+            short = waiting.pop(own if own in waiting else next(iter(waiting)))
             turn = replace(turn, labels={**turn.labels, "tool_call_id": short})
         fitted.append(turn)
     return tuple(fitted)
@@ -362,12 +329,12 @@ class Encoded:
 
 
 class _Text(NamedTuple):
+    template: ChatTemplate
     text: str
-    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of what is learnt
-    prompts: tuple[int, ...] = ()  # ends of the texts that the model sees before it answers
-    # Of the chat up to one turn of the assistant
-    rendered: str = ""  # its text before an end mark was added
+    spans: tuple[tuple[int, int], ...]  # (start, end) of what is learnt
+    prompt: int | None = None  # end of the text that the model sees before it answers
     turn: int | None = None
+    end: int = 0  # of the turn, without what stands at the end of a chat only
 
 
 class _Tokens(NamedTuple):
@@ -382,101 +349,66 @@ def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = 
     The mask is True on the assistant's turns with their end marks: what the template marks with `{% generation %}`,
     else what it adds to the generation prompt. What stands behind the last learnt turn is left out.
     """
-    results: list[list[Encoded] | str] = []
-    wholes: list[tuple[int, ChatTemplate, _Text]] = []
-    parts: list[tuple[int, ChatTemplate, _Text]] = []
-    for number, chat in enumerate(chats):
-        template = chat_template_of(tokenizer, chat.tools)
-        results.append([])
-        try:
-            whole, own = _texts_of(template, chat, loss_on)
-        except RENDER_ERRORS as error:
-            results[number] = str(error) if isinstance(error, UserError) else f"the chat template refuses it: {error}"
-            continue
-        wholes += [] if whole is None else [(number, template, whole)]
-        parts += [(number, template, text if len(own) > 1 else text._replace(turn=None)) for text in own]
-    for (number, template, text), tokens in zip(wholes, _encode(tokenizer, [each[2] for each in wholes]), strict=True):
-        if _is_clean(template, text, tokens):
-            results[number] = [_masked(text, tokens)]
-    parts = [part for part in parts if not results[part[0]]]
-    for (number, template, text), tokens in zip(parts, _encode(tokenizer, [each[2] for each in parts]), strict=True):
-        for border in text.prompts:
-            tokens = _seam(template, tokens, text.text, border) or tokens
-        encoded = results[number]
-        assert isinstance(encoded, list)
-        encoded.append(_masked(text, tokens))
-    return results
+    made = [_texts_of(tokenizer, chat, loss_on) for chat in chats]
+    tokens = iter(_encode(tokenizer, [text.text for texts in made if not isinstance(texts, str) for text in texts]))
+    return [texts if isinstance(texts, str) else _encoded(texts, list(islice(tokens, len(texts)))) for texts in made]
 
 
-def _texts_of(template: ChatTemplate, chat: Example, loss_on: LossOn) -> tuple[_Text | None, list[_Text]]:
-    """A chat as one text, if that shows every turn as the model sees it, and as a text for each turn."""
-    tools, turns = chat.tools, template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
-    if loss_on == "all":
-        if not all(turn.learnt for turn in chat.messages):
-            raise UserError("weight and train of a turn are not used with data.loss_on all.")
-        text = template.render(turns, tools).text
-        if turns[-1].role == "assistant":
-            text, _ = template.closed(text, len(text), bool(turns[-1].tool_calls))
-        return _Text(text, ((0, len(text)),)), []
-    parts = []
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant" and turn.learnt and not turn.in_prompt:
-            part = _part(template, turns, tools, index, index + len(chat.messages) - len(turns))
-            said = "".join(part.text[start:end] for start, end in part.spans)
-            content = " ".join(turn.content.split())
-            is_printed = bool(template.mark.sub("", said).strip()) or (content and content in " ".join(said.split()))
-            if is_printed or not (content or turn.tool_calls or turn.reasoning):
-                parts.append(part)
-    return _whole(template, parts) if len(parts) > 1 else None, parts
+def _texts_of(tokenizer: Any, chat: Example, loss_on: LossOn) -> list[_Text] | str:
+    """The chat up to each turn that is learnt, as the model sees it then; or what is wrong with it."""
+    tools, parts = chat.tools, list[_Text]()
+    try:
+        template = chat_template_of(tokenizer, tools)
+        turns = template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
+        if loss_on == "all":
+            if not all(turn.learnt for turn in chat.messages):
+                return "weight and train of a turn are not used with data.loss_on all."
+            text = template.render(turns, tools).text
+            if turns[-1].role == "assistant":
+                text, _ = template.closed(text, len(text), bool(turns[-1].tool_calls))
+            return [_Text(template, text, ((0, len(text)),))]
+        for index, turn in enumerate(turns):
+            if turn.role == "assistant" and turn.learnt and not turn.in_prompt:
+                part = _part(template, turns[: index + 1], tools, index + len(chat.messages) - len(turns))
+                said = "".join(part.text[start:end] for start, end in part.spans)
+                content = " ".join(turn.content.split())
+                is_printed = template.mark.sub("", said).strip() or (content and content in " ".join(said.split()))
+                if is_printed or not (content or turn.tool_calls or turn.reasoning):
+                    parts.append(part)
+        return parts
+    except RENDER_ERRORS as error:
+        return f"the chat template refuses it: {error}"
 
 
-def _part(template: ChatTemplate, turns: Messages, tools: Tools, index: int, number: int) -> _Text:
-    """The chat up to a turn of the assistant, which is learnt; `number` is its index in the data."""
-    text, marks = template.render(turns[: index + 1], tools)
-    if index:
-        before = template.render(turns[:index], tools, prompt=True)
-        marks = marks[len(before.marks) :]
-        start, is_prompt = shared_length(before.text, text), text.startswith(before.text)
-        if not is_prompt and not text.startswith(template.render(turns[:index], tools).text):
-            # With the answer the template shows the turns before it otherwise.
-            begin, is_prompt = template.answer_start(turns[: index + 1], tools, text, before.text)
+def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) -> _Text:
+    """The chat up to a turn of the assistant, the last one, which is learnt; `number` is its index in the data."""
+    text, marks = template.render(turns, tools)
+    if len(turns) > 1:
+        before, earlier = template.render(turns[:-1], tools, prompt=True)
+        marks = marks[len(earlier) :]
+        start, is_prompt = len(before), text.startswith(before)
+        if not is_prompt:
+            start, is_prompt = template.answer_start(turns, tools, text, before)
             if is_prompt:
-                start = len(before.text)
-                text = before.text + text[begin:]
-                marks = tuple((first + start - begin, last + start - begin) for first, last in marks)
-            else:
-                start = begin
-        elif not is_prompt:
-            # The "<think>" of the prompt may share its first letters with an answer such as "<b>".
-            start = min(start, template.content_start(turns[: index + 1], tools, text))
+                moved = len(before) - start
+                text, start = before + text[start:], len(before)
+                marks = tuple((first + moved, last + moved) for first, last in marks)
     else:  # no template takes a chat without turns
-        begin = text.find(template.generation_prompt)
-        is_prompt = begin >= 0
-        start = begin + len(template.generation_prompt) if is_prompt else template.content_start(turns[:1], tools, text)
+        start = text.find(template.generation_prompt)
+        is_prompt = start >= 0
+        start = start + len(template.generation_prompt) if is_prompt else template.content_start(turns, tools, text)
     spans = list(marks) or [(start, len(text))]
-    closed, end = template.closed(text, spans[-1][1], bool(turns[index].tool_calls))
+    closed, end = template.closed(text, spans[-1][1], bool(turns[-1].tool_calls))
     spans[-1] = (spans[-1][0], end)
-    return _Text(closed, tuple(spans), (start,) if is_prompt else (), text, number)
+    bare = len(closed.removesuffix(template.ending[1]))
+    return _Text(template, closed, tuple(spans), start if is_prompt else None, number, min(end, bare))
 
 
-def _whole(template: ChatTemplate, parts: list[_Text]) -> _Text | None:
-    """The text of the last part with the spans of all; None where it shows an earlier turn otherwise."""
-    last = parts[-1]
-    spans: list[tuple[int, int]] = []
-    for part in parts[:-1]:
-        end = template.end_in(last.text, part.rendered, part.spans[-1][1])
-        if end is None:
-            return None
-        cut = [(start, stop) for start, stop in part.spans if start < end]
-        spans += [*cut[:-1], (cut[-1][0], end)]
-    return _Text(last.text, (*spans, *last.spans), tuple(border for part in parts for border in part.prompts))
-
-
-def _encode(tokenizer: Any, texts: Sequence[_Text]) -> list[_Tokens]:
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True, **options)
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **options)
     return [_tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 
@@ -484,33 +416,45 @@ def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
     """Some tokenizers leave the spaces before a token out: they are its own here."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     ends = np.maximum.accumulate(ends)
-    before = np.concatenate([np.zeros(1, dtype=np.int64), ends])[: len(ends)]
-    return _Tokens(list(ids), np.minimum(starts, before), ends)
+    return _Tokens(list(ids), np.minimum(starts, np.append(0, ends)[: len(ends)]), ends)
 
 
-def _is_clean(template: ChatTemplate, text: _Text, tokens: _Tokens) -> bool:
-    """Whether the tokens of a whole chat end where a turn ends, and are those that the model sees before each."""
-    inner = [end for _, end in text.spans if end < len(text.text)]
-    indices = np.searchsorted(tokens.ends, inner, side="right").tolist()
-    if any(tokens.starts[index] < end for index, end in zip(indices, inner, strict=True)):
-        return False
-    return all(_seam(template, tokens, text.text, border) is None for border in text.prompts)
+def _encoded(texts: list[_Text], tokens: list[_Tokens]) -> list[Encoded]:
+    """An example for each text, or for the last one alone if it begins with the tokens of the others."""
+    seams = [_seam(text, own) for text, own in zip(texts, tokens, strict=True)]
+    fixed = [seam or own for seam, own in zip(seams, tokens, strict=True)]
+    masks = []
+    for text, own in zip(texts, fixed, strict=True):
+        mask = np.zeros(len(own.ids), dtype=np.bool_)
+        for start, end in text.spans:
+            mask |= (own.ends > start) & (own.starts < end)
+        masks.append(mask)
+    ends = [int(np.searchsorted(own.starts, text.end)) for text, own in zip(texts[:-1], tokens, strict=False)]
+    if not any(seams) and all(own.ids[:end] == tokens[-1].ids[:end] for own, end in zip(tokens, ends, strict=False)):
+        for mask, end in zip(masks, ends, strict=False):
+            masks[-1][:end] |= mask[:end]
+        texts, fixed, masks = texts[-1:], fixed[-1:], masks[-1:]
+    turns: list[int | None] = [text.turn for text in texts] if len(texts) > 1 else [None]
+    return [Encoded(own.ids, mask.tolist(), turn=turn) for own, mask, turn in zip(fixed, masks, turns, strict=False)]
 
 
-def _seam(template: ChatTemplate, tokens: _Tokens, text: str, border: int) -> _Tokens | None:
-    """The tokens of a text whose first `border` characters the model sees as a text of their own; None if they are so.
+def _seam(text: _Text, tokens: _Tokens) -> _Tokens | None:
+    """The tokens of a text whose prompt the model sees as a text of its own; None if they are so.
 
     A tokenizer may join the end of the prompt with the answer ("\\n" and "\\n"), but not over the last mark before it.
     """
+    if (border := text.prompt) is None:
+        return None
     index = int(np.searchsorted(tokens.ends, border, side="right"))
-    mark = next((index for index in range(index - 1, -1, -1) if tokens.ids[index] in template.mark_ids), 0)
+    mark = next((index for index in range(index - 1, -1, -1) if tokens.ids[index] in text.template.mark_ids), 0)
     begin = int(tokens.starts[mark]) if index else 0
-    shown = _plain(template, text[begin:border])
+    shown = _plain(text.template, text.text[begin:border])
     crosses = index < len(tokens.ids) and tokens.starts[index] < border
     if not crosses and tokens.ids[mark:index] == shown.ids:
         return None
     rest = int(np.searchsorted(tokens.starts, border, side="left"))
-    between = _inner_tokens(template, text[border : int(tokens.starts[rest]) if rest < len(tokens.ids) else len(text)])
+    end = int(tokens.starts[rest]) if rest < len(tokens.ids) else len(text.text)
+    between = _inner_tokens(text.template, text.text[border:end])
     return _Tokens(
         tokens.ids[:mark] + shown.ids + between.ids + tokens.ids[rest:],
         np.concatenate([tokens.starts[:mark], shown.starts + begin, between.starts + border, tokens.starts[rest:]]),
@@ -521,7 +465,7 @@ def _seam(template: ChatTemplate, tokens: _Tokens, text: str, border: int) -> _T
 @lru_cache(maxsize=256)
 def _plain(template: ChatTemplate, text: str) -> _Tokens:
     """Tokens of a text alone; a generation prompt is the same in all chats."""
-    return _encode(template.tokenizer, [_Text(text)])[0]
+    return _encode(template.tokenizer, [text])[0]
 
 
 def _inner_tokens(template: ChatTemplate, text: str) -> _Tokens:
@@ -533,10 +477,3 @@ def _inner_tokens(template: ChatTemplate, text: str) -> _Tokens:
     if inner.ids[:num] != line.ids:
         return _plain(template, text)
     return _Tokens(inner.ids[num:], inner.starts[num:] - 1, inner.ends[num:] - 1)
-
-
-def _masked(text: _Text, tokens: _Tokens) -> Encoded:
-    mask = np.zeros(len(tokens.ids), dtype=np.bool_)
-    for start, end in text.spans:
-        mask |= (tokens.ends > start) & (tokens.starts < end)
-    return Encoded(tokens.ids, mask.tolist(), turn=text.turn)

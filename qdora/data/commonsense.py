@@ -12,22 +12,21 @@ arXiv 2304.01933, appendix), in the wording and white space of commonsense_170k.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.example import Example, Row, RowFault, made_from, optional_text, row_id, text_field
-from qdora.data.files import Entry, Rows, rows_of_split
-from qdora.errors import HubFailure, UserError
-from qdora.recipe.section import reason_of, shown
+from qdora.data.example import Example, Row, RowFault, optional_text, text_field
+from qdora.data.files import Rows, from_hub, rows_of_split
+from qdora.errors import UserError
+from qdora.recipe.section import shown
 
 # Cloze questions
 
 
-def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
-    """The example of a schema row, in the wording of `task` (one of the eight; else the general one)."""
+def example_of_row(row: Row, task: str = "") -> Example:
+    """A schema row without task and id, in the wording of `task` (one of the eight; else the general one)."""
     question, value = text_field(row, "question"), row.get("choices")
     # BoolQ has true and false
     texts = [str(each).lower() if isinstance(each, bool) else each for each in value] if isinstance(value, list) else []
@@ -40,7 +39,7 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
         question, choices = question.rstrip("? ") + "?", [_BOOLQ[choice.lower()] for choice in choices]
     continuations = tuple(f" {choice}" for choice in choices)
     prompt = _prompt(row, task, question, choices)
-    return Example(label, row_id(row, id), prompt, continuations[gold], choices=continuations, gold=gold)
+    return Example("", "", prompt, continuations[gold], choices=continuations, gold=gold)
 
 
 _BOOLQ = {"false": "no", "no": "no", "true": "yes", "yes": "yes"}
@@ -73,8 +72,8 @@ _WORDINGS: dict[str, tuple[str, str, str, str]] = {
 
 
 def instruction_row(row: Row, task: str) -> dict[str, str]:
-    """A schema row as one with id, instruction, output and answer, as commonsense_170k.json has them."""
-    example = example_of_row(row, task=task, label=task, id="")  # checks the row
+    """A schema row as one with instruction, output and answer, as commonsense_170k.json has them."""
+    example = example_of_row(row, task)  # checks the row
     assert example.gold is not None
     question = text_field(row, "question")
     if task == "boolq":
@@ -94,7 +93,6 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
         name_list = "/".join(names)
     answer = names[example.gold]
     return {
-        "id": row_id(row, ""),
         "instruction": f"{text}Answer format: {name_list}",
         "output": f"the correct answer is {answer}",
         "answer": answer,
@@ -139,13 +137,10 @@ class HubTask:
     """Where a task lives. Where test labels are secret, the official validation split is our test, as published."""
 
     id: str  # data set on the Hub
+    revision: str
     files: str  # glob of the Parquet files of a split
     splits: Mapping[str, str]  # ours -> the Hub's
     schema_row: Callable[[Row], dict[str, Any]]  # of a row of the Hub
-
-    @property
-    def revision(self) -> str:
-        return _PINS[self.id]
 
 
 def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
@@ -157,26 +152,13 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         raise UserError(f"{task}: no split {split!r}, must be one of {', '.join(hub.splits)}.")
     pattern, commit = hub.files.format(split=hub.splits[split]), revision or hub.revision
     where = f"{hub.id}@{commit}"
-    try:
+    with from_hub(where):
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    except Exception as error:  # without a common base
-        raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)})") from error
-    rows = rows_of_split(Path(folder) / pattern, split)
-
-    def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:
-        for place, row in rows.chosen(indices):
-            yield place, made_from(row, hub.schema_row)  # a row may have no label, or another layout by `revision`
-
     # The cache names a snapshot by its commit
-    return replace(rows, where=f"{where}/{pattern}", chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
-
-
-def _columns(row: Row, choices: Sequence[str], label: str, first: int, **columns: str) -> dict[str, Any]:
-    """A row whose choices have a column each; labels count from `first`."""
-    texts = {name: row[own] for name, own in columns.items()}
-    return {**texts, "choices": [row[name] for name in choices], "answer": int(row[label]) - first}
+    identity = f"{hub.id}@{Path(folder).name}/{pattern}"
+    return replace(rows_of_split(Path(folder) / pattern, split), identity=identity)
 
 
 def _hellaswag_row(row: Row) -> dict[str, Any]:
@@ -195,37 +177,66 @@ def without_wikihow_marks(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"\[(header|step|substeps)\]", " ", text)).strip()
 
 
-def _keyed(row: Row, question: str) -> dict[str, Any]:
+def _keyed(row: Row, question: str = "question") -> dict[str, Any]:
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return {"id": row["id"], "question": row[question], "choices": texts, "answer": labels.index(row["answerKey"])}
 
 
 _DEV_IS_TEST = {"train": "train", "test": "validation"}
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
-_PINS = {
-    "google/boolq": "35b264d03638db9f4ce671b711558bf7ff0f80d5",
-    "ybisk/piqa": "142c51238b3ca2bc61e9a075913871b8b600e8e1",
-    "allenai/social_i_qa": "537a2ec8ec565adc0b70b70752893e59e024df26",
-    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
-    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
-}
-_boolq: Any = lambda row: {**row, "choices": ["false", "true"], "answer": int(row["answer"])}  # noqa: E731
-_piqa = partial(_columns, question="goal", choices=("sol1", "sol2"), label="label", first=0)
-_answers = ("answerA", "answerB", "answerC")
-_siqa = partial(_columns, context="context", question="question", choices=_answers, label="label", first=1)
-_winogrande = partial(_columns, question="sentence", choices=("option1", "option2"), label="answer", first=1)
-_arc, _obqa = partial(_keyed, question="question"), partial(_keyed, question="question_stem")
+_ARC = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
+
+
+def _row(row: Row, question: str, columns: Sequence[str], answer: int) -> dict[str, Any]:
+    """Of a row whose choices have a column each."""
+    choices = [row[name] for name in columns]
+    return {"context": row.get("context"), "question": row[question], "choices": choices, "answer": answer}
+
 
 HUB_TASKS: dict[str, HubTask] = {
-    "boolq": HubTask("google/boolq", "data/{split}-*.parquet", _DEV_IS_TEST, _boolq),
-    "piqa": HubTask("ybisk/piqa", "plain_text/{split}/*.parquet", _DEV_IS_TEST, _piqa),
-    "siqa": HubTask("allenai/social_i_qa", "default/{split}/*.parquet", _DEV_IS_TEST, _siqa),
-    "hellaswag": HubTask("Rowan/hellaswag", "data/{split}-*.parquet", _DEV_IS_TEST, _hellaswag_row),
-    "winogrande": HubTask("allenai/winogrande", "winogrande_xl/{split}-*.parquet", _DEV_IS_TEST, _winogrande),
-    "arc_e": HubTask("allenai/ai2_arc", "ARC-Easy/{split}-*.parquet", _ALL, _arc),
-    "arc_c": HubTask("allenai/ai2_arc", "ARC-Challenge/{split}-*.parquet", _ALL, _arc),
-    "obqa": HubTask("allenai/openbookqa", "main/{split}-*.parquet", _ALL, _obqa),
+    "boolq": HubTask(
+        "google/boolq",
+        "35b264d03638db9f4ce671b711558bf7ff0f80d5",
+        "data/{split}-*.parquet",
+        _DEV_IS_TEST,
+        lambda row: {**row, "choices": ["false", "true"], "answer": int(row["answer"])},
+    ),
+    "piqa": HubTask(
+        "ybisk/piqa",
+        "142c51238b3ca2bc61e9a075913871b8b600e8e1",
+        "plain_text/{split}/*.parquet",
+        _DEV_IS_TEST,
+        lambda row: _row(row, "goal", ("sol1", "sol2"), int(row["label"])),
+    ),
+    "siqa": HubTask(
+        "allenai/social_i_qa",
+        "537a2ec8ec565adc0b70b70752893e59e024df26",
+        "default/{split}/*.parquet",
+        _DEV_IS_TEST,
+        lambda row: _row(row, "question", ("answerA", "answerB", "answerC"), int(row["label"]) - 1),
+    ),
+    "hellaswag": HubTask(
+        "Rowan/hellaswag",
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        "data/{split}-*.parquet",
+        _DEV_IS_TEST,
+        _hellaswag_row,
+    ),
+    "winogrande": HubTask(
+        "allenai/winogrande",
+        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+        "winogrande_xl/{split}-*.parquet",
+        _DEV_IS_TEST,
+        lambda row: _row(row, "sentence", ("option1", "option2"), int(row["answer"]) - 1),
+    ),
+    "arc_e": HubTask(*_ARC, "ARC-Easy/{split}-*.parquet", _ALL, _keyed),
+    "arc_c": HubTask(*_ARC, "ARC-Challenge/{split}-*.parquet", _ALL, _keyed),
+    "obqa": HubTask(
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        "main/{split}-*.parquet",
+        _ALL,
+        lambda row: _keyed(row, "question_stem"),
+    ),
 }
 """Built-in task -> its place on the Hub."""

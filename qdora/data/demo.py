@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -44,18 +45,17 @@ def examples(family: str, split: str) -> list[Example]:
         drafts.setdefault(prompt.replace("{choices}", ", ".join(sorted((answer, *wrong)))), (prompt, answer, wrong))
         if len(drafts) == NUM_EXAMPLES[split]:
             break
-    made = []
+    made = list[Example]()
     for number, (prompt, answer, wrong) in enumerate(drafts.values()):
         choices = _shuffled(wrong, rng)
         # Counting through the positions makes them exactly uniform; "no, yes" keeps its order.
         gold = int(answer == "yes") if answer in ("no", "yes") else number % (len(choices) + 1)
         choices.insert(gold, answer)
         prompt = prompt.replace("{choices}", ", ".join(choices))
-        made.append((prompt, tuple(f" {choice}" for choice in choices), gold))
-    return [
-        Example(f"demo/{family}", f"{family}-{split}-{number:03d}", prompt, choices[gold], choices, gold)
-        for number, (prompt, choices, gold) in enumerate(_shuffled(made, rng))
-    ]
+        spaced = tuple(f" {choice}" for choice in choices)
+        made.append(Example(f"demo/{family}", "", prompt, spaced[gold], spaced, gold))
+    shuffled = enumerate(_shuffled(made, rng))
+    return [replace(example, id=f"{family}-{split}-{number:03d}") for number, example in shuffled]
 
 
 def _facts(split: str, rng: random.Random) -> Iterator[Draft]:
@@ -127,13 +127,7 @@ def _next(split: str, rng: random.Random) -> Iterator[Draft]:
         yield f"Task: {goal}\nDone: {'; '.join(done)}\nNext:", steps[end], (later[0], strange[0], third)
 
 
-FAMILIES: dict[str, Callable[[str, random.Random], Iterator[Draft]]] = {
-    "facts": _facts,
-    "odd": _odd,
-    "cause": _cause,
-    "howto": _howto,
-    "next": _next,
-}
+FAMILIES = {"facts": _facts, "odd": _odd, "cause": _cause, "howto": _howto, "next": _next}
 
 
 def _part(items: Sequence[T], split: str, sizes: tuple[int, int, int]) -> list[T]:
@@ -149,5 +143,5 @@ def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
 
 @cache
 def _table(family: str) -> Any:
-    text = (resources.files("qdora.data") / "demo_tables" / f"{family}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    file = Path(__file__).with_name("demo_tables") / f"{family}.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))

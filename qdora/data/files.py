@@ -1,6 +1,6 @@
 """Rows of data files and of data sets on the Hub, read when they are asked for.
 
-`Rows` are counted, and any of them are read; the `Shards` of a stream are read one behind the other, from any row on.
+`Rows` are counted; the shards of a stream are read one behind the other, from any row on.
 A row that cannot be read is a RowFault.
 
 `datasets` reads the Hub only. With local files (5.2) it names no faulty line, turns texts into dates, reads all rows
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
 import os
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -130,15 +128,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    last = path.suffix.lower()
-    if last == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if last == ".zst":
-        import pyarrow as pa  # Python 3.14 is the first with a module for it
+    file, codec = path.open("rb"), {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if codec is None:
+        return file
+    import pyarrow as pa
 
-        # Frames one behind the other are read, and a file that was cut is an error.
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"), 2**20))
-    return path.open("rb")
+    # Frames one behind the other are read, and a file that was cut is an error.
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(file, compression=codec), 2**20))
 
 
 def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
@@ -241,7 +237,7 @@ class _Part(NamedTuple):
     name: str  # in its file; of a row group with its number of rows
     unit: str  # what the numbers of its rows count: line (from 1), row (from 0) or byte
     read: Callable[[int], Iterator[tuple[int, Any]]]  # (number, content) of the rows from a given one on
-    num_rows: int | None
+    num_rows: int  # 0: not counted
 
     def placed(self, skip: int) -> Iterator[PlacedRow]:
         return ((f"{self.path}: {self.unit} {number}", _entry(content)) for number, content in self.read(skip))
@@ -267,38 +263,56 @@ def _parts(path: Path, ranges: bool) -> list[_Part]:
         size = path.stat().st_size
     if ranges and ending(path) == ".jsonl":
         starts = enumerate(range(0, size, _RANGE_BYTES))
-        return [_Part(path, str(number), "byte", partial(_lines, path, start), None) for number, start in starts]
+        return [_Part(path, str(number), "byte", partial(_lines, path, start), 0) for number, start in starts]
     unit = "row" if Path(ending(path)).stem == ".json" else "line"
-    return [_Part(path, "", unit, partial(_records, path), None)] if size else []
+    return [_Part(path, "", unit, partial(_records, path), 0)] if size else []
 
 
-# All rows of a split, or any of them
+# All rows of a split, or the shards of a stream
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a split, unread. A place is the number of a line or row, with several files "name: line 17"."""
+    """The rows of a split, unread."""
 
-    where: str  # file, folder or Hub address
-    unit: str  # "line" or "row"
-    num_rows: int  # faulty ones included
-    chosen: Callable[[Sequence[int]], Iterator[tuple[int | str, Entry]]]  # of rising indices: place, row
+    where: str  # file, folder, pattern or Hub address
+    readers: tuple[Reader, ...]  # of the files or shards, one behind the other
+    num_rows: int  # faulty ones included; 0 where only reading all would tell
+    names: tuple[str, ...] = ()  # of the shards of a stream; of Parquet with the number of rows
     identity: str | None = None  # changes with the content, where that is known
 
-    def at(self, place: int | str) -> str:
-        return f"{self.where}/{place}" if isinstance(place, str) else f"{self.where}: {self.unit} {place}"
+    def chosen(self, indices: Iterable[int]) -> Iterator[PlacedRow]:
+        """The rows of rising indices."""
+        every, here = chain.from_iterable(reader(0) for reader in self.readers), 0
+        for index in indices:
+            yield next(islice(every, index - here, None))
+            here = index + 1
 
-    def made(self, make: Callable[[Row, str], Made], indices: Sequence[int]) -> Iterator[Made]:
+    def made(self, make: Callable[[Row, str], Made], indices: Iterable[int]) -> Iterator[Made]:
         """What `make` makes of these rows and their places. UserError for faulty ones, after the last."""
         faults = []
         for place, row in self.chosen(indices):
-            made = made_from(row, make, str(place))
+            made = made_from(row, make, place)
             if isinstance(made, RowFault):
-                faults.append(f"{self.at(place)}: {made}")
+                faults.append(f"{place}: {made}")
             else:
                 yield made
         if faults:
             raise UserError(*faults)
+
+    def id_of(self, place: str) -> str:
+        """The number of a line or row, with several files "name: line 17"."""
+        inner = place.removeprefix(self.where)
+        return inner[1:] if inner.startswith("/") else inner.rpartition(" ")[2]
+
+
+def rows_of(where: str, rows: Collection[Any], identity: str | None = None) -> Rows:
+    """Rows of a collection that gives them in turn."""
+
+    def reader(skip: int) -> Iterator[PlacedRow]:
+        return islice(((f"{where}: row {number}", row) for number, row in enumerate(rows)), skip, None)
+
+    return Rows(where, (reader,), len(rows), identity=identity)
 
 
 def rows_of_split(source: Path, split: str) -> Rows:
@@ -310,25 +324,12 @@ def read_rows(*files: Path) -> Rows:
     """The rows of files, one behind the other."""
     where = files[0] if len(files) == 1 else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=False)]
-    sizes = [sum(1 for _ in part.read(0)) if part.num_rows is None else part.num_rows for part in parts]
-    starts = list(accumulate(sizes, initial=0))
-    if not starts[-1]:
+    num_rows = sum(part.num_rows or sum(1 for _ in part.read(0)) for part in parts)
+    if not num_rows:
         raise UserError(empty_data_set(where))
-
-    def chosen(indices: Sequence[int]) -> Iterator[tuple[int | str, Entry]]:
-        for part, first, stop in zip(parts, starts, starts[1:], strict=False):
-            mine = indices[bisect_left(indices, first) : bisect_left(indices, stop)]
-            if len(mine):
-                rows, here = part.read(mine[0] - first), mine[0]
-                for index in mine:
-                    number, content = next(islice(rows, index - here, None))
-                    here = index + 1
-                    name = f"{part.path.relative_to(where)}: {part.unit} {number}" if len(files) > 1 else number
-                    yield name, _entry(content)
-
     facts = [(file.relative_to(where), *sampled_digest(file)) for file in files]
     identity = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {digest}" for name, stat, digest in facts)
-    return Rows(str(where), parts[0].unit, starts[-1], chosen, identity)
+    return Rows(str(where), tuple(part.placed for part in parts), num_rows, identity=identity)
 
 
 def _folder_of(files: Sequence[Path]) -> Path:
@@ -340,22 +341,8 @@ def empty_data_set(where: object) -> str:
     return f"{where}: the data set is empty"
 
 
-# The rows of a stream, a shard at a time
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The shards of one split."""
-
-    where: str  # file, folder, pattern or Hub address
-    names: tuple[str, ...]  # of Parquet with the number of rows
-    readers: tuple[Reader, ...]
-    num_rows: int | None  # None where only reading all would tell
-    num_bytes: int = 0  # of all files but Parquet
-
-
-def local_shards(source: Path, split: str) -> Shards:
-    """The shards of a source's split, unread but for Parquet's footers."""
+def local_shards(source: Path, split: str) -> Rows:
+    """The rows of a source's split in shards, unread but for Parquet's footers."""
     files = files_of(source, split)
     folder = source if source.is_dir() else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=True)]
@@ -363,45 +350,48 @@ def local_shards(source: Path, split: str) -> Shards:
         raise UserError(empty_data_set(source))
     names = tuple(f"{part.path.relative_to(folder)} {part.name}".rstrip() for part in parts)
     sizes = [part.num_rows for part in parts]
-    num_rows = None if None in sizes else sum(size or 0 for size in sizes)
-    num_bytes = sum(file.stat().st_size for file in files if ending(file) != ".parquet")
-    return Shards(str(source), names, tuple(part.placed for part in parts), num_rows, num_bytes)
+    num_rows = sum(sizes) if all(sizes) else 0
+    return Rows(str(source), tuple(part.placed for part in parts), num_rows, names)
 
 
 # The Hub
 
 
+@contextmanager
+def from_hub(place: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of `datasets`, huggingface_hub and others, without a common base
+        fix = f" For the folder here write ./{place}" if os.path.exists(place) else ""
+        raise HubFailure(f"{place}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
+
+
 def hub_rows(source: SourceConfig, split: str) -> Rows:
     """The rows of a split of a data set on the Hub; of a streamed one in memory."""
-    place = str(source.source)
+    place, identity = str(source.source), None
     if source.stream:  # else `datasets` downloads all splits
-        rows = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
-        made = Rows(place, "row", len(rows), lambda indices: ((index, rows[index]) for index in indices))
+        loaded = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
     else:
         loaded = _load_dataset(source, split)
-
-        def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-            return zip(indices, map(dict, loaded.select(indices)), strict=True)
-
         # The fingerprint follows the files' check sums
-        made = Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
-    if not made.num_rows:
+        identity = f"{place} {source.config} {loaded._fingerprint}"
+    if not len(loaded):
         raise UserError(empty_data_set(place))
-    return made
+    return rows_of(place, loaded, identity)
 
 
-def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
+def hub_shards(source: SourceConfig, split: str | None = None) -> Rows:
     """The files of a split (None: the training split) on the Hub, streamed by `datasets`."""
     place, split = str(source.source), split or source.split
     stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
     # Known of the whole data set only
     splits = (stream.info.splits or {}) if source.data_files is None else {}
-    num_rows = splits[split].num_examples if split in splits else None
+    num_rows = (splits[split].num_examples or 0) if split in splits else 0
     readers = tuple(partial(_hub_shard, place, stream, number) for number in range(num_shards))
     parts = f" {source.config or ''} {source.data_files or ''}".rstrip()
     names = tuple(f"{place}@{source.revision}{parts} {split} {number} of {num_shards}" for number in range(num_shards))
-    return Shards(place, names, readers, num_rows or None)
+    return Rows(place, readers, num_rows, names)
 
 
 def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
@@ -413,16 +403,11 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
         files: Any = source.data_files
         files = files if isinstance(files, Mapping) else {re.split(r"[+[]", source.split)[0]: files}
         options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
-    try:
+    with from_hub(str(source.source)):
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
-    except Exception as error:  # of `datasets`, fsspec and others, without a common base
-        fix = f" For the folder here write ./{source.source}" if os.path.exists(str(source.source)) else ""
-        raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason_of(error)}).{fix}") from error
 
 
 def _hub_shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
-    try:
+    with from_hub(f"{place}: shard {number}"):
         for row, values in enumerate(stream.shard(stream.num_shards, number).skip(skip), skip):
             yield f"{place}: shard {number}: row {row}", dict(values)
-    except Exception as error:  # as above
-        raise UserError(f"{place}: shard {number}: cannot be read from the Hub ({reason_of(error)})") from error

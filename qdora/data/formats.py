@@ -14,7 +14,7 @@ from qdora.data.commonsense import commonsense_task, example_of_row, instruction
 from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
-from qdora.recipe.data_settings import CHAT_FORMATS, COMMONSENSE_TASKS, SourceConfig
+from qdora.recipe.data_settings import CHAT_FORMATS, SourceConfig
 from qdora.recipe.section import shown
 
 FIRST_ROWS = 64  # in which each column that `columns` names must be found once
@@ -55,21 +55,24 @@ class RowExamples:
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not."""
-        source, label = self.source, self.source.label
+        source, label, layout = self.source, self.source.label, FORMATS[self.format]
         self.unused |= row.keys() - self.reads
-        if source.task is not None:
-            row = _with_lists(row, "choices")
-            if source.format == "commonsense170k":
-                return _commonsense170k(instruction_row(row, source.task), label, id)
-            return example_of_row(row, task=source.task, label=label, id=id)
         row = self._renamed(row)
-        row, layout = _with_lists(self._rendered(row) if self.templates else row, self.format), FORMATS[self.format]
+        row = _with_lists(self._rendered(row) if self.templates else row, self.format)
         if not {*layout.required} <= row.keys():
             raise RowFault(f"columns {', '.join(row)}; format {self.format} needs {', '.join(layout.required)}.")
-        if not self.named:  # a row's own task comes first
+        if not (self.named or source.task):  # a row's own task comes first
             own = self.format == "commonsense170k"
             label = (commonsense_task(str(row["instruction"])) if own else optional_text(row, "task")) or label
-        return _two_turns(row, layout.required, label, id) if source.chat else layout.example(row, label, id)
+        if source.chat:
+            made = _two_turns(row, layout.required)
+        elif source.task and source.format == "commonsense170k":
+            made = _commonsense170k(instruction_row(row, source.task))
+        elif self.format == "choices":  # a row that names one of the eight tasks gets that task's prompt
+            made = example_of_row(row, source.task or optional_text(row, "task") or label)
+        else:
+            made = layout.example(row)
+        return replace(made, task=label, id=row_id(row, id))
 
     def _renamed(self, row: Row) -> Row:
         columns = self.source.columns
@@ -195,15 +198,9 @@ def _without_nulls(value: Any) -> Any:
 # The layouts
 
 
-def _choices(row: Row, label: str, id: str) -> Example:
-    # a row that names one of the eight tasks gets that task's prompt
-    task = optional_text(row, "task") or (label if label in COMMONSENSE_TASKS else "")
-    return example_of_row(row, task=task, label=label, id=id)
-
-
-def _chat(row: Row, label: str, id: str, turns: Any, num_in_prompt: int = 0) -> Example:
+def _chat(row: Row, turns: Any, num_in_prompt: int = 0) -> Example:
     messages, tools = parse_messages(turns, num_in_prompt), parse_tools(row.get("tools"))
-    return Example(label, row_id(row, id), "", "", messages=messages, tools=tools)
+    return Example("", "", "", "", messages=messages, tools=tools)
 
 
 def _sharegpt_turns(row: Row) -> list[Any]:
@@ -219,22 +216,22 @@ def _sharegpt_turns(row: Row) -> list[Any]:
     return turns
 
 
-def _completion(row: Row, label: str, id: str) -> Example:
+def _completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat(row, label, id, [*prompt, *completion], len(prompt))
+        return _chat(row, [*prompt, *completion], len(prompt))
     if not isinstance(prompt, str):
         raise RowFault(f"prompt: must be text, got {shown(prompt)}")
     text_field(row, "completion")
-    return Example(label, row_id(row, id), prompt, completion)
+    return Example("", "", prompt, completion)
 
 
-def _two_turns(row: Row, columns: Sequence[str], label: str, id: str) -> Example:
+def _two_turns(row: Row, columns: Sequence[str]) -> Example:
     question, answer = (text_field(row, name) for name in columns)
     system, given = optional_text(row, "system"), optional_text(row, "input") if "output" in columns else ""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": f"{question}\n\n{given}" if given else question})
-    return _chat(row, label, id, [*turns, {"role": "assistant", "content": answer}])
+    return _chat(row, [*turns, {"role": "assistant", "content": answer}])
 
 
 _ALPACA = (
@@ -244,43 +241,43 @@ _ALPACA = (
 """As published, without the indentation of its script."""
 
 
-def _alpaca(row: Row, label: str, id: str) -> Example:
+def _alpaca(row: Row) -> Example:
     instruction, output, given = text_field(row, "instruction"), text_field(row, "output"), optional_text(row, "input")
     paired = ", paired with an input that provides further context" if given else ""
     section = f"### Input:\n{given}\n\n" if given else ""
     prompt = _ALPACA.format(paired=paired, instruction=instruction, input=section)
-    return Example(label, row_id(row, id), prompt, output)
+    return Example("", "", prompt, output)
 
 
-def _commonsense170k(row: Row, label: str, id: str) -> Example:
+def _commonsense170k(row: Row) -> Example:
     """LLM-Adapters (arXiv 2304.01933)."""
-    return with_named_choices(_alpaca(row, label, id), row["instruction"].strip(), optional_text(row, "answer"))
+    return with_named_choices(_alpaca(row), row["instruction"].strip(), optional_text(row, "answer"))
 
 
-def _text(row: Row, label: str, id: str) -> Example:
+def _text(row: Row) -> Example:
     text_field(row, "text")
-    return Example(label, row_id(row, id), "", row["text"])
+    return Example("", "", "", row["text"])
 
 
 @dataclass(frozen=True)
 class Format:
     required: tuple[str, ...]  # columns that every row must have
-    example: Callable[[Row, str, str], Example]  # of row, label and id
+    example: Callable[[Row], Example]  # without task and id
     optional: tuple[str, ...] = ("task", "id")  # other columns that are read
     json: tuple[str, ...] = ()  # lists, in CSV files their JSON
 
 
-def _messages(row: Row, label: str, id: str) -> Example:
-    return _chat(row, label, id, row["messages"])
+def _messages(row: Row) -> Example:
+    return _chat(row, row["messages"])
 
 
-def _sharegpt(row: Row, label: str, id: str) -> Example:
-    return _chat(row, label, id, _sharegpt_turns(row))
+def _sharegpt(row: Row) -> Example:
+    return _chat(row, _sharegpt_turns(row))
 
 
 _TOOLS, _CHOICES = ("tools", "task", "id"), ("question", "choices", "answer")
 FORMATS: dict[str, Format] = {
-    "choices": Format(_CHOICES, _choices, ("task", "id", "context", "passage"), json=("choices", "answer")),
+    "choices": Format(_CHOICES, example_of_row, ("task", "id", "context", "passage"), json=("choices", "answer")),
     "messages": Format(("messages",), _messages, _TOOLS, json=("messages",)),
     "sharegpt": Format(("conversations",), _sharegpt, (*_TOOLS, "system"), json=("conversations",)),
     "completion": Format(("prompt", "completion"), _completion, _TOOLS),

@@ -33,15 +33,10 @@ def mix_shares(
     share_i ~ n_i (proportional), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec. 3.5.2,
     without its cap on the size), w_i (weights).
     """
-    if weights is not None:
-        raw = np.asarray(weights, dtype=np.float64)
-        raw = raw / raw.max()  # weights near the largest float would sum to infinity
-    elif strategy == "equal":
-        raw = np.ones(len(sizes))
-    else:
-        exponent = 1.0 if strategy == "proportional" else 1.0 / (temperature or 1.0)
-        # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
-        raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent
+    raw = np.asarray(sizes if weights is None else weights, dtype=np.float64)
+    exponent = 0.0 if strategy == "equal" else 1.0 / (temperature or 1.0)
+    # Divided by the largest first: large weights, and 111,043^(1/T) for a temperature near 0, would overflow
+    raw = (raw / raw.max()) ** exponent
     # A source at 1e-15 is never drawn, but has its place in the order
     raw = np.maximum(raw, 1e-15)
     shares: NDArray[np.float64] = raw / raw.sum()
@@ -51,7 +46,7 @@ def mix_shares(
 def most_draws(size: int, max_epochs: float | None) -> int | None:
     """Draws that a source may give, at least 1; None: no end."""
     # 0.29 * 100 is 28.999999999999996
-    return None if max_epochs is None else max(1, math.floor(min(max_epochs * size + 1e-6, 2.0**62)))
+    return None if max_epochs is None else max(1, math.floor(max_epochs * size + 1e-6))
 
 
 class MixOrder:
@@ -96,35 +91,27 @@ class MixOrder:
         return int(sources[0]), int(indices[0])
 
     def draws(self, start: int, stop: int) -> Draws:
-        assert 0 <= start < stop <= (self.length or stop), (start, stop, self.length)
         block = self._block_of(start)
-        first = self._first(block)
-        parts = []
-        while first < stop:
-            sources, indices = self._block(block)
-            begin, end = max(start - first, 0), min(stop - first, len(sources))
-            parts.append((sources[begin:end], indices[begin:end]))
-            first += len(sources)
+        first, parts = self._first(block), [self._block(block)]
+        while first + sum(len(sources) for sources, _ in parts) < stop:
             block += 1
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+            parts.append(self._block(block))
+        sources, indices = map(np.concatenate, zip(*parts, strict=True))
+        return sources[start - first : stop - first], indices[start - first : stop - first]
 
     def counts(self, num_draws: int) -> NDArray[np.int64]:
         """Of the first `num_draws` draws, those from each source, (sources,)."""
         if num_draws == self.length:
             return np.array(self.caps, dtype=np.int64)
         block = self._block_of(num_draws)
-        counts = self._clock.counts(block * _BLOCK)
-        rest = num_draws - self._first(block)
-        if rest:
-            counts = counts + np.bincount(self._block(block)[0][:rest], minlength=len(self.sizes))
-        return counts
+        rest = self._block(block)[0][: num_draws - self._first(block)]
+        return self._clock.counts(block * _BLOCK) + np.bincount(rest, minlength=len(self.sizes))
 
     def _first(self, block: int) -> int:
         """Position of the first draw of a block of time."""
         return int(self._clock.counts(block * _BLOCK).sum())
 
     def _block_of(self, position: int) -> int:
-        assert 0 <= position < (self.length or position + 1), (position, self.length)
         block = position // _BLOCK
         while self._first(block) > position:
             block -= 1
@@ -150,8 +137,7 @@ class MixOrder:
         return sources[due], indices[due]
 
     def _new_shuffle(self, source: int, cycle: int, size: int) -> NDArray[np.int64]:
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 1, source + 1, cycle])))
-        return generator.permutation(size)
+        return np.random.default_rng([self.seed, 1, source + 1, cycle]).permutation(size)
 
 
 class _Clock:
@@ -175,8 +161,7 @@ class _Clock:
         if self.rates[part] == 0.0:
             return self.caps.astype(np.int64)
         time = self.times[part] + (num_draws - self.expected[part]) / self.rates[part]
-        counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
-        return counts
+        return np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
 
 
 Source = TokenizedSet | ExampleStream
@@ -199,7 +184,7 @@ def make_mix(
 ) -> Mix:
     """Put sources together, in the shares of `mix_shares`, with at most `max_epochs` passes over each."""
     most = max_epochs or [None] * len(sets)
-    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
+    sizes = [part.num_examples for part in sets]
     by_size = strategy in ("proportional", "temperature") and len(sets) > 1
     for part, size, epochs in zip(sets, sizes, most, strict=True):
         if size is None and (by_size or epochs is not None):

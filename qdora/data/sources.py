@@ -19,8 +19,8 @@ from qdora.data import demo
 from qdora.data.batches import Batching, StepLoader
 from qdora.data.cache import TokenCache
 from qdora.data.commonsense import HUB_TASKS, hub_task_rows
-from qdora.data.example import Example, RowFault, with_last_learnt
-from qdora.data.files import Rows, Shards, files_of, files_of_split, hub_rows, hub_shards, local_shards, rows_of_split
+from qdora.data.example import Example, Row, RowFault, with_last_learnt
+from qdora.data.files import Rows, files_of, files_of_split, hub_rows, hub_shards, local_shards, rows_of, rows_of_split
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.mix import Mix, make_mix
 from qdora.data.stream import ExampleStream
@@ -47,7 +47,7 @@ class SplitExamples(Sequence[Example]):
     """Some rows of a split as Examples, which every pass reads again."""
 
     rows: Rows  # of the whole split
-    make: Callable[[Any, str], Example]  # of a row and its place
+    make: Callable[[Any, str], Example]  # of a row and its id
     indices: Sequence[int]  # the rows that are meant, rising
     unused: set[str] = field(default_factory=set)  # columns that were not read, filled by a pass
 
@@ -55,20 +55,15 @@ class SplitExamples(Sequence[Example]):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Example]:
-        return self.rows.made(self.make, self.indices)
+        return self.rows.made(lambda row, place: self.make(row, self.rows.id_of(place)), self.indices)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return replace(self, indices=self.indices[index])
-        return next(iter(replace(self, indices=[self.indices[index]])))
+    def __getitem__(self, part: Any) -> Any:
+        return replace(self, indices=self.indices[part])  # of a slice
 
     @property
     def identity(self) -> str | None:
         """Stands for the content of these rows in their files, where that is known."""
-        if self.rows.identity is None:
-            return None
-        meant = self.indices if isinstance(self.indices, range) else np.asarray(self.indices).tobytes()
-        return f"{self.rows.identity} {meant!r}"
+        return self.rows.identity and f"{self.rows.identity} {self.indices}"
 
 
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
@@ -99,27 +94,27 @@ def load_source(source: SourceConfig, split: str | None = None) -> list[Example]
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
     """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`."""
     split, task = split or source.split, source.task
+    schema_row: Callable[[Row], Row] = dict
     if source.is_local:
         rows = rows_of_split(_place(source), split)
     elif task is None:
         rows = hub_rows(source, split)
     elif task.startswith("demo/"):
-        made = [replace(each, task=source.label) for each in demo.examples(task.removeprefix("demo/"), split)]
-        rows = Rows(task, "row", len(made), lambda indices: ((index, {}) for index in indices))
-        return SplitExamples(rows, lambda _, place: made[int(place)], range(len(made)))
+        rows = rows_of(task, demo.examples(task.removeprefix("demo/"), split))
+        return SplitExamples(rows, lambda made, id: replace(made, task=source.label), range(rows.num_rows))
     else:
-        rows = hub_task_rows(task, split, source.revision)
+        rows, schema_row = hub_task_rows(task, split, source.revision), HUB_TASKS[task].schema_row
     first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
     readable = [row for _, row in first if not isinstance(row, RowFault)]
     make = RowExamples(source, readable, rows.where, named=source.name is not None)
-    return SplitExamples(rows, make, range(rows.num_rows), make.unused)
+    return SplitExamples(rows, lambda row, id: make(schema_row(row), id), range(rows.num_rows), make.unused)
 
 
 def _place(source: SourceConfig) -> Path:
     return user_path(str(source.path or source.source))
 
 
-def open_shards(source: SourceConfig) -> Shards:
+def open_shards(source: SourceConfig) -> Rows:
     """The training split of a streamed source. Its rows are not read yet."""
     return local_shards(_place(source), source.split) if source.is_local else hub_shards(source)
 
@@ -297,19 +292,18 @@ def tokenized_sources(
         if names is not None and source.label not in names:
             continue
         with _of_source(index):
-            if source.stream:
-                stream = ExampleStream(open_shards(source), data, index, tokenizer)
-                stream.first()  # raises what a run would refuse its first rows for
-                sets.append(stream)
-                continue
             make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
             identity = getattr(examples, "identity", None)
-            if identity is None or cache is None:
+            if source.stream:
+                stream = ExampleStream(open_shards(source), data, index, tokenizer)
+                _ = stream.examples  # raises what a run would refuse its first rows for
+                sets.append(stream)
+            elif identity is None or cache is None:
                 sets.append(make())
-                continue
-            layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
-            layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
-            sets.append(cache.kept(layout | options, make))
+            else:
+                layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
+                layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
+                sets.append(cache.kept(layout | options, make))
     return sets
 
 

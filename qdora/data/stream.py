@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.data.example import Example, RowFault, made_from
-from qdora.data.files import PlacedRow, Shards, empty_data_set
+from qdora.data.files import PlacedRow, Rows, empty_data_set
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
@@ -56,7 +56,7 @@ class ExampleStream:
     `data.mix[number]` is the source. `tokenizer` is None only for `check_rows`.
     """
 
-    def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
+    def __init__(self, shards: Rows, data: DataConfig, number: int, tokenizer: Any) -> None:
         self.shards = shards
         self.data, self.source, self.number = data, data.mix[number], number
         self.name = self.source.label
@@ -66,9 +66,7 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (index of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        # Tokenised rows of the window, the next one last, and examples of a row likewise
-        self._ready: list[list[Outcome]] = []
-        self._logged: set[str] = set()  # faulty rows
+        self._ready: list[tuple[Outcome, bool]] = []  # of the window, the next one last; whether it ends its row
         self.first_tally = self._tally()
 
     # What is known of it
@@ -80,34 +78,36 @@ class ExampleStream:
     @property
     def num_examples(self) -> int | None:
         """`size`, else the number of rows times the examples of one of the first; None where it is not known."""
-        if self.source.size or self.shards.num_rows is None:
+        if self.source.size or not self.shards.num_rows:
             return self.source.size
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
-    def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows."""
-        return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)][:number]
+    @property
+    def examples(self) -> list[TokenizedExample]:
+        """Those of the first rows."""
+        return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)]
 
     @cached_property
     def first_rows(self) -> list[list[Outcome]]:
         """What became of the first rows of the first shard."""
         rows = self._tokenized(self._sample, self.first_tally)
-        self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
+        self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)])
         return rows
 
     def check_rows(self) -> None:
-        """As `first`, without the tokenizer."""
-        self._check_bad([fault for fault in self._made(self._sample) if isinstance(fault, str)], len(self._sample))
+        """Refuse the first rows as `first_rows` does, without the tokenizer."""
+        made = [(place, made_from(row, self._make, place)) for place, row in self._sample]
+        self._check_bad([f"{place}: {fault}" for place, fault in made if isinstance(fault, RowFault)])
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:
         return list(islice(self.shards.readers[0](0), _SAMPLE))
 
-    def _check_bad(self, shown: Sequence[str], num_rows: int, num_bad: int | None = None) -> None:
+    def _check_bad(self, shown: Sequence[str], num_rows: int = 0, num_bad: int | None = None) -> None:
         """UserError if a pass has too many faulty rows among its first `num_rows`."""
         most, num_bad = self.data.max_bad_rows, len(shown) if num_bad is None else num_bad
         if most is None:
-            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows or 0)))
+            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows)))
         if num_bad > most:
             raise UserError(
                 f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
@@ -121,11 +121,8 @@ class ExampleStream:
         while True:
             if not self._ready:
                 self._tokenize_more()
-            example, cut = self._ready[-1].pop()
-            here, is_last = self.position, not self._ready[-1]
-            if is_last:
-                self._ready.pop()
-            is_example = isinstance(example, TokenizedExample)
+            (example, cut), is_last = self._ready.pop()
+            here, is_example = self.position, isinstance(example, TokenizedExample)
             self.position = replace(
                 here,
                 taken=here.taken + is_last,
@@ -144,9 +141,7 @@ class ExampleStream:
         here = self.position
         if fault not in here.bad_rows and len(here.bad_rows) < _MOST_NAMED:
             self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
-            if fault not in self._logged:
-                logger.warning("%s: skipped a faulty row. %s", self.name, fault)
-                self._logged.add(fault)
+            logger.warning("%s: skipped a faulty row. %s", self.name, fault)
         num_rows = here.window * self.source.shuffle_window + here.taken
         self._check_bad(here.bad_rows, num_rows, here.num_bad - here.num_bad_before)
 
@@ -160,36 +155,27 @@ class ExampleStream:
             self._read_window()
         taken = self.position.taken
         rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._tally())
-        if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
-            self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
-        self._ready = [row[::-1] for row in rows[::-1]]
+        self._ready = [(each, place == len(row)) for row in rows for place, each in enumerate(row, 1)][::-1]
 
     def _read_window(self) -> None:
+        here = self.position
         self._window = []  # free before the next one is read
-        rows = self._window_rows()
-        if not rows:
-            here = self.position
-            if here.num_drawn == here.num_drawn_before:
-                long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
-                raise UserError(
-                    f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}"
-                )
-            start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
-            self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
-            self._rows = None
-            rows = self._window_rows()
-        order = self._generator(3, self.position.window).permutation(len(rows))
-        self._window = [rows[index] for index in order.tolist()]
-
-    def _window_rows(self) -> list[PlacedRow]:
         if self._rows is None:
-            self._rows = self._pass_from(self.position.shard, self.position.row)
-        rows = []
-        for shard, row, placed in islice(self._rows, self.source.shuffle_window):
-            rows.append(placed)
-            self._next_window = (shard, row + 1)
-        return rows
+            self._rows = self._pass_from(here.shard, here.row)
+        read = list(islice(self._rows, self.source.shuffle_window))
+        if read:
+            self._next_window = (read[-1][0], read[-1][1] + 1)
+            order = self._generator(3, here.window).permutation(len(read))
+            self._window = [read[index][2] for index in order.tolist()]
+            return
+        if here.num_drawn == here.num_drawn_before:
+            long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
+            raise UserError(f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}")
+        start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
+        self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
+        self._rows = None
+        self._read_window()
 
     def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
         order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
@@ -200,8 +186,7 @@ class ExampleStream:
 
     def _generator(self, purpose: int, *part: int) -> np.random.Generator:
         """Purposes 2 and 3; 1 is that of the shuffles of `MixOrder`."""
-        entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+        return np.random.default_rng([self.data.seed, purpose, self.number, self.position.epoch, *part])
 
     # Rows to examples
 
@@ -213,24 +198,17 @@ class ExampleStream:
             raise UserError(empty_data_set(self.shards.where))
         return RowExamples(self.source, first, self.shards.where, named=True)
 
-    def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
-        made = [(place, made_from(row, self._make, place)) for place, row in rows]
-        return [f"{place}: {each}" if isinstance(each, RowFault) else each for place, each in made]
-
     def _tally(self) -> ExampleTally:
         return ExampleTally(self.name, self.data.max_length, self.data.too_long)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole."""
-        made = self._made(rows)
+        made = [made_from(row, self._make, place) for place, row in rows]
         examples = [example for example in made if isinstance(example, Example)]
         done = iter(tally.add(examples, self.tokenizer, self.data.loss_on))
         outcomes: list[list[Outcome]] = []
         for (place, _), example in zip(rows, made, strict=True):
-            if isinstance(example, str):
-                outcomes.append([(example, False)])
-                continue
-            parts = next(done)
+            parts = next(done) if isinstance(example, Example) else [(str(example), False)]
             wrong = next((part for part, _ in parts if isinstance(part, str)), None)
             outcomes.append(parts if wrong is None else [(f"{place}: {wrong}", False)])
         return outcomes
@@ -260,15 +238,12 @@ class ExampleStream:
             "rows": [_row_digest(row) for row in self.first_rows],
         }
 
-    def change_since(self, before: dict[str, Any] | None) -> str | None:
-        """What differs from an earlier `fingerprint`, or None. Faulty rows that are mended are no difference."""
+    def has_changed(self, before: dict[str, Any] | None) -> bool:
+        """Whether it differs from an earlier `fingerprint`. Faulty rows that are mended are no difference."""
         now = self.fingerprint()
-        if before is None or before["settings"] != now["settings"]:
-            return "its files or settings"
-        pairs = zip(before["rows"], now["rows"], strict=False)
-        if len(before["rows"]) != len(now["rows"]) or any(then not in (None, row) for then, row in pairs):
-            return "its first rows"
-        return None
+        if before is None or before["settings"] != now["settings"] or len(before["rows"]) != len(now["rows"]):
+            return True
+        return any(then not in (None, row) for then, row in zip(before["rows"], now["rows"], strict=True))
 
 
 def _row_digest(row: list[Outcome]) -> str | None:

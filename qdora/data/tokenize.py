@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,8 +16,6 @@ from qdora.recipe.data_settings import LossOn, TooLong
 
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
 """Texts and characters per call of the tokenizer: enough for its threads, few enough for memory."""
-_PART_CHARACTERS = 1 << 18
-"""Plain text of more characters is encoded in parts: encoding takes a hundred bytes for each character."""
 
 
 # Texts
@@ -68,29 +63,6 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def chunks(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[tuple[list[int], int]]:
-    """(ids, start) of each chunk of plain text that is too long: ids[start:] are those that it teaches.
-
-    Every chunk begins with ids[:prefix], a later one then with the last token of the chunk before it as context.
-    """
-    yield list(ids[:max_length]), prefix
-    room = max_length - prefix - 1
-    for begin in range(max_length, len(ids), room):
-        yield [*ids[:prefix], *ids[begin - 1 : begin + room]], prefix + 1
-
-
-def text_parts(text: str, size: int) -> list[str]:
-    """The text in parts of at most `size` characters, cut before white space, which tokens seldom cross."""
-    parts, start = [], 0
-    while len(text) - start > size:
-        end = start + size
-        space = re.search(r"\s", text[end : end - size // 2 : -1])  # the last one, in the second half of the part
-        end -= space.start() if space else 0
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
 # Examples
 
 
@@ -111,14 +83,11 @@ class TokenizedSet:
     examples: tuple[TokenizedExample, ...]
     num_truncated: int = 0
     num_dropped: int = 0
-    unused: tuple[str, ...] = ()  # columns of the source that its format does not read
+    unused: Sequence[str] = ()  # columns of the source that its format does not read
 
-    def __len__(self) -> int:
+    @property
+    def num_examples(self) -> int:
         return len(self.examples)
-
-    def first(self, number: int | None = None) -> tuple[TokenizedExample, ...]:
-        """Up to so many examples (None: all), as of a stream."""
-        return self.examples[:number]
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +122,7 @@ def tokenize_all(
         raise UserError(*faults)
     if not done:
         raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
-    unused = tuple(sorted(getattr(examples, "unused", ())))
+    unused = sorted(getattr(examples, "unused", ()))
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, unused)
 
 
@@ -191,7 +160,7 @@ class ExampleTally:
     too_long: TooLong
     num_truncated: int = 0
     num_dropped: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("I"))  # tokens before anything is cut or split
+    lengths: list[int] = field(default_factory=list)  # tokens before anything is cut or split
     _too_long: list[tuple[str, int]] = field(default_factory=list)  # id, tokens
     _unlearnable: list[str] = field(default_factory=list)
     _refused: list[str] = field(default_factory=list)
@@ -220,14 +189,18 @@ class ExampleTally:
         return outcomes
 
     def _split(self, example: Example, encoded: Encoded) -> list[Outcome]:
-        if self.max_length < encoded.prefix + 2:
-            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {encoded.prefix + 2}.")
-        self.lengths.append(len(encoded.ids))
+        """Later parts begin with the tokenizer's prefix and, as context, the last token of the part before."""
+        ids, prefix = encoded.ids, encoded.prefix
+        self.lengths.append(len(ids))
+        room = self.max_length - prefix - 1
+        later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
-        for number, (ids, start) in enumerate(chunks(encoded.ids, encoded.prefix, self.max_length)):
-            mask = np.arange(len(ids)) >= max(start, 1)  # nothing predicts the first token
-            part = TokenizedExample(example.task, f"{example.id}[{number}]", np.array(ids, dtype=np.int32), mask)
-            outcomes.append((part, False))
+        for number, part in enumerate([ids[: self.max_length], *later]):
+            mask = np.arange(len(part)) >= (
+                prefix + 1 if number else max(prefix, 1)
+            )  # nothing predicts the first token
+            name = f"{example.id}[{number}]"
+            outcomes.append((TokenizedExample(example.task, name, np.array(part, dtype=np.int32), mask), False))
         return outcomes
 
     def _silent(self, id: str) -> Outcome:
@@ -238,12 +211,12 @@ class ExampleTally:
         id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
         cut = len(encoded.ids) > self.max_length
         self.lengths.append(len(encoded.ids))
+        if cut and self.too_long == "drop":
+            self.num_dropped += 1
+            return None, True
         if cut and self.too_long != "truncate":
-            if self.too_long == "drop":
-                self.num_dropped += 1
-                return None, True
             self._too_long.append((id, len(encoded.ids)))
-            return ("too long, and data.too_long: split is for plain text" if self.too_long == "split" else None), True
+            return "too long, and data.too_long: split is for plain text", True
         if cut:
             encoded = _cut(encoded, self.max_length)
         mask = np.array(encoded.mask, dtype=np.bool_)
@@ -268,24 +241,18 @@ class ExampleTally:
 
 
 def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn) -> list[Encoded]:
-    if not examples:
-        return []
-    eos, prefix = tokenizer.eos_token_id, special_prefix(tokenizer)
+    eos, prefix = tokenizer.eos_token_id, len(special_prefix(tokenizer))
     stops = {eos, *(chat_settings(tokenizer).stop_ids or ())}
-    long = [not example.prompt and len(example.answer) > _PART_CHARACTERS for example in examples]
-    pairs = [("", "") if is_long else (ex.prompt, ex.answer) for ex, is_long in zip(examples, long, strict=True)]
+    pairs = [(example.prompt, example.answer) for example in examples]
     encoded = []
-    for example, is_long, (ids, start) in zip(examples, long, encode_pairs(tokenizer, pairs), strict=True):
-        if is_long:
-            parts = (encode_batch(tokenizer, [part])[0] for part in text_parts(example.answer, _PART_CHARACTERS))
-            ids, start = with_prefix([*chain.from_iterable(parts)], prefix), len(prefix)
+    for (_, answer), (ids, start) in zip(pairs, encode_pairs(tokenizer, pairs), strict=True):
         end = len(ids)
-        if example.answer[-1:].isspace():  # behind a stop token it is left out
+        if answer[-1:].isspace():  # behind a stop token it is left out
             while end and ids[end - 1] not in stops and tokenizer.decode(ids[end - 1 : end]).isspace():
                 end -= 1
         ids = ids[:end] if end > 0 and ids[end - 1] in stops else [*ids, eos]
         learnt = 0 if loss_on == "all" else start
-        encoded.append(Encoded(ids, [index >= learnt for index in range(len(ids))], len(prefix), start))
+        encoded.append(Encoded(ids, [index >= learnt for index in range(len(ids))], prefix, start))
     return encoded
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ def plan_run(
     card_plan = plan_of(recipe, limit, num_sharing=num_sharing(recipe, num_processes, num_processes // num_hosts))
     card_plan = replace(card_plan, assumptions=assumed)
     show_plan(results, card_plan)
-    document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": card_plan.to_dict()}
+    document: dict[str, Any] = {"mix": mix, "memory": card_plan.to_dict()}
     if num_processes > 1:
         plans = whole_plans(recipe, partial(plan_of, budget=card_plan.budget_bytes, may_change=False))
         document["processes"] = process_plans(plans, num_processes, num_hosts)
@@ -70,7 +70,7 @@ def plan_run(
     return document
 
 
-def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[str]]:
+def _workload(recipe: Recipe) -> tuple[dict[str, Any] | None, Workload, list[str]]:
     """The mix and the micro-batches of the data, and what is assumed without a tokenizer or without the Hub."""
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     why = "there is no tokenizer"

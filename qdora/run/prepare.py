@@ -6,7 +6,7 @@ import hashlib
 import logging
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qdora.data.batches import StepLoader
 from qdora.data.chats import chat_settings, set_chat_date
 from qdora.data.example import Example
 from qdora.data.mix import Mix, Source
-from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
+from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.sources import (
     check_first_rows,
     make_loader,
@@ -78,7 +78,7 @@ class PreparedRun:
     loader: StepLoader
     validation: dict[str, list[Example]]  # by source
     num_steps: int
-    mix_plan: MixPlan
+    mix_plan: dict[str, Any]  # mix.json
     memory_plan: Plan | None  # None without memory.budget
     chat_date: str  # the day that chat templates print, YYYY-MM-DD: the run started on it
     calibration: Tensor | None  # token ids on which compression measures inputs, (sequences, length) int64
@@ -247,7 +247,7 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
-    processes.first(lambda: run.write_json("mix.json", asdict(mix)))
+    processes.first(lambda: run.write_json("mix.json", mix))
     processes.first(lambda: _log_data_checks(prepared))
     if memory is not None:
         show_plan(console, memory)
@@ -276,7 +276,7 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
     names = ", ".join(tokenizer.decode([id]) for id in stops) or "the model names none"
     checks = []
     for part in sources:
-        examples = part.first()
+        examples = part.examples
         ends = [end for example in _some(examples) for end in _ends(example, stops, data)]
         if ends:
             text = (
@@ -306,7 +306,7 @@ def repeated_checks(
     wanted = {part for found in looked_up.values() for parts in found for part in parts}
     lengths = {len(part) for part in wanted}
     trained: set[bytes] = set()
-    for example in (example for source in sources for example in source.first()):
+    for example in (example for source in sources for example in source.examples):
         if example.input_ids.nbytes in lengths and (part := example.input_ids.tobytes()) in wanted:
             trained.add(part)
     numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
@@ -333,7 +333,7 @@ def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: Dat
 
 def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
     """A warning with the tokens of the data that cannot be learnt; some examples of each source are looked at."""
-    examples = [example for part in sources for example in _some(part.first())]
+    examples = [example for part in sources for example in _some(part.examples)]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     read = np.unique(np.concatenate([example.input_ids for example in examples])).tolist()

@@ -74,7 +74,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     if train is None:
         stream = ExampleStream(open_shards(source), data, number, tokenizer)
         rows, tally, drawn = stream.first_rows, stream.first_tally, "first"
-        num_rows, unused = stream.shards.num_rows, stream.unused
+        num_rows, unused = stream.shards.num_rows or None, stream.unused
         faults = [part for row in rows for part, _ in row if isinstance(part, str)]
     else:
         tally, rows = ExampleTally(source.label, data.max_length, data.too_long), list[list[Outcome]]()

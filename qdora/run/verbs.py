@@ -292,7 +292,7 @@ def answer_chats(
 def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     """(place, turns, tools) of each row."""
     rows = read_rows(file)
-    named = rows.made(lambda row, place: (rows.at(int(place)), *asked_chat(row)), range(rows.num_rows))
+    named = rows.made(lambda row, place: (place, *asked_chat(row)), range(rows.num_rows))
     return list(named)
 
 
