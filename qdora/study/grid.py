@@ -297,23 +297,15 @@ def search(config: RatesConfig, loss: Loss) -> Search:
 
     Values have an index: 0 is the smallest that was given; those below and above continue the steps at the ends.
     """
-    values, runs, losses = sorted(config.values), list[RateRun](), dict[tuple[Length, float], float]()
+    values, runs, losses = sorted(config.values), dict[RateRun, None](), dict[tuple[Length, float], float]()
     ladder = range(-config.extend, len(values) + config.extend)
-    is_open = False
 
     def rate(index: int) -> float:
         end, step = (0, values[1] / values[0]) if index < 0 else (len(values) - 1, values[-1] / values[-2])
         return values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
 
-    def measure(length: Length, index: int) -> None:
-        nonlocal is_open
-        seeds = config.seeds[:1] if length == "short" else config.seeds
-        own = [RateRun(length, rate(index), seed) for seed in seeds]
-        runs.extend(run for run in own if run not in runs)
-        known = [value for value in map(loss, own) if value is not None]
-        is_open |= len(known) < len(own)
-        if len(known) == len(own):
-            losses[length, rate(index)] = float(np.mean(known))
+    def is_open() -> bool:
+        return any(loss(run) is None for run in runs)
 
     def bracketed(length: Length, known: set[int]) -> int | None:
         """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
@@ -322,8 +314,12 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         """
         while True:
             for index in sorted(known):
-                measure(length, index)
-            if is_open:
+                own = [RateRun(length, rate(index), seed) for seed in config.seeds[: 1 if length == "short" else None]]
+                runs.update(dict.fromkeys(own))
+                of_seeds: list[Any] = list(map(loss, own))
+                if None not in of_seeds:
+                    losses[length, rate(index)] = float(np.mean(of_seeds))
+            if is_open():
                 return None
             finite = [index for index in sorted(known) if math.isfinite(losses[length, rate(index)])]
             best = min(finite, key=lambda index: losses[length, rate(index)], default=None)
@@ -338,7 +334,7 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         asked = set() if best is None else {best - 1, best, best + 1}.intersection(ladder)
     best = bracketed("full", asked) if asked else None
     if best is None:
-        return Search(tuple(runs), is_done=not is_open, losses=losses)
+        return Search(tuple(runs), not is_open(), losses=losses)
     rates = [rate(index) for index in (best - 1, best, best + 1)]
     neighbours = [losses.get(("full", each), math.nan) for each in rates]
     found = float(f"{minimum(rates, neighbours):.3g}")
