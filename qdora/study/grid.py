@@ -220,15 +220,13 @@ def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tu
     seen: dict[tuple[str, ...], set[int]] = {}
     axes = {name: labels_of(axis) for name, axis in study.product.items()}
     for stage in study.stages or (StageConfig(name="main"),):
-        asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
-        kept = [
-            [label for label in labels if axis not in asked or label in asked[axis]] for axis, labels in axes.items()
-        ]
-        for combination in itertools.product(*kept):
+        chosen = {axis: value for axis, value in stage.cells.items() if axis != SEED}
+        for combination in itertools.product(*axes.values()):
             labels = dict(zip(axes, combination, strict=True))
             known = seen.setdefault((stage.kind, *combination), set())
-            seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, list(study.seeds))) if seed not in known)
-            if seeds and not any(has_labels(labels, entry) for entry in study.exclude):
+            seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, study.seeds)) if seed not in known)
+            excluded = any(has_labels(labels, entry) for entry in study.exclude)
+            if seeds and has_labels(labels, chosen) and not excluded:
                 known.update(seeds)
                 yield stage, labels, seeds
 
