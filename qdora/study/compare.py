@@ -414,11 +414,9 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
         return {axis: label for axis, label in one.context.items() if axis not in based}
 
     like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
-    dense = [
-        each for each in arms if each.kind == "trained" and each.base_key == each.dense_key and rest(each) == rest(arm)
-    ]
-    names = (arm.name, like.get(arm.name, arm.name))
-    return next((each for name in names for each in dense if each.name == name), None)
+    dense = [each for each in arms if each.kind == "trained" and each.base_key == each.dense_key]
+    of_name = {each.name: each for each in dense if rest(each) == rest(arm)}
+    return of_name.get(arm.name) or of_name.get(like.get(arm.name, ""))
 
 
 def damage_row(arm: Arm, results: Results) -> dict[str, float]:
