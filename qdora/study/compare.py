@@ -74,7 +74,7 @@ def find_arms(cells: Records, results: Results) -> list[Arm]:
     arms = []
     for (kind, context, name, _), own in groups.items():
         first, seeds = own[0], {cell["labels"].get(SEED, ""): cell["key"] for cell in own}
-        done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
+        done = {seed: key for seed, key in seeds.items() if results.result(key)}
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
         kept["num_missing"] = sum(seed not in done for seed in first_seeds(results.study, seeds))
@@ -425,7 +425,7 @@ def damage_row(arm: Arm, results: Results) -> dict[str, float]:
         return {}
     (key,) = arm.seeds.values()
     dense = arm.dense_key
-    if dense in (None, key) or quality(arm, results, "acc_norm") is None or results.result(dense) is None:
+    if dense in (None, key) or quality(arm, results, "acc_norm") is None or not results.result(dense):
         return {}
     lost = combined([(1.0, results.scores(dense)["acc_norm"]), (-1.0, results.scores(key)["acc_norm"])])
     return example_interval(lost, "equal").columns("damage_choice")

@@ -206,7 +206,7 @@ class _TableRows:
         return self._context(arm.context) | {self.results.study.compare.arm: arm.name} | row if row else {}
 
     def sizes(self, key: str) -> dict[str, Any]:
-        result, compressed = (self.results.result(each) or {} for each in (key, self.runs.get(key, key)))
+        result, compressed = (self.results.result(each) for each in (key, self.runs.get(key, key)))
         size, compression = result["size"], compressed.get("compression") or {}
         return {
             "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
@@ -220,9 +220,9 @@ class _TableRows:
         attempts, result = store.failures(key), results.result(key)
         row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)}
         row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
-        row["status"] = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
+        row["status"] = "done" if result else "failed" if store.is_given_up(key) else "open"
         row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
-        if result is None:
+        if not result:
             return row
         if results.diverged(key):
             return row | {"status": "diverged", "reason": result["diverged"], "seconds": result["seconds"]}
@@ -232,7 +232,7 @@ class _TableRows:
         return row | self.sizes(key)
 
     def measured(self, cell: Row) -> dict[str, Rows]:
-        result = self.results.result(cell["key"]) or {}
+        result = self.results.result(cell["key"])
         run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
 
         def rows(own: Row, changes: Mapping[str, Row]) -> Rows:
