@@ -223,8 +223,8 @@ class Results:
     def loss(self, key: str) -> float | None:
         if not self.result(key):
             return None
-        metric, split = self.study.compare.metric, self.study.compare.split
-        found = self.mean(key, metric, "choose" if split == "halves" else "all")
+        metric = self.study.compare.metric
+        found = self.mean(key, metric, "choose" if self.part == "compare" else "all")
         if self.diverged(key) or math.isnan(found):
             return math.inf
         return -found if HIGHER_IS_BETTER[metric] else found
