@@ -269,7 +269,7 @@ def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
     assert found.exit_code == 0, found.output
     grid = yaml.safe_load((tmp_path / "grid.yaml").read_text())
     assert grid["product"] == {"base.quant": ["none", "nf4"], "adapter.kind": ["lora", "dora"]}
-    told = {}
+    told: dict[tuple[str, str], list[str]] = {}
     for row in (
         [each.strip() for each in line.split("|")[1:-1]] for line in found.stdout.splitlines() if line[:3] == "| n"
     ):

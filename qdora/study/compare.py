@@ -348,7 +348,7 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
     Comparisons without results are corrected for, too, so a later one takes no verdict back.
     """
     better = np.fmax([row["p_seeds"] for row in rows], [row["p_examples"] for row in rows])
-    every = (better, [row["p_equivalent"] for row in rows])
+    every = better, np.array([row["p_equivalent"] for row in rows])
     corrected = (statistics.holm(np.nan_to_num(each, nan=1.0), rows[0]["num_tests"]) for each in every)
     for row, p, p_equivalent in zip(rows, *corrected, strict=True):
         row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}

@@ -34,7 +34,7 @@ def varied(
     arms = {key: values for key, values in keys.items() if key not in bases}
     product = dict(_axis(start, each) for each in (bases, arms) if each)
     *also, arm = product
-    study = {
+    study: dict[str, Any] = {
         "recipe": recipe if recipe in recipe_names() else os.path.abspath(user_path(recipe)),
         "settings": dict(map(key_and_value, overrides)) or None,
         "product": product,
