@@ -198,7 +198,7 @@ def score_spans(model: nn.Module, spans: Sequence[Span]) -> NDArray[np.float64]:
 def score_groups(
     model: nn.Module, groups: Sequence[Sequence[Span]], progress: Progress | None = None
 ) -> list[NDArray[np.float64]]:
-    """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats."""
+    """Summed log-likelihood of the spans of each group (such as a question's choices), (spans,) float64 each, nats."""
     units: list[
         tuple[Sequence[Span], int]
     ] = []  # spans that run together, and how many of their tokens run first, once
