@@ -109,9 +109,9 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
 
 def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int]]:
     """(ids up to its end, its start) of every run of True in the mask; nothing predicts token 0."""
-    starts = [t for t in range(1, len(ids)) if mask[t] and (t == 1 or not mask[t - 1])]
-    ends = [t + 1 for t in range(1, len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
-    return [(list(ids[:end]), start) for start, end in zip(starts, ends, strict=True)]
+    closed = [False, *mask[1:], False]
+    edges = [t for t in range(1, len(closed)) if closed[t] != closed[t - 1]]
+    return [(list(ids[:end]), start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _fitted(

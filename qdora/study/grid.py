@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -283,11 +283,11 @@ class Search:
     losses: (length, rate) -> mean over the seeds; inf if a run diverged.
     """
 
-    runs: tuple[RateRun, ...]
-    is_done: bool = False
-    rate: float | None = None
-    is_interior: bool = False
-    losses: Mapping[tuple[Length, float], float] = field(default_factory=dict)
+    runs: list[RateRun]
+    is_done: bool
+    rate: float | None
+    is_interior: bool
+    losses: Mapping[tuple[Length, float], float]
 
 
 def search(config: RatesConfig, loss: Loss) -> Search:
@@ -332,11 +332,11 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         asked = set() if best is None else {best - 1, best, best + 1}.intersection(ladder)
     best = bracketed("full", asked) if asked else None
     if best is None:
-        return Search(tuple(runs), not is_open(), losses=losses)
+        return Search(list(runs), not is_open(), None, False, losses)
     rates = [rate(index) for index in (best - 1, best, best + 1)]
     neighbours = [losses.get(("full", each), math.nan) for each in rates]
     found = float(f"{minimum(rates, neighbours):.3g}")
-    return Search(tuple(runs), True, found, not any(map(math.isnan, neighbours)), losses)
+    return Search(list(runs), True, found, not any(map(math.isnan, neighbours)), losses)
 
 
 def minimum(rates: list[float], losses: list[float]) -> float:
