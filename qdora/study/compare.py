@@ -377,21 +377,19 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, flo
     if arm.kind != "trained":
         return row
 
-    def add(name: str, factor: float, own: Arm | None, other: Arm | None) -> dict[str, float]:
-        if own is None or other is None:
-            return {}
-        found = seed_improvements([(factor, own), (-factor, other)], results, study.compare.metric)
+    def add(name: str, own: Arm | None, other: Arm | None) -> dict[str, float]:
+        """How much better `own` is."""
+        found = seed_improvements([(1.0, own), (-1.0, other)], results, study.compare.metric) if own and other else {}
         if found:
             row.update(improvement_interval(found, study).columns(name))
         return found
 
-    add("magnitudes", 1.0, arm, same.get("set_back"))
+    add("magnitudes", arm, same.get("set_back"))
     is_measured = twin and not any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds)
     if not is_measured or arm.base_key == arm.dense_key:
         return row
-    add("left", -1.0, arm, twin)
-    damage = add("transplant", -1.0, same.get("transplant"), twin)
-    repaired = add("repaired", 1.0, arm, same.get("transplant"))
+    add("left", twin, arm)
+    damage, repaired = add("transplant", twin, same.get("transplant")), add("repaired", arm, same.get("transplant"))
     if row.get("transplant_lower", 0.0) > 0:
         shared = [seed for seed in damage if seed in repaired]
         above, below = ([values[seed] for seed in shared] for values in (repaired, damage))

@@ -173,14 +173,17 @@ def half_of(example: str) -> Literal["choose", "compare"]:
 def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
     """Sum of factor * scores over the terms, example by example."""
     first = terms[0][1]
-    total = {task: np.zeros_like(found.values) for task, found in first.items()}
+    total = {(task, example): 0.0 for task, found in first.items() for example in found.examples}
     for factor, scores in terms:
-        if {task: {*found.examples} for task, found in scores.items()} != {t: {*f.examples} for t, f in first.items()}:
+        pairs = ((task, zip(found.examples, found.values.tolist(), strict=True)) for task, found in scores.items())
+        values = {(task, example): value for task, own in pairs for example, value in own}
+        if values.keys() != total.keys():
             raise UserError("study: not all cells of a seed were evaluated on the same examples of the same tasks.")
-        for task, found in scores.items():
-            by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
-            total[task] = total[task] + factor * np.array([by_name[example] for example in first[task].examples])
-    return {task: TaskScores(found.examples, total[task], found.weights) for task, found in first.items()}
+        total = {name: value + factor * values[name] for name, value in total.items()}
+    return {
+        task: TaskScores(found.examples, np.array([total[task, name] for name in found.examples]), found.weights)
+        for task, found in first.items()
+    }
 
 
 class Results:
