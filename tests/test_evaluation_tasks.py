@@ -431,8 +431,6 @@ def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
     own = tokenizer(sets["a"][0].prompt, add_special_tokens=False)["input_ids"]
     assert fed[0] == [tokenizer.bos_token_id, *own[-8:]]
     assert found.tasks["a"].num_truncated == 1
-    line = fault_of(evaluate_generated, net, tokenizer, sets, max_new_tokens=40)
-    assert says(line, "a context longer than the 40 tokens of the answer, got 40")
     of_task = {name: demo_examples(name, "validation") for name in ("facts", "next")}
     of_task["notes"] = [Example("notes", "7", "", "Some text.")]
     steps, notes = generation.generation_faults(of_task)

@@ -308,7 +308,7 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
         f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
     }
     reasons = {
-        f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,
+        f"cells without a result: {missing}": missing,
         f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
         "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
         f"the best learning rate of {', '.join(sorted(names))} is the smallest or largest that was tried": names,
@@ -318,8 +318,7 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
 
 
 def _too_few(num_seeds: int, compare: CompareConfig) -> str:
-    few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
-    return f"there {few}, but at least {compare.min_seeds} are needed"
+    return f"seeds: {num_seeds}, at least {compare.min_seeds} are needed"
 
 
 def against_all_verdicts(study: Study) -> str:
