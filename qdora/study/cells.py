@@ -144,8 +144,7 @@ class Cell:
         return self.kind in ("rate", "trained")
 
     def record(self) -> dict[str, Any]:
-        fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior")
-        return {name: getattr(self, name) for name in fields}
+        return {name: value for name, value in vars(self).items() if name not in ("recipe", "steps")}
 
 
 @dataclass(frozen=True)

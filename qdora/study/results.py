@@ -54,7 +54,7 @@ class StudyDirectory:
         atomic_write_json(self._result(key), value)
 
     def num_done(self, keys: set[str]) -> int:
-        return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
+        return sum(map(self.is_done, keys))
 
     def failures(self, key: str) -> list[dict[str, Any]]:
         """All failed attempts, oldest first: reason, time, traceback."""

@@ -104,11 +104,11 @@ def study_run(
         first = f"{failed[0]}: {store.failures(failed[0])[-1]['reason']}"
         what = f"{len(failed)} of {len(keys)} cells failed; the first is {first}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
-    counts: dict[str, Any] = {"num_cells": len(keys), "num_done": num_done}
-    counts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
+    facts: dict[str, Any] = {"directory": str(directory), "num_cells": len(keys), "num_done": num_done}
+    facts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
     if text is not None and num_done:
-        counts |= report_run(directory, console=console)
-    return {"directory": str(directory)} | counts
+        facts |= report_run(directory, console=console)
+    return facts
 
 
 def _run_all(expander: Expander, known: Results, work: Work, log: CellsLog) -> None:
