@@ -148,10 +148,11 @@ class Study(Section):
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
         groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
         seen: dict[int, str] = {}
-        for key, seed in ((key, seed) for key, seeds in groups.items() for seed in seeds):
-            if seed in seen:
-                yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
-            seen[seed] = key
+        for key, seeds in groups.items():
+            for seed in seeds:
+                if seed in seen:
+                    yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
+                seen[seed] = key
         asked: list[tuple[str, Any]] = [(f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)]
         if rates is not None:
             asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]
@@ -165,17 +166,18 @@ class Study(Section):
             where = f"compare.primary.{name}"
             asked.append((where, {compare.arm: [arm for arm in (each.arm, each.reference) if arm is not None]}))
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
-        for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
-            if name == SEED:
-                wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
-            elif name in axes:
-                wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
-                allowed = f"of {', '.join(axes[name])}"
-            else:
-                yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
-                continue
-            if wrong:
-                yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
+        for where, entry in asked:
+            for name, value in entry.items():
+                if name == SEED:
+                    wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
+                elif name in axes:
+                    wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
+                    allowed = f"of {', '.join(axes[name])}"
+                else:
+                    yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
+                    continue
+                if wrong:
+                    yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
 
 
 def load_study(path: Path, text: str | None = None) -> Study:

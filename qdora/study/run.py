@@ -77,8 +77,8 @@ def study_run(
         found = planned_cells(expander, known) if dry_run else cells_now(expander, known)
         cells = found.cells
         results.print(
-            f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
-            + (f"; {sum(found.num_waiting.values())} more wait for these" if found.num_waiting else ""),
+            f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training; "
+            f"{sum(found.num_waiting.values())} more wait for these"
         )
         if why := against_all_verdicts(expander.study):
             results.print(f"No comparison can get a verdict: {why}.", soft_wrap=True)
