@@ -245,14 +245,14 @@ TWO_BASES = {"product": product("none", "nf4", "fp4"), "compare": {"reference": 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # 3 rates with 2 seeds and 4 seeds of each arm, the base and the uncompressed one
     "edge": (NF4 | {"rates": {"values": [1e-5, 2e-5, 4e-5], "extend": 0}}, NO_WINNER, AT_EDGE, "22 cells: 22 done"),
-    "two seeds": (NF4 | {"seeds": [0, 1]}, NO_WINNER, "there are 2 seeds, but at least 3", ""),
-    "one seed": (NF4 | {"seeds": [0]}, NO_WINNER | ONE_SEED, "there is 1 seed, but at least 3", ""),
+    "two seeds": (NF4 | {"seeds": [0, 1]}, NO_WINNER, "seeds: 2, at least 3", ""),
+    "one seed": (NF4 | {"seeds": [0]}, NO_WINNER | ONE_SEED, "seeds: 1, at least 3", ""),
     "no search": (NF4 | {"rates": None}, NO_WINNER, "the learning rates were not searched", ""),
     "a base lacks": (TWO_BASES | {"forget": ("fp4", "dora")}, NO_WINNER, "no result for base.quant=fp4", ""),
     "one example": (NF4 | {"compare": ON_TEST, "num_sums": 1}, NO_WINNER | {"p_examples": math.nan}, "example", ""),
     "both diverged": (NF4 | {"nll": diverging()}, NO_WINNER | BOTH_DIVERGED, "", "8 diverged"),
     "diverged": (NF4 | {"nll": diverging("dora", "1")}, NO_WINNER | {"num_diverged": 1}, "", "1 diverged"),
-    "failed": (NF4 | {"fail": "3"}, NO_WINNER | {"num_missing": 2}, "2 cells have no result", "20 done, 2 failed"),
+    "failed": (NF4 | {"fail": "3"}, NO_WINNER | {"num_missing": 2}, "cells without a result: 2", "20 done, 2 failed"),
     "signs agree": (gains(0.02, 0.4, 0.05, 1.5), NO_WINNER | {"num_seeds": 4}, "", ""),
     "a seed disagrees": (gains(0.4, 0.5, 0.45, 0.5, 0.4, 0.45, 0.5, -0.05), DORA | {"num_seeds": 8}, "", ""),
     "rate diverged": (NF4 | {"nll": diverging("0.0004", "1001", kinds=("rate",))}, DORA, "", "2 diverged"),

@@ -33,7 +33,6 @@ from tests import fake_study
 from tests.fake_study import numbered
 
 ROOT = Path(__file__).parent.parent
-LOCAL = ["--cluster", "local", "--job-option"]
 needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
 
 
@@ -171,8 +170,6 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
             ["--jobs", "1", "--job-option", "timeout_min"],
             ["--job-option (key=value): must be a table of settings, got 'timeout_min'"],
         ),
-        pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
-        pytest.param(["--jobs", "1"], ["--cluster slurm", "Could not detect"], marks=needs_submitit),
     ],
 )
 def test_a_fault_names_its_own_option(

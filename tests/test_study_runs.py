@@ -263,13 +263,13 @@ def test_one_line_writes_its_grid_and_ends_with_a_table_and_verdicts(
     line = ["study", str(root / "recipe.yaml"), "--seeds", "1", "-s", "train.steps=1", "--dir", str(tmp_path)]
     line += ["--vary", "base.quant=none,nf4", "--vary", "adapter.kind=lora,dora"]
     found = CliRunner().invoke(app, [*line, "--dry-run"])
-    assert "can get a verdict: the learning rates are not searched; there is 1 seed, but at least 3" in found.stdout
+    assert "can get a verdict: the learning rates are not searched; seeds: 1, at least 3" in found.stdout
     assert (found.stdout[:8], [*tmp_path.iterdir()]) == ("recipe: ", [])
     found = CliRunner().invoke(app, line)
     assert found.exit_code == 0, found.output
     grid = yaml.safe_load((tmp_path / "grid.yaml").read_text())
     assert grid["product"] == {"base.quant": ["none", "nf4"], "adapter.kind": ["lora", "dora"]}
-    told = {}
+    told: dict[tuple[str, str], list[str]] = {}
     for row in (
         [each.strip() for each in line.split("|")[1:-1]] for line in found.stdout.splitlines() if line[:3] == "| n"
     ):

@@ -125,7 +125,7 @@ def test_a_second_program_finds_every_number_and_any_that_was_changed(
     code, output = recomputed(tmp_path)
     assert code == 0, output
     primary = [row for row in report.tables["comparisons"] if row["role"] == "primary"]
-    assert ["no result" in row["reason"] for row in primary] == [False] * num_primary
+    assert ["without a result" in row["reason"] for row in primary] == [False] * num_primary
     told = pd.DataFrame(report.tables["comparisons"])[COMPARED].notna().sum().sum()
     assert json.loads(output.splitlines()[-1])["numbers"] >= told
     if changes is not WHOLE:

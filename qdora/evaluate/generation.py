@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 from qdora.adapter.product import decoding
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
-from qdora.errors import UserError
 from qdora.evaluate import spans
 from qdora.evaluate.intervals import mean_stderr
 from qdora.evaluate.spans import head_input, length_batches, padded, pads_left, results_of, scoring
@@ -114,9 +113,6 @@ def _prompts(
     prefix = special_prefix(tokenizer)
     encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
-    if room is not None and room <= len(prefix):
-        what = f"a context longer than the {max_new_tokens} tokens of the answer"
-        raise UserError(f"eval.method: generate needs {what}, got {context}.")
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 

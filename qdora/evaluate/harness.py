@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,13 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.errors import UserError
 
 
-class HarnessTasks(NamedTuple):
-    names: tuple[str, ...]  # of tasks, groups and tags
-    manager: Any  # lm_eval.tasks.TaskManager
+def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> dict[str, Any]:
+    """Look up names or patterns (`mmlu_*`) of tasks, groups or tags; `include` is a folder of tasks in YAML.
 
-
-def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> HarnessTasks:
-    """Look up names or patterns (`mmlu_*`) of tasks, groups or tags; `include` is a folder of tasks in YAML."""
+    Returns the `tasks` and the `task_manager` of lm_eval.simple_evaluate.
+    """
     if find_spec("lm_eval") is None:
         raise UserError("--harness: lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'")
     from lm_eval.tasks import TaskManager
@@ -28,7 +27,7 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     found = {name: sorted(manager.match_tasks([name])) for name in asked}
     if missing := [name for name, names in found.items() if not names]:
         raise UserError(f"--harness: no task, group or tag {', '.join(missing)}.")
-    return HarnessTasks(tuple(dict.fromkeys(name for names in found.values() for name in names)), manager)
+    return {"tasks": list(dict.fromkeys(itertools.chain(*found.values()))), "task_manager": manager}
 
 
 def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -45,15 +44,14 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def evaluate_harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: HarnessTasks, *, limit: int | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: dict[str, Any], *, limit: int | None = None
 ) -> dict[str, Any]:
-    """Run tasks with their own shots. Returns JSON values: the version of lm_eval, and for every task and group its
-    `metrics`, `num_examples` and `num_fewshot` (null for groups)."""
+    """Run tasks of `find_harness_tasks` with their own shots. Returns JSON values: the version of lm_eval, and of every
+    task and group the `metrics`, `num_examples` and `num_fewshot` (null for groups)."""
     import lm_eval
 
     lm = as_lm(model, tokenizer)
-    options: dict[str, Any] = {"task_manager": tasks.manager, "limit": limit, "log_samples": False}
-    result = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.names), **options)
+    result = lm_eval.simple_evaluate(model=lm, **tasks, limit=limit, log_samples=False)
     found = {}
     for name, numbers in result["results"].items():
         found[name] = {

@@ -28,11 +28,7 @@ class Estimate:
 
 def mean_stderr(values: ArrayLike) -> Estimate:
     """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1)."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError("the mean of no examples is not defined")
-    stderr = float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
-    return Estimate(float(array.mean()), stderr)
+    return ratio_stderr(values, np.ones(np.shape(values)))
 
 
 def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
@@ -43,10 +39,11 @@ def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     Source: Cochran, Sampling Techniques (1977), eq. 6.13, without finite-population correction.
     """
     a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if a.size == 0:
+        raise ValueError("the mean of no examples is not defined")
     ratio = float(a.sum() / b.sum())
-    if a.size == 1:
-        return Estimate(ratio, math.nan)
-    return Estimate(ratio, float((a - ratio * b).std(ddof=1) / (b.mean() * math.sqrt(a.size))))
+    spread = float((a - ratio * b).std(ddof=1)) if a.size > 1 else math.nan
+    return Estimate(ratio, spread / float(b.mean() * math.sqrt(a.size)))
 
 
 @dataclass(frozen=True)

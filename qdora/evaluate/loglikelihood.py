@@ -55,19 +55,13 @@ def score_examples(
     spans, truncated = _spans(tokenizer, examples, context_length(model))
     if any(truncated):
         _warn_of_truncation(", ".join(sorted({example.task for example in examples})))
-    groups = [  # only choices share a prefix
-        group
-        for example, own in zip(examples, spans, strict=True)
-        for group in ([own] if example.choices else [[span] for span in own])
-    ]
     report = None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
-    found = iter(score_groups(model, groups, report))
     scores = []
-    for example, own, cut in zip(examples, spans, truncated, strict=True):
-        loglikelihoods, num_tokens = next(found), np.array([span.num_scored for span in own])
+    found = zip(examples, spans, truncated, score_groups(model, spans, report), strict=True)
+    for example, own, cut, loglikelihoods in found:
+        num_tokens = np.array([span.num_scored for span in own])
         if not example.choices:
-            rest = [next(found) for _ in own[1:]]
-            loglikelihoods, num_tokens = sum(rest, loglikelihoods), num_tokens.sum(keepdims=True)
+            loglikelihoods, num_tokens = (each.sum(keepdims=True) for each in (loglikelihoods, num_tokens))
         num_chars = np.array([len(choice.lstrip()) for choice in example.choices])
         scores.append(ExampleScore(example.id, example.gold, loglikelihoods, num_tokens, num_chars, cut))
     return scores
@@ -115,9 +109,9 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
 
 def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int]]:
     """(ids up to its end, its start) of every run of True in the mask; nothing predicts token 0."""
-    starts = [t for t in range(1, len(ids)) if mask[t] and (t == 1 or not mask[t - 1])]
-    ends = [t + 1 for t in range(1, len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
-    return [(list(ids[:end]), start) for start, end in zip(starts, ends, strict=True)]
+    closed = [False, *mask[1:], False]
+    edges = [t for t in range(1, len(closed)) if closed[t] != closed[t - 1]]
+    return [(list(ids[:end]), start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _fitted(

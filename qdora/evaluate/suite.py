@@ -259,7 +259,7 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     pairs = {name: _paired(old_records.get(name, {}), new_records.get(name, {}), metric) for name, *_ in rows}
     if len(rows) > 1:
         rows.append(("average", before.get("average", {}), after.get("average", {}), list(pairs)))
-    changes = []
+    changes: list[dict[str, Any]] = []
     for name, one, other, tasks in rows:
         fewest = min(len(pairs[task].examples) for task in tasks)
         interval = example_interval({task: pairs[task] for task in tasks}, "equal") if fewest > 1 else None

@@ -144,8 +144,7 @@ class Cell:
         return self.kind in ("rate", "trained")
 
     def record(self) -> dict[str, Any]:
-        fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior")
-        return {name: getattr(self, name) for name in fields}
+        return {name: value for name, value in vars(self).items() if name not in ("recipe", "steps")}
 
 
 @dataclass(frozen=True)
@@ -196,22 +195,20 @@ class Expander:
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
         trained: dict[str, Cell] = {}
         waiting = Counter[str]()
-        places: dict[str, tuple[int, int]] = {}
-        stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
-        for arm in (arm for arm in self.arms if not self._is_bare(arm)):
+        arms = [arm for arm in self.arms if not self._is_bare(arm)]
+        stages = list(dict.fromkeys(arm.stage.name for arm in arms))
+        planned = [(stages.index(arm.stage.name), number, arm) for arm in arms for number in range(len(arm.seeds))]
+        for _, number, arm in sorted(planned, key=lambda each: each[:2]):
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
                 continue  # every rate diverged
-            for number, seed in enumerate(arm.seeds):
-                cell = self._cell(arm, seed, found, trained)
-                of_source = loss(trained[cell.adapter_key]) if cell and cell.adapter_key else 0.0
-                if cell is None or of_source is None:
-                    waiting[arm.stage.name] += 1
-                elif of_source < math.inf:  # else there is no adapter
-                    trained[cell.key] = cell
-                    places[cell.key] = (stages.index(arm.stage.name), number)
+            cell = self._cell(arm, arm.seeds[number], found, trained)
+            of_source = loss(trained[cell.adapter_key]) if cell and cell.adapter_key else 0.0
+            if cell is None or of_source is None:
+                waiting[arm.stage.name] += 1
+            elif of_source < math.inf:  # else there is no adapter
+                trained[cell.key] = cell
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
-        in_order = sorted(trained.values(), key=lambda cell: places[cell.key])
         rates = [
             labels
             | {
@@ -224,7 +221,7 @@ class Expander:
             }
             for labels, found, _ in searches.values()
         ]
-        return Cells([*self._base_cells(), *of_rates.values(), *in_order], waiting, rates)
+        return Cells([*self._base_cells(), *(of_rates | trained).values()], waiting, rates)
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
         found = dict(self.study.settings)

@@ -74,7 +74,7 @@ def find_arms(cells: Records, results: Results) -> list[Arm]:
     arms = []
     for (kind, context, name, _), own in groups.items():
         first, seeds = own[0], {cell["labels"].get(SEED, ""): cell["key"] for cell in own}
-        done = {seed: key for seed, key in seeds.items() if results.result(key) is not None}
+        done = {seed: key for seed, key in seeds.items() if results.result(key)}
         kept = {name: first[name] for name in ("is_interior", "base_key", "dense_key")}
         kept["rate"] = first["labels"].get(RATE, "") if searched else ""
         kept["num_missing"] = sum(seed not in done for seed in first_seeds(results.study, seeds))
@@ -83,23 +83,19 @@ def find_arms(cells: Records, results: Results) -> list[Arm]:
     return sorted(arms, key=lambda arm: KINDS.index(arm.kind))
 
 
-Term = tuple[float, Arm, Arm]
-"""(factor, arm, reference): their difference, times the factor."""
+Term = tuple[float, Arm]
+"""Factor of an arm in a sum; an arm is followed by its reference, with the negative factor."""
 
 
 def seed_improvements(
     terms: Sequence[Term], results: Results, measure: str, task: str | None = None
 ) -> dict[str, float]:
     """Seed that all arms have, first ones first -> sum of the terms, positive: better; {} if one is not measured."""
-    shared = [seed for seed in terms[0][1].seeds if all(seed in arm.seeds for _, *pair in terms for arm in pair)]
+    shared = [seed for seed in terms[0][1].seeds if all(seed in arm.seeds for _, arm in terms)]
     shared.sort(key=lambda seed: int(seed) not in results.study.seeds)
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
-
-    def value(arm: Arm, seed: str) -> float:
-        return results.mean(arm.seeds[seed], measure, task=task)
-
     found = {
-        seed: sign * sum(factor * (value(arm, seed) - value(other, seed)) for factor, arm, other in terms)
+        seed: sign * sum(factor * results.mean(arm.seeds[seed], measure, task=task) for factor, arm in terms)
         for seed in shared
     }
     return {} if any(map(math.isnan, found.values())) else found
@@ -112,13 +108,11 @@ def improvement_interval(by_seed: Mapping[str, float], study: Study) -> Interval
 
 def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, measure: str) -> list[SeedScores]:
     """Of each seed the sum of the terms, example by example; runs that diverged have none."""
-    found = []
-    for seed in seeds:
-        pairs = [[(factor, arm.seeds[seed]), (-factor, other.seeds[seed])] for factor, arm, other in terms]
-        signed = list(itertools.chain(*pairs))
-        if not any(results.diverged(key) for _, key in signed):
-            found.append(combined([(factor, results.scores(key)[measure]) for factor, key in signed]))
-    return found
+    return [
+        combined([(factor, results.scores(arm.seeds[seed])[measure]) for factor, arm in terms])
+        for seed in seeds
+        if not any(results.diverged(arm.seeds[seed]) for _, arm in terms)
+    ]
 
 
 @dataclass(frozen=True)
@@ -135,10 +129,10 @@ class NamedComparison:
 
     @property
     def arms(self) -> list[Arm]:
-        return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
+        return list({id(arm): arm for _, arm in self.terms}.values())
 
     def columns(self) -> dict[str, Any]:
-        _, arm, other = self.terms[0]
+        (_, arm), (_, other), *_ = self.terms
         return {"comparison": self.name, **self.context, "arm": arm.name, "reference": other.name}
 
 
@@ -172,7 +166,7 @@ def named_comparisons(arms: Sequence[Arm], study: Study) -> list[NamedComparison
     family, number = ("", 0) if primary else ("primary", len(_all_pairs(planned, study)))
     for arm, other in _all_pairs(arms, study):
         name = f"{arm.name} against {other.name}"
-        found.append(NamedComparison(name, arm.context, family, number, [(1.0, arm, other)], []))
+        found.append(NamedComparison(name, arm.context, family, number, [(1.0, arm), (-1.0, other)], []))
     return found
 
 
@@ -211,14 +205,15 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
         named = [pair for pair in pairs if asked.arm in (None, pair[0].name) and has_labels(pair[0].context, entry)]
         if len({arm.name for arm, _ in named}) != 1:
             return []
-        terms += [(sign / len(named), *pair) for pair in named]
+        for arm, other in named:
+            terms += [(sign / len(named), arm), (-sign / len(named), other)]
     return terms
 
 
 def _lacking(asked: PrimaryConfig, terms: Sequence[Term], at_end: Sequence[Term]) -> list[str]:
     """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
-    there = [arm.context for _, arm, _ in terms]
-    wanted = [arm.context for _, arm, _ in at_end]
+    there = [arm.context for _, arm in terms]
+    wanted = [arm.context for _, arm in at_end]
     for axis, value in itertools.chain(asked.over.items(), (asked.minus or {}).items()):
         wanted += [{axis: label_of(each)} for each in as_list(value)]
     lacking = [each for each in wanted if not any(each.items() <= context.items() for context in there)]
@@ -260,7 +255,6 @@ def _row(
             reasons.append("a task has a single example, which tells no spread")
         if num_seeds > 1:
             p_equivalent = [spread.p_equivalent(interval.value, zone) for spread in (of_seeds, of_examples)]
-    examples = {(task, name) for tasks in differences for task, found in tasks.items() for name in found.examples}
     row = each.columns() | {
         "measure": measure,
         "role": "primary" if is_primary else "exploratory",
@@ -275,7 +269,6 @@ def _row(
         "p_equivalent": float(np.fmax.reduce(p_equivalent)),
         "zone": zone,
         "num_seeds": num_seeds,
-        "num_examples": len(examples),
         "num_missing": sum(arm.num_missing for arm in each.arms),
         "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in each.arms for seed in by_seed),
         "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
@@ -315,7 +308,7 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
         f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
     }
     reasons = {
-        f"{missing} cell{'s have' if missing > 1 else ' has'} no result": missing,
+        f"cells without a result: {missing}": missing,
         f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
         "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
         f"the best learning rate of {', '.join(sorted(names))} is the smallest or largest that was tried": names,
@@ -325,8 +318,7 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
 
 
 def _too_few(num_seeds: int, compare: CompareConfig) -> str:
-    few = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
-    return f"there {few}, but at least {compare.min_seeds} are needed"
+    return f"seeds: {num_seeds}, at least {compare.min_seeds} are needed"
 
 
 def against_all_verdicts(study: Study) -> str:
@@ -348,7 +340,7 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
     Comparisons without results are corrected for, too, so a later one takes no verdict back.
     """
     better = np.fmax([row["p_seeds"] for row in rows], [row["p_examples"] for row in rows])
-    every = (better, [row["p_equivalent"] for row in rows])
+    every = better, np.array([row["p_equivalent"] for row in rows])
     corrected = (statistics.holm(np.nan_to_num(each, nan=1.0), rows[0]["num_tests"]) for each in every)
     for row, p, p_equivalent in zip(rows, *corrected, strict=True):
         row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
@@ -384,21 +376,19 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, flo
     if arm.kind != "trained":
         return row
 
-    def add(name: str, factor: float, own: Arm | None, other: Arm | None) -> dict[str, float]:
-        if own is None or other is None:
-            return {}
-        found = seed_improvements([(factor, own, other)], results, study.compare.metric)
+    def add(name: str, own: Arm | None, other: Arm | None) -> dict[str, float]:
+        """How much better `own` is."""
+        found = seed_improvements([(1.0, own), (-1.0, other)], results, study.compare.metric) if own and other else {}
         if found:
             row.update(improvement_interval(found, study).columns(name))
         return found
 
-    add("magnitudes", 1.0, arm, same.get("set_back"))
+    add("magnitudes", arm, same.get("set_back"))
     is_measured = twin and not any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds)
     if not is_measured or arm.base_key == arm.dense_key:
         return row
-    add("left", -1.0, arm, twin)
-    damage = add("transplant", -1.0, same.get("transplant"), twin)
-    repaired = add("repaired", 1.0, arm, same.get("transplant"))
+    add("left", twin, arm)
+    damage, repaired = add("transplant", twin, same.get("transplant")), add("repaired", arm, same.get("transplant"))
     if row.get("transplant_lower", 0.0) > 0:
         shared = [seed for seed in damage if seed in repaired]
         above, below = ([values[seed] for seed in shared] for values in (repaired, damage))
@@ -414,11 +404,9 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
         return {axis: label for axis, label in one.context.items() if axis not in based}
 
     like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
-    dense = [
-        each for each in arms if each.kind == "trained" and each.base_key == each.dense_key and rest(each) == rest(arm)
-    ]
-    names = (arm.name, like.get(arm.name, arm.name))
-    return next((each for name in names for each in dense if each.name == name), None)
+    dense = [each for each in arms if each.kind == "trained" and each.base_key == each.dense_key]
+    of_name = {each.name: each for each in dense if rest(each) == rest(arm)}
+    return of_name.get(arm.name) or of_name.get(like.get(arm.name, ""))
 
 
 def damage_row(arm: Arm, results: Results) -> dict[str, float]:
@@ -427,7 +415,7 @@ def damage_row(arm: Arm, results: Results) -> dict[str, float]:
         return {}
     (key,) = arm.seeds.values()
     dense = arm.dense_key
-    if dense in (None, key) or quality(arm, results, "acc_norm") is None or results.result(dense) is None:
+    if dense in (None, key) or quality(arm, results, "acc_norm") is None or not results.result(dense):
         return {}
     lost = combined([(1.0, results.scores(dense)["acc_norm"]), (-1.0, results.scores(key)["acc_norm"])])
     return example_interval(lost, "equal").columns("damage_choice")

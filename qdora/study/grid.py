@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -148,10 +148,11 @@ class Study(Section):
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
         groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
         seen: dict[int, str] = {}
-        for key, seed in ((key, seed) for key, seeds in groups.items() for seed in seeds):
-            if seed in seen:
-                yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
-            seen[seed] = key
+        for key, seeds in groups.items():
+            for seed in seeds:
+                if seed in seen:
+                    yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
+                seen[seed] = key
         asked: list[tuple[str, Any]] = [(f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)]
         if rates is not None:
             asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]
@@ -165,17 +166,18 @@ class Study(Section):
             where = f"compare.primary.{name}"
             asked.append((where, {compare.arm: [arm for arm in (each.arm, each.reference) if arm is not None]}))
             asked += [(f"{where}.over", each.over), (f"{where}.minus", each.minus or {})]
-        for where, name, value in ((where, *item) for where, entry in asked for item in entry.items()):
-            if name == SEED:
-                wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
-            elif name in axes:
-                wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
-                allowed = f"of {', '.join(axes[name])}"
-            else:
-                yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
-                continue
-            if wrong:
-                yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
+        for where, entry in asked:
+            for name, value in entry.items():
+                if name == SEED:
+                    wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
+                elif name in axes:
+                    wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
+                    allowed = f"of {', '.join(axes[name])}"
+                else:
+                    yield where, f"{name} must be an axis, allowed: {', '.join(axes)}."
+                    continue
+                if wrong:
+                    yield where, f"{name} must be {allowed}, got {shown(wrong[0])}."
 
 
 def load_study(path: Path, text: str | None = None) -> Study:
@@ -220,15 +222,13 @@ def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tu
     seen: dict[tuple[str, ...], set[int]] = {}
     axes = {name: labels_of(axis) for name, axis in study.product.items()}
     for stage in study.stages or (StageConfig(name="main"),):
-        asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
-        kept = [
-            [label for label in labels if axis not in asked or label in asked[axis]] for axis, labels in axes.items()
-        ]
-        for combination in itertools.product(*kept):
+        chosen = {axis: value for axis, value in stage.cells.items() if axis != SEED}
+        for combination in itertools.product(*axes.values()):
             labels = dict(zip(axes, combination, strict=True))
             known = seen.setdefault((stage.kind, *combination), set())
-            seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, list(study.seeds))) if seed not in known)
-            if seeds and not any(has_labels(labels, entry) for entry in study.exclude):
+            seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, study.seeds)) if seed not in known)
+            excluded = any(has_labels(labels, entry) for entry in study.exclude)
+            if seeds and has_labels(labels, chosen) and not excluded:
                 known.update(seeds)
                 yield stage, labels, seeds
 
@@ -285,11 +285,11 @@ class Search:
     losses: (length, rate) -> mean over the seeds; inf if a run diverged.
     """
 
-    runs: tuple[RateRun, ...]
-    is_done: bool = False
-    rate: float | None = None
-    is_interior: bool = False
-    losses: Mapping[tuple[Length, float], float] = field(default_factory=dict)
+    runs: list[RateRun]
+    is_done: bool
+    rate: float | None
+    is_interior: bool
+    losses: Mapping[tuple[Length, float], float]
 
 
 def search(config: RatesConfig, loss: Loss) -> Search:
@@ -297,23 +297,15 @@ def search(config: RatesConfig, loss: Loss) -> Search:
 
     Values have an index: 0 is the smallest that was given; those below and above continue the steps at the ends.
     """
-    values, runs, losses = sorted(config.values), list[RateRun](), dict[tuple[Length, float], float]()
+    values, runs, losses = sorted(config.values), dict[RateRun, None](), dict[tuple[Length, float], float]()
     ladder = range(-config.extend, len(values) + config.extend)
-    is_open = False
 
     def rate(index: int) -> float:
         end, step = (0, values[1] / values[0]) if index < 0 else (len(values) - 1, values[-1] / values[-2])
         return values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
 
-    def measure(length: Length, index: int) -> None:
-        nonlocal is_open
-        seeds = config.seeds[:1] if length == "short" else config.seeds
-        own = [RateRun(length, rate(index), seed) for seed in seeds]
-        runs.extend(run for run in own if run not in runs)
-        known = [value for value in map(loss, own) if value is not None]
-        is_open |= len(known) < len(own)
-        if len(known) == len(own):
-            losses[length, rate(index)] = float(np.mean(known))
+    def is_open() -> bool:
+        return any(loss(run) is None for run in runs)
 
     def bracketed(length: Length, known: set[int]) -> int | None:
         """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
@@ -322,8 +314,12 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         """
         while True:
             for index in sorted(known):
-                measure(length, index)
-            if is_open:
+                own = [RateRun(length, rate(index), seed) for seed in config.seeds[: 1 if length == "short" else None]]
+                runs.update(dict.fromkeys(own))
+                of_seeds: list[Any] = list(map(loss, own))
+                if None not in of_seeds:
+                    losses[length, rate(index)] = float(np.mean(of_seeds))
+            if is_open():
                 return None
             finite = [index for index in sorted(known) if math.isfinite(losses[length, rate(index)])]
             best = min(finite, key=lambda index: losses[length, rate(index)], default=None)
@@ -338,11 +334,11 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         asked = set() if best is None else {best - 1, best, best + 1}.intersection(ladder)
     best = bracketed("full", asked) if asked else None
     if best is None:
-        return Search(tuple(runs), is_done=not is_open, losses=losses)
+        return Search(list(runs), not is_open(), None, False, losses)
     rates = [rate(index) for index in (best - 1, best, best + 1)]
     neighbours = [losses.get(("full", each), math.nan) for each in rates]
     found = float(f"{minimum(rates, neighbours):.3g}")
-    return Search(tuple(runs), True, found, not any(map(math.isnan, neighbours)), losses)
+    return Search(list(runs), True, found, not any(map(math.isnan, neighbours)), losses)
 
 
 def minimum(rates: list[float], losses: list[float]) -> float:

@@ -198,18 +198,16 @@ class _TableRows:
         for measure in HIGHER_IS_BETTER:
             level = quality(arm, results, measure)
             row |= {} if level is None else level.columns(measure)
-        return row | self.sizes(next((key for key in arm.seeds.values() if not results.diverged(key)), None))
+        measured = [key for key in arm.seeds.values() if not results.diverged(key)]
+        return row | (self.sizes(measured[0]) if measured else {})
 
     def repair(self, arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
         row = damage_row(arm, self.results) | repair_row(arm, arms, self.results)
         return self._context(arm.context) | {self.results.study.compare.arm: arm.name} | row if row else {}
 
-    def sizes(self, key: str | None) -> dict[str, Any]:
-        result = None if key is None else self.results.result(key)
-        if key is None or result is None:
-            return {}
-        size = result["size"]
-        compression = (self.results.result(self.runs.get(key, key)) or {}).get("compression") or {}
+    def sizes(self, key: str) -> dict[str, Any]:
+        result, compressed = (self.results.result(each) for each in (key, self.runs.get(key, key)))
+        size, compression = result["size"], compressed.get("compression") or {}
         return {
             "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
             "sparsity": float(compression.get("sparsity", 0.0)),
@@ -222,9 +220,9 @@ class _TableRows:
         attempts, result = store.failures(key), results.result(key)
         row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)}
         row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
-        row["status"] = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
+        row["status"] = "done" if result else "failed" if store.is_given_up(key) else "open"
         row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
-        if result is None:
+        if not result:
             return row
         if results.diverged(key):
             return row | {"status": "diverged", "reason": result["diverged"], "seconds": result["seconds"]}
@@ -234,22 +232,22 @@ class _TableRows:
         return row | self.sizes(key)
 
     def measured(self, cell: Row) -> dict[str, Rows]:
-        result = self.results.result(cell["key"]) or {}
+        result = self.results.result(cell["key"])
         run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
+
+        def rows(own: Row, changes: Mapping[str, Row]) -> Rows:
+            return [
+                {**own, "layer": path, "block": block_of(path)}
+                | {name if name.startswith("error_") else f"{name}_change": value for name, value in change.items()}
+                for path, change in changes.items()
+            ]
+
         return {
-            "changes": [
-                run
-                | {"layer": path, "block": block_of(path)}
-                | {"direction_change": change["direction"], "magnitude_change": change["magnitude"]}
-                | {name: value for name, value in change.items() if name.startswith("error_")}
-                for path, change in result.get("changes", {}).items()
-            ],
+            "changes": rows(run, result.get("changes", {})),
             "checkpoints": [
-                run
-                | {"step": checkpoint["step"], "nll": checkpoint["nll"], "layer": path, "block": block_of(path)}
-                | {f"{name}_change": value for name, value in change.items()}
-                for checkpoint in result.get("checkpoints", ())
-                for path, change in checkpoint["changes"].items()
+                row
+                for each in result.get("checkpoints", ())
+                for row in rows(run | {"step": each["step"], "nll": each["nll"]}, each["changes"])
             ],
             "blocks": [run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())],
         }

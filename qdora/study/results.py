@@ -54,7 +54,7 @@ class StudyDirectory:
         atomic_write_json(self._result(key), value)
 
     def num_done(self, keys: set[str]) -> int:
-        return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
+        return sum(map(self.is_done, keys))
 
     def failures(self, key: str) -> list[dict[str, Any]]:
         """All failed attempts, oldest first: reason, time, traceback."""
@@ -173,14 +173,17 @@ def half_of(example: str) -> Literal["choose", "compare"]:
 def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
     """Sum of factor * scores over the terms, example by example."""
     first = terms[0][1]
-    total = {task: np.zeros_like(found.values) for task, found in first.items()}
+    total = {(task, example): 0.0 for task, found in first.items() for example in found.examples}
     for factor, scores in terms:
-        if {task: {*found.examples} for task, found in scores.items()} != {t: {*f.examples} for t, f in first.items()}:
+        pairs = ((task, zip(found.examples, found.values.tolist(), strict=True)) for task, found in scores.items())
+        values = {(task, example): value for task, own in pairs for example, value in own}
+        if values.keys() != total.keys():
             raise UserError("study: not all cells of a seed were evaluated on the same examples of the same tasks.")
-        for task, found in scores.items():
-            by_name = dict(zip(found.examples, found.values.tolist(), strict=True))
-            total[task] = total[task] + factor * np.array([by_name[example] for example in first[task].examples])
-    return {task: TaskScores(found.examples, total[task], found.weights) for task, found in first.items()}
+        total = {name: value + factor * values[name] for name, value in total.items()}
+    return {
+        task: TaskScores(found.examples, np.array([total[task, name] for name in found.examples]), found.weights)
+        for task, found in first.items()
+    }
 
 
 class Results:
@@ -189,13 +192,14 @@ class Results:
         self._scores: dict[tuple[str, Part], CellScores] = {}
         self._results: dict[str, dict[str, Any]] = {}
 
-    def result(self, key: str) -> dict[str, Any] | None:
-        if key not in self._results and (found := self.store.result(key)) is not None:
-            self._results[key] = found
-        return self._results.get(key)
+    def result(self, key: str) -> dict[str, Any]:
+        """Of a finished cell; of another one empty."""
+        if not self._results.get(key):
+            self._results[key] = self.store.result(key) or {}
+        return self._results[key]
 
     def diverged(self, key: str) -> bool:
-        return "diverged" in (self.result(key) or {})
+        return "diverged" in self.result(key)
 
     @property
     def part(self) -> Part:
@@ -205,14 +209,14 @@ class Results:
     def scores(self, key: str, part: Part | None = None) -> CellScores:
         part = part or self.part
         if (key, part) not in self._scores:
-            files = (self.result(key) or {}).get("files")
+            files = self.result(key).get("files")
             self._scores[key, part] = read_scores(self.store.cell(key), files, part) if files else {}
         return self._scores[key, part]
 
     def mean(self, key: str, measure: str, part: Part | None = None, task: str | None = None) -> float:
         """A measure of one cell, of one task or of all; the worst score if it diverged; nan if it was not measured."""
         if self.diverged(key):  # no right answer, or a uniform guess over the vocabulary for each token
-            uniform = math.log((self.result(key) or {})["num_vocabulary"])
+            uniform = math.log(self.result(key)["num_vocabulary"])
             worst = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
             return worst.get(measure, math.nan)
         scores = self.scores(key, part).get(measure, {})
@@ -220,10 +224,10 @@ class Results:
         return weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
 
     def loss(self, key: str) -> float | None:
-        if self.result(key) is None:
+        if not self.result(key):
             return None
-        metric, split = self.study.compare.metric, self.study.compare.split
-        found = self.mean(key, metric, "choose" if split == "halves" else "all")
+        metric = self.study.compare.metric
+        found = self.mean(key, metric, "choose" if self.part == "compare" else "all")
         if self.diverged(key) or math.isnan(found):
             return math.inf
         return -found if HIGHER_IS_BETTER[metric] else found
@@ -259,7 +263,7 @@ def stage_times(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]
 
     A cell takes a start and so many seconds a step, by the finished ones or by the study's `time`.
     """
-    known = {cell.key: result for cell in cells if (result := results.result(cell.key)) is not None}
+    known = {cell.key: result for cell in cells if (result := results.result(cell.key))}
     points = [(result["num_steps"], result["seconds"]) for result in known.values() if "num_steps" in result]
     start, step, planned = math.nan, math.nan, dict[str, float]()
     time = results.study.time

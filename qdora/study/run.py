@@ -77,8 +77,8 @@ def study_run(
         found = planned_cells(expander, known) if dry_run else cells_now(expander, known)
         cells = found.cells
         results.print(
-            f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
-            + (f"; {sum(found.num_waiting.values())} more wait for these" if found.num_waiting else ""),
+            f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training; "
+            f"{sum(found.num_waiting.values())} more wait for these"
         )
         if why := against_all_verdicts(expander.study):
             results.print(f"No comparison can get a verdict: {why}.", soft_wrap=True)
@@ -104,11 +104,11 @@ def study_run(
         first = f"{failed[0]}: {store.failures(failed[0])[-1]['reason']}"
         what = f"{len(failed)} of {len(keys)} cells failed; the first is {first}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
-    counts: dict[str, Any] = {"num_cells": len(keys), "num_done": num_done}
-    counts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
+    facts: dict[str, Any] = {"directory": str(directory), "num_cells": len(keys), "num_done": num_done}
+    facts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
     if text is not None and num_done:
-        counts |= report_run(directory, console=console)
-    return {"directory": str(directory)} | counts
+        facts |= report_run(directory, console=console)
+    return facts
 
 
 def _run_all(expander: Expander, known: Results, work: Work, log: CellsLog) -> None:
@@ -287,10 +287,7 @@ def submit_jobs(
         from submitit.helpers import CommandFunction
     except ImportError:
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **parameters)
-    except Exception as error:  # such as no srun
-        raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
+    executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+    executor.update_parameters(name="qdora-study", **parameters)
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]

@@ -34,15 +34,15 @@ def varied(
     arms = {key: values for key, values in keys.items() if key not in bases}
     product = dict(_axis(start, each) for each in (bases, arms) if each)
     *also, arm = product
-    study = {
+    study: dict[str, Any] = {
         "recipe": recipe if recipe in recipe_names() else os.path.abspath(user_path(recipe)),
-        **({"settings": dict(map(key_and_value, overrides))} if overrides else {}),
+        "settings": dict(map(key_and_value, overrides)) or None,
         "product": product,
-        **({} if seeds is None else {"seeds": seeds}),
-        **({} if rates is None else {"rates": {"values": key_and_value(f"rates={rates}", of_vary=True)[1]}}),
+        "seeds": seeds,
+        "rates": None if rates is None else {"values": key_and_value(f"rates={rates}", of_vary=True)[1]},
         "compare": {"arm": arm} | ({"also": also} if also else {}),
     }
-    return yaml_text(study)
+    return yaml_text({key: value for key, value in study.items() if value is not None})
 
 
 def _axis(start: dict[str, Any], keys: Mapping[str, Sequence[Any]]) -> tuple[str, Any]:
