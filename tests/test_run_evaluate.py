@@ -16,15 +16,10 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from qdora.adapter import layer as layer_module
-from qdora.adapter import product as products_of_layers
 from qdora.data.sources import given_source, trained_on
-from qdora.evaluate.perplexity import text_perplexity
-from qdora.evaluate.spans import Span, score_spans
 from qdora.export.export import export_run
-from qdora.export.verify import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
-from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
 from qdora.run.load_run import load_target
@@ -203,26 +198,6 @@ def test_the_most_likely_tokens_are_streamed(run: Path) -> None:
     assert found["text"] == plain_loop(run, ids, 12)
     assert stream.getvalue().strip() == found["text"].strip()
     assert (found["num_new_tokens"], found["num_prompt_tokens"], found["label"]) == (12, len(ids), "final")
-
-
-def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose scores would else depend on how many tokens a batch has."""
-    product, calls = kernels.product_4bit, list[int]()
-
-    def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        calls.append(len(x))
-        return product(x, *args, **options)
-
-    monkeypatch.setattr(products_of_layers, "device_kind", lambda _device: "cuda")
-    monkeypatch.setattr(kernels, "has_product", lambda _kind: True)
-    monkeypatch.setattr(kernels, "product_4bit", counted)
-    loaded = load_target(str(run), verb="test")
-    score_spans(loaded.model, [Span((1, 2, 3, 4), 1)])
-    text_perplexity(loaded.model, loaded.tokenizer, ["3 + 4 = 7"], window=16, stride=8)
-    compare_logits(loaded.model, loaded.model, [[1, 2, 3, 4]])
-    assert calls == []
-    answer(run)
-    assert 1 in calls
 
 
 def test_prompts_get_the_chat_template_where_there_is_one() -> None:
