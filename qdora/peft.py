@@ -56,6 +56,7 @@ from qdora.adapter.algebra import (
 )
 from qdora.adapter.norms import operands_of_alike
 from qdora.adapter.product import Kept, Operands, adapted_linear, operands_of, product_dtype
+from qdora.adapter.rows import never_narrowed
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
 try:
@@ -81,11 +82,7 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
     latest: Tensor | None = None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
-        def not_narrowed(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
-
-        super()._apply(not_narrowed, recurse)
+        super()._apply(never_narrowed(fn, [self.weight]), recurse)
         return self
 
     def train(self, mode: bool = True) -> Magnitude:

@@ -36,7 +36,7 @@ backward pass gives one such slope for each row of the micro-batch, and a compon
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-A stack of experts has such components of each expert (`AdaptedExperts.approximated_parts`). One rank more is one
+A stack of experts has such components of each expert (`AdaptedLinear.approximated_parts`). One rank more is one
 component more of every part, so the i-th worth of a stack is the sum of the i-th ones of its parts.
 
 The estimate of q_i has no bias, but a new component's worth divides by it and is too large on average by the squared
@@ -61,7 +61,7 @@ from torch.nn import functional
 
 from qdora.adapter.algebra import merged_weight
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import AdaptedExperts, merged_stack
+from qdora.adapter.experts import AdaptedExperts
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
@@ -178,10 +178,7 @@ def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Te
     keep = layer.base.keep_mask() if layer.masked else None
     weight = layer.base.dequantized(layer.base.wide_dtype)
     factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
-    if isinstance(layer, AdaptedExperts):
-        total = merged_stack(weight, *factors, keep_mask=keep).to(dtype)
-    else:
-        total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
+    total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
     norm = torch.linalg.vector_norm(total, dim=1)
     return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
 
