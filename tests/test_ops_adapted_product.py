@@ -260,7 +260,7 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
             if scales is not None:
                 own = with_scales(weight, scales)
                 assert own.packed is weight.packed
-                assert own.nested is None
+                assert own.nested_absmax is None
                 pairs = zip(cut(own, dtype), found, strict=True)
                 assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
     assert torch.equal(dense_weight(weight, torch.float32), before)

@@ -32,7 +32,7 @@ from qdora.adapter.product import (
 )
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind, is_planning
-from qdora.quant.packed import PackedWeight, block_scales, packed_rows
+from qdora.quant.packed import TENSOR_NAMES, PackedWeight, block_scales, packed_rows
 from qdora.quant.tiles import Weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
@@ -214,15 +214,14 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
         return run.pick(stack.view(num_experts, rows, columns)).reshape(-1, columns)
     if run.is_consecutive:
         return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
-    shape, nested = (len(run.experts) * rows, columns), stack.nested
-    if nested is not None and rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
-        nested = None  # a scale of scales is of two experts
-    scales = block_scales(stack) if nested is None else stack.absmax
-    codes, scales = (run.pick(each.view(num_experts, -1)).reshape(-1) for each in (stack.packed, scales))
-    if nested is not None:
-        nested = replace(nested, absmax=run.pick(nested.absmax.view(num_experts, -1)).reshape(-1))
-    codes = codes.view(shape) if stack.kind == "int8" else codes
-    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested=nested)
+    shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
+    if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):  # a scale of scales is of two experts
+        stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
+    own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
+    picked = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
+    if stack.kind == "int8":
+        picked["packed"] = picked["packed"].view(shape)
+    return replace(stack, shape=shape, **picked)
 
 
 def experts_together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:

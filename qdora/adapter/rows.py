@@ -156,13 +156,12 @@ class RowShare:
             return self.local["weight"]
         form, rows = self.form, self.rows
         packed, absmax = self.local["packed"], self.local["absmax"].reshape(-1)
-        if form.nested is not None:
+        if form.nested_absmax is not None:
             # A group of 256 scales may begin in another process's rows.
             first = rows.start * (form.shape[1] // form.block_size)
             skipped = first % NESTED_BLOCK_SIZE
-            nested = replace(form.nested, absmax=form.nested.absmax[first // NESTED_BLOCK_SIZE :])
-            codes = functional.pad(absmax, (skipped, 0))
-            absmax = block_scales(replace(form, absmax=codes, nested=nested), slice(skipped, None))
+            nested, codes = form.nested_absmax[first // NESTED_BLOCK_SIZE :], functional.pad(absmax, (skipped, 0))
+            absmax = block_scales(replace(form, absmax=codes, nested_absmax=nested), slice(skipped, None))
         shape, packed = (rows.stop - rows.start, form.shape[1]), packed if form.kind == "int8" else packed.reshape(-1)
         return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
 

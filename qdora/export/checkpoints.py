@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ def _requantized(layer: Layer) -> PackedWeight:
     if not isinstance(layer, AdaptedLinear):
         return _packed(layer)
     form = _packed(layer)
-    return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested is not None)
+    return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested_absmax is not None)
 
 
 def _packed(layer: Layer) -> PackedWeight:
@@ -214,7 +213,7 @@ def export_nf4_lora(
         scales = block_scales(weight)
         if layer in gains:  # not in place: it may be the model's
             scales = (scales.reshape(weight.shape[0], -1) * gains[layer].reshape(-1, 1)).reshape(-1)
-        return replace(weight, absmax=scales, nested=None)
+        return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 
     def dense_of(layer: Layer) -> Mapping[str, Source]:
         sources = dense_weight_sources(_base_of(layer))

@@ -175,7 +175,7 @@ def packed_sources(
                 made[state] = torch.cat([made[state], blanks])
         return made.pop(name)  # the writer asks for each part once, one after the other
 
-    nested = double_quant and form.nested is not None
+    nested = double_quant and form.nested_absmax is not None
     layout = to_bnb_state(empty_packed(form.kind, form.shape, form.block_size, nested), dtype)
     if state in layout:
         layout[state] = torch.empty(_STATE_BYTES, dtype=torch.uint8)

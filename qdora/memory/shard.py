@@ -26,7 +26,7 @@ from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place, place_all, place_frozen, tie_
-from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
+from qdora.quant.packed import PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.quant.tiles import Weight
 
 _SUFFIX = "_share"  # of a layer's parameter that torch gathers; a buffer without it is a view of that
@@ -80,21 +80,18 @@ class ShardedBase:
         if not share.by_rows:
             return self._kept(load.read(name, item), load.device)
         parts = _quantized(item.read()[share.rows].to(load.device), form, name)
-        if form.nested is not None:  # double quantised scales depend on those of all rows
+        if form.nested_absmax is not None:  # double quantised scales depend on those of all rows
             scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
-            nested = with_nested_scales(replace(form, absmax=scales, nested=None))
+            nested = with_nested_scales(replace(form, absmax=scales))
             parts["absmax"] = share.mine(share.cut(nested.absmax)).clone()
-            share.form = replace(form, nested=nested.nested)
+            share.form = replace(nested, absmax=form.absmax)
         return share, parts
 
     def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
         form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
         if isinstance(weight, PackedWeight):
-            nested = weight.nested
-            if nested is not None:
-                values = (each.to(device, copy=True) for each in (nested.absmax, nested.code, nested.offset))
-                nested = NestedScales(*values)
-            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), nested=nested)
+            whole = {name: each.to(device, copy=True) for name, each in weight.tensors().items() if "nested" in name}
+            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), **whole)
         share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
         tensors = divided_tensors(weight, keep_bits).items()
         return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors}

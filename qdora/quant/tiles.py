@@ -131,7 +131,7 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
         return scales
     factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
     # Double quantised scales have just been decoded into memory of their own.
-    return scales * factor if weight.nested is None else scales.mul_(factor)
+    return scales * factor if weight.nested_absmax is None else scales.mul_(factor)
 
 
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
