@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ class ExpertTokens:
         self.counts, self.shifts = tuple(counts), shifts
         self.routed = self.counts if routed is None else tuple(routed)
         self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
-        self._on: dict[torch.device, CountsOnDevice] = {}
+        self._on_device: CountsOnDevice | None = None
 
     @classmethod
     def one_for_each(cls, experts: Collection[int], num_experts: int) -> ExpertTokens:
@@ -110,16 +110,16 @@ class ExpertTokens:
             yield run
 
     def on(self, device: torch.device) -> CountsOnDevice:
-        """The numbers on a device, sent once from pinned memory, without a wait."""
-        if device not in self._on:
+        """The numbers on the device of the tokens, sent once from pinned memory, without a wait."""
+        if self._on_device is None:
             reached = [self.counts[expert] for expert in self.experts]
             sizes = [*3 * [len(reached)], len(self.shifts)]
             numbers = torch.tensor([*reached, *self.experts, *accumulate(reached), *self.shifts])
             if device.type not in ("cpu", "meta"):
                 numbers = numbers.pin_memory()
             counts, experts, ends, shifts = torch.split(numbers.to(device, non_blocking=True), sizes)
-            self._on[device] = CountsOnDevice(counts, experts, ends.int(), shifts)
-        return self._on[device]
+            self._on_device = CountsOnDevice(counts, experts, ends.int(), shifts)
+        return self._on_device
 
 
 @dataclass(eq=False)
@@ -132,7 +132,7 @@ class Run:
     counts: tuple[int, ...]
     every: ExpertTokens
     first: int
-    _ends: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
+    _ends: Tensor | None = None
 
     @cached_property
     def is_consecutive(self) -> bool:
@@ -155,10 +155,10 @@ class Run:
 
     def ends(self, device: torch.device) -> Tensor:
         """Where its experts end, (n,) int32: `offs` of torch's grouped product."""
-        if device not in self._ends:
+        if self._ends is None:
             ends = self.every.on(device).ends[self.first : self.first + len(self.experts)]
-            self._ends[device] = ends - self.tokens.start if self.tokens.start else ends
-        return self._ends[device]
+            self._ends = ends - self.tokens.start if self.tokens.start else ends
+        return self._ends
 
     def pick(self, values: Tensor) -> Tensor:
         """The entries of its experts along the first dimension: a view if they are consecutive."""

@@ -74,20 +74,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-    tiles = column_tiles if transposed else row_tiles
-    for span, tile in tiles(weight, x.dtype):
-        torch.mm(x, tile if transposed else tile.T, out=out[:, span])
-        del tile
+    add_product_(out, x, weight, None, transposed=transposed, beta=0)
     return out
 
 
-def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None, *, transposed: bool = False) -> None:
-    """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to `out`, tile by tile; g is (out,), or None for 1."""
+def add_product_(
+    out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None, *, transposed: bool = False, beta: int = 1
+) -> None:
+    """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to beta * `out`, tile by tile; g is (out,), or None
+    for 1."""
     tiles = column_tiles if transposed else row_tiles
     for span, tile in tiles(weight, x.dtype, gain):
         matrix = tile if transposed else tile.T
         part = out if matrix.shape[1] == out.shape[1] else out[:, span]  # a view costs the host time
-        part.addmm_(x, matrix)
+        part.addmm_(x, matrix, beta=beta)
         del tile, matrix
 
 
@@ -311,57 +311,51 @@ class _AdaptedLinear(torch.autograd.Function):
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The wrapper that refuses a second derivative costs the host time; it is left out where nobody asks for one.
-        gradients = _gradients_without_graph if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, *grads)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    # Read once: under a checkpoint a second read is an error.
-    x, _, lora_B, _, low, out = ctx.saved_tensors
-    call: _Call = ctx.call
-    operands = call.operands
-    need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    if ctx.watch is not None and ctx.watch._version > ctx.version:
-        out, _ = call.product(x)
-    dy = dy.reshape(-1, dy.shape[-1])
-    dx = da = db = dm = None
-    with without_autocast(dy.device):
-        if need_m:
-            assert operands.gain is not None, "a magnitude comes with its gain"
-            dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
-        # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
-        del out
-        if call.keep_bits is not None:
-            if need_a or need_b:
-                dropped_x = dropped(x, call.dropout, call.seed)
-                da, db = masked_factor_gradients(dy, dropped_x, call.keep_bits, operands.a, lora_B, operands.row_factor)
-                del dropped_x
-            del x
-            if need_x:
-                dx = masked_input_gradient(dy, call.keep_bits, operands.a, operands.scaled_b)
-                dx = drop_(dx, call.dropout, call.seed)
-        elif need_x or need_a:
-            d_low = dy @ operands.scaled_b  # (tokens, rank)
-            if call.dropout > 0.0:
-                dx, da = call.dropped_input_gradients(x, d_low, need_x, need_a)
+        # Read once: under a checkpoint a second read is an error.
+        x, _, lora_B, _, low, out = ctx.saved_tensors
+        call: _Call = ctx.call
+        operands = call.operands
+        need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        if ctx.watch is not None and ctx.watch._version > ctx.version:
+            out, _ = call.product(x)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = da = db = dm = None
+        with without_autocast(dy.device):
+            if need_m:
+                assert operands.gain is not None, "a magnitude comes with its gain"
+                dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
+            # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
+            del out
+            if call.keep_bits is not None:
+                if need_a or need_b:
+                    dropped_x = dropped(x, call.dropout, call.seed)
+                    da, db = masked_factor_gradients(
+                        dy, dropped_x, call.keep_bits, operands.a, lora_B, operands.row_factor
+                    )
+                    del dropped_x
                 del x
-            else:
-                da = _summed_products(d_low, x) if need_a else None
-                del x
-                dx = d_low @ operands.a if need_x else None
-        if dx is not None:
-            add_product_(dx, dy, *operands.of_base(call.weight), transposed=True)
-        if need_b and call.keep_bits is None:
-            # The narrow factor first: a quarter faster on a CPU than (dy^T low).
-            db = _summed_products(low, dy).T * operands.row_factor
-    dx = None if dx is None else dx.view(shape)
-    return dx, da if need_a else None, db if need_b else None, dm, None
-
-
-_gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]
+                if need_x:
+                    dx = masked_input_gradient(dy, call.keep_bits, operands.a, operands.scaled_b)
+                    dx = drop_(dx, call.dropout, call.seed)
+            elif need_x or need_a:
+                d_low = dy @ operands.scaled_b  # (tokens, rank)
+                if call.dropout > 0.0:
+                    dx, da = call.dropped_input_gradients(x, d_low, need_x, need_a)
+                    del x
+                else:
+                    da = _summed_products(d_low, x) if need_a else None
+                    del x
+                    dx = d_low @ operands.a if need_x else None
+            if dx is not None:
+                add_product_(dx, dy, *operands.of_base(call.weight), transposed=True)
+            if need_b and call.keep_bits is None:
+                # The narrow factor first: a quarter faster on a CPU than (dy^T low).
+                db = _summed_products(low, dy).T * operands.row_factor
+        dx = None if dx is None else dx.view(shape)
+        return dx, da if need_a else None, db if need_b else None, dm, None
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
