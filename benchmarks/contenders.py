@@ -191,10 +191,10 @@ def move_parameters_(module: nn.Module, seed: int = 0) -> None:
 
 def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
     """bitsandbytes' description of the same packed bytes, dequantised to `dtype`."""
-    nested, make = packed.nested, bnb.functional.QuantState
-    state2 = None
-    if nested is not None:
-        state2 = make(absmax=nested.absmax, code=nested.code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+    make, state2 = bnb.functional.QuantState, None
+    if packed.nested_absmax is not None:
+        nested = {"absmax": packed.nested_absmax, "code": packed.nested_code}
+        state2 = make(**nested, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
     return make(
         absmax=packed.absmax,
         shape=torch.Size(packed.shape),
@@ -202,7 +202,7 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
         blocksize=packed.block_size,
         quant_type=packed.kind,
         dtype=dtype,
-        offset=None if nested is None else nested.offset,
+        offset=packed.nested_offset,
         state2=state2,
     )
 
@@ -223,7 +223,7 @@ def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = N
             requires_grad=False,
             quant_state=state,
             blocksize=packed.block_size,
-            compress_statistics=packed.nested is not None,
+            compress_statistics=packed.nested_absmax is not None,
             quant_type=packed.kind,
             bnb_quantized=True,
             module=new,

@@ -47,7 +47,7 @@ def watch(transformers_trainer):
 
         import qdora.peft
         rows = qdora.peft.report(self.model).items()
-        ways = [row.way if path in called else "never called" for path, row in rows]
+        ways = [way if path in called else "never called" for path, way in rows]
         moved = [float((p != before[n]).float().mean()) for n, p in magnitudes.items()]
         report = {
             "losses": [row["loss"] for row in self.state.log_history if "loss" in row],

@@ -38,7 +38,7 @@ if __name__ == "__main__":  # before the imports of torch and PEFT, which only t
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -56,6 +56,7 @@ from qdora.adapter.algebra import (
 )
 from qdora.adapter.norms import operands_of_alike
 from qdora.adapter.product import Kept, Operands, adapted_linear, operands_of, product_dtype
+from qdora.adapter.rows import never_narrowed
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
 try:
@@ -81,11 +82,7 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
     latest: Tensor | None = None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
-        def not_narrowed(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
-
-        super()._apply(not_narrowed, recurse)
+        super()._apply(never_narrowed(fn, [self.weight]), recurse)
         return self
 
     def train(self, mode: bool = True) -> Magnitude:
@@ -200,35 +197,16 @@ def changed(model: nn.Module) -> None:
         module.__dict__.pop("_qdora_base", None)
 
 
-class LayerReport(NamedTuple):
-    """One PEFT layer on a 4-bit base."""
-
-    way: str  # "fast", or why PEFT's own forward runs: of the latest call with an adapter, else of a plain call now
-    magnitude: torch.dtype | None  # None for LoRA
-    state_bits: int | None  # of the magnitudes in an 8-bit optimizer of bitsandbytes
-    decays: bool | None  # whether transformers' Trainer applies its weight_decay to the magnitudes
-
-
-def report(model: nn.Module) -> dict[str, LayerReport]:
-    """How each of PEFT's Linear4bit layers computes, by its path."""
-    from transformers import Trainer
-
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    overrides = bnb.optim.GlobalOptimManager.get_instance()
-    rows = {}
+def report(model: nn.Module) -> dict[str, str]:
+    """Path of each of PEFT's Linear4bit layers -> "fast", or why PEFT's own forward runs: of the latest call with an
+    adapter, else of a plain call now."""
+    ways = {}
     for path, layer in _layers(model):
-        way = "not changed: call qdora.peft.accelerate(model)"
+        ways[path] = "not changed: call qdora.peft.accelerate(model)"
         if type(layer).forward is Linear4bit.forward:
             why = layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
-            way = why or "fast"
-        rows[path] = LayerReport(way, None, None, None)
-        name = next((name for name in layer.active_adapters if name in layer.lora_magnitude_vector), None)
-        if name is not None:
-            m = layer.lora_magnitude_vector[name].weight
-            narrow = m.numel() >= 4096 and overrides.pid2config.get(id(m), {}).get("optim_bits") != 32
-            decays = f"{path}.lora_magnitude_vector.{name}.weight" in decayed
-            rows[path] = LayerReport(way, m.dtype, 8 if narrow else 32, decays)
-    return rows
+            ways[path] = why or "fast"
+    return ways
 
 
 def __getattr__(name: str) -> Any:
@@ -358,16 +336,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-class _Sort(NamedTuple):
-    kind: str
-    block_size: int
-    shapes: tuple[tuple[int, ...], torch.Size]  # of W and of A
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of the products, of A and of B
-    device: torch.device
-    scaling: float
-    dropout: float
-
-
+_Sort = tuple[Any, ...]  # what layers alike have in common, last the products' dtype, the scaling and the dropout
 _passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
 """Layers alike, with their adapters, that have had a backward pass since their operands were made."""
 
@@ -375,9 +344,8 @@ _passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
 def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _Sort:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-    shapes, dtypes = (weight.shape, a.shape), (dtype, a.dtype, b.dtype)
-    scaling = float(layer.scaling[name])
-    return _Sort(weight.kind, weight.block_size, shapes, dtypes, device=a.device, scaling=scaling, dropout=dropout)
+    base, factors = (weight.kind, weight.block_size, weight.shape), (a.shape, a.dtype, b.dtype, a.device)
+    return base, factors, dtype, float(layer.scaling[name]), dropout
 
 
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
@@ -389,8 +357,8 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     dtype = product_dtype(x) if casts else base.compute_dtype or x.dtype
     out_dtype = dtype if casts else x.dtype
     weight, _ = _packed(layer)
-    alike = _sort(layer, name, weight, dtype)
-    a, b, s, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, alike.scaling, alike.dropout
+    alike = *_, s, dropout = _sort(layer, name, weight, dtype)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     magnitude = _adopt(layer, name) if name in layer.lora_variant else None
     if magnitude is None:
         # Nothing is kept: PEFT's hot-swap writes through .data in evaluation.
@@ -424,11 +392,12 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
     """The operands of a DoRA layer, made and kept together with those of layers alike that have had a backward pass."""
     others = [(other, its) for other, its in _passed.pop(alike, {}).items() if other is not layer]
     others = [(other, its) for other, its in others if _is_whole(other, its, alike)]
-    limit = entries_at_a_time(alike.device) // (alike.shapes[1][0] * max(alike.shapes[0]))
+    _, _, dtype, s, dropout = alike
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    limit = entries_at_a_time(factors[0].device) // max(factor.numel() for factor in factors)
     if others[limit:]:
         _passed[alike] = weakref.WeakKeyDictionary(dict(others[limit:]))
     rows = [(layer, name), *others[:limit]]
-    dtype, s = alike.dtypes[0], alike.scaling
     weights, squares = zip(*(_packed(each) for each, _ in rows), strict=True)
     magnitudes = [_adopt(each, its) for each, its in rows]
     parameters = [
@@ -438,7 +407,7 @@ def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
     a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
     norm = checked_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
     own = [present[0].detach() for present in parameters]
-    made = operands_of_alike(own, rounded(a, dtype), b, m, norm, s / (1.0 - alike.dropout))
+    made = operands_of_alike(own, rounded(a, dtype), b, m, norm, s / (1.0 - dropout))
     for magnitude, present, weight, operands in zip(magnitudes, parameters, weights, made, strict=True):
         _keep_32_bit_states(magnitude.weight)
         magnitude.operands.put(present, (alike, weight), operands)
@@ -450,4 +419,4 @@ def _is_whole(layer: Any, name: str, alike: _Sort) -> bool:
         return False
     parts = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]
     here = all(type(part.weight) is nn.Parameter for part in parts)
-    return here and _sort(layer, name, _packed(layer)[0], alike.dtypes[0]) == alike
+    return here and _sort(layer, name, _packed(layer)[0], alike[2]) == alike

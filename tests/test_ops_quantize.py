@@ -24,7 +24,6 @@ from qdora.quant.bnb import from_bnb_state, to_bnb_state
 from qdora.quant.packed import (
     BLOCK_SIZES,
     PackedWeight,
-    RowParts,
     block_scales,
     choose_backend,
     dequantize,
@@ -32,6 +31,7 @@ from qdora.quant.packed import (
     from_tensors,
     pack,
     quantize,
+    quantize_parts,
     stored_scales,
     zero_packed,
 )
@@ -68,9 +68,10 @@ def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Ten
     codes = {"torch": blockwise, "bnb": kernels, "triton": blockwise}
     decode = {"torch": blockwise.dequantize_blocks, "bnb": kernels.dequantize_4bit, "triton": kernels.dequantize_tight}
     for name in {"torch", choose_backend(packed.kind, packed.device, **form)}:
-        scales, nested = packed.absmax, packed.nested
-        if nested is not None:
-            scales = codes[name].dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
+        scales = packed.absmax
+        if packed.nested_absmax is not None:
+            nested = packed.nested_absmax, packed.nested_code, packed.nested_offset
+            scales = codes[name].dequantize_scales(scales, *nested)
         found[name] = decode[name](
             packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype
         )
@@ -150,11 +151,11 @@ def test_four_bits_equal_the_plain_loops(kind, dtype, block_size, shape, seed):
     for one in (packed, nested):
         assert_same(pack(matrix, packed.absmax, kind, block_size, one is nested), one)
         assert torch.equal(stored_scales(packed.absmax, one is nested), block_scales(one))
-    offset, code = reference.offset(absmax), nested.nested.code.numpy()
-    assert nested.nested.offset.item() == float(offset)
+    offset, code = reference.offset(absmax), nested.nested_code.numpy()
+    assert nested.nested_offset.item() == float(offset)
     nested_codes, nested_absmax = reference.quantize_scales(absmax, offset, code)
     assert nested.absmax.tolist() == nested_codes
-    assert nested.nested.absmax.tolist() == [float(a) for a in nested_absmax]
+    assert nested.nested_absmax.tolist() == [float(a) for a in nested_absmax]
 
     for one in (packed, nested):
         scales = absmax if one is packed else reference.dequantize_scales(nested_codes, nested_absmax, offset, code)
@@ -192,9 +193,8 @@ def test_chunks_layouts_and_parts_do_not_show(kind, monkeypatch):
     assert not transposed.is_contiguous()
     assert_same(quantize(transposed, kind, 128), whole)
     assert not quantize(transposed, kind, 128).packed.requires_grad
-    for wide in (weight, weight[:, :4096]):  # without whole blocks in a row, and with them
-        parts = RowParts((19, wide.shape[1]), lambda wide=wide: iter(wide.split(8)))
-        assert_same(quantize(parts, kind, 128), quantize(wide, kind, 128))
+    parts = quantize_parts(weight[:, :4096].split(8), kind, 128, double_quant=True)
+    assert_same(parts, quantize(weight[:, :4096], kind, 128))
     monkeypatch.setattr(blockwise, "_CPU_CHUNK", 4096)
     monkeypatch.setattr(blockwise, "_CHUNK_OF_ROWS", 9000)
     assert_same(quantize(weight, kind, 128), whole)

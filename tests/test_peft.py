@@ -207,7 +207,7 @@ def test_each_way_in_makes_every_layer_fast(way):
     torch.manual_seed(1)
     model = moved(get_peft_model(base_model(), config))
     if way != "use":
-        assert all("accelerate" in row.way for row in qdora.peft.report(model).values())
+        assert all("accelerate" in way for way in qdora.peft.report(model).values())
         before = out(model)
         if way == "patch":
             qdora.peft.patch()
@@ -217,7 +217,7 @@ def test_each_way_in_makes_every_layer_fast(way):
     loss(model).backward()
     rows = qdora.peft.report(model)
     assert len(rows) == 7
-    assert {(row.way, row.magnitude, row.state_bits) for row in rows.values()} == {("fast", torch.float32, 32)}
+    assert set(rows.values()) == {"fast"}
     assert all(isinstance(layer_of(model, path), peft_bnb.Linear4bit) for path in rows)
 
 
@@ -249,14 +249,11 @@ def test_magnitudes_stay_float32_and_lose_no_digit(cast):
 
 def test_8_bit_optimizers_keep_32_bit_states_of_magnitudes():
     layer = one_layer(out_features=4096)
-    model = nn.Sequential(layer)
-    assert qdora.peft.report(model)["0"].state_bits == 8
     optimizer = bnb.optim.AdamW8bit(trainable(layer), lr=1e-3)
     layer(X).square().sum().backward()
     optimizer.step()
     for part, dtype in (("lora_magnitude_vector", torch.float32), ("lora_B", torch.uint8)):
         assert optimizer.state[getattr(layer, part)["default"].weight]["state1"].dtype == dtype
-    assert qdora.peft.report(model)["0"] == ("fast", torch.float32, 32, True)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -316,8 +313,8 @@ REASONS: dict[str, Callable[[Any], Any]] = {
 def test_the_report_says_why_pefts_own_forward_runs(words):
     model = make()
     REASONS[words](model)
-    assert words in qdora.peft.report(model)[LAYER].way
-    assert all(row.way == "fast" for path, row in qdora.peft.report(model).items() if path != LAYER) or "2" in words
+    assert words in qdora.peft.report(model)[LAYER]
+    assert all(way == "fast" for path, way in qdora.peft.report(model).items() if path != LAYER) or "2" in words
 
 
 def python(*arguments: str, paths: str = str(ROOT), cwd: Path = ROOT) -> Any:
@@ -392,7 +389,7 @@ def losses_of_two(rank: int, wrap: str) -> tuple[list[float], set[str]]:
         optimizer.step()
         distributed.all_reduce(mean := value.detach() / 2)
         losses.append(float(mean))
-    return losses, {row.way for row in qdora.peft.report(model).values()}
+    return losses, set(qdora.peft.report(model).values())
 
 
 def train_with_both(rank: int, wrap: str, way: str) -> None:

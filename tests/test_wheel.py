@@ -32,7 +32,7 @@ class trainer:
 trainer.model(input_ids=torch.ones(2, 9).long(), labels=torch.ones(2, 9).long()).loss.backward()
 """
 AFTER = """
-ways = [row.way for row in qdora.peft.report(trainer.model).values()]
+ways = [*qdora.peft.report(trainer.model).values()]
 print(json.dumps({"file": qdora.peft.__file__, "ways": ways}))
 """
 PATCHED = "from peft.tuners.lora.bnb import Linear4bit; print(Linear4bit.forward.__module__)"

@@ -138,18 +138,15 @@ def factored_norms(
     all else in float32 or wider, and one operation for all layers, since launches cost more than its arithmetic.
     """
     narrow = lora_A.to(dtype)
-    products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
-    for weight, a, product in zip(weights, narrow, products, strict=True):
-        for rows, tile in row_tiles(weight, dtype):
-            torch.mm(tile, a.T, out=product[rows])
-            del tile
-    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=base_squared)
-
-
-def norms_of_products(
-    products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The sums of `factored_norms` from the products W A^T, (n, out, rank) in any dtype."""
+    if len(weights) < len(lora_A):  # experts of a stack that are one tile
+        ((_, tile),) = row_tiles(weights[0], dtype)
+        products = tile.view(*base_squared.shape, -1) @ narrow.mT
+    else:
+        products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+        for weight, a, product in zip(weights, narrow, products, strict=True):
+            for rows, tile in row_tiles(weight, dtype):
+                torch.mm(tile, a.T, out=product[rows])
+                del tile
     wide = base_squared.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)
     gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
@@ -259,7 +256,14 @@ def merged_weight(
     """g * (W + s B A), or W + s B A for LoRA: a new tensor in the dtype of `weight`, float32 or float64.
 
     The norm is that of the dense sum. B A counts only where `keep_mask`, (out, in) bool, is True (None: everywhere).
+    Factors and magnitudes of a stack of experts come expert by expert, `weight` is (experts * out, in).
     """
+    if lora_B.ndim == 3:
+        size, lacking = lora_B.shape[1], [None] * len(lora_B)
+        own = lacking if magnitude is None else magnitude
+        keep = lacking if keep_mask is None else torch.split(keep_mask, size)
+        parts = zip(torch.split(weight, size), lora_A, lora_B, own, keep, strict=True)
+        return torch.cat([merged_weight(w, a, b, scaling, m, mask) for w, a, b, m, mask in parts])
     dtype = weight.dtype
     if keep_mask is None:
         merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from qdora.adapter.product import (
 )
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind, is_planning
-from qdora.quant.packed import PackedWeight, block_scales, packed_rows
+from qdora.quant.packed import TENSOR_NAMES, PackedWeight, block_scales, packed_rows
 from qdora.quant.tiles import Weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
@@ -71,7 +71,7 @@ class ExpertTokens:
         self.counts, self.shifts = tuple(counts), shifts
         self.routed = self.counts if routed is None else tuple(routed)
         self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
-        self._on: dict[torch.device, CountsOnDevice] = {}
+        self._on_device: CountsOnDevice | None = None
 
     @classmethod
     def one_for_each(cls, experts: Collection[int], num_experts: int) -> ExpertTokens:
@@ -110,16 +110,16 @@ class ExpertTokens:
             yield run
 
     def on(self, device: torch.device) -> CountsOnDevice:
-        """The numbers on a device, sent once from pinned memory, without a wait."""
-        if device not in self._on:
+        """The numbers on the device of the tokens, sent once from pinned memory, without a wait."""
+        if self._on_device is None:
             reached = [self.counts[expert] for expert in self.experts]
             sizes = [*3 * [len(reached)], len(self.shifts)]
             numbers = torch.tensor([*reached, *self.experts, *accumulate(reached), *self.shifts])
             if device.type not in ("cpu", "meta"):
                 numbers = numbers.pin_memory()
             counts, experts, ends, shifts = torch.split(numbers.to(device, non_blocking=True), sizes)
-            self._on[device] = CountsOnDevice(counts, experts, ends.int(), shifts)
-        return self._on[device]
+            self._on_device = CountsOnDevice(counts, experts, ends.int(), shifts)
+        return self._on_device
 
 
 @dataclass(eq=False)
@@ -132,7 +132,7 @@ class Run:
     counts: tuple[int, ...]
     every: ExpertTokens
     first: int
-    _ends: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
+    _ends: Tensor | None = None
 
     @cached_property
     def is_consecutive(self) -> bool:
@@ -155,10 +155,10 @@ class Run:
 
     def ends(self, device: torch.device) -> Tensor:
         """Where its experts end, (n,) int32: `offs` of torch's grouped product."""
-        if device not in self._ends:
+        if self._ends is None:
             ends = self.every.on(device).ends[self.first : self.first + len(self.experts)]
-            self._ends[device] = ends - self.tokens.start if self.tokens.start else ends
-        return self._ends[device]
+            self._ends = ends - self.tokens.start if self.tokens.start else ends
+        return self._ends
 
     def pick(self, values: Tensor) -> Tensor:
         """The entries of its experts along the first dimension: a view if they are consecutive."""
@@ -214,15 +214,14 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
         return run.pick(stack.view(num_experts, rows, columns)).reshape(-1, columns)
     if run.is_consecutive:
         return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
-    shape, nested = (len(run.experts) * rows, columns), stack.nested
-    if nested is not None and rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
-        nested = None  # a scale of scales is of two experts
-    scales = block_scales(stack) if nested is None else stack.absmax
-    codes, scales = (run.pick(each.view(num_experts, -1)).reshape(-1) for each in (stack.packed, scales))
-    if nested is not None:
-        nested = replace(nested, absmax=run.pick(nested.absmax.view(num_experts, -1)).reshape(-1))
-    codes = codes.view(shape) if stack.kind == "int8" else codes
-    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested=nested)
+    shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
+    if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):  # a scale of scales is of two experts
+        stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
+    own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
+    picked = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
+    if stack.kind == "int8":
+        picked["packed"] = picked["packed"].view(shape)
+    return replace(stack, shape=shape, **picked)
 
 
 def experts_together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:

@@ -13,12 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from qdora.adapter.algebra import (
     Gain,
     factored_norms,
-    full_precision,
     gain,
     gain_of_sum,
     measure_cancelled_,
     merged_weight,
-    norms_of_products,
     rounded,
     row_norm,
 )
@@ -38,8 +36,8 @@ from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.adapter.product import product_dtype
 from qdora.errors import UserError
 from qdora.quant.kernels import is_planning
-from qdora.quant.packed import PackedWeight
-from qdora.quant.tiles import Weight, dense_weight, row_tiles
+from qdora.quant.packed import PackedWeight, dequantize, packed_rows
+from qdora.quant.tiles import Weight
 
 
 class ExpertLinear(nn.Module):
@@ -75,7 +73,12 @@ class FrozenExperts(FrozenLinear):
 
     def dequantized_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of the dense weight; only their experts are dequantised."""
-        return dense_rows(self.stored_weight, self.num_experts, rows, dtype)
+        weight, size = self.stored_weight, self.expert_features
+        if isinstance(weight, Tensor):
+            return weight[rows].to(dtype)
+        first, last = rows.start // size * size, -(-rows.stop // size) * size
+        dense = dequantize(packed_rows(weight, slice(first, last)), dtype)
+        return dense[rows.start - first : rows.stop - first]
 
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
@@ -109,14 +112,6 @@ class AdaptedExperts(AdaptedLinear):
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         experts, rows = self.num_experts, self.expert_features
         return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
-
-    def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
-        """As in `AdaptedLinear`, of (experts * out, in): each expert's matrix."""
-        return list(matrix.view(self.num_experts, self.expert_features, self.in_features))
-
-    def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """As in `AdaptedLinear`."""
-        return list(zip(lora_B, lora_A, strict=True))
 
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
@@ -181,13 +176,7 @@ class AdaptedExperts(AdaptedLinear):
                 norm = row_norm(part, a[0], b[0], scaling, base_squared=squared[0], dtype=dtype, keep_bits=own)
                 norms.append(norm.unsqueeze(0))
                 continue
-            if len(squared) == 1:
-                norm, lost = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
-            else:
-                ((_, tile),) = row_tiles(part, dtype)
-                with full_precision():
-                    products = tile.view(*squared.shape, -1) @ a.mT
-                    norm, lost = norms_of_products(products, a, b, scaling, base_squared=squared)
+            norm, lost = factored_norms([part], a, b, scaling, base_squared=squared, dtype=dtype)
             norms.append(norm)
             cancelled.append(lost)
         whole = torch.cat(norms)
@@ -203,10 +192,6 @@ class AdaptedExperts(AdaptedLinear):
     def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
         return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
 
-    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense stack (experts * out, in) that equals this layer."""
-        return self.merged_rows(slice(0, self.out_features), dtype)
-
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""
         size, wide = self.expert_features, torch.promote_types(dtype, torch.float32)
@@ -218,7 +203,7 @@ class AdaptedExperts(AdaptedLinear):
         rows = slice(some.start * self.expert_features, some.stop * self.expert_features)
         keep = self.base.keep_mask(rows) if self.masked else None
         factors = self.lora_A[some], self.gated_B()[some], self.scaling, None if magnitude is None else magnitude[some]
-        return merged_stack(self.base.dequantized_rows(rows, dtype), *factors, keep_mask=keep)
+        return merged_weight(self.base.dequantized_rows(rows, dtype), *factors, keep_mask=keep)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (experts, out); None for LoRA."""
@@ -239,32 +224,3 @@ def needs_padding(stack: Stack, x: Tensor) -> bool:
         return False  # each expert has launches of its own on every device
     shape, x = (base.expert_features, base.in_features), x.new_empty(0, dtype=product_dtype(x))
     return experts_together(*shape, x.itemsize, x.device) > 1 and not has_kernel(x, *shape)
-
-
-@torch.no_grad()
-def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Some rows of a stack, dense; only their experts are dequantised."""
-    size = stack.shape[0] // num_experts
-    experts = range(rows.start // size, -(-rows.stop // size))
-    runs = ExpertTokens.one_for_each(experts, num_experts).reached
-    parts = [dense_weight(expert_rows(stack, num_experts, run), dtype) for run in runs]
-    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return dense[rows.start - experts.start * size : rows.stop - experts.start * size]
-
-
-@torch.no_grad()
-def merged_stack(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude: Tensor | None = None,
-    keep_mask: Tensor | None = None,
-) -> Tensor:
-    """The dense stack that equals base and adapter, by `algebra.merged_weight` expert by expert. `weight` is the
-    dequantised base, (experts * out, in), float32 or float64."""
-    size, lacking = lora_B.shape[1], [None] * len(lora_B)
-    magnitudes = lacking if magnitude is None else magnitude
-    keep = lacking if keep_mask is None else torch.split(keep_mask, size)
-    parts = zip(torch.split(weight, size), lora_A, lora_B, magnitudes, keep, strict=True)
-    return torch.cat([merged_weight(w, a, b, scaling, m, mask) for w, a, b, m, mask in parts])

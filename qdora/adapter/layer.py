@@ -19,8 +19,6 @@ from qdora.quant.tiles import Weight, dense_weight, wide_dtype
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
-# Block scales keep their dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
-_SCALES = TENSOR_NAMES[1:]
 
 
 class FrozenLinear(nn.Module):
@@ -108,14 +106,11 @@ class FrozenLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         away = {name: self._buffers.pop(name) for name in self.away}
-        kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A cast to bf16 would round every block scale.
+        scales = [self._buffers.get(name) for name in TENSOR_NAMES[1:]]
+        super()._apply(never_narrowed(fn, scales, may_widen=False), recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(away)
         self._packed = None  # it would keep the tensors that have been moved away
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
         return self
 
 
@@ -286,8 +281,8 @@ class AdaptedLinear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        with never_narrowed(self, ("magnitude", "gate", "base_squared")):  # see the class
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        wide = self.magnitude, self.gate, self.base_squared  # see the class
+        super()._apply(never_narrowed(fn, wide), recurse)  # type: ignore[no-untyped-call]
         self.parameters_changed()
         return self
 
@@ -317,12 +312,13 @@ class AdaptedLinear(nn.Module):
         self.parameters_changed()
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
-        """The parts of `matrix` that a layer's B A approximates, each by one of `rank`."""
-        return [matrix]
+        """The parts of `matrix` that a layer's B A approximates, each by one of `rank`: a stack has one per expert."""
+        return list(matrix.view(-1, self.lora_B.shape[-2], self.in_features))
 
     def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Factors (rows, rank), (rank, columns) of each of `approximated_parts`."""
-        return [(lora_B, lora_A)]
+        parts = (factor.view(-1, *factor.shape[-2:]) for factor in (lora_B, lora_A))
+        return list(zip(*parts, strict=True))
 
     @torch.no_grad()
     def set_factors_(self, factors: list[tuple[Tensor, Tensor]]) -> None:
@@ -346,11 +342,6 @@ class AdaptedLinear(nn.Module):
             return None
         adapted = self._merged(self.base.dequantized(self.base.wide_dtype), None)
         return gain_of_sum(adapted, self.magnitude)
-
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        mask = (", masked" if self.masked else "") + (", gated" if self.gate is not None else "")
-        return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}{mask}"
 
 
 def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:

@@ -27,8 +27,7 @@ from qdora.adapter.layer import AdaptedLinear
 from qdora.adapter.product import Operands
 from qdora.adapter.rows import gather_runs
 from qdora.quant.kernels import is_planning
-from qdora.quant.packed import PackedWeight
-from qdora.quant.tiles import Weight, own_scales, with_scales
+from qdora.quant.tiles import own_scales, with_scales
 
 _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
 
@@ -71,28 +70,28 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
     divided = [(layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows]
-    changed, divided = ([pair for pair in some if _has_changed(*pair)] for some in (whole, divided))
+    changed = [(layer, dtype) for layer, dtype in [*whole, *divided] if _has_changed(layer, dtype)]
     for layer, _ in changed:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
     device = known[0][0].lora_A.device.type if known else "cpu"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         groups = [_Alike(*some) for some in _alike(changed)]
         _check(groups)
+        shares = [(each, share) for each in groups if (share := each.share) is not None]
+        if shares:
+            lengths, group = [share.out_features for _, share in shares], shares[0][1].group
+            norms = gather_runs([each.norm[0] for each, _ in shares], lengths, group)
+            for (each, _), norm in zip(shares, norms, strict=True):
+                each.norm = norm.unsqueeze(0)
         while groups:
             groups.pop().keep()  # and frees what is not kept
-        if divided:
-            _refresh_divided(divided)
     for layer, dtype in whole:
         layer.operands(dtype)
-    return len(changed) + len(divided)
+    return len(changed)
 
 
 def _has_changed(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
     return layer.kind == "dora" and not layer.kept_norm.knows(*layer.norm_state(dtype))
-
-
-def _rounded_factors(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return rounded(layer.lora_A.detach(), dtype), rounded(layer.gated_B().detach(), dtype)
 
 
 def _check(groups: Sequence[_Alike]) -> None:
@@ -100,7 +99,7 @@ def _check(groups: Sequence[_Alike]) -> None:
     for each in groups:
         for number, flag in enumerate(each.cancelled.any(dim=1)):
             layer = each.layers[number]
-            asks_later = _CHECKED_LATER.get() and not layer.asks_at_once
+            asks_later = _CHECKED_LATER.get() and not layer.asks_at_once and each.share is None
             layer.has_cancelled = flag if asks_later else None
             if not asks_later:
                 asked.append((each, number, flag))
@@ -112,26 +111,38 @@ def _check(groups: Sequence[_Alike]) -> None:
         each.layers[number].asks_at_once = has_cancelled
         if has_cancelled:
             found = each.norm[number], each.cancelled[number], each.weights[number]
-            factors, s = (each.lora_A[number], each.lora_B[number]), each.layers[number].scaling
+            factors, s = (each.lora_A[number], each.lora_B[number][each.rows]), each.layers[number].scaling
             measure_cancelled_(*found, *factors, s, dtype=each.dtype)
 
 
 class _Alike:
-    """Layers whose tensors can be stacked: their norms, (n, out), A, (n, rank, in), and gated B, (n, out, rank)."""
+    """Layers whose tensors can be stacked: their norms, (n, out), A, (n, rank, in), and gated B, (n, out, rank).
+
+    Or one layer whose base is divided: the norms, and what they are made of, of this process's `rows`, perhaps none.
+    """
 
     def __init__(self, layers: list[AdaptedLinear], dtype: torch.dtype) -> None:
-        self.layers, self.dtype = layers, dtype
-        factors = [_rounded_factors(layer, dtype) for layer in layers]
-        self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
-        # Decoded scales, where layers keep them, serve the norm and the operands.
-        scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
-        weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
-        self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
-        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])
-        s = layers[0].scaling
-        self.norm, self.cancelled = factored_norms(
-            self.weights, self.lora_A, self.lora_B, s, base_squared=squared, dtype=dtype
-        )
+        self.layers, self.dtype, self.share = layers, dtype, layers[0].base.share
+        self.rows: slice = slice(None) if self.share is None else self.share.rows
+        self.lora_A = _stacked([rounded(layer.lora_A.detach(), dtype) for layer in layers])
+        self.lora_B = _stacked([rounded(layer.gated_B().detach(), dtype) for layer in layers])
+        if self.share is None:
+            # Decoded scales, where layers keep them, serve the norm and the operands.
+            scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
+            weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
+            self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
+        else:
+            self.weights = [self.share.weight()]
+        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])[:, self.rows]
+        factors, s = (self.lora_A, self.lora_B[:, self.rows]), layers[0].scaling
+        if squared.numel() and not layers[0].masked:
+            self.norm, self.cancelled = factored_norms(self.weights, *factors, s, base_squared=squared, dtype=dtype)
+            return
+        self.norm, self.cancelled = squared, torch.zeros_like(squared, dtype=torch.bool)
+        if self.share is not None and squared.numel():
+            bits, (weight,), (a, b) = self.share.keep_bits(), self.weights, (each[0] for each in factors)
+            norm = row_norm(weight, a, b, s, base_squared=squared[0], dtype=dtype, keep_bits=bits)
+            self.norm = norm.unsqueeze(0)
 
     def keep(self) -> None:
         first = self.layers[0]
@@ -163,8 +174,7 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tupl
     """Groups of layers alike, each of as many as may be stacked at a time."""
     groups: dict[tuple[torch.dtype, tuple[object, ...]], list[AdaptedLinear]] = {}
     for layer, dtype in layers:
-        weight = layer.base.stored_weight
-        base = (weight.kind, weight.block_size) if isinstance(weight, PackedWeight) else weight.dtype
+        base = layer.base.kind, layer.base.block_size, layer.base.wide_dtype, layer.base.share
         shape = layer.out_features, layer.in_features, layer.rank, layer.scaling, layer.present_dropout
         kept = layer.lora_A.dtype, layer.lora_B.dtype, layer.lora_A.device, layer.may_keep_scales
         groups.setdefault((dtype, (base, shape, kept)), []).append(layer)
@@ -178,40 +188,3 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tupl
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _refresh_divided(divided: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> None:
-    norms: list[Tensor] = []
-    asked: list[tuple[AdaptedLinear, torch.dtype, Tensor, Tensor]] = []
-    for layer, dtype in divided:
-        (weight, a, b, s), share, squared = _my_rows(layer, dtype), layer.base.share, layer.base_squared
-        assert share is not None
-        assert squared is not None
-        squared = squared[share.rows]
-        if not len(squared):
-            norms.append(squared)
-        elif layer.masked:
-            bits = share.keep_bits()
-            norms.append(row_norm(weight, a, b, s, base_squared=squared, dtype=dtype, keep_bits=bits))
-        else:
-            (norm,), (cancelled,) = factored_norms(
-                [weight], a[None], b[None], s, base_squared=squared[None], dtype=dtype
-            )
-            norms.append(norm)
-            asked.append((layer, dtype, norm, cancelled))
-    answers = torch.stack([cancelled.any() for *_, cancelled in asked]).tolist() if asked else []
-    for (layer, dtype, norm, cancelled), has_cancelled in zip(asked, answers, strict=True):
-        if has_cancelled:
-            measure_cancelled_(norm, cancelled, *_my_rows(layer, dtype), dtype=dtype)
-    group = divided[0][0].base.share.group  # type: ignore[union-attr]
-    whole = gather_runs(norms, [layer.out_features for layer, _ in divided], group)
-    for (layer, dtype), norm in zip(divided, whole, strict=True):
-        layer.kept_norm.put(*layer.norm_state(dtype), norm)
-        layer.operands(dtype)
-
-
-def _my_rows(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Weight, Tensor, Tensor, float]:
-    share = layer.base.share
-    assert share is not None
-    a, b = _rounded_factors(layer, dtype)
-    return share.weight(), a, b[share.rows], layer.scaling

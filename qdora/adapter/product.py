@@ -22,9 +22,8 @@ This costs a second product of the base's size in forward and two in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -35,14 +34,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.adapter.algebra import Gain, rounded, row_blocks, row_factor, scaled_B
 from qdora.adapter.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed, zeroed_
-from qdora.quant import kernels
 from qdora.quant.kernels import device_kind, is_planning
-from qdora.quant.packed import PackedWeight, mask_from_bits
-from qdora.quant.tiles import Weight, column_tiles, is_one_tile, own_scales, row_tiles, with_scales
+from qdora.quant.packed import mask_from_bits
+from qdora.quant.tiles import Weight, column_tiles, own_scales, row_tiles, with_scales
 
-# For the widest weights bitsandbytes 0.50.2 makes a dense one from 33 tokens (sm_100) to 257 (sm_89) on.
-_MOST_TOKENS = 64
-_DECODING = ContextVar("decoding", default=False)
 Value = TypeVar("Value")
 
 
@@ -79,20 +74,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-    tiles = column_tiles if transposed else row_tiles
-    for span, tile in tiles(weight, x.dtype):
-        torch.mm(x, tile if transposed else tile.T, out=out[:, span])
-        del tile
+    add_product_(out, x, weight, None, transposed=transposed, beta=0)
     return out
 
 
-def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None, *, transposed: bool = False) -> None:
-    """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to `out`, tile by tile; g is (out,), or None for 1."""
+def add_product_(
+    out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None, *, transposed: bool = False, beta: int = 1
+) -> None:
+    """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to beta * `out`, tile by tile; g is (out,), or None
+    for 1."""
     tiles = column_tiles if transposed else row_tiles
     for span, tile in tiles(weight, x.dtype, gain):
         matrix = tile if transposed else tile.T
         part = out if matrix.shape[1] == out.shape[1] else out[:, span]  # a view costs the host time
-        part.addmm_(x, matrix)
+        part.addmm_(x, matrix, beta=beta)
         del tile, matrix
 
 
@@ -125,40 +120,6 @@ class FrozenMap(torch.autograd.Function):
         _ = ctx.saved_tensors
         dx: Tensor = FrozenMap.apply(grads[0], ctx.product, not ctx.transposed)  # type: ignore[no-untyped-call, unused-ignore]
         return dx, None, None
-
-
-@contextmanager
-def decoding() -> Iterator[None]:
-    """Inside, a model writes text: `fused_product` computes where it can."""
-    token = _DECODING.set(True)
-    try:
-        yield
-    finally:
-        _DECODING.reset(token)
-
-
-def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
-    """x W^T, (tokens, in) -> (tokens, out), without a graph, by bitsandbytes' `gemm_4bit`; None where it does not
-    apply.
-
-    It reads 0.56 bytes a weight where a dense 16-bit tile costs 4.6, but rounds otherwise (0.26 % of a weight instead
-    of 0.17 %). Only `decoding` uses it: scores must not depend on the number of tokens in a batch.
-    """
-    if not _DECODING.get() or device_kind(x.device) == "cpu" or not isinstance(weight, PackedWeight):
-        return None
-    in_kernel = (
-        0 < x.shape[0] <= _MOST_TOKENS
-        and weight.kind in ("nf4", "fp4")
-        and weight.nested is None
-        and weight.block_size >= 32
-        and weight.shape[1] % weight.block_size == 0
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and is_one_tile(weight, x.dtype)  # where bitsandbytes makes it dense, it does so whole
-        and kernels.has_product(x.device.type)
-    )
-    if not in_kernel:
-        return None
-    return kernels.product_4bit(x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape)
 
 
 class Kept(Generic[Value]):
@@ -277,7 +238,7 @@ def adapted_linear(
     """
     call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0)
     if without_graph_or_autocast(x):
-        out, _ = call.product(x.reshape(-1, x.shape[-1]), may_fuse=True)
+        out, _ = call.product(x.reshape(-1, x.shape[-1]))
         return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
     # A flat copy is made here, where the graph keeps it in the place of x, and not in both passes.
@@ -294,7 +255,7 @@ class _Call(NamedTuple):
     dropout: float
     seed: int
 
-    def product(self, x: Tensor, *, may_fuse: bool = False) -> tuple[Tensor, Tensor | None]:
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None masked."""
         low, a, b = None, self.operands.a, self.operands.scaled_b
         with without_autocast(x.device):
@@ -309,9 +270,6 @@ class _Call(NamedTuple):
                     low = x.new_empty(x.shape[0], a.shape[0])
                     for tokens, zeros in dropped_slices(x, self.dropout, self.seed):
                         torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
-                fused = fused_product(x, base) if may_fuse and factor is None else None
-                if fused is not None:  # rounded before the sum
-                    return fused.addmm_(low, b.T), low
                 out = low @ b.T
             add_product_(out, x, base, factor)
         return out, low
@@ -353,57 +311,51 @@ class _AdaptedLinear(torch.autograd.Function):
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The wrapper that refuses a second derivative costs the host time; it is left out where nobody asks for one.
-        gradients = _gradients_without_graph if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, *grads)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    # Read once: under a checkpoint a second read is an error.
-    x, _, lora_B, _, low, out = ctx.saved_tensors
-    call: _Call = ctx.call
-    operands = call.operands
-    need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    if ctx.watch is not None and ctx.watch._version > ctx.version:
-        out, _ = call.product(x)
-    dy = dy.reshape(-1, dy.shape[-1])
-    dx = da = db = dm = None
-    with without_autocast(dy.device):
-        if need_m:
-            assert operands.gain is not None, "a magnitude comes with its gain"
-            dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
-        # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
-        del out
-        if call.keep_bits is not None:
-            if need_a or need_b:
-                dropped_x = dropped(x, call.dropout, call.seed)
-                da, db = masked_factor_gradients(dy, dropped_x, call.keep_bits, operands.a, lora_B, operands.row_factor)
-                del dropped_x
-            del x
-            if need_x:
-                dx = masked_input_gradient(dy, call.keep_bits, operands.a, operands.scaled_b)
-                dx = drop_(dx, call.dropout, call.seed)
-        elif need_x or need_a:
-            d_low = dy @ operands.scaled_b  # (tokens, rank)
-            if call.dropout > 0.0:
-                dx, da = call.dropped_input_gradients(x, d_low, need_x, need_a)
+        # Read once: under a checkpoint a second read is an error.
+        x, _, lora_B, _, low, out = ctx.saved_tensors
+        call: _Call = ctx.call
+        operands = call.operands
+        need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        if ctx.watch is not None and ctx.watch._version > ctx.version:
+            out, _ = call.product(x)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = da = db = dm = None
+        with without_autocast(dy.device):
+            if need_m:
+                assert operands.gain is not None, "a magnitude comes with its gain"
+                dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
+            # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
+            del out
+            if call.keep_bits is not None:
+                if need_a or need_b:
+                    dropped_x = dropped(x, call.dropout, call.seed)
+                    da, db = masked_factor_gradients(
+                        dy, dropped_x, call.keep_bits, operands.a, lora_B, operands.row_factor
+                    )
+                    del dropped_x
                 del x
-            else:
-                da = _summed_products(d_low, x) if need_a else None
-                del x
-                dx = d_low @ operands.a if need_x else None
-        if dx is not None:
-            add_product_(dx, dy, *operands.of_base(call.weight), transposed=True)
-        if need_b and call.keep_bits is None:
-            # The narrow factor first: a quarter faster on a CPU than (dy^T low).
-            db = _summed_products(low, dy).T * operands.row_factor
-    dx = None if dx is None else dx.view(shape)
-    return dx, da if need_a else None, db if need_b else None, dm, None
-
-
-_gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]
+                if need_x:
+                    dx = masked_input_gradient(dy, call.keep_bits, operands.a, operands.scaled_b)
+                    dx = drop_(dx, call.dropout, call.seed)
+            elif need_x or need_a:
+                d_low = dy @ operands.scaled_b  # (tokens, rank)
+                if call.dropout > 0.0:
+                    dx, da = call.dropped_input_gradients(x, d_low, need_x, need_a)
+                    del x
+                else:
+                    da = _summed_products(d_low, x) if need_a else None
+                    del x
+                    dx = d_low @ operands.a if need_x else None
+            if dx is not None:
+                add_product_(dx, dy, *operands.of_base(call.weight), transposed=True)
+            if need_b and call.keep_bits is None:
+                # The narrow factor first: a quarter faster on a CPU than (dy^T low).
+                db = _summed_products(low, dy).T * operands.row_factor
+        dx = None if dx is None else dx.view(shape)
+        return dx, da if need_a else None, db if need_b else None, dm, None
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +18,18 @@ from qdora.quant.packed import PackedWeight, block_scales
 from qdora.quant.tiles import Weight, wide_dtype
 
 
-@contextmanager
-def never_narrowed(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Around a module's `_apply`: these of its tensors may move and widen, but no cast narrows them."""
-    tensors: dict[str, Tensor | None] = {name: getattr(module, name) for name in names}
-    before = {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
-    yield
-    for name, values in before.items():
-        tensor = getattr(module, name)
-        if tensor.dtype.itemsize < values.dtype.itemsize:
-            tensor.data = values.to(tensor.device)
+def never_narrowed(
+    fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor | None], *, may_widen: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """The `fn` of a module's `_apply` for which these tensors may move and widen, but no cast narrows them."""
+    held = {id(tensor) for tensor in tensors}
+
+    def moved(tensor: Tensor) -> Tensor:
+        found, width = fn(tensor), tensor.dtype.itemsize
+        is_right = found.dtype.itemsize >= width if may_widen else found.dtype.itemsize == width
+        return found if is_right or id(tensor) not in held else tensor.to(found.device)
+
+    return moved
 
 
 class TrainedRows(nn.Module):
@@ -47,8 +48,7 @@ class TrainedRows(nn.Module):
         self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainedRows:
-        with never_narrowed(self, ("rows",)):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(never_narrowed(fn, [self.rows]), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -156,13 +156,12 @@ class RowShare:
             return self.local["weight"]
         form, rows = self.form, self.rows
         packed, absmax = self.local["packed"], self.local["absmax"].reshape(-1)
-        if form.nested is not None:
+        if form.nested_absmax is not None:
             # A group of 256 scales may begin in another process's rows.
             first = rows.start * (form.shape[1] // form.block_size)
             skipped = first % NESTED_BLOCK_SIZE
-            nested = replace(form.nested, absmax=form.nested.absmax[first // NESTED_BLOCK_SIZE :])
-            codes = functional.pad(absmax, (skipped, 0))
-            absmax = block_scales(replace(form, absmax=codes, nested=nested), slice(skipped, None))
+            nested, codes = form.nested_absmax[first // NESTED_BLOCK_SIZE :], functional.pad(absmax, (skipped, 0))
+            absmax = block_scales(replace(form, absmax=codes, nested_absmax=nested), slice(skipped, None))
         shape, packed = (rows.stop - rows.start, form.shape[1]), packed if form.kind == "int8" else packed.reshape(-1)
         return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
 

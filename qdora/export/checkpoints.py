@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def _requantized(layer: Layer) -> Weight:
         return merged(layer)
     if isinstance(layer, FrozenLinear):
         return form
-    return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested is not None)
+    return quantize(layer.merged_weight(), form.kind, form.block_size, form.nested_absmax is not None)
 
 
 def _classes(model: PreTrainedModel) -> list[str]:
@@ -198,7 +197,7 @@ def export_nf4_lora(
         scales = block_scales(weight)
         if layer in gains:  # not in place: it may be the model's
             scales = (scales.reshape(weight.shape[0], -1) * gains[layer].reshape(-1, 1)).reshape(-1)
-        return replace(weight, absmax=scales, nested=None)
+        return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 
     def scaled_B(layer: AdaptedLinear) -> Tensor:
         b = layer.stored_B()

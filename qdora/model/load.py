@@ -41,7 +41,7 @@ from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, 
 from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import RowParts, dequantize, quantize
+from qdora.quant.packed import dequantize, quantize_parts
 from qdora.quant.tiles import Weight
 from qdora.recipe.settings import BaseWeightsConfig
 
@@ -93,8 +93,8 @@ class Loading:
         assert isinstance(item, StoredTensor)
         layer, values, wanted = self.model.get_submodule(name.removesuffix(".weight")), item.read(), self.wanted
         size = getattr(layer, "expert_features", len(values))  # a stack goes to the device expert by expert
-        rows = RowParts((len(values), values.shape[1]), lambda: iter(torch.split(values, size))).to(self.device)
-        return quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+        parts = (part.to(self.device) for part in torch.split(values, size))
+        return quantize_parts(parts, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
 
     def dtype_of(self, name: str) -> torch.dtype:
         return dense_dtype(self.model, name, self.compute_dtype)

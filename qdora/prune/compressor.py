@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qdora.adapter.expert_product import ExpertTokens
-from qdora.adapter.experts import BareExperts
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.errors import UserError, first_few
 from qdora.model.checkpoint import Stored, StoredPacked
@@ -132,60 +131,33 @@ class Compressor:
         self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
     ) -> None:
         assert load.progress is not None
-        assert load.progress is not None
         layers, records = dict[str, FrozenLinear](), dict[str, dict[str, Any]]()
-        for paths in self._stacks(load, tensors, statistics):
-            values, parts = list[Tensor](), 1
-            for path in paths:
-                value, layer = tensors[f"{path}.weight"].read(), load.model.get_submodule(path)
-                assert isinstance(value, Tensor)
-                values.append(value.to(load.device))
-                parts = layer.num_experts if isinstance(layer, BareExperts) else 1
+        stacks, is_plain = dict[int, list[str]](), self.base.method == "gptq" and self.pattern is None
+        for place, path in enumerate(_paths(load, tensors)):
+            found, width = statistics.get(path, [None]), tensors[f"{path}.weight"].shape[-1]
+            # GPTQ rounds layers with the same inputs in one sweep, unless a block lies in two of them.
+            shared = is_plain and len(found) == 1 and found[0] is not None and width % load.wanted.block_size == 0
+            stacks.setdefault(id(found) if shared else place, []).append(path)
+        for paths in stacks.values():
+            values: list[Any] = [tensors[f"{path}.weight"].read().to(load.device) for path in paths]
+            parts = getattr(load.model.get_submodule(paths[0]), "num_experts", 1)
             measured = statistics.pop(paths[0], [None] * parts)
-            if len(paths) == 1:
-                done = [self._compressed(load, values[0], measured, f"{paths[0]}.weight")]
-            else:
-                assert measured[0] is not None
-                done = [(weight, None) for weight in self._rounded_together(load, values, measured[0], paths)]
+            done = self._compressed(load, values, measured, f"{', '.join(paths)}.weight")
             for path, value, (weight, mask) in zip(paths, values, done, strict=True):
                 layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
                 records[path] = _record(value, weight, mask)
                 load.progress(1, 1)
-            del values, value, layer, measured, done, weight, mask
+            del values, value, measured, done, weight, mask
         if layers:
             self.writer.write(index, layers, records)
 
-    def _stacks(
-        self, load: Loading, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
-    ) -> list[list[str]]:
-        """The layers of a block, those with the same inputs together where GPTQ rounds them in one sweep."""
-        stacks = dict[int, list[str]]()
-        for place, path in enumerate(_paths(load, tensors)):
-            measured, width = statistics.get(path, [None]), tensors[f"{path}.weight"].shape[-1]
-            is_plain = self.base.method == "gptq" and self.pattern is None and width % load.wanted.block_size == 0
-            shared = is_plain and len(measured) == 1 and measured[0] is not None
-            stacks.setdefault(id(measured) if shared else place, []).append(path)
-        return list(stacks.values())
-
-    def _rounded_together(
-        self, load: Loading, values: Sequence[Tensor], measured: InputStatistics, paths: Sequence[str]
-    ) -> list[Weight]:
-        form, double_quant, name = (load.wanted.kind, load.wanted.block_size), load.wanted.double_quant, paths[0]
-        for path, value in zip(paths, values, strict=True):
-            check_finite(value, measured, f"{path}.weight")
-        squares = measured.column_squares[None]
-        scales = [fitted_scales(value.float(), squares, *form, clip=self.base.clips) for value in values]
-        stored = torch.cat([stored_scales(each, double_quant) for each in scales])
-        grid = Grid(*form, stored, code_values(form[0], stored.device))
-        codes, _ = sweep(torch.cat(list(values)).float(), measured, grid=grid, name=f"{name}.weight")
-        parts = torch.split(codes, [len(value) for value in values])
-        return [pack(part, each, *form, double_quant) for part, each in zip(parts, scales, strict=True)]
-
     def _compressed(
-        self, load: Loading, value: Tensor, measured: _Statistics, name: str
-    ) -> tuple[Weight, Tensor | None]:
+        self, load: Loading, values: Sequence[Tensor], measured: _Statistics, name: str
+    ) -> list[tuple[Weight, Tensor | None]]:
+        """Form and keep mask of a weight, or of several whose rows GPTQ rounds together."""
         prune, wanted, pattern = self.base.prune, load.wanted, self.pattern
-        form, by_gptq = (wanted.kind, wanted.block_size), self.base.method == "gptq"
+        form, double_quant, by_gptq = (wanted.kind, wanted.block_size), wanted.double_quant, self.base.method == "gptq"
+        value = values[0] if len(values) == 1 else torch.cat(list(values))
         missing = [str(index) for index, found in enumerate(measured) if found is None]
         if missing and self.calibration is not None:
             experts = f"experts {first_few(missing, 8)} ({len(missing)} of {len(measured)})"
@@ -198,38 +170,42 @@ class Compressor:
         sweeps = by_gptq or (prune is not None and prune.method == "sparsegpt")
         # Corrected weights are not rounded to the file's dtype before they are quantised.
         kept = value.float() if sweeps else value
-        parts, masks = kept.chunk(len(measured)), list[Tensor]([])
+        parts, masks = kept.chunk(len(measured)), list[Tensor]()
         for part, found in zip(parts, measured, strict=True):
             check_finite(part, found, name)
         if prune is not None and pattern is not None and prune.method != "sparsegpt":
             group = None if prune.group == "auto" else prune.group
             seen = parts
             if prune.order == "quantize_first":
-                packed = quantize(value, *form, wanted.double_quant, name=name)
+                packed = quantize(value, *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
             scored = [found if prune.method == "wanda" else None for found in measured]
             masks = [mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)]
             mask, pattern = torch.cat(masks), None
             if prune.order == "quantize_first":
-                return zero_packed(packed, mask), mask
+                return [(zero_packed(packed, mask), mask)]
             kept = kept.masked_fill(~mask, 0)
         if sweeps:
             known, grid, done = cast(list[InputStatistics], measured), None, []
             if by_gptq:
                 squares = torch.stack([found.column_squares for found in known])
                 absmax = fitted_scales(kept, squares, *form, clip=self.base.clips)
-                scales = stored_scales(absmax, wanted.double_quant)
-                grid = Grid(*form, scales, code_values(wanted.kind, value.device))
-            options: dict[str, Any] = {"damping": DAMPING if prune is None else prune.damping, "name": name}
+                own_scales = absmax.split([-(-each.numel() // wanted.block_size) for each in values])
+                stored = torch.cat([stored_scales(each, double_quant) for each in own_scales])
+                grid = Grid(*form, stored, code_values(wanted.kind, value.device))
+            damping = DAMPING if prune is None else prune.damping
             for index, (part, found) in enumerate(zip(parts, known, strict=True)):
-                own = None if grid is None else replace(grid, first=index * part.numel())
-                done.append(sweep(part, found, pattern, masks[index] if masks else None, own, **options))
-            kept, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
+                own_grid = None if grid is None else replace(grid, first=index * part.numel())
+                own_mask = masks[index] if masks else None
+                done.append(sweep(part, found, pattern, own_mask, own_grid, damping=damping, name=name))
+            kept, mask = (torch.cat(each) for each in zip(*done, strict=True))
             if by_gptq:
-                return pack(kept, absmax, *form, wanted.double_quant), None if prune is None else mask
+                codes = zip(kept.split([len(each) for each in values]), own_scales, strict=True)
+                keep_mask = None if prune is None else mask
+                return [(pack(part, each, *form, double_quant), keep_mask) for part, each in codes]
         if wanted.kind == "none":
-            return kept.to(load.compute_dtype), mask
-        return quantize(kept, *form, wanted.double_quant, name=name), mask
+            return [(kept.to(load.compute_dtype), mask)]
+        return [(quantize(kept, *form, double_quant, name=name), mask)]
 
 
 def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
@@ -249,13 +225,11 @@ def _measured(
         nonlocal last
         x = inputs[0]
         tokens: ExpertTokens | None = inputs[1] if len(inputs) > 1 else None
-        own = statistics.get(name)
-        if last is not None and last[0] is x and (own is None or own is last[1]):
+        if last is not None and last[0] is x and statistics.get(name, last[1]) is last[1]:
             # The query, key and value layers, and gate and up, read the same tensor.
             statistics[name] = last[1]
             return
-        if own is None:
-            own = [None] * (1 if tokens is None else len(tokens.counts))
+        own = statistics.setdefault(name, [None] * (1 if tokens is None else len(tokens.counts)))
         reached = [(0, x)]
         if tokens is not None:  # an expert's rows of padding, which are no inputs, lie behind its tokens
             experts = ((run.experts[0], run.tokens) for run in tokens.reached)
@@ -264,7 +238,6 @@ def _measured(
             found = own[index] or InputStatistics(x.shape[-1], method, x.device)
             found.add(some)
             own[index] = found
-        statistics[name] = own
         last = (x, own)
 
     with ExitStack() as hooks:

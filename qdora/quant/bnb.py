@@ -84,11 +84,11 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
         "weight.absmax": packed.absmax,
         "weight.quant_map": codebooks.code_values(packed.kind, packed.device),
     }
-    if packed.nested is not None:
-        state["weight.nested_absmax"] = packed.nested.absmax
-        state["weight.nested_quant_map"] = packed.nested.code
+    if packed.nested_absmax is not None:
+        state["weight.nested_absmax"] = packed.nested_absmax
+        state["weight.nested_quant_map"] = packed.nested_code
         stored["nested_blocksize"] = NESTED_BLOCK_SIZE
         stored["nested_dtype"] = "float32"
-        stored["nested_offset"] = packed.nested.offset.item()
+        stored["nested_offset"] = packed.nested_offset.item()
     state[f"{STATE_NAME}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
     return state

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -23,15 +23,6 @@ TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offs
 """Those of `PackedWeight.tensors`; the last three if its scales are double quantised."""
 
 
-@dataclass(frozen=True)
-class NestedScales:
-    """Decodes 8-bit block scales q: scale = code[q] * absmax[block // 256] + offset. Source: arXiv 2305.14314."""
-
-    absmax: Tensor  # (ceil(blocks / 256),) float32
-    code: Tensor  # the values of the dynamic map, (256,) float32, ascending
-    offset: Tensor  # mean of the block scales, () float32
-
-
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight (out, in) in a low-bit format. Nothing writes into its tensors.
@@ -42,6 +33,8 @@ class PackedWeight:
         packed: Codes as by `blockwise.pack_codes`, (ceil(out * in / 2),) uint8 for 4 bits. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32; mxfp4:
             (blocks,) uint8, 127 more than the exponent of a power of 2.
+        nested_absmax, nested_code, nested_offset: Of double quantised scales q, float32: scale = code[q] *
+            absmax[block // 256] + offset. Blocks of 256 scales; the dynamic map, (256,); the mean of the scales, ().
     """
 
     kind: Kind
@@ -49,7 +42,9 @@ class PackedWeight:
     block_size: int
     packed: Tensor
     absmax: Tensor
-    nested: NestedScales | None = None
+    nested_absmax: Any = None
+    nested_code: Any = None
+    nested_offset: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -75,10 +70,8 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their `TENSOR_NAMES`."""
-        named = [self.packed, self.absmax]
-        if self.nested is not None:
-            named += [self.nested.absmax, self.nested.code, self.nested.offset]
-        return dict(zip(TENSOR_NAMES, named, strict=False))
+        names = TENSOR_NAMES[:2] if self.nested_absmax is None else TENSOR_NAMES
+        return {name: getattr(self, name) for name in names}
 
 
 def _layout(
@@ -110,10 +103,7 @@ def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Ma
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
         raise ValueError(f"{shape} in {kind} must have the tensors {layout}, got {found}.")
-    nested = None
-    if "nested_absmax" in tensors:
-        nested = NestedScales(tensors["nested_absmax"], tensors["nested_code"], tensors["nested_offset"])
-    return PackedWeight(cast(Kind, kind), shape, block_size, tensors["packed"], tensors["absmax"], nested=nested)
+    return PackedWeight(cast(Kind, kind), shape, block_size, **tensors)
 
 
 def empty_packed(
@@ -130,33 +120,13 @@ def empty_packed(
     return from_tensors(kind, shape, shape[1] if kind == "int8" else block_size, tensors)
 
 
-@dataclass(frozen=True)
-class RowParts:
-    """A dense weight, (out, in), that is read in parts of whole rows."""
-
-    shape: tuple[int, int]
-    parts: Callable[[], Iterator[Tensor]]  # (rows, in) each, in order; all have one dtype and device
-
-    def to(self, device: torch.device | str) -> RowParts:
-        """The same weight with its parts on `device`."""
-        return RowParts(self.shape, lambda: (part.to(device) for part in self.parts()))
-
-    def whole(self) -> Tensor:
-        """The weight as one tensor."""
-        return torch.cat(list(self.parts()))
-
-
 def quantize(
-    weight: Tensor | RowParts, kind: str, block_size: int = 64, double_quant: bool = True, *, name: str = "weight"
+    weight: Tensor, kind: str, block_size: int = 64, double_quant: bool = True, *, name: str = "weight"
 ) -> PackedWeight:
     """Quantise a dense weight, (out, in) in any float dtype, on its device, with the plain-torch definition.
 
-    The peak is about twice the result. Parts give the bits of the whole; each is quantised when it is read, unless its
-    rows are no whole blocks. `name` is the weight's in an error.
+    The peak is about twice the result. `name` is the weight's in an error.
     """
-    if isinstance(weight, RowParts):
-        plain = _quantize_parts(weight, kind, block_size, name)
-        return with_nested_scales(plain) if double_quant and kind != "int8" else plain
     if weight.ndim != 2 or not weight.dtype.is_floating_point or kind == MXFP4:
         got = f"{tuple(weight.shape)} {weight.dtype} for {kind}"
         raise ValueError(f"{name} must be a float matrix (out, in) for a format that is made here, got {got}.")
@@ -166,22 +136,17 @@ def quantize(
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
     tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
     plain = PackedWeight(cast(Kind, kind), shape, block_size, *tensors)
-    return with_nested_scales(plain) if double_quant else plain
+    return with_nested_scales(plain, double_quant)
 
 
-def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> PackedWeight:
-    # The whole weight at once if a block lies in two parts.
-    whole_blocks = kind == "int8" or weight.shape[1] % block_size == 0
-    joined, done = None, [0, 0]
-    for part in weight.parts() if whole_blocks else [weight.whole()]:
-        found = quantize(part, kind, block_size, double_quant=False, name=name)
-        if joined is None:
-            joined = empty_packed(kind, weight.shape, block_size, double_quant=False, device=part.device)
-        for index, (into, values) in enumerate(((joined.packed, found.packed), (joined.absmax, found.absmax))):
-            into[done[index] : done[index] + len(values)] = values
-            done[index] += len(values)
-    assert joined is not None, "a weight has rows"
-    return joined
+def quantize_parts(
+    parts: Iterable[Tensor], kind: str, block_size: int, double_quant: bool, *, name: str = "weight"
+) -> PackedWeight:
+    """`quantize` for a weight that comes in parts of whole rows and blocks: the same bits, with one part in memory."""
+    done = [quantize(part, kind, block_size, double_quant=False, name=name) for part in parts]
+    shape = sum(part.shape[0] for part in done), done[0].shape[1]
+    packed, absmax = torch.cat([part.packed for part in done]), torch.cat([part.absmax for part in done])
+    return with_nested_scales(replace(done[0], shape=shape, packed=packed, absmax=absmax), double_quant)
 
 
 @torch.no_grad()
@@ -190,8 +155,7 @@ def pack(codes: Tensor, absmax: Tensor, kind: str, block_size: int, double_quant
     the scales are stored as `stored_scales`."""
     shape = (codes.shape[0], codes.shape[1])
     tensors = {"packed": blockwise.pack_codes(codes.reshape(-1), kind), "absmax": absmax}
-    plain = from_tensors(kind, shape, block_size, tensors)
-    return with_nested_scales(plain) if double_quant else plain
+    return with_nested_scales(from_tensors(kind, shape, block_size, tensors), double_quant)
 
 
 def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
@@ -203,12 +167,13 @@ def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
     return blockwise.dequantize_scales(codes, nested_absmax, code, offset)
 
 
-def with_nested_scales(plain: PackedWeight) -> PackedWeight:
-    """The same weight with double quantised scales; of `plain` only the block scales are read."""
+def with_nested_scales(plain: PackedWeight, double_quant: bool = True) -> PackedWeight:
+    """The same weight with double quantised scales; of `plain` only the block scales are read. int8 has none."""
+    if not double_quant or plain.kind == "int8":
+        return plain
     code = codebooks.dynamic_map(plain.absmax.device)
-    codes, nested_absmax, offset = blockwise.quantize_scales(plain.absmax, code)
-    nested = NestedScales(nested_absmax, code, offset)
-    return PackedWeight(plain.kind, plain.shape, plain.block_size, plain.packed, codes, nested=nested)
+    codes, absmax, offset = blockwise.quantize_scales(plain.absmax, code)
+    return replace(plain, absmax=codes, nested_absmax=absmax, nested_code=code, nested_offset=offset)
 
 
 def choose_backend(
@@ -260,18 +225,17 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     Double quantised, a zero block's scale can be not 0, or slightly negative. Of `blocks`, a slice without a step, only
     the groups of 256 are decoded.
     """
-    nested = packed.nested
     if packed.kind == MXFP4 and packed.absmax.dtype == torch.uint8:
         exponents = packed.absmax[blocks].int() - 127
         return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-    if nested is None:
+    if packed.nested_absmax is None:
         return packed.absmax[blocks]
     first, last, _ = blocks.indices(packed.absmax.numel())
     group, end = first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE)
     start = group * NESTED_BLOCK_SIZE
     decode = kernels.dequantize_scales if _has_kernels(packed.device) else blockwise.dequantize_scales
-    decoded = decode(packed.absmax[start:last], nested.absmax[group:end], nested.code, nested.offset)
-    return decoded[first - start :]
+    scales = packed.absmax[start:last], packed.nested_absmax[group:end], packed.nested_code, packed.nested_offset
+    return decode(*scales)[first - start :]
 
 
 def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:

@@ -63,12 +63,6 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
     return runs
 
 
-def is_one_tile(weight: Weight, dtype: torch.dtype) -> bool:
-    """Whether the whole weight is one tile in this dtype."""
-    budget = _CPU_TILE_BYTES if device_kind(weight.device) == "cpu" else _GPU_TILE_BYTES
-    return weight.shape[0] * weight.shape[1] * dtype.itemsize <= budget
-
-
 def _round_up(length: int, align: int) -> int:
     return -(-length // align) * align
 
@@ -137,7 +131,7 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
         return scales
     factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
     # Double quantised scales have just been decoded into memory of their own.
-    return scales * factor if weight.nested is None else scales.mul_(factor)
+    return scales * factor if weight.nested_absmax is None else scales.mul_(factor)
 
 
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,7 +36,7 @@ backward pass gives one such slope for each row of the micro-batch, and a compon
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-A stack of experts has such components of each expert (`AdaptedExperts.approximated_parts`). One rank more is one
+A stack of experts has such components of each expert (`AdaptedLinear.approximated_parts`). One rank more is one
 component more of every part, so the i-th worth of a stack is the sum of the i-th ones of its parts.
 
 The estimate of q_i has no bias, but a new component's worth divides by it and is too large on average by the squared
