@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -13,8 +14,12 @@ from qdora.adapter import expert_product
 from qdora.adapter.expert_product import padded_tokens
 from qdora.adapter.experts import AdaptedExperts, FrozenExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
+from qdora.adapter.product import decoding
+from qdora.quant import kernels, tiles
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.train.optimizer import AdapterOptimizer
+from tests import reference
+from tests.adapter_numbers import arrays, make, to_numpy
 from tests.false_gpu import FalseGpu, on_false_gpu
 
 NUM_TOKENS = 8
@@ -107,6 +112,46 @@ def test_experts_with_like_counts_share_launches(gpu):
         launched = [event.operation for event in gpu.events if event.kind == "launch"]
         assert (launched.count("bmm"), launched.count("mm")) == (3 * 8, 0)
         assert gpu.lines("wait") == []
+
+
+DECODING = ["mm", "gemm_4bit", "addmm_"]
+BY_TILES = ["mm", "mm", "dequantize_4bit", "addmm_"]
+DECODED: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, DECODING),
+    ({"quant": "fp4"}, DECODING),
+    ({"kind": "lora"}, DECODING),
+    ({"tokens": 64}, DECODING),
+    ({"tokens": 65}, BY_TILES),
+    ({"keeps_scales": False}, ["mm", "mm", "dequantize_blockwise", "add_", "mul_", *BY_TILES[2:]]),
+    ({"tile_bytes": 256 * 256}, ["mm", "mm", *2 * BY_TILES[2:]]),
+    ({"has_product": False}, BY_TILES),
+    ({"grad": True}, BY_TILES),
+    ({"decodes": False}, BY_TILES),
+]
+
+
+@on_false_gpu
+def test_decoding_reads_codes_where_a_kernel_does(gpu):
+    for options, wanted in DECODED:
+        quant = f"{options.get('quant', 'nf4')} nested"
+        form = {"kind": options.get("kind", "dora"), "out": 256, "in_": 256, "rank": 16, "bias": False}
+        layer = make(quant=quant, dtype=torch.bfloat16, **form).eval()
+        x = torch.randn(options.get("tokens", 1), 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+        expected = reference.forward(to_numpy(x), **arrays(layer))
+        layer.to(gpu.device).keeps_scales = options.get("keeps_scales", True)
+        there = x.to(gpu.device)
+        tile_bytes = options.get("tile_bytes", tiles._GPU_TILE_BYTES)
+        with (
+            patch.object(tiles, "_GPU_TILE_BYTES", tile_bytes),
+            patch.object(kernels, "has_product", lambda _kind, has=options.get("has_product", True): has),
+            decoding() if options.get("decodes", True) else nullcontext(),
+            torch.set_grad_enabled(options.get("grad", False)),
+        ):
+            layer(there)
+            gpu.clear()
+            out = layer(there).detach()
+        assert [event.operation for event in gpu.events] == wanted, options
+        assert reference.relative_error(to_numpy(out.cpu()), expected) < 2**-7, options
 
 
 @on_false_gpu

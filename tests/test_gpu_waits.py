@@ -205,7 +205,7 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
 
 
 @on_false_gpu
-def test_scores_are_read_once_and_each_new_token(gpu, source):
+def test_a_batch_of_short_texts_takes_tiles_and_a_single_token_the_fused_product(gpu, source):
     model = model_on(gpu.device, source).eval()
     gpu.clear()
     with gpu.phase("evaluate"):
@@ -214,6 +214,7 @@ def test_scores_are_read_once_and_each_new_token(gpu, source):
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
     assert gpu.count("wait", "generate") >= 4  # each token is read
+    assert {event.phase for event in gpu.events if event.operation == "gemm_4bit"} == {"generate"}
 
 
 @pytest.mark.slow

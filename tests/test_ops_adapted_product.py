@@ -21,7 +21,7 @@ from qdora.adapter.dropout import dropped_slices, zeroed, zeroed_
 from qdora.adapter.product import column_dot, frozen_linear
 from qdora.quant import tiles
 from qdora.quant.packed import dequantize, quantize
-from qdora.quant.tiles import column_tiles, dense_weight, own_scales, row_tiles, spans, with_scales
+from qdora.quant.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
 from qdora.train import loss
 from qdora.train.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from tests import reference
@@ -267,6 +267,8 @@ def test_a_dense_weight_without_a_factor_is_its_own_single_tile():
         ((_, tile),) = tiles_of(weight, torch.bfloat16)
         assert tile.data_ptr() == weight.data_ptr()
     assert len(list(row_tiles(weight, torch.bfloat16, torch.ones(2049)))) > 1
+    assert not is_one_tile(weight, torch.bfloat16)
+    assert is_one_tile(weight[1:], torch.bfloat16)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "dense"])

@@ -16,10 +16,15 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from qdora.adapter import layer as layer_module
+from qdora.adapter import product as products_of_layers
 from qdora.data.sources import given_source, trained_on
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.spans import Span, score_spans
 from qdora.export.export import export_run
+from qdora.export.verify import compare_logits
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
+from qdora.quant import kernels
 from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
 from qdora.run.load_run import load_target

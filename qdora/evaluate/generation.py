@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from qdora.adapter.product import decoding
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.evaluate import spans
@@ -195,7 +196,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
     own, model.generation_config = model.generation_config, GenerationConfig()
     settings |= {"attention_mask": mask.to(device), "max_length": None, "use_cache": True, "pad_token_id": 0}
     try:
-        with scoring(model), head_input(model, lambda hidden: hidden[:, -1:]):
+        with scoring(model), decoding(), head_input(model, lambda hidden: hidden[:, -1:]):
             tokens: Tensor = model.generate(ids.to(device), **settings)
     finally:
         model.generation_config = own

@@ -126,3 +126,16 @@ def dequantize_tight(
         values = codebooks.resident_values(kind, packed).view(torch.float32)
         tight_decoder(packed.device.type)(out, packed, absmax, values, bits=bits, block_size=block_size)
     return out
+
+
+def has_product(device_type: str) -> bool:
+    """Whether `product_4bit` runs on this device type."""
+    return is_available(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+def product_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int]
+) -> Tensor:
+    """x W^T, (tokens, out) in x's dtype, which is float32, bfloat16 or float16, from the codes of W, (out, in)."""
+    out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(x, packed.view(-1, 1), list(shape), absmax, block_size, kind)
+    return out

@@ -63,6 +63,12 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
     return runs
 
 
+def is_one_tile(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether the whole weight is one tile in this dtype."""
+    budget = _CPU_TILE_BYTES if device_kind(weight.device) == "cpu" else _GPU_TILE_BYTES
+    return weight.shape[0] * weight.shape[1] * dtype.itemsize <= budget
+
+
 def _round_up(length: int, align: int) -> int:
     return -(-length // align) * align
 
