@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from qdora import __version__
 from qdora.data.chats import chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.files.atomic import atomic_file, json_text
+from qdora.files.atomic import atomic_file, json_bytes
 from qdora.files.console import OF_THIS_PROCESS
 from qdora.files.machine import package_versions
 from qdora.files.run_directory import unharmed
@@ -81,7 +81,7 @@ def _arrays(made: TokenizedSet) -> dict[str, Any]:
         "mask": np.concatenate([example.loss_mask for example in made.examples]),
         "lengths": np.array([len(example) for example in made.examples], dtype=np.int64),
         "tasks": np.array([tasks.index(example.task) for example in made.examples], dtype=np.int32),
-        "record": np.frombuffer(json_text(record, in_ascii=True).encode(), dtype=np.uint8),
+        "record": np.frombuffer(json_bytes(record), dtype=np.uint8),
     }
 
 

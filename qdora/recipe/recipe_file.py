@@ -123,7 +123,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
         recipe = Recipe.model_validate(data)
         lines = list(_faults(recipe))
     except ValidationError as error:
-        lines = fault_lines(error, data, Recipe)
+        lines = fault_lines(error, data)
     if lines:
         given = [item.partition("=")[0].strip() for item in overrides]
         placed = [("-s" if is_below(key, given) else where, key, what) for key, what in lines]

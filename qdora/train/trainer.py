@@ -229,9 +229,8 @@ class Trainer:
             try:
                 self.optimizer.step(lr)
             except (RuntimeError, MemoryError) as error:  # a part of the update may be made: it is not saved
-                newest = self.directory.newest_checkpoint()
                 text = f"step {number}: the update cannot be computed: {first_line(error)}"
-                raise RunFailure(text, safe=[newest.path] if newest else []) from error
+                raise RunFailure(text, safe=self.directory.what_is_safe()) from error
             self.bad_steps.applied(loss)
             self.step = number
             self.expert_load.step()
