@@ -62,7 +62,7 @@ def disk_failures(path: Path, fix: str = "", safe: Callable[[], Sequence[Path]] 
 
 
 def json_value(value: Any) -> Any:
-    """Strict JSON values: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers."""
+    """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers."""
     return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda scalar: scalar.item())
 
 

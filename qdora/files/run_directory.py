@@ -69,6 +69,10 @@ def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 @contextmanager
 def unharmed(name: str) -> Iterator[None]:
     """For a file that only informs: a failure to write it is a warning."""

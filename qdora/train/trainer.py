@@ -349,7 +349,7 @@ class Trainer:
         try:
             self._restore()
             return kind(text, safe=[self.save(), kept])
-        except RuntimeError as second:
+        except (RuntimeError, OSError) as second:
             return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
