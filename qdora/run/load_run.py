@@ -29,6 +29,7 @@ from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_t
 from qdora.model.store import compressed_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids
 from qdora.recipe.data_settings import DEMO_TASKS, is_path
+from qdora.recipe.options import WhichOrBase
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
@@ -198,41 +199,26 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
 
 
-def is_run(target: str) -> bool:
+def is_run(target: str | Path) -> bool:
     """Whether `target` is a run directory."""
     return (Path(target) / "recipe.yaml").is_file()
 
 
-def check_target(target: str, *, base_model: str | None, quant: str | None, verb: str) -> None:
-    """Raise UserError if a model or the base of an adapter is not found, or the adapter does not fit its base."""
-    if is_adapter(target):
-        adopted_recipe(Path(target), base_model, quant)
-    elif not is_run(target):
-        resolve(target, weights=False, setting=verb)
-
-
-def load_target(
-    target: str,
-    *,
-    step: int | None = None,
-    base_only: bool = False,
-    base_model: str | None = None,
-    quant: str | None = None,
-    verb: str,
-) -> LoadedModel:
+def load_target(target: str, which: WhichOrBase = WhichOrBase(), *, verb: str) -> LoadedModel:
     """Load a run with its adapter, an adapter on its base, or a model: a directory, a Hub id, builtin, a GGUF file.
 
-    A directory of `qdora export --format nf4-lora` gets its adapter. `base_model` and `quant` are as in
-    `adopted_recipe`; of a model in full precision `quant` holds its linear layers in nf4, fp4 or int8.
+    A directory of `qdora export --format nf4-lora` gets its adapter. Of a model in full precision `which.quant` holds
+    the linear layers in nf4, fp4 or int8.
     """
+    base_model, quant = which.base_model, which.quant
     if base_model is not None and not is_adapter(target):
         raise UserError(f"--base-model: is used only with an adapter, got {target}.")
     if is_run(target):
         if quant is not None:
             raise UserError(f"--quant: is not used with a run, whose recipe says it, got {target}.")
-        trained = load_run(Path(target), step=step, base_only=base_only)
+        trained = load_run(Path(target), step=which.step, base_only=which.base)
         return LoadedModel(trained.model, trained.tokenizer, trained.state, trained.run)
-    if step is not None or base_only:
+    if which.step is not None or which.base:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}.")
     if is_adapter(target):
         with adopted_run(Path(target), base_model, quant) as path:
