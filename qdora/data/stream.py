@@ -53,7 +53,7 @@ class ExampleStream:
     Each pass takes the shards in a new order, reads them one after the other, and gives every run of `shuffle_window`
     rows in a shuffled order. At most a window of rows is in memory, and only that is read again on resume.
 
-    `data.mix[number]` is the source. `tokenizer` is None only for `check_rows`.
+    `data.mix[number]` is the source.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -94,10 +94,6 @@ class ExampleStream:
         rows = self._tokenized(self._sample, self.first_tally)
         self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
         return rows
-
-    def check_rows(self) -> None:
-        """As `first`, without the tokenizer."""
-        self._check_bad([fault for fault in self._made(self._sample) if isinstance(fault, str)], len(self._sample))
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:
