@@ -73,7 +73,7 @@ def load_run(
     whole base on the GPU.
     """
     run = open_run(path)
-    recipe = recipe_of_run(run.recipe_file)
+    recipe = recipe_of_run(path)
     if widened:
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     compute = choose_compute(recipe.model.dtype)

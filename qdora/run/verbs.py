@@ -243,14 +243,11 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
         out = generate(model, tokens, torch.ones_like(tokens), **options)
     new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in stops
-    is_cut = not ended and most < sampling.max_new_tokens
-    if is_cut:
-        logger.warning("The answer ends after %d tokens: it fills the model's context of %d tokens.", most, context)
     return {
         "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
         "num_prompt_tokens": len(ids),
         "num_new_tokens": len(new),
-        "stopped": "end" if ended else "context" if is_cut else "length",
+        "stopped": "end" if ended else "length" if len(new) == sampling.max_new_tokens else "context",
     }
 
 
