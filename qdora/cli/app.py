@@ -64,8 +64,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     """
     name = function.__name__.rstrip("_")
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
-    kinds = {each.name: each.annotation for each in parameters if isinstance(each.annotation, type)}
-    classes = {name: kind for name, kind in kinds.items() if issubclass(kind, Options)}
+    kinds = [each for each in parameters if isinstance(each.annotation, type)]
+    classes = {each.name: each.annotation for each in kinds if issubclass(each.annotation, Options)}
     plain = [each for each in parameters if each.name not in classes]
     flags = [_flag(name, field) for options in classes.values() for name, field in options.model_fields.items()]
     shared = [_parameter("json_", False, Json), _parameter("quiet", False, Quiet), _parameter("debug", False, Debug)]
@@ -290,10 +290,9 @@ def preview(recipe: Recipe, options: options_of.PreviewOptions) -> None:
     Tokens in the loss are marked. The exit code is 1 if a run would refuse these examples.
     """
     from qdora.recipe.recipe_file import load_recipe
-    from qdora.run import preview
+    from qdora.run.preview import preview
 
-    document = preview.preview(load_recipe(recipe, options.set), recipe, options.number)
-    preview.show_preview(document)
+    document = preview(load_recipe(recipe, options.set), recipe, options.number)
     emit(document)
     if document["is_refused"]:
         raise typer.Exit(FAILURE)
@@ -357,18 +356,13 @@ def report(
 def validate(recipe: Recipe, options: Changes) -> None:
     """Check a recipe and print it with its defaults.
 
-    Settings, paths and the config of a model in a directory are checked; `qdora preview` also checks the data.
+    Settings and paths are checked; `qdora preview` also checks the data.
     """
-    from qdora.recipe.data_settings import is_path
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
     loaded = load_recipe(recipe, options.set)
     if faults := missing_files(loaded, recipe):
         raise UserError(*faults)
-    if is_path(loaded.model.source) and Path(loaded.model.source).is_dir():
-        from qdora.model.source import check_directory
-
-        check_directory(Path(loaded.model.source), weights=False)
     emit(settings(loaded), plain=resolved_yaml(loaded))
 
 

@@ -207,20 +207,14 @@ def work_lock(file: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(directory: Path) -> Iterator[OSError | None]:
-    """Let one process at a time in: one makes `directory`, and the others find it there.
-
-    Yields why it cannot be written, or None: who may only read need not wait.
-    """
+def in_turn(directory: Path) -> Iterator[None]:
+    """Let one process at a time in: one makes `directory`, and the others find it there."""
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    refusal: OSError | None = None
-    try:
+    with suppress(OSError):  # who may only read need not wait
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        refusal = error
     try:
-        yield refusal
+        yield
     finally:
         lock.release()
 

@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "num_cpus": os.cpu_count(),
         "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
         "cuda": torch.version.cuda,
