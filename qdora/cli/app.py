@@ -15,7 +15,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
-from importlib import resources
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -30,7 +29,7 @@ from qdora.files.console import END_SIGNALS, is_told_here, leave_closed_terminal
 from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
 from qdora.files.run_directory import failures_logged, open_run
 from qdora.recipe import options as options_of
-from qdora.recipe.options import AtStep, Changes, EvalOptions, ExportOptions, Options, RankSettings
+from qdora.recipe.options import Changes, EvalOptions, ExportOptions, Options, RankSettings
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
@@ -299,11 +298,11 @@ def preview(recipe: Recipe, options: options_of.PreviewOptions) -> None:
 
 
 @verb
-def rank(run: Annotated[Path, typer.Argument(help="A run directory.")], settings: RankSettings, at: AtStep) -> None:
+def rank(run: Annotated[Path, typer.Argument(help="A run directory.")], settings: RankSettings) -> None:
     """Choose a rank for each layer of a run."""
     from qdora.rank.rank import rank_run
 
-    emit(rank_run(run, settings, step=at.step))
+    emit(rank_run(run, settings, step=settings.step))
 
 
 @verb
@@ -385,18 +384,18 @@ def schema() -> None:
 @verb
 def doctor() -> None:
     """Report what this machine has, and how to fix what is missing."""
-    from qdora.run.doctor import report, report_text
+    from qdora.recipe.recipe_file import yaml_text
+    from qdora.run.doctor import report
 
     document = report()
-    emit(document, plain=report_text(document))
+    emit(document, plain=yaml_text(document))
 
 
 @verb
 def guide(topic: Annotated[str | None, typer.Argument(help="Print this guide; default: list all.")] = None) -> None:
     """List the guides, or print one."""
-    files = sorted(resources.files("qdora").joinpath("guide").iterdir(), key=lambda file: file.name)
-    texts = {file.name[:-3]: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".md")}
-    list_or_print("guides", texts, topic)
+    files = sorted(Path(qdora.__file__).with_name("guide").glob("*.md"))
+    list_or_print("guides", {file.stem: file.read_text(encoding="utf-8") for file in files}, topic)
 
 
 def list_or_print(kind: str, texts: dict[str, str], name: str | None) -> None:

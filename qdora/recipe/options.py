@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.section import Text, Whole, WholeOrZero, fault_lines, parse_size
+from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
@@ -21,13 +21,6 @@ LEAST_DRAWS = 8
 Dtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
-
-
-def _file_size(value: str) -> str:
-    # A number below 1,000 lacks its unit
-    if not value.rstrip()[-1:].isalpha() or parse_size(value) < 1000:
-        raise ValueError("must be at least 1KB and have a unit, such as 2GB")
-    return value
 
 
 def flag(name: str) -> str:
@@ -179,7 +172,7 @@ class ExportOptions(Which):
     """Weights to merge on: dequantized (the adapter was trained on them) or original."""
     requantize: bool = False
     """Quantise the merged model to 4 bits again."""
-    shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
+    shard_size: SizeText = "5GiB"
     """Largest weights file, such as 2GB."""
     push: str | None = None
     """Upload it to this repository of the Hub; a new one is private."""
@@ -284,7 +277,7 @@ class Sampling(Options):
             yield "--top-p, --top-k: have no effect at temperature 0. Fix: add --temperature 0.7, or remove them."
 
 
-class RankSettings(Options):
+class RankSettings(AtStep):
     """How `qdora rank` chooses."""
 
     method: Literal["curvature", "svd", "gates"] = "curvature"

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from qdora.recipe.data_settings import (
 from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
 from qdora.recipe.settings import Recipe
 
+_SHIPPED = Path(__file__).with_name("shipped")
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _PLAIN = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -167,13 +167,12 @@ def yaml_text(document: dict[str, Any]) -> str:
 
 
 def recipe_names() -> list[str]:
-    files = resources.files("qdora.recipe").joinpath("shipped").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in _SHIPPED.glob("*.yaml"))
 
 
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe with its comments."""
-    return resources.files("qdora.recipe").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
+    return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_file(path: Path, where: str) -> dict[str, Any]:
@@ -321,66 +320,70 @@ def _unused(recipe: Recipe) -> dict[str, str]:
     untrained, why = kind in ("none", "full"), f"adapter.kind {kind} has no adapter"
     own_validation = all(source.validation is not None or source.stream for source in data.mix)
     plain, whole = base.quant == "none", " ".join(key for key in type(adapter).model_fields if key != "kind")
-    rows: list[tuple[str, str, str, Any]] = [  # section, keys, reason, whether they have no effect
-        ("model", "revision", f"model.source {model.source} is not on the Hub", model.is_local),
-        ("model", "tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
-        ("base", "block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
-        ("base", "method", f"base.quant {base.quant} is always rounded", not base.has_blocks),
-        ("base", "clip calibration", "it is for base.method gptq", base.method == "round" or not base.has_blocks),
-        ("base", "skip", "base.quant none quantises no layer", plain and prune is None),
-        ("base", "cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
-        ("base", "streamed_blocks", "base.residency is device", base.residency == "device"),
-        ("adapter", whole, why, untrained),
-        ("adapter", f"{_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
-        ("adapter", f"{_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
-        ("adapter", "same_scaling", "all layers have one rank", not adapter.has_own_ranks),
-        ("adapter", "also_train_rows", "adapter.also_train is empty", not adapter.also_train),
-        ("data", "temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
-        ("data", "max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
-        ("data", "validation_fraction", "every source names validation data or is streamed", own_validation),
-        ("train", "lr_ratio_B lr_ratio_magnitude", why, untrained),
-        ("train", "eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
-        ("train", "max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
-        ("train", "lr_end", "train.schedule is constant", train.schedule == "constant"),
-        ("train", "lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
-        ("train", "lr_ratio_B", "adapter.kind magnitude has no lora_B", kind == "magnitude"),
-        ("eval", f"limit block method every at_start at_end {_BEST}", "eval.tasks is empty", evals.tasks == ()),
-        ("eval", "block", "eval.limit is not set, so all examples are evaluated", evals.limit is None),
-        ("eval", "best_metric patience", "eval.best_by is not set", evals.best_by is None),
-        ("eval", _BEST, "eval.every is not set, so there is nothing to choose from", evals.best_by and not evals.every),
-        ("eval", "tasks limit block method", "nothing is evaluated", evals.tasks != () and not evaluates),
-        ("interference", "every", why, untrained),
-        ("interference", "examples", "interference.every is not set", recipe.interference.every is None),
-        ("memory", "offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
+    rows: list[tuple[str, str, Any]] = [  # section and keys, reason, whether they have no effect
+        ("model revision", f"model.source {model.source} is not on the Hub", model.is_local),
+        ("model tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
+        ("base block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
+        ("base method", f"base.quant {base.quant} is always rounded", not base.has_blocks),
+        ("base clip calibration", "it is for base.method gptq", base.method == "round" or not base.has_blocks),
+        ("base skip", "base.quant none quantises no layer", plain and prune is None),
+        ("base cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
+        ("base streamed_blocks", "base.residency is device", base.residency == "device"),
+        (f"adapter {whole}", why, untrained),
+        (f"adapter {_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
+        (f"adapter {_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
+        ("adapter same_scaling", "all layers have one rank", not adapter.has_own_ranks),
+        ("adapter also_train_rows", "adapter.also_train is empty", not adapter.also_train),
+        ("data temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
+        ("data max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
+        ("data validation_fraction", "every source names validation data or is streamed", own_validation),
+        ("train lr_ratio_B lr_ratio_magnitude", why, untrained),
+        ("train eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
+        ("train max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
+        ("train lr_end", "train.schedule is constant", train.schedule == "constant"),
+        ("train lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
+        ("train lr_ratio_B", "adapter.kind magnitude has no lora_B", kind == "magnitude"),
+        (f"eval limit block method every at_start at_end {_BEST}", "eval.tasks is empty", evals.tasks == ()),
+        ("eval block", "eval.limit is not set, so all examples are evaluated", evals.limit is None),
+        ("eval best_metric patience", "eval.best_by is not set", evals.best_by is None),
+        (f"eval {_BEST}", "eval.every is not set", evals.best_by and not evals.every),
+        ("eval tasks limit block method", "nothing is evaluated", evals.tasks != () and not evaluates),
+        ("interference every", why, untrained),
+        ("interference examples", "interference.every is not set", recipe.interference.every is None),
+        ("memory offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
     ]  # fmt: skip
     if prune is not None:
         has_groups = prune.pattern != "unstructured" or prune.method == "sparsegpt"
         rows += [
-            ("base.prune", "damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
-            ("base.prune", "calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
-            ("base", "calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
-            ("base.prune", "group", f"{prune.method} with {prune.pattern} has its own", has_groups),
-            ("base.prune", "sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
+            ("base.prune damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
+            ("base.prune calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
+            ("base calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
+            ("base.prune group", f"{prune.method} with {prune.pattern} has its own", has_groups),
+            ("base.prune sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
         ]
     for index, source in enumerate(data.mix):
         where, task, own, format = f"data.mix[{index}]", source.task or "", source.source or "", source.format
         eight = task in COMMONSENSE_TASKS and format in ("auto", "commonsense170k")
         rows += [
-            (where, "limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
-            (where, "size shuffle_window", "the source is not streamed", not source.stream),
-            (where, "stream chat columns template config data_files", f"task {task} has its own place", task),
-            (where, "format", f"task {task} has its own layout", task and not eight),
-            (where, "revision", "the data comes from path", task and source.path is not None),
-            (where, "path revision", f"{task} ships inside the package", task.startswith("demo/")),
-            (where, "path", "it is for a task, and the data comes from source", own),
-            (where, "revision config data_files", "source is not on the Hub", own and is_path(own)),
-            (where, "split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
-            (where, "chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
-            (where, "format", "template makes prompt and completion", source.template is not None),
-            (where, "weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
-            (where, "loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
+            (f"{where} limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
+            (f"{where} size shuffle_window", "the source is not streamed", not source.stream),
+            (f"{where} stream chat columns template config data_files", f"task {task} has its own place", task),
+            (f"{where} format", f"task {task} has its own layout", task and not eight),
+            (f"{where} revision", "the data comes from path", task and source.path is not None),
+            (f"{where} path revision", f"{task} ships inside the package", task.startswith("demo/")),
+            (f"{where} path", "it is for a task, and the data comes from source", own),
+            (f"{where} revision config data_files", "source is not on the Hub", own and is_path(own)),
+            (f"{where} split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
+            (f"{where} chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
+            (f"{where} format", "template makes prompt and completion", source.template is not None),
+            (f"{where} weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
+            (f"{where} loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
         ]
-    return {f"{section}.{key}": why for section, keys, why, applies in rows if applies for key in keys.split()}
+    unused = {}
+    for names, why, applies in rows:
+        section, *keys = names.split()
+        unused |= {f"{section}.{key}": why for key in keys if applies}
+    return unused
 
 
 def ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:

@@ -62,7 +62,8 @@ def _size(value: str) -> str:
     return value
 
 
-Size = Literal["auto"] | Annotated[str, AfterValidator(_size)]
+SizeText = Annotated[str, AfterValidator(_size)]
+Size = Literal["auto"] | SizeText
 
 Fault = tuple[str, str]
 """(path of a key, what is wrong)."""

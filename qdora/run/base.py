@@ -192,12 +192,11 @@ def base_record(source: ModelSource) -> dict[str, Any]:
 
 def check_base(run: RunDirectory, source: ModelSource) -> None:
     """Refuse another base than that of the run. UserError with the files that differ."""
-    before = run.environment().get("base")
-    now = base_record(source)
-    if before is None or sorted(map(str, before.values())) == sorted(map(str, now.values())):
-        return
-    different = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
-    raise UserError(f"{run.path}: {source.name} is not the base that was trained on: {first_few(different)} differs.")
+    before = run.environment().get("base", {}).values()
+    different = [name for name, facts in base_record(source).items() if facts not in before]
+    if before and different:
+        what = f"{source.name} is not the base that was trained on: {first_few(different)} differs"
+        raise UserError(f"{run.path}: {what}.")
 
 
 def residency_of(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from qdora.errors import first_line
 from qdora.files.machine import available_memory_bytes, driver_version, environment, unused_gpu
 
-GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092
 _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.exit(kernel_error('cuda'))"
 
@@ -28,26 +27,6 @@ def report() -> dict[str, Any]:
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "problems": [{"problem": problem, "advice": advice} for problem, advice in problems],
     }
-
-
-def report_text(found: dict[str, Any]) -> str:
-    """A report for people: one line per subject, then the problems, with advice."""
-    gpus = [
-        f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}"
-        for gpu in found["devices"]
-    ]
-    lines = {
-        "qdora": f"{found['qdora']}, Python {found['python']}",
-        "packages": ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
-        "GPU": "; ".join(gpus) or "none that torch can use",
-        "CUDA": f"{found['cuda'] or 'none'} in torch, driver {found['driver'] or 'none'}",
-        "CPU": f"{found['cpu']}, {found['num_cpus']} cores",
-        "memory": f"{found['available_memory_bytes'] / GIB:.1f} of {found['memory_bytes'] / GIB:.1f} GiB available",
-        "disk": f"{found['free_disk_bytes'] / GIB:.1f} GiB free here",
-    }
-    advice = [f"! {each['problem']}. Fix: {each['advice']}" for each in found["problems"]]
-    texts = [*(f"{name:<10}{line}" for name, line in lines.items()), *(advice or ["no problems found"])]
-    return "\n".join(texts) + "\n"
 
 
 def kernels() -> dict[str, str | None]:

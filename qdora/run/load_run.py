@@ -36,9 +36,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.base import FOLDER, check_base, load_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
-# What --quant takes for a model in full precision, and for an adapter; -single is without double quantisation
-_QUANTS = ("nf4", "fp4", "int8")
-_ADAPTER_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")
+_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")  # -single is without double quantisation
 
 logger = logging.getLogger("qdora")
 
@@ -167,12 +165,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     source = resolve(name, revision, setting=where)
     stored, base_config, lora = stored_form(source), load_config(source), described.config
     if quant is not None:
-        if quant not in _ADAPTER_QUANTS:
-            raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
-        if stored["quant"] not in ("none", "mxfp4"):
-            raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}.")
-        kind, _, single = quant.partition("-")
-        base, known = {"quant": kind} | ({"double_quant": False} if single else {}), "--quant"
+        base, known = _asked_form(quant, stored, name), "--quant"
     elif trained_on:
         base, known = trained_on, "by qdora.json"
     elif stored["quant"] != "none":
@@ -197,6 +190,15 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     read_adapter(skeleton(base_config, source, torch.float32, "auto", torch.device("cpu")), adapter)
     public = name if name == BUILTIN else public_name(name)
     return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
+
+
+def _asked_form(quant: str, stored: dict[str, Any], name: str) -> dict[str, Any]:
+    if quant not in _QUANTS:
+        raise UserError(not_one_of("--quant", quant, _QUANTS))
+    if stored["quant"] not in ("none", "mxfp4"):
+        raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}.")
+    kind, _, single = quant.partition("-")
+    return {"quant": kind} | ({"double_quant": False} if single else {})
 
 
 def is_run(target: str | Path) -> bool:
@@ -224,16 +226,12 @@ def load_target(target: str, which: WhichOrBase = WhichOrBase(), *, verb: str) -
         with adopted_run(Path(target), base_model, quant) as path:
             trained = load_run(path)
         return LoadedModel(trained.model, trained.tokenizer, path.name)
-    if quant not in (None, *_QUANTS):
-        raise UserError(not_one_of("--quant", quant, _QUANTS))
     check_gpu()  # before a download
     source = resolve(target, setting=verb)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source, setting=verb)
     form = stored_form(source)
-    if quant is not None and form["quant"] != "none":
-        raise UserError(f"--quant: {target} is quantised already, in {form['quant']}.")
-    form = form if quant is None else {"quant": quant}
+    form = form if quant is None else _asked_form(quant, form, target)
     model = load_model(source, device=compute.device, compute_dtype=compute.dtype, **form)
     adapter = source.path / ADAPTER_DIRECTORY
     if not source.is_gguf and (adapter / CONFIG_FILE).is_file():

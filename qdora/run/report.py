@@ -91,19 +91,19 @@ def run_card(
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
-        title=run.path.resolve().name,
+        run=run,
         base=name or Path(recipe.model.source).name,
-        revision=recipe.model.revision if source is None else source.revision,
-        how=", exported" if is_adopted else "",
+        revision=source.revision if source else recipe.model.revision,
+        is_adopted=is_adopted,
         versions={"qdora": qdora.__version__, **package_versions(("torch", "transformers"))},
         form=form,
-        model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
-        has_own_code=form != "gguf" and has_code,
+        is_multimodal=is_multimodal,
+        has_own_code=has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
         data=[markdown_cell(_data(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
-        texts=[] if form == "run" else [*_licence_files(source)],
+        texts=[*_licence_files(source)],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 

@@ -237,9 +237,6 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         if resume:
             before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
-            file = run.inside(CHAT_TEMPLATE_FILE)
-            if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
-                raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
             with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
                 state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
