@@ -137,24 +137,13 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a recipe that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
-    left_out = _unused(recipe)
-
-    def plain(value: Any, key: str) -> Any:
-        if isinstance(value, tuple):
-            return [plain(item, f"{key}[{index}]") for index, item in enumerate(value)]
-        if isinstance(value, dict):
-            return {name: plain(item, key) for name, item in value.items()}
-        if not isinstance(value, Section):
-            return value
-        fields = [(name, f"{key}.{name}".lstrip("."), field) for name, field in type(value).model_fields.items()]
-        return {
-            name: plain(inner, full)
-            for name, full, field in fields
-            if full not in left_out and ((inner := getattr(value, name)) is not None or field.default is not None)
-        }
-
-    whole: dict[str, Any] = plain(recipe, "")
-    return whole
+    found = recipe.model_dump(mode="json", exclude_none=True)
+    for name in ("clip", "checkpoint_every"):  # null is not their default
+        found["train"].setdefault(name, None)
+    for key in _unused(recipe):
+        section, _, name = key.rpartition(".")
+        _inner(found, section).pop(name, None)
+    return found
 
 
 def resolved_yaml(recipe: Recipe) -> str:

@@ -114,7 +114,7 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     newest = run.newest_checkpoint()
     if newest is None:
         raise UserError(f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume.")
-    return newest.path, newest.path.name
+    return newest, newest.name
 
 
 def adapter_of(run: RunDirectory, trained: Path) -> Path:

@@ -216,14 +216,20 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
-    processes.first(lambda: run.write_json("mix.json", asdict(mix)))
-    processes.first(lambda: _log_data_checks(prepared))
     if memory is not None:
         show_plan(console, memory)
-        processes.first(lambda: run.write_json(PLAN_FILE, memory.to_dict()))
+
+    def keep() -> None:
+        run.write_json("mix.json", asdict(mix))
+        if memory is not None:
+            run.write_json(PLAN_FILE, memory.to_dict())
+        for check in _data_checks(prepared):
+            check.log()
+
+    processes.first(keep)
 
 
-def _log_data_checks(prepared: PreparedRun) -> None:
+def _data_checks(prepared: PreparedRun) -> list[Check]:
     recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
     checks = example_checks(sources, prepared.tokenizer, recipe.data)
     if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
@@ -231,8 +237,7 @@ def _log_data_checks(prepared: PreparedRun) -> None:
     if recipe.adapter.kind != "none":
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
-    for check in checks:
-        check.log()
+    return checks
 
 
 def _some(items: Sequence[Any]) -> Sequence[Any]:
