@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -38,25 +37,18 @@ class RunFailure(RuntimeError):
         super().__init__(message + (f" Safe on disk: {', '.join(self.safe)}." if safe else ""))
 
 
-class DiskFull(RunFailure): ...
-
-
 class Diverged(RunFailure): ...  # a number is not finite or a loss jumped
 
 
 class Interrupted(Exception):
     """Stopped after `step`; if not `saved`, by a second signal, the steps after `checkpoint` are lost."""
 
-    def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
-        self.step, self.checkpoint, self.saved = step, checkpoint, saved
+    def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True) -> None:
         text = f"stopped after step {step}; saved to {checkpoint}."
         if not saved:
             safe = f"Safe on disk: {checkpoint} (step {step})" if checkpoint else "no checkpoint was written yet"
             text = f"stopped at once. {safe}."
-        super().__init__(f"{text} Continue with{how}")
-
-    def with_command(self, words: Sequence[str]) -> Interrupted:
-        return Interrupted(self.step, self.checkpoint, saved=self.saved, how=f": {shlex.join(words)}")
+        super().__init__(f"{text} The same command continues, that of a training run with --resume.")
 
 
 def exit_code(error: BaseException) -> int:

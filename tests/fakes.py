@@ -33,16 +33,6 @@ from safetensors.numpy import load_file
 CDLL = ctypes.CDLL
 
 
-def driver_files(root: Path, version: str) -> Path:
-    """A root directory with a device node and the version in /proc."""
-    for folder in ("dev", "proc/driver/nvidia"):
-        (root / folder).mkdir(parents=True)
-    (root / "dev/nvidia0").touch()
-    module = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Sat Aug 19 01:15:15 UTC 2023"
-    (root / "proc/driver/nvidia/version").write_text(f"{module}\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
-    return root
-
-
 class CudaLibrary:
     """libcuda with the given attributes of each device; CUDA's errors for what it does not have."""
 

@@ -21,7 +21,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, app
+from qdora.cli import app
 from qdora.cli.app import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import machine as this_machine
@@ -36,7 +36,7 @@ from qdora.files.machine import (
     unused_gpu,
 )
 from qdora.model.build_model import choose_compute
-from qdora.recipe.recipe_file import recipe_names, resolved_yaml
+from qdora.recipe.recipe_file import recipe_names, resolved_yaml, yaml_text
 from qdora.run import doctor
 from tests import fakes, support
 
@@ -105,9 +105,8 @@ def arguments_of(verb: str, root: Path, tmp_path: Path) -> list[str]:
 def test_help_shows_the_whole_summary_of_every_verb():
     listed = invoke("--help").stdout.partition("Commands:")[2].split("\n")
     summaries = dict(line.split(maxsplit=1) for line in listed if line)
-    assert list(summaries) == list(VERBS)
+    assert set(summaries) == set(RESULTS) | UNCHECKED
     assert not [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")]
-    assert set(RESULTS) | UNCHECKED == set(VERBS)
     found = invoke("--version")
     assert (found.exit_code, found.stdout) == (0, f"qdora {qdora.__version__}\n")
 
@@ -139,7 +138,7 @@ def test_guides_and_recipes_are_printed_as_they_stand():
     listed = json.loads(invoke("guide", "--json").stdout)["guides"]
     assert {"own-data", "memory", "exports"} <= set(listed)
     for topic, title in listed.items():
-        assert " ".join(title.split()) in " ".join(invoke("guide", topic).stdout.split())
+        assert title in invoke("guide", topic).stdout
     wrong = invoke("guide", "memroy")
     assert (wrong.exit_code, "must be one of " in wrong.stderr) == (2, True)
     for name in recipe_names():
@@ -181,10 +180,10 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     [
         ("frobnicate", "frobnicate"), ("train no-such-recipe", "no-such-recipe: "),
         ("train own-data -s model.source=builtin --run-dir {tmp}", "own-data: data.mix[0].source: no such file"),
-        ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "exactly one of --prompt neither"),
-        ("generate a --prompt a --chats b.jsonl", "exactly one of --prompt both"),
-        ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --chats Fix: remove"),
-        ("study tiny", "tiny: is a recipe. --vary"), ("study tiny --seeds 2", "--seeds --vary Fix: write"),
+        ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "needs --prompt or --chats"),
+        ("generate a --prompt a --chats b.jsonl", "--chats: is not used with --prompt"),
+        ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --prompt Fix: remove"),
+        ("study tiny", "tiny: is a recipe. --vary"), ("study tiny --seeds 2", "--seeds --vary Fix: remove"),
         ("study tiny --vary base.quant", "base.quant: must"),
         ("study tiny --vary base.qunt=nf4 --dir {tmp}", "--vary (base.qunt=nf4): base.qunt: unknown 'quant'?"),
         ("study tiny --vary base.quant=none,nf5 --dir {tmp}", "--vary (base.quant=nf5): base.quant: 'none', 'nf5'."),
@@ -310,42 +309,31 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root directory of a machine with a GPU, driver 535 and a torch for CUDA 13 that sees nothing."""
-    root = fakes.driver_files(tmp_path, "535.104.05")
-    monkeypatch.setattr(this_machine, "ROOT", root)
-    monkeypatch.setenv("PATH", str(root / "bin"))
+    """A machine with a GPU, driver 535 and a torch for CUDA 13 that sees nothing: the folder of its nvidia-smi."""
+    nvidia_smi(tmp_path, "535.104.05")
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    return root
+    return tmp_path
 
 
-def nvidia_smi(root: Path, text: str, code: int = 0) -> None:
-    (root / "bin").mkdir()
-    (root / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
-    (root / "bin/nvidia-smi").chmod(0o755)
-
-
-def without_nodes(root: Path) -> None:
-    (root / "dev/nvidia0").rename(root / "dev/nvidiactl")
-    (root / "proc/driver/nvidia/version").unlink()
+def nvidia_smi(folder: Path, text: str, code: int = 0) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
 
 
 def uninitialised() -> None:
     raise RuntimeError("Error 802: system not yet initialized\nmore")
 
 
-@pytest.mark.parametrize("is_wsl2", [False, True])
-def test_an_unused_gpu_is_refused(is_wsl2, machine, monkeypatch):
+def test_an_unused_gpu_is_refused(machine, monkeypatch):
     """With torch's own reason, and the versions that must fit."""
     monkeypatch.setattr("torch.cuda.init", uninitialised)
-    if is_wsl2:
-        without_nodes(machine)
-        nvidia_smi(machine, "515.43.04")
     with pytest.raises(UserError) as error:
         choose_compute("float32")
     (line,) = error.value.faults
-    words = "Error 802: system not yet initialized", "515.43.04" if is_wsl2 else "535.104.05", torch.__version__
+    words = "Error 802: system not yet initialized", "535.104.05", torch.__version__
     assert all(word in line for word in (*words, "CUDA 13.0", "Fix: ", "CUDA_VISIBLE_DEVICES= ")), line
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -356,14 +344,13 @@ def test_a_used_gpu_and_a_machine_without_one_are_fine(machine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         assert unused_gpu() is None
-    without_nodes(machine)
-    assert unused_gpu() is None
     nvidia_smi(machine, "NVIDIA-SMI has failed", code=9)
+    assert (unused_gpu(), driver_version()) == (None, None)
+    (machine / "nvidia-smi").unlink()
     assert unused_gpu() is None
-    assert driver_version() is None
 
 
-@pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
+@pytest.mark.parametrize("verb", [verb for verb in RESULTS if verb in COMPUTING])
 def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatch):
     arguments = arguments_of(verb, root, tmp_path)
     before = [*sorted(root.rglob("*")), *sorted(tmp_path.rglob("*"))]
@@ -383,19 +370,12 @@ def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatc
 
 def test_doctor_reports_and_advises(machine):
     found = doctor.report()
-    text = doctor.report_text(found)
+    text = yaml_text(found)
     assert found["bitsandbytes"]["cpu"] is None
     assert found["memory_bytes"] > found["available_memory_bytes"] > 0
-    for words in (f"torch {torch.__version__.partition('+')[0]}", "cannot use", "13.0 in torch", "driver 535.104.05",
-                  "Fix: install a driver"):  # fmt: skip
+    for words in (f"torch: {torch.__version__.partition('+')[0]}", "cannot use", "cuda: '13.0'", "driver: 535.104.05",
+                  "advice: install a driver"):  # fmt: skip
         assert words in text
-    assert "no problems" not in text
-    gpu = {"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30}
-    problem = {"problem": "bitsandbytes does not work on cuda: no kernel", "advice": "pip install -U bitsandbytes"}
-    ill = {**found, "devices": [gpu], "cuda": "12.8", "driver": "575.1", "problems": [problem]}
-    for words in ("16.0 GiB, compute capability 7.5\n", "driver 575.1\n", "no kernel. Fix: pip install -U bitsandb"):
-        assert words in doctor.report_text(ill)
-    assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
 
 
 @pytest.mark.parametrize(

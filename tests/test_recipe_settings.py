@@ -16,7 +16,6 @@ from qdora.errors import UserError
 from qdora.recipe import recipe_file
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import (
-    json_schema,
     load_recipe,
     missing_files,
     override,
@@ -109,14 +108,12 @@ def test_yaml_that_cannot_be_read_is_one_line():
 
 def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("x: 1")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     with (tmp_path / "weights.gguf").open("wb") as file:
         file.truncate(2**21)
-    for name, words in (("quikstart", "'quickstart'?"), ("mien.yaml", "'mine.yaml'?"), (".", "directory"),
-                        ("latin.yaml", "decode"), ("weights.gguf", "too long")):  # fmt: skip
+    for name, words in (("quikstart", "'quickstart'?"), (".", "directory"),
+                        ("latin.yaml", "decode"), ("weights.gguf", "YAML")):  # fmt: skip
         check(lines_of(partial(load_recipe, name)), f"{name}: ", words)
-    check(lines_of(lambda: recipe_text("quikstart")), "quikstart: ", "'quickstart'?")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +203,7 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         ("train.epochs=1; train.steps=3", "train.steps epochs"), ("train.warmup=11", "train.warmup 10 11"),
         ("train.micro_batch_tokens=511", "train.micro_batch_tokens 512 511"),
         ("train.tokens_per_step=512; train.micro_batch_tokens=1024", "train.micro_batch_tokens 512 1024"),
-        ("train.lr_end=3e-4", "train.lr_end 0.0002 0.0003"), ("adapter.kind=full", "adapter.kind base.quant nf4"),
+        ("adapter.kind=full", "adapter.kind base.quant nf4"),
         (f"{FULL}; {HALF}", "adapter.kind base.prune"), ("adapter.kind=none", "train.steps 0 10"),
         ("adapter.init=loftq; base.quant=none", "adapter.init loftq"), ("adapter.mask=keep", "adapter.mask base.prune"),
         ("adapter.gates={}", "adapter.gates.mean_rank parameters"),
@@ -230,8 +227,6 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         ("data.mix=[{source: a/x.jsonl}, {source: b/x.jsonl}]", "data.mix[1].name (x)"),
         ("data.mix=[{source: /a.jsonl, stream: true, max_epochs: 2}]", "data.mix[0].size max_epochs"),
         ("data.mix=[{source: /a.jsonl, stream: true}, {source: /b.txt}]", "data.mix[0].size proportional"),
-        ("eval.tasks=[fcts]; data.mix=[{task: demo/howto, name: facts}]", "eval.tasks facts"),
-        ("eval.every=5; eval.best_by=mcro", "eval.best_by macro"),
         ("model.trust_remote_code=true", "model.trust_remote_code commit"),
         ("model.trust_remote_code=true; model.source=o/m; model.revision=main", "model.trust_remote_code commit"),
         *((f"train.parallel=shard; {more}", "train.parallel shard") for more in (
@@ -372,7 +367,7 @@ def test_access_tokens_are_refused_and_never_repeated():
         (line,) = faults(changed(changes))
         assert "holds an access token" in line
         assert TOKEN[:12] not in line
-    calls: list[Callable[[str], Any]] = [load_recipe, recipe_text, partial(read_yaml, where="r.yaml")]
+    calls: list[Callable[[str], Any]] = [load_recipe, partial(read_yaml, where="r.yaml")]
     refused = [faults(changed(), item) for item in (f"{TOKEN}=1", TOKEN, f"model.x=[{TOKEN}")]
     refused += [lines_of(partial(call, f"{TOKEN}: 1\n{TOKEN}: 2")) for call in calls]
     assert all(refused)
@@ -380,7 +375,7 @@ def test_access_tokens_are_refused_and_never_repeated():
 
 
 def test_every_field_is_described_in_the_schema():
-    schema = json_schema()
+    schema = Recipe.model_json_schema()
     fields = [field for each in (schema, *schema["$defs"].values()) for field in each["properties"].items()]
     assert len(fields) > 60
     assert not [name for name, content in fields if not (content.get("description") or "$ref" in content)]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export import export_run
-from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
+from qdora.recipe.options import EvalOptions, ExportOptions, GenerateOptions, Sampling, WhichOrBase
 from qdora.run.load_run import load_target
 from qdora.run.verbs import evaluate_target, generate_from
 from tests import reference, support
@@ -181,7 +181,10 @@ def test_what_is_refused(model, adapter, tmp_path, settings, options, words):
         evaluate_target(str(given), EvalOptions(tasks=["demo/facts"], **options))
     for call, fault in (
         (lambda: export_run(model, target, ExportOptions(base_model=str(model))), "--base-model: used only with an"),
-        (lambda: load_target(str(model), base_model=str(model), verb="eval"), "--base-model: .* only with an adapter"),
+        (
+            lambda: load_target(str(model), WhichOrBase(base_model=str(model)), verb="eval"),
+            "--base-model: .* only with an adapter",
+        ),
         (lambda: evaluate_target(str(adapter)), "eval: .* has no data"),
     ):
         with pytest.raises(UserError, match=fault):
@@ -211,14 +214,14 @@ def test_eval_and_generate(model, adapter, tmp_path):
     shown = CliRunner().invoke(app, command)
     found = json.loads(shown.stdout)["perplexity"]
     assert f"taken as trained on {model}" in shown.stderr
-    loaded = load_target(str(moved), base_model=str(model), verb="eval")
+    loaded = load_target(str(moved), WhichOrBase(base_model=str(model)), verb="eval")
     ids = loaded.tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
     theirs = peft.PeftModel.from_pretrained(bnb_base(model, **ADAPTERS["dora"]["settings"]), str(adapter)).eval()
     with torch.no_grad():
         nll = float(theirs(input_ids=ids, labels=ids).loss)
         answer = theirs.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
     assert np.log(found["perplexity"]) == pytest.approx(nll, abs=1e-4)
-    sampling = Sampling(max_new_tokens=5)
-    said = generate_from(str(moved), text.read_text(), sampling, raw=True, base_model=str(model))
+    options = GenerateOptions(prompt=text.read_text(), raw=True, base_model=str(model))
+    said = generate_from(str(moved), options, Sampling(max_new_tokens=5))
     assert said["text"] == loaded.tokenizer.decode(answer, skip_special_tokens=True)
     assert content(moved) == before

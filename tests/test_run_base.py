@@ -23,15 +23,15 @@ from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids, trained_matrices
 from qdora.plan import plan as parts
-from qdora.plan.fit import divided_recipe, plan
-from qdora.recipe.options import EvalOptions, ExportOptions, Sampling
+from qdora.plan.fit import plan
+from qdora.recipe.options import EvalOptions, ExportOptions, GenerateOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run import base as calibration
-from qdora.run.base import FILE, keep_residency, load_base, residency_here
+from qdora.run.base import load_base, residency_here, residency_of
 from qdora.run.load_run import load_run
-from qdora.run.run import resumed_recipe, train_run
+from qdora.run.run import train_run
 from qdora.run.verbs import evaluate_target, generate_from
 from tests import support
 from tests.support import assert_same_run
@@ -98,7 +98,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision):
     before = nll(run)
     move_main(hub, NEW)
     assert nll(run) == before
-    again = resumed_recipe(run, ["train.steps=3"])
+    again = load_recipe(run / "recipe.yaml", ["train.steps=3"])
     # With no revision as a study resumes its cells, which have none
     train_run(override(recipe, ["train.steps=3"]) if revision is None else again, run, resume=True, console=QUIET)
     assert kept() == OLD
@@ -153,7 +153,9 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     assert all(0.1 < layer["relative_error"] < 1 for layer in record["layers"].values())
     adapter = json.loads((pruned / "adapter/qdora.json").read_text())
     assert adapter["base"]["quant"]["prune"]["method"] == "wanda"
-    assert "Pruned 14 layers by wanda: 50.00 %" in (pruned / "log.txt").read_text()
+    assert (
+        "Compressed 14 layers to nf4, blocks of 64, scales quantised, too; 50.00 %" in (pruned / "log.txt").read_text()
+    )
     stored = {}
     for file in (pruned / "base").glob("*.safetensors"):
         stored |= load_file(file)
@@ -219,16 +221,6 @@ def test_calibration_takes_pieces_of_the_text(root, tmp_path):
 
 
 def test_runs_that_share_a_base_compress_it_once(root, pruned):
-    made: list[str] = []
-
-    def shared(key: str, make: Any) -> Path:
-        path = root / "shared" / key
-        if not path.is_dir():
-            path.mkdir(parents=True)
-            made.append(key)
-            make(path)
-        return path
-
     arms = {
         "dora": pruned_recipe(root),
         "lora": pruned_recipe(root, adapter__kind="lora"),
@@ -236,8 +228,9 @@ def test_runs_that_share_a_base_compress_it_once(root, pruned):
         "other text": pruned_recipe(root, {**PRUNE, "calibration": {"sequences": 4, "length": 40}}),
     }
     for name, each in arms.items():
-        train_run(each, root / name, shared_bases=shared, console=QUIET)
-    assert len(made) == 3
+        shared = with_settings(each, base={"cache": str(root / "shared")})  # as a study does
+        train_run(shared, root / name, console=QUIET)
+    assert len(list((root / "shared").glob("[!.]*"))) == 3
     files = {name: root / name / "base/model-00000.safetensors" for name in arms}
     assert [files["dora"].samefile(files[name]) for name in ("lora", "denser", "other text")] == [True, False, False]
     assert_same_run(root / "dora", pruned, step=3)
@@ -291,16 +284,19 @@ def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, t
         load_run(run)
 
 
-def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
+# --- streamed
+
+
+def test_the_residency_of_the_last_start_is_that_of_later_commands(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1"])
-    divided = divided_recipe(chosen)
-    keep_residency(run, given, given)
-    assert not (tmp_path / FILE).exists()
-    # The whole of a divided base may not fit on the one device of a later command
-    for first, second, expected in ((given, chosen, chosen), (given, given, given), (chosen, divided, chosen)):
-        keep_residency(run, first, second)
-        assert residency_here(run, first, gpu) == expected
+    assert residency_here(run, chosen, gpu) == chosen
+    run.write_json("environment.json", {"residency": residency_of(chosen)})
+    assert residency_here(run, given, gpu) == chosen
+    run.write_json(
+        "environment.json", {"residency": residency_of(chosen), "resumed": [{"residency": residency_of(given)}]}
+    )
+    assert residency_here(run, chosen, gpu) == given
     assert residency_here(run, chosen, gpu, differentiated=True).base.residency == "device"
     with caplog.at_level(logging.INFO, logger="qdora"):
         assert residency_here(run, chosen, torch.device("cpu")).base.residency == "device"
@@ -354,7 +350,8 @@ def test_new_rows_move_and_all_others_stay_bit_for_bit(root, rows_run):
     config = json.loads((rows_run / "adapter/adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {"model.embed_tokens": ids}
     assert "| also trained | embed_tokens, lm_head (rows of the new tokens) |" in (rows_run / "README.md").read_text()
-    answer = generate_from(str(rows_run), "<sum>1 + 1 =", Sampling(max_new_tokens=2), raw=True)
+    options = GenerateOptions(prompt="<sum>1 + 1 =", raw=True)
+    answer = generate_from(str(rows_run), options, Sampling(max_new_tokens=2))
     assert answer["num_new_tokens"] == 2
     bare = load_run(rows_run, base_only=True)  # the base of a run has rows for its tokens
     assert not trained_matrices(bare.model)

@@ -164,12 +164,9 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--jobs", "2", "--dry-run"], ["--jobs: is not used with --dry-run"]),
-        (["--cluster", "local"], ["are used only with --jobs"]),
-        (
-            ["--jobs", "1", "--job-option", "timeout_min"],
-            ["--job-option (key=value): must be a table of settings, got 'timeout_min'"],
-        ),
+        (["--jobs", "2", "--dry-run"], ["--dry-run: is not used with --jobs"]),
+        (["--cluster", "local"], ["--cluster: is used only with --jobs"]),
+        (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
     ],
 )
 def test_a_fault_names_its_own_option(

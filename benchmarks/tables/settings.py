@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from qdora.recipe.recipe_file import json_schema
+from qdora.recipe.settings import Recipe
 
 _HEAD = """# Settings
 
@@ -27,7 +27,7 @@ qdora schema > recipe.json  # the same as this guide, for an editor
 
 def settings() -> str:
     """The whole guide."""
-    schema = json_schema()
+    schema = Recipe.model_json_schema()
     top = "\n".join(_entry(name, field) for name, field in schema["properties"].items() if not _section(field))
     parts = [_HEAD, *_sections(schema, "", schema), f"## Outside the sections\n\n{top}"]
     return "\n\n".join(parts) + "\n"

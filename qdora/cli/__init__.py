@@ -1,5 +1,5 @@
 """The command line."""
 
-from qdora.cli.app import VERBS, app, main
+from qdora.cli.app import app, main
 
-__all__ = ["VERBS", "app", "main"]
+__all__ = ["app", "main"]

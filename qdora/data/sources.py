@@ -226,18 +226,6 @@ def read_data(
     return train, validation
 
 
-def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
-    """Check the files and the first rows of some sources, without a tokenizer."""
-    for index, source in enumerate(data.mix):
-        if source.label not in names:
-            continue
-        with _of_source(index):
-            if source.stream:
-                ExampleStream(open_shards(source), data, index, None).check_rows()
-            for part in train_and_validation(source, data):
-                list(part[:FIRST_ROWS] if part is not None else ())
-
-
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
     """The examples of a run's sources (None: all) in one split: train and validation as in training, or test."""
     sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}

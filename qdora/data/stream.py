@@ -53,7 +53,7 @@ class ExampleStream:
     Each pass takes the shards in a new order, reads them one after the other, and gives every run of `shuffle_window`
     rows in a shuffled order. At most a window of rows is in memory, and only that is read again on resume.
 
-    `data.mix[number]` is the source. `tokenizer` is None only for `check_rows`.
+    `data.mix[number]` is the source.
     """
 
     def __init__(self, shards: Rows, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -93,11 +93,6 @@ class ExampleStream:
         rows = self._tokenized(self._sample, self.first_tally)
         self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)])
         return rows
-
-    def check_rows(self) -> None:
-        """Refuse the first rows as `first_rows` does, without the tokenizer."""
-        made = [(place, made_from(row, self._make, place)) for place, row in self._sample]
-        self._check_bad([f"{place}: {fault}" for place, fault in made if isinstance(fault, RowFault)])
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:

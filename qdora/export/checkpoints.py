@@ -45,7 +45,7 @@ from qdora.model.load import layers_to_quantize, load_config, quantization_of, s
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
 from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import block_scales, quantize
+from qdora.quant.packed import PackedWeight, block_scales, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe

@@ -136,7 +136,7 @@ def export_run(
 
 
 def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
-    kind = load_config(find_source(recipe_of_run(open_run(run).recipe_file), weights=False)).model_type
+    kind = load_config(find_source(recipe_of_run(run), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
     verify = verify_requantized if options.requantize else verify_merged
@@ -172,7 +172,7 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
 
 def _base(path: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     run = open_run(path)
-    recipe = recipe_of_run(run.recipe_file)
+    recipe = recipe_of_run(path)
     base, source = recipe.base, find_source(recipe, weights=False)
     check_loadable(recipe, source)
     config, file = load_config(source), run.inside(FOLDER, "compressed.json")

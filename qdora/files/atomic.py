@@ -9,19 +9,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic_core import to_jsonable_python
 
-from qdora.errors import DiskFull, RunFailure, UserError
+from qdora.errors import RunFailure, UserError
 
 READ_ONLY = os.strerror(errno.EROFS)
 DISK_FULL = "the disk is full"
@@ -35,56 +35,44 @@ def masked(text: str) -> str:
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed; None for another error. Rust and C++ libraries raise their own for a full disk."""
-    if isinstance(error, OSError):
-        return DISK_FULL if error.errno in _FULL else masked(str(error))
-    if any(os.strerror(number) in str(error) for number in _FULL):
+    """Why a write failed; None for another error. Rust and C++ libraries raise their own, with the system's words."""
+    text = str(error)
+    if any(os.strerror(number) in text for number in _FULL):
         return DISK_FULL
-    return READ_ONLY if READ_ONLY in str(error) else None
+    return READ_ONLY if READ_ONLY in text else text if isinstance(error, OSError) else None
 
 
 @contextmanager
-def disk_failures(path: Path, fix: str = "") -> Iterator[None]:
-    """DiskFull with `path`; with a `fix`, for a place that the user chose, any other OSError is a UserError."""
+def disk_failures(path: Path, fix: str = "", safe: Callable[[], Sequence[Path]] = tuple) -> Iterator[None]:
+    """RunFailure with `path` if the disk is full or read-only, and with what is `safe` on it.
+
+    With a `fix`, for a place that the user chose, any OSError but a full disk is a UserError.
+    """
     try:
         yield
     except (UserError, RunFailure):
         raise
     except Exception as error:
-        reason = disk_reason(error) or ""
-        if reason == DISK_FULL:
-            raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
-        if isinstance(error, OSError) and fix:
+        reason = disk_reason(error)
+        if isinstance(error, OSError) and fix and reason != DISK_FULL:
             raise UserError(f"{path}: cannot be written: {error.strerror}. Fix: {fix}.") from None
-        if READ_ONLY in reason:
-            raise RunFailure(f"{path}: cannot be written: {READ_ONLY}.") from error
+        if reason in (DISK_FULL, READ_ONLY):
+            raise RunFailure(f"{path}: cannot be written: {reason}.", safe()) from error
         raise
 
 
-def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
+def json_value(value: Any) -> Any:
     """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers."""
-    return json.dumps(_json_value(value), indent=indent, ensure_ascii=in_ascii, allow_nan=False)
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda scalar: scalar.item())
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
     """`json_text` as UTF-8 with a line end; half a surrogate pair becomes its escape."""
     return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _json_value(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
-        return _json_value(value.item())
-    raise TypeError(f"JSON cannot express {type(value).__name__}: {value!r}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -219,20 +207,14 @@ def work_lock(file: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(directory: Path) -> Iterator[OSError | None]:
-    """Let one process at a time in: one makes `directory`, and the others find it there.
-
-    Yields why it cannot be written, or None: who may only read need not wait.
-    """
+def in_turn(directory: Path) -> Iterator[None]:
+    """Let one process at a time in: one makes `directory`, and the others find it there."""
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    refusal: OSError | None = None
-    try:
+    with suppress(OSError):  # who may only read need not wait
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        refusal = error
     try:
-        yield refusal
+        yield
     finally:
         lock.release()
 

@@ -16,9 +16,8 @@ from qdora import __version__
 from qdora.errors import UserError, first_line
 from qdora.files.atomic import masked
 
-ROOT = Path("/")
 # CUdevice_attribute in cuda.h
-CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
+CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 89, 102
 # Packages whose version can change a run's numbers.
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy", "pandas", "pyarrow"),
@@ -41,7 +40,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "num_cpus": os.cpu_count(),
         "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
         "cuda": torch.version.cuda,
@@ -134,11 +133,6 @@ def device_attribute(number: int, device: int = 0) -> int | None:
 
 
 def driver_version() -> str | None:
-    found = re.search(r"\b\d{3}\.\d[.\d]*", _system_text(str(ROOT / "proc/driver/nvidia/version")))
-    return found[0] if found else _version_by_smi()
-
-
-def _version_by_smi() -> str | None:
     with suppress(OSError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -158,14 +152,14 @@ def unused_gpu() -> tuple[str, str] | None:
 
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    if not any(ROOT.glob("dev/nvidia[0-9]*")) and _version_by_smi() is None:  # WSL2 has no device nodes
+    if (driver := driver_version()) is None:
         return None
     why = "no reason given"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # an old driver, no permission, a build without CUDA
         why = first_line(error).rstrip(".")
-    versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver_version()}"
+    versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver}"
     fix = "install a driver and a torch that fit, or put CUDA_VISIBLE_DEVICES= before qdora to use the CPU"
     return f"torch cannot use the NVIDIA GPU: {why} ({versions})", fix
 

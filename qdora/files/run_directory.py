@@ -15,24 +15,23 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
+from qdora.errors import Interrupted, RunFailure, UserError, first_line, named, not_there
 from qdora.files.atomic import (
-    DISK_FULL,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
     disk_failures,
-    disk_reason,
     is_leftover,
     json_bytes,
+    json_value,
     masked,
     read_json_object,
     remove_directory,
@@ -70,9 +69,8 @@ def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
 
 
-class Checkpoint(NamedTuple):
-    step: int
-    path: Path
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -81,8 +79,8 @@ def unharmed(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with suppress(RunFailure):  # a full disk does not take the warning
-            logger.warning("%s was not written: %s: %s", name, type(error).__name__, error)
+        with suppress(OSError):  # a full disk does not take the warning
+            logger.warning("%s was not written: %s", name, named(error))
 
 
 class RunDirectory:
@@ -119,14 +117,12 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         """Write strict JSON, such as eval/step-0.json."""
         path = self.inside(name)
-        with self._disk_failures(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(path, value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, value)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, before the checkpoint of its step; readers skip one that was cut off."""
-        with self._disk_failures(self.metrics_file.name):
-            _append(self.metrics_file, json_bytes(values))
+        _append(self.metrics_file, json_bytes(values))
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote; empty without the file."""
@@ -166,76 +162,59 @@ class RunDirectory:
             for line, values in _metrics_lines(self.metrics_file)
             if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
         )
-        with self._disk_failures(self.metrics_file.name):
-            atomic_write_bytes(self.metrics_file, content)
+        atomic_write_bytes(self.metrics_file, content)
 
     def log(self, text: str) -> None:
         """Add a line to log.txt: UTC time and `text`, without access tokens."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
-        with self._disk_failures(self.log_file.name):
-            _append(self.log_file, line.encode("utf-8", "backslashreplace"))
+        _append(self.log_file, line.encode("utf-8", "backslashreplace"))
 
     @contextmanager
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
         """A directory to fill, which becomes the checkpoint of `step` when the block ends."""
-        what = f"the checkpoint of step {step}"
-        with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
+        with atomic_directory(self.checkpoint_path(step)) as path:
             yield path
             write_complete(path, step)
 
-    @contextmanager
-    def result_directory(self, *parts: str) -> Iterator[Path]:
+    def result_directory(self, *parts: str) -> AbstractContextManager[Path]:
         """A directory to fill, which gets its name below the run when the block ends."""
-        with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
-            yield path
+        return atomic_directory(self.inside(*parts))
 
     def checkpoint_steps(self) -> list[int]:
         """Ascending, whole or not."""
-        return [checkpoint.step for checkpoint in reversed(self._by_step())]
+        folders = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted(int(step) for step in folders if step.isdecimal())
 
-    def newest_checkpoint(self) -> Checkpoint | None:
+    def newest_checkpoint(self) -> Path | None:
         """The whole checkpoint of the largest step, None if there is none; RunFailure if all are damaged."""
         damaged: list[str] = []
-        for checkpoint in self._by_step():
-            if (fault := checkpoint_fault(checkpoint.path)) is not None:
-                damaged.append(f"{checkpoint.path.name}: {fault}")
+        for path in self._newest_first():
+            if (fault := checkpoint_fault(path)) is not None:
+                damaged.append(f"{path.name}: {fault}")
                 continue
             for line in damaged:
-                logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, checkpoint.path)
-            return checkpoint
+                logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, path)
+            return path
         if damaged:
             raise RunFailure(f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)}).")
         return None
 
+    def what_is_safe(self) -> list[Path]:
+        """The newest whole checkpoint, if there is one."""
+        return [path for path in self._newest_first() if checkpoint_fault(path) is None][:1]
+
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
         """Keep the newest `keep` whole checkpoints and the steps they need; returns how many are removed."""
-        checkpoints = self._by_step()
-        whole = [checkpoint for checkpoint in checkpoints if checkpoint_fault(checkpoint.path, sums=False) is None]
-        needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
-        kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
+        whole = [path for path in self._newest_first() if checkpoint_fault(path, sums=False) is None]
+        kept = {path.name for path in whole[:keep]} | {f"step-{needs(path)}" for path in whole[:keep]}
         # If none is whole, the damaged ones stay for inspection.
-        removed = [checkpoint.path for checkpoint in checkpoints if checkpoint not in kept] if whole else []
+        removed = [path for path in self._newest_first() if whole and not (path in whole and path.name in kept)]
         for path in removed:
             remove_directory(path)
         return len(removed)
 
-    def _by_step(self) -> list[Checkpoint]:
-        paths = [path for path in self.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-        checkpoints = [Checkpoint(int(path.name[5:]), path) for path in paths]
-        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
-
-    @contextmanager
-    def _disk_failures(self, what: str) -> Iterator[None]:
-        """A failed write is a RunFailure that names the newest whole checkpoint."""
-        try:
-            yield
-        except BaseException as error:
-            reason = disk_reason(error)
-            if reason is None:
-                raise
-            whole = [each.path for each in self._by_step() if checkpoint_fault(each.path) is None]
-            kind = DiskFull if reason == DISK_FULL else RunFailure
-            raise kind(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
+    def _newest_first(self) -> list[Path]:
+        return [self.checkpoint_path(step) for step in reversed(self.checkpoint_steps())]
 
 
 @contextmanager
@@ -276,10 +255,8 @@ def _clear(path: Path) -> None:
 
 def chat_date_of(path: Path) -> str:
     """The day on which chats of a run are rendered, YYYY-MM-DD: of its first start, or today."""
-    try:
-        return date.fromisoformat(read_json_object(RunDirectory(path).environment_file)["chat_date"]).isoformat()
-    except (ValueError, KeyError, TypeError):  # UserError is a ValueError
-        return date.today().isoformat()
+    record = RunDirectory(path).read_json("environment.json")
+    return str(record.get("chat_date") or date.today().isoformat())
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
@@ -305,8 +282,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     _clear(path)
     if run.recipe_file.read_text(encoding="utf-8") != recipe:
         atomic_write_text(run.recipe_file, recipe)
-    current: dict[str, Any] = json.loads(json_bytes(environment))
-    different = {key: value for key, value in current.items() if last.get(key) != value}
+    different = {key: value for key, value in json_value(environment).items() if last.get(key) != value}
     if different:
         record["resumed"] = [*record.get("resumed", []), different]
         atomic_write_json(run.environment_file, record)
@@ -402,7 +378,7 @@ def failures_logged(path: Path, verb: str) -> Iterator[None]:
         run = RunDirectory(path)
         if run.recipe_file.is_file():
             kind = "" if isinstance(error, RunFailure) else f"{type(error).__name__}: "
-            with suppress(OSError, RunFailure):  # a full disk must not hide the failure
+            with suppress(OSError):  # a full disk must not hide the failure
                 _append(run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace"))
                 run.log(f"{FAILURE_MARK} {verb}: {kind}{first_line(error)}")
         raise

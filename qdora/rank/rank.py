@@ -44,7 +44,7 @@ def rank_run(
     progress, results = consoles(console)
     keep_freed_memory()
     run = open_run(path)
-    recipe = recipe_of_run(run.recipe_file)
+    recipe = recipe_of_run(path)
     if faults := rank_faults(path, recipe, asked):
         raise UserError(*faults)
     if asked.method == "gates":

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, Strict, model_validator
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from qdora.files.machine import user_path
 from qdora.recipe.section import Flag, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
@@ -77,13 +77,13 @@ def _jinja(value: str) -> str:
     return value
 
 
-Template = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_jinja)]
+Template = Annotated[StrictStr, Field(min_length=1), AfterValidator(_jinja)]
 
 
 class TemplateConfig(Section):
     """Prompt and completion of any row: Jinja templates over the columns; null gives no text."""
 
-    prompt: Annotated[str, Strict(), AfterValidator(_jinja)]
+    prompt: Annotated[StrictStr, AfterValidator(_jinja)]
     """Template of the prompt; it may be empty: '' makes plain text, all of which is learnt."""
     completion: Template
     """Template of the completion, which is learnt. It follows the prompt as it stands, with its own leading space."""
@@ -162,7 +162,7 @@ class DataConfig(Section):
     """Share of each source: by its size, equal, by size^(1 / temperature), or its weight."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
-    max_length: Annotated[int, Strict(), Field(ge=2)] = 512
+    max_length: Annotated[StrictInt, Field(ge=2)] = 512
     """Most tokens of an example."""
     too_long: TooLong = "error"
     """What to do with a longer training example. error: the run does not start. truncate: cut the start of the prompt,

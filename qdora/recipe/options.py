@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdora.errors import UserError
-from qdora.recipe.section import Text, Whole, WholeOrZero, fault_lines, parse_size
+from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
@@ -23,11 +23,8 @@ Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", 
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
 
 
-def _file_size(value: str) -> str:
-    # A number below 1,000 lacks its unit
-    if not value.rstrip()[-1:].isalpha() or parse_size(value) < 1000:
-        raise ValueError("must be at least 1KB and have a unit, such as 2GB")
-    return value
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class Options(BaseModel):
@@ -35,14 +32,15 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     used_with: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    """(options, another option, its values with which they have an effect)."""
+    """(options, another option, its values with which they have an effect; "": any that is given)."""
+    not_with: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(options, another option that excludes them)."""
 
     def __init__(self, **given: Any) -> None:
         try:
             super().__init__(**given)
         except ValidationError as error:
-            lines = fault_lines(error, given, type(self))
-            raise UserError(*(f"--{key.replace('_', '-')}: {what}" for key, what in lines)) from None
+            raise UserError(*(f"{flag(key)}: {what}" for key, what in fault_lines(error, given))) from None
         if faults := list(self.faults()):
             raise UserError(*faults)
 
@@ -51,11 +49,91 @@ class Options(BaseModel):
 
     def faults(self) -> Iterator[str]:
         for names, other, values in self.used_with:
-            value, allowed = getattr(self, other), values.split()
-            for name in names.split() if value not in allowed else ():
-                if self.has(name):
-                    flag = f"--{name.replace('_', '-')}"
-                    yield f"{flag}: is used only with --{other} {' or '.join(allowed)}, got {value}. Fix: remove it."
+            if not (getattr(self, other) in values.split() if values else self.has(other)):
+                what = f"is used only with {flag(other)} {values.replace(' ', ' or ')}".rstrip()
+                yield from (f"{flag(name)}: {what}. Fix: remove it." for name in names.split() if self.has(name))
+        for names, other in self.not_with:
+            both = [name for name in names.split() if self.has(name) and self.has(other)]
+            yield from (f"{flag(name)}: is not used with {flag(other)}. Fix: remove one of them." for name in both)
+
+
+class Changes(Options):
+    """Changes of a recipe."""
+
+    set: tuple[str, ...] = ()
+    """KEY=VALUE: change one setting; repeatable."""
+
+
+class TrainOptions(Changes):
+    """How `qdora train` runs a recipe."""
+
+    run_dir: Path | None = None
+    """Directory of the run; default: runs/<recipe>."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint."""
+    force: bool = False
+    """Start even if the plan exceeds memory.budget."""
+
+
+class PlanOptions(Changes):
+    """What `qdora plan` plans for."""
+
+    budget: str | None = None
+    """Memory that the run may use, such as 40GiB; default: memory.budget."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cuda or cpu; this machine need not have it."""
+    processes: Whole = 1
+    """Cards of the run, one process each; two or more need buffers of NCCL."""
+    hosts: Whole = 1
+    """Machines, which have equally many of these cards."""
+
+    def faults(self) -> Iterator[str]:
+        if self.processes % self.hosts:
+            yield f"--hosts: got {self.hosts}, must divide --processes ({self.processes})."
+
+
+class PreviewOptions(Changes):
+    """What `qdora preview` shows."""
+
+    number: WholeOrZero = 3
+    """Examples of each source to show."""
+
+
+class QuantizeOptions(Changes):
+    """How `qdora quantize` quantises."""
+
+    quant: str = "nf4"
+    """Format of the linear layers: nf4, fp4 or int8."""
+    method: str = "round"
+    """round: to the nearest value, as bitsandbytes does; gptq: with compensated errors."""
+    calibration: str | None = None
+    """Text file on which gptq measures the layers."""
+
+
+class StudyOptions(Changes):
+    """What `qdora study` runs, and where."""
+
+    dir: Path | None = None
+    """Directory of the study; default: runs/studies/<name>."""
+    vary: tuple[str, ...] = ()
+    """KEY=A,B: compare these values of a setting; the first is the reference. Repeatable."""
+    seeds: Whole | None = None
+    """With --vary: number of seeds; default: 3."""
+    rates: str | None = None
+    """A,B,C: with --vary: learning rates to search."""
+    retry_failed: bool = False
+    """Run cells again that have used up their tries."""
+    dry_run: bool = False
+    """Check every cell, and print what would run and how long it takes."""
+    jobs: Whole | None = None
+    """Submit this many processes and end."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """Where --jobs run: slurm or local."""
+    job_option: tuple[str, ...] = ()
+    """KEY=VALUE: with --jobs: an option of submitit, such as timeout_min=600. Repeatable."""
+
+    used_with: ClassVar = (("set seeds rates", "vary", ""), ("cluster job_option", "jobs", ""))
+    not_with: ClassVar = (("retry_failed dry_run", "jobs"),)
 
 
 class AtStep(Options):
@@ -80,6 +158,8 @@ class WhichOrBase(Which):
     base: bool = False
     """Use the base of the run without its adapter."""
 
+    not_with: ClassVar = (("step", "base"),)
+
 
 class ExportOptions(Which):
     """What `qdora export` writes."""
@@ -92,7 +172,7 @@ class ExportOptions(Which):
     """Weights to merge on: dequantized (the adapter was trained on them) or original."""
     requantize: bool = False
     """Quantise the merged model to 4 bits again."""
-    shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
+    shard_size: SizeText = "5GiB"
     """Largest weights file, such as 2GB."""
     push: str | None = None
     """Upload it to this repository of the Hub; a new one is private."""
@@ -109,12 +189,11 @@ class ExportOptions(Which):
         ("dtype shard_size", "format", "merged nf4-lora base"),
         ("gguf_type llama_cpp", "format", "gguf"),
         ("requantize", "base", "dequantized"),
+        ("public", "push", ""),
     )
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.public and self.push is None:
-            yield "--public: has no effect without --push. Fix: add --push, or remove --public."
         if self.push is not None:
             from huggingface_hub.errors import HFValidationError
             from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -155,6 +234,29 @@ class EvalOptions(WhichOrBase):
     harness_include: Path | None = None
     """Folder of further harness tasks in YAML. They may run code."""
 
+    used_with: ClassVar = (("harness_include", "harness", ""),)
+
+
+class GenerateOptions(WhichOrBase):
+    """What `qdora generate` answers."""
+
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    """The user's text; - reads it from standard input."""
+    chats: str | None = None
+    """In place of --prompt: a data file of format messages or sharegpt."""
+    system: str | None = None
+    """System message, for models with a chat template."""
+    raw: bool = False
+    """Use the prompt as it is, without a chat template."""
+
+    used_with: ClassVar = (("system raw", "prompt", ""),)
+    not_with: ClassVar = (*WhichOrBase.not_with, ("chats", "prompt"), ("system", "raw"))
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.prompt is None and self.chats is None:
+            yield "generate: needs --prompt or --chats."
+
 
 class Sampling(Options):
     """How `qdora generate` chooses the next token."""
@@ -175,7 +277,7 @@ class Sampling(Options):
             yield "--top-p, --top-k: have no effect at temperature 0. Fix: add --temperature 0.7, or remove them."
 
 
-class RankSettings(Options):
+class RankSettings(AtStep):
     """How `qdora rank` chooses."""
 
     method: Literal["curvature", "svd", "gates"] = "curvature"
@@ -204,15 +306,13 @@ class RankSettings(Options):
     used_with: ClassVar = (
         ("budget threshold max_rank layers", "method", "curvature svd"),
         ("examples micro_batch_tokens draws eigenvalues curvature norm", "method", "curvature"),
+        ("curvature", "eigenvalues", ""),
     )
+    not_with: ClassVar = (("threshold", "budget"),)
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.has("curvature") and not self.eigenvalues:
-            yield "--curvature: is used only with --eigenvalues. Fix: add --eigenvalues 20."
         if 0 < self.draws < LEAST_DRAWS:
             yield f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}."
-        if self.budget is not None and self.threshold is not None:
-            yield "--threshold: is not used with --budget. Fix: remove one of them."
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
             yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd (or --threshold)."

@@ -12,8 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from importlib import resources
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 from qdora.errors import UserError, nearest
 from qdora.files.atomic import masked
 from qdora.files.machine import user_path
-from qdora.files.run_directory import flat, is_below
+from qdora.files.run_directory import flat, is_below, open_run
 from qdora.recipe.data_settings import (
     CHAT_FORMATS,
     COMMONSENSE_TASKS,
@@ -35,8 +34,9 @@ from qdora.recipe.data_settings import (
     names_files,
 )
 from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
-from qdora.recipe.settings import MACRO, Recipe
+from qdora.recipe.settings import Recipe
 
+_SHIPPED = Path(__file__).with_name("shipped")
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _PLAIN = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -82,11 +82,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     return recipe_from(with_overrides(data, overrides, logging.INFO), where, overrides)
 
 
-def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
-    """The recipe.yaml of a run, read as by `load_recipe`, whose paths in these sections still exist."""
-    recipe, starts = load_recipe(file, overrides), tuple(f"{file}: {section}." for section in sections)
-    moved = [fault for fault in missing_files(recipe, str(file)) if fault.startswith(starts)]
-    if moved:
+def recipe_of_run(path: Path) -> Recipe:
+    """The recipe of a run, whose model is still where it was."""
+    file = open_run(path).recipe_file
+    recipe, start = load_recipe(file), f"{file}: model."
+    if moved := [fault for fault in missing_files(recipe, str(file)) if fault.startswith(start)]:
         raise UserError(*(f"{fault} Fix: if it was moved, write its new path into {file}." for fault in moved))
     return recipe
 
@@ -98,8 +98,7 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
         return read_yaml(recipe_text(name), name), name
     path, where = user_path(name), masked(name)
     if not os.path.exists(path):
-        close = nearest(where, [*names, *map(str, path.parent.glob("*.y*ml"))])
-        raise UserError(f"{where}: must be a YAML file, or one of {', '.join(names)}.{close}")
+        raise UserError(f"{where}: must be a YAML file, or one of {', '.join(names)}.{nearest(where, names)}")
     data = read_file(path, where)
     _make_absolute_(data, Path(os.path.abspath(path)).parent)
     return data, where
@@ -123,7 +122,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
         recipe = Recipe.model_validate(data)
         lines = list(_faults(recipe))
     except ValidationError as error:
-        lines = fault_lines(error, data, Recipe)
+        lines = fault_lines(error, data)
     if lines:
         given = [item.partition("=")[0].strip() for item in overrides]
         placed = [("-s" if is_below(key, given) else where, key, what) for key, what in lines]
@@ -138,24 +137,13 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a recipe that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
-    left_out = _unused(recipe)
-
-    def plain(value: Any, key: str) -> Any:
-        if isinstance(value, tuple):
-            return [plain(item, f"{key}[{index}]") for index, item in enumerate(value)]
-        if isinstance(value, dict):
-            return {name: plain(item, key) for name, item in value.items()}
-        if not isinstance(value, Section):
-            return value
-        fields = [(name, f"{key}.{name}".lstrip("."), field) for name, field in type(value).model_fields.items()]
-        return {
-            name: plain(inner, full)
-            for name, full, field in fields
-            if full not in left_out and ((inner := getattr(value, name)) is not None or field.default is not None)
-        }
-
-    whole: dict[str, Any] = plain(recipe, "")
-    return whole
+    found = recipe.model_dump(mode="json", exclude_none=True)
+    for name in ("clip", "checkpoint_every"):  # null is not their default
+        found["train"].setdefault(name, None)
+    for key in _unused(recipe):
+        section, _, name = key.rpartition(".")
+        _inner(found, section).pop(name, None)
+    return found
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -167,28 +155,17 @@ def yaml_text(document: dict[str, Any]) -> str:
     return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema()
-
-
 def recipe_names() -> list[str]:
-    files = resources.files("qdora.recipe").joinpath("shipped").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in _SHIPPED.glob("*.yaml"))
 
 
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe with its comments."""
-    names = recipe_names()
-    if name not in names:
-        raise UserError(f"{masked(name)}: no such recipe, must be one of {', '.join(names)}.{nearest(name, names)}")
-    return resources.files("qdora.recipe").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
+    return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_file(path: Path, where: str) -> dict[str, Any]:
     try:
-        if path.stat().st_size > 2**20:  # such as the weights of a model
-            raise ValueError("too long for settings")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
@@ -205,7 +182,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # whatever a tag or an odd value makes the parser raise
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         what = one_line(str(getattr(error, "problem", None) or error))
@@ -332,66 +309,70 @@ def _unused(recipe: Recipe) -> dict[str, str]:
     untrained, why = kind in ("none", "full"), f"adapter.kind {kind} has no adapter"
     own_validation = all(source.validation is not None or source.stream for source in data.mix)
     plain, whole = base.quant == "none", " ".join(key for key in type(adapter).model_fields if key != "kind")
-    rows: list[tuple[str, str, str, Any]] = [  # section, keys, reason, whether they have no effect
-        ("model", "revision", f"model.source {model.source} is not on the Hub", model.is_local),
-        ("model", "tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
-        ("base", "block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
-        ("base", "method", f"base.quant {base.quant} is always rounded", not base.has_blocks),
-        ("base", "clip calibration", "it is for base.method gptq", base.method == "round" or not base.has_blocks),
-        ("base", "skip", "base.quant none quantises no layer", plain and prune is None),
-        ("base", "cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
-        ("base", "streamed_blocks", "base.residency is device", base.residency == "device"),
-        ("adapter", whole, why, untrained),
-        ("adapter", f"{_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
-        ("adapter", f"{_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
-        ("adapter", "same_scaling", "all layers have one rank", not adapter.has_own_ranks),
-        ("adapter", "also_train_rows", "adapter.also_train is empty", not adapter.also_train),
-        ("data", "temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
-        ("data", "max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
-        ("data", "validation_fraction", "every source names validation data or is streamed", own_validation),
-        ("train", "lr_ratio_B lr_ratio_magnitude", why, untrained),
-        ("train", "eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
-        ("train", "max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
-        ("train", "lr_end", "train.schedule is constant", train.schedule == "constant"),
-        ("train", "lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
-        ("train", "lr_ratio_B", "adapter.kind magnitude has no lora_B", kind == "magnitude"),
-        ("eval", f"limit block method every at_start at_end {_BEST}", "eval.tasks is empty", evals.tasks == ()),
-        ("eval", "block", "eval.limit is not set, so all examples are evaluated", evals.limit is None),
-        ("eval", "best_metric patience", "eval.best_by is not set", evals.best_by is None),
-        ("eval", _BEST, "eval.every is not set, so there is nothing to choose from", evals.best_by and not evals.every),
-        ("eval", "tasks limit block method", "nothing is evaluated", evals.tasks != () and not evaluates),
-        ("interference", "every", why, untrained),
-        ("interference", "examples", "interference.every is not set", recipe.interference.every is None),
-        ("memory", "offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
+    rows: list[tuple[str, str, Any]] = [  # section and keys, reason, whether they have no effect
+        ("model revision", f"model.source {model.source} is not on the Hub", model.is_local),
+        ("model tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
+        ("base block_size double_quant", f"base.quant {base.quant} has none to choose", not base.has_blocks),
+        ("base method", f"base.quant {base.quant} is always rounded", not base.has_blocks),
+        ("base clip calibration", "it is for base.method gptq", base.method == "round" or not base.has_blocks),
+        ("base skip", "base.quant none quantises no layer", plain and prune is None),
+        ("base cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
+        ("base streamed_blocks", "base.residency is device", base.residency == "device"),
+        (f"adapter {whole}", why, untrained),
+        (f"adapter {_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
+        (f"adapter {_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
+        ("adapter same_scaling", "all layers have one rank", not adapter.has_own_ranks),
+        ("adapter also_train_rows", "adapter.also_train is empty", not adapter.also_train),
+        ("data temperature", f"data.strategy is {data.strategy}", data.strategy != "temperature"),
+        ("data max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
+        ("data validation_fraction", "every source names validation data or is streamed", own_validation),
+        ("train lr_ratio_B lr_ratio_magnitude", why, untrained),
+        ("train eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
+        ("train max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
+        ("train lr_end", "train.schedule is constant", train.schedule == "constant"),
+        ("train lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
+        ("train lr_ratio_B", "adapter.kind magnitude has no lora_B", kind == "magnitude"),
+        (f"eval limit block method every at_start at_end {_BEST}", "eval.tasks is empty", evals.tasks == ()),
+        ("eval block", "eval.limit is not set, so all examples are evaluated", evals.limit is None),
+        ("eval best_metric patience", "eval.best_by is not set", evals.best_by is None),
+        (f"eval {_BEST}", "eval.every is not set", evals.best_by and not evals.every),
+        ("eval tasks limit block method", "nothing is evaluated", evals.tasks != () and not evaluates),
+        ("interference every", why, untrained),
+        ("interference examples", "interference.every is not set", recipe.interference.every is None),
+        ("memory offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
     ]  # fmt: skip
     if prune is not None:
         has_groups = prune.pattern != "unstructured" or prune.method == "sparsegpt"
         rows += [
-            ("base.prune", "damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
-            ("base.prune", "calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
-            ("base", "calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
-            ("base.prune", "group", f"{prune.method} with {prune.pattern} has its own", has_groups),
-            ("base.prune", "sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
+            ("base.prune damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
+            ("base.prune calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
+            ("base calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
+            ("base.prune group", f"{prune.method} with {prune.pattern} has its own", has_groups),
+            ("base.prune sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
         ]
     for index, source in enumerate(data.mix):
         where, task, own, format = f"data.mix[{index}]", source.task or "", source.source or "", source.format
         eight = task in COMMONSENSE_TASKS and format in ("auto", "commonsense170k")
         rows += [
-            (where, "limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
-            (where, "size shuffle_window", "the source is not streamed", not source.stream),
-            (where, "stream chat columns template config data_files", f"task {task} has its own place", task),
-            (where, "format", f"task {task} has its own layout", task and not eight),
-            (where, "revision", "the data comes from path", task and source.path is not None),
-            (where, "path revision", f"{task} ships inside the package", task.startswith("demo/")),
-            (where, "path", "it is for a task, and the data comes from source", own),
-            (where, "revision config data_files", "source is not on the Hub", own and is_path(own)),
-            (where, "split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
-            (where, "chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
-            (where, "format", "template makes prompt and completion", source.template is not None),
-            (where, "weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
-            (where, "loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
+            (f"{where} limit", "a stream is not counted in advance (max_epochs limits it)", source.stream),
+            (f"{where} size shuffle_window", "the source is not streamed", not source.stream),
+            (f"{where} stream chat columns template config data_files", f"task {task} has its own place", task),
+            (f"{where} format", f"task {task} has its own layout", task and not eight),
+            (f"{where} revision", "the data comes from path", task and source.path is not None),
+            (f"{where} path revision", f"{task} ships inside the package", task.startswith("demo/")),
+            (f"{where} path", "it is for a task, and the data comes from source", own),
+            (f"{where} revision config data_files", "source is not on the Hub", own and is_path(own)),
+            (f"{where} split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
+            (f"{where} chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
+            (f"{where} format", "template makes prompt and completion", source.template is not None),
+            (f"{where} weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
+            (f"{where} loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
         ]
-    return {f"{section}.{key}": why for section, keys, why, applies in rows if applies for key in keys.split()}
+    unused = {}
+    for names, why, applies in rows:
+        section, *keys = names.split()
+        unused |= {f"{section}.{key}": why for key in keys if applies}
+    return unused
 
 
 def ignored(data: Recipe | dict[str, Any]) -> dict[str, str]:
@@ -430,7 +411,6 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     exact, is_packed, loftq = plain and prune is None, not plain and prune is None, adapter.init == "loftq"
     undivided = full or adapter.also_train or loftq or away
     labels, per_step = [source.label for source in data.mix], train.tokens_per_step
-    tasks, warm = evals.tasks or labels, data.strategy == "temperature"
     rows: list[tuple[str, str, Any]] = [
         ("model.trust_remote_code", "be false unless model.revision is a full commit",
          model.trust_remote_code and not is_pinned),
@@ -443,7 +423,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ("adapter.kind", f"not be full with base.quant {base.quant} or base.prune", full and not exact),
         ("adapter.init", "not be loftq without base.quant and base.prune", loftq and exact),
         ("adapter.mask", "be ignore without base.prune", adapter.mask == "keep" and prune is None),
-        ("data.temperature", "be set with data.strategy temperature", warm and data.temperature is None),
+        ("data.temperature", "be set with data.strategy temperature",
+         data.strategy == "temperature" and data.temperature is None),
         ("data.too_long", "be truncate, drop or split with a stream", data.too_long == "error" and stream),
         ("train.steps", "be set, or epochs, but not both", (train.steps is None) == (train.epochs is None)),
         ("train.steps", "be 0 with adapter.kind none", nothing and train.steps != 0),
@@ -451,14 +432,11 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ("train.tokens_per_step", "be set, or batch, but not both",
          (train.tokens_per_step is None) == (train.batch is None)),
         ("train.warmup", f"be at most train.steps ({train.steps})", train.steps and train.warmup > train.steps),
-        ("train.lr_end", f"be at most train.lr ({train.lr:g})", train.lr_end > train.lr),
         ("train.micro_batch_tokens", f"be data.max_length ({data.max_length}) to tokens_per_step ({per_step})",
          micro != "auto" and not data.max_length <= micro <= (per_step or micro)),
         ("train.parallel", "be auto or replicate with full, also_train, loftq and what is on the host",
          train.divides_base and undivided),
         ("memory.checkpointing", "be true with base.residency host", away and not memory.checkpointing),
-        ("eval.tasks", f"be of {', '.join(labels)}", not set(evals.tasks or ()) <= set(labels)),
-        ("eval.best_by", f"be one of {', '.join([MACRO, *tasks])}", evals.best_by not in (None, MACRO, *tasks)),
     ]  # fmt: skip
     if prune is not None:
         n, is_n_of_m, m = prune.pattern.partition(":")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -13,7 +12,10 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    FiniteFloat,
     Strict,
+    StrictBool,
+    StrictInt,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -24,17 +26,18 @@ from qdora.errors import nearest
 from qdora.files.atomic import masked
 from qdora.files.run_directory import is_below
 
-Whole = Annotated[int, Strict(), Field(ge=1)]
-WholeOrZero = Annotated[int, Strict(), Field(ge=0)]
-Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-OneOrMore = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False)]
-Factor = Annotated[float, Strict(), Field(gt=1, allow_inf_nan=False)]
-Share = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+Whole = Annotated[StrictInt, Field(ge=1)]
+WholeOrZero = Annotated[StrictInt, Field(ge=0)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+_Number = Annotated[FiniteFloat, Strict()]
+Positive = Annotated[_Number, Field(gt=0)]
+NotNegative = Annotated[_Number, Field(ge=0)]
+OneOrMore = Annotated[_Number, Field(ge=1)]
+Factor = Annotated[_Number, Field(gt=1)]
+Share = Annotated[_Number, Field(ge=0, lt=1)]
 Warmup = WholeOrZero | Share
 AutoTokens = Literal["auto"] | Whole
-Flag = Annotated[bool, Strict()]
+Flag = StrictBool
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Targets = Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]
 
@@ -59,7 +62,8 @@ def _size(value: str) -> str:
     return value
 
 
-Size = Literal["auto"] | Annotated[str, AfterValidator(_size)]
+SizeText = Annotated[str, AfterValidator(_size)]
+Size = Literal["auto"] | SizeText
 
 Fault = tuple[str, str]
 """(path of a key, what is wrong)."""
@@ -107,22 +111,22 @@ def shown(value: Any) -> str:
     """A given value as in a recipe, text in quotes: at most 60 characters, without access tokens."""
     try:
         given = value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
-        how: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**6}
-        text = repr(value) if isinstance(value, str) else yaml.safe_dump(given, **how).removesuffix("\n...\n").strip()
+        flow = yaml.safe_dump(given, default_flow_style=True, width=10**6)
+        text = repr(value) if isinstance(value, str) else flow.removesuffix("\n...\n").strip()
     except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
         text = f"a value of type {type(value).__name__}"
     text = masked(text)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def fault_lines(error: ValidationError, data: Any, root: type[BaseModel]) -> list[Fault]:
-    """(path, what is wrong) for every value in `data`, a document of type `root`, that pydantic refused."""
+def fault_lines(error: ValidationError, data: Any) -> list[Fault]:
+    """(path, what is wrong) for every value in `data` that pydantic refused."""
     found: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_path(detail, data), []).append(detail)
     # Of a union, only what is wrong inside the member that fits best
     inner = [path for path in found if not any(is_below(other, [path]) for other in found if other != path)]
-    return [(path, _reason(path, found[path], root)) for path in inner]
+    return [(path, _reason(path, found[path])) for path in inner]
 
 
 def _path(detail: ErrorDetails, data: Any) -> str:
@@ -138,25 +142,10 @@ def _path(detail: ErrorDetails, data: Any) -> str:
     return dotted(steps)
 
 
-def _reason(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
+def _reason(path: str, details: Sequence[ErrorDetails]) -> str:
     kind = details[0]["type"]
     if kind == "extra_forbidden":
-        return f"unknown key.{_nearest_key(path, root)}"
+        known = {name for section in Section.__subclasses__() for name in section.model_fields}
+        return f"unknown key.{nearest(path.rpartition('.')[2], sorted(known))}"
     text = " or ".join(dict.fromkeys(one_line(each["msg"]).removeprefix("Value error, ") for each in details))
     return f"{text}." if kind == "missing" else f"{text}, got {shown(details[0]['input'])}."
-
-
-def _nearest_key(path: str, root: type[BaseModel]) -> str:
-    section, dot, key = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
-    below = [each.removeprefix(section + dot) for each in _paths(root) if each.startswith(section + dot)]
-    return nearest(key, [each for each in below if "." not in each])
-
-
-def _paths(annotation: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        for name, field in annotation.model_fields.items():
-            index = "[]" if get_origin(field.annotation) is tuple else ""
-            yield prefix + name
-            yield from _paths(field.annotation, f"{prefix}{name}{index}.")
-    for part in get_args(annotation):
-        yield from _paths(part, prefix)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, StrictInt
 
 from qdora.recipe.data_settings import DataConfig, is_path
 from qdora.recipe.section import (
@@ -376,7 +376,7 @@ class InterferenceConfig(Section):
 
     every: Whole | None = None
     """Steps between measurements of the cosines between the tasks' gradients, a multiple of eval.every (null: none)."""
-    examples: Annotated[int, Strict(), Field(ge=2)] = 16
+    examples: Annotated[StrictInt, Field(ge=2)] = 16
     """Validation examples of each task to measure gradients on."""
 
 

@@ -1,7 +1,7 @@
 """The base of a run: loaded to where its recipe keeps it; pruned or quantised by GPTQ once, into the run directory.
 
-recipe.yaml has the commits of a base and of another tokenizer, environment.json has samples of its files,
-residency.json the residency that `memory.budget: auto` chose.
+recipe.yaml has the commits of a base and of another tokenizer; environment.json has samples of its files, and the
+residency, which `memory.budget: auto` may have chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from qdora.data.mix import Mix
 from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
 from qdora.errors import UserError, first_few
 from qdora.evaluate.perplexity import read_texts
-from qdora.files.atomic import read_json_object
 from qdora.files.console import Progress
 from qdora.files.machine import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
@@ -45,7 +44,6 @@ from qdora.train.distributed import free_host_bytes
 
 FOLDER = "base"
 """Folder of a run directory that holds its compressed base."""
-FILE = "residency.json"
 REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
 """Setting of the model section that may name a place on the Hub -> its revision there."""
 
@@ -126,11 +124,8 @@ def compress_base(
     made = settings(recipe)["base"] | {"clip": base.clips}
     names = ("prune", "quant", "method", "clip", "calibration")
     record = writer.finish({name: made[name] for name in names if name in made})
-    if base.prune is not None:
-        facts = len(writer.layers), base.prune.method, 100 * record["sparsity"], f"{record['num_weights']:,}"
-        logger.info("Pruned %d layers by %s: %.2f %% of their %s weights are zero.", *facts)
-    if base.method == "gptq":
-        logger.info("Quantised %d layers to %s.", len(writer.layers), base.quant_in_words)
+    text = "Compressed %d layers to %s; %.2f %% of their %s weights are zero."
+    logger.info(text, len(writer.layers), base.quant_in_words, 100 * record["sparsity"], f"{record['num_weights']:,}")
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
@@ -197,33 +192,21 @@ def base_record(source: ModelSource) -> dict[str, Any]:
 
 def check_base(run: RunDirectory, source: ModelSource) -> None:
     """Refuse another base than that of the run. UserError with the files that differ."""
-    before = run.environment().get("base") if run.environment_file.is_file() else None
-    now = base_record(source)
-    if before is None or sorted(map(str, before.values())) == sorted(map(str, now.values())):
-        return
-    different = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
-    raise UserError(f"{run.path}: {source.name} is not the base that was trained on: {first_few(different)} differs.")
+    before = run.environment().get("base", {}).values()
+    different = [name for name, facts in base_record(source).items() if facts not in before]
+    if before and different:
+        what = f"{source.name} is not the base that was trained on: {first_few(different)} differs"
+        raise UserError(f"{run.path}: {what}.")
 
 
-def _residency(recipe: Recipe) -> dict[str, Any]:
+def residency_of(recipe: Recipe) -> dict[str, Any]:
     return {"residency": recipe.base.residency, "streamed_blocks": recipe.base.streamed_blocks}
-
-
-def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
-    """Write residency.json if the recipe that runs has another residency than the one given, unless the base is divided
-    only by that choice."""
-    now_divided = applied.train.divides_base and not given.train.divides_base
-    if _residency(applied) != _residency(given) and not now_divided:
-        run.write_json(FILE, _residency(applied))
-    else:
-        run.inside(FILE).unlink(missing_ok=True)  # of an earlier start
 
 
 def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
     """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU
     and not if it is `differentiated` without checkpointing."""
-    file = run.inside(FILE)
-    chosen = read_json_object(file) if file.exists() else _residency(recipe)
+    chosen = run.environment().get("residency") or residency_of(recipe)
     if chosen["residency"] == "host" and (device.type != "cuda" or differentiated):
         logger.info("base.residency: using device instead of host.")
         chosen = {"residency": "device", "streamed_blocks": None}

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import first_line
-from qdora.files.machine import (
-    CAPABILITY_MAJOR,
-    CAPABILITY_MINOR,
-    available_memory_bytes,
-    device_attribute,
-    driver_version,
-    environment,
-    unused_gpu,
-)
+from qdora.files.machine import available_memory_bytes, driver_version, environment, unused_gpu
 
-GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092
 _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.exit(kernel_error('cuda'))"
 
@@ -27,37 +18,15 @@ _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.ex
 def report() -> dict[str, Any]:
     """`environment` with driver, kernels, free memory and disk, and `problems`, each with advice, as JSON values."""
     unused, works = unused_gpu(), kernels()
-    capability = [device_attribute(number) for number in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
     faults = [f"bitsandbytes does not work on {device}: {error}" for device, error in works.items() if error]
     problems = ([unused] if unused else []) + [(fault, "pip install -U bitsandbytes") for fault in faults]
     return environment() | {
         "driver": driver_version(),
-        "capability": None if None in capability else "{}.{}".format(*capability),
         "bitsandbytes": works,
         "available_memory_bytes": available_memory_bytes(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "problems": [{"problem": problem, "advice": advice} for problem, advice in problems],
     }
-
-
-def report_text(found: dict[str, Any]) -> str:
-    """A report for people: one line per subject, then the problems, with advice."""
-    gpus = [
-        f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}"
-        for gpu in found["devices"]
-    ]
-    lines = {
-        "qdora": f"{found['qdora']}, Python {found['python']}",
-        "packages": ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
-        "GPU": "; ".join(gpus) or f"none that torch can use, compute capability {found['capability'] or 'unknown'}",
-        "CUDA": f"{found['cuda'] or 'none'} in torch, driver {found['driver'] or 'none'}",
-        "CPU": f"{found['cpu']}, {found['num_cpus']} cores",
-        "memory": f"{found['available_memory_bytes'] / GIB:.1f} of {found['memory_bytes'] / GIB:.1f} GiB available",
-        "disk": f"{found['free_disk_bytes'] / GIB:.1f} GiB free here",
-    }
-    advice = [f"! {each['problem']}. Fix: {each['advice']}" for each in found["problems"]]
-    texts = [*(f"{name:<10}{line}" for name, line in lines.items()), *(advice or ["no problems found"])]
-    return "\n".join(texts) + "\n"
 
 
 def kernels() -> dict[str, str | None]:

@@ -29,15 +29,14 @@ from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_t
 from qdora.model.store import compressed_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids
 from qdora.recipe.data_settings import DEMO_TASKS, is_path
+from qdora.recipe.options import WhichOrBase
 from qdora.recipe.recipe_file import override, recipe_from, recipe_of_run, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.base import FOLDER, check_base, load_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
-# What --quant takes for a model in full precision, and for an adapter; -single is without double quantisation
-_QUANTS = ("nf4", "fp4", "int8")
-_ADAPTER_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")
+_QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")  # -single is without double quantisation
 
 logger = logging.getLogger("qdora")
 
@@ -72,7 +71,7 @@ def load_run(
     whole base on the GPU.
     """
     run = open_run(path)
-    recipe = recipe_of_run(run.recipe_file)
+    recipe = recipe_of_run(path)
     if widened:
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     compute = choose_compute(recipe.model.dtype)
@@ -115,7 +114,7 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     newest = run.newest_checkpoint()
     if newest is None:
         raise UserError(f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume.")
-    return newest.path, newest.path.name
+    return newest, newest.name
 
 
 def adapter_of(run: RunDirectory, trained: Path) -> Path:
@@ -166,12 +165,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     source = resolve(name, revision, setting=where)
     stored, base_config, lora = stored_form(source), load_config(source), described.config
     if quant is not None:
-        if quant not in _ADAPTER_QUANTS:
-            raise UserError(not_one_of("--quant", quant, _ADAPTER_QUANTS))
-        if stored["quant"] not in ("none", "mxfp4"):
-            raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}.")
-        kind, _, single = quant.partition("-")
-        base, known = {"quant": kind} | ({"double_quant": False} if single else {}), "--quant"
+        base, known = _asked_form(quant, stored, name), "--quant"
     elif trained_on:
         base, known = trained_on, "by qdora.json"
     elif stored["quant"] != "none":
@@ -196,56 +190,46 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
 
 
-def is_run(target: str) -> bool:
+def _asked_form(quant: str, stored: dict[str, Any], name: str) -> dict[str, Any]:
+    if quant not in _QUANTS:
+        raise UserError(not_one_of("--quant", quant, _QUANTS))
+    if stored["quant"] not in ("none", "mxfp4"):
+        raise UserError(f"--quant: {name} is quantised already, in {stored['quant']}.")
+    kind, _, single = quant.partition("-")
+    return {"quant": kind} | ({"double_quant": False} if single else {})
+
+
+def is_run(target: str | Path) -> bool:
     """Whether `target` is a run directory."""
     return (Path(target) / "recipe.yaml").is_file()
 
 
-def check_target(target: str, *, base_model: str | None, quant: str | None, verb: str) -> None:
-    """Raise UserError if a model or the base of an adapter is not found, or the adapter does not fit its base."""
-    if is_adapter(target):
-        adopted_recipe(Path(target), base_model, quant)
-    elif not is_run(target):
-        resolve(target, weights=False, setting=verb)
-
-
-def load_target(
-    target: str,
-    *,
-    step: int | None = None,
-    base_only: bool = False,
-    base_model: str | None = None,
-    quant: str | None = None,
-    verb: str,
-) -> LoadedModel:
+def load_target(target: str, which: WhichOrBase = WhichOrBase(), *, verb: str) -> LoadedModel:
     """Load a run with its adapter, an adapter on its base, or a model: a directory, a Hub id, builtin, a GGUF file.
 
-    A directory of `qdora export --format nf4-lora` gets its adapter. `base_model` and `quant` are as in
-    `adopted_recipe`; of a model in full precision `quant` holds its linear layers in nf4, fp4 or int8.
+    A directory of `qdora export --format nf4-lora` gets its adapter. Of a model in full precision `which.quant` holds
+    the linear layers in nf4, fp4 or int8.
     """
+    base_model, quant = which.base_model, which.quant
     if base_model is not None and not is_adapter(target):
         raise UserError(f"--base-model: is used only with an adapter, got {target}.")
     if is_run(target):
         if quant is not None:
             raise UserError(f"--quant: is not used with a run, whose recipe says it, got {target}.")
-        trained = load_run(Path(target), step=step, base_only=base_only)
+        trained = load_run(Path(target), step=which.step, base_only=which.base)
         return LoadedModel(trained.model, trained.tokenizer, trained.state, trained.run)
-    if step is not None or base_only:
+    if which.step is not None or which.base:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}.")
     if is_adapter(target):
         with adopted_run(Path(target), base_model, quant) as path:
             trained = load_run(path)
         return LoadedModel(trained.model, trained.tokenizer, path.name)
-    if quant not in (None, *_QUANTS):
-        raise UserError(not_one_of("--quant", quant, _QUANTS))
     check_gpu()  # before a download
     source = resolve(target, setting=verb)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source, setting=verb)
     form = stored_form(source)
-    if quant is not None and form["quant"] != "none":
-        raise UserError(f"--quant: {target} is quantised already, in {form['quant']}.")
-    form = form if quant is None else {"quant": quant}
+    form = form if quant is None else _asked_form(quant, form, target)
     model = load_model(source, device=compute.device, compute_dtype=compute.dtype, **form)
     adapter = source.path / ADAPTER_DIRECTORY
     if not source.is_gguf and (adapter / CONFIG_FILE).is_file():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +21,14 @@ from qdora.data.example import Example
 from qdora.data.mix import Mix, Source
 from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.sources import (
-    check_first_rows,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
     read_data,
     tokenized_mix,
-    tokenized_sources,
 )
 from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
-from qdora.errors import HubFailure, UserError, first_few
+from qdora.errors import UserError, first_few
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
@@ -41,7 +38,6 @@ from qdora.model.attention import context_length
 from qdora.model.build_model import (
     Compute,
     choose_compute,
-    find_model,
     find_source,
     find_tokenizer,
     find_tokenizer_source,
@@ -115,20 +111,16 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     def unscored() -> list[str]:
         """What the first evaluation would refuse, which may come only after many steps."""
         context = context_length(config)
-        found = {name: scoring_faults(tokenizer, examples, context) for name, examples in scored.items()}
-        files = {source.label: f" ({source.validation})" if source.validation else "" for source in recipe.data.mix}
-        return [f"validation data{files[name]}: {fault}" for name, faults in found.items() for fault in faults]
+        found = (scoring_faults(tokenizer, examples, context) for examples in scored.values())
+        return [f"validation data: {fault}" for faults in found for fault in faults]
 
-    faults = [
-        *_machine_faults(recipe, compute),
-        *processes.from_first(unscored),
-        *_data_faults(recipe, validation, num_steps, loader, config),
-    ]
-    faults += [
-        f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
-        for name in recipe.trackers
-        if find_spec(name) is None
-    ]
+    faults = [*processes.from_first(unscored), *_data_faults(recipe, validation, num_steps, loader, config)]
+    if recipe.base.residency == "host" and compute.device.type != "cuda":
+        faults.append("base.residency: host needs a GPU.")
+    if recipe.adapter.kind == "full" and compute.dtype == float16:
+        faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
+    missing = [name for name in recipe.trackers if find_spec(name) is None]
+    faults += [f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'" for name in missing]
     if faults:
         raise UserError(*faults)
     workload = workload_of_data(recipe, mix, tokenizer)
@@ -136,7 +128,10 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if memory_plan is not None:
         source = find_source(applied)
         loader.batching.max_tokens = micro_batch_tokens(applied)
-    _check_alike(processes, loader, validation, num_steps, source)
+    if processes.size > 1:
+        facts: dict[str, Any] = {"training data": loader.fingerprint, "number of steps": num_steps}
+        facts["validation data"] = {name: list(map(repr, examples)) for name, examples in validation.items()}
+        _check_alike(processes, facts | {"base": base_record(source)})
     return PreparedRun(
         given=recipe,
         recipe=applied,
@@ -152,17 +147,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         chat_date=chat_date,
         calibration=calibration_tokens(applied, tokenizer, mix, config),
     )
-
-
-def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
-    is_full, no_gpu = recipe.adapter.kind == "full", compute.device.type != "cuda"
-    rules = [
-        ("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.",
-         compute.dtype == float16 and is_full),
-        ("base.residency: host needs a GPU.", no_gpu and recipe.base.residency == "host"),
-        ("memory.offload_activations: needs a GPU.", no_gpu and recipe.memory.offload_activations),
-    ]  # fmt: skip
-    return [fault for fault, applies in rules if applies]
 
 
 def _data_faults(
@@ -215,28 +199,12 @@ def scored_examples(
     return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
 
 
-def _check_alike(
-    processes: Processes,
-    loader: StepLoader,
-    validation: Mapping[str, Sequence[Example]],
-    num_steps: int,
-    source: ModelSource,
-) -> None:
-    if processes.size == 1:
-        return
-    mine = {
-        "training data": loader.fingerprint,
-        "validation data": {task: list(map(repr, examples)) for task, examples in validation.items()},
-        "number of steps": num_steps,
-        "base": base_record(source),
-    }
-    digests = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()}
-    per_rank = processes.gather((socket.gethostname(), digests))
-    host, first = per_rank[0]
-    for rank, (name, theirs) in enumerate(per_rank):
-        if different := [what for what in first if theirs[what] != first[what]]:
-            what = " and another ".join(different)
-            raise UserError(f"process {rank} on {name} has another {what} than process 0 on {host}.")
+def _check_alike(processes: Processes, facts: dict[str, Any]) -> None:
+    digests = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in facts.items()}
+    first, *others = processes.gather(digests)
+    for rank, theirs in enumerate(others, 1):
+        if different := [what for what in facts if theirs[what] != first[what]]:
+            raise UserError(f"process {rank} has another {' and another '.join(different)} than process 0.")
 
 
 _NEAR = 4  # a stop token among the last tokens of an answer ends it: some templates write a line end behind it
@@ -247,14 +215,20 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
-    processes.first(lambda: run.write_json("mix.json", mix))
-    processes.first(lambda: _log_data_checks(prepared))
     if memory is not None:
         show_plan(console, memory)
-        processes.first(lambda: run.write_json(PLAN_FILE, memory.to_dict()))
+
+    def keep() -> None:
+        run.write_json("mix.json", mix)
+        if memory is not None:
+            run.write_json(PLAN_FILE, memory.to_dict())
+        for check in _data_checks(prepared):
+            check.log()
+
+    processes.first(keep)
 
 
-def _log_data_checks(prepared: PreparedRun) -> None:
+def _data_checks(prepared: PreparedRun) -> list[Check]:
     recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
     checks = example_checks(sources, prepared.tokenizer, recipe.data)
     if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
@@ -262,8 +236,7 @@ def _log_data_checks(prepared: PreparedRun) -> None:
     if recipe.adapter.kind != "none":
         scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
         checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
-    for check in checks:
-        check.log()
+    return checks
 
 
 def _some(items: Sequence[Any]) -> Sequence[Any]:
@@ -302,33 +275,20 @@ def repeated_checks(
     sources: Sequence[Source], scored: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
 ) -> list[Check]:
     """One number for each source with validation examples: those that are training examples, too, of any source."""
-    looked_up = {name: _as_tokens(name, _some(examples), tokenizer, data) for name, examples in scored.items()}
-    wanted = {part for found in looked_up.values() for parts in found for part in parts}
-    lengths = {len(part) for part in wanted}
-    trained: set[bytes] = set()
-    for example in (example for source in sources for example in source.examples):
-        if example.input_ids.nbytes in lengths and (part := example.input_ids.tobytes()) in wanted:
-            trained.add(part)
-    numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
-    text = "{}: of {:,} validation examples looked up, {:,} are training examples, too."
-    return [
-        Check("warning", text.format(name, len(looked_up[name]), number)) for name, number in numbers.items() if number
-    ]
-
-
-def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
-    """The token ids, int32, of each example that is encoded whole; of some chats in several parts."""
-    tally = ExampleTally(name, data.max_length, data.too_long)
-    try:
-        found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
-    except UserError:  # such as chats without a chat template, which are an error only where they are scored
-        return []
-    whole = ([each for each, cut in parts if isinstance(each, TokenizedExample) and not cut] for parts in found)
-    return [
-        [each.input_ids.tobytes() for each in parts]
-        for parts, outcomes in zip(whole, found, strict=True)
-        if parts and len(parts) == len(outcomes)
-    ]
+    trained = {hash(example.input_ids.tobytes()) for source in sources for example in source.examples}
+    checks = []
+    for name, examples in scored.items():
+        tally, some = ExampleTally(name, data.max_length, data.too_long), _some(examples)
+        try:
+            rows = [row for batch in text_batches(some) for row in tally.add(batch, tokenizer, data.loss_on)]
+        except UserError:  # such as chats without a chat template, which are an error only where they are scored
+            continue
+        parts = ([part for part, is_cut in row if isinstance(part, TokenizedExample) and not is_cut] for row in rows)
+        hashes = [[hash(part.input_ids.tobytes()) for part in whole] for whole in parts if whole]
+        if number := sum(trained.issuperset(each) for each in hashes):
+            text = f"{name}: of {len(rows):,} validation examples looked up, {number:,} are training examples, too."
+            checks.append(Check("warning", text))
+    return checks
 
 
 def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
@@ -344,17 +304,3 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     text = f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and "
     text += "an adapter does not change them. Fix: name the instruct version in model.source, or train them "
     return [Check("warning", f"{text}(adapter.also_train_rows: all).")]
-
-
-def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check the first rows of some sources, and with data.too_long: error all their lengths, for `qdora validate`."""
-    check_first_rows(recipe.data, names)
-    if recipe.data.too_long != "error":
-        return
-    try:
-        _, tokenizer = find_model(recipe, weights=False)
-    except HubFailure as error:
-        logger.info("The lengths of the examples are not checked: there is no tokenizer: %s", error.faults[0])
-        return
-    train, _ = read_data(recipe.data, names)
-    tokenized_sources(recipe.data, tokenizer, train, names)

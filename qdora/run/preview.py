@@ -15,14 +15,7 @@ from tokenizers.decoders import DecodeStream
 from qdora.data.chats import set_chat_date
 from qdora.data.sources import draw, open_shards, train_and_validation
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import (
-    ExampleTally,
-    Outcome,
-    TokenizedExample,
-    TokenizedSet,
-    num_characters_of,
-    text_batches,
-)
+from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample, TokenizedSet, text_batches
 from qdora.errors import UserError
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model
@@ -31,15 +24,18 @@ from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import example_checks
 
-_MOST_ROWS, _MOST_CHARACTERS = 2000, 1 << 23  # of a source that are read, in seconds
+_MOST_ROWS = 2000  # of a source that are read, in seconds
 _HALF = 200  # tokens of an example that are shown from its beginning, and from its end
 _QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 
 
-def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
-    """Tokenise some rows of each source as a run does, without weights. Returns JSON values: settings, the `sources`
-    with `num_shown` examples each, and `is_refused`, whether a run would end before its first step."""
+def preview(recipe: Recipe, where: str, num_shown: int, *, console: Console | None = None) -> dict[str, Any]:
+    """Tokenise some rows of each source as a run does, without weights, and print what they become.
+
+    Returns JSON values: the `sources` with `num_shown` examples each, and `is_refused`, whether a run would end before
+    its first step.
+    """
     if faults := missing_files(recipe, where):
         raise UserError(*faults)
     _, tokenizer = find_model(recipe, weights=False)
@@ -52,16 +48,39 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> dict[str, Any]:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
     if faults:
         raise UserError(*faults)
-    whole = [source for source in sources if source["drawn"] != "first"]
-    return {
-        "recipe": where,
-        "model": recipe.model.source,
-        "max_length": data.max_length,
-        "too_long": data.too_long,
-        "loss_on": data.loss_on,
-        "sources": sources,
-        "is_refused": any(source["faults"] or not source["num_examples"] for source in whole),
-    }
+    whole = (source for source in sources if source["drawn"] != "first")
+    is_refused = any(source["faults"] or not source["num_examples"] for source in whole)
+    _, results = consoles(console)
+
+    def say(text: str, style: str = "") -> None:
+        results.print(Text(visible(text), style), soft_wrap=True)
+
+    say(
+        f"{where}: tokens of {recipe.model.source}, data.max_length {data.max_length:,}, "
+        f"data.too_long {data.too_long}, data.loss_on {data.loss_on}"
+    )
+    say("│ ends a token, ⟦ ⟧ are around tokens in the loss, « » around special ones, ⏎ is a line end.")
+    if is_refused:
+        say("A run with this data is refused.", "bold red")
+    for source in sources:
+        results.print()
+        say(source["name"], "bold")
+        rows = "" if source["num_rows"] is None else f" of {source['num_rows']:,}"
+        share = source["num_in_loss"] / max(source["num_tokens"], 1)
+        say(
+            f"  {source['drawn']} rows: {source['num_rows_read']:,}{rows}; {source['num_examples']:,} examples, "
+            f"{source['num_tokens']:,} tokens, {share:.1%} of them in the loss; lengths "
+            f"{', '.join(f'{name} {size:,}' for name, size in source['lengths'].items())}; {source['num_too_long']:,} "
+            f"longer than data.max_length ({source['num_cut']:,} cut, {source['num_dropped']:,} dropped)"
+        )
+        for text in (*source["faults"], *source["warnings"]):
+            say(f"  ! {text}", "yellow")
+        for example in source["examples"]:
+            results.print()
+            numbers = f"{example['num_in_loss']} of {example['num_tokens']} tokens in the loss"
+            say(f"  example {example['id']}: {numbers}", "bold")
+            results.print(_tokens(example), soft_wrap=True)
+    return {"recipe": where, "sources": sources, "is_refused": is_refused}
 
 
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> dict[str, Any]:
@@ -78,12 +97,9 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         faults = [part for row in rows for part, _ in row if isinstance(part, str)]
     else:
         tally, rows = ExampleTally(source.label, data.max_length, data.too_long), list[list[Outcome]]()
-        sample, num_characters = draw(train, _MOST_ROWS, data.seed), 0
+        sample = draw(train, _MOST_ROWS, data.seed)
         for batch in text_batches(sample):
             rows += tally.add(batch, tokenizer, data.loss_on)
-            num_characters += sum(map(num_characters_of, batch))
-            if num_characters >= _MOST_CHARACTERS:
-                break
         drawn = "all" if len(rows) == len(train) else "sample"
         num_rows, unused, faults = len(train), sample.unused, tally.faults()
     by_row = [[part for part, _ in row if isinstance(part, TokenizedExample)] for row in rows]
@@ -92,6 +108,8 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     lengths = np.quantile(tally.lengths or [0], [*_QUANTILES.values()], method="inverted_cdf").tolist()
     checks = example_checks([TokenizedSet(source.label, tuple(examples))], tokenizer, data)
     warnings = [check.text for check in checks if check.state == "warning"]
+    if unused:
+        warnings.append(f"not used for training: {', '.join(sorted(unused))}.")
     return {
         "name": source.label,
         "num_rows": num_rows,
@@ -105,7 +123,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         "num_cut": tally.num_truncated,
         "num_dropped": tally.num_dropped,
         "faults": faults,
-        "warnings": [*warnings, *([f"not used for training: {', '.join(sorted(unused))}."] if unused else [])],
+        "warnings": warnings,
         "examples": [shown_example(example, tokenizer) for example in islice(in_turn, num_shown)],
     }
 
@@ -131,41 +149,6 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
         "pieces": [*pieces[:_HALF], *pieces[_HALF + left_out :]],
         "left_out": left_out,
     }
-
-
-def show_preview(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print every source: its numbers, warnings and examples."""
-    _, results = consoles(console)
-
-    def say(text: str, style: str = "") -> None:
-        results.print(Text(visible(text), style), soft_wrap=True)
-
-    say(
-        f"{found['recipe']}: tokens of {found['model']}, data.max_length {found['max_length']:,}, "
-        f"data.too_long {found['too_long']}, data.loss_on {found['loss_on']}"
-    )
-    say("│ ends a token, ⟦ ⟧ are around tokens in the loss, « » around special ones, ⏎ is a line end.")
-    if found["is_refused"]:
-        say("A run with this data is refused.", "bold red")
-    for source in found["sources"]:
-        results.print()
-        say(source["name"], "bold")
-        rows = "" if source["num_rows"] is None else f" of {source['num_rows']:,}"
-        share = source["num_in_loss"] / max(source["num_tokens"], 1)
-        say(
-            f"  {source['drawn']} rows: {source['num_rows_read']:,}{rows}; {source['num_examples']:,} examples, "
-            f"{source['num_tokens']:,} tokens, {share:.1%} of them in the loss; lengths "
-            f"{', '.join(f'{name} {size:,}' for name, size in source['lengths'].items())}; {source['num_too_long']:,} "
-            f"longer than data.max_length ({source['num_cut']:,} cut, {source['num_dropped']:,} dropped)"
-        )
-        skipped = " (skipped)" if source["drawn"] == "first" else ""
-        for text in (*(f"{fault}{skipped}" for fault in source["faults"]), *source["warnings"]):
-            say(f"  ! {text}", "yellow")
-        for example in source["examples"]:
-            results.print()
-            numbers = f"{example['num_in_loss']} of {example['num_tokens']} tokens in the loss"
-            say(f"  example {example['id']}: {numbers}", "bold")
-            results.print(_tokens(example), soft_wrap=True)
 
 
 def _tokens(example: Mapping[str, Any]) -> Text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,19 +99,19 @@ def run_card(
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
-        title=run.path.resolve().name,
+        run=run,
         base=name or Path(recipe.model.source).name,
-        revision=recipe.model.revision if source is None else source.revision,
-        how=", exported" if is_adopted else "",
+        revision=source.revision if source else recipe.model.revision,
+        is_adopted=is_adopted,
         versions={"qdora": qdora.__version__, **package_versions(("torch", "transformers"))},
         form=form,
-        model_class="AutoModelForImageTextToText" if is_multimodal else "AutoModelForCausalLM",
-        has_own_code=form != "gguf" and has_code,
+        is_multimodal=is_multimodal,
+        has_own_code=has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
         data=[markdown_cell(_data(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
-        texts=[] if form == "run" else [*_licence_files(source)],
+        texts=[*_licence_files(source)],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -177,17 +176,19 @@ def _source(recipe: Recipe) -> ModelSource | None:
 
 
 def _licence(source: ModelSource | None) -> dict[str, Any]:
+    if source is None:
+        return {}
     stated: Mapping[str, Any] = {}
-    if source is not None and source.is_gguf:
+    if source.is_gguf:
         settings = read_header(source.path).settings
         stated = {key.removeprefix("general.").replace(".", "_"): value for key, value in settings.items()}
-    elif source is not None:
+    else:
         with suppress(OSError, ValueError, yaml.YAMLError):
             stated = metadata_load(source.path / "README.md") or {}
     names = ("license", "license_name", "license_link")
     found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
     link = found.get("license_link", "://")
-    if source is not None and source.kind == "hub" and "://" not in link:
+    if source.kind == "hub" and "://" not in link:
         found["license_link"] = f"https://huggingface.co/{source.name}/blob/{source.revision or 'main'}/{link}"
     return found if "license" in found else {}
 
@@ -239,14 +240,13 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
     recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
     texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
-    warnings = Counter(text.removeprefix(warning) for text in texts if text.startswith(warning))
     status, step = _status(run, recipe, metrics), max([0, *(line["step"] for line in metrics if "eval" in line)])
     return {
         "title": run.path.resolve().name,
         "run": str(run.path),
         "status": status,
         "failure": texts[-1].removeprefix(failure) if texts and texts[-1].startswith(failure) else None,
-        "warnings": [text if number == 1 else f"{text} ({number} times)" for text, number in warnings.items()],
+        "warnings": list(dict.fromkeys(text.removeprefix(warning) for text in texts if text.startswith(warning))),
         "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
         "evaluations": evaluations(run, status["adapter_step"] or step),
         "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),
@@ -256,23 +256,18 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
 def _status(run: RunDirectory, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kept, num_steps = run.checkpoint_steps(), run.read_json("mix.json").get("num_steps")
     done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
-    num_done, newest = max([0, *done, *kept]), max(kept, default=None)
-    best = adapter_record(run)
+    num_done, best = max([0, *done, *kept]), adapter_record(run)
     held = adapter_step(run) if run.adapter.is_dir() else None
+    stopped = best is not None and num_done <= best["num_done"] < best["num_steps"]
     written = held if best is None else best["num_done"]  # the run may have gone on since
-    which = "" if held in (None, num_done) else f" adapter/ holds step {held}{', the best one' if best else ''}."
-    far = f"{num_done} steps" if num_steps is None else f"{num_done} of {num_steps} steps"
     if recipe.adapter.kind == "none":
-        state, text = "not trained", "Nothing is trained in this run: adapter.kind is none."
-    elif best is not None and num_done <= best["num_done"] < best["num_steps"]:
-        state, text = "stopped early", f"Stopped early: {far}.{which}"
-    elif written is not None and num_steps is not None and written >= num_steps:
-        state, text = "finished", f"Finished: {far}.{which}"
+        state = "not trained"
+    elif stopped or (written is not None and num_steps is not None and written >= num_steps):
+        state = "stopped early" if stopped else "finished"
     else:
-        safe = "no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
-        state, text = "unfinished", f"Not finished: {far}, {safe}.{which}"
-    numbers = {"num_done": num_done, "num_steps": num_steps, "adapter_step": held, "newest_checkpoint": newest}
-    return {"state": state, "text": text, **numbers}
+        state = "unfinished"
+    numbers = {"num_done": num_done, "num_steps": num_steps, "adapter_step": held, "is_best": best is not None}
+    return {"state": state, "newest_checkpoint": max(kept, default=None), **numbers}
 
 
 def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -282,16 +277,13 @@ def _measured(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[s
     steps = [line for line in metrics if "loss" in line]
     if not steps:
         return found
-    tenth, losses = max(1, len(steps) // 10), []
-    for part in (steps[:tenth], steps[-tenth:]):
-        num_tokens = sum(line["num_label_tokens"] for line in part)
-        losses.append(sum(line["loss"] * line["num_label_tokens"] for line in part) / max(num_tokens, 1))
-    seconds = [line["time"]["step_seconds"] for line in steps]
+    loss, times = [line["loss"] for line in steps], [line["time"] for line in steps]
+    seconds = [time["step_seconds"] for time in times]
     speed = statistics.median(line["num_tokens"] / line["time"]["step_seconds"] for line in steps)
-    sizes = {"peak memory": max(line["time"]["peak_memory_bytes"] for line in steps)}
-    sizes["planned peak"] = plan.get("tensor_bytes" if gpus else "peak_bytes")  # a GPU's allocator counts tensors
+    planned = plan.get("tensor_bytes" if gpus else "peak_bytes")  # a GPU's allocator counts tensors
+    sizes = {"peak memory": max(time["peak_memory_bytes"] for time in times), "planned peak": planned}
     return found | {
-        "training loss": "{:.4f} to {:.4f} nats a token (first and last tenth of the steps)".format(*losses),
+        "training loss": f"{loss[0]:.4f} to {loss[-1]:.4f} nats a token (first and last step)",
         "speed": f"{speed:,.0f} tokens/s, {statistics.median(seconds):.3g} s a step (medians)",
         "time of the steps": duration(statistics.mean(seconds) * steps[-1]["step"]),
         **{label: ByteSize(size).human_readable() for label, size in sizes.items() if size is not None},

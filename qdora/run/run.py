@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from qdora.files.run_directory import (
     only_process,
     open_run,
     resume_run,
+    step_of,
     unharmed,
 )
 from qdora.memory.oom import keep_freed_memory
@@ -45,7 +44,7 @@ from qdora.model.build_model import adapt, describe_adapters
 from qdora.model.inject import model_size
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
 from qdora.model.store import compressed_layers
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.base import (
@@ -55,8 +54,8 @@ from qdora.run.base import (
     check_base,
     compress_base,
     compression_key,
-    keep_residency,
     load_base,
+    residency_of,
     with_revisions_of,
 )
 from qdora.run.prepare import PreparedRun, prepare, show_plans, token_checks
@@ -67,8 +66,6 @@ from qdora.train.guards import Check, check_division, packed_layout
 from qdora.train.trainer import Trainer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-SharedBases = Callable[[str, Callable[[Path], None]], Path]
-"""Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
 logger = logging.getLogger("qdora")
 
@@ -81,18 +78,17 @@ def train_run(
     resume: bool = False,
     force: bool = False,
     console: Console | None = None,
-    shared_bases: SharedBases | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end. Under torchrun or `accelerate launch` the run is data-parallel over their processes.
 
-    force: start although the plan is over memory.budget. shared_bases: keeps compressed bases that several runs share.
-    Returns JSON values in the first process: the run directory, steps, last loss, evaluations.
+    force: start although the plan is over memory.budget. Returns JSON values in the first process: the run directory,
+    steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory, "train"))
-        stack.enter_context(disk_failures(directory))
+        stack.enter_context(disk_failures(directory, safe=RunDirectory(directory).what_is_safe))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         if resume:
@@ -110,10 +106,10 @@ def train_run(
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = None
         if resume and (newest := processes.from_first(run.newest_checkpoint)) is not None:
-            checkpoint = run.checkpoint_path(newest.step)
+            checkpoint = run.checkpoints / newest.name
         elif resume and processes.is_first:
             logger.warning("%s has no whole checkpoint: the run begins again at its first step.", run.path)
-        model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
+        model = base_of_run(prepared, run, processes, progress, resume=resume)
         stack.enter_context(weights_unread(model))
         adapter = None if checkpoint is None else checkpoint / "adapter"
         adapt(model, recipe, prepared.source, tokenizer, adapter=adapter)
@@ -143,21 +139,14 @@ def train_run(
             return processes.first(lambda: conclude(trainer, results)) or {}
         except KeyboardInterrupt:
             newest = run.newest_checkpoint()
-            step, path = (0, None) if newest is None else (newest.step, newest.path)
-            raise Interrupted(step, path, saved=False) from None
+            raise Interrupted(step_of(newest) if newest else 0, newest, saved=False) from None
 
 
 def base_of_run(
-    prepared: PreparedRun,
-    run: RunDirectory,
-    processes: Processes,
-    console: Console,
-    *,
-    resume: bool,
-    shared: SharedBases | None,
+    prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console, *, resume: bool
 ) -> PreTrainedModel:
-    """The frozen base of a run. If it is pruned or quantised by GPTQ, the first process does that, with `shared` or a
-    base.cache once for all runs with the same key, and all processes read its files in the run directory."""
+    """The frozen base of a run. If it is pruned or quantised by GPTQ, the first process does that, with base.cache once
+    for all runs with the same key, and all processes read its files in the run directory."""
     recipe, directory = prepared.recipe, run.inside(FOLDER)
     what = recipe, prepared.source, prepared.compute
     mesh = mesh_of(processes, prepared.compute.device, recipe.train.parallel)
@@ -166,22 +155,16 @@ def base_of_run(
         if resume and directory.is_dir() and run.checkpoint_steps():  # which belong to the base that is there
             return
         key, root = compression_key(*what, prepared.calibration), cache_root(recipe)
-        with bar(console, "compressing the base") as progress:
-
-            def fill(path: Path) -> None:
-                compress_base(*what, prepared.calibration, path, key=key, progress=progress)
-
-            if shared is not None:
-                made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
-            elif root is not None:
-                made = root / key
-                with in_turn(made), disk_failures(made, "name another directory in base.cache"):
-                    fill(made)
-            else:
-                fill(directory)
-                return
-        with atomic_directory(directory) as unfinished:
-            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
+        made = directory if root is None else root / key
+        with ExitStack() as stack:
+            if root is not None:
+                stack.enter_context(in_turn(made))
+                stack.enter_context(disk_failures(made, "name another directory in base.cache"))
+            progress = stack.enter_context(bar(console, "compressing the base"))
+            compress_base(*what, prepared.calibration, made, key=key, progress=progress)
+        if made != directory:
+            with atomic_directory(directory) as unfinished:
+                shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=link_or_copy)
 
     compressed = None
     if recipe.base.is_made_once:
@@ -241,6 +224,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
     def record() -> dict[str, Any]:
         facts = environment() | {"base": base_record(prepared.source), "chat_date": prepared.chat_date}
+        # The whole of a divided base may not fit on the one device of a later command
+        is_divided = prepared.recipe.train.divides_base
+        facts["residency"] = residency_of(given if is_divided else prepared.recipe)
         if processes.size > 1:
             facts["num_processes"] = processes.size
         if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
@@ -251,9 +237,6 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         if resume:
             before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
-            file = run.inside(CHAT_TEMPLATE_FILE)
-            if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
-                raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
             with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
                 state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
@@ -266,15 +249,6 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
             create_run(directory, resolved_yaml(given), record())
         if template is not None:
             atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), template)
-        keep_residency(run, given, prepared.recipe)
 
     processes.first(opened)
     return run
-
-
-def resumed_recipe(directory: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of an earlier run with `overrides`."""
-    recipe = recipe_of_run(open_run(directory).recipe_file, overrides, sections=Recipe.model_fields)
-    if os.environ.get("RANK", "0") == "0":
-        logger.info("%s continues with its own recipe.yaml, which only -s changes.", directory)
-    return recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import time
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,79 +42,18 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
-from qdora.recipe.options import EvalOptions, Sampling
-from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.recipe.options import EvalOptions, GenerateOptions, Sampling
+from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import LoadedModel, check_target, is_run, load_target
+from qdora.run.load_run import LoadedModel, is_run, load_target
 from qdora.train.evals import state_step, stored_results
 
 logger = logging.getLogger("qdora")
 
-SPLITS = ("validation", "test", "train")
 Write = Callable[[str], None]
 
 
 # qdora eval
-
-
-def check_options(options: EvalOptions, target: str) -> None:
-    """Raise UserError with all options that do not fit each other or the target."""
-    only = None if reads_tasks(options) else "--harness" if options.harness else "--text"
-    named, path = data_tasks(options), user_path(options.data or ".")
-    rules = {
-        f"--like: {target} is a run and has data of its own.": options.like is not None and is_run(target),
-        "--harness-include: is used only with --harness.": options.harness_include is not None and not options.harness,
-        "--step: is not used with --base.": options.step is not None and options.base,
-        "--limit: counts examples of tasks, got only --text.": only == "--text" and options.limit is not None,
-        f"--method: is for examples of tasks, got only {only}.": only is not None and options.method is not None,
-        f"--data: must be a folder of <task>/<split> files with --tasks {', '.join(named)}, got {path}.": (
-            bool(named) and not path.is_dir()
-        ),
-        f"--split: {path} has no splits, being one file.": options.split is not None and split_read(options) is None,
-        "--tasks: with --data names one source.": own_data(options) is not None and len(options.tasks) > 1,
-    }
-    faults = [text for text, is_wrong in rules.items() if is_wrong]
-    if own_data(options) is None and options.split not in (None, *SPLITS):
-        faults.append(not_one_of("--split", options.split, SPLITS))
-    if faults:
-        raise UserError(*faults)
-
-
-def reads_tasks(options: EvalOptions) -> bool:
-    """Whether examples of tasks are scored, not only texts or tasks of the harness."""
-    return bool(options.tasks) or options.data is not None or not (options.text or options.harness)
-
-
-def data_tasks(options: EvalOptions) -> list[str]:
-    """The tasks whose folder `data` is; empty if it is own data."""
-    return [] if options.data is None else sorted(set(options.tasks) & set(COMMONSENSE_TASKS))
-
-
-def own_data(options: EvalOptions) -> str | None:
-    """The place (`place_of`) of own data."""
-    return None if options.data is None or data_tasks(options) else place_of(options.data)
-
-
-def split_read(options: EvalOptions) -> str | None:
-    """The split that is scored; None for own data without splits."""
-    place = own_data(options)
-    return None if place is not None and not has_splits(place) else options.split or "validation"
-
-
-def kept_as(options: EvalOptions, recipe: Recipe | None) -> str:
-    """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval."""
-    split = split_read(options)
-    parts = [] if split is None else [split]
-    own = None if recipe is None else recipe.eval
-    same_tasks = own is not None and options.data is None and set(options.tasks) == set(own.tasks or ())
-    if options.tasks and not same_tasks:
-        parts.append(_in_a_name(options.tasks))
-    if options.data is not None:
-        place = place_of(options.data)
-        parts.append(f"data-{_in_a_name([Path(place).name])}-{_of_places([place])}")
-    if options.limit is not None and (own is None or options.limit != own.limit):
-        parts.append(f"limit-{options.limit}")
-    return "-".join(parts)
 
 
 def evaluate_target(
@@ -124,29 +63,31 @@ def evaluate_target(
 
     A run keeps the results in its eval/.
     """
-    check_options(options, target)
     texts = read_texts(options.text)
     check_gpu()
-    check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
-    if not (is_run(target) or options.like or options.tasks or options.data or options.text or options.harness):
+    own_run = Path(target) if is_run(target) else None
+    if own_run is not None and options.like is not None:
+        raise UserError(f"--like: {target} is a run and has data of its own.")
+    data_run = own_run or options.like
+    if not (data_run or options.tasks or options.data or options.text or options.harness):
         fix = "Fix: add --tasks, --data, --text, --harness or --like RUN."
         raise UserError(f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. {fix}")
     progress, results = consoles(console)
     keep_freed_memory()
-    data_run = Path(target) if is_run(target) else options.like
-    recipe_in = recipe_of_run if is_run(target) else load_recipe  # of --like only the data is used
-    recipe = None if data_run is None else recipe_in(open_run(data_run).recipe_file)
+    recipe = None if data_run is None else load_recipe(open_run(data_run).recipe_file)
     harness = find_harness_tasks(options.harness, options.harness_include) if options.harness else None
     generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
-    examples = _examples(options, recipe, by_name=generates)
+    of_folder = options.data is None or not set(COMMONSENSE_TASKS).isdisjoint(options.tasks)
+    place = None if of_folder else place_of(str(options.data))
+    split = None if place is not None and not has_splits(place) else options.split or "validation"
+    examples = _examples(options, recipe, place, split, by_name=generates)
     if generates and (faults := generation_faults(examples)):
         raise UserError(*faults)
-    split, name = split_read(options), kept_as(options, recipe)
+    name = _kept_as(options, split)
     scored: dict[str, Any] = {"limit": options.limit, "block": None}
     if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
         scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
-    which: dict[str, Any] = {"step": options.step, "base_only": options.base}
-    loaded = load_target(target, base_model=options.base_model, quant=options.quant, verb="eval", **which)
+    loaded = load_target(target, options, verb="eval")
     model, tokenizer, label = loaded.model, loaded.tokenizer, loaded.label
     if options.like is not None and recipe is not None:
         set_chat_date(tokenizer, chat_date_of(options.like))
@@ -173,9 +114,8 @@ def evaluate_target(
     if texts:
         document["perplexity"] = perplexity = text_perplexity(model, tokenizer, texts)
         results.print(f"perplexity {perplexity['perplexity']:.3f} over {perplexity['num_tokens']:,} tokens")
-        places = _of_places([str(file.resolve()) for file in options.text])
-        text_name = f"perplexity-{_in_a_name([file.name for file in options.text])}-{places}"
-        _keep(loaded, text_name, perplexity | {"texts": [str(file) for file in options.text]})
+        text_name = _in_a_name([file.name for file in options.text], [str(file.resolve()) for file in options.text])
+        _keep(loaded, f"perplexity-{text_name}", perplexity | {"texts": [str(file) for file in options.text]})
     if harness is not None:
         document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
@@ -184,14 +124,24 @@ def evaluate_target(
     return document
 
 
-def _of_places(places: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(places).encode()).hexdigest()[:8]
+def _kept_as(options: EvalOptions, split: str | None) -> str:
+    """Name of what is evaluated, in the names of the kept files."""
+    parts = [] if split is None else [split]
+    if options.tasks:
+        parts.append(_in_a_name(options.tasks))
+    if options.data is not None:
+        place = place_of(options.data)
+        parts.append(f"data-{_in_a_name([Path(place).name], [place])}")
+    if options.limit is not None:
+        parts.append(f"limit-{options.limit}")
+    return "-".join(parts)
 
 
-def _in_a_name(what: Sequence[str]) -> str:
-    joined = "+".join(re.sub(r"[^\w.]+", "-", name) for name in what)
-    # File systems end at 255 bytes
-    return joined if len(joined) <= 100 else hashlib.sha256(joined.encode()).hexdigest()[:16]
+def _in_a_name(names: Sequence[str], places: Sequence[str] = ()) -> str:
+    """`names` for a file name, which ends at 255 bytes; with a digest of `places`, where names may be repeated."""
+    text = "+".join(re.sub(r"[^\w.]+", "-", name) for name in names)
+    digest = hashlib.sha256("\0".join(places or names).encode()).hexdigest()[:8]
+    return f"{text[:100]}-{digest}" if places or len(text) > 100 else text
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
@@ -201,29 +151,25 @@ def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
             loaded.run.write_json(file, {"step": state_step(loaded.run, loaded.label), **document})
 
 
-def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
-    if not reads_tasks(options):
+def _examples(
+    options: EvalOptions, recipe: Recipe | None, place: str | None, split: str | None, *, by_name: bool
+) -> dict[str, list[Example]]:
+    asked = options.tasks
+    if not asked and options.data is None and (options.text or options.harness):
         return {}
-    if (place := own_data(options)) is not None:
-        return _own_examples(options, place, recipe)
-    asked, split, elsewhere = options.tasks, options.split or "validation", data_tasks(options)
+    if place is not None:
+        return _own_examples(options, place, split or "train", recipe)  # a file is all one split
+    assert split is not None
     if not asked:
         assert recipe is not None  # evaluate_target
         found = run_examples(recipe, split, recipe.eval.tasks or None)
         if not found:
             raise UserError(f"--split: the run has no {split} examples. Fix: name other data with --data.")
         return found
-    own = [task for task in asked if task not in elsewhere]
+    own = [task for task in asked if options.data is None or task not in COMMONSENSE_TASKS]
     known = {} if recipe is None else run_examples(recipe, split, own)
-    sources = [] if recipe is None else [source.label for source in recipe.data.mix]
-    names = list(dict.fromkeys([*sources, *TASKS]))
-    faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
-    faults += [
-        f"--tasks: {task} has no {split} examples in this run. Fix: name other data with --data."
-        for task in own
-        if task in sources and task not in known
-    ]
-    if faults:
+    names = list(dict.fromkeys([*known, *TASKS]))
+    if faults := [not_one_of("--tasks", task, names) for task in asked if task not in names]:
         raise UserError(*faults)
     folder = None if options.data is None else user_path(options.data)
     return {
@@ -232,13 +178,12 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
     }
 
 
-def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> dict[str, list[Example]]:
+def _own_examples(options: EvalOptions, place: str, split: str, recipe: Recipe | None) -> dict[str, list[Example]]:
     mix = () if recipe is None else recipe.data.mix
     labels = [source.label for source in mix if source.source is not None]
-    like = next(iter(options.tasks), None)
+    like = ", ".join(options.tasks) or None
     if like is not None and like not in labels:
         raise UserError(not_one_of("--tasks: with --data names a source of the run", like, labels))
-    split = split_read(options) or "train"  # a file is all one split
     source = given_source(place, mix, like)
     found = open_source(source, split)
     for label in [] if options.base else trained_on(source, split, mix):
@@ -250,50 +195,32 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
 
 
 def generate_from(
-    target: str,
-    prompt: str,
-    sampling: Sampling = Sampling(),
-    *,
-    system: str | None = None,
-    raw: bool = False,
-    write: Write = lambda text: None,
-    **which: Any,
+    target: str, options: GenerateOptions, sampling: Sampling = Sampling(), *, write: Write = lambda text: None
 ) -> dict[str, Any]:
-    """Load a run, an adapter or a model and let it answer a prompt; `raw` skips the chat template.
+    """Load a run, an adapter or a model and let it answer a prompt, or each conversation of a data file.
 
-    `write` gets each piece of text as soon as it is known; `which` are options of `load_target`. Returns JSON values.
+    `write` gets each piece of text as soon as it is known. Returns JSON values; `answers` are in the file's order.
     """
-    if not prompt:
-        raise UserError("--prompt: is empty.")
-    if system is not None and raw:
-        raise UserError("--system: is not used with --raw, which skips the chat template.")
+    chats = None if options.chats is None else read_chats(user_path(options.chats))
     keep_freed_memory()
-    loaded = load_target(target, verb="generate", **which)
-    ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
-    found = _answer(loaded, ids, sampling, write, where="--prompt")
-    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
-
-
-def answer_chats(
-    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = lambda text: None, **which: Any
-) -> dict[str, Any]:
-    """As `generate_from`, for each conversation of a data file (messages or sharegpt); returns `answers` in order."""
-    chats = read_chats(user_path(file))
-    keep_freed_memory()
-    loaded = load_target(target, verb="generate", **which)
+    loaded = load_target(target, options, verb="generate")
+    document: dict[str, Any] = {"target": target, "label": loaded.label}
+    if chats is None:
+        prompt = sys.stdin.read() if options.prompt == "-" else str(options.prompt)
+        ids = prompt_ids(loaded.tokenizer, prompt, options.system, options.raw)
+        return document | {"prompt": prompt, **_answer(loaded, ids, sampling, write, where="--prompt")}
     asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
     answers = []
     for where, ids in asked:
         write(f"--- {where}\n")
         answers.append(_answer(loaded, ids, sampling, write, where=where))
-    return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
+    return document | {"chats": options.chats, "answers": answers}
 
 
 def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     """(place, turns, tools) of each row."""
     rows = read_rows(file)
-    named = rows.made(lambda row, place: (place, *asked_chat(row)), range(rows.num_rows))
-    return list(named)
+    return list(rows.made(lambda row, place: (place, *asked_chat(row)), range(rows.num_rows)))
 
 
 def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
@@ -311,20 +238,14 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
     device, tokens = next(model.parameters()).device, torch.tensor([ids])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
-        began = time.perf_counter()
         out = generate(model, tokens, torch.ones_like(tokens), **options)
-        seconds = time.perf_counter() - began
     new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in stops
-    is_cut = not ended and most < sampling.max_new_tokens
-    if is_cut:
-        logger.warning("The answer ends after %d tokens: it fills the model's context of %d tokens.", most, context)
     return {
         "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
         "num_prompt_tokens": len(ids),
         "num_new_tokens": len(new),
-        "stopped": "end" if ended else "context" if is_cut else "length",
-        "seconds": seconds,
+        "stopped": "end" if ended else "length" if len(new) == sampling.max_new_tokens else "context",
     }
 
 

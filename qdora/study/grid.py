@@ -200,7 +200,7 @@ def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
         study = Study.model_validate(data)
         lines = list(study.faults())
     except ValidationError as error:
-        lines = fault_lines(error, data, Study)
+        lines = fault_lines(error, data)
     if lines:
         raise UserError(*dict.fromkeys(": ".join(filter(None, (where, *line))) for line in lines))
     return study

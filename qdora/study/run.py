@@ -28,6 +28,7 @@ from qdora.memory.oom import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config
 from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
+from qdora.recipe.section import with_settings
 from qdora.run.run import train_run
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import against_all_verdicts
@@ -238,8 +239,10 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
             return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
         moved = {"kind": recipe.adapter.kind, "resume_from": str(source / "adapter")}
         recipe = recipe_from(settings(recipe) | {"adapter": moved})
-    resume, shared_bases = run.recipe_file.is_file() and run.has_begun, partial(once, store, "bases")
-    summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True), shared_bases=shared_bases)
+    if recipe.base.is_made_once:
+        recipe = with_settings(recipe, base={"cache": str((store.path / "shared/bases").absolute())})
+    resume = run.recipe_file.is_file() and run.has_begun
+    summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True))
     if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0

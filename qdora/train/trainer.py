@@ -224,9 +224,8 @@ class Trainer:
             try:
                 self.optimizer.step(lr)
             except (RuntimeError, MemoryError) as error:  # a part of the update may be made: it is not saved
-                newest = self.directory.newest_checkpoint()
                 text = f"step {number}: the update cannot be computed: {first_line(error)}"
-                raise RunFailure(text, safe=[newest.path] if newest else []) from error
+                raise RunFailure(text, safe=self.directory.what_is_safe()) from error
             self.bad_steps.applied(loss)
             self.step = number
             self._check_gradients()
@@ -341,7 +340,7 @@ class Trainer:
         try:
             self._restore()
             return kind(text, safe=[self.save(), kept])
-        except RuntimeError as second:
+        except (RuntimeError, OSError) as second:
             return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
