@@ -320,9 +320,9 @@ def repeated_checks(
 
 def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
     """The token ids, int32, of each example that is encoded whole; of some chats in several parts."""
-    tally = ExampleTally(name, data.max_length, data.too_long)
+    tally = ExampleTally(name, data, tokenizer)
     try:
-        found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
+        found = [parts for batch in text_batches(examples) for parts in tally.add(batch)]
     except UserError:  # such as chats without a chat template, which are an error only where they are scored
         return []
     whole = ([each for each, cut in parts if isinstance(each, TokenizedExample) and not cut] for parts in found)

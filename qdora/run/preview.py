@@ -77,10 +77,10 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_rows, unused = stream.shards.num_rows or None, stream.unused
         faults = [part for row in rows for part, _ in row if isinstance(part, str)]
     else:
-        tally, rows = ExampleTally(source.label, data.max_length, data.too_long), list[list[Outcome]]()
+        tally, rows = ExampleTally(source.label, data, tokenizer), list[list[Outcome]]()
         sample, num_characters = draw(train, _MOST_ROWS, data.seed), 0
         for batch in text_batches(sample):
-            rows += tally.add(batch, tokenizer, data.loss_on)
+            rows += tally.add(batch)
             num_characters += sum(map(num_characters_of, batch))
             if num_characters >= _MOST_CHARACTERS:
                 break
