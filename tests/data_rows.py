@@ -20,6 +20,7 @@ import pytest
 from qdora.data.example import RowFault
 from qdora.data.mix import Mix
 from qdora.data.sources import read_data, tokenized_mix
+from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 from tests import support
@@ -74,6 +75,12 @@ def fault_of(call: Callable[..., Any], *given: Any, **options: Any) -> str:
 def says(text: str, words: str) -> bool:
     """Whether a text has all parts of `words`, which " ... " divides, in this order."""
     return re.search(".*".join(map(re.escape, words.split(" ... "))), text, re.DOTALL) is not None
+
+
+def tokenized(examples: Any, tokenizer: Any, name: str = "x", **data: Any) -> TokenizedSet:
+    """Examples as the source of a recipe with these settings of `data`."""
+    settings = DataConfig.model_validate({"mix": [{"source": "x.jsonl"}], "max_length": 200} | data)
+    return tokenize_all(examples, tokenizer, name, settings)
 
 
 def mixed(data: DataConfig, tokenizer: Any = None) -> Mix:

@@ -26,10 +26,9 @@ from qdora.data.chats import (
 )
 from qdora.data.example import Example, Turn
 from qdora.data.formats import parse_tools
-from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
 from tests import support
-from tests.data_rows import fault_of, faults_of, says
+from tests.data_rows import fault_of, faults_of, says, tokenized
 
 CHATML, LOOP = support.CHATML, "{% for m in messages %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -254,7 +253,7 @@ def test_the_tokens_of_a_whole_chat_are_those_of_its_text() -> None:
         ("last", "the dog<|im_end|>\n"),
         ("all", text.removeprefix("<|im_start|>")),  # nothing predicts the first token
     ):
-        [done] = tokenize_all([chat()], begins, name="x", max_length=200, loss_on=loss_on).examples
+        [done] = tokenized([chat()], begins, loss_on=loss_on).examples
         assert begins.decode(done.input_ids) == text
         assert begins.decode(done.input_ids[done.loss_mask]) == expected
 
@@ -313,16 +312,16 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
     named, none = support.tokenizer(), support.tokenizer(chat_template=None)
     named.chat_template = {"tool_use": CHATML, "rag": CHATML}
 
-    def tokenized(*examples: Example, by: Any, **options: Any) -> Any:
-        return tokenize_all(examples, by, name="x", max_length=200, **options)
+    def made(*examples: Example, by: Any, **options: Any) -> Any:
+        return tokenized(examples, by, **options)
 
     for call, words in (
-        (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
-        (lambda: tokenized(chat(), by=named), "Available template names are ['rag', 'tool_use']"),
-        (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
+        (lambda: made(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
+        (lambda: made(chat(), by=named), "Available template names are ['rag', 'tool_use']"),
+        (lambda: made(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(no_system, (HI, KIND), (), "a: line 2"), "a: line 2: the chat template refuses it: no sy"),
-        (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
-        (lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: no token in the loss of 7"),
+        (lambda: made(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
+        (lambda: made(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: no token in the loss of 7"),
         (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "reads ['thinking'], got ['thinkin']"),
         (lambda: use(CHOOSES, template_kwargs={"messages": []}), "reads ['thinking'], got ['messages']"),
         (lambda: use(None, template_kwargs={"a": 1}), "data.template_kwargs: ... reads [], got ['a']"),
@@ -330,9 +329,9 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
         (lambda: use(None, chat_template=f"{tmp_path}/no.jinja"), "data.chat_template: ... no.jinja: ... No such file"),
     ):
         assert says(fault_of(call), words), words
-    assert tokenized(chat(tools=[{"name": "f"}]), by=named).num_examples == 1
+    assert made(chat(tools=[{"name": "f"}]), by=named).num_examples == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
-    *three, more = faults_of(tokenized, *refused, by=no_system)
+    *three, more = faults_of(made, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]
     assert more == "and 2 more"
 

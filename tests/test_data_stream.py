@@ -23,10 +23,9 @@ from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
-from tests.data_rows import Rows, fault_of, says
+from tests.data_rows import Rows, fault_of, says, tokenized
 
 CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
@@ -99,7 +98,7 @@ def test_every_row_once_a_pass_and_resumed_is_uninterrupted(
     file = write(tmp_path_factory.mktemp("stream"), shape["kind"], rows, group=7)
     limits: dict[str, Any] = {"max_length": 12, "too_long": "drop" if mode == "chats" else mode}
     options = {"window": shape["window"], "seed": shape["seed"], "tokenizer": EACH_TURN} | limits
-    whole = tokenize_all(examples, EACH_TURN, name="s", **limits).examples
+    whole = tokenized(examples, EACH_TURN, "s", **limits).examples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_RANGE_BYTES", 90)
         patch.setattr("qdora.data.stream._TOKENIZED_AT_ONCE", shape["at_once"])
@@ -135,7 +134,7 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path: Path) -> None:
 def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, **options: Any) -> Any:
     file = write(folder, "parquet", [row(number, 1 + number % 5) for number in range(50)], group=8)
     examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
-    sets = [tokenize_all(examples, TOKENIZER, name="a", max_length=64), stream(file, window=16, number=1)]
+    sets = [tokenized(examples, TOKENIZER, "a"), stream(file, window=16, number=1)]
     mix = make_mix(sets, **options)
     return mix, StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
 

@@ -17,11 +17,11 @@ from qdora.data import cache as cache_file
 from qdora.data import sources, tokenize
 from qdora.data.chats import set_chat_date, set_chat_settings
 from qdora.data.example import Example, Turn
-from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
+from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix
 from qdora.recipe.data_settings import DataConfig
 from qdora.run.preview import shown_example, token_pieces
 from tests import support
-from tests.data_rows import fault_of, mixed, says, write
+from tests.data_rows import fault_of, mixed, says, tokenized, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)
@@ -36,7 +36,7 @@ def example(prompt: str = PROMPT, answer: str = " yes", id: str = "0", messages:
 
 
 def tokenised(examples: Any, tokenizer: Any = PLAIN, max_length: int = 10**6, **options: Any) -> TokenizedSet:
-    return tokenize_all(examples, tokenizer, name="x", max_length=max_length, **options)
+    return tokenized(examples, tokenizer, max_length=max_length, **options)
 
 
 def facts(found: TokenizedSet) -> Any:
@@ -271,7 +271,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tokenize_all = sources.tokenize_all
 
     def counting(*args: Any, **options: Any) -> TokenizedSet:
-        names.append(options["name"])
+        names.append(args[2])
         return tokenize_all(*args, **options)
 
     monkeypatch.setattr(sources, "tokenize_all", counting)

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from qdora.data.example import Example, Turn
-from qdora.data.tokenize import tokenize_all
 from qdora.errors import Diverged
 from qdora.evaluate import perplexity
 from qdora.evaluate import spans as span_scores
@@ -37,7 +36,7 @@ from qdora.evaluate.loglikelihood import score_examples, scoring_faults
 from qdora.evaluate.perplexity import read_texts, text_perplexity
 from qdora.evaluate.spans import Span, pads_left, score_groups, score_spans, scoring, shares_prefix
 from tests import reference, support
-from tests.data_rows import fault_of, says
+from tests.data_rows import fault_of, says, tokenized
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {
@@ -366,7 +365,7 @@ def test_choices_and_answers_equal_one_sequence_at_a_time(bos: bool) -> None:
             assert (scores.num_tokens[c], scores.num_chars[c]) == (len(ids) - start, len(choice.strip()))
             borders_that_merge += tokenizer.decode(ids[start:]) != choice
         # the tokens are those of training, without the end
-        [trained] = tokenize_all([example], tokenizer, name="t", max_length=128).examples
+        [trained] = tokenized([example], tokenizer).examples
         start = int(np.flatnonzero(trained.loss_mask)[0])
         for each in (scores, answer):
             assert each.nll == pytest.approx(-naive(net, trained.input_ids[:-1].tolist(), start), abs=2e-5)

@@ -325,8 +325,6 @@ def read_rows(*files: Path) -> Rows:
     where = files[0] if len(files) == 1 else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=False)]
     num_rows = sum(part.num_rows or sum(1 for _ in part.read(0)) for part in parts)
-    if not num_rows:
-        raise UserError(empty_data_set(where))
     facts = [(file.relative_to(where), *sampled_digest(file)) for file in files]
     identity = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {digest}" for name, stat, digest in facts)
     return Rows(str(where), tuple(part.placed for part in parts), num_rows, identity=identity)
@@ -375,8 +373,6 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
         loaded = _load_dataset(source, split)
         # The fingerprint follows the files' check sums
         identity = f"{place} {source.config} {loaded._fingerprint}"
-    if not len(loaded):
-        raise UserError(empty_data_set(place))
     return rows_of(place, loaded, identity)
 
 

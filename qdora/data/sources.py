@@ -20,7 +20,17 @@ from qdora.data.batches import Batching, StepLoader
 from qdora.data.cache import TokenCache
 from qdora.data.commonsense import HUB_TASKS, hub_task_rows
 from qdora.data.example import Example, Row, RowFault, with_last_learnt
-from qdora.data.files import Rows, files_of, files_of_split, hub_rows, hub_shards, local_shards, rows_of, rows_of_split
+from qdora.data.files import (
+    Rows,
+    empty_data_set,
+    files_of,
+    files_of_split,
+    hub_rows,
+    hub_shards,
+    local_shards,
+    rows_of,
+    rows_of_split,
+)
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.mix import Mix, make_mix
 from qdora.data.stream import ExampleStream
@@ -104,6 +114,8 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
         return SplitExamples(rows, lambda made, id: replace(made, task=source.label), range(rows.num_rows))
     else:
         rows, schema_row = hub_task_rows(task, split, source.revision), HUB_TASKS[task].schema_row
+    if not rows.num_rows:
+        raise UserError(empty_data_set(rows.where))
     first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
     readable = [row for _, row in first if not isinstance(row, RowFault)]
     make = RowExamples(source, readable, rows.where, named=source.name is not None)
@@ -271,7 +283,6 @@ def tokenized_sources(
     data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
 ) -> list[TokenizedSet | ExampleStream]:
     """Each source of `names` (None: all) as tokens, made or read from what an earlier start kept."""
-    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
@@ -280,7 +291,7 @@ def tokenized_sources(
         if names is not None and source.label not in names:
             continue
         with _of_source(index):
-            make = partial(tokenize_all, examples, tokenizer, name=source.label, **options)
+            make = partial(tokenize_all, examples, tokenizer, source.label, data)
             identity = getattr(examples, "identity", None)
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
@@ -289,9 +300,10 @@ def tokenized_sources(
             elif identity is None or cache is None:
                 sets.append(make())
             else:
-                layout = source.model_dump(include={"format", "task", "columns", "template", "chat"})
-                layout |= {"rows": identity, "label": source.label, "named": source.name is not None}
-                sets.append(cache.kept(layout | options, make))
+                content = source.model_dump(include={"format", "task", "columns", "template", "chat"})
+                content |= data.model_dump(include={"max_length", "loss_on", "too_long"})
+                content |= {"rows": identity, "label": source.label, "named": source.name is not None}
+                sets.append(cache.kept(content, make))
     return sets
 
 

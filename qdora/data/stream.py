@@ -194,13 +194,13 @@ class ExampleStream:
         return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _tally(self) -> ExampleTally:
-        return ExampleTally(self.name, self.data.max_length, self.data.too_long)
+        return ExampleTally(self.name, self.data, self.tokenizer)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole."""
         made = [made_from(row, self._make, place) for place, row in rows]
         examples = [example for example in made if isinstance(example, Example)]
-        done = iter(tally.add(examples, self.tokenizer, self.data.loss_on))
+        done = iter(tally.add(examples))
         outcomes: list[list[Outcome]] = []
         for (place, _), example in zip(rows, made, strict=True):
             parts = next(done) if isinstance(example, Example) else [(str(example), False)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qdora.data.chats import Encoded, chat_settings, encode_chats, require_chat_template, shared_length
 from qdora.data.example import Example
 from qdora.errors import UserError, first_few, shorten
-from qdora.recipe.data_settings import LossOn, TooLong
+from qdora.recipe.data_settings import DataConfig, LossOn
 
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
 """Texts and characters per call of the tokenizer: enough for its threads, few enough for memory."""
@@ -98,30 +98,24 @@ class TokenizedSet:
         return list(dict.fromkeys(example.task for example in self.examples))
 
 
-def tokenize_all(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    name: str,
-    max_length: int,
-    loss_on: LossOn = "answer",
-    too_long: TooLong = "error",
-) -> TokenizedSet:
+def tokenize_all(examples: Sequence[Example], tokenizer: Any, name: str, data: DataConfig) -> TokenizedSet:
     """Tokenise the examples of a source.
 
     The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too, where
     evaluation scores the choices without it. An answer with a stop token of its own ends there, a chat with the end
     marks of its template.
     """
-    tally = ExampleTally(name, max_length, too_long)
+    tally = ExampleTally(name, data, tokenizer)
     done: list[TokenizedExample] = []
     for batch in text_batches(examples):
-        for outcomes in tally.add(batch, tokenizer, loss_on):
+        for outcomes in tally.add(batch):
             done += [example for example, _ in outcomes if isinstance(example, TokenizedExample)]
     if faults := tally.faults():
         raise UserError(*faults)
     if not done:
-        raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
+        raise UserError(
+            f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({data.max_length})."
+        )
     unused = sorted(getattr(examples, "unused", ()))
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, unused)
 
@@ -156,8 +150,8 @@ class ExampleTally:
     """
 
     name: str
-    max_length: int
-    too_long: TooLong
+    data: DataConfig
+    tokenizer: Any
     num_truncated: int = 0
     num_dropped: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens before anything is cut or split
@@ -165,16 +159,16 @@ class ExampleTally:
     _unlearnable: list[str] = field(default_factory=list)
     _refused: list[str] = field(default_factory=list)
 
-    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Outcome]]:
+    def add(self, examples: Sequence[Example]) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
         chats = [example for example in examples if example.messages]
         texts = [example for example in examples if not example.messages]
         if chats:
-            require_chat_template(tokenizer, self.name)
-        if texts and tokenizer.eos_token_id is None:
+            require_chat_template(self.tokenizer, self.name)
+        if texts and self.tokenizer.eos_token_id is None:
             raise UserError(f"{self.name}: the tokenizer has no end-of-sequence token to end an answer with.")
-        rendered = iter(encode_chats(tokenizer, chats, loss_on=loss_on))
-        encoded = iter(_encode_texts(tokenizer, texts, loss_on))
+        rendered = iter(encode_chats(self.tokenizer, chats, loss_on=self.data.loss_on))
+        encoded = iter(_encode_texts(self.tokenizer, texts, self.data.loss_on))
         outcomes: list[list[Outcome]] = []
         for example in examples:
             parts = next(rendered) if example.messages else [next(encoded)]
@@ -182,7 +176,7 @@ class ExampleTally:
             if isinstance(parts, str):
                 self._refused.append(f"{self.name}: example {example.id}: {parts}")
                 outcomes.append([(parts, False)])
-            elif self.too_long == "split" and is_plain and len(parts[0].ids) > self.max_length:
+            elif self.data.too_long == "split" and is_plain and len(parts[0].ids) > self.data.max_length:
                 outcomes.append(self._split(example, parts[0]))
             else:
                 outcomes.append([self._sort(example, part) for part in parts] or [self._silent(example.id)])
@@ -192,10 +186,10 @@ class ExampleTally:
         """Later parts begin with the tokenizer's prefix and, as context, the last token of the part before."""
         ids, prefix = encoded.ids, encoded.prefix
         self.lengths.append(len(ids))
-        room = self.max_length - prefix - 1
-        later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.max_length, len(ids), room)]
+        room = self.data.max_length - prefix - 1
+        later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.data.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
-        for number, part in enumerate([ids[: self.max_length], *later]):
+        for number, part in enumerate([ids[: self.data.max_length], *later]):
             mask = np.arange(len(part)) >= (
                 prefix + 1 if number else max(prefix, 1)
             )  # nothing predicts the first token
@@ -209,16 +203,16 @@ class ExampleTally:
 
     def _sort(self, example: Example, encoded: Encoded) -> Outcome:
         id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
-        cut = len(encoded.ids) > self.max_length
+        cut = len(encoded.ids) > self.data.max_length
         self.lengths.append(len(encoded.ids))
-        if cut and self.too_long == "drop":
+        if cut and self.data.too_long == "drop":
             self.num_dropped += 1
             return None, True
-        if cut and self.too_long != "truncate":
+        if cut and self.data.too_long != "truncate":
             self._too_long.append((id, len(encoded.ids)))
             return "too long, and data.too_long: split is for plain text", True
         if cut:
-            encoded = _cut(encoded, self.max_length)
+            encoded = _cut(encoded, self.data.max_length)
         mask = np.array(encoded.mask, dtype=np.bool_)
         mask[0] = False  # nothing predicts the first token
         if not mask.any():
@@ -233,7 +227,7 @@ class ExampleTally:
             ids, lengths = zip(*self._too_long, strict=True)
             what = f"{len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than data.max_length"
             fix = "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
-            faults.append(f"{self.name}: {what} ({self.max_length}), the longest has {max(lengths)} tokens. {fix}")
+            faults.append(f"{self.name}: {what} ({self.data.max_length}), the longest has {max(lengths)} tokens. {fix}")
         if self._unlearnable:
             why = "the answer is empty, not learnt (weight, train) or left out by the chat template"
             faults.append(f"{self.name}: no token in the loss of {first_few(self._unlearnable, 3)}: {why}.")

@@ -278,9 +278,9 @@ def repeated_checks(
     trained = {hash(example.input_ids.tobytes()) for source in sources for example in source.examples}
     checks = []
     for name, examples in scored.items():
-        tally, some = ExampleTally(name, data.max_length, data.too_long), _some(examples)
+        tally, some = ExampleTally(name, data, tokenizer), _some(examples)
         try:
-            rows = [row for batch in text_batches(some) for row in tally.add(batch, tokenizer, data.loss_on)]
+            rows = [row for batch in text_batches(some) for row in tally.add(batch)]
         except UserError:  # such as chats without a chat template, which are an error only where they are scored
             continue
         parts = ([part for part, is_cut in row if isinstance(part, TokenizedExample) and not is_cut] for row in rows)

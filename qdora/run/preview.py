@@ -96,10 +96,10 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_rows, unused = stream.shards.num_rows or None, stream.unused
         faults = [part for row in rows for part, _ in row if isinstance(part, str)]
     else:
-        tally, rows = ExampleTally(source.label, data.max_length, data.too_long), list[list[Outcome]]()
+        tally, rows = ExampleTally(source.label, data, tokenizer), list[list[Outcome]]()
         sample = draw(train, _MOST_ROWS, data.seed)
         for batch in text_batches(sample):
-            rows += tally.add(batch, tokenizer, data.loss_on)
+            rows += tally.add(batch)
         drawn = "all" if len(rows) == len(train) else "sample"
         num_rows, unused, faults = len(train), sample.unused, tally.faults()
     by_row = [[part for part, _ in row if isinstance(part, TokenizedExample)] for row in rows]

@@ -269,20 +269,11 @@ def probe_examples(
     recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequence[Example]]
 ) -> dict[str, list[TokenizedExample]]:
     """Validation examples of every task, evenly spread over its data, tokenised as in training."""
-    data = recipe.data
+    data = recipe.data.model_copy(update={"too_long": "truncate"})
     examples = {}
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
-        examples[source.label] = [
-            *tokenize_all(
-                chosen,
-                tokenizer,
-                name=source.label,
-                max_length=data.max_length,
-                loss_on=data.loss_on,
-                too_long="truncate",
-            ).examples
-        ]
+        examples[source.label] = list(tokenize_all(chosen, tokenizer, source.label, data).examples)
     return examples
 
 
