@@ -199,9 +199,8 @@ def score_groups(
     model: nn.Module, groups: Sequence[Sequence[Span]], progress: Progress | None = None
 ) -> list[NDArray[np.float64]]:
     """Summed log-likelihood of the spans of each group (such as a question's choices), (spans,) float64 each, nats."""
-    units: list[
-        tuple[Sequence[Span], int]
-    ] = []  # spans that run together, and how many of their tokens run first, once
+    # Spans that run together, and how many of their tokens run first, once
+    units: list[tuple[Sequence[Span], int]] = []
     can_share, max_logits = shares_prefix(model), max(_MAX_LOGITS // vocabulary_size(model), 1)
     for group in groups:
         prefix = 0
