@@ -36,7 +36,7 @@ from qdora.adapter.algebra import Gain, rounded, row_blocks, row_factor, scaled_
 from qdora.adapter.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed, zeroed_
 from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import mask_from_bits
-from qdora.quant.tiles import Weight, column_tiles, own_scales, row_tiles, with_scales
+from qdora.quant.tiles import Weight, dense_tiles, own_scales, with_scales
 
 Value = TypeVar("Value")
 
@@ -83,8 +83,7 @@ def add_product_(
 ) -> None:
     """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to beta * `out`, tile by tile; g is (out,), or None
     for 1."""
-    tiles = column_tiles if transposed else row_tiles
-    for span, tile in tiles(weight, x.dtype, gain):
+    for span, tile in dense_tiles(weight, x.dtype, gain, int(transposed)):
         matrix = tile if transposed else tile.T
         part = out if matrix.shape[1] == out.shape[1] else out[:, span]  # a view costs the host time
         part.addmm_(x, matrix, beta=beta)
