@@ -21,7 +21,7 @@ from qdora.adapter.dropout import dropped_slices, zeroed, zeroed_
 from qdora.adapter.product import column_dot, frozen_linear
 from qdora.quant import tiles
 from qdora.quant.packed import dequantize, quantize
-from qdora.quant.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
+from qdora.quant.tiles import dense_tiles, dense_weight, is_one_tile, own_scales, spans, with_scales
 from qdora.train import loss
 from qdora.train.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from tests import reference
@@ -219,8 +219,8 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
         assert (scales is None) == (crosses or kind == "dense")
         # float32 products of code, scale and factor, each rounded, in another order than the definition's.
         tolerance = 0.0 if some is None else 4e-7 if dtype == torch.float32 else 2**-8
-        for dim, cut in enumerate((row_tiles, column_tiles)):
-            found = [(run, tile.clone()) for run, tile in cut(weight, dtype, some)]
+        for dim in (0, 1):
+            found = [(run, tile.clone()) for run, tile in dense_tiles(weight, dtype, some, dim)]
             assert [run.start for run, _ in found] == [0, *(run.stop for run, _ in found[:-1])]
             joined = torch.cat([tile for _, tile in found], dim)
             assert (joined.dtype, joined.shape) == (dtype, shape)
@@ -234,7 +234,7 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
                 own = with_scales(weight, scales)
                 assert own.packed is weight.packed
                 assert own.nested_absmax is None
-                pairs = zip(cut(own, dtype), found, strict=True)
+                pairs = zip(dense_tiles(own, dtype, dim=dim), found, strict=True)
                 assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
     assert torch.equal(dense_weight(weight, torch.float32), before)
 
@@ -263,10 +263,10 @@ def test_lengths_of_a_large_weight_are_those_that_products_are_fast_with(device,
 def test_a_dense_weight_without_a_factor_is_its_own_single_tile():
     """Nothing is made, so nothing has to stay within a budget."""
     weight = torch.zeros(2049, 4096, dtype=torch.bfloat16)
-    for tiles_of in (row_tiles, column_tiles):
-        ((_, tile),) = tiles_of(weight, torch.bfloat16)
+    for dim in (0, 1):
+        ((_, tile),) = dense_tiles(weight, torch.bfloat16, dim=dim)
         assert tile.data_ptr() == weight.data_ptr()
-    assert len(list(row_tiles(weight, torch.bfloat16, torch.ones(2049)))) > 1
+    assert len(list(dense_tiles(weight, torch.bfloat16, torch.ones(2049)))) > 1
     assert not is_one_tile(weight, torch.bfloat16)
     assert is_one_tile(weight[1:], torch.bfloat16)
 

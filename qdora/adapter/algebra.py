@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import mask_from_bits
-from qdora.quant.tiles import Weight, row_tiles, spans, wide_dtype
+from qdora.quant.tiles import Weight, dense_tiles, spans, wide_dtype
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T in bf16 the
 # norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 1.2 %, at 0.5 0.4 % (bf16's own rounding).
@@ -111,7 +111,7 @@ def squared_row_norm(weight: Weight) -> Tensor:
     if is_planning():  # a stack has thousands of tiles
         return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
     parts = []
-    for _, tile in row_tiles(weight, wide):
+    for _, tile in dense_tiles(weight, wide):
         # The squares of a dense weight, one tile, must not take as much again.
         runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
         parts += [tile[rows].square().sum(dim=1) for rows in runs]
@@ -139,12 +139,12 @@ def factored_norms(
     """
     narrow = lora_A.to(dtype)
     if len(weights) < len(lora_A):  # experts of a stack that are one tile
-        ((_, tile),) = row_tiles(weights[0], dtype)
+        ((_, tile),) = dense_tiles(weights[0], dtype)
         products = tile.view(*base_squared.shape, -1) @ narrow.mT
     else:
         products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
         for weight, a, product in zip(weights, narrow, products, strict=True):
-            for rows, tile in row_tiles(weight, dtype):
+            for rows, tile in dense_tiles(weight, dtype):
                 torch.mm(tile, a.T, out=product[rows])
                 del tile
     wide = base_squared.dtype
@@ -171,7 +171,7 @@ def measure_cancelled_(
 ) -> None:
     """Form the cancelled rows of W + s B A of one layer and overwrite their norms, (out,), which are rounding noise."""
     a = lora_A.to(wide_dtype(weight))
-    for span, tile in row_tiles(weight, dtype):
+    for span, tile in dense_tiles(weight, dtype):
         rows = cancelled[span].nonzero().squeeze(1)
         if len(rows):
             direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
@@ -217,7 +217,7 @@ def row_norm(
         return checked_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)[0]
     norm = torch.empty(weight.shape[0], dtype=torch.promote_types(dtype, torch.float32), device=lora_A.device)
     a = lora_A.to(norm.dtype)
-    for rows, tile in row_tiles(weight, dtype):
+    for rows, tile in dense_tiles(weight, dtype):
         for some in row_blocks(rows.stop, rows.start):
             mask = mask_from_bits(keep_bits, (weight.shape[0], weight.shape[1]), some)
             delta = (lora_B[some].to(a.dtype) @ a).mul_(mask)

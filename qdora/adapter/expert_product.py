@@ -33,7 +33,7 @@ from qdora.adapter.product import (
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, block_scales, packed_rows
-from qdora.quant.tiles import Weight, row_tiles
+from qdora.quant.tiles import Weight, dense_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -309,7 +309,7 @@ def _add_run_(out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None
     if len(run.experts) == 1:
         add_product_(into, of, weight, factor, transposed=transposed)
         return
-    ((_, tile),) = row_tiles(weight, x.dtype, factor)  # experts that share a launch are one tile
+    ((_, tile),) = dense_tiles(weight, x.dtype, factor)  # experts that share a launch are one tile
     matrices = tile.view(len(run.experts), -1, tile.shape[1])
     into += grouped_product(of, matrices if transposed else matrices.mT, run)
 

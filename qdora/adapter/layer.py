@@ -14,7 +14,7 @@ from qdora.adapter.algebra import Gain, gain, gain_of_sum, merged_weight, rounde
 from qdora.adapter.gates import fold_gate
 from qdora.adapter.product import Kept, Operands, adapted_linear, frozen_linear, operands_of, product_dtype
 from qdora.adapter.rows import RowShare, never_narrowed
-from qdora.quant.packed import TENSOR_NAMES, PackedWeight, from_tensors, mask_from_bits
+from qdora.quant.packed import TENSOR_NAMES, PackedWeight, mask_from_bits
 from qdora.quant.tiles import Weight, dense_weight, wide_dtype
 
 Kind = Literal["lora", "dora"]
@@ -38,8 +38,7 @@ class FrozenLinear(nn.Module):
         self.residency: Any = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
-        self._packed: PackedWeight | None = None
-        self.kind: str = weight.kind if isinstance(weight, PackedWeight) else "dense"
+        self.kind: Any = weight.kind if isinstance(weight, PackedWeight) else "dense"
         self.block_size = weight.block_size if isinstance(weight, PackedWeight) else 0
         tensors = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight.detach()}
         self._names = tuple(tensors)
@@ -59,12 +58,8 @@ class FrozenLinear(nn.Module):
         for a dense base."""
         if self.kind == "dense":
             return None
-        # Kept, since a check of the tensors at every forward costs as much as a kernel.
-        packed, buffers = self._packed, self._buffers
-        if packed is None or any(buffers[name] is not tensor for name, tensor in packed.tensors().items()):
-            tensors = {name: self.get_buffer(name) for name in self._names}
-            self._packed = from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
-        return self._packed
+        tensors: dict[str, Any] = {name: self._buffers[name] for name in self._names}
+        return PackedWeight(self.kind, (self.out_features, self.in_features), self.block_size, **tensors)
 
     @property
     def away(self) -> tuple[str, ...]:
@@ -110,7 +105,6 @@ class FrozenLinear(nn.Module):
         scales = [self._buffers.get(name) for name in TENSOR_NAMES[1:]]
         super()._apply(never_narrowed(fn, scales, may_widen=False), recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(away)
-        self._packed = None  # it would keep the tensors that have been moved away
         return self
 
 

@@ -38,7 +38,7 @@ from qdora.adapter.dropout import draw_seed, drop_, dropped, dropped_slices, zer
 from qdora.quant import kernels
 from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.packed import PackedWeight, mask_from_bits
-from qdora.quant.tiles import Weight, column_tiles, is_one_tile, own_scales, row_tiles, with_scales
+from qdora.quant.tiles import Weight, dense_tiles, is_one_tile, own_scales, with_scales
 
 # For the widest weights bitsandbytes 0.50.2 makes a dense one from 33 tokens (sm_100) to 257 (sm_89) on.
 _MOST_TOKENS = 64
@@ -88,8 +88,7 @@ def add_product_(
 ) -> None:
     """Add x (diag(g) W)^T, or x diag(g) W where `transposed`, to beta * `out`, tile by tile; g is (out,), or None
     for 1."""
-    tiles = column_tiles if transposed else row_tiles
-    for span, tile in tiles(weight, x.dtype, gain):
+    for span, tile in dense_tiles(weight, x.dtype, gain, int(transposed)):
         matrix = tile if transposed else tile.T
         part = out if matrix.shape[1] == out.shape[1] else out[:, span]  # a view costs the host time
         part.addmm_(x, matrix, beta=beta)

@@ -17,8 +17,6 @@ from qdora.quant.packed import PackedWeight, block_scales, decode_blocks, dequan
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
-Tile = tuple[slice, Tensor]
-"""The rows (or columns) that a dense tile covers, and the tile."""
 
 # Most bytes of a dense tile. A GPU needs few, large products: a layer of 4096 x 14336 has one tile.
 _CPU_TILE_BYTES = 16 << 20
@@ -73,21 +71,15 @@ def _round_up(length: int, align: int) -> int:
     return -(-length // align) * align
 
 
-def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles (rows, in) of whole rows of diag(row_factor) W, in order, in any float dtype.
+def dense_tiles(
+    weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None, dim: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles (rows, in) of whole rows of diag(row_factor) W with the rows that each covers, in order, in any float
+    dtype; with `dim` 1 of whole columns, (out, columns).
 
     Products of codes, scales and factors, (out,), are float32 (float64 for float64 weights), then cast once. A tile may
     share memory with the weight; a loop that ends with `del tile` holds one. Blocks that cross rows give one tile.
     """
-    return _tiles(weight, dtype, row_factor, 0)
-
-
-def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`."""
-    return _tiles(weight, dtype, row_factor, 1)
-
-
-def _tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None, dim: int) -> Iterator[Tile]:
     total, other, kind = weight.shape[dim], weight.shape[1 - dim], device_kind(weight.device)
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
