@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qdora.adapter import algebra
-from qdora.adapter import layer as module
 from qdora.adapter.algebra import row_norm
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, is_plain_linear
@@ -239,16 +238,6 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind, quant):
     if quant is not None:
         layer.base.residency = SimpleNamespace(use=lambda _layer: None)  # a weight that comes and goes is not kept
         assert layer.operands(torch.bfloat16).scales is None
-
-
-def test_scales_are_dropped_where_a_gpu_has_no_room_for_them(monkeypatch):
-    taken = 24 * 128 // 64 * 4
-    for free, dropped in ((None, False), (2 * taken, False), (2 * taken - 1, True)):
-        layers = [layer_of(in_=128), layer_of(in_=128, quant=None)]
-        monkeypatch.setattr(module, "_free_bytes", lambda _device, free=free: free)
-        assert module.drop_scales_without_room(layers) is dropped
-        assert [layer.keeps_scales for layer in layers] == [not dropped] * 2
-    assert not module.drop_scales_without_room([])
 
 
 # ------------------------------------------------------------------------------------------------ plain linear layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -342,27 +342,6 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
     layer.parameters_changed()
     if layer.base_squared is not None:
         layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
-
-
-def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let no layer keep decoded scales if all would take more than half of a GPU's free memory; returns whether that is
-    so."""
-    layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
-    blocks = [
-        layer.in_features * layer.out_features // layer.base.block_size
-        for layer in layers
-        if layer.base.block_size and not layer.base.away
-    ]
-    free = _free_bytes(layers[0].lora_A.device) if layers else None
-    if free is None or 4 * sum(blocks) <= free // 2:
-        return False
-    for layer in layers:
-        layer.keeps_scales = False
-    return True
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 @contextmanager

@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapter.layer import drop_scales_without_room
 from qdora.data.chats import set_chat_date
 from qdora.errors import UserError, not_one_of
 from qdora.files.atomic import atomic_write_json, atomic_write_text, read_json_object
 from qdora.files.machine import check_gpu, user_path
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, describe_adapter, load_adapter, read_adapter
-from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_
+from qdora.model.build_model import Compute, choose_compute, find_model
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model, skeleton, stored_form
 from qdora.model.source import ADAPTER_DIRECTORY, BUILTIN, has_tokenizer, load_tokenizer, public_name, resolve
@@ -96,8 +95,8 @@ def load_run(
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model))
     else:
         load_adapter(model, adapter_of(run, trained))
-        set_kept_scales_(model, recipe)
-        drop_scales_without_room(adapted_layers(model).values())
+        for layer in adapted_layers(model).values():
+            layer.keeps_scales = False  # which a budget may have turned off in the run
     return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
 
@@ -252,6 +251,7 @@ def load_target(
     adapter = source.path / ADAPTER_DIRECTORY
     if not source.is_gguf and (adapter / CONFIG_FILE).is_file():
         load_adapter(model, adapter)
-        drop_scales_without_room(adapted_layers(model).values())
+        for layer in adapted_layers(model).values():
+            layer.keeps_scales = False
         model.eval()
     return LoadedModel(model, tokenizer, Path(os.path.abspath(target)).name)
