@@ -14,6 +14,7 @@ import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,9 +74,8 @@ def run_step(
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
             sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
-            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None))
+            signatures.append((sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
         moments, shapes = _measured(recipe, model, None, shape, adapter)
@@ -154,17 +154,11 @@ def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: Blo
 
 
 def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
-    """Parameters of the whole model, in its order, from those of the shorter one."""
-    copies = pattern.repetitions - pattern.num_kept
-    rows, is_past = [], False
-    for name, shape in shapes.items():
-        number = name.removeprefix(f"{path}.").partition(".")[0]
-        index = int(number) if name.startswith(f"{path}.") else -1
-        is_past |= index >= pattern.insertion
-        rows.append((copies + 1 if is_past else 0, name, shape))
-        if pattern.insertion - pattern.period <= index < pattern.insertion:
-            rows += [(copy + 1, f"repetition-{copy}.{name}", shape) for copy in range(copies)]
-    return {name: shape for _, name, shape in sorted(rows, key=lambda row: row[0])}
+    """Parameters of the whole model from those of the shorter one."""
+    blocks = tuple(f"{path}.{index}." for index in range(pattern.insertion - pattern.period, pattern.insertion))
+    one = {name: shape for name, shape in shapes.items() if name.startswith(blocks)}
+    copies = range(pattern.repetitions - pattern.num_kept)
+    return shapes | {f"repetition-{copy}.{name}": shape for copy in copies for name, shape in one.items()}
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -325,33 +319,29 @@ def _record(
             yield
         note()
 
-    def entering(index: int) -> Any:
-        """A hook that ends the moment before a block; the hook of the block's input ends its backward pass."""
+    def enter(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Ends the moment before a block; the hook of the block's input ends its backward pass."""
+        nonlocal now
+        if not is_forward:  # a checkpoint is being recomputed
+            return
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
+        note()
+        now = "forward", index
+        if hidden.requires_grad and index > 0:
+            hidden.register_hook(partial(leave, index))  # type: ignore[no-untyped-call]
 
-        def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal now
-            if not is_forward:  # a checkpoint is being recomputed
-                return
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
-            note()
-            now = "forward", index
-            if hidden.requires_grad and index > 0:
-                hidden.register_hook(lambda _gradient: leave())  # type: ignore[no-untyped-call]
-
-        def leave() -> None:
-            nonlocal now
-            note()
-            now = "backward", index - 1
-
-        return enter
+    def leave(index: int, _gradient: Tensor) -> None:
+        nonlocal now
+        note()
+        now = "backward", index - 1
 
     for weight in parameters.values():
         weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             lambda weight: live.register(weight.grad, parts.GRADIENTS)
         )
     for index, block in enumerate(blocks):
-        block.register_forward_pre_hook(entering(index), with_kwargs=True)
+        block.register_forward_pre_hook(partial(enter, index), with_kwargs=True)
     optimizer = AdapterOptimizer(parameters, name=recipe.train.optimizer)
     layers = adapted_layers(model).values()
     with live.label(parts.KEPT):
