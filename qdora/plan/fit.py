@@ -222,13 +222,13 @@ def plan(
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    public = public_shapes().get(recipe.model.source) if config is None else None
-    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
+    public, source = None, ModelSource("directory", Path(recipe.model.source), recipe.model.source)
     if config is None:
         try:
             source = find_source(recipe, weights=False)
-            config, public = load_config(source), None
+            config = load_config(source)
         except HubFailure:
+            public = public_shapes().get(recipe.model.source)
             if public is None:
                 raise
             config = public.config()
@@ -252,7 +252,7 @@ def plan(
 
         plans = [card(shape, "skewed") for shape in shapes]
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
-        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
+        seconds = max(plans, key=lambda each: each.step_seconds or 0.0).step_seconds
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(planner.model):
@@ -285,7 +285,7 @@ def with_changes(
     """
     changes, changed, now, fitting = list[Change](), recipe, first, recipe
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
+        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) and valid != recipe}
         ordered = sorted(options, key=lambda option: seconds_of(options[option]))
         for overrides in [*ordered, ()] if neutral else ordered:
             if now.fits:
@@ -335,36 +335,39 @@ def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
-    """Overrides that may need less memory: neutral ones, up to rounding, and others; some may be invalid."""
-    train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
-    asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
-    recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
-    neutral: list[tuple[bool, _Overrides]] = [
-        (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
-        for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
+    """Overrides that may need less memory: neutral ones, up to rounding, and others; some are invalid, or change
+    nothing."""
+    train, base, adapter, data = recipe.train, recipe.base, recipe.adapter, recipe.data
+    asked, longest, in_step = micro_batch_tokens(recipe), data.max_length, train.tokens_per_step or math.inf
+    tokens = sorted({max(longest, asked // 2), longest})
+    recompute = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+    neutral: list[_Overrides] = [
+        *((f"train.micro_batch_tokens={each}",) for each in tokens if each < asked and each <= in_step),
+        ("memory.keep_scales=false",),
+        ("memory.loss_chunk=64",),
+        recompute,
+        (*recompute, "memory.offload_activations=true") if device_kind == "cuda" else (),
     ]
-    neutral += [
-        (base.quant != "none" and keeps_scales(recipe), ("memory.keep_scales=false",)),
-        (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
-        (not memory.checkpointing, recompute),
-        (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
+    smaller = {"adamw": "paged_adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit", "lion": "paged_lion_8bit"}
+    optimizer, has_adapter = smaller.get(train.optimizer, train.optimizer), adapter.kind in ("lora", "dora")
+    others: list[_Overrides] = [
+        (f"train.optimizer={optimizer}",),
+        ("base.quant=nf4",) if has_adapter and base.quant in ("none", "int8") else (),
+        ("base.double_quant=true",),
     ]
-    short, experts = data.max_length // 2, adapter.experts.rank or 1
-    trains_adapter, new = adapter.kind in ("lora", "dora"), adapter.resume_from is None
-    # Without it a micro-batch could have more of the shorter rows
-    fewer = (f"train.micro_batch_tokens={short}",) if short <= (train.tokens_per_step or short) else ()
-    too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
-    halved = (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}")
-    others: list[tuple[bool, _Overrides]] = [
-        (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
-        (train.optimizer == "lion", ("train.optimizer=paged_lion_8bit",)),
-        (trains_adapter and base.quant in ("none", "int8"), ("base.quant=nf4",)),
-        (base.quant in ("nf4", "fp4") and not base.double_quant, ("base.double_quant=true",)),
-        (trains_adapter and new and adapter.rank >= 16, halved),
-        (trains_adapter and new and experts > 1, (f"adapter.experts.rank={experts // 2}",)),
-        (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
-    ]
-    return [each for may, each in neutral if may], [each for may, each in others if may]
+    if has_adapter and adapter.resume_from is None:
+        experts = adapter.experts.rank or 1
+        if adapter.rank >= 16:
+            others.append((f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}"))
+        if experts > 1:
+            others.append((f"adapter.experts.rank={experts // 2}",))
+    if longest >= 512:
+        short = longest // 2
+        # Without it a micro-batch could have more of the shorter rows
+        fewer = (f"train.micro_batch_tokens={short}",) if short <= in_step else ()
+        too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
+        others.append((f"data.max_length={short}", *fewer, *too_long))
+    return neutral, others
 
 
 def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
