@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from heapq import nlargest
@@ -287,44 +288,34 @@ def with_changes(
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
         options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) and valid != recipe}
         ordered = sorted(options, key=lambda option: seconds_of(options[option]))
-        for overrides in [*ordered, ()] if neutral else ordered:
+        for overrides in [*ordered, None] if neutral else ordered:
             if now.fits:
                 break
-            if overrides:
-                if (candidate := _overridden(changed, overrides)) is None:
-                    continue
-                plan = plan_of(candidate)
-                if plan.tensor_bytes >= now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
-                    continue
-            else:  # at last
-                candidate, plan, overrides = _with_streaming(changed, now, plan_of)
-                if not overrides:
-                    break
+            if overrides is None:  # at last
+                overrides = _streaming(changed, now, plan_of)
+            candidate = _overridden(changed, overrides)
+            if candidate is None or (plan := plan_of(candidate)).tensor_bytes >= now.tensor_bytes * (1 - 0.002):
+                continue  # a smaller saving is not proposed
             changed, now = candidate, plan
             changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
             fitting = changed if neutral else fitting
     return fitting, replace(first, changes=tuple(changes))
 
 
-def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
-    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it, if any."""
-    overrides: _Overrides = ()
-    while plan.fits is False and plan.block_bytes:
-        excess = plan.peak_bytes - (plan.budget_bytes or 0)
-        before, slots = recipe.base.streamed_blocks or plan.num_blocks, 0
-        if recipe.base.residency == "device":
-            before, slots = 0, NUM_SLOTS
-        least = plan.block_bytes * (1 + parts.SLACK_SHARE[plan.device_kind])
-        count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
-        more: _Overrides = ("base.residency=host", f"base.streamed_blocks={count}")
-        if not recipe.memory.checkpointing:
-            more = ("memory.checkpointing=true", *more)
-        if count <= max(before, slots) or (streamed := _overridden(recipe, more)) is None:
-            break
-        # The rounding of sizes can leave a little too much; then one more block is streamed
-        overrides, recipe = more, streamed
-        plan = plan_of(recipe)
-    return recipe, plan, overrides
+def _streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> _Overrides:
+    """The overrides that stream just enough blocks, or all; () if no block can be streamed."""
+
+    def streaming(count: int) -> _Overrides:
+        recompute = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+        return (*recompute, "base.residency=host", f"base.streamed_blocks={count}")
+
+    def fits(count: int) -> bool:
+        return bool(plan_of(override(recipe, streaming(count))).fits)
+
+    counts = range(NUM_SLOTS + 1, plan.num_blocks + 1)
+    if not plan.block_bytes or not counts or _overridden(recipe, streaming(plan.num_blocks)) is None:
+        return ()
+    return streaming(counts[bisect_left(counts[:-1], True, key=fits)])
 
 
 def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
