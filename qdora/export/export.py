@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.export.checkpoints import check_loadable, export_base, export_nf4_lora, write_form, write_merge
+from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
 from qdora.export.verify import (
     ComparisonText,
@@ -193,7 +193,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     dtype = DTYPES.get(options.dtype or "", dtype)
-    written = write_form(export_base, trained, folder, options, console, dtype=dtype)
+    written = write_form(export_bnb, trained, folder, options, console, dtype=dtype)
     verify = partial(verify_requantized, trained.model, folder, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, verify
 

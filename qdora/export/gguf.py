@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,7 +66,6 @@ def export_gguf(
     run: Path, folder: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]]]:
     """Merge and convert; returns the running model, what was written, and the check, which removes the merge."""
-    start = time.perf_counter()
     require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
@@ -86,7 +84,6 @@ def export_gguf(
         "num_merged_layers": written["num_merged_layers"],
         "num_parameters": written["num_parameters"],
         "merged_in": written["dtype"],
-        "seconds": time.perf_counter() - start,
     }
     return trained, result, partial(verify_gguf, trained, file, merged)
 
