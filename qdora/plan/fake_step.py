@@ -26,23 +26,20 @@ from transformers.masking_utils import sdpa_mask
 
 from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.norms import refresh
-from qdora.model.adapter_file import AdapterDescription, selected_modules
 from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
-from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
+from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import (
     adapted_layers,
     adapter_parameters,
     frozen_like,
-    inject,
-    is_linear,
     linear_layers,
     replace_module,
 )
 from qdora.model.load import block_list, chosen_layers, dense_dtype, layers_to_quantize, quantization_of, skeleton
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.tokens import extend_vocabulary, train_embeddings
+from qdora.model.tokens import extend_vocabulary
 from qdora.plan import plan as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
@@ -62,15 +59,11 @@ _KEPT_BLOCKS = 2
 _LONGEST_PREFIX = 8  # most blocks of another kind at the start, such as dense ones before mixtures of experts
 
 
-def run_step(
-    recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind, adapter: AdapterDescription | None
-) -> Step:
-    """Moments of a step, and the shapes of the trainable parameters.
-
-    `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
-    """
-    blocks, pattern = block_list(model), None
-    if blocks is not None and adapter is None:  # whose ranks may differ from block to block
+def run_step(recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind) -> Step:
+    """Moments of a step, and the shapes of the trainable parameters. `model` is on the meta device, not changed."""
+    blocks, pattern, adapter = block_list(model), None, recipe.adapter
+    # Paths and patterns over them may name single blocks
+    if blocks is not None and not any("." in name for name in (*adapter.targets, *adapter.rank_pattern)):
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
@@ -78,10 +71,10 @@ def run_step(
             signatures.append((sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
-        moments, shapes = _measured(recipe, model, None, shape, adapter)
+        moments, shapes = _measured(recipe, model, None, shape)
     else:
-        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape, None)
-        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, None)
+        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape)
+        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape)
         moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
     if shapes:
         moments[-1] = moments[-1].changed({parts.UPDATE: update_bytes(shapes, recipe.train.optimizer, kind)})
@@ -171,20 +164,12 @@ def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtyp
     return skeleton(config, source, dtype, attention, torch.device("cpu"))
 
 
-def _measured(
-    recipe: Recipe,
-    whole: PreTrainedModel,
-    kept: list[int] | None,
-    shape: MicroBatchShape,
-    adapter: AdapterDescription | None,
-) -> Step:
+def _measured(recipe: Recipe, whole: PreTrainedModel, kept: list[int] | None, shape: MicroBatchShape) -> Step:
     """`run_step` of a model with the blocks `kept` (None: all), every one measured."""
     gc.collect()
     model: Any = copy.deepcopy(whole)
     if kept is not None:
         _keep_blocks_(model, kept)
-    selected = {} if adapter is None else selected_modules(model, adapter)
-    ranks = {path: adapter.rank_of(path) for path, module in selected.items() if adapter and is_linear(module)}
     with FakeTensorMode(), LiveBytes() as live, ExitStack() as stack, fast_grouped_attention():
         # Linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors
         for file in {sys.modules[type(module).__module__] for module in model.modules()}:
@@ -202,17 +187,8 @@ def _measured(
         with live.label(parts.DENSE):
             extend_vocabulary(model, new_tokens)
         with live.label(parts.ADAPTERS):
-            settings = recipe.adapter
-            if adapter is None:
-                put_adapters(model, recipe, new_tokens=new_tokens)
-            else:  # as that one, whose values are not read
-                options: dict[str, Any] = {"dropout": settings.dropout, "dtype": DTYPES[settings.dtype]}
-                inject(model, kind=adapter.kind, rank=1, targets=[*ranks], rank_pattern=ranks, **options)
-                set_kept_scales_(model, recipe)
-                if settings.also_train:
-                    ids = None if settings.also_train_rows == "all" else new_tokens
-                    train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
-            for layer in adapted_layers(model).values() if settings.gates is not None else ():
+            put_adapters(model, recipe, new_tokens=new_tokens)
+            for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                 layer.add_gate()
         live.reset_peak()
         parameters = adapter_parameters(model)

@@ -23,11 +23,11 @@ from qdora.errors import HubFailure, UserError
 from qdora.files.console import errors_only
 from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
 from qdora.memory.stream import NUM_SLOTS
-from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import describe_adapter, selected_modules
 from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
-from qdora.model.inject import linear_layers
+from qdora.model.inject import is_linear, linear_layers
 from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
@@ -116,19 +116,22 @@ class Planner:
     steps: dict[tuple[object, ...], Step] = field(default_factory=dict)
 
     def step(self, recipe: Recipe, shape: MicroBatchShape, routing: Routing) -> Step:
-        before, memory = recipe.adapter.resume_from, recipe.memory
-        adapter = None if before is None else describe_adapter(Path(before))
+        memory = recipe.memory
+        if recipe.adapter.resume_from is not None:  # as that one, whose values are not read
+            held = describe_adapter(Path(recipe.adapter.resume_from))
+            modules = selected_modules(self.model, held)
+            ranks = {path: held.rank_of(path) for path, module in modules.items() if is_linear(module)}
+            recipe = with_settings(recipe, adapter={"resume_from": None, "targets": list(ranks), "rank_pattern": ranks})
         key = (
             recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"}),
             recipe.adapter.model_dump_json(),
-            repr(adapter),
             (memory.checkpointing, memory.loss_chunk, keeps_scales(recipe)),
             (recipe.train.optimizer, recipe.train.router_aux_loss > 0, len(recipe.model.add_tokens)),
             (shape, routing),
         )
         if key not in self.steps:
             with errors_only(), planned_on(self.device_kind, routing), torch.random.fork_rng(devices=[]):
-                self.steps[key] = run_step(recipe, self.model, shape, self.device_kind, adapter)
+                self.steps[key] = run_step(recipe, self.model, shape, self.device_kind)
         return self.steps[key]
 
     def work(self, recipe: Recipe, num_trainable: int) -> Work:
