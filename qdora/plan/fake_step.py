@@ -56,7 +56,6 @@ Step = tuple[list[Moment], Shapes]
 # Least number of blocks on either side of the inserted repetitions, rounded up to whole periods: the first block (its
 # input needs no gradient) and the last one (the loss follows) differ from the others.
 _KEPT_BLOCKS = 2
-_LONGEST_PREFIX = 8  # most blocks of another kind at the start, such as dense ones before mixtures of experts
 
 
 def run_step(recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind) -> Step:
@@ -113,17 +112,16 @@ class BlockPattern:
 
 def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
     """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing."""
-    best, cost = None, len(signatures)
-    for prefix in range(min(cost, _LONGEST_PREFIX + 1)):
-        rest = signatures[prefix:]
-        for period in range(1, len(rest) // 3 + 1):  # two periods are kept at least, and one is inserted
-            repetitions, suffix = divmod(len(rest), period)
-            pattern = BlockPattern(prefix, period, repetitions, suffix)
-            measured = 2 * (prefix + pattern.num_kept * period + suffix) + period
-            if repetitions <= pattern.num_kept or measured >= cost:
-                continue
-            if all(rest[at] == rest[at - period] for at in range(period, len(rest))):
-                best, cost = pattern, measured
+    best, total = None, len(signatures)
+    cost = total
+    for period in range(1, total // 3 + 1):  # two periods are kept at least, and one is inserted
+        others = [index for index in range(period, total) if signatures[index] != signatures[index - period]]
+        prefix = others[-1] + 1 - period if others else 0
+        repetitions, suffix = divmod(total - prefix, period)
+        pattern = BlockPattern(prefix, period, repetitions, suffix)
+        measured = 2 * (prefix + pattern.num_kept * period + suffix) + period
+        if repetitions > pattern.num_kept and measured < cost:
+            best, cost = pattern, measured
     return best
 
 

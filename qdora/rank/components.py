@@ -402,22 +402,22 @@ class Probe:
         self._right = right
         self._bias = left.new_zeros(rows) if bias is None else bias.view(rows)
         self._keep = None if keep is None else keep.view(*rows, -1)
+        self.slopes: Any = 0.0  # of the present backward pass, (rows of `_by_expert`, experts, components)
         self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
             unit, length = row_directions(layer)
             unit = (unit if keep is None else unit.masked_fill(~keep, 0.0)).view(*rows, -1)
             self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
 
-    def see(self, x: Tensor, output: Tensor, layout: Layout, take: Backward) -> Backward:
-        """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row of
-        `_by_expert`, (rows, experts, components)."""
+    def see(self, x: Tensor, output: Tensor, layout: Layout) -> Backward:
+        """What to call with dL/dy, once in each backward pass, to add to `slopes`."""
 
         def backward(dy: Tensor) -> None:
             upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
             total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
             for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
                 total[:, expert] = self._slopes(expert, up, given, own)
-            take(total)
+            self.slopes = self.slopes + total
 
         return backward
 
@@ -442,15 +442,10 @@ def squared_slopes(
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
     (sets, [experts,] components) float64 on the CPU.
     """
-    slopes: dict[str, Tensor] = {}
-
-    def take(name: str, value: Tensor) -> None:
-        slopes[name] = slopes[name] + value if name in slopes else value
-
     rows = tuple(batch.input_ids.shape)
 
-    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Backward:
-        return probes[name].see(x, output, layout, functools.partial(take, name))
+    def see(name: str, x: Tensor, output: Tensor, layout: Layout = rows) -> Backward:
+        return probes[name].see(x, output, layout)
 
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     layers = {name: probe.layer for name, probe in probes.items()}
@@ -460,12 +455,12 @@ def squared_slopes(
         probabilities = torch.softmax(logits.detach(), dim=-1)
         wanted = [layer.lora_B for layer in layers.values()]
         for number, each in enumerate(drawn):
-            slopes.clear()
             upstream = probabilities.clone()
             upstream[torch.arange(len(each)), each] -= 1.0
             torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
-            for name in probes:
-                found[name].append(slopes[name].double().square().sum(dim=0).view(probes[name].shape).cpu())
+            for name, probe in probes.items():
+                found[name].append(probe.slopes.double().square().sum(dim=0).view(probe.shape).cpu())
+                probe.slopes = 0.0
     return {name: torch.stack(each) for name, each in found.items()}
 
 
