@@ -31,7 +31,6 @@ from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
 from qdora.model.checkpoint import INDEX_FILE, published_form, tied_weights
 from qdora.model.experts import library_names, stacks
-from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
 from qdora.quant.bnb import STATE_NAME, to_bnb_state
@@ -203,12 +202,15 @@ def packed_sources(
 
 def dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
-    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
-    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
-    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
-    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
-    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
-    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
+    dense, inside = list[str](), "-"
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLinear | RowHead):
+            inside = f"{path}."
+        is_ours = isinstance(module, FrozenLinear | AdaptedLinear)
+        if isinstance(module, nn.Linear | RowHead) or (is_ours and base_of(module).kind == "dense"):
+            dense.append(path)
     return dense + linear_not_loaded(model)
 
 

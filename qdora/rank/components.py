@@ -109,45 +109,38 @@ class Directions:
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a layer and their worth.
+    """The components of a layer, `Directions` without the vectors, and their worth.
 
     Attributes:
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures, from the spread over the draws.
+        curvature_errors: (components,) their standard errors, from the spread over the draws.
     """
 
-    directions: Directions
+    sizes: Array
+    slopes: Array
+    tail: Array
     curvatures: Array
-    errors: Array
+    curvature_errors: Array
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
         flat = self.curvatures <= 1e-7 * self.curvatures.max(axis=-1, initial=0.0, keepdims=True)
         safe = np.where(flat, 1.0, self.curvatures)
-        at_zero = safe * self.directions.sizes - self.directions.slopes
-        worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
+        worths: Array = np.where(flat, 0.0, (safe * self.sizes - self.slopes) ** 2 / (2.0 * safe))
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
         """The greatest `most` worths. The total has the tail at the mean rate of new ones."""
-        worths = self.worths()
-        new = self.directions.sizes == 0.0
-        slope = (self.directions.slopes**2 * new).sum(axis=-1)
+        worths, new = self.worths(), self.sizes == 0.0
+        slope = (self.slopes**2 * new).sum(axis=-1)
         rate = (worths * new).sum(axis=-1) / np.where(slope > 0, slope, 1.0)
         falling = np.sort(worths, axis=-1)[..., ::-1].reshape(-1, worths.shape[-1])
-        total = worths.sum() + (self.directions.tail * rate).sum()
+        total = worths.sum() + (self.tail * rate).sum()
         return LayerSpectrum(falling.sum(axis=0)[:most], float(total), cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "sizes": self.directions.sizes.tolist(),
-            "slopes": self.directions.slopes.tolist(),
-            "curvatures": self.curvatures.tolist(),
-            "curvature_errors": self.errors.tolist(),
-            "worths": self.worths().tolist(),
-            "tail": self.directions.tail.tolist(),
-        }
+        return {name: each.tolist() for name, each in (vars(self) | {"worths": self.worths()}).items()}
 
 
 @contextmanager
@@ -354,7 +347,7 @@ def exact_curvatures(
             for index in np.ndindex(*values.shape):
                 flat = each.matrix(index).reshape(-1).to(operator.dtype)
                 values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
-        found[name] = Components(each, values, np.zeros(values.shape))
+        found[name] = Components(each.sizes, each.slopes, each.tail, values, np.zeros(values.shape))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -382,9 +375,10 @@ def drawn_curvatures(
         if progress is not None:
             progress(number + 1, len(batches))
     found = {}
-    for name, each_layer in directions.items():
+    for name, of_layer in directions.items():
         values: Array = (sums[name] / num_tokens).numpy()
-        found[name] = Components(each_layer, values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
+        mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws)
+        found[name] = Components(of_layer.sizes, of_layer.slopes, of_layer.tail, mean, error)
     return found
 
 
