@@ -396,8 +396,6 @@ def test_what_cannot_be_verified_is_refused(tmp_path, running):
     index.write_text(index.read_text().replace("model-00002", "../model-00002"))
     with pytest.raises(UserError, match=r"'\.\./model-00002-.*' is not a .safetensors file"):
         verify(running, out)
-    with pytest.raises(UserError, match="cannot load it"):
-        verify(running, tmp_path / "nowhere")
 
 
 # --- the verdict: what the running model's own error at a position explains, and what it does not

@@ -30,7 +30,7 @@ from qdora.export.verify import (
     verify_nf4_lora,
     verify_requantized,
 )
-from qdora.export.write import save_tokenizer
+from qdora.export.write import merged, save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
     atomic_write_text,
@@ -242,8 +242,7 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
     for path, frozen in frozen_layers(trained.model).items():
         keep = frozen.keep_mask()
         if keep is not None:
-            owner = adapted.get(path.removesuffix(".base"))
-            weight = frozen.dequantized() if owner is None else owner.merged_weight()
+            weight = merged(adapted.get(path.removesuffix(".base"), frozen)).to(keep.device)
             pruned += int((~keep).sum())
             kept += int((weight[~keep] == 0).sum())
     return {"pruned": pruned, "kept": kept} if pruned else None

@@ -267,7 +267,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     the reloaded one is on the host or the disk. Returns the result of `verdict`, and the check of the weights.
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
-        options, fits = dict[str, Any](), not directory.is_dir() or fits_in_float32(directory, model)
+        options, fits = dict[str, Any](), fits_in_float32(directory, model)
         if not fits:
             limits = {place: int(size / _WORKSPACE) for place, size in _room_beside(model).items()}
             options = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}

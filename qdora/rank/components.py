@@ -68,15 +68,15 @@ from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits
+from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits, plain_model
 from qdora.train.loss import token_nll
 
 Array = NDArray[np.float64]
 Backward = Callable[[Tensor], None]
 """What is called with dL/dy of a layer's output in each backward pass."""
-Layout = ExpertTokens | tuple[int, ...] | None
-"""How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch; None: does not matter."""
-GRADIENT_BYTES = 2**30  # about, of the gradients that exist at once, in float32
+Layout = ExpertTokens | tuple[int, ...]
+"""How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch."""
+GRADIENT_BYTES = 2**29  # about, of the gradients that exist at once, in float32; all about them takes 8 times as much
 
 
 @dataclass(frozen=True)
@@ -189,48 +189,25 @@ def _by_expert(tensor: Tensor, layout: Layout) -> list[tuple[int, Tensor]]:
     """
     if isinstance(layout, ExpertTokens):
         return [(run.experts[0], tensor[run.tokens].unsqueeze(0)) for run in layout.reached]
-    has_rows = layout is not None and tensor.shape[:-1] == layout and layout[0] != layout[1]
+    has_rows = tensor.shape[:-1] == layout and layout[0] != layout[1]
     return [(0, tensor if has_rows else tensor.reshape(1, -1, tensor.shape[-1]))]
 
 
 def update_gradients(
-    model: PreTrainedModel, layers: Mapping[str, AdaptedLinear], batches: Sequence[MicroBatch], norm: Norm
+    model: PreTrainedModel, layers: Collection[str], batches: Sequence[MicroBatch], norm: Norm
 ) -> dict[str, Tensor]:
-    """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of the labelled tokens; 0 under a mask.
-
-    y = g (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, the row norm if `attached`, and M.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Backward:
-        def backward(dy: Tensor) -> None:
-            if name not in sums:
-                sums[name] = dy.new_zeros(layers[name].out_features, x.shape[-1])
-            for (expert, upstream), (_, inputs) in zip(_by_expert(dy, tokens), _by_expert(x, tokens), strict=True):
-                rows = slice(expert * dy.shape[-1], (expert + 1) * dy.shape[-1])
-                sums[name][rows] += upstream[0].T @ inputs[0]
-
-        return backward
-
-    wanted = [layer.lora_B for layer in layers.values()]
+    """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of labelled tokens; 0 under a mask."""
     num_tokens = 0
-    with watched_outputs(layers, see):
+    with plain_model(model, layers, norm=norm, parts=UPDATE) as leaves:
+        sums = {name.removesuffix(".update"): torch.zeros_like(leaf) for name, leaf in leaves.items()}
         for batch in batches:
             logits, targets = labelled_logits(model, batch)
-            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
+            nll = token_nll(logits, targets).sum()
+            found = torch.autograd.grad(nll, [*leaves.values()], materialize_grads=True)
+            for total, part in zip(sums.values(), found, strict=True):
+                total += part
             num_tokens += len(targets)
-    for name, layer in layers.items():
-        total = sums[name]
-        if norm == "attached":
-            unit, _ = row_directions(layer)
-            total -= (total * unit).sum(dim=1, keepdim=True) * unit
-        scale = 1.0 / num_tokens
-        gain = layer.gain(total.dtype)
-        total *= scale if gain is None else gain.value.reshape(-1, 1) * scale
-        keep_mask = layer.base.keep_mask() if layer.masked else None
-        if keep_mask is not None:
-            total.masked_fill_(~keep_mask, 0.0)
-    return sums
+    return {name: total / num_tokens for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -264,16 +241,14 @@ def layer_directions(
     """
     adapted = adapted_layers(model)
     found: dict[str, Directions] = {}
-    with evaluation_mode(model):
-        for group in _groups(adapted, num_new):
-            layers = {name: adapted[name] for name in group}
-            for name, gradient in update_gradients(model, layers, batches, norm).items():
-                layer = layers[name]
-                pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
-                parts = [directions(held, part, num_new[name]) for held, part in pairs]
-                found[name] = _of_stack(parts) if isinstance(layer, AdaptedExperts) else parts[0]
-            if progress is not None:
-                progress(len(found), len(num_new))
+    for group in _groups(adapted, num_new):
+        for name, gradient in update_gradients(model, group, batches, norm).items():
+            layer = adapted[name]
+            pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
+            parts = [directions(held, part, num_new[name]) for held, part in pairs]
+            found[name] = _of_stack(parts) if isinstance(layer, AdaptedExperts) else parts[0]
+        if progress is not None:
+            progress(len(found), len(num_new))
     return found
 
 
