@@ -457,8 +457,6 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
             trust_remote_code=has_own_code(model),  # the code that the run has trained with
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: transformers cannot load it: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

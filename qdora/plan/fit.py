@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
@@ -383,26 +384,32 @@ def within_budget(
     train.parallel auto becomes shard if the base fits divided and not whole. Budget auto is what the fullest device of
     all `processes` has free; the recipe gets the neutral changes that it needs.
     """
-    asked, parallel = recipe.memory.budget, recipe.train.parallel
+    asked = recipe.memory.budget
     if asked is None:
         return recipe, None
     budget = min(processes.gather(free_bytes(compute.device, processes.size))) if asked == "auto" else parse_size(asked)
-    kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
-    options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
-    options["num_processes"] = processes.size
+    plan_of = partial(
+        plan,
+        budget=budget,
+        device_kind="cuda" if compute.device.type == "cuda" else "cpu",
+        workload=workload,
+        dtype=compute.dtype,
+        num_processes=processes.size,
+    )
     sharing = num_sharing(recipe, processes.size, processes.num_here)
-    found = plan(recipe, budget, num_sharing=sharing, **options)
+    found = plan_of(recipe, num_sharing=sharing)
     if found.fits:
         return recipe, found
-    if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
-        divided = plan(shared, budget, num_sharing=processes.size, **options)
+    may_divide = recipe.train.parallel == "auto" and CAN_DIVIDE and processes.size > 1
+    if may_divide and (shared := divided_recipe(recipe)) is not None:
+        divided = plan_of(shared, num_sharing=processes.size)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in found.changes):
         for change in found.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return found.recipe, plan(found.recipe, budget, num_sharing=sharing, **options)
+        return found.recipe, plan_of(found.recipe, num_sharing=sharing)
     if not force:
         raise UserError(parts.over_budget(found))
     logger.warning("%s", parts.over_budget(found, forced=True))
