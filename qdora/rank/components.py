@@ -162,19 +162,6 @@ def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Backward
         yield
 
 
-def row_directions(layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
-    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
-    (experts * out, in) and (experts * out,).
-
-    Along its own direction a row of DoRA cannot move: its length is the magnitude's.
-    """
-    dtype, keep = layer.base.wide_dtype, layer.base.keep_mask() if layer.masked else None
-    update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).flatten(0, -2)
-    total = layer.base.dequantized(dtype) + (update if keep is None else update.masked_fill(~keep, 0.0))
-    norm = torch.linalg.vector_norm(total, dim=1)
-    return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
-
-
 def _groups(adapted: Mapping[str, AdaptedLinear], layers: Collection[str]) -> Iterator[list[str]]:
     """Layers whose gradients take about `GRADIENT_BYTES` together, at least one."""
     ends = accumulate(4 * adapted[name].in_features * adapted[name].out_features for name in layers)
@@ -361,12 +348,12 @@ class Probe:
     """The directions of a layer's components with its gain and mask, which read slopes off a backward pass."""
 
     def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
-        left, right = (each.to(layer.base.wide_dtype) for each in (directions.left, directions.right))
-        self.layer, self.shape = layer, directions.sizes.shape
+        dtype, keep = layer.base.wide_dtype, layer.base.keep_mask() if layer.masked else None
         num_experts = layer.num_experts if isinstance(layer, AdaptedExperts) else 1
-        left, right = (each.view(num_experts, *each.shape[-2:]) for each in (left, right))
-        rows, gain, bias = left.shape[:2], layer.gain(left.dtype), layer.base.bias
-        keep = layer.base.keep_mask() if layer.masked else None
+        vectors = (directions.left, directions.right)
+        left, right = (each.to(dtype).view(num_experts, *each.shape[-2:]) for each in vectors)
+        rows, gain, bias = left.shape[:2], layer.gain(dtype), layer.base.bias
+        self.layer, self.shape = layer, directions.sizes.shape
         self._left = left if gain is None else left * gain.value.view(*rows, 1)
         self._right = right
         self._bias = left.new_zeros(rows) if bias is None else bias.view(rows)
@@ -374,9 +361,11 @@ class Probe:
         self.slopes: Any = 0.0  # of the present backward pass, (rows of `_by_expert`, experts, components)
         self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
-            unit, length = row_directions(layer)
-            unit = (unit if keep is None else unit.masked_fill(~keep, 0.0)).view(*rows, -1)
-            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
+            mask = 1.0 if self._keep is None else self._keep
+            update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).view(*rows, -1)
+            total = layer.base.dequantized(dtype).view(*rows, -1) + mask * update
+            squared = total.square().sum(dim=2, keepdim=True)
+            self._own_length = left * ((mask * total) @ right) / squared.masked_fill(squared == 0, 1.0)
 
     def see(self, x: Tensor, output: Tensor, layout: Layout) -> Backward:
         """What to call with dL/dy, once in each backward pass, to add to `slopes`."""
