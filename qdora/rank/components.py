@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -72,8 +72,6 @@ from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits, pl
 from qdora.train.loss import token_nll
 
 Array = NDArray[np.float64]
-Backward = Callable[[Tensor], None]
-"""What is called with dL/dy of a layer's output in each backward pass."""
 Layout = ExpertTokens | tuple[int, ...]
 """How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch."""
 GRADIENT_BYTES = 2**29  # about, of the gradients that exist at once, in float32; all about them takes 8 times as much
@@ -141,25 +139,6 @@ class Components:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {name: each.tolist() for name, each in (vars(self) | {"worths": self.worths()}).items()}
-
-
-@contextmanager
-def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Backward]) -> Iterator[None]:
-    """Call `see(name, x, y)`, for a stack of experts `see(name, x, y, tokens)`, in every forward pass of a layer, and
-    what it returns with dL/dy in every backward pass.
-
-    The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the hook.
-    """
-
-    def forward(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        passed_on, backward = output.clone(), see(name, args[0].detach(), output.detach(), *args[1:])
-        passed_on.register_hook(backward)  # type: ignore[no-untyped-call]
-        return passed_on
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(functools.partial(forward, name)))
-        yield
 
 
 def _groups(adapted: Mapping[str, AdaptedLinear], layers: Collection[str]) -> Iterator[list[str]]:
@@ -367,29 +346,31 @@ class Probe:
             squared = total.square().sum(dim=2, keepdim=True)
             self._own_length = left * ((mask * total) @ right) / squared.masked_fill(squared == 0, 1.0)
 
-    def see(self, x: Tensor, output: Tensor, layout: Layout) -> Backward:
-        """What to call with dL/dy, once in each backward pass, to add to `slopes`."""
+    def watch(self, rows: tuple[int, ...], _layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """A forward hook; `rows` are (rows, positions) of the micro-batch. Each backward pass adds to `slopes`.
 
-        def backward(dy: Tensor) -> None:
-            upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
-            total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
-            for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
-                total[:, expert] = self._slopes(expert, up, given, own)
-            self.slopes = self.slopes + total
+        The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the
+        hook.
+        """
+        passed_on, layout = output.clone(), args[1] if len(args) > 1 else rows
+        add = functools.partial(self._add, args[0].detach(), output.detach(), layout)
+        passed_on.register_hook(add)  # type: ignore[no-untyped-call]
+        return passed_on
 
-        return backward
-
-    def _slopes(self, expert: int, dy: Tensor, x: Tensor, output: Tensor) -> Tensor:
-        """(rows, components) of dy and output, (rows, tokens, out), and x, (rows, tokens, in)."""
-        left, right = self._left[expert], self._right[expert]
-        if self._keep is None:
-            slopes = ((dy @ left) * (x @ right)).sum(dim=1)
-        else:
-            masked = ((up.T @ given).masked_fill_(~self._keep[expert], 0.0) for up, given in zip(dy, x, strict=True))
-            slopes = torch.stack([((gradient @ right) * left).sum(dim=0) for gradient in masked])
-        if self._own_length is None:
-            return slopes
-        return slopes - (dy * (output - self._bias[expert])).sum(dim=1) @ self._own_length[expert]
+    def _add(self, x: Tensor, output: Tensor, layout: Layout, dy: Tensor) -> None:
+        upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
+        total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
+        for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
+            left, right = self._left[expert], self._right[expert]
+            if self._keep is None:
+                total[:, expert] = ((up @ left) * (given @ right)).sum(dim=1)
+            else:
+                for row, (one, other) in enumerate(zip(up, given, strict=True)):
+                    gradient = (one.T @ other).masked_fill_(~self._keep[expert], 0.0)
+                    total[row, expert] = ((gradient @ right) * left).sum(dim=0)
+            if self._own_length is not None:
+                total[:, expert] -= (up * (own - self._bias[expert])).sum(dim=1) @ self._own_length[expert]
+        self.slopes = self.slopes + total
 
 
 def squared_slopes(
@@ -400,18 +381,15 @@ def squared_slopes(
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
     (sets, [experts,] components) float64 on the CPU.
     """
-    rows = tuple(batch.input_ids.shape)
-
-    def see(name: str, x: Tensor, output: Tensor, layout: Layout = rows) -> Backward:
-        return probes[name].see(x, output, layout)
-
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
-    layers = {name: probe.layer for name, probe in probes.items()}
-    with watched_outputs(layers, see), evaluation_mode(model):
+    with ExitStack() as hooks, evaluation_mode(model):
+        for probe in probes.values():
+            watch = functools.partial(probe.watch, tuple(batch.input_ids.shape))
+            hooks.enter_context(probe.layer.register_forward_hook(watch))
         logits, _ = labelled_logits(model, batch)
         drawn = labels(logits.detach())
         probabilities = torch.softmax(logits.detach(), dim=-1)
-        wanted = [layer.lora_B for layer in layers.values()]
+        wanted = [probe.layer.lora_B for probe in probes.values()]
         for number, each in enumerate(drawn):
             upstream = probabilities.clone()
             upstream[torch.arange(len(each)), each] -= 1.0
