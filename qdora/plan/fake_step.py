@@ -11,8 +11,8 @@ import gc
 import inspect
 import math
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -276,39 +276,23 @@ def _record(
 ) -> list[Moment]:
     """Moments of a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
     moments: list[Moment] = []
-    now: tuple[str, int | None] = ("gains", None)
     is_forward = False
     blocks = list((block_list(model) or ("", []))[1])
+    first, last = (0, len(blocks) - 1) if blocks else (None, None)
 
-    def note() -> None:
-        moments.append(Moment(*now, dict(live.peak_by_label)))
+    def note(phase: str, block: int | None = None) -> None:
+        moments.append(Moment(phase, block, live.peak_by_label))
         live.reset_peak()
-
-    @contextmanager
-    def part(phase: str, block: int | None, label: str) -> Iterator[None]:
-        nonlocal now
-        live.reset_peak()
-        now = phase, block
-        with live.label(label):
-            yield
-        note()
 
     def enter(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Ends the moment before a block; the hook of the block's input ends its backward pass."""
-        nonlocal now
         if not is_forward:  # a checkpoint is being recomputed
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
-        note()
-        now = "forward", index
+        note("forward", index - 1 if index else None)
         if hidden.requires_grad and index > 0:
-            hidden.register_hook(partial(leave, index))  # type: ignore[no-untyped-call]
-
-    def leave(index: int, _gradient: Tensor) -> None:
-        nonlocal now
-        note()
-        now = "backward", index - 1
+            hidden.register_hook(lambda _gradient: note("backward", index))  # type: ignore[no-untyped-call]
 
     for weight in parameters.values():
         weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -323,8 +307,10 @@ def _record(
             layer.gain(model.dtype)
     torch.autograd.graph.increment_version(list(parameters.values()))  # updated: the gains are taken anew
     live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
-    with part("gains", None, parts.KEPT):
+    live.reset_peak()
+    with live.label(parts.KEPT):
         refresh(layers)
+    note("gains")
     if shape.accumulated:
         for weight in parameters.values():
             weight.grad = torch.empty(weight.shape, dtype=weight.grad_dtype or weight.dtype)
@@ -336,25 +322,28 @@ def _record(
             inputs["position_ids" if shape.packed else "attention_mask"] = torch.zeros_like(ids)
         rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
     head, chunk = model.get_output_embeddings(), recipe.memory.loss_chunk
-    with part("forward", None, parts.FORWARD), ExitStack() as stack:
+    with live.label(parts.FORWARD), ExitStack() as stack:
         tap = stack.enter_context(tapped(head, rows, columns, probing=False))
         with_routers = recipe.train.router_aux_loss > 0
         router_tap = stack.enter_context(tapped_routers(model)) if with_routers else None
         is_forward = True
         model(**inputs, use_cache=False)
         is_forward = False
-    with part("loss", None, parts.LOSS):
+    note("forward", last)
+    with live.label(parts.LOSS):
         form, size = proposed_form(model.config), None if chunk == "auto" else chunk
         loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
         if router_tap is not None:
             loss = loss + router_tap.loss(torch.ones_like(ids))
             router_tap.logits = ()
-    with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
+    note("loss")
+    with live.label(parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap
+    note("backward", first)
     del inputs, ids, rows, columns, targets, router_tap
-    with part("update", None, parts.UPDATE):
-        pass
+    live.reset_peak()
+    note("update")
     return moments
 
 
