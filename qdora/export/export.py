@@ -27,8 +27,7 @@ from qdora.export.verify import (
     comparison_text,
     validation_examples,
     verify_merged,
-    verify_nf4_lora,
-    verify_requantized,
+    verify_packed,
 )
 from qdora.export.write import merged, save_tokenizer
 from qdora.files.atomic import (
@@ -139,7 +138,7 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     kind = load_config(find_source(recipe_of_run(open_run(run).recipe_file), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
-    verify = verify_requantized if options.requantize else verify_merged
+    verify = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     return trained, written, partial(verify, trained.model, folder)
 
@@ -149,7 +148,7 @@ def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console)
     published_as = options.push if options.push is not None and "/" in options.push else None
     how: dict[str, Any] = {"dtype": DTYPES.get(options.dtype or ""), "published_as": published_as}
     written = write_form(export_nf4_lora, trained, folder, options, console, **how)
-    return trained, written, partial(verify_nf4_lora, trained.model, folder)
+    return trained, written, partial(verify_packed, trained.model, folder)
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -194,7 +193,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     dtype = DTYPES.get(options.dtype or "", dtype)
     written = write_form(export_bnb, trained, folder, options, console, dtype=dtype)
-    verify = partial(verify_requantized, trained.model, folder, lossy=base.quant == "int8")
+    verify = partial(verify_packed, trained.model, folder, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, verify
 
 
