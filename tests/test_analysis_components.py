@@ -46,7 +46,7 @@ def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def with_curvatures(found: Directions, curvatures: Any) -> Components:
-    return Components(found, curvatures, curvatures * 0.0)
+    return Components(found.sizes, found.slopes, found.tail, curvatures, curvatures * 0.0)
 
 
 def of_quadratic(missing: Sequence[float], sizes: Sequence[float], curvature: float, num_new: int) -> Components:
@@ -156,7 +156,7 @@ def test_of_a_model_against_the_definition(directory, case):
     batches, rank = support.curved_batches(), 2 if moved else 0
     own = layer_directions(model, {name: num_new}, batches, norm=norm)
     exact = exact_curvatures(model, own, batches, norm=norm)[name]
-    assert not exact.errors.any()
+    assert not exact.curvature_errors.any()
     logits = support.logits_by_update(model, held=norm == "held")
     update = update_of(adapted_layers(model)[name])
     here = update.clone().requires_grad_()
@@ -197,8 +197,8 @@ def test_of_a_model_against_the_definition(directory, case):
     if case in DRAWN:
         drawn = drawn_curvatures(model, own, batches, norm=norm, draws=800)[name]
         np.testing.assert_allclose(drawn.curvatures, all_forms, rtol=0.5)
-        assert np.abs((drawn.curvatures - all_forms) / drawn.errors).max() < 4.5
-        assert (drawn.errors < 0.15 * drawn.curvatures).all()
+        assert np.abs((drawn.curvatures - all_forms) / drawn.curvature_errors).max() < 4.5
+        assert (drawn.curvature_errors < 0.15 * drawn.curvatures).all()
 
 
 class SequenceFirst(torch.nn.Module):
@@ -296,7 +296,7 @@ def test_of_a_layer_without_rows_the_mean_is_right():
     exact = exact_curvatures(model, found, [square], norm="attached")
     drawn = drawn_curvatures(model, found, [square], norm="attached", draws=800)
     for name in found:
-        assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].errors).max() < 4.5
+        assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].curvature_errors).max() < 4.5
 
 
 def test_micro_batches_get_labels_of_their_own_and_errors_are_those_of_a_mean():
@@ -313,7 +313,7 @@ def test_micro_batches_get_labels_of_their_own_and_errors_are_those_of_a_mean():
     for name in CURVED_LAYERS:
         each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
         np.testing.assert_allclose(drawn[name].curvatures, each.mean(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
+        np.testing.assert_allclose(drawn[name].curvature_errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
 
 
 def test_labels_are_drawn_by_their_chances():

@@ -93,7 +93,7 @@ def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, architect
         assert (np.abs(found - expected) <= allowed).all(), path
     check = verify(model, tmp_path / "out")
     assert check["passed"], check["faults"]
-    assert (check["num_texts"], check["num_positions"], check["weights"]["num_layers"]) == (2, 14, 14)
+    assert (check["num_positions"], check["weights"]["num_layers"]) == (14, 14)
     assert json.loads(json.dumps(check)) == check
     assert (check["reference_vs_running"]["max_logit_difference"] == 0.0) == (compute == torch.float32)
     assert check["exported_vs_reference"]["argmax_agreement"] > 0.9
@@ -149,9 +149,6 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert (config["dtype"], config["architectures"]) == ("float16", ["LlamaForCausalLM"])
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     assert AutoTokenizer.from_pretrained(str(out)).chat_template == support.CHATML
-    largest = max(tensors, key=lambda name: tensors[name].abs().max())
-    assert result["max_abs_tensor"] == largest
-    assert result["max_abs"] == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -169,8 +166,7 @@ def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
 def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
     model, other = support.adapted_model(quant="nf4"), support.adapted_model(quant="nf4")
     model.model.norm.weight.data[:2] = torch.tensor([-65504.0, 1e-9])
-    result = export_merged(model, None, tmp_path / "largest")
-    assert result["max_abs"] == 65504.0
+    export_merged(model, None, tmp_path / "largest")
     assert stored(tmp_path / "largest")[NORM][0] == -65504.0
     adapted_layers(model)["model.layers.1.mlp.up_proj"].magnitude.data[4] = 4e5
     other.model.norm.weight.data[0] = 65505.0
@@ -179,8 +175,7 @@ def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
     with pytest.raises(UserError, match=r"^model\.norm\.weight: largest \|w\| is 65505, must be at most 65504 in"):
         export_aside(other, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["largest"]
-    result = export_merged(model, None, tmp_path / "out", dtype=torch.bfloat16)
-    assert result["max_abs_tensor"] == "model.layers.1.mlp.up_proj.weight"
+    export_merged(model, None, tmp_path / "out", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -386,8 +381,6 @@ def test_what_cannot_be_verified_is_refused(tmp_path, running):
     index.write_text(index.read_text().replace("model-00002", "../model-00002"))
     with pytest.raises(UserError, match=r"'\.\./model-00002-.*' is not a .safetensors file"):
         verify(running, out)
-    with pytest.raises(UserError, match="cannot load it"):
-        verify(running, tmp_path / "nowhere")
 
 
 # --- the verdict: what the running model's own error at a position explains, and what it does not

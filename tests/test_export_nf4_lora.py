@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from qdora.errors import UserError
 from qdora.export import verify
 from qdora.export.checkpoints import export_nf4_lora
-from qdora.export.verify import ComparisonText, float32_arithmetic, verify_nf4_lora
+from qdora.export.verify import ComparisonText, float32_arithmetic, verify_packed
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import recipe_from
@@ -71,7 +71,7 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(tmp_path, ar
         bare = support.logits_of(support.base_model(architecture, quant="nf4"))
     assert (expected - bare).abs().max() > 0.05
     torch.testing.assert_close(support.logits_of(with_peft(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
-    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
+    found = verify_packed(model, tmp_path / "out", TEXT)
     assert found["passed"], found["faults"]
     assert found["weights"]["num_layers"] == 14
     assert found["exported_vs_reference"]["max_logit_difference"] < 1e-5
@@ -127,7 +127,7 @@ def test_an_adapted_head_in_float32_and_an_export_in_a_narrower_dtype_than_the_m
     torch.testing.assert_close(found, support.logits_of(model), rtol=1e-5, atol=5e-6)
     model = support.adapted_model("llama", quant="nf4")
     export_nf4_lora(model, None, tmp_path / "out", dtype=torch.bfloat16)
-    check = verify_nf4_lora(model, tmp_path / "out", TEXT)
+    check = verify_packed(model, tmp_path / "out", TEXT)
     assert check["passed"], check["faults"]
     assert check["exported_vs_reference"]["max_logit_difference"] > 1e-4
     assert check["dtype"] == "bfloat16"
@@ -159,7 +159,7 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
     export_nf4_lora(model, None, out)
     needed = (out / BASE).stat().st_size
     monkeypatch.setattr(verify, "available_memory_bytes", lambda: 10 * needed if has_room else needed)
-    found = verify_nf4_lora(model, out, TEXT)
+    found = verify_packed(model, out, TEXT)
     assert found["passed"], found["faults"]
     assert ("exported_vs_reference" in found) == has_room
     assert (found["num_positions"], found["weights"]["num_layers"]) == (14 if has_room else 0, 14)
@@ -176,7 +176,7 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
         wrong = {key: each for key, each in tensors.items() if key != name}
         wrong |= {} if change is None else {name: change(tensors.get(name))}
         save_file(wrong, out / file, metadata={"format": "pt"})
-        found = verify_nf4_lora(model, out, TEXT)
+        found = verify_packed(model, out, TEXT)
         save_file(tensors, out / file, metadata={"format": "pt"})
         assert not found["passed"]
         assert any(words in fault for fault in found["faults"]), found["faults"]

@@ -251,7 +251,7 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
     [
         (PEFT, "json_bytes", OSError(errno.ENOSPC, "No space left")),  # the last file
         (ExportOptions(), "card_files", KeyboardInterrupt()),  # after the check
-        (NF4, "verify_nf4_lora", torch.OutOfMemoryError("20 GiB")),
+        (NF4, "verify_packed", torch.OutOfMemoryError("20 GiB")),
     ],
 )
 def test_a_directory_of_that_name_holds_a_checked_export_or_does_not_exist(

@@ -95,11 +95,6 @@ def test_a_storage_counts_once_with_its_size_until_its_last_view_dies(live):
     torch.mm(total.add_(other), other, out=total)
     total[2:4].copy_(other[:2])
     assert live.live_bytes == live.peak_bytes == 512  # writes in place are no new memory
-    buffer = torch.empty(0)
-    torch.mm(total, other, out=buffer)  # resized by the operation
-    assert live.live_bytes == 768
-    buffer.untyped_storage().resize_(0)  # as sharded training does; no operation of torch's
-    assert live.live_bytes == 512
     values, indices = torch.empty(6, 5).sort()  # 30 float32 and 30 int64, the input gone
     pieces = torch.split(values, 2)
     assert live.live_bytes == 512 + 360
@@ -291,8 +286,6 @@ def test_compressing_a_measured_base_is_a_moment_of_its_own():
     least = tokens + block + 4 * sum(in_**2 for in_ in products) + 8 * max(products) ** 2 + 4 * rows
     assert found.peak.name == "compression of the base"
     assert least < found.components[parts.CALIBRATION] < 1.5 * least
-    assert found.compress_seconds is not None
-    assert plan(a_recipe(), config=config).compress_seconds is None
 
 
 def test_assumed_micro_batches_and_their_gradients():

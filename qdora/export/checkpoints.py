@@ -20,7 +20,6 @@ scale to 8 bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,19 +107,17 @@ def export_merged(
 
     With `requantize` the layers of a base in nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
     """
-    start = time.perf_counter()
     plan = plan_export(model, dtype)
     if requantize:
         if faults := load_faults(_classes(model), "--requantize"):
             raise UserError(*faults)
-        written = _write_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
+        written = export_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
     else:
         written = write_checkpoint(plan, tokenizer, directory, **options)
     return written | {
         "dtype": str(dtype).removeprefix("torch."),
         "num_merged_layers": len(adapted_layers(model)),
         "num_parameters": sum(torch.Size(spec.shape).numel() for spec in plan.specs.values()),
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -139,16 +136,18 @@ def _classes(model: PreTrainedModel) -> list[str]:
     return [layer.replaces for layer in frozen_layers(model).values() if layer.kind != "dense"]
 
 
-def _write_bnb(
+def export_bnb(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
-    weight_of: Callable[[Layer], Weight],
+    weight_of: Callable[[Layer], Weight] = lambda layer: base_of(layer).stored_weight,
     *,
     dtype: torch.dtype,
     double_quant: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
+    """Write a model as a bitsandbytes checkpoint, by default without its adapters: with the bytes that it holds, also
+    in int8. `weight_of` gives the weight of each layer, packed where its base is."""
     plan = plan_export(model, dtype, weight_of, packed=True, double_quant=double_quant)
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
     nested = double_quant and hasattr(first, "nested_code")
@@ -157,13 +156,6 @@ def _write_bnb(
     )
     facts = {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
     return write_checkpoint(plan, tokenizer, directory, **options) | facts
-
-
-def export_base(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, **options: Any
-) -> dict[str, Any]:
-    """Write a model without adapters as a bitsandbytes checkpoint with the bytes that it holds, also in int8."""
-    return _write_bnb(model, tokenizer, directory, lambda layer: base_of(layer).stored_weight, **options)
 
 
 def export_nf4_lora(
@@ -181,7 +173,6 @@ def export_nf4_lora(
     which rounds nothing. `published_as` is the Hub id of `directory`, for the adapter's file; without it the file names
     no base. `options` are those of `write_checkpoint`. Returns what was written, as JSON.
     """
-    start = time.perf_counter()
     dtype = dtype or model.dtype
     check_foldable(model, dtype)
     layers = adapted_layers(model)
@@ -203,19 +194,16 @@ def export_nf4_lora(
         b = layer.stored_B()
         return b.float() * gains[layer] if layer in gains else b
 
-    written = _write_bnb(model, tokenizer, directory, scaled, dtype=dtype, double_quant=False, **options)
+    written = export_bnb(model, tokenizer, directory, scaled, dtype=dtype, double_quant=False, **options)
     config = adapter_config(model, published_as, None, use_dora=False)
-    tensors = factor_tensors(model, scaled_B)
     adapter = directory / ADAPTER_DIRECTORY
     adapter.mkdir()
-    write_tensors(adapter / WEIGHTS_FILE, dict(sorted(tensors.items())))
+    write_tensors(adapter / WEIGHTS_FILE, dict(sorted(factor_tensors(model, scaled_B).items())))
     (adapter / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
     return written | {
         "adapter": ADAPTER_DIRECTORY,
         "num_folded_layers": len(gains),
         "num_adapted_layers": len(layers),
-        "num_adapter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "seconds": time.perf_counter() - start,
     }
 
 

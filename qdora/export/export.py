@@ -20,17 +20,16 @@ from transformers import PreTrainedModel
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
-from qdora.export.checkpoints import check_loadable, export_base, export_nf4_lora, write_form, write_merge
+from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
 from qdora.export.verify import (
     ComparisonText,
     comparison_text,
     validation_examples,
     verify_merged,
-    verify_nf4_lora,
-    verify_requantized,
+    verify_packed,
 )
-from qdora.export.write import save_tokenizer
+from qdora.export.write import merged, save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
     atomic_write_text,
@@ -139,7 +138,7 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     kind = load_config(find_source(recipe_of_run(run), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
-    verify = verify_requantized if options.requantize else verify_merged
+    verify = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     return trained, written, partial(verify, trained.model, folder)
 
@@ -149,7 +148,7 @@ def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console)
     published_as = options.push if options.push is not None and "/" in options.push else None
     how: dict[str, Any] = {"dtype": DTYPES.get(options.dtype or ""), "published_as": published_as}
     written = write_form(export_nf4_lora, trained, folder, options, console, **how)
-    return trained, written, partial(verify_nf4_lora, trained.model, folder)
+    return trained, written, partial(verify_packed, trained.model, folder)
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -193,8 +192,8 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     dtype = DTYPES.get(options.dtype or "", dtype)
-    written = write_form(export_base, trained, folder, options, console, dtype=dtype)
-    verify = partial(verify_requantized, trained.model, folder, lossy=base.quant == "int8")
+    written = write_form(export_bnb, trained, folder, options, console, dtype=dtype)
+    verify = partial(verify_packed, trained.model, folder, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, verify
 
 
@@ -242,8 +241,7 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
     for path, frozen in frozen_layers(trained.model).items():
         keep = frozen.keep_mask()
         if keep is not None:
-            owner = adapted.get(path.removesuffix(".base"))
-            weight = frozen.dequantized() if owner is None else owner.merged_weight()
+            weight = merged(adapted.get(path.removesuffix(".base"), frozen)).to(keep.device)
             pruned += int((~keep).sum())
             kept += int((weight[~keep] == 0).sum())
     return {"pruned": pruned, "kept": kept} if pruned else None

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,7 +66,6 @@ def export_gguf(
     run: Path, folder: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]]]:
     """Merge and convert; returns the running model, what was written, and the check, which removes the merge."""
-    start = time.perf_counter()
     require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
@@ -86,7 +84,6 @@ def export_gguf(
         "num_merged_layers": written["num_merged_layers"],
         "num_parameters": written["num_parameters"],
         "merged_in": written["dtype"],
-        "seconds": time.perf_counter() - start,
     }
     return trained, result, partial(verify_gguf, trained, file, merged)
 
@@ -94,25 +91,18 @@ def export_gguf(
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
     """The programs: in `named` (llama.cpp's folder or its converter), else in QDORA_LLAMA_CPP, else in PATH."""
     given = named or os.environ.get(_FOLDER)
-    folder = user_path(given) if given else None
-
-    def program(folder: Path | None, name: str) -> str | None:
-        if folder is None:
-            return shutil.which(name)
-        inside = (folder / part / name for part in (".", "bin", "build/bin"))
-        return next((str(each) for each in inside if each.is_file()), None)
-
+    folder, converter = user_path(given) if given else None, None
     if folder is not None and folder.is_file():
         converter, folder = str(folder), folder.parent
-    else:
-        converter = next(filter(None, (program(folder, name) for name in _CONVERTERS)), "")
+    path = None if folder is None else os.pathsep.join(str(folder / part) for part in (".", "bin", "build/bin"))
+    converter = converter or next(filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None)
     if not converter:
         get = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece"
         raise UserError(f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  {get}, use --llama-cpp.")
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:
         return command, None
-    if quantizer := program(folder, "llama-quantize") or program(None, "llama-quantize"):
+    if quantizer := shutil.which("llama-quantize", path=path) or shutil.which("llama-quantize"):
         return command, [quantizer]
     if importlib.util.find_spec("llama_cpp") is not None:
         return command, [sys.executable, "-c", _QUANTIZE]

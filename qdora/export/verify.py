@@ -267,7 +267,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     the reloaded one is on the host or the disk. Returns the result of `verdict`, and the check of the weights.
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
-        options, fits = dict[str, Any](), not directory.is_dir() or fits_in_float32(directory, model)
+        options, fits = dict[str, Any](), fits_in_float32(directory, model)
         if not fits:
             limits = {place: int(size / _WORKSPACE) for place, size in _room_beside(model).items()}
             options = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
@@ -277,27 +277,18 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         stored = stored_dtype(directory)
         weights = compare_weights(model, lambda path: _dense_weight(files, path), stored)
         faults += _faults_of_files(model, directory, files, text, weights)
-    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
+    return verdict(total, faults, stored, model.dtype) | {"weights": weights}
 
 
-def verify_requantized(
-    model: PreTrainedModel, directory: Path, text: ComparisonText, *, lossy: bool = True
+def verify_packed(
+    model: PreTrainedModel, directory: Path, text: ComparisonText, *, lossy: bool = False
 ) -> dict[str, Any]:
-    """As `verify_merged`, without a check of weights. `lossy`: without a tolerance, since the form rounds again."""
-    total, faults = _compared(load_with_bnb, model, directory, text)
+    """As `verify_merged`, of a bitsandbytes checkpoint. Where a LoRA belongs on it, rows of every scaled base + s B A
+    must equal g (W + s B A) within float32's roundings. `lossy`: without a tolerance, since the form rounds again."""
+    adapter, layers = directory / ADAPTER_DIRECTORY, adapted_layers(model)
+    total, faults = _compared(load_with_peft if adapter.is_dir() else load_with_bnb, model, directory, text)
     files = rename_to_model(gather_packed(open_safetensors(directory)), model)
-    faults += _faults_of_files(model, directory, files, text)
-    # What is dense loses nothing in the model's own dtype
-    stored = torch.float32 if lossy or (dtype := stored_dtype(directory)) == model.dtype else dtype
-    return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"num_texts": len(text.sequences)}
-
-
-def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
-    """As `verify_merged`: rows of every scaled base + s B A must equal g (W + s B A) within float32's roundings."""
-    total, faults = _compared(load_with_peft, model, directory, text)
-    files = rename_to_model(gather_packed(open_safetensors(directory)), model)
-    factors = stored_factors(model, load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE))
-    layers = adapted_layers(model)
+    factors = stored_factors(model, load_file(adapter / WEIGHTS_FILE)) if adapter.is_dir() else {}
 
     def weight(path: str) -> Tensor | None:
         item = files.get(f"{path}.weight")
@@ -310,9 +301,9 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     weights = compare_weights(model, weight, torch.float32)
     faults += _faults_of_files(model, directory, files, text, weights)
     stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
-    if stored == model.dtype and not trained_matrices(model):  # trained rows are float32 and are rounded
+    if lossy or (stored == model.dtype and not trained_matrices(model)):  # trained rows are float32 and are rounded
         stored = torch.float32
-    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
+    return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"weights": weights}
 
 
 def _compared(
@@ -401,11 +392,11 @@ def _faults_of_files(
     directory: Path,
     files: Mapping[str, Stored],
     text: ComparisonText,
-    weights: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any],
 ) -> list[str]:
     """What is wrong with the adapted weights, the trained rows of embeddings and heads, and the tokenizer."""
     faults = []
-    if weights is not None and not weights["max_error"] <= 1.0:  # NaN is a fault
+    if not weights["max_error"] <= 1.0:  # NaN is a fault
         layer, error = weights["worst_layer"], weights["max_error"]
         faults.append(f"the weight of {layer} differs from the computed one by {error:.3g} times the rounding error")
     for path, matrix in trained_matrices(model).items():
@@ -455,8 +446,6 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
             trust_remote_code=has_own_code(model),  # the code that the run has trained with
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: transformers cannot load it: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -31,7 +31,6 @@ from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
 from qdora.model.checkpoint import INDEX_FILE, published_form, tied_weights
 from qdora.model.experts import library_names, stacks
-from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import dense_dtype
 from qdora.model.multimodal import carried, linear_not_loaded, processor_files
 from qdora.quant.bnb import STATE_NAME, to_bnb_state
@@ -203,12 +202,15 @@ def packed_sources(
 
 def dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
-    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
-    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
-    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
-    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
-    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
-    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
+    dense, inside = list[str](), "-"
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLinear | RowHead):
+            inside = f"{path}."
+        is_ours = isinstance(module, FrozenLinear | AdaptedLinear)
+        if isinstance(module, nn.Linear | RowHead) or (is_ours and base_of(module).kind == "dense"):
+            dense.append(path)
     return dense + linear_not_loaded(model)
 
 
@@ -238,7 +240,7 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint into an empty directory.
 
-    Returns JSON values: `files`, `num_tensors`, `num_bytes`, and `max_abs`, the largest |w|, in `max_abs_tensor`.
+    Returns JSON values: `files`, `num_tensors`, `num_bytes`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
@@ -248,14 +250,14 @@ def write_checkpoint(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    done, largest = 0, (0.0, "")
+    done = 0
 
     def tensors(specs: list[TensorSpec]) -> Iterator[Tensor]:
-        nonlocal done, largest
+        nonlocal done
         for spec in specs:
             tensor = plan.makers[spec.name]()
             if tensor.is_floating_point():
-                largest = max(largest, (_largest(spec, tensor), spec.name))
+                _check_range(spec, tensor)
             yield tensor.to(spec.dtype)
             del tensor
             done += spec.num_bytes
@@ -279,22 +281,18 @@ def write_checkpoint(
         "files": tuple(shards.filename_to_tensors),
         "num_tensors": len(plan.specs),
         "num_bytes": total_bytes,
-        "max_abs": largest[0],
-        "max_abs_tensor": largest[1],
     }
 
 
-def _largest(spec: TensorSpec, tensor: Tensor) -> float:
-    """The largest |value|, which the dtype of `spec` must be able to hold."""
-    ends = [abs(float(end)) for end in tensor.aminmax()] if tensor.numel() else [0.0]  # NaN if any value is
-    largest, limit = max(ends), torch.finfo(spec.dtype).max
-    if not all(end < torch.inf for end in ends):
+def _check_range(spec: TensorSpec, tensor: Tensor) -> None:
+    """Refuse what the dtype of `spec` cannot hold."""
+    largest = max(abs(float(end)) for end in tensor.aminmax()) if tensor.numel() else 0.0  # NaN if any value is
+    if not largest < torch.inf:
         num_bad = tensor.numel() - int(tensor.isfinite().sum())
         raise RunFailure(f"{spec.name}: {num_bad} of {tensor.numel()} values are NaN or infinite.")
-    if largest > limit:
+    if largest > (limit := torch.finfo(spec.dtype).max):
         over = f"{spec.name}: largest |w| is {largest:.6g}, must be at most {limit:.6g} in {spec.dtype}"
         raise UserError(f"{over}. Fix: export in bfloat16 or float32.")
-    return largest
 
 
 def _write_config(plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:

@@ -11,9 +11,10 @@ import gc
 import inspect
 import math
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +26,20 @@ from transformers.masking_utils import sdpa_mask
 
 from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.norms import refresh
-from qdora.model.adapter_file import AdapterDescription, selected_modules
 from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
-from qdora.model.build_model import DTYPES, put_adapters, recompute_activations, set_kept_scales_
+from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import (
     adapted_layers,
     adapter_parameters,
     frozen_like,
-    inject,
-    is_linear,
     linear_layers,
     replace_module,
 )
 from qdora.model.load import block_list, chosen_layers, dense_dtype, layers_to_quantize, quantization_of, skeleton
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.tokens import extend_vocabulary, train_embeddings
+from qdora.model.tokens import extend_vocabulary
 from qdora.plan import plan as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
@@ -58,30 +56,24 @@ Step = tuple[list[Moment], Shapes]
 # Least number of blocks on either side of the inserted repetitions, rounded up to whole periods: the first block (its
 # input needs no gradient) and the last one (the loss follows) differ from the others.
 _KEPT_BLOCKS = 2
-_LONGEST_PREFIX = 8  # most blocks of another kind at the start, such as dense ones before mixtures of experts
 
 
-def run_step(
-    recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind, adapter: AdapterDescription | None
-) -> Step:
-    """Moments of a step, and the shapes of the trainable parameters.
-
-    `model` is on the meta device and is not changed; `adapter` is the one that the run resumes from.
-    """
-    blocks, pattern = block_list(model), None
-    if blocks is not None and adapter is None:  # whose ranks may differ from block to block
+def run_step(recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kind: DeviceKind) -> Step:
+    """Moments of a step, and the shapes of the trainable parameters. `model` is on the meta device, not changed."""
+    blocks, pattern, adapter = block_list(model), None, recipe.adapter
+    # Paths and patterns over them may name single blocks
+    if blocks is not None and not any("." in name for name in (*adapter.targets, *adapter.rank_pattern)):
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
             sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
-            signatures.append((modules, sizes, kinds[index] if index < len(kinds) else None))
+            signatures.append((sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
-        moments, shapes = _measured(recipe, model, None, shape, adapter)
+        moments, shapes = _measured(recipe, model, None, shape)
     else:
-        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape, None)
-        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape, None)
+        short, shapes = _measured(recipe, model, pattern.kept(pattern.num_kept), shape)
+        longer, _ = _measured(recipe, model, pattern.kept(pattern.num_kept + 1), shape)
         moments, shapes = extrapolated(short, longer, pattern), _repeated(shapes, blocks[0], pattern)
     if shapes:
         moments[-1] = moments[-1].changed({parts.UPDATE: update_bytes(shapes, recipe.train.optimizer, kind)})
@@ -120,17 +112,16 @@ class BlockPattern:
 
 def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
     """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing."""
-    best, cost = None, len(signatures)
-    for prefix in range(min(cost, _LONGEST_PREFIX + 1)):
-        rest = signatures[prefix:]
-        for period in range(1, len(rest) // 3 + 1):  # two periods are kept at least, and one is inserted
-            repetitions, suffix = divmod(len(rest), period)
-            pattern = BlockPattern(prefix, period, repetitions, suffix)
-            measured = 2 * (prefix + pattern.num_kept * period + suffix) + period
-            if repetitions <= pattern.num_kept or measured >= cost:
-                continue
-            if all(rest[at] == rest[at - period] for at in range(period, len(rest))):
-                best, cost = pattern, measured
+    best, total = None, len(signatures)
+    cost = total
+    for period in range(1, total // 3 + 1):  # two periods are kept at least, and one is inserted
+        others = [index for index in range(period, total) if signatures[index] != signatures[index - period]]
+        prefix = others[-1] + 1 - period if others else 0
+        repetitions, suffix = divmod(total - prefix, period)
+        pattern = BlockPattern(prefix, period, repetitions, suffix)
+        measured = 2 * (prefix + pattern.num_kept * period + suffix) + period
+        if repetitions > pattern.num_kept and measured < cost:
+            best, cost = pattern, measured
     return best
 
 
@@ -154,17 +145,11 @@ def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: Blo
 
 
 def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
-    """Parameters of the whole model, in its order, from those of the shorter one."""
-    copies = pattern.repetitions - pattern.num_kept
-    rows, is_past = [], False
-    for name, shape in shapes.items():
-        number = name.removeprefix(f"{path}.").partition(".")[0]
-        index = int(number) if name.startswith(f"{path}.") else -1
-        is_past |= index >= pattern.insertion
-        rows.append((copies + 1 if is_past else 0, name, shape))
-        if pattern.insertion - pattern.period <= index < pattern.insertion:
-            rows += [(copy + 1, f"repetition-{copy}.{name}", shape) for copy in range(copies)]
-    return {name: shape for _, name, shape in sorted(rows, key=lambda row: row[0])}
+    """Parameters of the whole model from those of the shorter one."""
+    blocks = tuple(f"{path}.{index}." for index in range(pattern.insertion - pattern.period, pattern.insertion))
+    one = {name: shape for name, shape in shapes.items() if name.startswith(blocks)}
+    copies = range(pattern.repetitions - pattern.num_kept)
+    return shapes | {f"repetition-{copy}.{name}": shape for copy in copies for name, shape in one.items()}
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -174,20 +159,12 @@ def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtyp
     return skeleton(copy.deepcopy(config), source, dtype, attention)
 
 
-def _measured(
-    recipe: Recipe,
-    whole: PreTrainedModel,
-    kept: list[int] | None,
-    shape: MicroBatchShape,
-    adapter: AdapterDescription | None,
-) -> Step:
+def _measured(recipe: Recipe, whole: PreTrainedModel, kept: list[int] | None, shape: MicroBatchShape) -> Step:
     """`run_step` of a model with the blocks `kept` (None: all), every one measured."""
     gc.collect()
     model: Any = copy.deepcopy(whole)
     if kept is not None:
         _keep_blocks_(model, kept)
-    selected = {} if adapter is None else selected_modules(model, adapter)
-    ranks = {path: adapter.rank_of(path) for path, module in selected.items() if adapter and is_linear(module)}
     with FakeTensorMode(), LiveBytes() as live, ExitStack() as stack, fast_grouped_attention():
         # Linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors
         for file in {sys.modules[type(module).__module__] for module in model.modules()}:
@@ -205,17 +182,8 @@ def _measured(
         with live.label(parts.DENSE):
             extend_vocabulary(model, new_tokens)
         with live.label(parts.ADAPTERS):
-            settings = recipe.adapter
-            if adapter is None:
-                put_adapters(model, recipe, new_tokens=new_tokens)
-            else:  # as that one, whose values are not read
-                options: dict[str, Any] = {"dropout": settings.dropout, "dtype": DTYPES[settings.dtype]}
-                inject(model, kind=adapter.kind, rank=1, targets=[*ranks], rank_pattern=ranks, **options)
-                set_kept_scales_(model, recipe)
-                if settings.also_train:
-                    ids = None if settings.also_train_rows == "all" else new_tokens
-                    train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
-            for layer in adapted_layers(model).values() if settings.gates is not None else ():
+            put_adapters(model, recipe, new_tokens=new_tokens)
+            for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                 layer.add_gate()
         live.reset_peak()
         parameters = adapter_parameters(model)
@@ -305,50 +273,30 @@ def _record(
 ) -> list[Moment]:
     """Moments of a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
     moments: list[Moment] = []
-    now: tuple[str, int | None] = ("gains", None)
     is_forward = False
     blocks = list((block_list(model) or ("", []))[1])
+    first, last = (0, len(blocks) - 1) if blocks else (None, None)
 
-    def note() -> None:
-        moments.append(Moment(*now, dict(live.peak_by_label)))
+    def note(phase: str, block: int | None = None) -> None:
+        moments.append(Moment(phase, block, live.peak_by_label))
         live.reset_peak()
 
-    @contextmanager
-    def part(phase: str, block: int | None, label: str) -> Iterator[None]:
-        nonlocal now
-        live.reset_peak()
-        now = phase, block
-        with live.label(label):
-            yield
-        note()
-
-    def entering(index: int) -> Any:
-        """A hook that ends the moment before a block; the hook of the block's input ends its backward pass."""
-
-        def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal now
-            if not is_forward:  # a checkpoint is being recomputed
-                return
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
-            note()
-            now = "forward", index
-            if hidden.requires_grad and index > 0:
-                hidden.register_hook(lambda _gradient: leave())  # type: ignore[no-untyped-call]
-
-        def leave() -> None:
-            nonlocal now
-            note()
-            now = "backward", index - 1
-
-        return enter
+    def enter(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Ends the moment before a block; the hook of the block's input ends its backward pass."""
+        if not is_forward:  # a checkpoint is being recomputed
+            return
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        live.register(hidden, parts.CHECKPOINTS if recipe.memory.checkpointing else parts.FORWARD)
+        note("forward", index - 1 if index else None)
+        if hidden.requires_grad and index > 0:
+            hidden.register_hook(lambda _gradient: note("backward", index))  # type: ignore[no-untyped-call]
 
     for weight in parameters.values():
         weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             lambda weight: live.register(weight.grad, parts.GRADIENTS)
         )
     for index, block in enumerate(blocks):
-        block.register_forward_pre_hook(entering(index), with_kwargs=True)
+        block.register_forward_pre_hook(partial(enter, index), with_kwargs=True)
     optimizer = AdapterOptimizer(parameters, name=recipe.train.optimizer)
     layers = adapted_layers(model).values()
     with live.label(parts.KEPT):
@@ -356,8 +304,10 @@ def _record(
             layer.gain(model.dtype)
     torch.autograd.graph.increment_version(list(parameters.values()))  # updated: the gains are taken anew
     live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
-    with part("gains", None, parts.KEPT):
+    live.reset_peak()
+    with live.label(parts.KEPT):
         refresh(layers)
+    note("gains")
     if shape.accumulated:
         for weight in parameters.values():
             weight.grad = torch.empty(weight.shape, dtype=weight.grad_dtype or weight.dtype)
@@ -369,19 +319,22 @@ def _record(
             inputs["position_ids" if shape.packed else "attention_mask"] = torch.zeros_like(ids)
         rows, columns, targets = (torch.zeros(shape.num_labels, dtype=torch.int64) for _ in range(3))
     head, chunk = model.get_output_embeddings(), recipe.memory.loss_chunk
-    with part("forward", None, parts.FORWARD), tapped(head, rows, columns) as tap:
+    with live.label(parts.FORWARD), tapped(head, rows, columns) as tap:
         is_forward = True
         model(**inputs, use_cache=False)
         is_forward = False
-    with part("loss", None, parts.LOSS):
+    note("forward", last)
+    with live.label(parts.LOSS):
         form, size = proposals(model.config)[0], None if chunk == "auto" else chunk
         loss = head_nll(head, tap.hidden, targets, form, size).sum() / len(targets)
-    with part("backward", len(blocks) - 1 if blocks else None, parts.BACKWARD):
+    note("loss")
+    with live.label(parts.BACKWARD):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, tap
+    note("backward", first)
     del inputs, ids, rows, columns, targets
-    with part("update", None, parts.UPDATE):
-        pass
+    live.reset_peak()
+    note("update")
     return moments
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
@@ -22,11 +24,11 @@ from qdora.errors import HubFailure, UserError
 from qdora.files.console import errors_only
 from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
 from qdora.memory.stream import NUM_SLOTS
-from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import describe_adapter, selected_modules
 from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
-from qdora.model.inject import linear_layers
+from qdora.model.inject import is_linear, linear_layers
 from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
@@ -115,19 +117,22 @@ class Planner:
     steps: dict[tuple[object, ...], Step] = field(default_factory=dict)
 
     def step(self, recipe: Recipe, shape: MicroBatchShape, routing: Routing) -> Step:
-        before, memory = recipe.adapter.resume_from, recipe.memory
-        adapter = None if before is None else describe_adapter(Path(before))
+        memory = recipe.memory
+        if recipe.adapter.resume_from is not None:  # as that one, whose values are not read
+            held = describe_adapter(Path(recipe.adapter.resume_from))
+            modules = selected_modules(self.model, held)
+            ranks = {path: held.rank_of(path) for path, module in modules.items() if is_linear(module)}
+            recipe = with_settings(recipe, adapter={"resume_from": None, "targets": list(ranks), "rank_pattern": ranks})
         key = (
             recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"}),
             recipe.adapter.model_dump_json(),
-            repr(adapter),
             (memory.checkpointing, memory.loss_chunk, keeps_scales(recipe)),
             (recipe.train.optimizer, len(recipe.model.add_tokens)),
             (shape, routing),
         )
         if key not in self.steps:
             with errors_only(), planned_on(self.device_kind, routing), torch.random.fork_rng(devices=[]):
-                self.steps[key] = run_step(recipe, self.model, shape, self.device_kind, adapter)
+                self.steps[key] = run_step(recipe, self.model, shape, self.device_kind)
         return self.steps[key]
 
     def work(self, recipe: Recipe, num_trainable: int) -> Work:
@@ -174,9 +179,9 @@ class Planner:
             moments, pinned = parts.with_offloaded(moments, num_blocks)
             sizes["host_bytes"] += pinned
         if base.measured is not None:
-            once, sizes["compress_seconds"] = parts.compression(model, base, work, rates, self.dtype)
-            dense = moments[0].by_component.get(parts.DENSE, 0)
-            moments = [Moment("compress", None, {parts.DENSE: dense, parts.CALIBRATION: once}), *moments]
+            once = {parts.CALIBRATION: parts.compression_bytes(model, base, self.dtype)}
+            once[parts.DENSE] = moments[0].by_component.get(parts.DENSE, 0)
+            moments = [Moment("compress", None, once), *moments]
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
             sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device
@@ -222,13 +227,13 @@ def plan(
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    public = public_shapes().get(recipe.model.source) if config is None else None
-    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
+    public, source = None, ModelSource("directory", Path(recipe.model.source), recipe.model.source)
     if config is None:
         try:
             source = find_source(recipe, weights=False)
-            config, public = load_config(source), None
+            config = load_config(source)
         except HubFailure:
+            public = public_shapes().get(recipe.model.source)
             if public is None:
                 raise
             config = public.config()
@@ -251,7 +256,7 @@ def plan(
 
         plans = [card(shape, "skewed") for shape in shapes]
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
-        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
+        seconds = max(plans, key=lambda each: each.step_seconds or 0.0).step_seconds
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(planner.model):
@@ -284,46 +289,36 @@ def with_changes(
     """
     changes, changed, now, fitting = list[Change](), recipe, first, recipe
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
+        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) and valid != recipe}
         ordered = sorted(options, key=lambda option: seconds_of(options[option]))
-        for overrides in [*ordered, ()] if neutral else ordered:
+        for overrides in [*ordered, None] if neutral else ordered:
             if now.fits:
                 break
-            if overrides:
-                if (candidate := _overridden(changed, overrides)) is None:
-                    continue
-                plan = plan_of(candidate)
-                if plan.tensor_bytes >= now.tensor_bytes * (1 - 0.002):  # a smaller saving is not proposed
-                    continue
-            else:  # at last
-                candidate, plan, overrides = _with_streaming(changed, now, plan_of)
-                if not overrides:
-                    break
+            if overrides is None:  # at last
+                overrides = _streaming(changed, now, plan_of)
+            candidate = _overridden(changed, overrides)
+            if candidate is None or (plan := plan_of(candidate)).tensor_bytes >= now.tensor_bytes * (1 - 0.002):
+                continue  # a smaller saving is not proposed
             changed, now = candidate, plan
             changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
             fitting = changed if neutral else fitting
     return fitting, replace(first, changes=tuple(changes))
 
 
-def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
-    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it, if any."""
-    overrides: _Overrides = ()
-    while plan.fits is False and plan.block_bytes:
-        excess = plan.peak_bytes - (plan.budget_bytes or 0)
-        before, slots = recipe.base.streamed_blocks or plan.num_blocks, 0
-        if recipe.base.residency == "device":
-            before, slots = 0, NUM_SLOTS
-        least = plan.block_bytes * (1 + parts.SLACK_SHARE[plan.device_kind])
-        count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
-        more: _Overrides = ("base.residency=host", f"base.streamed_blocks={count}")
-        if not recipe.memory.checkpointing:
-            more = ("memory.checkpointing=true", *more)
-        if count <= max(before, slots) or (streamed := _overridden(recipe, more)) is None:
-            break
-        # The rounding of sizes can leave a little too much; then one more block is streamed
-        overrides, recipe = more, streamed
-        plan = plan_of(recipe)
-    return recipe, plan, overrides
+def _streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> _Overrides:
+    """The overrides that stream just enough blocks, or all; () if no block can be streamed."""
+
+    def streaming(count: int) -> _Overrides:
+        recompute = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+        return (*recompute, "base.residency=host", f"base.streamed_blocks={count}")
+
+    def fits(count: int) -> bool:
+        return bool(plan_of(override(recipe, streaming(count))).fits)
+
+    counts = range(NUM_SLOTS + 1, plan.num_blocks + 1)
+    if not plan.block_bytes or not counts or _overridden(recipe, streaming(plan.num_blocks)) is None:
+        return ()
+    return streaming(counts[bisect_left(counts[:-1], True, key=fits)])
 
 
 def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
@@ -334,36 +329,39 @@ def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
-    """Overrides that may need less memory: neutral ones, up to rounding, and others; some may be invalid."""
-    train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
-    asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
-    recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
-    neutral: list[tuple[bool, _Overrides]] = [
-        (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
-        for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
+    """Overrides that may need less memory: neutral ones, up to rounding, and others; some are invalid, or change
+    nothing."""
+    train, base, adapter, data = recipe.train, recipe.base, recipe.adapter, recipe.data
+    asked, longest, in_step = micro_batch_tokens(recipe), data.max_length, train.tokens_per_step or math.inf
+    tokens = sorted({max(longest, asked // 2), longest})
+    recompute = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+    neutral: list[_Overrides] = [
+        *((f"train.micro_batch_tokens={each}",) for each in tokens if each < asked and each <= in_step),
+        ("memory.keep_scales=false",),
+        ("memory.loss_chunk=64",),
+        recompute,
+        (*recompute, "memory.offload_activations=true") if device_kind == "cuda" else (),
     ]
-    neutral += [
-        (base.quant != "none" and keeps_scales(recipe), ("memory.keep_scales=false",)),
-        (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
-        (not memory.checkpointing, recompute),
-        (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
+    smaller = {"adamw": "paged_adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit", "lion": "paged_lion_8bit"}
+    optimizer, has_adapter = smaller.get(train.optimizer, train.optimizer), adapter.kind in ("lora", "dora")
+    others: list[_Overrides] = [
+        (f"train.optimizer={optimizer}",),
+        ("base.quant=nf4",) if has_adapter and base.quant in ("none", "int8") else (),
+        ("base.double_quant=true",),
     ]
-    short, experts = data.max_length // 2, adapter.experts.rank or 1
-    trains_adapter, new = adapter.kind in ("lora", "dora"), adapter.resume_from is None
-    # Without it a micro-batch could have more of the shorter rows
-    fewer = (f"train.micro_batch_tokens={short}",) if short <= (train.tokens_per_step or short) else ()
-    too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
-    halved = (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}")
-    others: list[tuple[bool, _Overrides]] = [
-        (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
-        (train.optimizer == "lion", ("train.optimizer=paged_lion_8bit",)),
-        (trains_adapter and base.quant in ("none", "int8"), ("base.quant=nf4",)),
-        (base.quant in ("nf4", "fp4") and not base.double_quant, ("base.double_quant=true",)),
-        (trains_adapter and new and adapter.rank >= 16, halved),
-        (trains_adapter and new and experts > 1, (f"adapter.experts.rank={experts // 2}",)),
-        (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
-    ]
-    return [each for may, each in neutral if may], [each for may, each in others if may]
+    if has_adapter and adapter.resume_from is None:
+        experts = adapter.experts.rank or 1
+        if adapter.rank >= 16:
+            others.append((f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}"))
+        if experts > 1:
+            others.append((f"adapter.experts.rank={experts // 2}",))
+    if longest >= 512:
+        short = longest // 2
+        # Without it a micro-batch could have more of the shorter rows
+        fewer = (f"train.micro_batch_tokens={short}",) if short <= in_step else ()
+        too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
+        others.append((f"data.max_length={short}", *fewer, *too_long))
+    return neutral, others
 
 
 def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
@@ -385,26 +383,32 @@ def within_budget(
     train.parallel auto becomes shard if the base fits divided and not whole. Budget auto is what the fullest device of
     all `processes` has free; the recipe gets the neutral changes that it needs.
     """
-    asked, parallel = recipe.memory.budget, recipe.train.parallel
+    asked = recipe.memory.budget
     if asked is None:
         return recipe, None
     budget = min(processes.gather(free_bytes(compute.device, processes.size))) if asked == "auto" else parse_size(asked)
-    kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
-    options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
-    options["num_processes"] = processes.size
+    plan_of = partial(
+        plan,
+        budget=budget,
+        device_kind="cuda" if compute.device.type == "cuda" else "cpu",
+        workload=workload,
+        dtype=compute.dtype,
+        num_processes=processes.size,
+    )
     sharing = num_sharing(recipe, processes.size, processes.num_here)
-    found = plan(recipe, budget, num_sharing=sharing, **options)
+    found = plan_of(recipe, num_sharing=sharing)
     if found.fits:
         return recipe, found
-    if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
-        divided = plan(shared, budget, num_sharing=processes.size, **options)
+    may_divide = recipe.train.parallel == "auto" and CAN_DIVIDE and processes.size > 1
+    if may_divide and (shared := divided_recipe(recipe)) is not None:
+        divided = plan_of(shared, num_sharing=processes.size)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in found.changes):
         for change in found.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return found.recipe, plan(found.recipe, budget, num_sharing=sharing, **options)
+        return found.recipe, plan_of(found.recipe, num_sharing=sharing)
     if not force:
         raise UserError(parts.over_budget(found))
     logger.warning("%s", parts.over_budget(found, forced=True))

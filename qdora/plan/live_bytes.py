@@ -34,8 +34,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     operation that creates it until its last owner releases it.
 
     Not counted: earlier tensors, unless they are registered; tensors on the meta device; sparse tensors; workspaces of
-    kernels; what an allocator wastes; a storage resized without a torch operation, until it is written or `live_bytes`
-    is read. In such a mode autograd adds two gradients of one tensor into a third, which takes up to one tensor more.
+    kernels; what an allocator wastes; a change of a storage's size. In such a mode autograd adds two gradients of one
+    tensor into a third, which takes up to one tensor more.
     """
 
     def __init__(self) -> None:
@@ -43,19 +43,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._label = "other"
         self._counted: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}  # id -> storage, bytes, label
         self._by_label: Counter[str] = Counter()
-        self._live = 0
-        self.peak_bytes = 0
         self.peak_by_label: dict[str, int] = {}
 
     @property
     def live_bytes(self) -> int:
-        self._refresh()
-        return self._live
+        return self._by_label.total()
 
     @property
     def live_by_label(self) -> dict[str, int]:
-        self._refresh()
         return {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak_by_label.values())
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
@@ -75,9 +75,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def reset_peak(self) -> None:
         """Restart the peak at what is alive now."""
-        self._refresh()
-        self.peak_bytes, self.peak_by_label = 0, {}
-        self._note_peak()
+        self.peak_by_label = self.live_by_label
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,9 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = _storage(tensor)
             if storage is None:
                 continue
-            if (counted := self._counted.get(id(storage))) is not None:
-                if storage.nbytes() != counted[1]:
-                    self._count(storage, counted[2])
+            if id(storage) in self._counted:
                 continue
             if given is None:
                 given = {id(_storage(each)) for each in _tensors((args, kwargs))}
@@ -105,29 +101,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, storage: UntypedStorage, label: str) -> None:
         key, num_bytes = id(storage), storage.nbytes()
         if key in self._counted:
-            reference = self._counted[key][0]
             self._forget(key)
-        else:
-            reference = weakref.ref(storage, lambda _: self._forget(key))
-        self._counted[key] = reference, num_bytes, label
+        self._counted[key] = weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label
         self._by_label[label] += num_bytes
-        self._live += num_bytes
 
     def _forget(self, key: int) -> None:
         _, num_bytes, label = self._counted.pop(key)
         self._by_label[label] -= num_bytes
-        self._live -= num_bytes
-
-    def _refresh(self) -> None:
-        for reference, num_bytes, label in list(self._counted.values()):
-            storage = reference()
-            if storage is not None and storage.nbytes() != num_bytes:
-                self._count(storage, label)
 
     def _note_peak(self) -> None:
-        if self._live > self.peak_bytes:
-            self.peak_bytes = self._live
-            self.peak_by_label = {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
+        if self.live_bytes > self.peak_bytes:
+            self.peak_by_label = self.live_by_label
 
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:

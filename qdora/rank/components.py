@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -68,15 +68,13 @@ from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum
-from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits
+from qdora.rank.curvature import UPDATE, Norm, curvature_of, labelled_logits, plain_model
 from qdora.train.loss import token_nll
 
 Array = NDArray[np.float64]
-Backward = Callable[[Tensor], None]
-"""What is called with dL/dy of a layer's output in each backward pass."""
-Layout = ExpertTokens | tuple[int, ...] | None
-"""How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch; None: does not matter."""
-GRADIENT_BYTES = 2**30  # about, of the gradients that exist at once, in float32
+Layout = ExpertTokens | tuple[int, ...]
+"""How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch."""
+GRADIENT_BYTES = 2**29  # about, of the gradients that exist at once, in float32; all about them takes 8 times as much
 
 
 @dataclass(frozen=True)
@@ -109,77 +107,38 @@ class Directions:
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a layer and their worth.
+    """The components of a layer, `Directions` without the vectors, and their worth.
 
     Attributes:
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures, from the spread over the draws.
+        curvature_errors: (components,) their standard errors, from the spread over the draws.
     """
 
-    directions: Directions
+    sizes: Array
+    slopes: Array
+    tail: Array
     curvatures: Array
-    errors: Array
+    curvature_errors: Array
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
         flat = self.curvatures <= 1e-7 * self.curvatures.max(axis=-1, initial=0.0, keepdims=True)
         safe = np.where(flat, 1.0, self.curvatures)
-        at_zero = safe * self.directions.sizes - self.directions.slopes
-        worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
+        worths: Array = np.where(flat, 0.0, (safe * self.sizes - self.slopes) ** 2 / (2.0 * safe))
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
         """The greatest `most` worths. The total has the tail at the mean rate of new ones."""
-        worths = self.worths()
-        new = self.directions.sizes == 0.0
-        slope = (self.directions.slopes**2 * new).sum(axis=-1)
+        worths, new = self.worths(), self.sizes == 0.0
+        slope = (self.slopes**2 * new).sum(axis=-1)
         rate = (worths * new).sum(axis=-1) / np.where(slope > 0, slope, 1.0)
         falling = np.sort(worths, axis=-1)[..., ::-1].reshape(-1, worths.shape[-1])
-        total = worths.sum() + (self.directions.tail * rate).sum()
+        total = worths.sum() + (self.tail * rate).sum()
         return LayerSpectrum(falling.sum(axis=0)[:most], float(total), cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "sizes": self.directions.sizes.tolist(),
-            "slopes": self.directions.slopes.tolist(),
-            "curvatures": self.curvatures.tolist(),
-            "curvature_errors": self.errors.tolist(),
-            "worths": self.worths().tolist(),
-            "tail": self.directions.tail.tolist(),
-        }
-
-
-@contextmanager
-def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Backward]) -> Iterator[None]:
-    """Call `see(name, x, y)`, for a stack of experts `see(name, x, y, tokens)`, in every forward pass of a layer, and
-    what it returns with dL/dy in every backward pass.
-
-    The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the hook.
-    """
-
-    def forward(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        passed_on, backward = output.clone(), see(name, args[0].detach(), output.detach(), *args[1:])
-        passed_on.register_hook(backward)  # type: ignore[no-untyped-call]
-        return passed_on
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(functools.partial(forward, name)))
-        yield
-
-
-def row_directions(layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
-    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
-    (experts * out, in) and (experts * out,).
-
-    Along its own direction a row of DoRA cannot move: its length is the magnitude's.
-    """
-    dtype, keep = layer.base.wide_dtype, layer.base.keep_mask() if layer.masked else None
-    update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).flatten(0, -2)
-    total = layer.base.dequantized(dtype) + (update if keep is None else update.masked_fill(~keep, 0.0))
-    norm = torch.linalg.vector_norm(total, dim=1)
-    return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
+        return {name: each.tolist() for name, each in (vars(self) | {"worths": self.worths()}).items()}
 
 
 def _groups(adapted: Mapping[str, AdaptedLinear], layers: Collection[str]) -> Iterator[list[str]]:
@@ -196,48 +155,25 @@ def _by_expert(tensor: Tensor, layout: Layout) -> list[tuple[int, Tensor]]:
     """
     if isinstance(layout, ExpertTokens):
         return [(run.experts[0], tensor[run.tokens].unsqueeze(0)) for run in layout.reached]
-    has_rows = layout is not None and tensor.shape[:-1] == layout and layout[0] != layout[1]
+    has_rows = tensor.shape[:-1] == layout and layout[0] != layout[1]
     return [(0, tensor if has_rows else tensor.reshape(1, -1, tensor.shape[-1]))]
 
 
 def update_gradients(
-    model: PreTrainedModel, layers: Mapping[str, AdaptedLinear], batches: Sequence[MicroBatch], norm: Norm
+    model: PreTrainedModel, layers: Collection[str], batches: Sequence[MicroBatch], norm: Norm
 ) -> dict[str, Tensor]:
-    """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of the labelled tokens; 0 under a mask.
-
-    y = g (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, the row norm if `attached`, and M.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Backward:
-        def backward(dy: Tensor) -> None:
-            if name not in sums:
-                sums[name] = dy.new_zeros(layers[name].out_features, x.shape[-1])
-            for (expert, upstream), (_, inputs) in zip(_by_expert(dy, tokens), _by_expert(x, tokens), strict=True):
-                rows = slice(expert * dy.shape[-1], (expert + 1) * dy.shape[-1])
-                sums[name][rows] += upstream[0].T @ inputs[0]
-
-        return backward
-
-    wanted = [layer.lora_B for layer in layers.values()]
+    """dL/d(s B A) of layers, (out, in) or (experts * out, in), L the mean NLL of labelled tokens; 0 under a mask."""
     num_tokens = 0
-    with watched_outputs(layers, see):
+    with plain_model(model, layers, norm=norm, parts=UPDATE) as leaves:
+        sums = {name.removesuffix(".update"): torch.zeros_like(leaf) for name, leaf in leaves.items()}
         for batch in batches:
             logits, targets = labelled_logits(model, batch)
-            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
+            nll = token_nll(logits, targets).sum()
+            found = torch.autograd.grad(nll, [*leaves.values()], materialize_grads=True)
+            for total, part in zip(sums.values(), found, strict=True):
+                total += part
             num_tokens += len(targets)
-    for name, layer in layers.items():
-        total = sums[name]
-        if norm == "attached":
-            unit, _ = row_directions(layer)
-            total -= (total * unit).sum(dim=1, keepdim=True) * unit
-        scale = 1.0 / num_tokens
-        gain = layer.gain(total.dtype)
-        total *= scale if gain is None else gain.value.reshape(-1, 1) * scale
-        keep_mask = layer.base.keep_mask() if layer.masked else None
-        if keep_mask is not None:
-            total.masked_fill_(~keep_mask, 0.0)
-    return sums
+    return {name: total / num_tokens for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -271,16 +207,14 @@ def layer_directions(
     """
     adapted = adapted_layers(model)
     found: dict[str, Directions] = {}
-    with evaluation_mode(model):
-        for group in _groups(adapted, num_new):
-            layers = {name: adapted[name] for name in group}
-            for name, gradient in update_gradients(model, layers, batches, norm).items():
-                layer = layers[name]
-                pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
-                parts = [directions(held, part, num_new[name]) for held, part in pairs]
-                found[name] = _of_stack(parts) if isinstance(layer, AdaptedExperts) else parts[0]
-            if progress is not None:
-                progress(len(found), len(num_new))
+    for group in _groups(adapted, num_new):
+        for name, gradient in update_gradients(model, group, batches, norm).items():
+            layer = adapted[name]
+            pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
+            parts = [directions(held, part, num_new[name]) for held, part in pairs]
+            found[name] = _of_stack(parts) if isinstance(layer, AdaptedExperts) else parts[0]
+        if progress is not None:
+            progress(len(found), len(num_new))
     return found
 
 
@@ -354,7 +288,7 @@ def exact_curvatures(
             for index in np.ndindex(*values.shape):
                 flat = each.matrix(index).reshape(-1).to(operator.dtype)
                 values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
-        found[name] = Components(each, values, np.zeros(values.shape))
+        found[name] = Components(each.sizes, each.slopes, each.tail, values, np.zeros(values.shape))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -382,9 +316,10 @@ def drawn_curvatures(
         if progress is not None:
             progress(number + 1, len(batches))
     found = {}
-    for name, each_layer in directions.items():
+    for name, of_layer in directions.items():
         values: Array = (sums[name] / num_tokens).numpy()
-        found[name] = Components(each_layer, values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
+        mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws)
+        found[name] = Components(of_layer.sizes, of_layer.slopes, of_layer.tail, mean, error)
     return found
 
 
@@ -392,46 +327,50 @@ class Probe:
     """The directions of a layer's components with its gain and mask, which read slopes off a backward pass."""
 
     def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
-        left, right = (each.to(layer.base.wide_dtype) for each in (directions.left, directions.right))
-        self.layer, self.shape = layer, directions.sizes.shape
+        dtype, keep = layer.base.wide_dtype, layer.base.keep_mask() if layer.masked else None
         num_experts = layer.num_experts if isinstance(layer, AdaptedExperts) else 1
-        left, right = (each.view(num_experts, *each.shape[-2:]) for each in (left, right))
-        rows, gain, bias = left.shape[:2], layer.gain(left.dtype), layer.base.bias
-        keep = layer.base.keep_mask() if layer.masked else None
+        vectors = (directions.left, directions.right)
+        left, right = (each.to(dtype).view(num_experts, *each.shape[-2:]) for each in vectors)
+        rows, gain, bias = left.shape[:2], layer.gain(dtype), layer.base.bias
+        self.layer, self.shape = layer, directions.sizes.shape
         self._left = left if gain is None else left * gain.value.view(*rows, 1)
         self._right = right
         self._bias = left.new_zeros(rows) if bias is None else bias.view(rows)
         self._keep = None if keep is None else keep.view(*rows, -1)
+        self.slopes: Any = 0.0  # of the present backward pass, (rows of `_by_expert`, experts, components)
         self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
-            unit, length = row_directions(layer)
-            unit = (unit if keep is None else unit.masked_fill(~keep, 0.0)).view(*rows, -1)
-            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
+            mask = 1.0 if self._keep is None else self._keep
+            update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).view(*rows, -1)
+            total = layer.base.dequantized(dtype).view(*rows, -1) + mask * update
+            squared = total.square().sum(dim=2, keepdim=True)
+            self._own_length = left * ((mask * total) @ right) / squared.masked_fill(squared == 0, 1.0)
 
-    def see(self, x: Tensor, output: Tensor, layout: Layout, take: Backward) -> Backward:
-        """What to call with dL/dy, once in each backward pass; it calls `take` with the slopes of each row of
-        `_by_expert`, (rows, experts, components)."""
+    def watch(self, rows: tuple[int, ...], _layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """A forward hook; `rows` are (rows, positions) of the micro-batch. Each backward pass adds to `slopes`.
 
-        def backward(dy: Tensor) -> None:
-            upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
-            total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
-            for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
-                total[:, expert] = self._slopes(expert, up, given, own)
-            take(total)
+        The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the
+        hook.
+        """
+        passed_on, layout = output.clone(), args[1] if len(args) > 1 else rows
+        add = functools.partial(self._add, args[0].detach(), output.detach(), layout)
+        passed_on.register_hook(add)  # type: ignore[no-untyped-call]
+        return passed_on
 
-        return backward
-
-    def _slopes(self, expert: int, dy: Tensor, x: Tensor, output: Tensor) -> Tensor:
-        """(rows, components) of dy and output, (rows, tokens, out), and x, (rows, tokens, in)."""
-        left, right = self._left[expert], self._right[expert]
-        if self._keep is None:
-            slopes = ((dy @ left) * (x @ right)).sum(dim=1)
-        else:
-            masked = ((up.T @ given).masked_fill_(~self._keep[expert], 0.0) for up, given in zip(dy, x, strict=True))
-            slopes = torch.stack([((gradient @ right) * left).sum(dim=0) for gradient in masked])
-        if self._own_length is None:
-            return slopes
-        return slopes - (dy * (output - self._bias[expert])).sum(dim=1) @ self._own_length[expert]
+    def _add(self, x: Tensor, output: Tensor, layout: Layout, dy: Tensor) -> None:
+        upstream, inputs, outputs = (_by_expert(each, layout) for each in (dy, x, output))
+        total = dy.new_zeros(len(inputs[0][1]), len(self._left), self._left.shape[-1])
+        for (expert, up), (_, given), (_, own) in zip(upstream, inputs, outputs, strict=True):
+            left, right = self._left[expert], self._right[expert]
+            if self._keep is None:
+                total[:, expert] = ((up @ left) * (given @ right)).sum(dim=1)
+            else:
+                for row, (one, other) in enumerate(zip(up, given, strict=True)):
+                    gradient = (one.T @ other).masked_fill_(~self._keep[expert], 0.0)
+                    total[row, expert] = ((gradient @ right) * left).sum(dim=0)
+            if self._own_length is not None:
+                total[:, expert] -= (up * (own - self._bias[expert])).sum(dim=1) @ self._own_length[expert]
+        self.slopes = self.slopes + total
 
 
 def squared_slopes(
@@ -442,30 +381,22 @@ def squared_slopes(
     `labels` makes of the logits, (labelled, vocabulary), the sets of labels, (sets, labelled) int64. Returns path ->
     (sets, [experts,] components) float64 on the CPU.
     """
-    slopes: dict[str, Tensor] = {}
-
-    def take(name: str, value: Tensor) -> None:
-        slopes[name] = slopes[name] + value if name in slopes else value
-
-    rows = tuple(batch.input_ids.shape)
-
-    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Backward:
-        return probes[name].see(x, output, layout, functools.partial(take, name))
-
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
-    layers = {name: probe.layer for name, probe in probes.items()}
-    with watched_outputs(layers, see), evaluation_mode(model):
+    with ExitStack() as hooks, evaluation_mode(model):
+        for probe in probes.values():
+            watch = functools.partial(probe.watch, tuple(batch.input_ids.shape))
+            hooks.enter_context(probe.layer.register_forward_hook(watch))
         logits, _ = labelled_logits(model, batch)
         drawn = labels(logits.detach())
         probabilities = torch.softmax(logits.detach(), dim=-1)
-        wanted = [layer.lora_B for layer in layers.values()]
+        wanted = [probe.layer.lora_B for probe in probes.values()]
         for number, each in enumerate(drawn):
-            slopes.clear()
             upstream = probabilities.clone()
             upstream[torch.arange(len(each)), each] -= 1.0
             torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
-            for name in probes:
-                found[name].append(slopes[name].double().square().sum(dim=0).view(probes[name].shape).cpu())
+            for name, probe in probes.items():
+                found[name].append(probe.slopes.double().square().sum(dim=0).view(probe.shape).cpu())
+                probe.slopes = 0.0
     return {name: torch.stack(each) for name, each in found.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,10 +143,8 @@ def _by_curvature(
     with bar(progress, "directions of new components") as done:
         directions = layer_directions(model, limits, batches, norm=norm, progress=done)
     with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
-        if draws:
-            components = drawn_curvatures(model, directions, batches, norm=norm, draws=draws, progress=done)
-        else:
-            components = exact_curvatures(model, directions, batches, norm=norm, progress=done)
+        measured = partial(drawn_curvatures, draws=draws) if draws else exact_curvatures
+        components = measured(model, directions, batches, norm=norm, progress=done)
     for name, each in components.items():
         details[name]["components"] = each.to_dict()
         if asked.eigenvalues:
