@@ -132,8 +132,7 @@ def test_a_resume_needs_a_run_and_says_where_it_may_be(run, tmp_path):
     for start in ({**ENVIRONMENT, "torch": "3"}, {**ENVIRONMENT, "torch": "3"}, ENVIRONMENT):
         resume_run(run.path, RECIPE, start, before=RECIPE)
     record = json.loads((run.path / "environment.json").read_text())
-    assert record == {**ENVIRONMENT, "resumed": [{"torch": "3"}, {"torch": "2"}]}
-    assert run.environment()["torch"] == "2"
+    assert record == {**ENVIRONMENT, "former": [{"torch": "2"}, {"torch": "3"}]}
     (run.path / "environment.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)

@@ -293,9 +293,7 @@ def test_the_residency_of_the_last_start_is_that_of_later_commands(root, tmp_pat
     assert residency_here(run, chosen, gpu) == chosen
     run.write_json("environment.json", {"residency": residency_of(chosen)})
     assert residency_here(run, given, gpu) == chosen
-    run.write_json(
-        "environment.json", {"residency": residency_of(chosen), "resumed": [{"residency": residency_of(given)}]}
-    )
+    run.write_json("environment.json", {"residency": residency_of(given)})
     assert residency_here(run, chosen, gpu) == given
     assert residency_here(run, chosen, gpu, differentiated=True).base.residency == "device"
     with caplog.at_level(logging.INFO, logger="qdora"):

@@ -129,14 +129,9 @@ class RunDirectory:
         file = self.inside(name)
         return read_json_object(file) if file.is_file() else {}
 
-    def environment(self) -> dict[str, Any]:
-        """Of the last start."""
-        record = self.read_json(self.environment_file.name)
-        return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
-
     def adopted(self) -> dict[str, Any]:
         """{"adopted": what is known of the base} of an adapter that is taken for a run, else {}."""
-        return {key: value for key, value in self.environment().items() if key == "adopted"}
+        return {key: value for key, value in self.read_json("environment.json").items() if key == "adopted"}
 
     def metrics(self) -> list[dict[str, Any]]:
         return [values for _, values in _metrics_lines(self.metrics_file)]
@@ -267,25 +262,23 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     """
     run = open_run(path)
     old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
-    record, last = read_json_object(run.environment_file), run.environment()
+    last, now = read_json_object(run.environment_file), json_value(environment)
     faults = []
     for key in dict.fromkeys((*old, *new)):
-        was, now, can_rise = old.get(key), new.get(key), key in MAY_RISE
+        was, got, can_rise = old.get(key), new.get(key), key in MAY_RISE
         # A length that is missing is reported by the other unit's line.
-        if was == now or is_below(key, MAY_CHANGE) or (can_rise and (now is None or (was is not None and now > was))):
+        if was == got or is_below(key, MAY_CHANGE) or (can_rise and (got is None or (was is not None and got > was))):
             continue
         must = f"must be {was!r}{' or more' if can_rise and was is not None else ''}, as when the run started"
-        moved = f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {now}" else ""
-        faults.append(f"{path}: {key}: {must} (got {now!r}). Fix: start another --run-dir{moved}.")
+        moved = f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {got}" else ""
+        faults.append(f"{path}: {key}: {must} (got {got!r}). Fix: start another --run-dir{moved}.")
     if faults:
         raise UserError(*faults)
     _clear(path)
     if run.recipe_file.read_text(encoding="utf-8") != recipe:
         atomic_write_text(run.recipe_file, recipe)
-    different = {key: value for key, value in json_value(environment).items() if last.get(key) != value}
-    if different:
-        record["resumed"] = [*record.get("resumed", []), different]
-        atomic_write_json(run.environment_file, record)
+    if former := {key: last.get(key) for key, value in now.items() if last.get(key) != value}:
+        atomic_write_json(run.environment_file, {**last, **now, "former": [*last.get("former", []), former]})
     return run
 
 

@@ -169,10 +169,8 @@ def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig, wher
 
 def pinned(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> Recipe:
     """The recipe with the commits of a base and another tokenizer that were found on the Hub; local ones have none."""
-    commits: dict[str, str | None] = {"revision": source.revision} if source.kind == "hub" else {}
-    if tokenizer_source is not source and tokenizer_source.kind == "hub":
-        commits["tokenizer_revision"] = tokenizer_source.revision
-    return with_settings(recipe, model=commits)
+    of_tokenizer = None if tokenizer_source is source else tokenizer_source.revision
+    return with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
 
 
 def with_revisions_of(recipe: Recipe, other: Recipe) -> Recipe:
@@ -192,7 +190,7 @@ def base_record(source: ModelSource) -> dict[str, Any]:
 
 def check_base(run: RunDirectory, source: ModelSource) -> None:
     """Refuse another base than that of the run. UserError with the files that differ."""
-    before = run.environment().get("base", {}).values()
+    before = run.read_json("environment.json").get("base", {}).values()
     different = [name for name, facts in base_record(source).items() if facts not in before]
     if before and different:
         what = f"{source.name} is not the base that was trained on: {first_few(different)} differs"
@@ -206,7 +204,7 @@ def residency_of(recipe: Recipe) -> dict[str, Any]:
 def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
     """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU
     and not if it is `differentiated` without checkpointing."""
-    chosen = run.environment().get("residency") or residency_of(recipe)
+    chosen = run.read_json("environment.json").get("residency") or residency_of(recipe)
     if chosen["residency"] == "host" and (device.type != "cuda" or differentiated):
         logger.info("base.residency: using device instead of host.")
         chosen = {"residency": "device", "streamed_blocks": None}
