@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from qdora.data.example import RowFault
-from qdora.data.mix import Mix
+from qdora.data.mix import Mix, Source, make_mix
 from qdora.data.sources import read_data, tokenized_mix
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
@@ -81,6 +81,12 @@ def tokenized(examples: Any, tokenizer: Any, name: str = "x", **data: Any) -> To
     """Examples as the source of a recipe with these settings of `data`."""
     settings = DataConfig.model_validate({"mix": [{"source": "x.jsonl"}], "max_length": 200} | data)
     return tokenize_all(examples, tokenizer, name, settings)
+
+
+def mix_of(sets: Sequence[Source], max_epochs: Sequence[float | None] | None = None, **data: Any) -> Mix:
+    """Sources as the mix of a recipe with these settings of `data`."""
+    mix = [{"source": "x.jsonl", "max_epochs": most} for most in max_epochs or [None] * len(sets)]
+    return make_mix(sets, DataConfig.model_validate({"mix": mix} | data))
 
 
 def mixed(data: DataConfig, tokenizer: Any = None) -> Mix:

@@ -26,10 +26,10 @@ from qdora.data.batches import (
     micro_groups,
     packed_rows,
 )
-from qdora.data.mix import MixOrder, make_mix, mix_shares, most_draws
+from qdora.data.mix import MixOrder, mix_shares, most_draws
 from qdora.data.mix_plan import plan_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from tests.data_rows import fault_of, faults_of, says
+from tests.data_rows import fault_of, faults_of, mix_of, says
 
 PAD = 0
 SEEDS = st.integers(0, 2**32 - 1)
@@ -182,7 +182,7 @@ def tokenised(name, lengths, seed=0, tasks=None):
 
 
 def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
-    mix = make_mix(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
+    mix = mix_of(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
     made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(micro, PAD))
     made.position = position
     return made
@@ -397,7 +397,7 @@ def test_what_is_said_beforehand_is_what_steps_take(lengths, size, most, num_ste
         )
         return
     assert steps.draws_for_steps(num_steps) == steps.position
-    plan = plan_mix(make_mix(sets, strategy="equal", max_epochs=most), steps, num_steps)
+    plan = plan_mix(mix_of(sets, strategy="equal", max_epochs=most), steps, num_steps)
     assert (plan["num_steps"], plan["num_draws"]) == (num_steps, steps.position)
     for part, each in zip(plan["sources"], sets, strict=True):
         count = sum(id.startswith(part["name"]) for id in ids)

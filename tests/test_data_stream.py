@@ -19,13 +19,12 @@ from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example
 from qdora.data.files import hub_shards, local_shards
 from qdora.data.formats import parse_messages
-from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
-from tests.data_rows import Rows, fault_of, says, tokenized
+from tests.data_rows import Rows, fault_of, mix_of, says, tokenized
 
 CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
@@ -135,7 +134,7 @@ def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, 
     file = write(folder, "parquet", [row(number, 1 + number % 5) for number in range(50)], group=8)
     examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
     sets = [tokenized(examples, TOKENIZER, "a"), stream(file, window=16, number=1)]
-    mix = make_mix(sets, **options)
+    mix = mix_of(sets, **options)
     return mix, StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
 
 
@@ -182,8 +181,8 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path) -> None:
         ({"strategy": "equal", "max_epochs": [1, 1]}, "s: max_epochs needs the size of the stream"),
     ):
         with pytest.raises(ValueError, match=words):
-            make_mix([stream(file), stream(file)], **options)
-        mix = make_mix([stream(file, size=50)] * 2, **options)
+            mix_of([stream(file), stream(file)], **options)
+        mix = mix_of([stream(file, size=50)] * 2, **options)
         assert mix.order.length == (100 if "max_epochs" in options else None)
     # the footer of a Parquet file says the rows, and the first ones how many examples they make
     chats = stream(write(tmp_path, "parquet", [{"messages": turns(n)} for n in range(9)]), tokenizer=EACH_TURN)
@@ -191,7 +190,7 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path) -> None:
     pairs = stream(write(tmp_path / "pairs", "parquet", [row(0)]))
     assert pairs.num_examples == 1
     # a single source has the whole mix, whatever its size
-    mix = make_mix([stream(file)], strategy="proportional")
+    mix = mix_of([stream(file)], strategy="proportional")
     assert mix.order.shares.tolist() == [1.0]
     loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, batching=Batching(99, 0))
     [part] = plan_mix(mix, loader, 20)["sources"]

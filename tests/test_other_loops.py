@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 
 from qdora.adapter.layer import AdaptedLinear
 from qdora.data.batches import IGNORED, Batching, StepLoader
-from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -24,6 +23,7 @@ from qdora.train import trainer
 from qdora.train.optimizer import AdapterOptimizer
 from tests import support
 from tests.adapter_numbers import expected_weight
+from tests.data_rows import mix_of
 
 LR, STEPS, BATCH, MICRO = 0.02, 5, 4, 2
 Trained = tuple[Any, list[float]]
@@ -39,7 +39,7 @@ def model() -> Any:
 def loader() -> StepLoader:
     lengths = {"a": [5, 9, 7, 12, 6, 8, 11], "b": [20, 26, 17, 30, 23]}
     sets = [TokenizedSet(name, tuple(support.examples(each, tasks=name))) for name, each in lengths.items()]
-    order = make_mix(sets, strategy="proportional", seed=0).order
+    order = mix_of(sets, strategy="proportional", seed=0).order
     return StepLoader(sets, order, tokens_per_step=None, batch=BATCH, batching=Batching(64, 0))
 
 

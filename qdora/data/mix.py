@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
-from qdora.recipe.data_settings import Strategy
+from qdora.recipe.data_settings import DataConfig, Strategy
 
 Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 """The source of each draw, and the example's index inside that source; (draws,) each."""
@@ -161,7 +161,8 @@ class _Clock:
         if self.rates[part] == 0.0:
             return self.caps.astype(np.int64)
         time = self.times[part] + (num_draws - self.expected[part]) / self.rates[part]
-        return np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
+        counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
+        return counts
 
 
 Source = TokenizedSet | ExampleStream
@@ -173,24 +174,17 @@ class Mix:
     order: MixOrder
 
 
-def make_mix(
-    sets: Sequence[Source],
-    *,
-    strategy: Strategy = "proportional",
-    temperature: float | None = None,
-    weights: Sequence[float] | None = None,
-    max_epochs: Sequence[float | None] | None = None,
-    seed: int = 0,
-) -> Mix:
-    """Put sources together, in the shares of `mix_shares`, with at most `max_epochs` passes over each."""
-    most = max_epochs or [None] * len(sets)
+def make_mix(sets: Sequence[Source], data: DataConfig) -> Mix:
+    """Put the sources of `data.mix` together, in the shares of `mix_shares`, each with at most its `max_epochs`."""
     sizes = [part.num_examples for part in sets]
-    by_size = strategy in ("proportional", "temperature") and len(sets) > 1
-    for part, size, epochs in zip(sets, sizes, most, strict=True):
-        if size is None and (by_size or epochs is not None):
-            what = "max_epochs" if epochs else f"data.strategy {strategy}"
+    by_size = data.strategy in ("proportional", "temperature") and len(sets) > 1
+    for part, size, source in zip(sets, sizes, data.mix, strict=True):
+        if size is None and (by_size or source.max_epochs):
+            what = "max_epochs" if source.max_epochs else f"data.strategy {data.strategy}"
             raise UserError(f"{part.name}: {what} needs the size of the stream (examples).")
-    shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
-    caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
+    weights = [source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None
+    counts = [size or 1 for size in sizes]
+    shares = mix_shares(counts, data.strategy, temperature=data.temperature, weights=weights)
+    caps = [most_draws(count, source.max_epochs) for count, source in zip(counts, data.mix, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
-    return Mix(tuple(sets), MixOrder(drawn_from, shares, seed, caps))
+    return Mix(tuple(sets), MixOrder(drawn_from, shares, data.seed, caps))

@@ -268,15 +268,7 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together."""
-    data = recipe.data
-    return make_mix(
-        tokenized_sources(data, tokenizer, train),
-        strategy=data.strategy,
-        temperature=data.temperature,
-        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
-        max_epochs=[source.max_epochs for source in data.mix],
-        seed=data.seed,
-    )
+    return make_mix(tokenized_sources(recipe.data, tokenizer, train), recipe.data)
 
 
 def tokenized_sources(
