@@ -35,7 +35,7 @@ class TokenCache:
             state = json.loads(backend.to_str())
             for name in ("truncation", "padding"):  # change with every call
                 state.pop(name, None)
-            template, settings = getattr(tokenizer, "chat_template", None), chat_settings(tokenizer)
+            template, settings = tokenizer.chat_template, chat_settings(tokenizer)
             day = (settings.day or date.today()) if "strftime_now" in str(template) else None
             facts = [state, template, day, dict(settings.template_kwargs), sorted(settings.stop_ids or ())]
             facts += [str(tokenizer.special_tokens_map), type(tokenizer).__name__]

@@ -68,7 +68,7 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
             _variables(tokenizer.chat_template)
         except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
             raise UserError(f"data.chat_template: {file}: {error}") from None
-    template = getattr(tokenizer, "chat_template", None) or ""
+    template = tokenizer.chat_template or ""
     texts = template.values() if isinstance(template, dict) else [template]
     names = sorted(set().union(*map(_variables, texts)) - _RESERVED)
     unread = [name for name in data.template_kwargs if name not in names]
@@ -90,7 +90,7 @@ def _variables(template: str) -> set[str]:
 
 def require_chat_template(tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer cannot render the chats of source `name`."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         fix = "Fix: set model.tokenizer to one of an instruct model, or data.chat_template."
         raise UserError(f"{name}: holds chats, but the tokenizer has no chat template. {fix}")
 

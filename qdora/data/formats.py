@@ -267,19 +267,13 @@ class Format:
     json: tuple[str, ...] = ()  # lists, in CSV files their JSON
 
 
-def _messages(row: Row) -> Example:
-    return _chat(row, row["messages"])
-
-
-def _sharegpt(row: Row) -> Example:
-    return _chat(row, _sharegpt_turns(row))
-
-
 _TOOLS, _CHOICES = ("tools", "task", "id"), ("question", "choices", "answer")
 FORMATS: dict[str, Format] = {
     "choices": Format(_CHOICES, example_of_row, ("task", "id", "context", "passage"), json=("choices", "answer")),
-    "messages": Format(("messages",), _messages, _TOOLS, json=("messages",)),
-    "sharegpt": Format(("conversations",), _sharegpt, (*_TOOLS, "system"), json=("conversations",)),
+    "messages": Format(("messages",), lambda row: _chat(row, row["messages"]), _TOOLS, json=("messages",)),
+    "sharegpt": Format(
+        ("conversations",), lambda row: _chat(row, _sharegpt_turns(row)), (*_TOOLS, "system"), json=("conversations",)
+    ),
     "completion": Format(("prompt", "completion"), _completion, _TOOLS),
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),

@@ -67,8 +67,8 @@ class SplitExamples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return self.rows.made(lambda row, place: self.make(row, self.rows.id_of(place)), self.indices)
 
-    def __getitem__(self, part: Any) -> Any:
-        return replace(self, indices=self.indices[part])  # of a slice
+    def __getitem__(self, index: Any) -> Any:
+        return replace(self, indices=self.indices[index])  # of a slice
 
     @property
     def identity(self) -> str | None:
