@@ -22,13 +22,7 @@ from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
-from qdora.export.verify import (
-    ComparisonText,
-    comparison_text,
-    validation_examples,
-    verify_merged,
-    verify_packed,
-)
+from qdora.export.verify import ComparisonText, comparison_text, validation_examples, verify_merged, verify_packed
 from qdora.export.write import merged, save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,

@@ -19,24 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.adapter.layer import FrozenLinear
 from qdora.adapter.norms import refresh
 from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
 from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import (
-    adapted_layers,
-    adapter_parameters,
-    frozen_like,
-    linear_layers,
-    replace_module,
+from qdora.model.inject import adapted_layers, adapter_parameters, linear_layers
+from qdora.model.load import (
+    block_list,
+    chosen_layers,
+    dense_dtype,
+    layers_to_quantize,
+    place_frozen,
+    quantization_of,
+    skeleton,
+    tie_,
 )
-from qdora.model.load import block_list, chosen_layers, dense_dtype, layers_to_quantize, quantization_of, skeleton
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.model.tokens import extend_vocabulary
@@ -215,40 +217,30 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     linear = {f"{name}.weight" for name in linear_layers(model)} if wanted.kind == "none" else set()
     head: Any = model.get_output_embeddings()
-
-    def empty(name: str, like: Tensor) -> Tensor:
-        kind = dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
-        return torch.empty(like.shape, dtype=kind)
-
     for name in sorted(layers):
-        module: Any = model.get_submodule(name)
-        shape = tuple(module.weight.shape)
+        shape = tuple(model.get_parameter(f"{name}.weight").shape)
         with live.label(parts.BASE):
-            if wanted.kind == "none":
-                weight: Weight = empty(f"{name}.weight", module.weight)
-            else:
+            weight: Weight = torch.empty(shape, dtype=dtype)
+            if wanted.kind != "none":
                 weight = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
         if isinstance(weight, PackedWeight):
             live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
         with live.label(parts.MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
-        with live.label(parts.DENSE):
-            bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
-        replace_module(model, name, frozen_like(module, weight, bias, bits))
+        place_frozen(model, name, weight, bits)
     tied = tied_weights(model)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name not in tied:
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
-                setattr(module, leaf, nn.Parameter(empty(name, parameter), requires_grad=False))
-    for name, origin in tied.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, model.get_parameter(origin))
+                value = torch.empty(parameter.shape, dtype=dense_dtype(model, name, dtype))
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    tie_(model)
     with live.label(parts.DENSE):
-        for module in (each for each in model.modules() if not isinstance(each, FrozenLinear)):
+        for module in model.modules():
             for leaf, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not isinstance(buffer, FakeTensor):
                     module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
