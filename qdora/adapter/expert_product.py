@@ -218,7 +218,7 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):  # a scale of scales is of two experts
         stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
     own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
-    picked = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
+    picked: dict[str, Any] = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
     if stack.kind == "int8":
         picked["packed"] = picked["packed"].view(shape)
     return replace(stack, shape=shape, **picked)

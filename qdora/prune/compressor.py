@@ -190,7 +190,7 @@ class Compressor:
             if by_gptq:
                 squares = torch.stack([found.column_squares for found in known])
                 absmax = fitted_scales(kept, squares, *form, clip=self.base.clips)
-                own_scales = absmax.split([-(-each.numel() // wanted.block_size) for each in values])
+                own_scales = torch.split(absmax, [-(-each.numel() // wanted.block_size) for each in values])
                 stored = torch.cat([stored_scales(each, double_quant) for each in own_scales])
                 grid = Grid(*form, stored, code_values(wanted.kind, value.device))
             damping = DAMPING if prune is None else prune.damping
@@ -200,7 +200,7 @@ class Compressor:
                 done.append(sweep(part, found, pattern, own_mask, own_grid, damping=damping, name=name))
             kept, mask = (torch.cat(each) for each in zip(*done, strict=True))
             if by_gptq:
-                codes = zip(kept.split([len(each) for each in values]), own_scales, strict=True)
+                codes = zip(torch.split(kept, [len(each) for each in values]), own_scales, strict=True)
                 keep_mask = None if prune is None else mask
                 return [(pack(part, each, *form, double_quant), keep_mask) for part, each in codes]
         if wanted.kind == "none":

@@ -97,7 +97,8 @@ class _PlainLayer:
                 norm = squared.masked_fill(squared == 0, 1.0).sqrt().to(x.dtype)
         if norm is None:
             return out
-        dead = self.row_norm == 0
+        assert self.row_norm is not None
+        dead = self.row_norm.eq(0)
         return out * (self.values["magnitude"] / norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
 
 

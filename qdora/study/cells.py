@@ -210,8 +210,8 @@ class Expander:
                 trained[cell.key] = cell
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
         rates = [
-            labels
-            | {
+            {
+                **labels,
                 "rate": None if found.rate is None else label_of(found.rate),
                 "is_interior": found.is_interior,
                 "is_done": found.is_done,
@@ -290,10 +290,10 @@ class Expander:
                 raise UserError("eval.tasks: must name at least one task, since a study compares evaluations.")
             # The evaluation before the first step is that of the base, which has a cell of its own
             when = ["eval.at_start=true", "eval.at_end=false"]
-            more = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
+            settings = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
             if recipe.eval.limit is not None and recipe.adapter.kind != "none":
-                more.append(f"eval.block={seed}")
-            self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
+                settings.append(f"eval.block={seed}")
+            self._made[text] = override(recipe, [*settings, *(_on_test(recipe) if on_test else ())])
         return self._made[text]
 
     def _is_bare(self, arm: _Combination) -> bool:

@@ -191,7 +191,7 @@ def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
         for x in (values, weights)
     )
     with np.errstate(invalid="ignore"):  # without tokens so far NaN
-        return sums / counts
+        return np.asarray(sums / counts)
 
 
 def draw_figures(metrics: Lines, directory: Path) -> None:
