@@ -183,7 +183,7 @@ def tokenised(name, lengths, seed=0, tasks=None):
 
 def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
     mix = mix_of(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
-    made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(micro, PAD))
+    made = StepLoader(mix, Batching(micro, PAD), tokens_per_step=tokens, batch=batch)
     made.position = position
     return made
 

@@ -141,7 +141,7 @@ def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, 
     examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
     sets = [tokenized(examples, TOKENIZER, "a"), stream(file, window=16, number=1)]
     mix = mix_of(sets, **options)
-    return mix, StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
+    return mix, StepLoader(mix, Batching(200, 0), tokens_per_step=tokens, batch=batch)
 
 
 @pytest.mark.parametrize("size", [{"batch": 7}, {"tokens": 60}], ids=str)
@@ -198,7 +198,7 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path) -> None:
     # a single source has the whole mix, whatever its size
     mix = mix_of([stream(file)], strategy="proportional")
     assert mix.order.shares.tolist() == [1.0]
-    loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, batching=Batching(99, 0))
+    loader = StepLoader(mix, Batching(99, 0), batch=5)
     [part] = plan_mix(mix, loader, 20)["sources"]
     assert (part["num_examples"], part["epochs"], part["num_draws"]) == (None, None, 100)
 

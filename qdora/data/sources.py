@@ -316,11 +316,10 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length
     return StepLoader(
-        mix.sets,
-        mix.order,
+        mix,
+        batching,
         tokens_per_step=recipe.train.tokens_per_step,
         batch=recipe.train.batch,
-        batching=batching,
         rank=rank,
         num_processes=num_processes,
     )
