@@ -359,4 +359,4 @@ def check_data(recipe: Recipe, names: Collection[str]) -> None:
         logger.info("The lengths of the examples are not checked: there is no tokenizer: %s", error.faults[0])
         return
     train, _ = read_data(recipe.data, names)
-    tokenized_sources(recipe.data, tokenizer, train, names)
+    tokenized_sources(recipe.data, tokenizer, train)
