@@ -402,7 +402,7 @@ def test_what_is_said_beforehand_is_what_steps_take(lengths, size, most, num_ste
         )
         return
     assert steps.draws_for_steps(num_steps) == steps.position
-    plan = plan_mix(mix_of(sets, strategy="equal", max_epochs=most), steps, num_steps)
+    plan = plan_mix(steps, num_steps)
     assert (plan["num_steps"], plan["num_draws"]) == (num_steps, steps.position)
     for part, each in zip(plan["sources"], sets, strict=True):
         count = sum(id.startswith(part["name"]) for id in ids)

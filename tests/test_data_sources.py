@@ -392,7 +392,7 @@ def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
     loader = StepLoader(found, Batching(99, 0), batch=1)
-    plan = plan_mix(found, loader, 1)
+    plan = plan_mix(loader, 1)
     assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
     with caplog.at_level("INFO", "qdora"):
         show_mix(Console(quiet=True), plan)
