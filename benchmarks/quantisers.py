@@ -81,7 +81,10 @@ class Bed:
         self.source, self.tokenizer = find_model(self.recipe)
         examples, validation = read_data(self.recipe.data)
         passages = list(dict.fromkeys(row.prompt.rpartition("\nQuestion: ")[0] for row in rows))
-        written = {"passages": passages[:-texts], "tasks": [each.prompt + each.answer for each in chain(*examples)]}
+        written = {
+            "passages": passages[:-texts],
+            "tasks": [each.prompt + each.answer for each in chain(*examples.values())],
+        }
         prefix, asked = special_prefix(self.tokenizer), CalibrationConfig(sequences=tokens // length, length=length)
         self.calibration: dict[str, Tensor] = {}
         for name, each in written.items():

@@ -183,7 +183,7 @@ def tokenised(name, lengths, seed=0, tasks=None):
 
 def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
     mix = mix_of(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
-    made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(micro, PAD))
+    made = StepLoader(mix, Batching(micro, PAD), tokens_per_step=tokens, batch=batch)
     made.position = position
     return made
 
@@ -397,7 +397,7 @@ def test_what_is_said_beforehand_is_what_steps_take(lengths, size, most, num_ste
         )
         return
     assert steps.draws_for_steps(num_steps) == steps.position
-    plan = plan_mix(mix_of(sets, strategy="equal", max_epochs=most), steps, num_steps)
+    plan = plan_mix(steps, num_steps)
     assert (plan["num_steps"], plan["num_draws"]) == (num_steps, steps.position)
     for part, each in zip(plan["sources"], sets, strict=True):
         count = sum(id.startswith(part["name"]) for id in ids)

@@ -217,7 +217,7 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
     for _ in range(3):
         stream.next()
     assert stream.position.bad_rows == (f"{file}: line 4: has 2 cells, the first line names 1 columns",)
-    assert read_data(data) == ([()], {})
+    assert read_data(data) == ({"rows": ()}, {})
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_sources_that_are_not_named_are_not_read_for_training(tmp_path: Path) ->
     mix = (SourceConfig(source=good), SourceConfig(source=good, name="d", validation=held))
     for names, sizes in ((None, [2, 2]), ({"d"}, [0, 2])):
         train, validation = read_data(DataConfig(mix=mix, validation_fraction=0.0), names)
-        assert [len(examples) for examples in train] == sizes
+        assert [len(train.get(source.label, ())) for source in mix] == sizes
         assert {name: len(examples) for name, examples in validation.items()} == {"d": 2}
 
 
@@ -383,8 +383,8 @@ def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     rows = {"pairs": [PAIR | dict.fromkeys(columns, "x")] * 3, "all": [PAIR]}
     files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
-    loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
-    plan = plan_mix(found, loader, 1)
+    loader = StepLoader(found, Batching(99, 0), batch=1)
+    plan = plan_mix(loader, 1)
     assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
     with caplog.at_level("INFO", "qdora"):
         show_mix(Console(quiet=True), plan)

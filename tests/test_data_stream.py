@@ -135,7 +135,7 @@ def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, 
     examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
     sets = [tokenized(examples, TOKENIZER, "a"), stream(file, window=16, number=1)]
     mix = mix_of(sets, **options)
-    return mix, StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
+    return mix, StepLoader(mix, Batching(200, 0), tokens_per_step=tokens, batch=batch)
 
 
 @pytest.mark.parametrize("size", [{"batch": 7}, {"tokens": 60}], ids=str)
@@ -157,19 +157,19 @@ def test_steps_of_a_mix_with_a_stream_resume_exactly(tmp_path: Path, size: dict[
 def test_shares_sizes_and_caps_with_a_stream(tmp_path: Path) -> None:
     mix, loader = mixed(tmp_path, batch=10, strategy="proportional", max_epochs=[None, 2])
     assert mix.order.shares.tolist() == pytest.approx([20 / 70, 50 / 70])  # the footer says 50
-    plan = plan_mix(mix, loader, 30)
+    plan = plan_mix(loader, 30)
     a, s = plan["sources"]
     assert (a["num_draws"], s["num_draws"], s["epochs"]) == (200, 100, 2.0)
     assert (s["num_tokens"], s["num_truncated"], s["num_dropped"]) == (None,) * 3
     for _ in range(30):
         loader.next_step()
     assert loader.streams[0].position.num_drawn == 100
-    plan = plan_mix(*mixed(tmp_path, tokens=40, strategy="equal"), 100)  # nobody knows how long its rows are
+    plan = plan_mix(mixed(tmp_path, tokens=40, strategy="equal")[1], 100)  # nobody knows how long its rows are
     assert (plan["num_draws"], {(each["num_draws"], each["epochs"]) for each in plan["sources"]}) == (
         None,
         {(None, None)},
     )
-    fault = fault_of(plan_mix, *mixed(tmp_path, tokens=40, strategy="equal", max_epochs=[1, 1]), 1)
+    fault = fault_of(plan_mix, mixed(tmp_path, tokens=40, strategy="equal", max_epochs=[1, 1])[1], 1)
     assert fault.startswith("train.tokens_per_step: with max_epochs for every source and a stream")
 
 
@@ -192,8 +192,8 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path) -> None:
     # a single source has the whole mix, whatever its size
     mix = mix_of([stream(file)], strategy="proportional")
     assert mix.order.shares.tolist() == [1.0]
-    loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, batching=Batching(99, 0))
-    [part] = plan_mix(mix, loader, 20)["sources"]
+    loader = StepLoader(mix, Batching(99, 0), batch=5)
+    [part] = plan_mix(loader, 20)["sources"]
     assert (part["num_examples"], part["epochs"], part["num_draws"]) == (None, None, 100)
 
 

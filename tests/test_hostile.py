@@ -212,7 +212,7 @@ def test_a_changed_data_file_is_refused_or_gives_the_rows_that_it_has(tmp_path: 
         mix = [{"source": str(file), "format": layout, "name": "rows"}]
         data = {"mix": mix, "max_length": 4096, "too_long": "truncate", "validation_fraction": 0.0}
         recipe = recipe_from({"model": {"source": str(tmp_path)}, "data": data, "train": {"steps": 1, "batch": 1}})
-        (part,) = read_data(recipe.data)[0]
+        (part,) = read_data(recipe.data)[0].values()
         return [repr((each.prompt, each.answer, each.choices, each.gold, each.messages)) for each in part]
 
     def check(case: tuple[str, str, bytes, list[Any] | None, bool]) -> None:

@@ -39,8 +39,7 @@ def model() -> Any:
 def loader() -> StepLoader:
     lengths = {"a": [5, 9, 7, 12, 6, 8, 11], "b": [20, 26, 17, 30, 23]}
     sets = [TokenizedSet(name, tuple(support.examples(each, tasks=name))) for name, each in lengths.items()]
-    order = mix_of(sets, strategy="proportional", seed=0).order
-    return StepLoader(sets, order, tokens_per_step=None, batch=BATCH, batching=Batching(64, 0))
+    return StepLoader(mix_of(sets), Batching(64, 0), batch=BATCH)
 
 
 class Examples(IterableDataset[dict[str, Tensor]]):

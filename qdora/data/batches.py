@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qdora.data.mix import MixOrder, Source
+from qdora.data.mix import Mix
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
@@ -61,17 +61,16 @@ class StepLoader:
 
     def __init__(
         self,
-        tokenised: Sequence[Source],
-        order: MixOrder,
-        *,
-        tokens_per_step: int | None,
-        batch: int | None,
+        mix: Mix,
         batching: Batching,
+        *,
+        tokens_per_step: int | None = None,
+        batch: int | None = None,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.tokenised, self.order = tuple(tokenised), order
-        self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
+        self.tokenised, self.order = mix.sets, mix.order
+        self.streams = [part for part in mix.sets if isinstance(part, ExampleStream)]
         self.tokens_per_step, self.batch, self.batching = tokens_per_step, batch, batching
         self.position = 0
         self.rank, self.num_processes = rank, num_processes

@@ -126,6 +126,14 @@ class ChatTemplate:
         self.mark_ids = frozenset(ids[name] for name in self._names)  # tokens that were added, special or not
         self.mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
         self._first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
+        # Where the template wants them so, content is a list of parts (vision models), arguments of calls are JSON text
+        self._parts = self._texts = False
+        if not self._prints_chat():
+            self._parts = True
+            self._parts = self._prints_chat()
+        if not self._probe(_USER, _CALL):
+            self._texts = True
+            self._texts = bool(self._probe(_USER, _CALL))
 
     def fitted(self, turns: Messages) -> Messages:
         """The turns as the template takes them.
@@ -142,53 +150,32 @@ class ChatTemplate:
             return (replace(rest[0], content=f"{system}\n\n{rest[0].content}"), *rest[1:])
         return (Turn("user", system), *rest)
 
-    def render(
-        self,
-        turns: Sequence[Turn],
-        tools: Tools = (),
-        *,
-        prompt: bool = False,
-        parts: bool | None = None,
-        texts: bool | None = None,
-    ) -> _Rendering:
-        """The text of `fitted` turns; `prompt` adds what the model sees before it answers. Raises `RENDER_ERRORS`.
-
-        Content is a list of `parts`, and arguments of calls are `texts` of JSON, where the template wants them so.
-        """
-        parts = not self.takes_text if parts is None else parts
-        texts = not self.takes_objects if texts is None else texts
+    def render(self, turns: Sequence[Turn], tools: Tools = (), *, prompt: bool = False) -> _Rendering:
+        """The text of `fitted` turns; `prompt` adds what the model sees before it answers. Raises `RENDER_ERRORS`."""
         messages = []
         for turn in turns:
             message: dict[str, Any] = {"role": turn.role, **turn.labels}
-            message["content"] = [{"type": "text", "text": turn.content}] if parts else turn.content
+            message["content"] = [{"type": "text", "text": turn.content}] if self._parts else turn.content
             if turn.reasoning:  # gpt-oss reads thinking
                 message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
             if turn.tool_calls:
-                message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
+                message["tool_calls"] = [_as_text(call) if self._texts else call for call in turn.tool_calls]
             messages.append(message)
         options = {**self.tokenizer.special_tokens_map, **self.settings.template_kwargs}
         options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": self._has_marks}
         rendered, marks = render_jinja_template([messages], list(tools) or None, chat_template=self._source, **options)
         return _Rendering(rendered[0], tuple((start, end) for some in marks for start, end in some if end > start))
 
-    def _probe(self, *turns: Turn, **options: Any) -> str:
+    def _probe(self, *turns: Turn, prompt: bool = False) -> str:
         """The text of turns; "" where the template does not take them."""
         try:
-            return self.render(turns, **options).text
+            return self.render(turns, prompt=prompt).text
         except RENDER_ERRORS:
             return ""
 
-    @cached_property
-    def takes_text(self) -> bool:
-        """Whether content may be plain text, else a list of parts (vision models)."""
-        chat = _USER, Turn("assistant", _ANSWER)
-        texts = [self._probe(*chat, parts=parts, texts=False) for parts in (False, True)]
-        return [_USER.content in text and _ANSWER in text for text in texts] != [False, True]
-
-    @cached_property
-    def takes_objects(self) -> bool:
-        """Whether the arguments of a call may be an object, else JSON text."""
-        return bool(self._probe(_USER, _CALL, texts=False)) or not self._probe(_USER, _CALL, texts=True)
+    def _prints_chat(self) -> bool:
+        text = self._probe(_USER, Turn("assistant", _ANSWER))
+        return _USER.content in text and _ANSWER in text
 
     @cached_property
     def takes_system(self) -> bool:

@@ -10,17 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data.batches import StepLoader
-from qdora.data.mix import Mix
 
 logger = logging.getLogger("qdora")
 
 
-def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> dict[str, Any]:
+def plan_mix(loader: StepLoader, num_steps: int) -> dict[str, Any]:
     """What `num_steps` steps from position 0 take from each source, as JSON values; None where it is not known."""
     num_draws = loader.draws_for_steps(num_steps)
-    counts = [None] * len(mix.sets) if num_draws is None else mix.order.counts(num_draws).tolist()
+    counts = [None] * len(loader.tokenised) if num_draws is None else loader.order.counts(num_draws).tolist()
     sources = []
-    for part, share, count in zip(mix.sets, mix.order.shares.tolist(), counts, strict=True):
+    for part, share, count in zip(loader.tokenised, loader.order.shares.tolist(), counts, strict=True):
         size = part.num_examples
         source: dict[str, Any] = {"name": part.name, "num_examples": size}
         # Of a stream nobody knows them

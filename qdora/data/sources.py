@@ -6,7 +6,7 @@ Examples of a split are counted, cut and drawn before any is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -224,15 +224,15 @@ def _of_source(index: int) -> Iterator[None]:
 
 def read_data(
     data: DataConfig, names: Collection[str] | None = None
-) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
-    """Training examples per source, unread, and validation examples by name, of the sources of `names` (None: all)."""
-    train: list[Sequence[Example]] = [() for _ in data.mix]
+) -> tuple[dict[str, Sequence[Example]], dict[str, list[Example]]]:
+    """Training examples, unread, and validation examples by source, of the sources of `names` (None: all)."""
+    train: dict[str, Sequence[Example]] = {}
     validation: dict[str, list[Example]] = {}
     for index, source in enumerate(data.mix):
         if names is None or source.label in names:
             with _of_source(index):
                 examples, held_out = train_and_validation(source, data)
-                train[index] = examples or ()
+                train[source.label] = examples or ()
                 if held_out:
                     validation[source.label] = to_score(held_out, data)
     return train, validation
@@ -245,8 +245,7 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         if split == "train" and any(source.stream for source in sources.values()):
             raise UserError("--split: a stream has only the splits validation, test, got train.")
         train, validation = read_data(recipe.data, sources)
-        by_label = {source.label: examples for source, examples in zip(recipe.data.mix, train, strict=True)}
-        return validation if split == "validation" else {label: list(by_label[label]) for label in sources}
+        return validation if split == "validation" else {label: list(found) for label, found in train.items()}
     if missing := [label for label, source in sources.items() if not has_split(source, split)]:
         raise UserError(f"--split: {missing[0]} has no {split} split. Fix: name data with --data.")
     return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
@@ -266,21 +265,21 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
     return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
 
 
-def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
+def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together."""
     return make_mix(tokenized_sources(recipe.data, tokenizer, train), recipe.data)
 
 
 def tokenized_sources(
-    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
+    data: DataConfig, tokenizer: Any, train: Mapping[str, Sequence[Example]]
 ) -> list[TokenizedSet | ExampleStream]:
-    """Each source of `names` (None: all) as tokens, made or read from what an earlier start kept."""
+    """Each source of `train` as tokens, made or read from what an earlier start kept."""
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
-    for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
-        if names is not None and source.label not in names:
+    for index, source in enumerate(data.mix):
+        if (examples := train.get(source.label)) is None:
             continue
         with _of_source(index):
             make = partial(tokenize_all, examples, tokenizer, source.label, data)
@@ -304,11 +303,10 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length
     return StepLoader(
-        mix.sets,
-        mix.order,
+        mix,
+        batching,
         tokens_per_step=recipe.train.tokens_per_step,
         batch=recipe.train.batch,
-        batching=batching,
         rank=rank,
         num_processes=num_processes,
     )

@@ -88,7 +88,7 @@ def _workload(recipe: Recipe) -> tuple[dict[str, Any] | None, Workload, list[str
         assumed = [f"{full}, because the data is streamed"]
     elif num_steps > MOST_STEPS:
         assumed = [f"no micro-batch is larger than the largest of the first {MOST_STEPS:,} steps"]
-    return mix_plan.plan_mix(mix, loader, num_steps), workload_of_data(recipe, mix, tokenizer), assumed
+    return mix_plan.plan_mix(loader, num_steps), workload_of_data(recipe, mix, tokenizer), assumed
 
 
 def show_plan(console: Console, plan: Plan) -> None:

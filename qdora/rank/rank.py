@@ -163,13 +163,8 @@ def training_batches(
     recipe = trained.recipe
     train, _ = read_data(recipe.data)
     mix = tokenized_mix(recipe, trained.tokenizer, train)
-    loader = StepLoader(
-        mix.sets,
-        mix.order,
-        tokens_per_step=None,
-        batch=num_examples,
-        batching=Batching(micro_batch_tokens, cast(int, trained.tokenizer.pad_token_id)),
-    )
+    batching = Batching(micro_batch_tokens, cast(int, trained.tokenizer.pad_token_id))
+    loader = StepLoader(mix, batching, batch=num_examples)
     taken = loader.next_step()
     about = {
         "num_examples": taken.num_examples,

@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     mix, validation = processes.first(read) or read()
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
-    mix_plan = plan_mix(mix, loader, num_steps)
+    mix_plan = plan_mix(loader, num_steps)
     scored = scored_examples(recipe, validation, num_steps)
 
     def unscored() -> list[str]:
