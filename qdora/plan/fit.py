@@ -181,7 +181,7 @@ class Planner:
         if base.measured is not None:
             once = {parts.CALIBRATION: parts.compression_bytes(model, base, self.dtype)}
             once[parts.DENSE] = moments[0].by_component.get(parts.DENSE, 0)
-            moments = [Moment("compress", None, once), *moments]
+            moments = [Moment("compression", None, once), *moments]
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
             sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device

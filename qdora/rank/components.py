@@ -180,16 +180,12 @@ def update_gradients(
 def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
-    The best rank-r matrix holds the first r (Eckart and Young). The product is not formed: they are those of the small
-    matrix between the factors' orthogonal bases. In a stack of experts a component's energy is the sum over them. Not
-    for a masked layer: the masked B A has another rank than B A.
+    The best rank-r matrix holds the first r (Eckart and Young). In a stack of experts a component's energy is the sum
+    over them. Not for a masked layer: the masked B A has another rank than B A.
     """
-    gain, b = layer.merged_gain(), layer.stored_B().double() * layer.scaling
-    b = b if gain is None else b * gain.unsqueeze(-1)
     energies = np.zeros(layer.rank)
-    for left, right in layer.factor_pairs(b, layer.lora_A.double()):
-        small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
-        energies += torch.linalg.svdvals(small).square().cpu().numpy()
+    for _, sizes, _ in held_components(layer, layer.merged_gain()):
+        energies[: len(sizes)] += sizes.square().cpu().numpy()
     return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
 
 
@@ -245,10 +241,12 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
     )
 
 
-def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it, for each of `approximated_parts`."""
-    found = []
-    for b, a in layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double()):
+def held_components(layer: AdaptedLinear, gain: Tensor | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """U (out, r), sizes (r,), V (in, r) of s B A, or diag(gain) s B A, in float64, without forming it, for each of
+    `approximated_parts`."""
+    found, scaled = [], layer.stored_B().double() * layer.scaling
+    scaled = scaled if gain is None else scaled * gain.unsqueeze(-1)
+    for b, a in layer.factor_pairs(scaled, layer.lora_A.detach().double()):
         left, first = torch.linalg.qr(b)
         right, second = torch.linalg.qr(a.T)
         u, sizes, vh = torch.linalg.svd(first @ second.T)
