@@ -82,7 +82,6 @@ def export_gguf(
         "files": [file.name],
         "num_bytes": file.stat().st_size,
         "num_merged_layers": written["num_merged_layers"],
-        "num_parameters": written["num_parameters"],
         "merged_in": written["dtype"],
     }
     return trained, result, partial(verify_gguf, trained, file, merged)

@@ -60,7 +60,10 @@ SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step: loading, norms, forward, loss, backward or update, or compression before it. Component -> bytes alive at its own peak."""
+    """A part of a step: loading, norms, forward, loss, backward or update, or compression before it.
+
+    by_component: Component -> bytes alive at its own peak.
+    """
 
     phase: str
     block: int | None
