@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import nlargest
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
             steps = loader.step_sizes(min(key[0], MOST_STEPS))
             longest = nlargest(50, steps, key=lambda step: step.longest)
             fullest = nlargest(50, steps, key=lambda step: step.num_tokens)
-            positions[key] = sorted({step.position for step in chain(steps[:100], longest, fullest)})
+            positions[key] = sorted({step.position for step in (*steps[:100], *longest, *fullest)})
         return largest_shapes(loader, positions[key])
 
     return workload
