@@ -96,6 +96,10 @@ class ComparisonText:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+Check = Callable[[ComparisonText], dict[str, Any]]
+"""The check of an export that has been written."""
+
+
 def comparison_text(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]]) -> ComparisonText:
     """The text of 24 examples, at most 512 tokens of each and 2,048 in total."""
     texts, sequences, left = texts_of(examples), list[list[int]](), _MAX_TOKENS
