@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.adapter.experts import ExpertLinear
 from qdora.data.batches import IGNORED, StepLoader
 from qdora.data.mix import Mix
 from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
@@ -143,7 +142,7 @@ class Planner:
         for layer in linear_layers(model if blocks is None else blocks[1]).values():
             size = int(layer.weight.numel())  # type: ignore[operator]
             linear += size
-            met += size * (top_k / layer.num_experts if isinstance(layer, ExpertLinear) else 1.0)
+            met += size * top_k / getattr(layer, "num_experts", top_k)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         streamed_bytes, chunk = 0, memory.loss_chunk
