@@ -234,7 +234,6 @@ def test_an_adapted_head_is_untied(tmp_path, config, quant, targets):
     assert result["num_merged_layers"] == num_layers
     is_tied = json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
     assert is_tied == (config == "llama" and num_layers != 3)
-    assert result["num_parameters"] == sum(tensor.numel() for tensor in stored(tmp_path / "out").values())
 
 
 def test_the_original_base_takes_the_norm_anew(tmp_path):

@@ -107,18 +107,13 @@ def export_merged(
 
     With `requantize` the layers of a base in nf4 or fp4 are quantised again. `options` are those of `write_checkpoint`.
     """
-    plan = plan_export(model, dtype)
     if requantize:
         if faults := load_faults(_classes(model), "--requantize"):
             raise UserError(*faults)
         written = export_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
     else:
-        written = write_checkpoint(plan, tokenizer, directory, **options)
-    return written | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "num_merged_layers": len(adapted_layers(model)),
-        "num_parameters": sum(torch.Size(spec.shape).numel() for spec in plan.specs.values()),
-    }
+        written = write_checkpoint(plan_export(model, dtype), tokenizer, directory, **options)
+    return written | {"dtype": str(dtype).removeprefix("torch."), "num_merged_layers": len(adapted_layers(model))}
 
 
 def _requantized(layer: Layer) -> Weight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
-from qdora.export.verify import ComparisonText, comparison_text, validation_examples, verify_merged, verify_packed
+from qdora.export.verify import Check, comparison_text, validation_examples, verify_merged, verify_packed
 from qdora.export.write import merged, save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
@@ -55,7 +55,7 @@ logger = logging.getLogger("qdora")
 _TOO_WIDE_FOR_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Types of models whose activations leave the range of float16: vLLM refuses to run them in it."""
 
-Written = tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]] | None]
+Written = tuple[TrainedRun, dict[str, Any], Check | None]
 """The running model, what was written, and its check."""
 
 
@@ -132,7 +132,7 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     kind = load_config(find_source(recipe_of_run(run), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
-    verify = partial(verify_packed, lossy=True) if options.requantize else verify_merged
+    verify: Any = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     return trained, written, partial(verify, trained.model, folder)
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError, shorten
 from qdora.export.checkpoints import write_merge
-from qdora.export.verify import ComparisonText, logits_compared, verdict, verify_merged
+from qdora.export.verify import Check, ComparisonText, logits_compared, verdict, verify_merged
 from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
 from qdora.files.run_directory import open_run
@@ -64,7 +64,7 @@ Tools = tuple[list[str], list[str] | None]
 
 def export_gguf(
     run: Path, folder: Path, options: ExportOptions, console: Console
-) -> tuple[TrainedRun, dict[str, Any], Callable[[ComparisonText], dict[str, Any]]]:
+) -> tuple[TrainedRun, dict[str, Any], Check]:
     """Merge and convert; returns the running model, what was written, and the check, which removes the merge."""
     require_gguf()
     type_ = options.gguf_type
@@ -82,7 +82,6 @@ def export_gguf(
         "files": [file.name],
         "num_bytes": file.stat().st_size,
         "num_merged_layers": written["num_merged_layers"],
-        "num_parameters": written["num_parameters"],
         "merged_in": written["dtype"],
     }
     return trained, result, partial(verify_gguf, trained, file, merged)
@@ -126,8 +125,15 @@ def write_gguf(tools: Tools, merged: Path, out: Path, type_: GgufType) -> None:
 
 def _run(command: Sequence[str], out: Path, what: str) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, text=True, errors="replace", env=environment, **pipes)
+    done = subprocess.run(
+        command,
+        text=True,
+        errors="replace",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode != 0 or not out.is_file():
         last = ([line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"])[-1]
         raise RunFailure(f"--format gguf: llama.cpp's {what} ended with code {done.returncode}: {last[:300]}")

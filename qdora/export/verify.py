@@ -96,6 +96,10 @@ class ComparisonText:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+Check = Callable[[ComparisonText], dict[str, Any]]
+"""The check of an export that has been written."""
+
+
 def comparison_text(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]]) -> ComparisonText:
     """The text of 24 examples, at most 512 tokens of each and 2,048 in total."""
     texts, sequences, left = texts_of(examples), list[list[int]](), _MAX_TOKENS
@@ -225,23 +229,23 @@ def verdict(
     if total is None:
         return {"passed": not faults, "faults": faults, **result, "num_positions": 0}
     found = {name: summary(each) for name, each in total.items() if name != "spread"}
-    names = ("exported_vs_reference", "reference_vs_running")
-    (error, noise), (errors, noises) = zip(*((found[name], total[name][:, 0].tolist()) for name in names), strict=True)
+    error, noise = found["exported_vs_reference"], found["reference_vs_running"]
+    errors, noises = total["exported_vs_reference"][:, 0], total["reference_vs_running"][:, 0]
     spread = float(total["spread"].mean())
     # A model that runs in float32 has no error of its own.
     scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
     mean = math.inf if lossy else mean + _ARITHMETIC_ALLOWED * spread
     tolerance = {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
-    over = [at for at, own in enumerate(errors) if not own <= tolerance["max_logit_difference"]]  # NaN is over
-    wrong = [at for at in over if not errors[at] <= _OVER_OWN_NOISE * scale * noises[at]]
+    over = ~(errors <= tolerance["max_logit_difference"])  # NaN is over
+    wrong = over & ~(errors <= _OVER_OWN_NOISE * scale * noises)
     faults = faults + [
         f"{what} by {error[name]:.3g} on average (allowed {tolerance[name]:.3g})"
         for name, what in _DIFFER.items()
         if not error[name] <= tolerance[name]
     ]
-    if wrong:
-        worst = max(wrong, key=lambda at: math.inf if math.isnan(errors[at]) else errors[at])
+    if wrong.any():
+        worst = int(errors.nan_to_num(math.inf).masked_fill(~wrong, -1.0).argmax())
         allowed = f"(allowed {tolerance['max_logit_difference']:.3g}), most at position {worst}"
         faults.append(f"{_DIFFER['mean_logit_difference']} by up to {errors[worst]:.3g} {allowed}")
     return {
@@ -249,7 +253,7 @@ def verdict(
         "faults": faults,
         **result,
         "num_positions": len(errors),
-        "ill_conditioned": len(over) - len(wrong),
+        "ill_conditioned": int(over.sum() - wrong.sum()),
         "logit_spread": spread,
         **found,
         "tolerance": tolerance,

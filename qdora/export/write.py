@@ -244,14 +244,13 @@ def write_checkpoint(
     Returns JSON values: `files`, `num_tensors`, `num_bytes`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    total_bytes = sum(spec.num_bytes for spec in plan.specs.values())
     shards = split_state_dict_into_shards_factory(
         dict(plan.specs),
         get_storage_size=lambda spec: spec.num_bytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    done = 0
+    done, total_bytes = 0, shards.metadata["total_size"]
 
     def tensors(specs: list[TensorSpec]) -> Iterator[Tensor]:
         nonlocal done
@@ -278,11 +277,8 @@ def write_checkpoint(
     _write_config(plan, tokenizer, directory)
     for name, text in processor_files(plan.model).items():
         (directory / name).write_text(text, encoding="utf-8")
-    return {
-        "files": tuple(shards.filename_to_tensors),
-        "num_tensors": len(plan.specs),
-        "num_bytes": total_bytes,
-    }
+    files = tuple(shards.filename_to_tensors)
+    return {"files": files, "num_tensors": len(plan.specs), "num_bytes": total_bytes}
 
 
 def _check_range(spec: TensorSpec, tensor: Tensor) -> None:

@@ -190,7 +190,7 @@ def _measured(recipe: Recipe, whole: PreTrainedModel, kept: list[int] | None, sh
         live.reset_peak()
         parameters = adapter_parameters(model)
         if not parameters:
-            return [Moment("load", None, live.live_by_label)], {}
+            return [Moment("loading", None, live.live_by_label)], {}
         with weights_unread(model):
             moments = _record(model.train(), parameters, recipe, shape, live)
     return moments, {path: (tuple(weight.shape), weight.dtype) for path, weight in parameters.items()}
@@ -299,7 +299,7 @@ def _record(
     live.reset_peak()
     with live.label(parts.KEPT):
         refresh(layers)
-    note("gains")
+    note("norms")
     if shape.accumulated:
         for weight in parameters.values():
             weight.grad = torch.empty(weight.shape, dtype=weight.grad_dtype or weight.dtype)

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import nlargest
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.adapter.experts import ExpertLinear
 from qdora.data.batches import IGNORED, StepLoader
 from qdora.data.mix import Mix
 from qdora.data.sources import make_loader, micro_batch_tokens, num_steps_of
@@ -70,7 +68,7 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
             steps = loader.step_sizes(min(key[0], MOST_STEPS))
             longest = nlargest(50, steps, key=lambda step: step.longest)
             fullest = nlargest(50, steps, key=lambda step: step.num_tokens)
-            positions[key] = sorted({step.position for step in chain(steps[:100], longest, fullest)})
+            positions[key] = sorted({step.position for step in (*steps[:100], *longest, *fullest)})
         return largest_shapes(loader, positions[key])
 
     return workload
@@ -144,7 +142,7 @@ class Planner:
         for layer in linear_layers(model if blocks is None else blocks[1]).values():
             size = int(layer.weight.numel())  # type: ignore[operator]
             linear += size
-            met += size * (top_k / layer.num_experts if isinstance(layer, ExpertLinear) else 1.0)
+            met += size * top_k / getattr(layer, "num_experts", top_k)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         streamed_bytes, chunk = 0, memory.loss_chunk
@@ -181,7 +179,7 @@ class Planner:
         if base.measured is not None:
             once = {parts.CALIBRATION: parts.compression_bytes(model, base, self.dtype)}
             once[parts.DENSE] = moments[0].by_component.get(parts.DENSE, 0)
-            moments = [Moment("compress", None, once), *moments]
+            moments = [Moment("compression", None, once), *moments]
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
             sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device

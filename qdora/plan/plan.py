@@ -60,7 +60,10 @@ SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step: load, gains, forward, loss, backward or update. Component -> bytes alive at its own peak."""
+    """A part of a step: loading, norms, forward, loss, backward or update, or compression before it.
+
+    by_component: Component -> bytes alive at its own peak.
+    """
 
     phase: str
     block: int | None
@@ -76,15 +79,7 @@ class Moment:
 
     @property
     def name(self) -> str:
-        names = {
-            "compress": "compression of the base",
-            "load": "loading",
-            "gains": "norms before a step",
-            "loss": "output head and loss",
-            "update": "update",
-        }
-        block = "" if self.block is None else f" of block {self.block}"
-        return names.get(self.phase, f"{self.phase} pass") + block
+        return self.phase + ("" if self.block is None else f" of block {self.block}")
 
 
 @dataclass(frozen=True)
@@ -296,7 +291,7 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
     whole, held, head = division.held(1), division.held(num_sharing), division.head_bytes
     blocks = 3 * division.block_bytes  # the one in use, what it was gathered into, and the next one on its way
     gathered = {"forward": blocks + division.tied * head, "loss": head, "backward": blocks}
-    once = [moment for moment in plan.moments if moment.phase == "compress"]  # by one process
+    once = [moment for moment in plan.moments if moment.phase == "compression"]  # by one process
     moments: list[Moment] = []
     for moment in plan.moments[len(once) :]:
         less = {name: max(0, moment.by_component.get(name, 0) - whole[name]) + held[name] for name in whole}

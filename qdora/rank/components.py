@@ -48,10 +48,9 @@ Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-New
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ from qdora.train.loss import token_nll
 Array = NDArray[np.float64]
 Layout = ExpertTokens | tuple[int, ...]
 """How the tokens of a layer's input lie: by expert, or (rows, positions) of the micro-batch."""
-GRADIENT_BYTES = 2**29  # about, of the gradients that exist at once, in float32; all about them takes 8 times as much
+GRADIENT_BYTES = 2**29  # of the gradients that exist at once, in float32; what they need takes 8 times as much
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,6 @@ class Components:
         return {name: each.tolist() for name, each in (vars(self) | {"worths": self.worths()}).items()}
 
 
-def _groups(adapted: Mapping[str, AdaptedLinear], layers: Collection[str]) -> Iterator[list[str]]:
-    """Layers whose gradients take about `GRADIENT_BYTES` together, at least one."""
-    ends = accumulate(4 * adapted[name].in_features * adapted[name].out_features for name in layers)
-    for _, group in groupby(zip(layers, ends, strict=True), key=lambda pair: pair[1] // GRADIENT_BYTES):
-        yield [name for name, _ in group]
-
-
 def _by_expert(tensor: Tensor, layout: Layout) -> list[tuple[int, Tensor]]:
     """(..., features) as (rows, tokens, features) for each expert that has tokens; a plain layer is expert 0.
 
@@ -180,16 +172,12 @@ def update_gradients(
 def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
-    The best rank-r matrix holds the first r (Eckart and Young). The product is not formed: they are those of the small
-    matrix between the factors' orthogonal bases. In a stack of experts a component's energy is the sum over them. Not
-    for a masked layer: the masked B A has another rank than B A.
+    The best rank-r matrix holds the first r (Eckart and Young). In a stack of experts a component's energy is the sum
+    over them. Not for a masked layer: the masked B A has another rank than B A.
     """
-    gain, b = layer.merged_gain(), layer.stored_B().double() * layer.scaling
-    b = b if gain is None else b * gain.unsqueeze(-1)
     energies = np.zeros(layer.rank)
-    for left, right in layer.factor_pairs(b, layer.lora_A.double()):
-        small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
-        energies += torch.linalg.svdvals(small).square().cpu().numpy()
+    for _, sizes, _ in held_components(layer, layer.merged_gain()):
+        energies[: len(sizes)] += sizes.square().cpu().numpy()
     return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
 
 
@@ -207,7 +195,10 @@ def layer_directions(
     """
     adapted = adapted_layers(model)
     found: dict[str, Directions] = {}
-    for group in _groups(adapted, num_new):
+    largest = 4 * max(adapted[name].in_features * adapted[name].out_features for name in num_new)
+    together, names = max(1, GRADIENT_BYTES // largest), list(num_new)
+    for start in range(0, len(names), together):
+        group = names[start : start + together]
         for name, gradient in update_gradients(model, group, batches, norm).items():
             layer = adapted[name]
             pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
@@ -245,10 +236,12 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
     )
 
 
-def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it, for each of `approximated_parts`."""
-    found = []
-    for b, a in layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double()):
+def held_components(layer: AdaptedLinear, gain: Tensor | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """U (out, r), sizes (r,), V (in, r) of s B A, or diag(gain) s B A, in float64, without forming it, for each of
+    `approximated_parts`."""
+    found, scaled = [], layer.stored_B().double() * layer.scaling
+    scaled = scaled if gain is None else scaled * gain.unsqueeze(-1)
+    for b, a in layer.factor_pairs(scaled, layer.lora_A.detach().double()):
         left, first = torch.linalg.qr(b)
         right, second = torch.linalg.qr(a.T)
         u, sizes, vh = torch.linalg.svd(first @ second.T)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from qdora.data.batches import Batching, MicroBatch, StepLoader
-from qdora.data.sources import read_data, tokenized_mix
+from qdora.data.batches import MicroBatch
+from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
@@ -26,6 +26,7 @@ from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_dire
 from qdora.rank.curvature import Norm, layer_spectrum
 from qdora.recipe.options import RankSettings
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
@@ -96,7 +97,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         spectra = {name: replace(each, energies=each.energies[: limits[name]]) for name, each in found.items()}
         about: dict[str, Any] = {}
     else:
-        batches, about = training_batches(trained, asked.examples, asked.micro_batch_tokens)
+        batches, about = training_batches(trained, asked)
         about |= {"norm": norm, "draws": asked.draws}
         spectra = _by_curvature(trained.model, limits, batches, norm, asked, details, progress)
     threshold = asked.threshold or _THRESHOLD
@@ -156,16 +157,13 @@ def _by_curvature(
     return {name: each.spectrum(limits[name], adapted[name].parameters_per_rank) for name, each in components.items()}
 
 
-def training_batches(
-    trained: TrainedRun, num_examples: int, micro_batch_tokens: int
-) -> tuple[list[MicroBatch], dict[str, Any]]:
+def training_batches(trained: TrainedRun, asked: RankSettings) -> tuple[list[MicroBatch], dict[str, Any]]:
     """The first examples of the run's training mix in micro-batches, and their counts."""
-    recipe = trained.recipe
-    train, _ = read_data(recipe.data)
-    mix = tokenized_mix(recipe, trained.tokenizer, train)
-    batching = Batching(micro_batch_tokens, cast(int, trained.tokenizer.pad_token_id))
-    loader = StepLoader(mix, batching, batch=num_examples)
-    taken = loader.next_step()
+    train, _ = read_data(trained.recipe.data)
+    mix = tokenized_mix(trained.recipe, trained.tokenizer, train)
+    one = {"batch": asked.examples, "tokens_per_step": None, "micro_batch_tokens": asked.micro_batch_tokens}
+    recipe = with_settings(trained.recipe, data={"packing": False}, train=one)
+    taken = make_loader(recipe, mix, trained.tokenizer).next_step()
     about = {
         "num_examples": taken.num_examples,
         "num_tokens": taken.num_tokens,
