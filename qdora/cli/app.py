@@ -23,7 +23,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 import qdora
-from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named, not_one_of, not_there
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named, not_one_of
 from qdora.files.atomic import json_value
 from qdora.files.console import END_SIGNALS, is_told_here, leave_closed_terminal, show_only
 from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
@@ -342,13 +342,10 @@ def report(
         from qdora.study.report import report_run
 
         emit(report_run(directory, out))
-    elif (directory / "recipe.yaml").is_file():
+    else:
         from qdora.run.report import page_of_run
 
         emit(page_of_run(directory, out))
-    else:
-        kind = "a run (it has no recipe.yaml) or a study (no study.json)"
-        raise UserError(not_there(directory, kind, "name a directory of 'qdora train' or 'qdora study'."))
 
 
 @verb

@@ -273,17 +273,15 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
 
 
 def tokenized_sources(
-    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
+    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]]
 ) -> list[TokenizedSet | ExampleStream]:
-    """Each source of `names` (None: all) as tokens, made or read from what an earlier start kept."""
+    """Each source as tokens, made or read from what an earlier start kept."""
     options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
-        if names is not None and source.label not in names:
-            continue
         with _of_source(index):
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)

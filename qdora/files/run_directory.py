@@ -286,7 +286,7 @@ def open_run(path: Path) -> RunDirectory:
     """A finished or interrupted run. UserError if there is none."""
     run = RunDirectory(path)
     if not run.recipe_file.is_file():
-        raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name an earlier --run-dir."))
+        raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name the directory of a run."))
     return run
 
 

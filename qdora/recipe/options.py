@@ -226,7 +226,7 @@ class EvalOptions(WhichOrBase):
     text: tuple[Path, ...] = ()
     """Measure the perplexity of this text file; repeatable."""
     like: Path | None = None
-    """For a model: use the data of this run, and also show the run's results."""
+    """For a model: use the data of this run."""
     method: Literal["loglikelihood", "generate"] | None = None
     """loglikelihood, or generate: also score generated answers. Default: eval.method of the run."""
     harness: tuple[Text, ...] = ()

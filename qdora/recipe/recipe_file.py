@@ -207,20 +207,19 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
-        where = f"-s {one_line(item)}"
         try:
             key, value = key_and_value(item)
-            steps, given[key] = _steps(key), value
+            *steps, last = _steps(key)
             here: Any = changed
-            for step in steps[:-1]:
+            for step in steps:
                 if isinstance(here, dict) and here.get(step) is None:
                     here[step] = {}
                 here = here[step]
-            here[steps[-1]] = given[key]
+            here[last] = given[key] = value
         except UserError as error:
             wrong += error.faults
         except (IndexError, KeyError, TypeError):
-            wrong.append(f"{where}: the recipe has nothing called {masked(key)}.")
+            wrong.append(f"-s {one_line(item)}: the recipe has nothing called {masked(key)}.")
     if wrong:
         raise UserError(*wrong)
     for pair in (("steps", "epochs"), ("tokens_per_step", "batch")):
@@ -229,8 +228,8 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
                 changed["train"].pop(other, None)
     disabled = {key: why for key, why in ignored(changed).items() if not is_below(key, given)} if given else {}
     for key in sorted(disabled.keys() - (ignored(data) if disabled else {})):
-        head, _, last = key.rpartition(".")
-        value = _inner(changed, head).pop(last)
+        head, _, name = key.rpartition(".")
+        value = _inner(changed, head).pop(name)
         logger.log(level, "%s %s is dropped from the recipe: %s.", key, shown(value), disabled[key])
     return changed
 

@@ -253,10 +253,9 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
         examples = part.first()
         ends = [end for example in _some(examples) for end in _ends(example, stops, data)]
         if ends:
-            text = (
-                f"{part.name}: {ends.count(False):,} of {len(ends):,} answers do not end with a stop token ({names})."
-            )
-            checks.append(Check("warning" if 2 * ends.count(False) > len(ends) else "passed", text))
+            missing = ends.count(False)
+            text = f"{part.name}: {missing:,} of {len(ends):,} answers do not end with a stop token ({names})."
+            checks.append(Check("warning" if 2 * missing > len(ends) else "passed", text))
         empty = sum(not example.loss_mask.any() for example in examples)
         text = f"{part.name}: {empty:,} of {len(examples):,} examples have no token in the loss."
         checks.append(Check("warning" if empty else "passed", text))
@@ -297,11 +296,14 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     examples = [example for part in sources for example in _some(part.first())]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
-    read = np.unique(np.concatenate([example.input_ids for example in examples])).tolist()
-    learnt = np.unique(np.concatenate([example.input_ids[example.loss_mask] for example in examples])).tolist()
-    names = [tokenizer.convert_ids_to_tokens(id) for id in untrained_rows(model, read, learnt)]
-    if not names:
+    read = np.concatenate([example.input_ids for example in examples])
+    learnt = read[np.concatenate([example.loss_mask for example in examples])]
+    ids = untrained_rows(model, *(np.unique(each).tolist() for each in (read, learnt)))
+    if not ids:
         return []
-    text = f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and "
-    text += "an adapter does not change them. Fix: name the instruct version in model.source, or train them "
+    names = first_few(tokenizer.convert_ids_to_tokens(ids), 8)
+    text = (
+        f"the training data has tokens that the base never learnt: {names}. Their rows are zero, and an adapter does "
+    )
+    text += "not change them. Fix: name the instruct version in model.source, or train them "
     return [Check("warning", f"{text}(adapter.also_train_rows: all).")]

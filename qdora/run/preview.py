@@ -153,12 +153,12 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
 
 def _tokens(example: Mapping[str, Any]) -> Text:
     text, pieces = Text(), example["pieces"]
+    learnt = [False, *(piece["in_loss"] for piece in pieces), False]
     for number, piece in enumerate(pieces):
         if example["left_out"] and number == _HALF:
             text.append(f" … {example['left_out']} tokens … ", style="dim")
         shown = visible(piece["text"])
-        before = number > 0 and pieces[number - 1]["in_loss"]
-        after = number + 1 < len(pieces) and pieces[number + 1]["in_loss"]
+        before, after = learnt[number], learnt[number + 2]
         words = shown.removesuffix("\n")
         words = f"«{words}»" if piece["is_special"] else words
         words = ("⟦" if piece["in_loss"] > before else "") + words + ("⟧" if piece["in_loss"] > after else "")

@@ -46,7 +46,7 @@ from qdora.recipe.options import EvalOptions, GenerateOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
-from qdora.train.evals import state_step, stored_results
+from qdora.train.evals import state_step
 
 logger = logging.getLogger("qdora")
 
@@ -95,16 +95,12 @@ def evaluate_target(
     shown = "adapter" if loaded.run is not None and label == "final" else label
     document: dict[str, Any] = {"target": target, "label": label, "split": split}
     if examples:
-        beside = {}
-        if recipe is not None and options.like is not None and options.data is None and split == "validation":
-            beside = stored_results(open_run(options.like), recipe.adapter.start_label)
         with bar(progress, f"evaluating {label}") as update:
             found = evaluate(model, tokenizer, examples, **scored, progress=update)
-        results.print(compare_table(beside | {shown: found}))
+        results.print(compare_table({shown: found}))
         read = {} if options.data is None else {"data": place_of(options.data)}
         _keep(loaded, name, read | found.to_dict(per_example=True))
         document["evaluation"] = found.to_dict()
-        document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
         with bar(progress, f"answers of {label}") as update:
             answers = evaluate_generated(model, tokenizer, examples, **scored, progress=update)
