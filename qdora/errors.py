@@ -51,6 +51,12 @@ class Interrupted(Exception):
         super().__init__(f"{text} The same command continues, that of a training run with --resume.")
 
 
+def refuse(faults: Sequence[str]) -> None:
+    """UserError with these faults, if there are any."""
+    if faults:
+        raise UserError(*faults)
+
+
 def exit_code(error: BaseException) -> int:
     if isinstance(error, UserError):
         return USER_MISTAKE

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines
 
 GgufType = Literal[
@@ -41,8 +41,7 @@ class Options(BaseModel):
             super().__init__(**given)
         except ValidationError as error:
             raise UserError(*(f"{flag(key)}: {what}" for key, what in fault_lines(error, given))) from None
-        if faults := list(self.faults()):
-            raise UserError(*faults)
+        refuse(list(self.faults()))
 
     def has(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)

@@ -92,11 +92,6 @@ def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settin
     return settings.model_copy(update=changed)
 
 
-def dotted(steps: Sequence[int | str]) -> str:
-    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit', without access tokens."""
-    return masked("".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix("."))
-
-
 def one_line(text: str) -> str:
     """Text of a library, without access tokens."""
     return masked(" ".join(text.split()))
@@ -131,15 +126,15 @@ def fault_lines(error: ValidationError, data: Any) -> list[Fault]:
 
 def _path(detail: ErrorDetails, data: Any) -> str:
     """The place in the document, without the members of unions that were tried."""
-    steps: list[int | str] = []
+    steps = ""
     for step in detail["loc"]:
         try:
             data = data[step]
         except (KeyError, IndexError, TypeError):
             if detail["type"] != "missing" or step is not detail["loc"][-1]:
                 continue
-        steps.append(step)
-    return dotted(steps)
+        steps += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return masked(steps.removeprefix("."))
 
 
 def _reason(path: str, details: Sequence[ErrorDetails]) -> str:

@@ -28,7 +28,7 @@ from qdora.data.sources import (
     tokenized_mix,
 )
 from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, refuse
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
@@ -86,8 +86,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
     With `force` a plan over memory.budget is a warning.
     """
-    if faults := missing_files(recipe, where):
-        raise UserError(*faults)
+    refuse(missing_files(recipe, where))
     compute = choose_compute(recipe.model.dtype)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
@@ -122,8 +121,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     faults += [f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'" for name in missing]
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
@@ -165,8 +163,6 @@ def _data_faults(
     if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
         faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
-    if asked.every is not None and asked.tasks is None and not validation:
-        faults.append(f"eval.every: got {asked.every}, but no source has validation data.")
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
@@ -179,14 +175,13 @@ def _data_faults(
 
 def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
     """Sources with a token that the embedding has no row for; `num_added` new tokens get rows. Not of streams."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    faults = []
-    for part in (part for part in sources if isinstance(part, TokenizedSet)):
-        largest = max((int(example.input_ids.max()) for example in part.examples), default=0)
-        if size is not None and largest >= size + num_added:
-            text = f"has token id {largest:,}, and the model's embedding has {size:,} rows."
-            faults.append(f"model.tokenizer: source {part.name!r} {text}")
-    return faults
+    size, sets = config.get_text_config().vocab_size, [part for part in sources if isinstance(part, TokenizedSet)]
+    largest = {part.name: max(int(example.input_ids.max()) for example in part.examples) for part in sets}
+    return [
+        f"model.tokenizer: source {name!r} has token id {id:,}, and the model's embedding has {size:,} rows."
+        for name, id in largest.items()
+        if id >= size + num_added
+    ]
 
 
 def scored_examples(

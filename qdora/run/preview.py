@@ -16,7 +16,7 @@ from qdora.data.chats import set_chat_date
 from qdora.data.sources import draw, open_shards, train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample, TokenizedSet, text_batches
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model
 from qdora.recipe.data_settings import DataConfig
@@ -36,18 +36,16 @@ def preview(recipe: Recipe, where: str, num_shown: int, *, console: Console | No
     Returns JSON values: the `sources` with `num_shown` examples each, and `is_refused`, whether a run would end before
     its first step.
     """
-    if faults := missing_files(recipe, where):
-        raise UserError(*faults)
+    refuse(missing_files(recipe, where))
     _, tokenizer = find_model(recipe, weights=False)
     set_chat_date(tokenizer, date.today().isoformat())
-    data, sources = recipe.data, list[dict[str, Any]]()
+    data, sources, faults = recipe.data, list[dict[str, Any]](), list[str]()
     for number in range(len(data.mix)):
         try:
             sources.append(_preview_source(data, number, tokenizer, num_shown))
         except UserError as error:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     whole = (source for source in sources if source["drawn"] != "first")
     is_refused = any(source["faults"] or not source["num_examples"] for source in whole)
     _, results = consoles(console)

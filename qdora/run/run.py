@@ -176,13 +176,14 @@ def base_of_run(
 
 def check_model(model: PreTrainedModel, processes: Processes, prepared: PreparedRun) -> PackedLayout | None:
     """Try the adapted model before its first step; returns how micro-batches are packed. All processes call this."""
-    layout, checks = None, list[Check]()
+    layout, texts = None, []
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
-        checks.append(Check("passed", text))
+        texts.append(text)
     if (divided := check_division(model, processes)) is not None:
-        checks.append(Check("passed", divided))
+        texts.append(divided)
     if processes.is_first:
+        checks = [Check("passed", text) for text in texts]
         if not processes.shards:
             checks += token_checks(model, prepared.loader.tokenised, prepared.tokenizer)
         for check in checks:
