@@ -285,7 +285,7 @@ DISTURBED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception]
     "base": (lambda p: in_evaluation(p, 0, send(SIGINT)), Interrupted, "at once.*no checkpoint was written", []),
     "evaluation": (lambda p: in_evaluation(p, 6, send(SIGHUP)), Interrupted, r"at once.*on disk: .*step-6", [4, 6]),
     "twice": (lambda p: in_step(p, 4, send(SIGINT, SIGINT)), Interrupted, r"at once.*disk: .*step-2 \(step 2\)", [2]),
-    "full disk": (lambda p: in_save(p, 4, full), RunFailure, r"step 4 could not be .*on disk: .*step-2", [2]),
+    "full disk": (lambda p: in_save(p, 4, full), RunFailure, r"the disk is full.*on disk: .*step-2", [2]),
 }
 
 

@@ -130,7 +130,12 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if processes.size > 1:
         facts: dict[str, Any] = {"training data": loader.fingerprint, "number of steps": num_steps}
         facts["validation data"] = {name: list(map(repr, examples)) for name, examples in validation.items()}
-        _check_alike(processes, facts | {"base": base_record(source)})
+        facts["base"] = base_record(source)
+        mine = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in facts.items()}
+        first, *others = processes.gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            if different := [what for what in facts if theirs[what] != first[what]]:
+                raise UserError(f"process {rank} has another {' and another '.join(different)} than process 0.")
     return PreparedRun(
         given=recipe,
         recipe=applied,
@@ -193,14 +198,6 @@ def scored_examples(
         return {}
     names = evaluated_sources(recipe, validation)
     return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
-
-
-def _check_alike(processes: Processes, facts: dict[str, Any]) -> None:
-    digests = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in facts.items()}
-    first, *others = processes.gather(digests)
-    for rank, theirs in enumerate(others, 1):
-        if different := [what for what in facts if theirs[what] != first[what]]:
-            raise UserError(f"process {rank} has another {' and another '.join(different)} than process 0.")
 
 
 _NEAR = 4  # a stop token among the last tokens of an answer ends it: some templates write a line end behind it
