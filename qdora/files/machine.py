@@ -66,7 +66,7 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 def cpu_name() -> str:
     found = re.search(r"^model name\s*: (.*)$", _system_text("/proc/cpuinfo"), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    return found[1] if found else platform.machine()
 
 
 def cpu_has_bfloat16() -> bool:

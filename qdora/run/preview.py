@@ -26,7 +26,7 @@ from qdora.run.prepare import example_checks
 
 _MOST_ROWS = 2000  # of a source that are read, in seconds
 _HALF = 200  # tokens of an example that are shown from its beginning, and from its end
-_QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
+_QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 
 

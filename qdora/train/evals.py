@@ -46,7 +46,7 @@ class StepEvaluations:
     ) -> None:
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self._settings, self._directory, self._console = recipe.eval, directory, console
-        self.start = recipe.adapter.start_label
+        self.start = "start" if recipe.adapter.start_in_words else "base"
         self.results: dict[str, EvaluationResult] = {}
         self.generated: dict[str, GenerationResult] = {}
 
