@@ -16,8 +16,6 @@ GgufType = Literal[
 ]
 CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 """Types that llama.cpp's converter writes; its quantiser makes the others from a file in f16."""
-LEAST_DRAWS = 8
-"""Of `qdora rank --draws`: fewer tell the worth of a component too roughly."""
 Dtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
@@ -311,7 +309,7 @@ class RankSettings(AtStep):
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if 0 < self.draws < LEAST_DRAWS:
-            yield f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}."
+        if 0 < self.draws < 8:  # fewer tell the worth of a component too roughly
+            yield f"--draws: got {self.draws}, must be 0 (exact) or at least 8."
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
             yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd (or --threshold)."
