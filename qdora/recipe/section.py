@@ -106,8 +106,9 @@ def shown(value: Any) -> str:
     """A given value as in a recipe, text in quotes: at most 60 characters, without access tokens."""
     try:
         given = value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
-        flow = yaml.safe_dump(given, default_flow_style=True, width=10**6)
-        text = repr(value) if isinstance(value, str) else flow.removesuffix("\n...\n").strip()
+        text = repr(given)
+        if not isinstance(given, str):
+            text = yaml.safe_dump(given, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
         text = f"a value of type {type(value).__name__}"
     text = masked(text)
