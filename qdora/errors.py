@@ -51,6 +51,12 @@ class Interrupted(Exception):
         super().__init__(f"{text} The same command continues, that of a training run with --resume.")
 
 
+def refuse(faults: Sequence[str]) -> None:
+    """UserError with these faults, if there are any."""
+    if faults:
+        raise UserError(*faults)
+
+
 def exit_code(error: BaseException) -> int:
     if isinstance(error, UserError):
         return USER_MISTAKE
@@ -83,9 +89,8 @@ def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The allowed name closest to `name` as ' Did you mean ...?', or ''."""
-    names = {each.lower(): each for each in reversed(list(allowed))}
-    close = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return f" Did you mean '{names[close[0]]}'?" if close else ""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def not_there(path: Path, kind: str, fix: str) -> str:

@@ -120,7 +120,7 @@ def test_all_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: st
     settings.append(recipe(tmp_path / "copy", train__steps=1))
     file = tmp_path / "copy" / changed
     file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
-    text = rf"process 1 on \S+ has {different} than process 0 on \S+\."
+    text = rf"process 1 has {different} than process 0\."
     for error in support.run_processes(2, lambda rank: train(rank, settings[rank], tmp_path / "run")):
         assert re.search(text, error)
 

@@ -283,7 +283,7 @@ DISTURBED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception]
     "base": (lambda p: in_evaluation(p, 0, send(SIGINT)), Interrupted, "at once.*no checkpoint was written", []),
     "evaluation": (lambda p: in_evaluation(p, 6, send(SIGHUP)), Interrupted, r"at once.*on disk: .*step-6", [4, 6]),
     "twice": (lambda p: in_step(p, 4, send(SIGINT, SIGINT)), Interrupted, r"at once.*disk: .*step-2 \(step 2\)", [2]),
-    "full disk": (lambda p: in_save(p, 4, full), RunFailure, r"step 4 could not be .*on disk: .*step-2", [2]),
+    "full disk": (lambda p: in_save(p, 4, full), RunFailure, r"the disk is full.*on disk: .*step-2", [2]),
 }
 
 
@@ -291,7 +291,7 @@ DISTURBED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception]
 def test_what_is_whole_is_kept_and_gone_on_with(root: Path, whole: Path, tmp_path: Path, case: str) -> None:
     """A step is finished and saved; an evaluation, which has none to be finished, and a second signal end at once."""
     disturb, error, said, checkpoints = DISTURBED[case]
-    end_as_by_ctrl_c({})
+    end_as_by_ctrl_c()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
         disturb(patch)
@@ -308,9 +308,11 @@ def test_what_is_whole_is_kept_and_gone_on_with(root: Path, whole: Path, tmp_pat
 
 def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGHUP, signal.SIG_IGN)
-    end_as_by_ctrl_c({"WORLD_SIZE": "2"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    end_as_by_ctrl_c()
+    monkeypatch.delenv("WORLD_SIZE")
     assert [signal.getsignal(each) for each in (SIGTERM, SIGHUP)] == [signal.SIG_DFL, signal.SIG_IGN]
-    end_as_by_ctrl_c({})
+    end_as_by_ctrl_c()
     assert signal.getsignal(SIGHUP) is signal.SIG_IGN
     before = [signal.getsignal(each) for each in (SIGINT, SIGTERM)]
     with interrupt.stop_on_signal() as stop:

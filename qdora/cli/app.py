@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -23,7 +23,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 import qdora
-from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named, not_one_of, not_there
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named, not_one_of, refuse
 from qdora.files.atomic import json_value
 from qdora.files.console import END_SIGNALS, is_told_here, leave_closed_terminal, show_only
 from qdora.files.machine import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
@@ -153,7 +153,7 @@ def set_up_output() -> None:
     show_only(progress=not _asked["quiet"], results=not _asked["json"])
 
 
-def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
+def end_as_by_ctrl_c() -> None:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what they end is cleaned up and says what is safe.
 
     A process of a launch keeps the defaults: its launcher ends it after another one has failed, whose reason counts.
@@ -163,7 +163,7 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
         leave_closed_terminal(number)
         signal.default_int_handler(number, frame)
 
-    for number in END_SIGNALS if "WORLD_SIZE" not in environment else ():
+    for number in END_SIGNALS if "WORLD_SIZE" not in os.environ else ():
         if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
 
@@ -342,13 +342,10 @@ def report(
         from qdora.study.report import report_run
 
         emit(report_run(directory, out))
-    elif (directory / "recipe.yaml").is_file():
+    else:
         from qdora.run.report import page_of_run
 
         emit(page_of_run(directory, out))
-    else:
-        kind = "a run (it has no recipe.yaml) or a study (no study.json)"
-        raise UserError(not_there(directory, kind, "name a directory of 'qdora train' or 'qdora study'."))
 
 
 @verb
@@ -360,8 +357,7 @@ def validate(recipe: Recipe, options: Changes) -> None:
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
     loaded = load_recipe(recipe, options.set)
-    if faults := missing_files(loaded, recipe):
-        raise UserError(*faults)
+    refuse(missing_files(loaded, recipe))
     emit(settings(loaded), plain=resolved_yaml(loaded))
 
 

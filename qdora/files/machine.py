@@ -66,7 +66,7 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 def cpu_name() -> str:
     found = re.search(r"^model name\s*: (.*)$", _system_text("/proc/cpuinfo"), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    return found[1] if found else platform.machine()
 
 
 def cpu_has_bfloat16() -> bool:
@@ -142,11 +142,11 @@ def driver_version() -> str | None:
 
 def check_gpu() -> None:
     """UserError if a run would compute on the CPU though this machine has a GPU."""
-    if (found := unused_gpu()) is not None:
-        raise UserError("{}. Fix: {}.".format(*found))
+    if (fault := unused_gpu()) is not None:
+        raise UserError(fault)
 
 
-def unused_gpu() -> tuple[str, str] | None:
+def unused_gpu() -> str | None:
     """Why torch can use no GPU though this machine has one of NVIDIA's, and what to do about it; else None."""
     import torch
 
@@ -161,7 +161,7 @@ def unused_gpu() -> tuple[str, str] | None:
         why = first_line(error).rstrip(".")
     versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver}"
     fix = "install a driver and a torch that fit, or put CUDA_VISIBLE_DEVICES= before qdora to use the CPU"
-    return f"torch cannot use the NVIDIA GPU: {why} ({versions})", fix
+    return f"torch cannot use the NVIDIA GPU: {why} ({versions}). Fix: {fix}."
 
 
 def user_path(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from qdora.errors import Interrupted, RunFailure, UserError, first_line, named, not_there
+from qdora.errors import Interrupted, RunFailure, UserError, first_line, named, not_there, refuse
 from qdora.files.atomic import (
     atomic_directory,
     atomic_write_bytes,
@@ -272,8 +272,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         must = f"must be {was!r}{' or more' if can_rise and was is not None else ''}, as when the run started"
         moved = f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {got}" else ""
         faults.append(f"{path}: {key}: {must} (got {got!r}). Fix: start another --run-dir{moved}.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     _clear(path)
     if run.recipe_file.read_text(encoding="utf-8") != recipe:
         atomic_write_text(run.recipe_file, recipe)
@@ -286,7 +285,7 @@ def open_run(path: Path) -> RunDirectory:
     """A finished or interrupted run. UserError if there is none."""
     run = RunDirectory(path)
     if not run.recipe_file.is_file():
-        raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name an earlier --run-dir."))
+        raise UserError(not_there(path, "a run (it has no recipe.yaml)", "name the directory of a run."))
     return run
 
 

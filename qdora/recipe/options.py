@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines
 
 GgufType = Literal[
@@ -16,8 +16,6 @@ GgufType = Literal[
 ]
 CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 """Types that llama.cpp's converter writes; its quantiser makes the others from a file in f16."""
-LEAST_DRAWS = 8
-"""Of `qdora rank --draws`: fewer tell the worth of a component too roughly."""
 Dtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
@@ -41,8 +39,7 @@ class Options(BaseModel):
             super().__init__(**given)
         except ValidationError as error:
             raise UserError(*(f"{flag(key)}: {what}" for key, what in fault_lines(error, given))) from None
-        if faults := list(self.faults()):
-            raise UserError(*faults)
+        refuse(list(self.faults()))
 
     def has(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)
@@ -226,7 +223,7 @@ class EvalOptions(WhichOrBase):
     text: tuple[Path, ...] = ()
     """Measure the perplexity of this text file; repeatable."""
     like: Path | None = None
-    """For a model: use the data of this run, and also show the run's results."""
+    """For a model: use the data of this run."""
     method: Literal["loglikelihood", "generate"] | None = None
     """loglikelihood, or generate: also score generated answers. Default: eval.method of the run."""
     harness: tuple[Text, ...] = ()
@@ -312,7 +309,7 @@ class RankSettings(AtStep):
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if 0 < self.draws < LEAST_DRAWS:
-            yield f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}."
+        if 0 < self.draws < 8:  # fewer tell the worth of a component too roughly
+            yield f"--draws: got {self.draws}, must be 0 (exact) or at least 8."
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
             yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd (or --threshold)."

@@ -19,14 +19,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, nearest, refuse
 from qdora.files.atomic import masked
 from qdora.files.machine import user_path
 from qdora.files.run_directory import flat, is_below, open_run
 from qdora.recipe.data_settings import (
     CHAT_FORMATS,
     COMMONSENSE_TASKS,
-    FILE_SUFFIXES,
     absolute_pattern,
     has_file_ending,
     is_path,
@@ -86,8 +85,8 @@ def recipe_of_run(path: Path) -> Recipe:
     """The recipe of a run, whose model is still where it was."""
     file = open_run(path).recipe_file
     recipe, start = load_recipe(file), f"{file}: model."
-    if moved := [fault for fault in missing_files(recipe, str(file)) if fault.startswith(start)]:
-        raise UserError(*(f"{fault} Fix: if it was moved, write its new path into {file}." for fault in moved))
+    moved = [fault for fault in missing_files(recipe, str(file)) if fault.startswith(start)]
+    refuse([f"{fault} Fix: if it was moved, write its new path into {file}." for fault in moved])
     return recipe
 
 
@@ -113,9 +112,9 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
         leaves = [f"{key}: {value}" for key, value in flat(data).items()]
     except RecursionError:
         raise UserError(f"{where}: an alias contains itself.") from None
-    if secrets := [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]:
-        what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
-        raise UserError(*(f"{where}: {path}: {what}" for path in secrets))
+    secrets = [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]
+    what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
+    refuse([f"{where}: {path}: {what}" for path in secrets])
     data = copy.deepcopy(data)
     _make_absolute_(data, Path.cwd())
     try:
@@ -123,10 +122,9 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
         lines = list(_faults(recipe))
     except ValidationError as error:
         lines = fault_lines(error, data)
-    if lines:
-        given = [item.partition("=")[0].strip() for item in overrides]
-        placed = [("-s" if is_below(key, given) else where, key, what) for key, what in lines]
-        raise UserError(*(": ".join(filter(None, line)) for line in placed))
+    given = [item.partition("=")[0].strip() for item in overrides]
+    placed = [("-s" if is_below(key, given) else where, key, what) for key, what in lines]
+    refuse([": ".join(filter(None, line)) for line in placed])
     return recipe
 
 
@@ -207,30 +205,28 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = 
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
-        where = f"-s {one_line(item)}"
         try:
             key, value = key_and_value(item)
-            steps, given[key] = _steps(key), value
+            *steps, last = _steps(key)
             here: Any = changed
-            for step in steps[:-1]:
+            for step in steps:
                 if isinstance(here, dict) and here.get(step) is None:
                     here[step] = {}
                 here = here[step]
-            here[steps[-1]] = given[key]
+            here[last] = given[key] = value
         except UserError as error:
             wrong += error.faults
         except (IndexError, KeyError, TypeError):
-            wrong.append(f"{where}: the recipe has nothing called {masked(key)}.")
-    if wrong:
-        raise UserError(*wrong)
+            wrong.append(f"-s {one_line(item)}: the recipe has nothing called {masked(key)}.")
+    refuse(wrong)
     for pair in (("steps", "epochs"), ("tokens_per_step", "batch")):
         for one, other in itertools.permutations(pair):
             if given.get(f"train.{one}") is not None and f"train.{other}" not in given:
                 changed["train"].pop(other, None)
     disabled = {key: why for key, why in ignored(changed).items() if not is_below(key, given)} if given else {}
     for key in sorted(disabled.keys() - (ignored(data) if disabled else {})):
-        head, _, last = key.rpartition(".")
-        value = _inner(changed, head).pop(last)
+        head, _, name = key.rpartition(".")
+        value = _inner(changed, head).pop(name)
         logger.log(level, "%s %s is dropped from the recipe: %s.", key, shown(value), disabled[key])
     return changed
 
@@ -404,7 +400,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     train, memory, prune, gates, added = recipe.train, recipe.memory, base.prune, adapter.gates, model.add_tokens
     full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
     away, stream, micro = base.residency != "device", data.has_stream, train.micro_batch_tokens
-    measured, gptq = base.measured, base.method == "gptq"
+    gptq = base.method == "gptq"
     matrices = adapter.also_train and adapter.also_train_rows == "all"
     untrained = added and not full and not nothing and "embed_tokens" not in adapter.also_train
     is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
@@ -416,7 +412,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
          model.trust_remote_code and not is_pinned),
         ("model.dtype", "not be float16 with adapter.also_train_rows all", model.dtype == "float16" and matrices),
         ("model.add_tokens", "be empty with adapter.kind none, and where base.prune.method or base.method measures",
-         added and (nothing or measured)),
+         added and (nothing or base.measured)),
         ("adapter.also_train", "hold embed_tokens with model.add_tokens", untrained),
         ("adapter.also_train_rows", "be all without model.add_tokens", adapter.also_train and not (added or matrices)),
         ("base.residency", "be device with base.quant none and with base.prune", away and not is_packed),
@@ -448,9 +444,6 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
             ("base.prune.pattern", "not be rows with sparsegpt and base.method gptq",
              gptq and prune.method == "sparsegpt" and prune.pattern == "rows"),
         ]  # fmt: skip
-    if measured is not None:
-        rows.append((f"{measured[0]}.text", "be a text file with a streamed source",
-                     measured[1].text == "mix" and stream))  # fmt: skip
     if gates is not None:
         largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)
         rows += [
@@ -464,14 +457,9 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ]  # fmt: skip
     for index, source in enumerate(data.mix):
         where, weighted = f"data.mix[{index}]", data.strategy == "weights"
-        is_shared = len(data.mix) > 1 and data.strategy in ("proportional", "temperature")
-        # Parquet files say how many rows they have, and data sets of the Hub may
-        is_counted = (is_shared or source.max_epochs) and (source.source or "").lower().endswith(FILE_SUFFIXES[1:])
         rows += [
             (f"{where}.source", "be set, or task, but not both", (source.source is None) == (source.task is None)),
             (f"{where}.weight", "be set with data.strategy weights", weighted and source.weight is None),
             (f"{where}.name", f"differ from that of another source ({source.label})", source.label in labels[:index]),
-            (f"{where}.size", f"be given for files but Parquet with data.strategy {data.strategy} or max_epochs",
-             source.stream and source.size is None and is_counted),
         ]  # fmt: skip
     return rows

@@ -92,11 +92,6 @@ def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settin
     return settings.model_copy(update=changed)
 
 
-def dotted(steps: Sequence[int | str]) -> str:
-    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit', without access tokens."""
-    return masked("".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix("."))
-
-
 def one_line(text: str) -> str:
     """Text of a library, without access tokens."""
     return masked(" ".join(text.split()))
@@ -111,8 +106,9 @@ def shown(value: Any) -> str:
     """A given value as in a recipe, text in quotes: at most 60 characters, without access tokens."""
     try:
         given = value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
-        flow = yaml.safe_dump(given, default_flow_style=True, width=10**6)
-        text = repr(value) if isinstance(value, str) else flow.removesuffix("\n...\n").strip()
+        text = repr(given)
+        if not isinstance(given, str):
+            text = yaml.safe_dump(given, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     except (yaml.YAMLError, ValueError, RecursionError):  # a Decimal, an integer of 5,000 digits
         text = f"a value of type {type(value).__name__}"
     text = masked(text)
@@ -131,15 +127,15 @@ def fault_lines(error: ValidationError, data: Any) -> list[Fault]:
 
 def _path(detail: ErrorDetails, data: Any) -> str:
     """The place in the document, without the members of unions that were tried."""
-    steps: list[int | str] = []
+    steps = ""
     for step in detail["loc"]:
         try:
             data = data[step]
         except (KeyError, IndexError, TypeError):
             if detail["type"] != "missing" or step is not detail["loc"][-1]:
                 continue
-        steps.append(step)
-    return dotted(steps)
+        steps += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return masked(steps.removeprefix("."))
 
 
 def _reason(path: str, details: Sequence[ErrorDetails]) -> str:

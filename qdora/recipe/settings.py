@@ -256,11 +256,6 @@ class AdapterConfig(Section):
         return "LoftQ's adapter" if self.init == "loftq" else None
 
     @property
-    def start_label(self) -> Literal["base", "start"]:
-        """How the model before the first step is called in results."""
-        return "base" if self.start_in_words is None else "start"
-
-    @property
     def has_own_ranks(self) -> bool:
         """Whether some layers may have another rank than `rank`."""
         return bool(self.rank_pattern) or self.experts.rank is not None

@@ -16,16 +16,16 @@ _IN_OWN_PROCESS = "import sys; from qdora.run.doctor import kernel_error; sys.ex
 
 
 def report() -> dict[str, Any]:
-    """`environment` with driver, kernels, free memory and disk, and `problems`, each with advice, as JSON values."""
+    """`environment` with driver, kernels, free memory and disk, and `problems`, as JSON values."""
     unused, works = unused_gpu(), kernels()
-    faults = [f"bitsandbytes does not work on {device}: {error}" for device, error in works.items() if error]
-    problems = ([unused] if unused else []) + [(fault, "pip install -U bitsandbytes") for fault in faults]
+    text, fix = "bitsandbytes does not work on", "Fix: pip install -U bitsandbytes"
+    problems = [f"{text} {device}: {error}. {fix}" for device, error in works.items() if error]
     return environment() | {
         "driver": driver_version(),
         "bitsandbytes": works,
         "available_memory_bytes": available_memory_bytes(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "problems": [{"problem": problem, "advice": advice} for problem, advice in problems],
+        "problems": [*([unused] if unused else []), *problems],
     }
 
 

@@ -178,7 +178,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     model["dtype"] = {torch.bfloat16: "auto", torch.float16: "float16"}.get(base_config.dtype, "float32")
     sizes = {"rank": lora.r, "alpha": lora.lora_alpha, "rank_stabilized": lora.use_rslora}
     document = {
-        "model": {key: value for key, value in model.items() if value is not None},
+        "model": model,
         "base": base,
         "adapter": {"kind": described.kind, **sizes},
         "data": {"mix": [{"task": task} for task in DEMO_TASKS]},

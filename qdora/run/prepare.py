@@ -28,7 +28,7 @@ from qdora.data.sources import (
     tokenized_mix,
 )
 from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, refuse
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
 from qdora.evaluate.suite import spread
@@ -85,8 +85,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
     With `force` a plan over memory.budget is a warning.
     """
-    if faults := missing_files(recipe, where):
-        raise UserError(*faults)
+    refuse(missing_files(recipe, where))
     compute = choose_compute(recipe.model.dtype)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
@@ -121,8 +120,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     faults += [f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'" for name in missing]
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
@@ -131,7 +129,12 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if processes.size > 1:
         facts: dict[str, Any] = {"training data": loader.fingerprint, "number of steps": num_steps}
         facts["validation data"] = {name: list(map(repr, examples)) for name, examples in validation.items()}
-        _check_alike(processes, facts | {"base": base_record(source)})
+        facts["base"] = base_record(source)
+        mine = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in facts.items()}
+        first, *others = processes.gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            if different := [what for what in facts if theirs[what] != first[what]]:
+                raise UserError(f"process {rank} has another {' and another '.join(different)} than process 0.")
     return PreparedRun(
         given=recipe,
         recipe=applied,
@@ -164,8 +167,6 @@ def _data_faults(
     if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
         faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
-    if asked.every is not None and asked.tasks is None and not validation:
-        faults.append(f"eval.every: got {asked.every}, but no source has validation data.")
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
@@ -178,14 +179,13 @@ def _data_faults(
 
 def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
     """Sources with a token that the embedding has no row for; `num_added` new tokens get rows. Not of streams."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    faults = []
-    for part in (part for part in sources if isinstance(part, TokenizedSet)):
-        largest = max((int(example.input_ids.max()) for example in part.examples), default=0)
-        if size is not None and largest >= size + num_added:
-            text = f"has token id {largest:,}, and the model's embedding has {size:,} rows."
-            faults.append(f"model.tokenizer: source {part.name!r} {text}")
-    return faults
+    size, sets = config.get_text_config().vocab_size, [part for part in sources if isinstance(part, TokenizedSet)]
+    largest = {part.name: max(int(example.input_ids.max()) for example in part.examples) for part in sets}
+    return [
+        f"model.tokenizer: source {name!r} has token id {id:,}, and the model's embedding has {size:,} rows."
+        for name, id in largest.items()
+        if id >= size + num_added
+    ]
 
 
 def scored_examples(
@@ -197,14 +197,6 @@ def scored_examples(
         return {}
     names = evaluated_sources(recipe, validation)
     return {name: spread(validation.get(name, ()), asked.limit, asked.block) for name in names}
-
-
-def _check_alike(processes: Processes, facts: dict[str, Any]) -> None:
-    digests = {what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in facts.items()}
-    first, *others = processes.gather(digests)
-    for rank, theirs in enumerate(others, 1):
-        if different := [what for what in facts if theirs[what] != first[what]]:
-            raise UserError(f"process {rank} has another {' and another '.join(different)} than process 0.")
 
 
 _NEAR = 4  # a stop token among the last tokens of an answer ends it: some templates write a line end behind it
@@ -252,10 +244,9 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
         examples = part.examples
         ends = [end for example in _some(examples) for end in _ends(example, stops, data)]
         if ends:
-            text = (
-                f"{part.name}: {ends.count(False):,} of {len(ends):,} answers do not end with a stop token ({names})."
-            )
-            checks.append(Check("warning" if 2 * ends.count(False) > len(ends) else "passed", text))
+            missing = ends.count(False)
+            text = f"{part.name}: {missing:,} of {len(ends):,} answers do not end with a stop token ({names})."
+            checks.append(Check("warning" if 2 * missing > len(ends) else "passed", text))
         empty = sum(not example.loss_mask.any() for example in examples)
         text = f"{part.name}: {empty:,} of {len(examples):,} examples have no token in the loss."
         checks.append(Check("warning" if empty else "passed", text))
@@ -296,11 +287,14 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     examples = [example for part in sources for example in _some(part.examples)]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
-    read = np.unique(np.concatenate([example.input_ids for example in examples])).tolist()
-    learnt = np.unique(np.concatenate([example.input_ids[example.loss_mask] for example in examples])).tolist()
-    names = [tokenizer.convert_ids_to_tokens(id) for id in untrained_rows(model, read, learnt)]
-    if not names:
+    read = np.concatenate([example.input_ids for example in examples])
+    learnt = read[np.concatenate([example.loss_mask for example in examples])]
+    ids = untrained_rows(model, *(np.unique(each).tolist() for each in (read, learnt)))
+    if not ids:
         return []
-    text = f"the training data has tokens that the base never learnt: {first_few(names, 8)}. Their rows are zero, and "
-    text += "an adapter does not change them. Fix: name the instruct version in model.source, or train them "
+    names = first_few(tokenizer.convert_ids_to_tokens(ids), 8)
+    text = (
+        f"the training data has tokens that the base never learnt: {names}. Their rows are zero, and an adapter does "
+    )
+    text += "not change them. Fix: name the instruct version in model.source, or train them "
     return [Check("warning", f"{text}(adapter.also_train_rows: all).")]

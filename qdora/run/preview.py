@@ -16,7 +16,7 @@ from qdora.data.chats import set_chat_date
 from qdora.data.sources import draw, open_shards, train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample, TokenizedSet, text_batches
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model
 from qdora.recipe.data_settings import DataConfig
@@ -26,7 +26,7 @@ from qdora.run.prepare import example_checks
 
 _MOST_ROWS = 2000  # of a source that are read, in seconds
 _HALF = 200  # tokens of an example that are shown from its beginning, and from its end
-_QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
+_QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 
 
@@ -36,18 +36,16 @@ def preview(recipe: Recipe, where: str, num_shown: int, *, console: Console | No
     Returns JSON values: the `sources` with `num_shown` examples each, and `is_refused`, whether a run would end before
     its first step.
     """
-    if faults := missing_files(recipe, where):
-        raise UserError(*faults)
+    refuse(missing_files(recipe, where))
     _, tokenizer = find_model(recipe, weights=False)
     set_chat_date(tokenizer, date.today().isoformat())
-    data, sources = recipe.data, list[dict[str, Any]]()
+    data, sources, faults = recipe.data, list[dict[str, Any]](), list[str]()
     for number in range(len(data.mix)):
         try:
             sources.append(_preview_source(data, number, tokenizer, num_shown))
         except UserError as error:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     whole = (source for source in sources if source["drawn"] != "first")
     is_refused = any(source["faults"] or not source["num_examples"] for source in whole)
     _, results = consoles(console)
@@ -153,12 +151,12 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
 
 def _tokens(example: Mapping[str, Any]) -> Text:
     text, pieces = Text(), example["pieces"]
+    learnt = [False, *(piece["in_loss"] for piece in pieces), False]
     for number, piece in enumerate(pieces):
         if example["left_out"] and number == _HALF:
             text.append(f" … {example['left_out']} tokens … ", style="dim")
         shown = visible(piece["text"])
-        before = number > 0 and pieces[number - 1]["in_loss"]
-        after = number + 1 < len(pieces) and pieces[number + 1]["in_loss"]
+        before, after = learnt[number], learnt[number + 2]
         words = shown.removesuffix("\n")
         words = f"«{words}»" if piece["is_special"] else words
         words = ("⟦" if piece["in_loss"] > before else "") + words + ("⟧" if piece["in_loss"] > after else "")

@@ -108,7 +108,7 @@ def run_card(
         is_multimodal=is_multimodal,
         has_own_code=has_code,
         training=markdown_table(("setting", "value"), [*training.items()]),
-        data=[markdown_cell(_data(part)) for part in data],
+        data=[(markdown_cell(part.label), _data_id(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
         texts=[*_licence_files(source)],
@@ -204,11 +204,6 @@ def _data_id(source: SourceConfig) -> str | None:
     if source.task in HUB_TASKS:
         return HUB_TASKS[source.task].id
     return None if source.source is None or is_path(source.source) else source.source
-
-
-def _data(source: SourceConfig) -> str:
-    id_ = _data_id(source)
-    return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"
 
 
 # The page

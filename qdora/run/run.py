@@ -176,13 +176,14 @@ def base_of_run(
 
 def check_model(model: PreTrainedModel, processes: Processes, prepared: PreparedRun) -> PackedLayout | None:
     """Try the adapted model before its first step; returns how micro-batches are packed. All processes call this."""
-    layout, checks = None, list[Check]()
+    layout, texts = None, []
     if prepared.recipe.data.packing:
         layout, text = packed_layout(model)
-        checks.append(Check("passed", text))
+        texts.append(text)
     if (divided := check_division(model, processes)) is not None:
-        checks.append(Check("passed", divided))
+        texts.append(divided)
     if processes.is_first:
+        checks = [Check("passed", text) for text in texts]
         if not processes.shards:
             checks += token_checks(model, prepared.loader.tokenised, prepared.tokenizer)
         for check in checks:
@@ -222,16 +223,12 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         template = str(prepared.tokenizer.chat_template)
         given = with_settings(given, data={"chat_template": CHAT_TEMPLATE_FILE})
 
-    def record() -> dict[str, Any]:
-        facts = environment() | {"base": base_record(prepared.source), "chat_date": prepared.chat_date}
-        # The whole of a divided base may not fit on the one device of a later command
-        is_divided = prepared.recipe.train.divides_base
-        facts["residency"] = residency_of(given if is_divided else prepared.recipe)
-        if processes.size > 1:
-            facts["num_processes"] = processes.size
-        if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
-            facts["trained_part"] = TRAINED_PART
-        return facts
+    # The whole of a divided base may not fit on the one device of a later command
+    residency = residency_of(given if prepared.recipe.train.divides_base else prepared.recipe)
+    facts = {**environment(), "chat_date": prepared.chat_date, "residency": residency}
+    facts |= {"base": base_record(prepared.source), "num_processes": processes.size}
+    if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
+        facts["trained_part"] = TRAINED_PART
 
     def opened() -> None:
         if resume:
@@ -244,9 +241,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
                 prepared.loader.check_state(state)
             if before.data.chat_template is not None:
                 before = with_settings(before, data={"chat_template": CHAT_TEMPLATE_FILE})
-            resume_run(directory, resolved_yaml(given), record(), before=resolved_yaml(before))
+            resume_run(directory, resolved_yaml(given), facts, before=resolved_yaml(before))
         else:
-            create_run(directory, resolved_yaml(given), record())
+            create_run(directory, resolved_yaml(given), facts)
         if template is not None:
             atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), template)
 

@@ -30,7 +30,7 @@ from qdora.data.sources import (
     trained_on,
 )
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
-from qdora.errors import UserError, not_one_of
+from qdora.errors import UserError, not_one_of, refuse
 from qdora.evaluate.generation import evaluate_generated, generate, generation_faults, generation_table
 from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluate.perplexity import read_texts, text_perplexity
@@ -46,7 +46,7 @@ from qdora.recipe.options import EvalOptions, GenerateOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
-from qdora.train.evals import state_step, stored_results
+from qdora.train.evals import state_step
 
 logger = logging.getLogger("qdora")
 
@@ -81,9 +81,8 @@ def evaluate_target(
     place = None if of_folder else place_of(str(options.data))
     split = None if place is not None and not has_splits(place) else options.split or "validation"
     examples = _examples(options, recipe, place, split, by_name=generates)
-    if generates and (faults := generation_faults(examples)):
-        raise UserError(*faults)
-    name = _kept_as(options, split)
+    if generates:
+        refuse(generation_faults(examples))
     scored: dict[str, Any] = {"limit": options.limit, "block": None}
     if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
         scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
@@ -92,24 +91,19 @@ def evaluate_target(
     if options.like is not None and recipe is not None:
         set_chat_date(tokenizer, chat_date_of(options.like))
         set_chat_settings(tokenizer, template_kwargs=dict(recipe.data.template_kwargs))
-    shown = "adapter" if loaded.run is not None and label == "final" else label
     document: dict[str, Any] = {"target": target, "label": label, "split": split}
     if examples:
-        beside = {}
-        if recipe is not None and options.like is not None and options.data is None and split == "validation":
-            beside = stored_results(open_run(options.like), recipe.adapter.start_label)
         with bar(progress, f"evaluating {label}") as update:
             found = evaluate(model, tokenizer, examples, **scored, progress=update)
-        results.print(compare_table(beside | {shown: found}))
+        results.print(compare_table({label: found}))
         read = {} if options.data is None else {"data": place_of(options.data)}
-        _keep(loaded, name, read | found.to_dict(per_example=True))
+        _keep(loaded, _kept_as(options, split), read | found.to_dict(per_example=True))
         document["evaluation"] = found.to_dict()
-        document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
         with bar(progress, f"answers of {label}") as update:
             answers = evaluate_generated(model, tokenizer, examples, **scored, progress=update)
-        results.print(generation_table({shown: answers}))
-        _keep(loaded, f"{name}-generated", answers.to_dict(per_example=True))
+        results.print(generation_table({label: answers}))
+        _keep(loaded, f"{_kept_as(options, split)}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
     if texts:
         document["perplexity"] = perplexity = text_perplexity(model, tokenizer, texts)
@@ -169,8 +163,7 @@ def _examples(
     own = [task for task in asked if options.data is None or task not in COMMONSENSE_TASKS]
     known = {} if recipe is None else run_examples(recipe, split, own)
     names = list(dict.fromkeys([*known, *TASKS]))
-    if faults := [not_one_of("--tasks", task, names) for task in asked if task not in names]:
-        raise UserError(*faults)
+    refuse([not_one_of("--tasks", task, names) for task in asked if task not in names])
     folder = None if options.data is None else user_path(options.data)
     return {
         task: known[task] if task in known else task_examples(task, split=split, data=folder, by_name=by_name)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.evaluate.generation import GenerationResult, evaluate_generated
 from qdora.evaluate.spans import batches_shared
-from qdora.evaluate.suite import EvaluationResult, by_task, evaluate, spread
+from qdora.evaluate.suite import EvaluationResult, evaluate, spread
 from qdora.files.atomic import read_json_object
 from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory, checkpoint_fault
@@ -47,7 +47,7 @@ class StepEvaluations:
     ) -> None:
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self._settings, self._directory, self._console = recipe.eval, directory, console
-        self.start = recipe.adapter.start_label
+        self.start = "start" if recipe.adapter.start_in_words else "base"
         self.results: dict[str, EvaluationResult] = {}
         self.generated: dict[str, GenerationResult] = {}
 
@@ -215,19 +215,6 @@ def adapter_in_words(run: RunDirectory) -> str:
         return "final"
     stopped = ", stopped early" if record["num_done"] < record["num_steps"] else ""
     return f"{best_in_words(record)} of {record['num_done']} steps{stopped}"
-
-
-def stored_results(run: RunDirectory, start: str) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept, `start` and "adapter"; only the latter if their examples differ."""
-    files = {start: run.evaluation_file(0)}
-    if step := adapter_step(run):
-        files["adapter"] = run.evaluation_file(step)
-    results = {label: read_result(file) for label, file in files.items() if file.is_file()}
-    if len(results) == 2:
-        one, other = (by_task(result.per_example) for result in results.values())
-        if {task: {*rows} for task, rows in one.items()} != {task: {*rows} for task, rows in other.items()}:
-            del results[start]
-    return results
 
 
 def read_result(file: Path) -> EvaluationResult:
