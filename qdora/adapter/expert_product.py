@@ -8,7 +8,7 @@ torch has a kernel for it or they have equally many tokens (`padded_tokens`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -72,11 +72,6 @@ class ExpertTokens:
         self.routed = self.counts if routed is None else tuple(routed)
         self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
         self._on_device: CountsOnDevice | None = None
-
-    @classmethod
-    def one_for_each(cls, experts: Collection[int], num_experts: int) -> ExpertTokens:
-        """One token for each of some experts."""
-        return cls([int(expert in experts) for expert in range(num_experts)])
 
     @cached_property
     def reached(self) -> tuple[Run, ...]:

@@ -135,7 +135,7 @@ class AdaptedExperts(AdaptedLinear):
 
     @property
     def _all(self) -> ExpertTokens:
-        return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
+        return ExpertTokens([1] * self.num_experts)
 
     def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
         """The gain, right for the experts that have tokens."""
@@ -144,10 +144,10 @@ class AdaptedExperts(AdaptedLinear):
             return None
         factors, settings = self.norm_state(dtype)
         norm, known = self.kept_norm.get(factors, settings, lambda: (torch.ones_like(magnitude), set()))
-        missing = [expert for expert in tokens.experts if expert not in known]
+        missing = set(tokens.experts) - known
         if missing:
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
-                tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
+                tokens = ExpertTokens([int(expert in missing) for expert in range(self.num_experts)])
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
                 found = self._norms(tokens, self.lora_A.detach(), self.gated_B().detach(), dtype)
                 norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))

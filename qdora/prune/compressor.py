@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
@@ -27,6 +26,7 @@ from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
     Loading,
     Quantization,
+    block_list,
     layers_to_quantize,
     load_config,
     place_all,
@@ -76,7 +76,10 @@ class Compressor:
         if any(isinstance(item, StoredPacked) for item in load.stored.values()):
             setting = "method" if self.base.prune is None else "prune"
             raise UserError(f"base.{setting}: the checkpoint is already quantised. Fix: name one in full precision.")
-        path, blocks = _decoder_blocks(load.model)
+        found = block_list(load.model)
+        if found is None:
+            raise UserError(f"base: {load.model.config.model_type} has no list of blocks.")
+        path, blocks = found
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")
             if item is not None and self.pattern is not None and name.startswith(f"{path}."):
@@ -96,9 +99,8 @@ class Compressor:
                 self._compress(load, index, tensors, {})
                 block.to_empty(device="meta")
         if self.calibration is not None:
-            inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
             with evaluation_mode(load.model):
-                inner(input_ids=self.calibration.to(load.device), use_cache=False)
+                load.model.base_model(input_ids=self.calibration.to(load.device), use_cache=False)
 
     def _through_block(
         self, load: Loading, index: int, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
@@ -211,14 +213,6 @@ class Compressor:
 def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
     """Of the layers among a block's tensors."""
     return [path for name in tensors if (path := name.removesuffix(".weight")) in load.layers]
-
-
-def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise UserError(f"base: {model.config.model_type} has no list of its {count} blocks.")
 
 
 @contextmanager

@@ -36,11 +36,19 @@ _INT4 = tuple(code / 7 for code in range(-7, 8))
 # The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude is half a step beside the outer values.
 _INT3 = tuple((code - 4) / 3.5 for code in range(8))
 _INT2 = tuple((code - 2) / 1.5 for code in range(4))
-# Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a
-# second zero, positive as in bitsandbytes' table.
-_FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# Codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as there.
+_FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # The same of MXFP4's codes. Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES: dict[str, tuple[float, ...]] = {
+    "nf4": _NF4,
+    "nf3": _NF3,
+    "nf2": _NF2,
+    "int4": _INT4,
+    "int3": _INT3,
+    "int2": _INT2,
+}
+_VALUES |= {"fp4": (*_FP4, *(0.0 - value for value in _FP4)), MXFP4: (*_E2M1, *(-value for value in _E2M1))}
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
@@ -48,14 +56,7 @@ _CELLS_PER_UNIT = 1024
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; int3: [-8/7,
     6/7]; int2: [-4/3, 2/3]; mxfp4: [-6, 6])."""
-    if kind == MXFP4:
-        magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=device)
-        return torch.cat([magnitudes, -magnitudes])
-    if kind == "fp4":
-        positive = [value / 12 for value in _FP4_TIMES_12]
-        return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
-    values = {"nf4": _NF4, "nf3": _NF3, "nf2": _NF2, "int4": _INT4, "int3": _INT3, "int2": _INT2}[kind]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(_VALUES[kind], dtype=torch.float32, device=device)
 
 
 # (kind, device) -> `resident_values`. A table made under FakeTensorMode would break every later call.
