@@ -80,9 +80,8 @@ class FrozenExperts(FrozenLinear):
         dense = dequantize(packed_rows(weight, slice(first, last)), dtype)
         return dense[rows.start - first : rows.stop - first]
 
-    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:  # type: ignore[override]
         """(tokens, in), sorted by expert -> (tokens, out)."""
-        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
         return frozen_stack(x, self.stored_weight, tokens, self.bias)
 
 
@@ -113,9 +112,8 @@ class AdaptedExperts(AdaptedLinear):
         experts, rows = self.num_experts, self.expert_features
         return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
 
-    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:  # type: ignore[override]
         """(tokens, in), sorted by expert -> (tokens, out)."""
-        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
         bias, dropout, x = self.base.bias, self.present_dropout, x.to(product_dtype(x)).contiguous()
         call = StackCall(
             self.base.stored_weight,
