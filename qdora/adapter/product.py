@@ -324,8 +324,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = da = db = dm = None
         with without_autocast(dy.device):
             if need_m:
-                assert operands.gain is not None, "a magnitude comes with its gain"
-                dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)
+                dm = column_dot(dy, out.reshape(dy.shape), operands.gain.inverse_magnitude)  # type: ignore[union-attr]
             # `out` and `x` go as soon as they have been read: 59 MiB at the peak of a 7B model's step.
             del out
             if call.keep_bits is not None:

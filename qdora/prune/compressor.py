@@ -132,7 +132,6 @@ class Compressor:
     def _compress(
         self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
     ) -> None:
-        assert load.progress is not None
         layers, records = dict[str, FrozenLinear](), dict[str, dict[str, Any]]()
         stacks, is_plain = dict[int, list[str]](), self.base.method == "gptq" and self.pattern is None
         for place, path in enumerate(_paths(load, tensors)):
@@ -148,7 +147,7 @@ class Compressor:
             for path, value, (weight, mask) in zip(paths, values, done, strict=True):
                 layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
                 records[path] = _record(value, weight, mask)
-                load.progress(1, 1)
+                load.progress(1, 1)  # type: ignore[misc]
             del values, value, measured, done, weight, mask
         if layers:
             self.writer.write(index, layers, records)

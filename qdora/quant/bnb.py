@@ -54,8 +54,6 @@ def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
     codes = weight.reshape(-1).view(torch.uint8)
     tensors = {"packed": codes, "absmax": state["weight.absmax"]}
     if "weight.nested_absmax" in state:
-        if stored["nested_blocksize"] != NESTED_BLOCK_SIZE:
-            raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {stored['nested_blocksize']}.")
         tensors["nested_absmax"] = state["weight.nested_absmax"]
         tensors["nested_code"] = state["weight.nested_quant_map"]
         # Stored as decimal digits of a float32, so this is exact.
