@@ -44,18 +44,10 @@ Value = TypeVar("Value")
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen; (..., in) -> (..., out) in x's dtype, or
     an active autocast's. Differentiable by x any number of times."""
-    if without_graph_or_autocast(x):
-        out = _tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
-    else:
-        x = x.to(product_dtype(x))
-        product = functools.partial(_tiled_product, weight=weight)
-        out = FrozenMap.apply(x.reshape(-1, x.shape[-1]), product, False)  # type: ignore[no-untyped-call, unused-ignore]
+    rows = x.to(product_dtype(x)).reshape(-1, x.shape[-1])
+    product = functools.partial(_tiled_product, weight=weight)
+    out: Tensor = FrozenMap.apply(rows, product, False)  # type: ignore[no-untyped-call, unused-ignore]
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
-
-
-def without_graph_or_autocast(x: Tensor) -> bool:
-    """Whether products of `x` run in its own dtype and without a graph, which would slow down a single token."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -236,9 +228,7 @@ def adapted_linear(
     M: M o (B A) replaces B A. The caller may write into the output.
     """
     call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0)
-    if without_graph_or_autocast(x):
-        out, _ = call.product(x.reshape(-1, x.shape[-1]))
-        return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
+    magnitude = magnitude if torch.is_grad_enabled() else None  # else the output would be kept for its gradient
     x = x.to(product_dtype(x))
     # A flat copy is made here, where the graph keeps it in the place of x, and not in both passes.
     rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
