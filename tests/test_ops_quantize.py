@@ -25,7 +25,7 @@ from qdora.quant.packed import (
     BLOCK_SIZES,
     PackedWeight,
     block_scales,
-    choose_backend,
+    decoder,
     dequantize,
     empty_packed,
     from_tensors,
@@ -59,6 +59,13 @@ def uneven(shape, dtype=torch.float32, seed=0):
     return weight.to(dtype)
 
 
+DECODERS = {"torch": blockwise.dequantize_blocks, "bnb": kernels.dequantize_4bit, "triton": kernels.dequantize_tight}
+
+
+def chosen_for(kind: str, device: torch.device, **form) -> str:
+    return next(name for name, each in DECODERS.items() if each is decoder(kind, device, **form))
+
+
 def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The dense weight by `dequantize`, by plain torch and, where it may be chosen, by bitsandbytes."""
     found = {"auto": dequantize(packed, dtype)}
@@ -66,13 +73,12 @@ def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Ten
         return found | {"torch": blockwise.dequantize_rows(packed.packed, packed.absmax, dtype)}
     form = {"block_size": packed.block_size, "in_features": packed.shape[1], "dtype": dtype}
     codes = {"torch": blockwise, "bnb": kernels, "triton": blockwise}
-    decode = {"torch": blockwise.dequantize_blocks, "bnb": kernels.dequantize_4bit, "triton": kernels.dequantize_tight}
-    for name in {"torch", choose_backend(packed.kind, packed.device, **form)}:
+    for name in {"torch", chosen_for(packed.kind, packed.device, **form)}:
         scales = packed.absmax
         if packed.nested_absmax is not None:
             nested = packed.nested_absmax, packed.nested_code, packed.nested_offset
             scales = codes[name].dequantize_scales(scales, *nested)
-        found[name] = decode[name](
+        found[name] = DECODERS[name](
             packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype
         )
     return found
@@ -320,7 +326,7 @@ def test_layout_and_bytes_are_known_beforehand(kind, shape, block_size, double_q
 @needs_bnb
 def test_the_kernel_is_chosen_only_where_rows_are_whole_blocks(monkeypatch):
     def chosen(kind="nf4", block_size=64, in_features=576, dtype=torch.bfloat16, device=CPU):
-        return choose_backend(kind, device, block_size=block_size, in_features=in_features, dtype=dtype)
+        return chosen_for(kind, device, block_size=block_size, in_features=in_features, dtype=dtype)
 
     assert chosen() == "bnb"
     assert chosen(kind="fp4", in_features=4096, block_size=1024, dtype=torch.float32) == "bnb"
@@ -368,11 +374,11 @@ def test_one_launch_decodes_a_tile_where_triton_runs(kind, monkeypatch, caplog):
     form = {"block_size": 64, "in_features": 64, "dtype": torch.float32}
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "qdora.quant.tight_kernel", None)
-        assert [choose_backend(kind, torch.device("cuda"), **form) for _ in range(2)] == ["torch", "torch"]
+        assert [chosen_for(kind, torch.device("cuda"), **form) for _ in range(2)] == ["torch", "torch"]
     kernels.tight_decoder.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     with kernels.planned_on("cuda"), FakeTensorMode():
-        assert choose_backend(kind, CPU, **form) == "triton"
+        assert chosen_for(kind, CPU, **form) == "triton"
         assert dequantize(empty_packed(kind, (33, 65)), torch.float16).shape == (33, 65)
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -384,7 +390,7 @@ def test_one_launch_decodes_a_tile_where_triton_runs(kind, monkeypatch, caplog):
     shapes, dtypes = [(1, 1), (3, 5), (7, 131), (33, 64), (5, 576)], (torch.float32, torch.float16)
     for shape, dtype in itertools.product(shapes, dtypes):
         packed = quantize(uneven(shape), kind, 16)
-        assert choose_backend(kind, CPU, **form) == "triton"
+        assert chosen_for(kind, CPU, **form) == "triton"
         found = by_backends(packed, dtype)
         assert torch.equal(found["triton"], found["torch"])
 

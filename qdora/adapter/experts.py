@@ -66,6 +66,7 @@ class FrozenExperts(FrozenLinear):
         self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
     ) -> None:
         super().__init__(weight, bias, keep_bits)
+        self.lead = (num_experts,)
         self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
         if isinstance(weight, PackedWeight) and self.expert_features * self.in_features % weight.block_size:
             shape = self.expert_features, self.in_features
@@ -107,10 +108,6 @@ class AdaptedExperts(AdaptedLinear):
     def expert_features(self) -> int:
         """Output features of one expert."""
         return self.base.expert_features
-
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        experts, rows = self.num_experts, self.expert_features
-        return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
 
     def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:  # type: ignore[override]
         """(tokens, in), sorted by expert -> (tokens, out)."""

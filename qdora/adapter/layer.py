@@ -38,7 +38,8 @@ class FrozenLinear(nn.Module):
         self.residency: Any = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
-        self.kind: Any = weight.kind if isinstance(weight, PackedWeight) else "dense"
+        self.lead: tuple[int, ...] = ()  # of a stack the number of its experts, first dimension of an adapter's tensors
+        self.kind: str = weight.kind if isinstance(weight, PackedWeight) else "dense"
         self.block_size = weight.block_size if isinstance(weight, PackedWeight) else 0
         tensors = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight.detach()}
         self._names = tuple(tensors)
@@ -145,7 +146,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
-        shape_a, shape_b, shape_m = self._shapes()
+        lead, rows = base.lead, base.out_features // math.prod(base.lead)
         self.kind: Kind = kind
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
@@ -158,28 +159,25 @@ class AdaptedLinear(nn.Module):
         self.has_cancelled: Tensor | None = None
         self.asks_at_once = False  # `norms.refresh` reads that flag at once: a norm was wrong before
         device = base.device
-        first = torch.empty(shape_a, dtype=torch.float32)
+        first = torch.empty(*lead, rank, base.in_features, dtype=torch.float32)
         if init == "gaussian":
             first.normal_(0.0, 0.01, generator=generator)
         else:
             bound = 1.0 / math.sqrt(base.in_features)
             first.uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(first.to(device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*lead, rows, rank, dtype=dtype, device=device))
         self.magnitude: nn.Parameter | None = None
         self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = base.squared_row_norm().view(shape_m)
+            squared = base.squared_row_norm().view(*lead, rows)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self.kept_norm: Kept[Any] = Kept()  # apart, since the norm is the same while the magnitude alone trains
         self.kept_operands: Kept[Any] = Kept()  # the operands, with the gain
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
-
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (self.rank, self.in_features), (self.out_features, self.rank), (self.out_features,)
 
     @property
     def scaling(self) -> float:

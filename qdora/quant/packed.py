@@ -1,13 +1,13 @@
 """A frozen weight in 2 to 8 bits: the container `PackedWeight`, quantising into it and dequantising from it.
 
-`blockwise` defines the formats. bitsandbytes' kernels dequantise where they give the same bits (`choose_backend`).
+`blockwise` defines the formats. bitsandbytes' kernels dequantise where they give the same bits (`decoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from qdora.quant import blockwise, codebooks, kernels
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "int3", "int2", "mxfp4"]
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -36,7 +35,7 @@ class PackedWeight:
             absmax[block // 256] + offset. Blocks of 256 scales; the dynamic map, (256,); the mean of the scales, ().
     """
 
-    kind: Kind
+    kind: str
     shape: tuple[int, int]
     block_size: int
     packed: Tensor
@@ -100,7 +99,7 @@ def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Ma
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
         raise ValueError(f"{shape} in {kind} must have the tensors {layout}, got {found}.")
-    return PackedWeight(cast(Kind, kind), shape, block_size, **tensors)
+    return PackedWeight(kind, shape, block_size, **tensors)
 
 
 def empty_packed(
@@ -131,7 +130,7 @@ def quantize(
         return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
     tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
-    plain = PackedWeight(cast(Kind, kind), shape, block_size, *tensors)
+    plain = PackedWeight(kind, shape, block_size, *tensors)
     return with_nested_scales(plain, double_quant)
 
 
@@ -172,22 +171,22 @@ def with_nested_scales(plain: PackedWeight, double_quant: bool = True) -> Packed
     return replace(plain, absmax=codes, nested_absmax=absmax, nested_code=code, nested_offset=offset)
 
 
-def choose_backend(
+def decoder(
     kind: str, device: torch.device, *, block_size: int, in_features: int, dtype: torch.dtype
-) -> Literal["torch", "bnb", "triton"]:
+) -> Callable[..., Tensor]:
     """A kernel that gives the bits of the definition, else plain torch: Triton for `codebooks.TIGHT`, or bitsandbytes.
 
     bitsandbytes 0.50.2 on a CPU with AVX512 starts each row at a new block, so a row that begins inside a block decodes
     with a wrong scale, without an error. From block size 2048 on it is slow.
     """
     if kind in codebooks.TIGHT:
-        planned = kernels.device_kind(device) != device.type
-        return "triton" if planned or kernels.tight_decoder(device.type) is not None else "torch"
-    if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
-        return "torch"
-    if kernels.device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048):
-        return "torch"
-    return "bnb" if _has_kernels(device) else "torch"
+        is_planned = kernels.device_kind(device) != device.type
+        runs, kernel = is_planned or kernels.tight_decoder(device.type) is not None, kernels.dequantize_tight
+    else:
+        cuts = kernels.device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048)
+        runs = kind in ("nf4", "fp4") and block_size >= 32 and dtype != torch.float64 and not cuts
+        runs, kernel = runs and _has_kernels(device), kernels.dequantize_4bit
+    return kernel if runs else blockwise.dequantize_blocks
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -205,14 +204,9 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
 def decode_blocks(
     codes: Tensor, scales: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """`blockwise.dequantize_blocks` by the backend that `choose_backend` names."""
-    backend = choose_backend(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
-    decoders = {
-        "torch": blockwise.dequantize_blocks,
-        "bnb": kernels.dequantize_4bit,
-        "triton": kernels.dequantize_tight,
-    }
-    return decoders[backend](codes, scales, kind, block_size, shape=shape, dtype=dtype)
+    """`blockwise.dequantize_blocks` by the `decoder` for it."""
+    decode = decoder(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
+    return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
 
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
