@@ -144,7 +144,7 @@ class AdaptedExperts(AdaptedLinear):
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
                 tokens = ExpertTokens([int(expert in missing) for expert in range(self.num_experts)])
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                found = self._norms(tokens, self.lora_A.detach(), self.gated_B().detach(), dtype)
+                found = self._norms(tokens, dtype)
                 norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
                 known.update(tokens.experts)
         parameters, settings = (*factors, magnitude), (*settings, len(known))
@@ -152,7 +152,8 @@ class AdaptedExperts(AdaptedLinear):
         return result
 
     @torch.no_grad()
-    def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def _norms(self, tokens: ExpertTokens, dtype: torch.dtype) -> Tensor:
+        lora_A, lora_B = self.lora_A.detach(), self.gated_B().detach()
         weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
         shape = self.expert_features, self.in_features
         together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)
@@ -184,8 +185,9 @@ class AdaptedExperts(AdaptedLinear):
                 measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
         return whole
 
-    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
+    def row_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As in `AdaptedLinear`, (experts, out)."""
+        return self._norms(self._all, dtype or self.base.wide_dtype)
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""

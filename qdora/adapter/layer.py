@@ -211,15 +211,11 @@ class AdaptedLinear(nn.Module):
     def operands(self, dtype: torch.dtype) -> Operands:
         """What the products in `dtype` read, made once for each state of the parameters."""
 
-        def norm() -> Tensor:
-            a, b = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
-            return self._norm_of(a, b, dtype)
-
         def made() -> Operands:
             self.dtype = dtype
             own = None
             if self.magnitude is not None:
-                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), norm))
+                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), lambda: self.row_norm(dtype)))
             base = self.base.stored_weight if self.may_keep_scales else None
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
@@ -246,12 +242,11 @@ class AdaptedLinear(nn.Module):
         """Whether `keeps_scales` holds, the base is here, whole, and the adapter is not masked."""
         return self.keeps_scales and not self.masked and not self.base.away and self.base.share is None
 
-    def row_norm(self) -> Tensor:
-        """||W + s B A|| of each row, with the mask on B A, (out,) float32 (float64 for a float64 base)."""
-        return self._norm_of(self.lora_A, self.gated_B(), self.base.wide_dtype)
-
-    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = self.base.stored_weight
+    def row_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """||W + s B A|| of each row, with the mask on B A, (out,) float32 (float64 for a float64 base), with the
+        factors and W A^T in `dtype`."""
+        dtype, weight = dtype or self.base.wide_dtype, self.base.stored_weight
+        lora_A, lora_B = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
         squared = squared_row_norm(weight) if self.base_squared is None else self.base_squared
         bits, s = self._mask_bits, self.scaling
         return row_norm(weight, lora_A, lora_B, s, base_squared=squared, dtype=dtype, keep_bits=bits)

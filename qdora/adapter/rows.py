@@ -61,11 +61,6 @@ class RowEmbedding(nn.Module):
         self.base, self.trained = base, trained
 
     @property
-    def device(self) -> torch.device:
-        """Where the rows go."""
-        return self.trained.rows.device
-
-    @property
     def weight(self) -> Tensor:
         """The whole matrix in the base's dtype: a copy."""
         return merged_rows(self).to(self.base.weight.dtype)  # type: ignore[arg-type]
