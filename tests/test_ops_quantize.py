@@ -207,7 +207,6 @@ def test_chunks_layouts_and_parts_do_not_show(kind, monkeypatch):
     parts = quantize_parts(weight[:, :4096].split(8), kind, 128, double_quant=True)
     assert_same(parts, quantize(weight[:, :4096], kind, 128))
     monkeypatch.setattr(blockwise, "_CPU_CHUNK", 4096)
-    monkeypatch.setattr(blockwise, "_CHUNK_OF_ROWS", 9000)
     assert_same(quantize(weight, kind, 128), whole)
     assert torch.equal(by_backends(whole, torch.float32)["torch"], dense)
     assert torch.equal(dequantize(whole, torch.float64), dense.double())

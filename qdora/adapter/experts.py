@@ -116,7 +116,7 @@ class AdaptedExperts(AdaptedLinear):
             self.base.stored_weight,
             tokens,
             self._mask_bits,
-            gain=self._gain_of(tokens, x.dtype),
+            gain=self.gain(x.dtype, tokens),
             scaling=self.scaling / (1.0 - dropout),
             dropout=dropout,
             seed=draw_seed() if dropout > 0.0 else 0,
@@ -124,17 +124,9 @@ class AdaptedExperts(AdaptedLinear):
         out: Tensor = AdaptedStack.apply(x, self.lora_A, self.gated_B(), self.magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
         return out if bias is None else add_expert_bias(out, bias, tokens)
 
-    def gain(self, dtype: torch.dtype) -> Gain | None:
-        """The gain of all experts, (experts, out)."""
-        return self._gain_of(self._all, dtype)
-
-    @property
-    def _all(self) -> ExpertTokens:
-        return ExpertTokens([1] * self.num_experts)
-
-    def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
-        """The gain, right for the experts that have tokens."""
-        magnitude = self.magnitude
+    def gain(self, dtype: torch.dtype, tokens: ExpertTokens | None = None) -> Gain | None:
+        """The gain, (experts, out), right for the experts that have tokens; default: all."""
+        magnitude, tokens = self.magnitude, tokens or ExpertTokens([1] * self.num_experts)
         if magnitude is None:
             return None
         factors, settings = self.norm_state(dtype)
@@ -144,7 +136,7 @@ class AdaptedExperts(AdaptedLinear):
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
                 tokens = ExpertTokens([int(expert in missing) for expert in range(self.num_experts)])
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                found = self._norms(tokens, dtype)
+                found = self.row_norm(dtype, tokens)
                 norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
                 known.update(tokens.experts)
         parameters, settings = (*factors, magnitude), (*settings, len(known))
@@ -152,7 +144,9 @@ class AdaptedExperts(AdaptedLinear):
         return result
 
     @torch.no_grad()
-    def _norms(self, tokens: ExpertTokens, dtype: torch.dtype) -> Tensor:
+    def row_norm(self, dtype: torch.dtype | None = None, tokens: ExpertTokens | None = None) -> Tensor:
+        """As in `AdaptedLinear`, (experts with tokens, out); default: of all."""
+        dtype, tokens = dtype or self.base.wide_dtype, tokens or ExpertTokens([1] * self.num_experts)
         lora_A, lora_B = self.lora_A.detach(), self.gated_B().detach()
         weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
         shape = self.expert_features, self.in_features
@@ -184,10 +178,6 @@ class AdaptedExperts(AdaptedLinear):
                 a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
                 measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
         return whole
-
-    def row_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As in `AdaptedLinear`, (experts, out)."""
-        return self._norms(self._all, dtype or self.base.wide_dtype)
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""

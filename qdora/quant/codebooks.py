@@ -83,7 +83,7 @@ def resident_values(kind: str, codes: Tensor) -> Tensor:
 
 def zero_code(kind: str) -> int:
     """The first code of the value 0."""
-    return int((code_values(kind) == 0).nonzero()[0])
+    return _VALUES[kind].index(0.0)
 
 
 def code_bytes(kind: str, numel: int) -> int:
