@@ -37,18 +37,6 @@ def damped(products, damping):
     return products + np.eye(len(products)) * (damping * mean if mean > 0 else 1.0)
 
 
-def obs_with_mask(weight, keep, products, damping):
-    """Optimal brain surgeon, one column after the other: the inverse of what is left, formed anew each time."""
-    work, hessian = weight.astype(np.float64).copy(), damped(products, damping)
-    for j in range(work.shape[1]):
-        inverse = np.linalg.inv(hessian[j:, j:])
-        for i in range(work.shape[0]):
-            if not keep[i, j]:
-                work[i, j:] -= work[i, j] / inverse[0, 0] * inverse[0]
-                work[i, j] = 0.0
-    return work
-
-
 def rounding_costs(weight, costs, block, values, factors):
     """Of each block, (blocks, factors): the squared errors, times `costs`, of rounding to `values` times the block's
     largest magnitude times each factor. And these magnitudes."""

@@ -84,13 +84,6 @@ def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
 
 def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products, (..., out, rank), by a `row_factor`."""
-    step = max(1, entries_at_a_time(lora_B.device) // lora_B[0].numel())
-    if len(lora_B) > step:
-        scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
-        for start in range(0, len(lora_B), step):
-            some = slice(start, start + step)
-            scaled[some] = scaled_B(lora_B[some], factor if isinstance(factor, float) else factor[some], dtype)
-        return scaled
     values = rounded(lora_B, dtype)
     if isinstance(factor, float):
         return (values * factor).to(dtype)

@@ -8,7 +8,7 @@ torch has a kernel for it or they have equally many tokens (`padded_tokens`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -72,11 +72,6 @@ class ExpertTokens:
         self.routed = self.counts if routed is None else tuple(routed)
         self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
         self._on_device: CountsOnDevice | None = None
-
-    @classmethod
-    def one_for_each(cls, experts: Collection[int], num_experts: int) -> ExpertTokens:
-        """One token for each of some experts."""
-        return cls([int(expert in experts) for expert in range(num_experts)])
 
     @cached_property
     def reached(self) -> tuple[Run, ...]:
@@ -314,9 +309,8 @@ def _add_run_(out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None
     into += grouped_product(of, matrices if transposed else matrices.mT, run)
 
 
-def expert_bits(keep_bits: Tensor | None, run: Run) -> Tensor:
-    """The mask bits of a run of one expert; an expert's mask is whole bytes."""
-    assert keep_bits is not None
+def expert_bits(keep_bits: Any, run: Run) -> Any:
+    """The mask bits, (experts * bytes,) uint8, of a run of one expert; an expert's mask is whole bytes."""
     return keep_bits.view(len(run.every.counts), -1)[run.experts[0]]
 
 
@@ -391,8 +385,7 @@ class AdaptedStack(torch.autograd.Function):
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None
         if need_m:
-            assert call.gain is not None, "a magnitude comes with its gain"
-            dm = column_dots(dy, out, call.gain.inverse_magnitude, call.tokens)
+            dm = column_dots(dy, out, call.gain.inverse_magnitude, call.tokens)  # type: ignore[union-attr]
         del out
         dx = torch.empty_like(x) if need_x else None
         da, db = (

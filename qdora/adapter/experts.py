@@ -66,6 +66,7 @@ class FrozenExperts(FrozenLinear):
         self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
     ) -> None:
         super().__init__(weight, bias, keep_bits)
+        self.lead = (num_experts,)
         self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
         if isinstance(weight, PackedWeight) and self.expert_features * self.in_features % weight.block_size:
             shape = self.expert_features, self.in_features
@@ -80,9 +81,8 @@ class FrozenExperts(FrozenLinear):
         dense = dequantize(packed_rows(weight, slice(first, last)), dtype)
         return dense[rows.start - first : rows.stop - first]
 
-    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:  # type: ignore[override]
         """(tokens, in), sorted by expert -> (tokens, out)."""
-        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
         return frozen_stack(x, self.stored_weight, tokens, self.bias)
 
 
@@ -109,19 +109,14 @@ class AdaptedExperts(AdaptedLinear):
         """Output features of one expert."""
         return self.base.expert_features
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        experts, rows = self.num_experts, self.expert_features
-        return (experts, self.rank, self.in_features), (experts, rows, self.rank), (experts, rows)
-
-    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:  # type: ignore[override]
         """(tokens, in), sorted by expert -> (tokens, out)."""
-        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
         bias, dropout, x = self.base.bias, self.present_dropout, x.to(product_dtype(x)).contiguous()
         call = StackCall(
             self.base.stored_weight,
             tokens,
             self._mask_bits,
-            gain=self._gain_of(tokens, x.dtype),
+            gain=self.gain(x.dtype, tokens),
             scaling=self.scaling / (1.0 - dropout),
             dropout=dropout,
             seed=draw_seed() if dropout > 0.0 else 0,
@@ -129,27 +124,19 @@ class AdaptedExperts(AdaptedLinear):
         out: Tensor = AdaptedStack.apply(x, self.lora_A, self.gated_B(), self.magnitude, call)  # type: ignore[no-untyped-call, unused-ignore]
         return out if bias is None else add_expert_bias(out, bias, tokens)
 
-    def gain(self, dtype: torch.dtype) -> Gain | None:
-        """The gain of all experts, (experts, out)."""
-        return self._gain_of(self._all, dtype)
-
-    @property
-    def _all(self) -> ExpertTokens:
-        return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
-
-    def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
-        """The gain, right for the experts that have tokens."""
-        magnitude = self.magnitude
+    def gain(self, dtype: torch.dtype, tokens: ExpertTokens | None = None) -> Gain | None:
+        """The gain, (experts, out), right for the experts that have tokens; default: all."""
+        magnitude, tokens = self.magnitude, tokens or ExpertTokens([1] * self.num_experts)
         if magnitude is None:
             return None
         factors, settings = self.norm_state(dtype)
         norm, known = self.kept_norm.get(factors, settings, lambda: (torch.ones_like(magnitude), set()))
-        missing = [expert for expert in tokens.experts if expert not in known]
+        missing = set(tokens.experts) - known
         if missing:
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
-                tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
+                tokens = ExpertTokens([int(expert in missing) for expert in range(self.num_experts)])
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                found = self._norms(tokens, self.lora_A.detach(), self.gated_B().detach(), dtype)
+                found = self.row_norm(dtype, tokens)
                 norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
                 known.update(tokens.experts)
         parameters, settings = (*factors, magnitude), (*settings, len(known))
@@ -157,7 +144,10 @@ class AdaptedExperts(AdaptedLinear):
         return result
 
     @torch.no_grad()
-    def _norms(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def row_norm(self, dtype: torch.dtype | None = None, tokens: ExpertTokens | None = None) -> Tensor:
+        """As in `AdaptedLinear`, (experts with tokens, out); default: of all."""
+        dtype, tokens = dtype or self.base.wide_dtype, tokens or ExpertTokens([1] * self.num_experts)
+        lora_A, lora_B = self.lora_A.detach(), self.gated_B().detach()
         weight, bits, scaling, every = self.base.stored_weight, self._mask_bits, self.scaling, self.num_experts
         shape = self.expert_features, self.in_features
         together = 1 if bits is not None else experts_together(*shape, dtype.itemsize, lora_A.device)
@@ -188,9 +178,6 @@ class AdaptedExperts(AdaptedLinear):
                 a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
                 measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
         return whole
-
-    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._norms(self._all, lora_A.detach(), lora_B.detach(), dtype)
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""

@@ -38,7 +38,8 @@ class FrozenLinear(nn.Module):
         self.residency: Any = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
-        self.kind: Any = weight.kind if isinstance(weight, PackedWeight) else "dense"
+        self.lead: tuple[int, ...] = ()  # of a stack the number of its experts, first dimension of an adapter's tensors
+        self.kind: str = weight.kind if isinstance(weight, PackedWeight) else "dense"
         self.block_size = weight.block_size if isinstance(weight, PackedWeight) else 0
         tensors = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight.detach()}
         self._names = tuple(tensors)
@@ -145,7 +146,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.rank = rank
-        shape_a, shape_b, shape_m = self._shapes()
+        lead, rows = base.lead, base.out_features // math.prod(base.lead)
         self.kind: Kind = kind
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
@@ -158,28 +159,25 @@ class AdaptedLinear(nn.Module):
         self.has_cancelled: Tensor | None = None
         self.asks_at_once = False  # `norms.refresh` reads that flag at once: a norm was wrong before
         device = base.device
-        first = torch.empty(shape_a, dtype=torch.float32)
+        first = torch.empty(*lead, rank, base.in_features, dtype=torch.float32)
         if init == "gaussian":
             first.normal_(0.0, 0.01, generator=generator)
         else:
             bound = 1.0 / math.sqrt(base.in_features)
             first.uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(first.to(device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*lead, rows, rank, dtype=dtype, device=device))
         self.magnitude: nn.Parameter | None = None
         self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = base.squared_row_norm().view(shape_m)
+            squared = base.squared_row_norm().view(*lead, rows)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self.kept_norm: Kept[Any] = Kept()  # apart, since the norm is the same while the magnitude alone trains
         self.kept_operands: Kept[Any] = Kept()  # the operands, with the gain
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
-
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (self.rank, self.in_features), (self.out_features, self.rank), (self.out_features,)
 
     @property
     def scaling(self) -> float:
@@ -213,15 +211,11 @@ class AdaptedLinear(nn.Module):
     def operands(self, dtype: torch.dtype) -> Operands:
         """What the products in `dtype` read, made once for each state of the parameters."""
 
-        def norm() -> Tensor:
-            a, b = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
-            return self._norm_of(a, b, dtype)
-
         def made() -> Operands:
             self.dtype = dtype
             own = None
             if self.magnitude is not None:
-                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), norm))
+                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), lambda: self.row_norm(dtype)))
             base = self.base.stored_weight if self.may_keep_scales else None
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
@@ -248,12 +242,11 @@ class AdaptedLinear(nn.Module):
         """Whether `keeps_scales` holds, the base is here, whole, and the adapter is not masked."""
         return self.keeps_scales and not self.masked and not self.base.away and self.base.share is None
 
-    def row_norm(self) -> Tensor:
-        """||W + s B A|| of each row, with the mask on B A, (out,) float32 (float64 for a float64 base)."""
-        return self._norm_of(self.lora_A, self.gated_B(), self.base.wide_dtype)
-
-    def _norm_of(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = self.base.stored_weight
+    def row_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """||W + s B A|| of each row, with the mask on B A, (out,) float32 (float64 for a float64 base), with the
+        factors and W A^T in `dtype`."""
+        dtype, weight = dtype or self.base.wide_dtype, self.base.stored_weight
+        lora_A, lora_B = (rounded(factor.detach(), dtype) for factor in (self.lora_A, self.gated_B()))
         squared = squared_row_norm(weight) if self.base_squared is None else self.base_squared
         bits, s = self._mask_bits, self.scaling
         return row_norm(weight, lora_A, lora_B, s, base_squared=squared, dtype=dtype, keep_bits=bits)

@@ -165,7 +165,7 @@ def operands_of_alike(
     row norms, (n, out). Where the A's of the layers, `own`, have that dtype, these serve."""
     value, inverse = gain(magnitude, norm)
     factor = (value * scaling).unsqueeze(-1)
-    scaled = scaled_B(lora_B.flatten(0, 1), factor.flatten(0, 1), lora_A.dtype).view_as(lora_B)
+    scaled = scaled_B(lora_B, factor, lora_A.dtype)
     factors = [a if a.dtype == lora_A.dtype else lora_A[i] for i, a in enumerate(own)]
     return [Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), None) for i, a in enumerate(factors)]
 

@@ -61,11 +61,6 @@ class RowEmbedding(nn.Module):
         self.base, self.trained = base, trained
 
     @property
-    def device(self) -> torch.device:
-        """Where the rows go."""
-        return self.trained.rows.device
-
-    @property
     def weight(self) -> Tensor:
         """The whole matrix in the base's dtype: a copy."""
         return merged_rows(self).to(self.base.weight.dtype)  # type: ignore[arg-type]
@@ -147,7 +142,6 @@ class RowShare:
     @property
     def rows(self) -> slice:
         """The rows of this process, perhaps none."""
-        assert self.by_rows, "the parts of this weight are not rows"
         return span(self.out_features, self.rank, self.size)
 
     def weight(self) -> Weight:
@@ -212,15 +206,13 @@ def gather_runs(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.Pro
     """Join the parts of some tensors in one collective: the whole tensors, whose first dimensions are `lengths`.
     `parts` are this process's `span` of each, of one dtype and device: (n,) or (n, columns)."""
     size = group.size()
-    columns = [part.shape[1:].numel() for part in parts]
-    steps = [-(-length // size) * width for length, width in zip(lengths, columns, strict=True)]
-    mine = parts[0].new_zeros(sum(steps))
-    for part, room in zip(parts, torch.split(mine, steps), strict=True):
-        room[: part.numel()] = part.reshape(-1)
+    shapes = [torch.Size((length, *part.shape[1:])) for length, part in zip(lengths, parts, strict=True)]
+    steps = [-(-shape[0] // size) * shape[1:].numel() for shape in shapes]
+    padded = (
+        functional.pad(part.reshape(-1), (0, step - part.numel())) for part, step in zip(parts, steps, strict=True)
+    )
+    mine = torch.cat(list(padded))
     every = mine.new_empty(size, len(mine))
     dist.all_gather(list(every.unbind(0)), mine, group=group)
-    found = []
-    for part, length, run in zip(parts, lengths, torch.split(every, steps, dim=1), strict=True):
-        whole = run.reshape(-1)[: length * part.shape[1:].numel()]
-        found.append(whole.view(length, *part.shape[1:]))
-    return found
+    runs = torch.split(every, steps, dim=1)
+    return [run.reshape(-1)[: shape.numel()].view(shape) for run, shape in zip(runs, shapes, strict=True)]

@@ -271,14 +271,16 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
 
 
 def tokenized_sources(
-    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]]
+    data: DataConfig, tokenizer: Any, train: Mapping[str, Sequence[Example]]
 ) -> list[TokenizedSet | ExampleStream]:
-    """Each source as tokens, made or read from what an earlier start kept."""
+    """Each source of `train` as tokens, made or read from what an earlier start kept."""
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
-    for index, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
+    for index, source in enumerate(data.mix):
+        if (examples := train.get(source.label)) is None:
+            continue
         with _of_source(index):
             make = partial(tokenize_all, examples, tokenizer, source.label, data)
             identity = getattr(examples, "identity", None)

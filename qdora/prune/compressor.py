@@ -96,9 +96,8 @@ class Compressor:
                 self._compress(load, index, tensors, {})
                 block.to_empty(device="meta")
         if self.calibration is not None:
-            inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
             with evaluation_mode(load.model):
-                inner(input_ids=self.calibration.to(load.device), use_cache=False)
+                load.model.base_model(input_ids=self.calibration.to(load.device), use_cache=False)
 
     def _through_block(
         self, load: Loading, index: int, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
@@ -130,7 +129,6 @@ class Compressor:
     def _compress(
         self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
     ) -> None:
-        assert load.progress is not None
         layers, records = dict[str, FrozenLinear](), dict[str, dict[str, Any]]()
         stacks, is_plain = dict[int, list[str]](), self.base.method == "gptq" and self.pattern is None
         for place, path in enumerate(_paths(load, tensors)):
@@ -146,7 +144,7 @@ class Compressor:
             for path, value, (weight, mask) in zip(paths, values, done, strict=True):
                 layers[path] = place_frozen(load.model, path, weight, None if mask is None else mask_bits(mask))
                 records[path] = _record(value, weight, mask)
-                load.progress(1, 1)
+                load.progress(1, 1)  # type: ignore[misc]
             del values, value, measured, done, weight, mask
         if layers:
             self.writer.write(index, layers, records)

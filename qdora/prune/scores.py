@@ -12,7 +12,7 @@ first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,32 +28,30 @@ BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16  # that a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
-PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
 Group = Literal["tensor", "row"]
 
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """The zeros of a pruned weight: any weights, m - n of every m neighbours in a row, or whole outputs or inputs."""
+    """The zeros of a pruned weight: any weights, or m - n of every m neighbours in a row."""
 
-    kind: PatternKind
     sparsity: float  # fraction of zeros, in [0, 1)
-    keep: int = 0  # n of "n:m"
-    of: int = 0  # m of "n:m"
+    keep: int = 1  # n of "n:m"
+    of: int = 1  # m of "n:m"; 1 if any weights
 
 
 def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     """A pattern by its name in `base.prune.pattern`; n:m (n of m kept) implies its sparsity."""
     if ":" in name:
         keep, of = map(int, name.split(":"))
-        return SparsityPattern("n:m", 1 - keep / of, keep, of)
+        return SparsityPattern(1 - keep / of, keep, of)
     assert sparsity is not None
-    return SparsityPattern(cast(PatternKind, name), sparsity)
+    return SparsityPattern(sparsity)
 
 
 def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
     """Refuse a weight (out, in) that cannot have the pattern."""
-    if pattern.kind == "n:m" and shape[1] % pattern.of:
+    if shape[1] % pattern.of:
         what = f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
         raise UserError(f"base.prune.pattern: {name}: {what}. Fix: leave such layers out with base.skip.")
 
@@ -73,21 +71,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
-    """The mask (out, in) of a pattern that keeps the highest `scores`, (out, in), finite, not negative; that of a row
-    or column is the sum over its weights. `group` is that of an unstructured pattern."""
-    rows, columns = scores.shape
+    """The mask (out, in) of a pattern that keeps the highest `scores`, (out, in), finite, not negative. `group` is that
+    of an unstructured pattern."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    if pattern.kind == "n:m":
-        groups = scores.reshape(-1, pattern.of)
-        return ~lowest(groups, pattern.of - pattern.keep).view(rows, columns)
-    if pattern.kind == "rows":
-        pruned = lowest(scores.sum(dim=1)[None], num_pruned(pattern.sparsity, rows))
-        return (~pruned).T.expand(rows, columns).contiguous()
-    if pattern.kind == "columns":
-        pruned = lowest(scores.sum(dim=0)[None], num_pruned(pattern.sparsity, columns))
-        return (~pruned).expand(rows, columns).contiguous()
+    if pattern.of > 1:
+        return ~lowest(scores.reshape(-1, pattern.of), pattern.of - pattern.keep).view(scores.shape)
     groups = scores if group == "row" else scores.reshape(1, -1)
-    return ~lowest(groups, num_pruned(pattern.sparsity, groups.shape[1])).view(rows, columns)
+    return ~lowest(groups, num_pruned(pattern.sparsity, groups.shape[1])).view(scores.shape)
 
 
 class InputStatistics:
@@ -191,19 +181,12 @@ def sweep(
     SparseGPT, arXiv 2301.00774, sec. 3, algorithm 1, and 3.5 for both; GPTQ, arXiv 2210.17323, algorithm 1.
 
     An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, from the weights as corrected so far; an n:m
-    mask for m columns; whole columns before the first is removed. Whole rows leave nothing to correct. With a grid the
-    columns come in descending order of H's diagonal, for n:m in groups of m.
+    mask for m columns. With a grid the columns come in descending order of H's diagonal, for n:m in groups of m.
 
     Returns, (out, in) each, the weight in its dtype, or with a grid uint8 codes, and the keep mask.
     """
     (rows, num_columns), dtype = weight.shape, statistics.sums.dtype
-    pattern = pattern or SparsityPattern("columns", 0.0)
-    kind, of = pattern.kind, max(pattern.of, 1)
-    if kind == "rows":
-        work = weight.to(dtype)
-        energy = (work @ statistics.sums).mul_(work).sum(dim=1, keepdim=True)
-        mask = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
-        return Pruned(weight.masked_fill(~mask, 0), mask)
+    of = 1 if pattern is None else pattern.of
     block_columns = inner_columns = -(-BLOCK_COLUMNS // of) * of
     if grid is None:
         factor, work = statistics.inverse_factor(None, damping, name), weight.to(dtype, copy=True)
@@ -215,14 +198,12 @@ def sweep(
         squares, mask = statistics.column_squares[order], None if mask is None else mask.T[order].T
         inner_columns, zero_code = -(-_INNER_COLUMNS // of) * of, codebooks.zero_code(grid.kind)
         codes = torch.empty(num_columns, rows, dtype=torch.uint8, device=weight.device)
-    if kind == "columns" and pattern.sparsity:
-        mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), squares), pattern)
     if mask is None:
         mask = torch.ones_like(work, dtype=torch.bool)
     cost = _cost(factor.diagonal().square(), squares)
     for start in range(0, num_columns, block_columns):
         columns = slice(start, min(start + block_columns, num_columns))
-        if kind == "unstructured":  # the counts of all blocks add up to that of the tensor
+        if pattern is not None and of == 1:  # the counts of all blocks add up to that of the tensor
             before, after = (num_pruned(pattern.sparsity, rows * end) for end in (columns.start, columns.stop))
             scores = work[:, columns].square() * cost[columns]
             mask[:, columns] = ~lowest(scores.reshape(1, -1), after - before).view(scores.shape)
@@ -232,7 +213,7 @@ def sweep(
         for first in range(columns.start, columns.stop, inner_columns):
             inner = slice(first, min(first + inner_columns, columns.stop))
             for column in range(first, inner.stop):
-                if kind == "n:m" and column % of == 0:
+                if pattern is not None and of > 1 and column % of == 0:
                     group = slice(column, column + of)
                     mask[:, group] = ~lowest(work[:, group].square() * cost[group], of - pattern.keep)
                 gone, point = ~mask[:, column], work[:, column]

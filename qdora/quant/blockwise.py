@@ -20,7 +20,6 @@ _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
-_CHUNK_OF_ROWS = 1 << 20
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
 _ONE_127TH = 7.874015718698502e-3
 
@@ -45,7 +44,7 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
-        _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
+        _refuse_not_finite(scale, name)
         codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
         packed[first : first + codes.numel()] = codes
         absmax[start // block_size : start // block_size + scale.numel()] = scale
@@ -56,11 +55,8 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "
 def nearest_codes(unit: Tensor, kind: str) -> Tensor:
     """The code of the value that is nearest to each of `unit`, float32 within [-1, 1] in any shape: uint8. The lower
     value on a tie."""
-    table, flat = codebooks.decision_table(kind, unit.device), unit.reshape(-1)
-    cell = codebooks.cell(flat)
-    rank = table.rank.index_select(0, cell).add_(flat > table.bound.index_select(0, cell))
-    codes = table.code.index_select(0, rank.int()) if kind == "fp4" else rank  # the others ascend with their codes
-    return codes.view(unit.shape)
+    bounds, codes = codebooks.decision_bounds(kind, unit.device)
+    return codes[torch.bucketize(unit, bounds, out_int32=True)]
 
 
 @torch.no_grad()
@@ -195,7 +191,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    rows = max(1, _CHUNK_OF_ROWS // weight.shape[1])
+    rows = max(1, _chunk(weight.device) // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows].float()
         scale = part.abs().amax(dim=1)
@@ -211,12 +207,10 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """packed * absmax / 127, (out, in): float32 products, then one cast. A GPU makes 16 bits in one pass, off by an ulp
     of float32."""
-    if dtype == torch.float32:
-        return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
         return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
-    rows = max(1, _CHUNK_OF_ROWS // packed.shape[1])
+    rows = max(1, _chunk(packed.device) // packed.shape[1])
     for start in range(0, packed.shape[0], rows):
         part = slice(start, start + rows)
         out[part] = (packed[part] * absmax[part, None]).mul_(_ONE_127TH)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.quant import blockwise, codebooks
+from qdora.quant import codebooks
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.packed import PackedWeight, from_tensors
 
@@ -52,12 +52,8 @@ def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
     rows, columns = stored["shape"]
     weight = state["weight"].contiguous()
     codes = weight.reshape(-1).view(torch.uint8)
-    if kind in codebooks.TIGHT and "bits" not in stored:  # written when these kinds took 4 bits
-        codes = blockwise.pack_codes(blockwise.unpack_codes(codes, "nf4", rows * columns), kind)
     tensors = {"packed": codes, "absmax": state["weight.absmax"]}
     if "weight.nested_absmax" in state:
-        if stored["nested_blocksize"] != NESTED_BLOCK_SIZE:
-            raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {stored['nested_blocksize']}.")
         tensors["nested_absmax"] = state["weight.nested_absmax"]
         tensors["nested_code"] = state["weight.nested_quant_map"]
         # Stored as decimal digits of a float32, so this is exact.

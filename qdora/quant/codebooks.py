@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,26 +35,25 @@ _INT4 = tuple(code / 7 for code in range(-7, 8))
 # The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude is half a step beside the outer values.
 _INT3 = tuple((code - 4) / 3.5 for code in range(8))
 _INT2 = tuple((code - 2) / 1.5 for code in range(4))
-# Twelve times the magnitudes of codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a
-# second zero, positive as in bitsandbytes' table.
-_FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# Codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as there.
+_FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # The same of MXFP4's codes. Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
-_CELLS_PER_UNIT = 1024
+_VALUES: dict[str, tuple[float, ...]] = {
+    "nf4": _NF4,
+    "nf3": _NF3,
+    "nf2": _NF2,
+    "int4": _INT4,
+    "int3": _INT3,
+    "int2": _INT2,
+}
+_VALUES |= {"fp4": (*_FP4, *(0.0 - value for value in _FP4)), MXFP4: (*_E2M1, *(-value for value in _E2M1))}
 
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; int3: [-8/7,
     6/7]; int2: [-4/3, 2/3]; mxfp4: [-6, 6])."""
-    if kind == MXFP4:
-        magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=device)
-        return torch.cat([magnitudes, -magnitudes])
-    if kind == "fp4":
-        positive = [value / 12 for value in _FP4_TIMES_12]
-        return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
-    values = {"nf4": _NF4, "nf3": _NF3, "nf2": _NF2, "int4": _INT4, "int3": _INT3, "int2": _INT2}[kind]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(_VALUES[kind], dtype=torch.float32, device=device)
 
 
 # (kind, device) -> `resident_values`. A table made under FakeTensorMode would break every later call.
@@ -85,7 +83,7 @@ def resident_values(kind: str, codes: Tensor) -> Tensor:
 
 def zero_code(kind: str) -> int:
     """The first code of the value 0."""
-    return int((code_values(kind) == 0).nonzero()[0])
+    return _VALUES[kind].index(0.0)
 
 
 def code_bytes(kind: str, numel: int) -> int:
@@ -95,43 +93,14 @@ def code_bytes(kind: str, numel: int) -> int:
     return -(-numel * bits // (8 * unit)) * unit
 
 
-class DecisionTable(NamedTuple):
-    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison, 8 times as fast as
-    torch.bucketize.
-
-    [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
-    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`.
-    """
-
-    rank: Tensor  # (cells,) uint8: bounds in lower cells
-    bound: Tensor  # (cells,) float32: the bound in the cell, or 2 without one
-    code: Tensor  # (values,) uint8: the code of each rank
-
-
-def cell(unit: Tensor) -> Tensor:
-    """The grid cell of each value in [-1, 1]: int32 in [0, 2048], never decreasing with the value."""
-    return unit.add(1.0).mul_(_CELLS_PER_UNIT).int()
-
-
-def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
+@functools.cache
+def decision_bounds(kind: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring values, (values - 1,) float32, which take the lower rank, and each rank's code,
     (values,) uint8. Above 0 FP4's code is 8, its second zero."""
     values = code_values(kind)
     order = torch.argsort(values, stable=True)
     ascending = values[order]
-    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
-
-
-@functools.cache
-def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTable:
-    """`decision_bounds` as a grid; see `DecisionTable`."""
-    bounds, code = decision_bounds(kind)
-    of_bound = cell(bounds)
-    cells = torch.arange(2 * _CELLS_PER_UNIT + 1, dtype=torch.int32)
-    rank = (of_bound[None, :] < cells[:, None]).sum(dim=1).to(torch.uint8)
-    bound = torch.full(cells.shape, 2.0)
-    bound[of_bound.long()] = bounds
-    return DecisionTable(rank.to(device), bound.to(device), code.to(device))
+    return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(device, torch.uint8)
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:

@@ -52,17 +52,14 @@ def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
     Skewed, `top_k` experts get nearly all tokens, and as many as may be of the others one: they share a launch with the
     busy ones, and their weights do not lie together.
     """
-    planned = _PLANNED.get()
-    if planned is None or planned[1] == "even":
-        each, more = divmod(num_tokens * top_k, num_experts)
-        return [each + (expert < more) for expert in range(num_experts)]
-    step = 2 if (num_experts + 1) // 2 >= top_k else 1
-    reached = list(range(0, num_experts, step))[: top_k * num_tokens]
-    counts = [0] * num_experts
-    for expert in reached:
-        counts[expert] = 1
-    each, more = divmod(num_tokens * top_k - len(reached), top_k)
-    for index, expert in enumerate(reached[:top_k]):
+    planned, counts, left, busy = _PLANNED.get(), [0] * num_experts, num_tokens * top_k, list(range(num_experts))
+    if planned is not None and planned[1] == "skewed":
+        reached = busy[:: 2 if (num_experts + 1) // 2 >= top_k else 1][:left]
+        for expert in reached:
+            counts[expert] = 1
+        left, busy = left - len(reached), reached[:top_k]
+    each, more = divmod(left, max(1, len(busy)))
+    for index, expert in enumerate(busy):
         counts[expert] += each + (index < more)
     return counts
 

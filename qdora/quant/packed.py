@@ -1,13 +1,13 @@
 """A frozen weight in 2 to 8 bits: the container `PackedWeight`, quantising into it and dequantising from it.
 
-`blockwise` defines the formats. bitsandbytes' kernels dequantise where they give the same bits (`choose_backend`).
+`blockwise` defines the formats. bitsandbytes' kernels dequantise where they give the same bits (`decoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch import Tensor
 from qdora.quant import blockwise, codebooks, kernels
 from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "int3", "int2", "mxfp4"]
-KINDS: tuple[str, ...] = get_args(Kind)
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -37,7 +35,7 @@ class PackedWeight:
             absmax[block // 256] + offset. Blocks of 256 scales; the dynamic map, (256,); the mean of the scales, ().
     """
 
-    kind: Kind
+    kind: str
     shape: tuple[int, int]
     block_size: int
     packed: Tensor
@@ -81,8 +79,6 @@ def _layout(
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
     sizes = (MXFP4_BLOCK_SIZE,) if kind == MXFP4 else BLOCK_SIZES
-    if kind not in KINDS:
-        raise ValueError(f"the kind of a weight must be one of {KINDS}, got '{kind}'.")
     if block_size not in sizes or (kind == MXFP4 and columns % block_size):
         raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
@@ -103,7 +99,7 @@ def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Ma
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
         raise ValueError(f"{shape} in {kind} must have the tensors {layout}, got {found}.")
-    return PackedWeight(cast(Kind, kind), shape, block_size, **tensors)
+    return PackedWeight(kind, shape, block_size, **tensors)
 
 
 def empty_packed(
@@ -127,15 +123,14 @@ def quantize(
 
     The peak is about twice the result. `name` is the weight's in an error.
     """
-    if weight.ndim != 2 or not weight.dtype.is_floating_point or kind == MXFP4:
-        got = f"{tuple(weight.shape)} {weight.dtype} for {kind}"
-        raise ValueError(f"{name} must be a float matrix (out, in) for a format that is made here, got {got}.")
+    if kind == MXFP4:
+        raise ValueError(f"{name}: mxfp4 is read from checkpoints, not made here.")
     shape = (weight.shape[0], weight.shape[1])
     if kind == "int8":
         return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
     tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
-    plain = PackedWeight(cast(Kind, kind), shape, block_size, *tensors)
+    plain = PackedWeight(kind, shape, block_size, *tensors)
     return with_nested_scales(plain, double_quant)
 
 
@@ -176,22 +171,22 @@ def with_nested_scales(plain: PackedWeight, double_quant: bool = True) -> Packed
     return replace(plain, absmax=codes, nested_absmax=absmax, nested_code=code, nested_offset=offset)
 
 
-def choose_backend(
+def decoder(
     kind: str, device: torch.device, *, block_size: int, in_features: int, dtype: torch.dtype
-) -> Literal["torch", "bnb", "triton"]:
+) -> Callable[..., Tensor]:
     """A kernel that gives the bits of the definition, else plain torch: Triton for `codebooks.TIGHT`, or bitsandbytes.
 
     bitsandbytes 0.50.2 on a CPU with AVX512 starts each row at a new block, so a row that begins inside a block decodes
     with a wrong scale, without an error. From block size 2048 on it is slow.
     """
     if kind in codebooks.TIGHT:
-        planned = kernels.device_kind(device) != device.type
-        return "triton" if planned or kernels.tight_decoder(device.type) is not None else "torch"
-    if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
-        return "torch"
-    if kernels.device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048):
-        return "torch"
-    return "bnb" if _has_kernels(device) else "torch"
+        is_planned = kernels.device_kind(device) != device.type
+        runs, kernel = is_planned or kernels.tight_decoder(device.type) is not None, kernels.dequantize_tight
+    else:
+        cuts = kernels.device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048)
+        runs = kind in ("nf4", "fp4") and block_size >= 32 and dtype != torch.float64 and not cuts
+        runs, kernel = runs and _has_kernels(device), kernels.dequantize_4bit
+    return kernel if runs else blockwise.dequantize_blocks
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -209,14 +204,9 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
 def decode_blocks(
     codes: Tensor, scales: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """`blockwise.dequantize_blocks` by the backend that `choose_backend` names."""
-    backend = choose_backend(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
-    decoders = {
-        "torch": blockwise.dequantize_blocks,
-        "bnb": kernels.dequantize_4bit,
-        "triton": kernels.dequantize_tight,
-    }
-    return decoders[backend](codes, scales, kind, block_size, shape=shape, dtype=dtype)
+    """`blockwise.dequantize_blocks` by the `decoder` for it."""
+    decode = decoder(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
+    return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
 
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
@@ -273,8 +263,6 @@ def mask_bits(mask: Tensor) -> Tensor:
 @torch.no_grad()
 def mask_from_bits(bits: Tensor, shape: tuple[int, int], rows: slice | None = None) -> Tensor:
     """The inverse of `mask_bits`, or some of its rows: (rows, in) bool."""
-    if bits.shape != (-(-shape[0] * shape[1] // 8),):
-        raise ValueError(f"a mask of {shape} must be {-(-shape[0] * shape[1] // 8)} bytes, got {tuple(bits.shape)}.")
     first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
     start, stop = first * shape[1], last * shape[1]
     flat = (bits[start // 8 : -(-stop // 8), None] & _bits(bits.device)).ne(0).view(-1)

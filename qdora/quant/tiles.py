@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,9 +117,8 @@ def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | Non
     return _row_scales(weight, row_factor).reshape(-1)
 
 
-def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
+def with_scales(weight: Any, scales: Tensor) -> PackedWeight:
     """diag(row_factor) W from the codes of W and the `own_scales` of W and that factor: the same tiles, bit for bit."""
-    assert isinstance(weight, PackedWeight), "a dense weight has no scales"
     return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 
 

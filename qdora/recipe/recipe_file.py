@@ -441,8 +441,6 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
             ("base.prune.sparsity", f"be set for pattern {n}", not is_n_of_m and prune.sparsity is None),
             ("base.prune.order", "be prune_first with sparsegpt, with base.method gptq and with base.quant none",
              prune.order == "quantize_first" and (plain or gptq or prune.method == "sparsegpt")),
-            ("base.prune.pattern", "not be rows with sparsegpt and base.method gptq",
-             gptq and prune.method == "sparsegpt" and prune.pattern == "rows"),
         ]  # fmt: skip
     if gates is not None:
         largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)

@@ -29,7 +29,7 @@ from qdora.recipe.section import (
     WholeOrZero,
 )
 
-Pattern = Literal["unstructured", "rows", "columns"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
+Pattern = Literal["unstructured"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
 
 
 class CalibrationConfig(Section):
@@ -60,7 +60,7 @@ class PruneConfig(Section):
     method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     """How weights are chosen. Wanda: arXiv 2306.11695. SparseGPT (arXiv 2301.00774) also corrects the kept weights."""
     pattern: Pattern = "unstructured"
-    """unstructured, n:m (keep n of m neighbours, such as 2:4), rows or columns."""
+    """unstructured, or n:m: keep n of m neighbours, such as 2:4."""
     sparsity: Share | None = None
     """Share of weights to set to zero. Not for n:m, which implies it."""
     group: Literal["auto", "tensor", "row"] = "auto"
