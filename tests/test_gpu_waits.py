@@ -137,21 +137,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FAST = ("padded", "streamed")
 NUMBERS = "train/passes.py: read = joined.tolist()"
-NORM = 'train/trainer.py: gradient.metrics = {"gradient_norm": float(self.optimizer.gradient_norm()), **first}'
 # Of a micro-batch, beside the one of its inputs: the inputs of two blocks out and back.
 MORE_COPIES = {"offload": 4}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES])
 @on_false_gpu
-def test_the_host_waits_for_the_numbers_of_a_step_and_for_its_norm(gpu, source, case):
+def test_the_host_waits_once_in_a_step(gpu, source, case):
     options = dict(CASES[case])
     offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader, gates = one_step(options.pop("packed", False)), options.pop("gates", None)
     model = model_on(gpu.device, source, **options)
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
-    wanted = Counter([NUMBERS, NORM, *["train/gates.py: gradient = torch.cat(parts).cpu().double()"] * bool(gates)])
+    wanted = Counter([NUMBERS, *["train/gates.py: gradient = torch.cat(parts).cpu().double()"] * bool(gates)])
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
         norms = {} if case == "lora" else {"adapter/algebra.py": len(adapted_layers(model))}
         assert files((waits(first) - wanted).elements()) == {"train/loss.py": 1} | norms

@@ -8,7 +8,7 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -90,11 +90,12 @@ def step_gradient(
     loss_chunk: int | None = None,
     weights: Mapping[str, float] | None = None,
     loss_scale: LossScale | None = None,
+    norm: Callable[[], Tensor] | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
     The host waits for a GPU once, at the end; if it then learns that a row norm was wrong (`unchecked`), the gradient
-    is computed again.
+    is computed again. `norm` of the gradient is read with the step's other numbers.
 
     Returns the step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples,
     (examples,), on the device.
@@ -146,9 +147,10 @@ def step_gradient(
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
         doubts = unchecked(layers)
         # All at once, so that the host waits once.
-        joined = torch.cat([nll, *(flag.to(nll).view(1) for flag in doubts.values())])
+        numbers = [nll, *doubts.values(), *([] if norm is None else [norm()])]
+        joined = torch.cat([each.to(device).double().view(-1) for each in numbers])
         read = joined.tolist()
-        if not settle_norms(doubts, read[len(names) :]):
+        if not settle_norms(doubts, read[len(names) : len(names) + len(doubts)]):
             break
         model.zero_grad()
         set_random_state(random)
@@ -163,7 +165,7 @@ def step_gradient(
         "num_examples": batch.num_examples,
         "tasks": tasks,
     }
-    return metrics, example_nll
+    return metrics if norm is None else {"gradient_norm": read[-1], **metrics}, example_nll
 
 
 def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | None) -> dict[str, Tensor]:

@@ -292,6 +292,7 @@ class Trainer:
                 loss_chunk=self._loss_chunk,
                 weights=self._task_weights,
                 loss_scale=self.loss_scale,
+                norm=self.optimizer.gradient_norm if alone else None,
             )
         except RuntimeError as error:
             if processes.shards:
@@ -310,7 +311,7 @@ class Trainer:
             faults = [gradient.shortage.fault()]
         if faults:
             gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
-        else:
+        elif not alone:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
             first, *others = (metrics for _, _, metrics in per_rank)
             for metrics in others:
