@@ -114,10 +114,11 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for gradients in _take_tensors(present, _MESSAGE_BYTES):  # type: ignore[no-untyped-call]
-            flat = _flatten_dense_tensors(gradients)
+            flat = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
+            parts = _unflatten_dense_tensors(flat, gradients)  # type: ignore[no-untyped-call]
+            torch._foreach_copy_(gradients, parts)
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -259,7 +259,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
     positions = torch.stack([torch.cat([torch.arange(len(part)) for part in row]) for row in rows])
     size = 1 if layout == "single" else len(rows)
     logits: list[Tensor] = []
-    for own, at in zip(ids.split(size), positions.split(size), strict=True):
+    for own, at in zip(torch.split(ids, size), torch.split(positions, size), strict=True):
         inputs: dict[str, Any] = {"position_ids": at.to(model.device)}
         if layout == "single" and takes_flash_lengths(model):
             starts, longest = flash_lengths(at)

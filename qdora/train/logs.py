@@ -191,7 +191,8 @@ def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
         for x in (values, weights)
     )
     with np.errstate(invalid="ignore"):  # without tokens so far NaN
-        return sums / counts
+        ratio: Array = sums / counts
+    return ratio
 
 
 def draw_figures(metrics: Lines, directory: Path) -> None:
