@@ -208,7 +208,7 @@ class ExampleStream:
         done = iter(tally.add(examples))
         outcomes: list[list[Outcome]] = []
         for (place, _), example in zip(rows, made, strict=True):
-            parts = next(done) if isinstance(example, Example) else [(str(example), False)]
+            parts: list[Outcome] = next(done) if isinstance(example, Example) else [(str(example), False)]
             wrong = next((part for part, _ in parts if isinstance(part, str)), None)
             outcomes.append(parts if wrong is None else [(f"{place}: {wrong}", False)])
         return outcomes
