@@ -109,7 +109,7 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     defaults = {each.name: each.default for each in fields(LoraConfig)}
     faults = []
     for name, value in {"peft_type": None, **settings}.items():
-        off = (defaults.get(name), False, None, [], {}, "")  # also of releases to come
+        off: tuple[Any, ...] = (defaults.get(name), False, None, [], {}, "")  # also of releases to come
         if name not in _COMPUTED | _WITHOUT_EFFECT and value not in _ALLOWED.get(name, off):
             faults.append(f"{where}: {name}: {value!r} is not supported.")
     read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}

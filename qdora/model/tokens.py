@@ -136,7 +136,7 @@ def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
         return found
     for path, module in zip(embedding_paths(model), _modules(model), strict=True):
         is_rows = isinstance(module, RowEmbedding | RowHead)
-        parameter = module.trained.rows if is_rows else getattr(module, "weight", None)
+        parameter: Any = module.trained.rows if is_rows else getattr(module, "weight", None)
         is_trained = isinstance(parameter, nn.Parameter) and parameter.requires_grad
         if is_trained and all(each.values is not parameter for each in found.values()):
             found[path] = TrainedMatrix(parameter, tuple(module.trained.ids.tolist()) if is_rows else None)
