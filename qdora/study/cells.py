@@ -279,8 +279,8 @@ class Expander:
 
     def _recipe(self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None) -> Recipe:
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
-        more = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
-        changes |= {key: value for key, value in more.items() if value is not None}
+        asked = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
+        changes |= {key: value for key, value in asked.items() if value is not None}
         on_test = self.study.compare.split == "test" and arm.stage is not _SEARCH
         text = json.dumps([changes, on_test], sort_keys=True)
         if text not in self._made:
