@@ -209,9 +209,9 @@ class Expander:
             elif of_source < math.inf:  # else there is no adapter
                 trained[cell.key] = cell
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
-        rates = [
-            labels
-            | {
+        rates: list[dict[str, Any]] = [
+            {
+                **labels,
                 "rate": None if found.rate is None else label_of(found.rate),
                 "is_interior": found.is_interior,
                 "is_done": found.is_done,
