@@ -390,7 +390,7 @@ class Expander:
             interior = None if found is None else found.is_interior
             labels |= {} if found is None else {RATE: label_of(recipe.train.lr)}
             key = self._key(recipe)
-            return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, None, interior)
+            return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, is_interior=interior)
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
         before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
@@ -400,7 +400,8 @@ class Expander:
             return None
         what = f"{kind} at {stage.steps}" if stage.steps else kind
         key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
-        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, source.key, steps=stage.steps)
+        steps, from_key = stage.steps, source.key
+        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, adapter_key=from_key, steps=steps)
 
 
 def _on_test(recipe: Recipe) -> list[str]:
