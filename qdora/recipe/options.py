@@ -155,7 +155,7 @@ class WhichOrBase(Which):
     base: bool = False
     """Use the base of the run without its adapter."""
 
-    not_with: ClassVar = (("step", "base"),)
+    not_with: ClassVar[tuple[tuple[str, str], ...]] = (("step", "base"),)
 
 
 class ExportOptions(Which):
