@@ -52,7 +52,8 @@ class TokenCache:
             try:
                 rows = pd.read_parquet(file)
                 examples = tuple(TokenizedExample(*row) for row in rows.itertuples(index=False))
-                stored = TokenizedSet(examples=examples, **{str(name): value for name, value in rows.attrs.items()})
+                facts: dict[str, Any] = {str(name): value for name, value in rows.attrs.items()}
+                stored = TokenizedSet(examples=examples, **facts)
                 logger.info("%s: reading its tokens from %s.", stored.name, file)
                 return stored
             except (OSError, ValueError, TypeError) as error:

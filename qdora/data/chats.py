@@ -66,8 +66,10 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
             _variables(tokenizer.chat_template)
-        except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template: {file}: {error}") from None
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: {file}: line {error.lineno}: {error.message}") from None
     template = tokenizer.chat_template or ""
     texts = template.values() if isinstance(template, dict) else [template]
     names = sorted(set().union(*map(_variables, texts)) - _RESERVED)

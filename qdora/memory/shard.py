@@ -138,9 +138,8 @@ class _Views:
             if not isinstance(module, FSDPModule):
                 continue
             assert isinstance(module, nn.Module)
-            layers = [
-                layer for layer in frozen_layers(module).values() if layer.share is not None and layer.residency is None
-            ]
+            frozen = frozen_layers(module).values()
+            layers = [layer for layer in frozen if layer.share is not None and layer.residency is None]
             for layer in layers:
                 layer.residency = self
             if layers:

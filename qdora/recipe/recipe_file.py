@@ -364,7 +364,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
             (f"{where} weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
             (f"{where} loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
         ]
-    unused: dict[str, str] = {}
+    unused = dict[str, str]()
     for names, why, applies in rows:
         section, *keys = names.split()
         unused |= {f"{section}.{key}": why for key in keys if applies}

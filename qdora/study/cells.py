@@ -209,7 +209,7 @@ class Expander:
             elif of_source < math.inf:  # else there is no adapter
                 trained[cell.key] = cell
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
-        rates = [
+        rates: list[dict[str, Any]] = [
             {
                 **labels,
                 "rate": None if found.rate is None else label_of(found.rate),
@@ -279,8 +279,8 @@ class Expander:
 
     def _recipe(self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None) -> Recipe:
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
-        more = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
-        changes |= {key: value for key, value in more.items() if value is not None}
+        asked = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
+        changes |= {key: value for key, value in asked.items() if value is not None}
         on_test = self.study.compare.split == "test" and arm.stage is not _SEARCH
         text = json.dumps([changes, on_test], sort_keys=True)
         if text not in self._made:
@@ -390,7 +390,7 @@ class Expander:
             interior = None if found is None else found.is_interior
             labels |= {} if found is None else {RATE: label_of(recipe.train.lr)}
             key = self._key(recipe)
-            return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, None, interior)
+            return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, is_interior=interior)
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
         before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
@@ -400,7 +400,8 @@ class Expander:
             return None
         what = f"{kind} at {stage.steps}" if stage.steps else kind
         key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
-        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, source.key, steps=stage.steps)
+        steps, from_key = stage.steps, source.key
+        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, adapter_key=from_key, steps=steps)
 
 
 def _on_test(recipe: Recipe) -> list[str]:

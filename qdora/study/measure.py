@@ -130,6 +130,6 @@ def _error_undone(layer: AdaptedLinear, uncompressed: Tensor) -> dict[str, float
     base = layer.base.dequantized(torch.float32)
     update = layer.merged_weight(torch.float32) - base
     # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
-    parts = [torch.stack(layer.approximated_parts(each)) for each in (update, base - uncompressed)]
-    found = error_undone(parts[0], parts[1], layer.rank)
+    of_update, of_error = (torch.stack(layer.approximated_parts(each)) for each in (update, base - uncompressed))
+    found = error_undone(of_update, of_error, layer.rank)
     return {} if found is None else {f"error_{name}": value for name, value in asdict(found).items()}

@@ -268,7 +268,8 @@ def stage_times(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]
     start, step, planned = math.nan, math.nan, dict[str, float]()
     time = results.study.time
     if len({steps for steps, _ in points}) > 1:
-        step, start = map(float, np.polyfit([each[0] for each in points], [each[1] for each in points], 1))
+        steps, taken = np.transpose(points)
+        step, start = map(float, np.polyfit(steps, taken, 1))
     elif time is not None:
         start, step = time.start, math.nan if time.step == "plan" else time.step
 

@@ -117,7 +117,8 @@ class Processes:
             flat = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))  # type: ignore[no-untyped-call]
+            parts = _unflatten_dense_tensors(flat, gradients)  # type: ignore[no-untyped-call]
+            torch._foreach_copy_(gradients, parts)
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
