@@ -44,7 +44,7 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
-        _refuse_not_finite(scale, name)
+        _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
         codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
         packed[first : first + codes.numel()] = codes
         absmax[start // block_size : start // block_size + scale.numel()] = scale
@@ -55,8 +55,11 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "
 def nearest_codes(unit: Tensor, kind: str) -> Tensor:
     """The code of the value that is nearest to each of `unit`, float32 within [-1, 1] in any shape: uint8. The lower
     value on a tie."""
-    bounds, codes = codebooks.decision_bounds(kind, unit.device)
-    return codes[torch.bucketize(unit, bounds, out_int32=True)]
+    table, flat = codebooks.decision_table(kind, unit.device), unit.reshape(-1)
+    cell = codebooks.cell(flat)
+    rank = table.rank.index_select(0, cell).add_(flat > table.bound.index_select(0, cell))
+    codes = table.code.index_select(0, rank.int()) if kind == "fp4" else rank  # the others ascend with their codes
+    return codes.view(unit.shape)
 
 
 @torch.no_grad()
@@ -207,6 +210,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """packed * absmax / 127, (out, in): float32 products, then one cast. A GPU makes 16 bits in one pass, off by an ulp
     of float32."""
+    if dtype == torch.float32:
+        return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
         return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
