@@ -291,13 +291,13 @@ def test_the_residency_of_the_last_start_is_that_of_later_commands(root, tmp_pat
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1"])
     assert residency_here(run, chosen, gpu) == chosen
-    run.write_json("environment.json", {"residency": residency_of(chosen)})
-    assert residency_here(run, given, gpu) == chosen
     run.write_json("environment.json", {"residency": residency_of(given)})
     assert residency_here(run, chosen, gpu) == given
-    assert residency_here(run, chosen, gpu, differentiated=True).base.residency == "device"
+    run.write_json("environment.json", {"residency": residency_of(chosen)})
+    assert residency_here(run, given, gpu) == chosen
+    assert residency_here(run, given, gpu, differentiated=True).base.residency == "device"
     with caplog.at_level(logging.INFO, logger="qdora"):
-        assert residency_here(run, chosen, torch.device("cpu")).base.residency == "device"
+        assert residency_here(run, given, torch.device("cpu")).base.residency == "device"
     assert "using device instead of host" in caplog.text
 
 

@@ -113,11 +113,11 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         found = (scoring_faults(tokenizer, examples, context) for examples in scored.values())
         return [f"validation data: {fault}" for faults in found for fault in faults]
 
-    faults = [*processes.from_first(unscored), *_data_faults(recipe, validation, num_steps, loader, config)]
-    if recipe.base.residency == "host" and compute.device.type != "cuda":
-        faults.append("base.residency: host needs a GPU.")
-    if recipe.adapter.kind == "full" and compute.dtype == float16:
-        faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
+    faults = [
+        *_machine_faults(recipe, compute),
+        *processes.from_first(unscored),
+        *_data_faults(recipe, validation, num_steps, loader, config),
+    ]
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     faults += [f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'" for name in missing]
     refuse(faults)
@@ -150,6 +150,15 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         chat_date=chat_date,
         calibration=calibration_tokens(applied, tokenizer, mix, config),
     )
+
+
+def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
+    faults = []
+    if recipe.base.residency == "host" and compute.device.type != "cuda":
+        faults.append("base.residency: host needs a GPU.")
+    if recipe.adapter.kind == "full" and compute.dtype == float16:
+        faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
+    return faults
 
 
 def _data_faults(
