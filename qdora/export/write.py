@@ -151,7 +151,8 @@ def _sources(model: nn.Module, tensors_of: Callable[[Layer], Mapping[str, Source
             continue
         if isinstance(module, RowEmbedding | RowHead):
             inner |= {f"{path}.base", f"{path}.trained"}
-            yield f"{dot}weight", replace(held(module.base.weight), make=partial(merged_rows, module))
+            weight: Any = module.base.weight
+            yield f"{dot}weight", replace(held(weight), make=partial(merged_rows, module))
         elif isinstance(module, AdaptedLinear | FrozenLinear):
             inner.add(f"{path}.base")
             for name, source in tensors_of(module).items():

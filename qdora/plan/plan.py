@@ -368,7 +368,7 @@ def compression_bytes(model: PreTrainedModel, base: BaseWeightsConfig, dtype: to
         blocks[block] += rows * columns * dtype.itemsize + products
         workspace = max(workspace, 8 * squares + 16 * rows * columns // experts)
     num_tokens = measured[1].sequences * measured[1].length
-    hidden = 2 * num_tokens * model.config.get_text_config().hidden_size * dtype.itemsize
+    hidden = 2 * num_tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
     return max(blocks.values(), default=0) + hidden + workspace
 
 
