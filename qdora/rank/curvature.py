@@ -95,7 +95,7 @@ class _PlainLayer:
             if self.attached:  # float64: a derivative divides by n^3
                 squared = (dense_weight(weight, torch.float64) + update.double()).square().sum(dim=1)
                 norm = squared.masked_fill(squared == 0, 1.0).sqrt().to(x.dtype)
-        if norm is None:
+        if norm is None or self.row_norm is None:
             return out
         assert self.row_norm is not None
         dead = self.row_norm.eq(0)
