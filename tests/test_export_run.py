@@ -249,7 +249,7 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
 @pytest.mark.parametrize(
     "options, at, error",
     [
-        (PEFT, "json_bytes", OSError(errno.ENOSPC, "No space left")),  # the last file
+        (PEFT, "json_bytes", OSError(errno.ENOSPC, "No space left on device")),  # the last file
         (ExportOptions(), "card_files", KeyboardInterrupt()),  # after the check
         (NF4, "verify_packed", torch.OutOfMemoryError("20 GiB")),
     ],

@@ -213,7 +213,7 @@ def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:
     assert (found.exit_code, Path(document["page"]).is_file(), len(document["answer"])) == (0, True, 4)
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
-    assert "is not a run (it has no recipe.yaml) or a study (no study.json)" in found.output
+    assert "is not a run (it has no recipe.yaml)" in found.output
     empty = fake_study.make(tmp_path / "empty", product=product("nf4"), rates=None)
     forget(empty)
     forget(empty, kind="base")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdora.errors import UserError, refuse
-from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines
+from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines, parse_size
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
@@ -47,7 +47,9 @@ class Options(BaseModel):
     def faults(self) -> Iterator[str]:
         for names, other, values in self.used_with:
             if not (getattr(self, other) in values.split() if values else self.has(other)):
-                what = f"is used only with {flag(other)} {values.replace(' ', ' or ')}".rstrip()
+                what = f"is used only with {flag(other)}"
+                if values:
+                    what += f" {values.replace(' ', ' or ')}, got {getattr(self, other)}"
                 yield from (f"{flag(name)}: {what}. Fix: remove it." for name in names.split() if self.has(name))
         for names, other in self.not_with:
             both = [name for name in names.split() if self.has(name) and self.has(other)]
@@ -191,6 +193,8 @@ class ExportOptions(Which):
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
+        if parse_size(self.shard_size) < 1000:  # a number lacks its unit
+            yield f"--shard-size: must be at least 1KB, such as 2GB, got {self.shard_size}."
         if self.push is not None:
             from huggingface_hub.errors import HFValidationError
             from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

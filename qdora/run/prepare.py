@@ -154,8 +154,10 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
-    if recipe.base.residency == "host" and compute.device.type != "cuda":
-        faults.append("base.residency: host needs a GPU.")
+    if compute.device.type != "cuda":
+        needs = {"base.residency: host": recipe.base.residency == "host"}
+        needs["memory.offload_activations:"] = recipe.memory.offload_activations
+        faults += [f"{setting} needs a GPU." for setting, is_set in needs.items() if is_set]
     if recipe.adapter.kind == "full" and compute.dtype == float16:
         faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     return faults
