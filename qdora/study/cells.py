@@ -400,8 +400,9 @@ class Expander:
             return None
         what = f"{kind} at {stage.steps}" if stage.steps else kind
         key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
-        steps, from_key = stage.steps, source.key
-        return Cell(key, labels, recipe, kind, stage.name, base_key, dense_key, adapter_key=from_key, steps=steps)
+        return Cell(
+            key, labels, recipe, kind, stage.name, base_key, dense_key, adapter_key=source.key, steps=stage.steps
+        )
 
 
 def _on_test(recipe: Recipe) -> list[str]:
