@@ -292,11 +292,12 @@ def with_changes(
         for overrides in [*ordered, None] if neutral else ordered:
             if now.fits:
                 break
+            least = 0.0 if overrides is None else 0.002 * now.tensor_bytes  # a smaller saving is not proposed
             if overrides is None:  # at last
                 overrides = _streaming(changed, now, plan_of)
             candidate = _overridden(changed, overrides)
-            if candidate is None or (plan := plan_of(candidate)).tensor_bytes >= now.tensor_bytes * (1 - 0.002):
-                continue  # a smaller saving is not proposed
+            if candidate is None or now.tensor_bytes - (plan := plan_of(candidate)).tensor_bytes <= least:
+                continue
             changed, now = candidate, plan
             changes.append(Change(", ".join(overrides), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
             fitting = changed if neutral else fitting
