@@ -127,7 +127,7 @@ class ChatTemplate:
         self._names = tuple(sorted((name for name in ids if name.strip()), key=len, reverse=True))
         self.mark_ids = frozenset(ids[name] for name in self._names)  # tokens that were added, special or not
         self.mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
-        self._first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
+        self.first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
         # Where the template wants them so, content is a list of parts (vision models), arguments of calls are JSON text
         self._parts = self._texts = False
         if not self._prints_chat():
@@ -212,7 +212,7 @@ class ChatTemplate:
 
     def _end_before(self, before: str, after: str) -> str:
         """The mark with which `after` goes on from `before`, or the end of sequence."""
-        mark = self._first_mark.match(after, len(before)) if after.startswith(before) else None
+        mark = self.first_mark.match(after, len(before)) if after.startswith(before) else None
         return mark[0] if mark else str(self.tokenizer.eos_token or "")
 
     def content_start(self, turns: Messages, tools: Tools, text: str) -> int:
@@ -248,7 +248,7 @@ class ChatTemplate:
         is_written, _, next_turn, tool_turn = self.ending
         if is_written and text[:end].rstrip().endswith(self._names):
             return text, end
-        if mark := self._first_mark.match(text, end):
+        if mark := self.first_mark.match(text, end):
             return text, mark.end()
         if not is_written and not text[end:].strip():
             text = text[:end] + (tool_turn if calls else next_turn)
@@ -323,7 +323,7 @@ class _Text(NamedTuple):
     spans: tuple[tuple[int, int], ...]  # (start, end) of what is learnt
     prompt: int | None = None  # end of the text that the model sees before it answers
     turn: int | None = None
-    end: int = 0  # of the turn, without what stands at the end of a chat only
+    end: int = 0  # of the turn, without what stands at the end of a chat only and without the mark of the next turn
 
 
 class _Tokens(NamedTuple):
@@ -389,7 +389,8 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) ->
     spans = list(marks) or [(start, len(text))]
     closed, end = template.closed(text, spans[-1][1], bool(turns[-1].tool_calls))
     spans[-1] = (spans[-1][0], end)
-    bare = len(closed.removesuffix(template.ending[1]))
+    is_written, trailer, *_ = template.ending
+    bare = len(closed.removesuffix(trailer)) if is_written else len(text)
     return _Text(template, closed, tuple(spans), start if is_prompt else None, number, min(end, bare))
 
 
@@ -411,20 +412,30 @@ def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
 def _encoded(texts: list[_Text], tokens: list[_Tokens]) -> list[Encoded]:
     """An example for each text, or for the last one alone if it begins with the tokens of the others."""
     seams = [_seam(text, own) for text, own in zip(texts, tokens, strict=True)]
-    fixed = [seam or own for seam, own in zip(seams, tokens, strict=True)]
-    masks = []
-    for text, own in zip(texts, fixed, strict=True):
+    if len(texts) > 1 and not any(seams) and (whole := _whole(texts, tokens)):
+        texts, tokens, seams = [whole], tokens[-1:], [None]
+    made = []
+    for text, own, seam in zip(texts, tokens, seams, strict=True):
+        own = seam or own
         mask = np.zeros(len(own.ids), dtype=np.bool_)
         for start, end in text.spans:
             mask |= (own.ends > start) & (own.starts < end)
-        masks.append(mask)
-    ends = [int(np.searchsorted(own.starts, text.end)) for text, own in zip(texts[:-1], tokens, strict=False)]
-    if not any(seams) and all(own.ids[:end] == tokens[-1].ids[:end] for own, end in zip(tokens, ends, strict=False)):
-        for mask, end in zip(masks, ends, strict=False):
-            masks[-1][:end] |= mask[:end]
-        texts, fixed, masks = texts[-1:], fixed[-1:], masks[-1:]
-    turns: list[int | None] = [text.turn for text in texts] if len(texts) > 1 else [None]
-    return [Encoded(own.ids, mask.tolist(), turn=turn) for own, mask, turn in zip(fixed, masks, turns, strict=False)]
+        made.append(Encoded(own.ids, mask.tolist(), turn=text.turn if len(texts) > 1 else None))
+    return made
+
+
+def _whole(texts: list[_Text], tokens: list[_Tokens]) -> _Text | None:
+    """The last text with the spans of all, if it begins with the tokens of the others."""
+    last, spans = texts[-1], list[tuple[int, int]]()
+    for text, own in zip(texts[:-1], tokens, strict=False):
+        index, end = int(np.searchsorted(own.starts, text.end)), text.end
+        if not last.template.ending[0]:  # the mark of the turn that does follow
+            mark = last.template.first_mark.match(last.text, end)
+            end = mark.end() if mark else 0
+        if not end or own.ids[:index] != tokens[-1].ids[:index]:
+            return None
+        spans += [*text.spans[:-1], (text.spans[-1][0], end)]
+    return last._replace(spans=(*spans, *last.spans))
 
 
 def _seam(text: _Text, tokens: _Tokens) -> _Tokens | None:
