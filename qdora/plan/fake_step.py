@@ -28,13 +28,12 @@ from qdora.adapter.norms import refresh
 from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
 from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import adapted_layers, adapter_parameters, linear_layers
+from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, linear_layers, replace_module
 from qdora.model.load import (
     block_list,
     chosen_layers,
     dense_dtype,
     layers_to_quantize,
-    place_frozen,
     quantization_of,
     skeleton,
     tie_,
@@ -218,7 +217,8 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
     linear = {f"{name}.weight" for name in linear_layers(model)} if wanted.kind == "none" else set()
     head: Any = model.get_output_embeddings()
     for name in sorted(layers):
-        shape = tuple(model.get_parameter(f"{name}.weight").shape)
+        module: Any = model.get_submodule(name)
+        shape = tuple(module.weight.shape)
         with live.label(parts.BASE):
             weight: Weight = torch.empty(shape, dtype=dtype)
             if wanted.kind != "none":
@@ -227,7 +227,10 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
             live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
         with live.label(parts.MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
-        place_frozen(model, name, weight, bits)
+        with live.label(parts.DENSE):
+            kind = dense_dtype(model, f"{name}.bias", dtype)
+            bias = None if module.bias is None else torch.empty(module.bias.shape, dtype=kind)
+        replace_module(model, name, frozen_like(module, weight, bias, bits))
     tied = tied_weights(model)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name not in tied:
