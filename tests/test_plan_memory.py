@@ -286,6 +286,8 @@ def test_compressing_a_measured_base_is_a_moment_of_its_own():
     least = tokens + block + 4 * sum(in_**2 for in_ in products) + 8 * max(products) ** 2 + 4 * rows
     assert found.peak.name == "compression"
     assert least < found.components[parts.CALIBRATION] < 1.5 * least
+    assert found.compress_seconds is not None
+    assert plan(a_recipe(), config=config).compress_seconds is None
 
 
 def test_assumed_micro_batches_and_their_gradients():

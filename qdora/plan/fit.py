@@ -177,9 +177,9 @@ class Planner:
             moments, pinned = parts.with_offloaded(moments, num_blocks)
             sizes["host_bytes"] += pinned
         if base.measured is not None:
-            once = {parts.CALIBRATION: parts.compression_bytes(model, base, self.dtype)}
-            once[parts.DENSE] = moments[0].by_component.get(parts.DENSE, 0)
-            moments = [Moment("compression", None, once), *moments]
+            once, sizes["compress_seconds"] = parts.compression(model, base, work, rates, self.dtype)
+            dense = moments[0].by_component.get(parts.DENSE, 0)
+            moments = [Moment("compression", None, {parts.DENSE: dense, parts.CALIBRATION: once}), *moments]
         if self.device_kind == "cuda" and num_blocks and base.quant != "none" and base.prune is None:
             sizes["block_bytes"] = parts.streamed_blocks(model, quantization, None).block_bytes
         tied = tied_weights(model)  # parameters of their own on the meta device

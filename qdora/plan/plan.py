@@ -146,6 +146,7 @@ class Plan:
     num_trainable: int = 0
     num_weights: int = 0
     step_seconds: float | None = None  # an estimate
+    compress_seconds: float | None = None  # an estimate: once, of a base whose inputs are measured
     forward_seconds: float = 0.0  # of a micro-batch through the blocks
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
@@ -349,27 +350,39 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
 
 
 _SHARING = ("k_proj", "v_proj", "up_proj")  # read the input of q_proj or gate_proj, and share its X^T X and factor
+_COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
 
 
-def compression_bytes(model: PreTrainedModel, base: BaseWeightsConfig, dtype: torch.dtype) -> int:
-    """Of a base whose inputs are measured, beside the embeddings: the largest block in `dtype` and X^T X of its inputs
-    in float32, inputs and outputs of all tokens, twice the largest X^T X for its factor, four float32 copies of a
-    weight."""
-    found, measured = block_list(model), base.measured
+def compression(
+    model: PreTrainedModel, base: BaseWeightsConfig, work: Work, rates: Rates, dtype: torch.dtype
+) -> tuple[int, float]:
+    """Of a base whose inputs are measured: bytes beside the embeddings, and seconds without reading the files.
+
+    Bytes: the largest block in `dtype` and X^T X of its inputs in float32, inputs and outputs of all tokens, twice the
+    largest X^T X for its factor, four float32 copies of a weight. FLOPs: two forward passes; at the rate of float32, a
+    16th, 2 tokens in^2 for X^T X, 4/3 in^3 for its factor, out in^2 for the sweep.
+    """
+    found, measured, config = block_list(model), base.measured, model.config.get_text_config()
     if found is None or measured is None:
-        return 0
-    blocks, workspace = Counter[str](), 0
+        return 0, 0.0
+    num_tokens, blocks = measured[1].sequences * measured[1].length, Counter[str]()
+    flops, num_columns, workspace = 0.0, 0, 0
     for path in (path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")):
         layer: Any = model.get_submodule(path)
         (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
         squares = columns**2 if base.statistic == "sparsegpt" else 0
-        products = 0 if path.endswith(_SHARING) else 4 * squares * experts
-        block = path.removeprefix(f"{found[0]}.").partition(".")[0]
-        blocks[block] += rows * columns * dtype.itemsize + products
+        num_products = 0 if path.endswith(_SHARING) else experts
+        met = num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)
+        blocks[path.removeprefix(f"{found[0]}.").partition(".")[0]] += (
+            rows * columns * dtype.itemsize + 4 * squares * num_products
+        )
+        flops += squares * (rows + 2 * met + 4 / 3 * columns * num_products)
+        num_columns += columns * experts * bool(squares)
         workspace = max(workspace, 8 * squares + 16 * rows * columns // experts)
-    num_tokens = measured[1].sequences * measured[1].length
-    hidden: int = 2 * num_tokens * model.config.get_text_config().hidden_size * dtype.itemsize
-    return max(blocks.values(), default=0) + hidden + workspace
+    hidden = 2 * num_tokens * int(config.hidden_size) * dtype.itemsize
+    passes = 4.0 * num_tokens * work.num_linear * work.share_met
+    seconds = (passes + 16 * flops) / rates.flops + num_columns * _COLUMN_SECONDS
+    return max(blocks.values(), default=0) + hidden + workspace, seconds
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.step_seconds is not None:
         seconds = seconds_text(plan.step_seconds)
         lines.append(f"Estimated time: {seconds} per step on one card, by a roofline of {plan.rates['name']}.")
+    if plan.compress_seconds is not None:
+        lines.append(f"Compressing the base: about {seconds_text(plan.compress_seconds)} once, by the same roofline.")
     if plan.host_bytes:
         lines.append(f"Host memory: {size_text(plan.host_bytes)} pinned.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
