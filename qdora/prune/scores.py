@@ -65,8 +65,18 @@ def num_pruned(sparsity: float, size: int) -> int:
 def lowest(scores: Tensor, count: int) -> Tensor:
     """The `count` lowest entries of each group, (groups, size) float32 or float64, finite: bool, exactly `count` True
     in every row, of equal entries the first."""
-    cheapest = scores.argsort(dim=1, stable=True)[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, cheapest, True)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    chosen = scores <= threshold
+    surplus = chosen.sum(dim=1) - count
+    tied_groups = surplus.nonzero().squeeze(1)
+    if len(tied_groups):
+        some, limit = scores[tied_groups], threshold[tied_groups]
+        below, tied = some < limit, some == limit
+        wanted = count - below.sum(dim=1, keepdim=True)
+        chosen[tied_groups] = below | (tied & (tied.cumsum(dim=1) <= wanted))
+    return chosen
 
 
 @torch.no_grad()
