@@ -80,10 +80,10 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     report, folder = read_report(directory), out or directory / "report"
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
-    for text in (f"{_markdown(_shown_table(report, 'arms'))}\n", *report.answer, report.status, f"report: {files[0]}"):
-        results.print(text, soft_wrap=True)
+    for sentence in (*report.answer, report.status, f"report: {files[0]}"):
+        results.print(sentence, soft_wrap=True)
     found = {"page": str(files[0]), "files": list(map(str, files)), "answer": report.answer, "status": report.status}
-    return found | {name: report.tables[name] for name in ("arms", "comparisons")}
+    return found | {"comparisons": report.tables["comparisons"]}
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
@@ -96,7 +96,8 @@ def write_report(report: Report, directory: Path, title: str) -> list[Path]:
     )
     parts = [f"# {title}", *report.answer, report.status]
     for table in shown:
-        parts += [f"## {table['title']}", table["note"], _markdown(table)]
+        parts += [f"## {table['title']}", table["note"]]
+        parts.append(markdown_table(table["header"], table["rows"], right=table["is_number"]))
     parts.append(f"All columns and tables: {', '.join(f'[{name}]({name})' for name in csv)}.")
     texts = {"index.html": page, "report.md": "\n\n".join(filter(None, parts)) + "\n", **csv}
     directory.mkdir(parents=True, exist_ok=True)
@@ -119,10 +120,6 @@ def _shown_table(report: Report, name: str) -> dict[str, Any]:
     cells = [[text(row.get(column)) or "–" for column in names] for row in rows]
     header = [column.replace("_", " ") for column in names]
     return {"title": title, "note": note, "header": header, "is_number": is_number, "rows": cells}
-
-
-def _markdown(table: Row) -> str:
-    return markdown_table(table["header"], table["rows"], right=table["is_number"])
 
 
 def read_report(directory: Path) -> Report:

@@ -34,9 +34,9 @@ from qdora.study.cells import Cell, Expander
 from qdora.study.compare import against_all_verdicts
 from qdora.study.grid import in_words, load_study
 from qdora.study.measure import evaluate_magnitudes, measure_by_layer, measure_checkpoints
-from qdora.study.report import report_run
+from qdora.study.report import read_report, report_run
 from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
-from qdora.study.vary import keep_grid
+from qdora.study.vary import keep_grid, table
 from qdora.train.evals import adapter_step
 
 logger = logging.getLogger("qdora")
@@ -61,7 +61,7 @@ def study_run(
     """Run the cells of a study that have no result and that no other process works on.
 
     `retry_failed`: also those that were given up. `dry_run`: check every cell, tell how long the study takes, and write
-    nothing. `text`: of a study file that is not written yet (`varied`); such a study ends with its report.
+    nothing. `text`: of a study file that is not written yet (`varied`); such a study ends with its table and report.
     Returns the directory and the counts of cells.
     """
     progress, results = consoles(console)
@@ -108,7 +108,9 @@ def study_run(
     facts: dict[str, Any] = {"directory": str(directory), "num_cells": len(keys), "num_done": num_done}
     facts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
     if text is not None and num_done:
-        facts |= report_run(directory, console=console)
+        report = read_report(directory)
+        results.print(f"\n{table(report)}\n", soft_wrap=True)
+        facts |= {"arms": report.tables["arms"]} | report_run(directory, console=console)
     return facts
 
 
