@@ -157,6 +157,8 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
     if recipe.base.residency == "host" and compute.device.type != "cuda":
         faults.append("base.residency: host needs a GPU.")
+    if recipe.memory.offload_activations and compute.device.type != "cuda":
+        faults.append("memory.offload_activations: needs a GPU.")
     if recipe.adapter.kind == "full" and compute.dtype == float16:
         faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     return faults
