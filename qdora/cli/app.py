@@ -198,7 +198,10 @@ def train(recipe: Recipe, options: options_of.TrainOptions) -> None:
     """
     from qdora.recipe.recipe_file import load_recipe
 
-    directory = options.run_dir or Path("runs") / Path(recipe).stem
+    own = Path(recipe) / "recipe.yaml"
+    if own.is_file() and not options.resume:  # a run in place of a recipe
+        raise UserError(f"{recipe}: is a run. Fix: continue it with --resume, or start another one from {own}.")
+    directory = options.run_dir or (own.parent if own.is_file() else Path("runs") / Path(recipe).stem)
     if options.resume:
         recipe = str(open_run(directory).recipe_file)
         logging.getLogger("qdora").info("%s continues with its own recipe.yaml, which only -s changes.", directory)

@@ -37,7 +37,7 @@ def masked(text: str) -> str:
 def disk_reason(error: BaseException) -> str | None:
     """Why a write failed; None for another error. Rust and C++ libraries raise their own, with the system's words."""
     text = str(error)
-    if any(os.strerror(number) in text for number in _FULL):
+    if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in text for number in _FULL):
         return DISK_FULL
     return READ_ONLY if READ_ONLY in text else text if isinstance(error, OSError) else None
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qdora.errors import UserError, refuse
-from qdora.recipe.section import SizeText, Text, Whole, WholeOrZero, fault_lines, parse_size
+from qdora.recipe.section import Text, Whole, WholeOrZero, fault_lines, parse_size
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
@@ -19,6 +19,13 @@ CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
 """What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
+
+
+def _file_size(value: str) -> str:
+    # A number below 1,000 lacks its unit
+    if not value.rstrip()[-1:].isalpha() or parse_size(value) < 1000:
+        raise ValueError("must be at least 1KB and have a unit, such as 2GB")
+    return value
 
 
 def flag(name: str) -> str:
@@ -171,7 +178,7 @@ class ExportOptions(Which):
     """Weights to merge on: dequantized (the adapter was trained on them) or original."""
     requantize: bool = False
     """Quantise the merged model to 4 bits again."""
-    shard_size: SizeText = "5GiB"
+    shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
     """Largest weights file, such as 2GB."""
     push: str | None = None
     """Upload it to this repository of the Hub; a new one is private."""
@@ -193,8 +200,6 @@ class ExportOptions(Which):
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if parse_size(self.shard_size) < 1000:  # a number lacks its unit
-            yield f"--shard-size: must be at least 1KB, such as 2GB, got {self.shard_size}."
         if self.push is not None:
             from huggingface_hub.errors import HFValidationError
             from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

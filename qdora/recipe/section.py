@@ -62,8 +62,7 @@ def _size(value: str) -> str:
     return value
 
 
-SizeText = Annotated[str, AfterValidator(_size)]
-Size = Literal["auto"] | SizeText
+Size = Literal["auto"] | Annotated[str, AfterValidator(_size)]
 
 Fault = tuple[str, str]
 """(path of a key, what is wrong)."""

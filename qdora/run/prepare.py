@@ -154,10 +154,10 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
-    if compute.device.type != "cuda":
-        needs = {"base.residency: host": recipe.base.residency == "host"}
-        needs["memory.offload_activations:"] = recipe.memory.offload_activations
-        faults += [f"{setting} needs a GPU." for setting, is_set in needs.items() if is_set]
+    if recipe.base.residency == "host" and compute.device.type != "cuda":
+        faults.append("base.residency: host needs a GPU.")
+    if recipe.memory.offload_activations and compute.device.type != "cuda":
+        faults.append("memory.offload_activations: needs a GPU.")
     if recipe.adapter.kind == "full" and compute.dtype == float16:
         faults.append("model.dtype: must be bfloat16 or float32 with adapter.kind full, got float16.")
     return faults
