@@ -343,7 +343,7 @@ def test_cells_share_their_pruned_base_and_one_that_diverges_is_done(root: Path,
     half = {"base.quant": "nf4", "base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
     lost = {"lost": {"adapter.kind": "lora", "train.lr": 1e30}}
     run(write_study(root, "pruned", product={"base": {"half": half}, "adapter": DORA | lost}), tmp_path)
-    (made,) = (tmp_path / "shared/bases").glob("*/base/model-00000.safetensors")
+    (made,) = (tmp_path / "shared/bases").glob("*/model-00000.safetensors")
     cells = list((tmp_path / "cells").glob("*/base/model-00000.safetensors"))
     assert len(cells) == 3  # both adapters, and the base by itself
     assert all(cell.samefile(made) for cell in cells)

@@ -74,7 +74,7 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(root: Path, tm
     own = evaluate_target(str(tmp_path), EvalOptions(tasks=["letters"]))
     assert own["generation"]["tasks"] == read(tmp_path / "eval/step-6-generated.json")["tasks"]
     for end, part in (("-generated", "generation"), ("", "evaluation")):
-        assert read(tmp_path / f"eval/final-validation{end}.json")["tasks"] == own[part]["tasks"]
+        assert read(tmp_path / f"eval/final-validation-letters{end}.json")["tasks"] == own[part]["tasks"]
     other = evaluate_target(str(tmp_path), EvalOptions(tasks=["letters"], method="loglikelihood"))
     assert "generation" not in other
     assert other["evaluation"]["tasks"] == own["evaluation"]["tasks"]
