@@ -55,13 +55,19 @@ def score_examples(
     spans, truncated = _spans(tokenizer, examples, context_length(model))
     if any(truncated):
         _warn_of_truncation(", ".join(sorted({example.task for example in examples})))
+    groups = [  # only choices share a prefix
+        group
+        for example, own in zip(examples, spans, strict=True)
+        for group in ([own] if example.choices else [[span] for span in own])
+    ]
     report = None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
+    found = iter(score_groups(model, groups, report))
     scores = []
-    found = zip(examples, spans, truncated, score_groups(model, spans, report), strict=True)
-    for example, own, cut, loglikelihoods in found:
-        num_tokens = np.array([span.num_scored for span in own])
+    for example, own, cut in zip(examples, spans, truncated, strict=True):
+        loglikelihoods, num_tokens = next(found), np.array([span.num_scored for span in own])
         if not example.choices:
-            loglikelihoods, num_tokens = (each.sum(keepdims=True) for each in (loglikelihoods, num_tokens))
+            rest = [next(found) for _ in own[1:]]
+            loglikelihoods, num_tokens = sum(rest, loglikelihoods), num_tokens.sum(keepdims=True)
         num_chars = np.array([len(choice.lstrip()) for choice in example.choices])
         scores.append(ExampleScore(example.id, example.gold, loglikelihoods, num_tokens, num_chars, cut))
     return scores
