@@ -198,70 +198,76 @@ def score_spans(model: nn.Module, spans: Sequence[Span]) -> NDArray[np.float64]:
 def score_groups(
     model: nn.Module, groups: Sequence[Sequence[Span]], progress: Progress | None = None
 ) -> list[NDArray[np.float64]]:
-    """Summed log-likelihood of the spans of each group (such as a question's choices), (spans,) float64 each, nats."""
-    # Spans that run together, and how many of their tokens run first, once
-    units: list[tuple[Sequence[Span], int]] = []
-    can_share, max_logits = shares_prefix(model), max(_MAX_LOGITS // vocabulary_size(model), 1)
+    """Summed log-likelihood of the spans of each group (a question's choices), (spans,) float64 each, nats."""
+    units: list[tuple[Sequence[Span], int]] = []  # spans that run together, and the length of their prefix
+    can_share = shares_prefix(model)
     for group in groups:
         prefix = 0
         if can_share and len(group) > 1:
             shared = (shared_length(group[0].ids, span.ids) for span in group[1:])
             prefix = min(*(span.start for span in group), *shared)
-        if prefix:
-            units.append((group, prefix))
-        else:  # a cache can also go on with a span of too many logits
-            ends = (span.start - 1 + max_logits if can_share else span.num_fed for span in group)
-            units += [([span], min(span.num_fed, end)) for span, end in zip(group, ends, strict=True)]
+        units += [(group, prefix)] if prefix else [([span], 0) for span in group]
+    max_logits = max(_MAX_LOGITS // vocabulary_size(model), 1)
 
     def width(index: int) -> int:
-        return units[index][1]
+        (span, *_), prefix = units[index]
+        return prefix or span.num_fed
 
     def fits(batch: list[int]) -> bool:
-        num_scored = sum(max(0, width(index) + 1 - span.start) for index in batch for span in units[index][0])
-        return len(batch) * width(batch[0]) <= BATCH_TOKENS and num_scored <= max_logits
+        first, last = units[batch[0]][1], units[batch[-1]][1]
+        num_scored = sum(units[index][0][0].num_scored for index in batch)
+        is_small = len(batch) * width(batch[0]) <= BATCH_TOKENS and (first > 0 or num_scored <= max_logits)
+        return is_small and (first > 0) == (last > 0)
 
     def compute(batch: list[int]) -> list[list[float]]:
-        return _score_units(model, [units[index] for index in batch], max_logits)
+        some = [units[index] for index in batch]
+        if some[0][1]:
+            return _score_shared(model, some, max_logits)
+        spans = [span for (span,), _ in some]
+        num_fed = [span.num_fed for span in spans]
+        if can_share and spans[0].num_scored > max_logits:  # a batch of its own, in pieces
+            cache, scores = DynamicCache(), np.zeros(1)
+            for begin in range(0, num_fed[0], max_logits):
+                past, end = torch.ones(1, begin, dtype=torch.long), min(begin + max_logits, num_fed[0])
+                scores += _scores(model, spans, [begin], [end], cache=cache, past=past)
+        else:
+            scores = _scores(model, spans, [0] * len(spans), num_fed)
+        return [[float(score)] for score in scores]
 
-    order = sorted(range(len(units)), key=lambda index: (-width(index), index))
+    order = sorted(range(len(units)), key=lambda index: (units[index][1] == 0, -width(index), index))
     with scoring(model):
         scored = results_of(model, list(length_batches(order, width, fits)), compute, progress)
     flat = np.array([score for index in range(len(units)) for score in scored[index]])
     return np.split(flat, np.cumsum([len(group) for group in groups]))[:-1]
 
 
-def _score_units(model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int) -> list[list[float]]:
-    """One batch: the first tokens of each unit, then the rest of every span behind a copy of its unit's cache.
+def _score_shared(model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int) -> list[list[float]]:
+    """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
     Both are padded on the right: the mask of the rests is 1..1 0..0 | 1..1 0..0.
     """
     spans = [span for group, _ in units for span in group]
     rows = torch.tensor([row for row, (group, _) in enumerate(units) for _ in group])
-    ends = [end for group, end in units for _ in group]
+    ends = [prefix for group, prefix in units for _ in group]
+    cache, past = DynamicCache(), padded([[1] * prefix for _, prefix in units])[1]
+    scores = _scores(model, spans, [0] * len(spans), ends, rows=rows.tolist(), cache=cache)
+    bytes_per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // past.numel()
+    max_cached = _MAX_CACHE_BYTES // bytes_per_token
 
     def width(index: int) -> int:
         return spans[index].num_fed - ends[index]
 
-    longer = sorted(filter(width, range(len(spans))), key=lambda index: -width(index))
-    cache, past = DynamicCache() if longer else None, padded([[1] * end for _, end in units])[1]
-    scores = _scores(model, spans, [0] * len(spans), ends, rows=rows.tolist(), cache=cache)
-    layers = [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
-    bytes_per_token = sum(keys.nbytes + values.nbytes for keys, values in layers) // past.numel()
-
     def fits(batch: list[int]) -> bool:
         widest = width(batch[0])
-        num_cached = len(batch) * (past.shape[1] + widest)
         is_small = len(batch) * widest <= min(BATCH_TOKENS, max_logits)
-        return is_small and num_cached * bytes_per_token <= _MAX_CACHE_BYTES
+        return is_small and len(batch) * (past.shape[1] + widest) <= max_cached
 
+    longer = sorted((index for index in range(len(spans)) if width(index) > 0), key=lambda index: -width(index))
     for batch in length_batches(longer, width, fits):
-        own, chosen = [spans[index] for index in batch], rows[batch]
-        copied = DynamicCache([(keys[chosen], values[chosen]) for keys, values in layers])
-        for done in range(0, width(batch[0]), max_logits):  # once, but for a long span, which is a batch of its own
-            begins = [ends[index] + done for index in batch]
-            stops = [min(span.num_fed, begin + max_logits) for span, begin in zip(own, begins, strict=True)]
-            before = torch.cat([past[chosen], torch.ones(len(batch), done, dtype=torch.long)], dim=1)
-            scores[batch] += _scores(model, own, begins, stops, cache=copied, past=before)
+        own, begins, chosen = [spans[index] for index in batch], [ends[index] for index in batch], rows[batch]
+        copied = DynamicCache([(layer.keys[chosen], layer.values[chosen]) for layer in cache.layers])
+        num_fed = [span.num_fed for span in own]
+        scores[batch] += _scores(model, own, begins, num_fed, cache=copied, past=past[chosen])
     return [part.tolist() for part in np.split(scores, np.cumsum([len(group) for group, _ in units]))[:-1]]
 
 
