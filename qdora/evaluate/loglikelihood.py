@@ -94,16 +94,17 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
     truncated: list[int] = []
     for example in examples:
         try:
-            if example.messages:
+            if example.choices:
+                own, cut = _choice_spans([next(encoded) for _ in example.choices], prefix, context)
+            elif example.messages:
                 chat = next(encoded_chats)
                 if isinstance(chat, str):
                     raise ValueError(chat)
                 # the template writes what the tokenizer would have put in front
-                fitted = [_fitted([run], 0, context) for part in chat for run in _runs(part.ids, part.mask)]
+                fitted = [_answer_spans(*run, 0, context) for part in chat for run in _runs(part.ids, part.mask)]
+                own, cut = [span for some, _ in fitted for span in some], max((cut for _, cut in fitted), default=0)
             else:
-                texts = [next(encoded) for _ in example.choices or (example.answer,)]
-                fitted = [_fitted(texts, prefix, context, are_choices=bool(example.choices))]
-            own, cut = [span for some, _ in fitted for span in some], max((cut for _, cut in fitted), default=0)
+                own, cut = _answer_spans(*next(encoded), prefix, context)
             if not own:
                 raise ValueError("the answer has no token to score")
             spans.append(own)
@@ -120,23 +121,29 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int
     return [(list(ids[:end]), start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _fitted(
-    encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None, *, are_choices: bool = False
+def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
+    """Spans that score ids[start:] once, and the prompt tokens that they lack; the first `prefix` ids are kept."""
+    start = max(start, 1)
+    if start >= len(ids):
+        return [], 0
+    cut = 0 if context is None else max(len(ids) - 1 - context, 0)
+    if context is not None and cut > start - max(prefix, 1):
+        spans = strided_spans(ids, context, max(context // 2, 1), first=start)
+        return spans, start - spans[0].start
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut)], cut
+
+
+def _choice_spans(
+    encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
 ) -> tuple[list[Span], int]:
-    """Spans that score each choice, or an answer, once, and the prompt tokens that they lack; the first `prefix` ids
-    are kept."""
-    starts = [max(start, 1) for _, start in encoded]
+    """A span for each choice, and the prompt tokens that they lack."""
+    encoded = [(ids, max(start, 1)) for ids, start in encoded]
+    if empty := [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]:
+        raise ValueError(f"choices[{empty[0]}] has no token to score")
     cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
-    for index, ((ids, _), start) in enumerate(zip(encoded, starts, strict=True)):
-        if start >= len(ids):
-            raise ValueError(f"{f'choices[{index}]' if are_choices else 'the answer'} has no token to score")
-    if context is not None and cut > min(starts) - max(prefix, 1):
-        if are_choices:
-            raise ValueError(f"a choice does not fit the model's context of {context} tokens, even without its prompt")
-        spans = strided_spans(encoded[0][0], context, max(context // 2, 1), first=starts[0])
-        return spans, starts[0] - spans[0].start
-    kept = zip(encoded, starts, strict=True)
-    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for (ids, _), start in kept], cut
+    if cut > min(start for _, start in encoded) - max(prefix, 1):
+        raise ValueError(f"a choice does not fit the model's context of {context} tokens, even without its prompt")
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut
 
 
 @cache  # each evaluation of a run cuts the same prompts

@@ -244,13 +244,14 @@ def score_groups(
 def _score_shared(model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int) -> list[list[float]]:
     """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
-    Both are padded on the right: the mask of the rests is 1..1 0..0 | 1..1 0..0.
+    Prefixes are padded on the left: the mask is 0..0 1..1 | 1..1 0..0.
     """
     spans = [span for group, _ in units for span in group]
     rows = torch.tensor([row for row, (group, _) in enumerate(units) for _ in group])
     ends = [prefix for group, prefix in units for _ in group]
-    cache, past = DynamicCache(), padded([[1] * prefix for _, prefix in units])[1]
-    scores = _scores(model, spans, [0] * len(spans), ends, rows=rows.tolist(), cache=cache)
+    cache, past = DynamicCache(), padded([[1] * prefix for _, prefix in units], left=True)[1]
+    none = torch.empty(len(units), 0, dtype=torch.long)
+    scores = _scores(model, spans, [0] * len(spans), ends, rows=rows.tolist(), cache=cache, past=none)
     bytes_per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // past.numel()
     max_cached = _MAX_CACHE_BYTES // bytes_per_token
 
@@ -296,20 +297,20 @@ def _scores(
     device = next(model.parameters()).device
     rows = range(len(spans)) if rows is None else rows
     fed = {row: span.ids[begin:end] for row, span, begin, end in zip(rows, spans, begins, ends, strict=True)}
-    ids, mask = padded(list(fed.values()))
+    is_prefix = past is not None and past.shape[1] == 0
+    ids, mask = padded(list(fed.values()), left=is_prefix)
     scored = [
-        (row, token - 1 - begin, span.ids[token], index)
+        (row, token - 1 - begin + (ids.shape[1] - len(fed[row]) if is_prefix else 0), span.ids[token], index)
         for index, (row, span, begin, end) in enumerate(zip(rows, spans, begins, ends, strict=True))
         for token in range(max(begin + 1, span.start), end + 1)
     ]
     row, column, target, owner = torch.tensor(scored or [(0, 0, 0, 0)]).T.unbind()
     inputs: dict[str, Any] = {"use_cache": cache is not None}
-    if cache is not None:
-        is_new = "cache" in inspect.signature(model.forward).parameters  # older: past_key_values
-        inputs["cache" if is_new else "past_key_values"] = cache
     if past is not None:
         mask = torch.cat([past, mask], dim=1)
-        inputs["position_ids"] = (mask.cumsum(-1) - 1)[:, past.shape[1] :].to(device)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, past.shape[1] :]
+        is_new = "cache" in inspect.signature(model.forward).parameters  # older: past_key_values
+        inputs |= {"position_ids": positions.to(device), "cache" if is_new else "past_key_values": cache}
     row, column = row.to(device), column.to(device)
     masks = known_masks(model, None, device) if past is None else nullcontext()
     with masks, head_input(model, lambda hidden: hidden[row, column][None]):
