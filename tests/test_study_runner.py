@@ -28,7 +28,7 @@ from qdora.study import run
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
 from qdora.study.results import Results, StudyDirectory, cells_now
-from qdora.study.run import CellsLog, once, run_cells, submit_jobs
+from qdora.study.run import CellsLog, run_cells, submit_jobs
 from tests import fake_study
 from tests.fake_study import numbered
 
@@ -187,21 +187,6 @@ def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
         job.result()
     assert len(jobs) == 2
     assert sorted(started(tmp_path)) == [cell.key for cell in numbered(8)]
-
-
-def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
-    calls, store = list[Path](), StudyDirectory(tmp_path)
-
-    def make(directory: Path) -> None:
-        calls.append(directory)
-        time.sleep(0.2)
-        (directory / "weights").write_text("w")
-
-    together(*[lambda: calls.append(once(store, "base", "abc", make))] * 3)
-    assert [(path / "weights").read_text() for path in calls[1:]] == ["w"] * 3
-    with pytest.raises(ZeroDivisionError):
-        once(store, "base", "other", lambda path: print(1 / 0))
-    assert once(store, "base", "other", make).is_dir()
 
 
 @pytest.fixture

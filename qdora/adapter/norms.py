@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,8 @@ def _check(groups: Sequence[_Alike]) -> None:
     for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
         each.layers[number].asks_at_once = has_cancelled
         if has_cancelled:
-            found = each.norm[number], each.cancelled[number], each.weights[number]
+            weight = each.weights[number] if each.share is None else each.share.weight()
+            found = each.norm[number], each.cancelled[number], weight
             factors, s = (each.lora_A[number], each.lora_B[number][each.rows]), each.layers[number].scaling
             measure_cancelled_(*found, *factors, s, dtype=each.dtype)
 
@@ -129,18 +131,19 @@ class _Alike:
         if self.share is None:
             # Decoded scales, where layers keep them, serve the norm and the operands.
             scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
-            weights = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
-            self.weights = [weight if own is None else with_scales(weight, own) for weight, own in weights]
-        else:
-            self.weights = [self.share.weight()]
+            stored = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
+            weights = [weight if own is None else with_scales(weight, own) for weight, own in stored]
+        else:  # its scales are decoded: of one layer at a time
+            weights = [self.share.weight()]
+        self.weights: list[Any] = weights if self.share is None else [None]
         squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])[:, self.rows]
         factors, s = (self.lora_A, self.lora_B[:, self.rows]), layers[0].scaling
         if squared.numel() and not layers[0].masked:
-            self.norm, self.cancelled = factored_norms(self.weights, *factors, s, base_squared=squared, dtype=dtype)
+            self.norm, self.cancelled = factored_norms(weights, *factors, s, base_squared=squared, dtype=dtype)
             return
         self.norm, self.cancelled = squared, torch.zeros_like(squared, dtype=torch.bool)
         if self.share is not None and squared.numel():
-            bits, (weight,), (a, b) = self.share.keep_bits(), self.weights, (each[0] for each in factors)
+            bits, (weight,), (a, b) = self.share.keep_bits(), weights, (each[0] for each in factors)
             norm = row_norm(weight, a, b, s, base_squared=squared[0], dtype=dtype, keep_bits=bits)
             self.norm = norm.unsqueeze(0)
 

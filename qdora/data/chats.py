@@ -100,7 +100,7 @@ def require_chat_template(tokenizer: Any, name: str) -> None:
 # A template
 
 
-_CLOCK = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")
+_CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _SHORT_ID = 9
 _ANSWER, _OTHER = "Aq7probe", "\u203bprobe"
 _USER = Turn("user", "Uq7probe")
@@ -287,7 +287,10 @@ def _with_short_ids(turns: Messages) -> Messages:
     for number, turn in enumerate(turns):
         if turn.tool_calls:
             digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
-            waiting = {call.get("id", n): digests[n][:_SHORT_ID] for n, call in enumerate(turn.tool_calls)}
+            waiting = {}
+            for n, call in enumerate(turn.tool_calls):
+                own = call.get("id", n)
+                waiting[n if own in waiting else own] = digests[n][:_SHORT_ID]
             calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:

@@ -150,6 +150,8 @@ class ExampleStream:
             self._read_window()
         taken = self.position.taken
         rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._tally())
+        if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
+            self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
         self._ready = [(each, place == len(row)) for row in rows for place, each in enumerate(row, 1)][::-1]
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from qdora.adapter.experts import FrozenExperts
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.data.example import Example
 from qdora.data.sources import run_examples
@@ -366,7 +367,11 @@ def compare_weights(
         a = a.view(-1, layer.rank, layer.in_features)  # of each expert
         size = layer.out_features // len(a)
         update = torch.stack([row @ a[index * step // size] for index, row in enumerate(b)])
-        base = merged(layer.base)[::step].to(update)
+        if isinstance(layer.base, FrozenExperts):  # one expert at a time
+            rows = (slice(row, row + 1) for row in range(0, layer.out_features, step))
+            base = torch.cat([layer.base.dequantized_rows(row, layer.base.wide_dtype) for row in rows]).to(update)
+        else:
+            base = merged(layer.base)[::step].to(update)
         keep = layer.base.keep_mask() if layer.masked else None
         expected = base + layer.scaling * (update if keep is None else update * keep[::step])
         if layer.magnitude is not None:
@@ -450,6 +455,8 @@ def load_with_transformers(directory: Path, model: PreTrainedModel, **options: A
             trust_remote_code=has_own_code(model),  # the code that the run has trained with
             **options,
         )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: transformers cannot load it: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -152,14 +152,15 @@ def unused_gpu() -> str | None:
 
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    if (driver := driver_version()) is None:
+    driver = driver_version()
+    if driver is None and not any(Path("/dev").glob("nvidia[0-9]*")):  # nvidia-smi fails without permission, too
         return None
     why = "no reason given"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # an old driver, no permission, a build without CUDA
         why = first_line(error).rstrip(".")
-    versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver}"
+    versions = f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver or 'unknown'}"
     fix = "install a driver and a torch that fit, or put CUDA_VISIBLE_DEVICES= before qdora to use the CPU"
     return f"torch cannot use the NVIDIA GPU: {why} ({versions}). Fix: {fix}."
 

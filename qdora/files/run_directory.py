@@ -364,7 +364,7 @@ def failures_logged(path: Path, verb: str) -> Iterator[None]:
     """Add a failure of `qdora <verb>` to the log.txt of a run: its traceback, then `FAILURE <verb>: <error>`."""
     try:
         yield
-    except (UserError, Interrupted):
+    except (UserError, Interrupted, BrokenPipeError):
         raise
     except Exception as error:
         run = RunDirectory(path)

@@ -291,5 +291,11 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     tensor, device = tensor.detach(), tensor.device
     if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
         return device, tensor
-    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    if device.type != "cpu" and available_memory_bytes() < tensor.nbytes:  # the system would end the process
+        raise RunFailure("memory.offload_activations: too little host memory is free.")
+    try:
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    except RuntimeError as error:  # its words are those of a full GPU
+        why = f"the system refuses pinned host memory ({first_line(error)})"
+        raise RunFailure(f"memory.offload_activations: {why}.") from error
     return device, held.copy_(tensor, non_blocking=True)

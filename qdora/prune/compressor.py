@@ -167,7 +167,8 @@ class Compressor:
             measured = [found or blank for found in measured]
         sweeps = by_gptq or (prune is not None and prune.method == "sparsegpt")
         # Corrected weights are not rounded to the file's dtype before they are quantised.
-        kept = value.float() if sweeps else value
+        kept, device = value.float() if sweeps else value, value.device
+        del value  # of several weights a copy
         parts, masks = kept.chunk(len(measured)), list[Tensor]()
         for part, found in zip(parts, measured, strict=True):
             check_finite(part, found, name)
@@ -175,7 +176,7 @@ class Compressor:
             group = None if prune.group == "auto" else prune.group
             seen = parts
             if prune.order == "quantize_first":
-                packed = quantize(value, *form, double_quant, name=name)
+                packed = quantize(values[0], *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
             scored = [found if prune.method == "wanda" else None for found in measured]
             masks = [mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)]
@@ -190,7 +191,7 @@ class Compressor:
                 absmax = fitted_scales(kept, squares, *form, clip=self.base.clips)
                 own_scales = torch.split(absmax, [-(-each.numel() // wanted.block_size) for each in values])
                 stored = torch.cat([stored_scales(each, double_quant) for each in own_scales])
-                grid = Grid(*form, stored, code_values(wanted.kind, value.device))
+                grid = Grid(*form, stored, code_values(wanted.kind, device))
             damping = DAMPING if prune is None else prune.damping
             for index, (part, found) in enumerate(zip(parts, known, strict=True)):
                 own_grid = None if grid is None else replace(grid, first=index * part.numel())

@@ -139,6 +139,8 @@ def quantize_parts(
 ) -> PackedWeight:
     """`quantize` for a weight that comes in parts of whole rows and blocks: the same bits, with one part in memory."""
     done = [quantize(part, kind, block_size, double_quant=False, name=name) for part in parts]
+    if len(done) == 1:
+        return with_nested_scales(done[0], double_quant)
     shape = sum(part.shape[0] for part in done), done[0].shape[1]
     packed, absmax = torch.cat([part.packed for part in done]), torch.cat([part.absmax for part in done])
     return with_nested_scales(replace(done[0], shape=shape, packed=packed, absmax=absmax), double_quant)

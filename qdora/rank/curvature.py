@@ -41,6 +41,7 @@ from qdora.adapter.experts import AdaptedExperts
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
 from qdora.adapter.product import frozen_linear
 from qdora.data.batches import IGNORED, MicroBatch
+from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.quant.tiles import Weight, dense_weight
 from qdora.train.loss import tapped, token_nll
@@ -244,6 +245,8 @@ def top_eigenpairs(
         residuals = (images @ rotation - vectors * values).norm(dim=0)
         if basis.shape[1] == size or residuals.max() <= max(tolerance, 1e-12) * values[0].abs():
             return values, vectors, residuals
+        if basis.shape[1] >= 100 * k:
+            raise RunFailure(f"--eigenvalues: not all of {k} converged. Fix: ask for fewer.")
         block = images[:, held:][:, : size - basis.shape[1]]
 
 

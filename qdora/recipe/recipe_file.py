@@ -164,6 +164,8 @@ def recipe_text(name: str) -> str:
 
 def read_file(path: Path, where: str) -> dict[str, Any]:
     try:
+        if path.stat().st_size > 2**20:  # such as the weights of a model
+            raise ValueError("too long for settings")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
@@ -410,6 +412,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     rows: list[tuple[str, str, Any]] = [
         ("model.trust_remote_code", "be false unless model.revision is a full commit",
          model.trust_remote_code and not is_pinned),
+        ("train.lr_end", f"be at most train.lr ({train.lr:g})", train.lr_end > train.lr),
         ("model.dtype", "not be float16 with adapter.also_train_rows all", model.dtype == "float16" and matrices),
         ("model.add_tokens", "be empty with adapter.kind none, and where base.prune.method or base.method measures",
          added and (nothing or base.measured)),

@@ -18,9 +18,12 @@ from qdora.errors import Interrupted, UserError
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
 from qdora.files.atomic import (
+    DISK_FULL,
+    READ_ONLY,
     atomic_directory,
     atomic_write_text,
     disk_failures,
+    disk_reason,
     in_turn,
     link_or_copy,
     read_json_object,
@@ -131,6 +134,8 @@ def train_run(
             except UserError:
                 raise
             except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+                if disk_reason(error) in (DISK_FULL, READ_ONLY):  # of the log
+                    raise
                 raise UserError(f"{checkpoint}: is no checkpoint of this version of qdora: {error}") from error
         step, again = trainer.step, trainer.evaluates_again
         processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))
@@ -234,6 +239,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         if resume:
             before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
+            file = run.inside(CHAT_TEMPLATE_FILE)
+            if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
+                raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
             with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
                 state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]

@@ -41,9 +41,6 @@ class StudyDirectory:
     def cell(self, key: str) -> Path:
         return self.path / "cells" / key
 
-    def shared(self, stage: str, key: str) -> Path:
-        return self.path / "shared" / stage / key
-
     def is_done(self, key: str) -> bool:
         return self._result(key).is_file()
 

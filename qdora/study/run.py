@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, named
-from qdora.files.atomic import atomic_directory, disk_failures, in_turn, masked, read_json_object
+from qdora.files.atomic import disk_failures, masked, read_json_object
 from qdora.files.console import consoles, duration
 from qdora.files.machine import check_gpu
 from qdora.files.run_directory import RunDirectory
@@ -260,24 +260,15 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
     }
 
 
-def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-    """A directory that cells share: the first caller makes it, the others wait for it."""
-    path = store.shared(stage, key)
-    with in_turn(path):
-        if not path.is_dir():
-            with atomic_directory(path) as directory:
-                make(directory)
-    return path
-
-
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str], text: str | None = None
 ) -> dict[str, Any]:
     lines = [option.replace("=", ": ", 1) for option in options]
     parameters = read_yaml("\n".join(lines) or "{}", "--job-option (key=value)")
-    _, directory = checked_study(file, directory, text)
+    expander, directory = checked_study(file, directory, text)
     if text is not None:
         keep_grid(file, text)
+    cells_now(expander, Results(StudyDirectory(directory, retries=expander.study.retries), expander.study))
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
     return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
@@ -292,7 +283,10 @@ def submit_jobs(
         from submitit.helpers import CommandFunction
     except ImportError:
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-    executor.update_parameters(name="qdora-study", **parameters)
+    try:
+        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+        executor.update_parameters(name="qdora-study", **parameters)
+    except Exception as error:  # such as no srun
+        raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]

@@ -171,7 +171,7 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     """
     names = "magnitude_moved", "magnitude_moved_most", "update"
     squared, magnitude = layer.base_squared, layer.magnitude
-    if squared is None or magnitude is None:
+    if squared is None or magnitude is None or not bool((squared > 0).any()):
         return {"rank": layer.rank, **dict.fromkeys(names)}
     alive = squared > 0
     moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
@@ -274,6 +274,8 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, source.label, data).examples)
+        if len(examples[source.label]) < _LEAST_PROBED:
+            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
