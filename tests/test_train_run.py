@@ -341,7 +341,7 @@ def test_a_run_keeps_its_chat_template_and_the_date_of_its_start(tmp_path: Path,
     Calendar.day = "2026-03-01"
     before = file.read_text()
     file.write_text(support.CHATML + "{% if loud is defined %}{% endif %}")
-    with pytest.raises(UserError, match="data.chat_template differs from"):
+    with pytest.raises(UserError, match=r"data\.chat_template differs from"):
         train_run(recipe, run, resume=True)
     file.write_text(before)
     train_run(recipe, run, resume=True)
