@@ -1,4 +1,4 @@
-"""Tokenised sources on disk: a Parquet file for each source and all that decides its tokens, a row for an example."""
+"""Tokenised sources on disk: a safetensors file for each source and all that decides its tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from qdora import __version__
 from qdora.data.chats import chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.files.atomic import atomic_file
+from qdora.files.atomic import atomic_file, json_bytes
 from qdora.files.console import OF_THIS_PROCESS
 from qdora.files.machine import package_versions
 from qdora.files.run_directory import unharmed
@@ -47,23 +49,37 @@ class TokenCache:
         if not self._identity:
             return make()
         key = json.dumps({**content, **self._identity}, default=str)
-        file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.parquet"
+        file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if file.exists():
             try:
-                rows = pd.read_parquet(file)
-                examples = tuple(TokenizedExample(*row) for row in rows.itertuples(index=False))
-                facts: dict[str, Any] = {str(name): value for name, value in rows.attrs.items()}
-                stored = TokenizedSet(examples=examples, **facts)
+                stored = _read(file)
                 logger.info("%s: reading its tokens from %s.", stored.name, file)
                 return stored
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
         made = make()
         if made.num_tokens >= _LEAST_TOKENS:
-            rows = pd.DataFrame(list(made.examples))
-            rows.attrs = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped", "unused")}
             with unharmed(str(file)):
                 self.root.mkdir(parents=True, exist_ok=True)
                 with atomic_file(file) as aside:
-                    rows.to_parquet(aside)
+                    save_file(_arrays(made), aside)
         return made
+
+
+def _arrays(made: TokenizedSet) -> dict[str, Any]:
+    record = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped", "unused")}
+    record |= {"tasks": [each.task for each in made.examples], "ids": [each.id for each in made.examples]}
+    return {
+        "input_ids": np.concatenate([example.input_ids for example in made.examples]),
+        "loss_mask": np.concatenate([example.loss_mask for example in made.examples]),
+        "lengths": np.array([len(example) for example in made.examples], dtype=np.int64),
+        "record": np.frombuffer(json_bytes(record), dtype=np.uint8),
+    }
+
+
+def _read(file: Path) -> TokenizedSet:
+    arrays = load_file(file)  # as a whole: a mapped file that somebody cuts would end the process
+    record, cuts = json.loads(arrays["record"].tobytes()), np.cumsum(arrays["lengths"])[:-1]
+    tokens = (np.split(arrays[name], cuts) for name in ("input_ids", "loss_mask"))
+    rows = zip(record.pop("tasks"), record.pop("ids"), *tokens, strict=True)
+    return TokenizedSet(examples=tuple(TokenizedExample(*row) for row in rows), **record)

@@ -192,9 +192,8 @@ class ExampleTally:
         later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.data.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
         for number, part in enumerate([ids[: self.data.max_length], *later]):
-            mask = np.arange(len(part)) >= (
-                prefix + 1 if number else max(prefix, 1)
-            )  # nothing predicts the first token
+            first = prefix + 1 if number else max(prefix, 1)  # nothing predicts the first token
+            mask = np.arange(len(part)) >= first
             name = f"{example.id}[{number}]"
             outcomes.append((TokenizedExample(example.task, name, np.array(part, dtype=np.int32), mask), False))
         return outcomes

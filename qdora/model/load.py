@@ -291,9 +291,8 @@ def tie_(model: PreTrainedModel) -> set[str]:
     """Let tied weights be one tensor, which the skeleton may hold twice. Returns their names."""
     pairs = tied_weights(model)
     for target, origin in pairs.items():
-        if (
-            model.get_parameter(origin).is_meta and not model.get_parameter(target).is_meta
-        ):  # perhaps only the other name was stored
+        held, other = model.get_parameter(origin), model.get_parameter(target)
+        if held.is_meta and not other.is_meta:  # only the other name was stored
             target, origin = origin, target
         path, _, leaf = target.rpartition(".")
         setattr(model.get_submodule(path), leaf, model.get_parameter(origin))

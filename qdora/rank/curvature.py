@@ -98,8 +98,7 @@ class _PlainLayer:
                 norm = squared.masked_fill(squared == 0, 1.0).sqrt().to(x.dtype)
         if norm is None or self.row_norm is None:
             return out
-        assert self.row_norm is not None
-        dead = self.row_norm.eq(0)
+        dead = self.row_norm == 0
         return out * (self.values["magnitude"] / norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -277,20 +279,26 @@ def repeated_checks(
     sources: Sequence[Source], scored: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
 ) -> list[Check]:
     """One number for each source with validation examples: those that are training examples, too, of any source."""
-    trained = {hash(example.input_ids.tobytes()) for source in sources for example in source.examples}
-    checks = []
+    looked_up: dict[str, list[list[bytes]]] = {}
     for name, examples in scored.items():
         tally, some = ExampleTally(name, data, tokenizer), _some(examples)
-        try:
+        with suppress(UserError):  # such as chats without a template, an error only where they are scored
             rows = [row for batch in text_batches(some) for row in tally.add(batch)]
-        except UserError:  # such as chats without a chat template, which are an error only where they are scored
-            continue
-        parts = ([part for part, is_cut in row if isinstance(part, TokenizedExample) and not is_cut] for row in rows)
-        hashes = [[hash(part.input_ids.tobytes()) for part in whole] for whole in parts if whole]
-        if number := sum(trained.issuperset(each) for each in hashes):
-            text = f"{name}: of {len(rows):,} validation examples looked up, {number:,} are training examples, too."
-            checks.append(Check("warning", text))
-    return checks
+            parts = [
+                [each.input_ids.tobytes() for each, cut in row if isinstance(each, TokenizedExample) and not cut]
+                for row in rows
+            ]
+            looked_up[name] = [whole for whole, row in zip(parts, rows, strict=True) if len(whole) == len(row) > 0]
+    wanted = {part for found in looked_up.values() for parts in found for part in parts}
+    lengths, trained = set(map(len, wanted)), set[bytes]()
+    for example in chain.from_iterable(source.examples for source in sources):
+        if example.input_ids.nbytes in lengths and (part := example.input_ids.tobytes()) in wanted:
+            trained.add(part)
+    numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
+    text = "{}: of {:,} validation examples looked up, {:,} are training examples, too."
+    return [
+        Check("warning", text.format(name, len(looked_up[name]), number)) for name, number in numbers.items() if number
+    ]
 
 
 def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
