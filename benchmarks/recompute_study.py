@@ -654,6 +654,7 @@ class Pages:
             "study_primary": (self.primary(), self.answers()),
             "study_units": (self.units(), []),
             "study_tasks": (self.tasks(), []),
+            "study_students": (self.students(), []),
             "study": (self.contexts(), [95.0]),
             "study_controls": ([(name, [len(each), *three(each)]) for name, each in lower_by.items()], []),
             "study_transplants": self.transplants(),
@@ -713,6 +714,13 @@ class Pages:
                 numbers = [number for measure in found for number in self.scaled(measure, found[measure][key])]
                 rows.append((key[-1], [100 * found["acc"][key]["weight"], *numbers]))
         return rows
+
+    def students(self) -> Rows:
+        """Quoted accuracies, beside the gain over the compressed bases where the study has the task."""
+        told = json.loads((HERE / "results/student_rerun.json").read_text())["accuracy"]
+        lora, dora, own = told["lora"], told["dora"], self.studies["acc"].tasks()
+        gains = {key[-1]: self.scaled("acc", own[key]) for key in own if key[:-1] == self.keys[0]}
+        return [(task, [lora[task], dora[task], dora[task] - lora[task], *gains.get(task, [])]) for task in lora]
 
     def contexts(self) -> Rows:
         rows = []

@@ -182,6 +182,28 @@ def study_tasks() -> str:
     return markdown(header, lines)
 
 
+@table("student_rerun")
+def study_students(rerun: Any) -> str:
+    """The accuracies of the rerun, beside the first primary comparison where it has the task."""
+    lora, dora = rerun["accuracy"]["lora"], rerun["accuracy"]["dora"]
+    own = {
+        row["task"]: row
+        for row in of_kind("tasks", primary_rows()["acc"]["comparison"], "comparison")
+        if row["measure"] == "acc"
+    }
+    rows = [
+        [
+            task,
+            f"{lora[task]:.1f}",
+            f"{dora[task]:.1f}",
+            f"{dora[task] - lora[task]:+.1f}",
+            in_units(own[task], "acc") if task in own else "–",
+        ]
+        for task in lora
+    ]
+    return markdown(["task", "rerun: LoRA", "DoRA", "DoRA higher by", "here: DoRA higher by"], rows)
+
+
 @table()
 def study() -> str:
     """Per base and length the damage without training, then for each adapter what is left and what was repaired."""
