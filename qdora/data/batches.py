@@ -105,7 +105,7 @@ class StepLoader:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
-        num_draws = max(1, round(epochs * self.order.epoch_length))
+        num_draws = max(1, round(epochs * sum(filter(None, self.order.sizes))))
         num_draws = min(num_draws, self.order.length or num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
