@@ -302,14 +302,7 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
     batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length
-    return StepLoader(
-        mix,
-        batching,
-        tokens_per_step=recipe.train.tokens_per_step,
-        batch=recipe.train.batch,
-        rank=rank,
-        num_processes=num_processes,
-    )
+    return StepLoader(mix, batching, recipe.train.tokens_per_step, recipe.train.batch, rank, num_processes)
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:
