@@ -18,13 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from qdora.data import demo, files
-from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example, Turn
 from qdora.data.files import files_of, local_shards, read_rows, rows_of, rows_of_split
-from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.sources import (
     SplitExamples,
     draw,
@@ -376,19 +373,6 @@ def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None
         _, validation = read_data(DataConfig(mix=(config,), loss_on=loss_on))
         held, _ = validation["chat"]
         assert [turn.learnt for turn in held.messages if turn.role == "assistant"] == expected
-
-
-def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    columns = ("category", "system")
-    rows = {"pairs": [PAIR | dict.fromkeys(columns, "x")] * 3, "all": [PAIR]}
-    files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
-    found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
-    loader = StepLoader(found, Batching(99, 0), batch=1)
-    plan = plan_mix(loader, 1)
-    assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
-    with caplog.at_level("INFO", "qdora"):
-        show_mix(Console(quiet=True), plan)
-    assert caplog.messages == ["pairs: not used for training: category, system."]
 
 
 def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

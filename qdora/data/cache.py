@@ -67,7 +67,7 @@ class TokenCache:
 
 
 def _arrays(made: TokenizedSet) -> dict[str, Any]:
-    record = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped", "unused")}
+    record = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped")}
     record |= {"tasks": [each.task for each in made.examples], "ids": [each.id for each in made.examples]}
     return {
         "input_ids": np.concatenate([example.input_ids for example in made.examples]),

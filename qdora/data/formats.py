@@ -24,13 +24,12 @@ _CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion becom
 class RowExamples:
     """Rows of a source -> Examples, in the layout of the `first` rows.
 
-    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns so far that
-    are not read.
+    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns of the first
+    rows that are not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
         self.source, self.named = source, named
-        self.unused: set[str] = set()
         self.format = "choices" if source.task else "completion" if source.template else "text"
         self.templates: dict[str, Any] = {}
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
@@ -51,12 +50,11 @@ class RowExamples:
         reads |= {*_CHAT_COLUMNS} if source.chat else set()
         if not self.templates and first and (ignored := renamed.keys() - reads):
             raise UserError(f"{where}: columns: format {self.format} reads no {', '.join(sorted(ignored))}.")
-        self.reads = {renamed.get(name, name) for name in reads}
+        self.unused = columns.keys() - {renamed.get(name, name) for name in reads}
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not."""
         source, label, layout = self.source, self.source.label, FORMATS[self.format]
-        self.unused |= row.keys() - self.reads
         row = self._renamed(row)
         row = _with_lists(self._rendered(row) if self.templates else row, self.format)
         if not {*layout.required} <= row.keys():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class SplitExamples(Sequence[Example]):
     rows: Rows  # of the whole split
     make: Callable[[Any, str], Example]  # of a row and its id
     indices: Sequence[int]  # the rows that are meant, rising
-    unused: set[str] = field(default_factory=set)  # columns that were not read, filled by a pass
+    unused: Collection[str] = ()  # columns that are not read
 
     def __len__(self) -> int:
         return len(self.indices)
