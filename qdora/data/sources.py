@@ -76,15 +76,6 @@ class SplitExamples(Sequence[Example]):
         return self.rows.identity and f"{self.rows.identity} {self.indices}"
 
 
-def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
-    """Cut the last `fraction` of the examples off, at least one: (train, validation)."""
-    border = len(examples) - (max(1, round(len(examples) * fraction)) if fraction else 0)
-    if border <= 0:
-        raise UserError(f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction.")
-    first, last = examples.indices[:border], examples.indices[border:]
-    return replace(examples, indices=first), replace(examples, indices=last)
-
-
 def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples:
     """`limit` of the examples, drawn without replacement, in their old order; all where there are no more."""
     if limit is None or limit >= len(examples):
@@ -161,7 +152,11 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     if is_file and (both := _files(source, source.split) & _files(held, source.split)):
         raise UserError(f"validation {validation!r}: {min(both)} is trained on, too.")
     if train is not None and cut:
-        train, held_out = split_off(train, data.validation_fraction, name=source.label)
+        num, fraction = len(train), data.validation_fraction
+        border = num - (max(1, round(num * fraction)) if fraction else 0)
+        if border <= 0:
+            raise UserError(f"{source.label}: {num} examples leave none to train on after data.validation_fraction.")
+        train, held_out = train[:border], train[border:]
     else:
         held_out = open_source(held, source.split if is_file else validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
@@ -267,20 +262,12 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together."""
-    return make_mix(tokenized_sources(recipe.data, tokenizer, train), recipe.data)
-
-
-def tokenized_sources(
-    data: DataConfig, tokenizer: Any, train: Mapping[str, Sequence[Example]]
-) -> list[TokenizedSet | ExampleStream]:
-    """Each source of `train` as tokens, made or read from what an earlier start kept."""
-    cache = None
+    data, cache = recipe.data, None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     for index, source in enumerate(data.mix):
-        if (examples := train.get(source.label)) is None:
-            continue
+        examples = train[source.label]
         with _of_source(index):
             make = partial(tokenize_all, examples, tokenizer, source.label, data)
             identity = getattr(examples, "identity", None)
@@ -295,7 +282,7 @@ def tokenized_sources(
                 content |= data.model_dump(include={"max_length", "loss_on", "too_long"})
                 content |= {"rows": identity, "label": source.label, "named": source.name is not None}
                 sets.append(cache.kept(content, make))
-    return sets
+    return make_mix(sets, data)
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
