@@ -52,9 +52,7 @@ class TokenCache:
         file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if file.exists():
             try:
-                stored = _read(file)
-                logger.info("%s: reading its tokens from %s.", stored.name, file)
-                return stored
+                return _read(file)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
         made = make()

@@ -121,8 +121,6 @@ def _stem(path: Path) -> str:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # of the operating system, gzip, json, csv, pyarrow
         raise UserError(f"{path}: cannot be read ({reason_of(error)})") from error
 
@@ -147,7 +145,7 @@ def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
         elif kind == ".json":
             rows = parse_json(file.read().decode("utf-8-sig"))
             if not isinstance(rows, list):
-                raise UserError(f"{path}: must be a list of rows, got {shown(rows)}")
+                raise ValueError(f"must be a list of rows, got {shown(rows)}")
             records = enumerate(rows)
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
@@ -334,18 +332,13 @@ def _folder_of(files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([file.parent for file in files]))
 
 
-def empty_data_set(where: object) -> str:
-    """The error line."""
-    return f"{where}: the data set is empty"
-
-
 def local_shards(source: Path, split: str) -> Rows:
     """The rows of a source's split in shards, unread but for Parquet's footers."""
     files = files_of(source, split)
     folder = source if source.is_dir() else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=True)]
     if not parts:
-        raise UserError(empty_data_set(source))
+        raise UserError(f"{source}: the data set is empty")
     names = tuple(f"{part.path.relative_to(folder)} {part.name}".rstrip() for part in parts)
     sizes = [part.num_rows for part in parts]
     num_rows = sum(sizes) if all(sizes) else 0

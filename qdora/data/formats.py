@@ -11,7 +11,7 @@ from jinja2 import StrictUndefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
-from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
+from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, text_field
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
 from qdora.recipe.data_settings import CHAT_FORMATS, SourceConfig
@@ -70,7 +70,8 @@ class RowExamples:
             made = example_of_row(row, source.task or optional_text(row, "task") or label)
         else:
             made = layout.example(row)
-        return replace(made, task=label, id=row_id(row, id))
+        own_id = row.get("id")
+        return replace(made, task=label, id=id if own_id in (None, "") else str(own_id))
 
     def _renamed(self, row: Row) -> Row:
         columns = self.source.columns
@@ -118,9 +119,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
     """The turns and tools of a row of format messages or sharegpt that waits for an answer."""
-    is_sharegpt = "conversations" in row and "messages" not in row
-    row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
-    turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row["messages"])
+    row = _with_lists(_with_lists(row, "messages"), "sharegpt")
+    turns = parse_turns(row["messages"] if "messages" in row else _sharegpt_turns(row))
     if turns[-1].role == "assistant":
         raise RowFault("messages: the last turn is the assistant's")
     return turns, parse_tools(row.get("tools"))

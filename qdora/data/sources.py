@@ -22,7 +22,6 @@ from qdora.data.commonsense import HUB_TASKS, hub_task_rows
 from qdora.data.example import Example, Row, RowFault, with_last_learnt
 from qdora.data.files import (
     Rows,
-    empty_data_set,
     files_of,
     files_of_split,
     hub_rows,
@@ -106,7 +105,7 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
     else:
         rows, schema_row = hub_task_rows(task, split, source.revision), HUB_TASKS[task].schema_row
     if not rows.num_rows:
-        raise UserError(empty_data_set(rows.where))
+        raise UserError(f"{rows.where}: the data set is empty")
     first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
     readable = [row for _, row in first if not isinstance(row, RowFault)]
     make = RowExamples(source, readable, rows.where, named=source.name is not None)
