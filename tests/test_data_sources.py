@@ -26,14 +26,13 @@ from qdora.data.sources import (
     SplitExamples,
     draw,
     has_split,
-    load_source,
     open_shards,
     read_data,
     train_and_validation,
 )
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests.data_rows import content, fault_of, faults_of, mixed, says, write
+from tests.data_rows import content, fault_of, faults_of, load_source, mixed, says, write
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
 WORD = TEXT.filter(str.strip)
@@ -223,7 +222,6 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
         ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
         ("data/train/train-0.jsonl data/test/test-0.jsonl README.md", "train", "data/train/train-0.jsonl"),
         ("train_001.jsonl train_002.jsonl more.jsonl", "train", "more.jsonl train_001.jsonl train_002.jsonl"),
-        ("a.jsonl b.csv", "train", "files of several kinds (.csv, .jsonl)"),
         ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and"),
         ("a_train.jsonl b.jsonl a_test.jsonl", "train", "no file for split 'train'"),
         ("data/test.v2.jsonl a.jsonl", "train", "no file for split 'train'"),

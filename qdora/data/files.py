@@ -90,8 +90,6 @@ def _whole_folder(folder: Path) -> list[Path]:
     names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
     if any(_split_words(name) - {"train", "training"} for name in names):
         return []
-    if len(endings := sorted(set(map(ending, files)))) > 1:
-        raise UserError(f"{folder}: files of several kinds ({', '.join(endings)}).")
     return files
 
 

@@ -86,11 +86,6 @@ def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples
 # The splits of a source
 
 
-def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
-    """All examples of one split of a source, read; see `open_source`."""
-    return list(open_source(source, split))
-
-
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
     """All examples of one split (None: `source.split`) of a source, unread, before `source.limit`."""
     split, task = split or source.split, source.task
@@ -176,11 +171,6 @@ def place_of(given: str) -> str:
     return absolute_pattern(given, Path.cwd()) if user_path(given).exists() or is_path(given) else given
 
 
-def has_splits(place: str) -> bool:
-    """Whether a place of `place_of` is a folder or a Hub data set."""
-    return not is_path(place) or Path(place).is_dir()
-
-
 def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
     """A place of `place_of` as a source, read like the source of the run called `like`.
 
@@ -192,16 +182,18 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     has_layout = any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
     if len(mix) > 1 and not same and has_layout:
         logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
-    if layout.source != place:
-        layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
-    return layout.model_copy(update={"source": place, "name": None})
+    other = {} if layout.source == place else {"revision": None, "config": None, "data_files": None}
+    return layout.model_copy(update={"source": place, "name": None, **other})
 
 
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
     """The sources that train on the given data."""
     files, hub = _files(given, split), (given.source, given.config, split)
-    on_hub = [source.label for source in mix if hub == (source.source, source.config, source.split)]
-    return on_hub + [source.label for source in mix if files & _files(source, source.split)]
+    return [
+        source.label
+        for source in mix
+        if hub == (source.source, source.config, source.split) or files & _files(source, source.split)
+    ]
 
 
 # The data of a recipe
@@ -242,7 +234,7 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         return validation if split == "validation" else {label: list(found) for label, found in train.items()}
     if missing := [label for label, source in sources.items() if not has_split(source, split)]:
         raise UserError(f"--split: {missing[0]} has no {split} split. Fix: name data with --data.")
-    return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
+    return {label: to_score(open_source(source, split), recipe.data) for label, source in sources.items()}
 
 
 def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
@@ -256,7 +248,7 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
     """Examples of a built-in task; with `by_name` the commonsense tasks ask for the name of a choice, not its text."""
     local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
     named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
-    return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
+    return list(open_source(SourceConfig.model_validate({"task": task, **local, **named}), split))
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[Example]]) -> Mix:

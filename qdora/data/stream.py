@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qdora.data.example import Example, RowFault, made_from
 from qdora.data.files import PlacedRow, Rows
@@ -158,7 +157,7 @@ class ExampleStream:
         here = self.position
         self._window = []  # free before the next one is read
         if self._rows is None:
-            self._rows = self._pass_from(here.shard, here.row)
+            self._rows = self._rest_of_pass()
         read = list(islice(self._rows, self.source.shuffle_window))
         if read:
             self._next_window = (read[-1][0], read[-1][1] + 1)
@@ -173,10 +172,10 @@ class ExampleStream:
         self._rows = None
         self._read_window()
 
-    def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
-        order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
-        for shard in range(begin, len(order)):
-            first = skip if shard == begin else 0
+    def _rest_of_pass(self) -> Iterator[tuple[int, int, PlacedRow]]:
+        begin, order = self.position, self._generator(2).permutation(len(self.shards.readers))
+        for shard in range(begin.shard, len(order)):
+            first = begin.row if shard == begin.shard else 0
             for row, placed in enumerate(self.shards.readers[order[shard]](first), start=first):
                 yield shard, row, placed
 
