@@ -73,10 +73,6 @@ class StepLoader:
         self.streams = [part for part in self.tokenised if isinstance(part, ExampleStream)]
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
 
-    @cached_property
-    def _lengths(self) -> list[list[int]]:
-        return [[len(example) for example in part.examples] for part in self.tokenised]
-
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
         num_tokens = 0
@@ -140,7 +136,7 @@ class StepLoader:
         while start != end:
             stop = start + 65536 if end is None else min(start + 65536, end)
             for source, index in zip(*(each.tolist() for each in self.order.draws(start, stop)), strict=True):
-                yield self._lengths[source][index]
+                yield len(self.tokenised[source].examples[index])
             start = stop
 
     # Resuming

@@ -286,11 +286,10 @@ def _with_short_ids(turns: Messages) -> Messages:
     waiting: dict[Any, str] = {}  # of the calls without a result: the id in the data, or a number -> the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
-            digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
             waiting = {}
             for n, call in enumerate(turn.tool_calls):
-                own = call.get("id", n)
-                waiting[n if own in waiting else own] = digests[n][:_SHORT_ID]
+                own, digest = call.get("id", n), hashlib.sha256(f"{number} {n}".encode()).hexdigest()
+                waiting[n if own in waiting else own] = digest[:_SHORT_ID]
             calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:

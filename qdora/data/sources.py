@@ -254,7 +254,7 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together."""
     data, cache = recipe.data, None
-    if data.cache != "off":
+    if data.cache != "off" and hasattr(tokenizer, "backend_tokenizer"):
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     for index, source in enumerate(data.mix):
