@@ -80,7 +80,7 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
 
 
 # What the program or transformers gives a template
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
+_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
@@ -399,8 +399,9 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) ->
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     if not texts:
         return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, **options)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
     return [_tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 

@@ -218,8 +218,10 @@ def _row_group(path: Path, group: int, first: int, skip: int) -> Iterator[tuple[
     """(number in the file, row) of the rows from `skip` on of a row group, which begins at row `first`."""
     import pyarrow.parquet as pq
 
-    options: dict[str, Any] = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-    with _readable(path), pq.ParquetFile(path, **options) as file:
+    with (
+        _readable(path),
+        pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
+    ):
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
             if skip < batch.num_rows:
                 yield from enumerate(batch.slice(skip).to_pylist(), first + skip)
@@ -359,7 +361,9 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
     """The rows of a split of a data set on the Hub; of a streamed one in memory."""
     place, identity = str(source.source), None
     if source.stream:  # else `datasets` downloads all splits
-        loaded = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
+        stream = _load_dataset(source, split, streaming=True)
+        with from_hub(place):
+            loaded = list(stream)
     else:
         loaded = _load_dataset(source, split)
         # The fingerprint follows the files' check sums
@@ -367,9 +371,9 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
     return rows_of(place, loaded, identity)
 
 
-def hub_shards(source: SourceConfig, split: str | None = None) -> Rows:
-    """The files of a split (None: the training split) on the Hub, streamed by `datasets`."""
-    place, split = str(source.source), split or source.split
+def hub_shards(source: SourceConfig) -> Rows:
+    """The files of the training split on the Hub, streamed by `datasets`."""
+    place, split = str(source.source), source.split
     stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
     # Known of the whole data set only

@@ -58,7 +58,7 @@ class SplitExamples(Sequence[Example]):
     rows: Rows  # of the whole split
     make: Callable[[Any, str], Example]  # of a row and its id
     indices: Sequence[int]  # the rows that are meant, rising
-    unused: Collection[str] = ()  # columns that are not read
+    unused: Iterable[str] = ()  # columns that are not read
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -269,9 +269,13 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
             elif identity is None or cache is None:
                 sets.append(make())
             else:
-                content = source.model_dump(include={"format", "task", "columns", "template", "chat"})
-                content |= data.model_dump(include={"max_length", "loss_on", "too_long"})
-                content |= {"rows": identity, "label": source.label, "named": source.name is not None}
+                content = {
+                    **source.model_dump(include={"format", "task", "columns", "template", "chat"}),
+                    **data.model_dump(include={"max_length", "loss_on", "too_long"}),
+                    "rows": identity,
+                    "label": source.label,
+                    "named": source.name is not None,
+                }
                 sets.append(cache.kept(content, make))
     return make_mix(sets, data)
 

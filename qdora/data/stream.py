@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -69,10 +69,6 @@ class ExampleStream:
         self.first_tally = ExampleTally(self.name, data, tokenizer)
 
     # What is known of it
-
-    @property
-    def unused(self) -> Collection[str]:
-        return self._make.unused
 
     @property
     def num_examples(self) -> int | None:
@@ -186,14 +182,14 @@ class ExampleStream:
     # Rows to examples
 
     @cached_property
-    def _make(self) -> RowExamples:
+    def make(self) -> RowExamples:
         """The layout of all rows, found from the first ones that can be read."""
         first = [row for _, row in self._sample if not isinstance(row, RowFault)]
         return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole."""
-        made = [made_from(row, self._make, place) for place, row in rows]
+        made = [made_from(row, self.make, place) for place, row in rows]
         examples = [example for example in made if isinstance(example, Example)]
         done = iter(tally.add(examples))
         outcomes: list[list[Outcome]] = []

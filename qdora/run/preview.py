@@ -91,13 +91,13 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     if train is None:
         stream = ExampleStream(open_shards(source), data, number, tokenizer)
         rows, tally, drawn = stream.first_rows, stream.first_tally, "first"
-        num_rows, unused = stream.shards.num_rows or None, stream.unused
+        num_rows, unused = stream.shards.num_rows or None, stream.make.unused
         faults = [part for row in rows for part in row if isinstance(part, str)]
     else:
         tally, sample = ExampleTally(source.label, data, tokenizer), draw(train, _MOST_ROWS, data.seed)
         rows = tally.add(sample)
         drawn = "all" if len(rows) == len(train) else "sample"
-        num_rows, unused, faults = len(train), sample.unused, tally.faults()
+        num_rows, unused, faults = len(train), set(sample.unused), tally.faults()
     by_row = [[part for part in row if isinstance(part, TokenizedExample)] for row in rows]
     examples = [example for row in by_row for example in row]
     in_turn = (example for example in chain.from_iterable(zip_longest(*by_row[:num_shown])) if example is not None)
