@@ -57,7 +57,12 @@ def files_of(source: Path, split: str) -> list[Path]:
         if files := _data_files(glob.glob(str(source), recursive=True)):
             return files
         raise UserError(f"{source}: no such file.")
-    files = files_of_split(source, split) or (_whole_folder(source) if split == "train" else [])
+    files = files_of_split(source, split)
+    if not files and split == "train":
+        files = _data_files(glob.glob(f"{glob.escape(str(source))}/**", recursive=True))
+        names = {part for path in files for part in (*path.relative_to(source).parts[:-1], _stem(path))}
+        if any(_split_words(name) - {"train", "training"} for name in names):
+            files = []
     if not files:
         raise UserError(f"{source}: no file for split {split!r}, looked for {split}.*, {split}-* and {split}/*.")
     return files
@@ -83,14 +88,6 @@ def _named_after(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder}: {', '.join(path.name for path in same)} all hold split {split!r}.")
     start = glob.escape(str(folder / split))
     return sorted([*same, *_data_files([*glob.glob(f"{start}-*"), *glob.glob(f"{start}/*")])])
-
-
-def _whole_folder(folder: Path) -> list[Path]:
-    files = _data_files(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
-    names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
-    if any(_split_words(name) - {"train", "training"} for name in names):
-        return []
-    return files
 
 
 def _split_words(name: str) -> set[str]:

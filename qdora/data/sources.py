@@ -239,9 +239,8 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
 
 def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
     """Examples of an evaluation: of chats the turns are scored that `data.loss_on` learns."""
-    if data.loss_on != "last":
-        return list(examples)
-    return [replace(each, messages=with_last_learnt(each.messages)) for each in examples]
+    is_last = data.loss_on == "last"
+    return [replace(each, messages=with_last_learnt(each.messages)) if is_last else each for each in examples]
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
