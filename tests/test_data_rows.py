@@ -120,7 +120,7 @@ CALLED = (Turn("assistant", "", (call("f", x=1),)), Turn("tool", "12"), Turn("as
         case({"text": "old", "body": "new", "more": 1}, pair("", "new"), "text|more", columns={"text": "body"}),
         case({"d": SHAREGPT, "s": "s"}, chat(*SAID), columns={"conversations": "d"} | S),
         # templates
-        case(PARTS, pair("Q: IS IT?\nA:\n", " yes it is", id="n7"), "left", template=TEMPLATE),
+        case(PARTS, pair("Q: IS IT?\nA:\n", " yes it is", id="n7"), template=TEMPLATE),
         case({"a": "x", "n": None}, pair("", "x!"), template={"prompt": "", "completion": "{{ a }}{{ n }}!"}),
         case(
             {"Your Name": "x", "task": "t"},

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import StrictUndefined, meta
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
@@ -25,13 +25,14 @@ class RowExamples:
     """Rows of a source -> Examples, in the layout of the `first` rows.
 
     If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns of the first
-    rows that are not read.
+    rows that a format does not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
         self.source, self.named = source, named
         self.format = "choices" if source.task else "completion" if source.template else "text"
         self.templates: dict[str, Any] = {}
+        self.unused: set[str] = set()
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
             raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
@@ -41,14 +42,19 @@ class RowExamples:
             )
             texts = source.template.model_dump()
             self.templates = {name: environment.from_string(text) for name, text in texts.items()}
-            read = (meta.find_undeclared_variables(environment.parse(text)) for text in texts.values())
-            reads = {"id", "task"}.union(*read)
-        else:
-            if first and not source.task:
-                self.format = _format_of([*self._renamed(first[0])], source, where)
-            reads = {*FORMATS[self.format].required, *FORMATS[self.format].optional}
-        reads |= {*_CHAT_COLUMNS} if source.chat else set()
-        if not self.templates and first and (ignored := renamed.keys() - reads):
+            return
+        if first and not source.task:
+            names = self._renamed(first[0]).keys()
+            fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= names)
+            self.format = source.format if source.format != "auto" else next(fitting, "")
+            if not self.format:
+                fix = "Fix: columns: {prompt: question, completion: answer}."
+                raise UserError(f"{where}: columns {', '.join(names)} fit no format. {fix}")
+            if source.chat and self.format not in CHAT_FORMATS:
+                raise UserError(f"{where}: chat: no chats are made of format {self.format}.")
+        required, optional = FORMATS[self.format].required, FORMATS[self.format].optional
+        reads = {*required, *optional, *(_CHAT_COLUMNS if source.chat else ())}
+        if first and (ignored := renamed.keys() - reads):
             raise UserError(f"{where}: columns: format {self.format} reads no {', '.join(sorted(ignored))}.")
         self.unused = columns.keys() - {renamed.get(name, name) for name in reads}
 
@@ -89,17 +95,6 @@ class RowExamples:
             except Exception as error:  # whatever an expression in it raises
                 raise RowFault(f"template.{name}: {first_line(error)}") from error
         return made
-
-
-def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
-    fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= {*columns})
-    format = source.format if source.format != "auto" else next(fitting, None)
-    if format is None:
-        fix = "Fix: columns: {prompt: question, completion: answer}."
-        raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
-    if source.chat and format not in CHAT_FORMATS:
-        raise UserError(f"{where}: chat: no chats are made of format {format}.")
-    return format
 
 
 def _with_lists(row: Row, format: str) -> Row:
