@@ -391,9 +391,9 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"config": "main", "data_files": ("a.jsonl", "b.jsonl"), "stream": True}
     shards = open_shards(SourceConfig.model_validate(hub | parts))
     assert [each for each in asked if each.pop("revision") == "abc"] == [
-        {"split": "train", "name": "main"},
-        {"split": "test", "data_files": files},
-        {"split": "train[:9]", "data_files": {"train": "a.jsonl"}},
+        {"split": "train", "name": "main", "data_files": None},
+        {"split": "test", "name": None, "data_files": files},
+        {"split": "train[:9]", "name": None, "data_files": {"train": "a.jsonl"}},
         {"split": "train", "name": "main", "data_files": {"train": ["a.jsonl", "b.jsonl"]}, "streaming": True},
     ]
     assert shards.num_rows == 0

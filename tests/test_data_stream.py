@@ -331,8 +331,8 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pq.write_table(pa.Table.from_pylist(rows[:5]), tmp_path / "held.parquet")
     load = datasets.load_dataset
 
-    def local(source: str, *, split: str, revision: str, **options: Any) -> Any:
-        assert (source, revision) == ("org/name", "abc")
+    def local(source: str, *, split: str, revision: str, data_files: None, **options: Any) -> Any:
+        assert (source, revision, data_files) == ("org/name", "abc", None)
         if split == "trian":
             raise ValueError("Bad split: trian")
         files = {"train": str(tmp_path / "train-*.parquet"), "validation": str(tmp_path / "held.parquet")}

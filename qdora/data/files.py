@@ -385,14 +385,13 @@ def hub_shards(source: SourceConfig) -> Rows:
 def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
     import datasets  # takes a second
 
-    if source.config is not None:
-        options["name"] = source.config
-    if source.data_files is not None:
-        files: Any = source.data_files
+    files: Any = source.data_files
+    if files is not None:
         files = files if isinstance(files, Mapping) else {re.split(r"[+[]", source.split)[0]: files}
-        options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
+        files = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
+    options |= {"name": source.config, "data_files": files, "revision": source.revision}
     with from_hub(str(source.source)):
-        return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
+        return datasets.load_dataset(source.source, split=split, **options)
 
 
 def _hub_shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
