@@ -203,7 +203,7 @@ def test_batches_of_texts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch)
     examples = [example("", WORDS * 300, "a"), example("", "yes no", "b"), example("Answer:", " yes", "c")]
     expected = facts(tokenised(examples, max_length=40, too_long="split"))
     assert len(expected) > 100
-    monkeypatch.setattr(tokenize, "_BATCH", 2)
+    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 1000)
     assert facts(tokenised(examples, max_length=40, too_long="split")) == expected
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from qdora.data.example import Example
 from qdora.errors import UserError, first_few, shorten
 from qdora.recipe.data_settings import DataConfig, LossOn
 
-_BATCH = 64  # examples for one call of the tokenizer: enough for its threads, few enough for memory
+_BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
+"""Examples and characters for one call of the tokenizer: enough for its threads, few enough for memory."""
 
 
 # Texts
@@ -141,10 +141,15 @@ class ExampleTally:
 
     def add(self, examples: Iterable[Example]) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
-        left, outcomes = iter(examples), list[list[Outcome]]()
-        while batch := list(islice(left, _BATCH)):
-            outcomes += self._add(batch)
-        return outcomes
+        outcomes, batch, num_characters = list[list[Outcome]](), list[Example](), 0
+        for example in examples:
+            batch.append(example)
+            turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
+            num_characters += len(example.prompt) + len(example.answer) + turns
+            if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
+                outcomes += self._add(batch)
+                batch, num_characters = [], 0
+        return outcomes + self._add(batch) if batch else outcomes
 
     def _add(self, examples: Sequence[Example]) -> list[list[Outcome]]:
         chats = [example for example in examples if example.messages]
