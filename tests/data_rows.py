@@ -17,12 +17,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from qdora.data.example import RowFault
+from qdora.data.example import Example, RowFault
 from qdora.data.mix import Mix, Source, make_mix
-from qdora.data.sources import read_data, tokenized_mix
+from qdora.data.sources import open_source, read_data, tokenized_mix
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
-from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
 
 Rows = list[dict[str, Any]]
@@ -75,6 +75,10 @@ def fault_of(call: Callable[..., Any], *given: Any, **options: Any) -> str:
 def says(text: str, words: str) -> bool:
     """Whether a text has all parts of `words`, which " ... " divides, in this order."""
     return re.search(".*".join(map(re.escape, words.split(" ... "))), text, re.DOTALL) is not None
+
+
+def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
+    return list(open_source(source, split))
 
 
 def tokenized(examples: Any, tokenizer: Any, name: str = "x", **data: Any) -> TokenizedSet:

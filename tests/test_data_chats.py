@@ -321,7 +321,7 @@ def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
         (lambda: made(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(no_system, (HI, KIND), (), "a: line 2"), "a: line 2: the chat template refuses it: no sy"),
         (lambda: made(chat(HI, quiet), by=plain, loss_on="all"), "7: weight and train of a turn are not used"),
-        (lambda: made(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: no token in the loss of 7"),
+        (lambda: made(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: example 7: no token in the loss"),
         (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "reads ['thinking'], got ['thinkin']"),
         (lambda: use(CHOOSES, template_kwargs={"messages": []}), "reads ['thinking'], got ['messages']"),
         (lambda: use(None, template_kwargs={"a": 1}), "data.template_kwargs: ... reads [], got ['a']"),

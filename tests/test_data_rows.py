@@ -16,11 +16,11 @@ from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, commonsense_task, example_of_row, instruction_row, without_wikihow_marks
 from qdora.data.example import Example, Turn
 from qdora.data.formats import parse_messages, parse_tools
-from qdora.data.sources import has_split, load_source, open_source
+from qdora.data.sources import has_split, open_source
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, SourceConfig
 from qdora.recipe.recipe_file import recipe_from
-from tests.data_rows import fault_of, faults_of, says, write
+from tests.data_rows import fault_of, faults_of, load_source, says, write
 
 Row = dict[str, Any]
 BELOW = "Below is an instruction that describes a task"
@@ -120,7 +120,7 @@ CALLED = (Turn("assistant", "", (call("f", x=1),)), Turn("tool", "12"), Turn("as
         case({"text": "old", "body": "new", "more": 1}, pair("", "new"), "text|more", columns={"text": "body"}),
         case({"d": SHAREGPT, "s": "s"}, chat(*SAID), columns={"conversations": "d"} | S),
         # templates
-        case(PARTS, pair("Q: IS IT?\nA:\n", " yes it is", id="n7"), "left", template=TEMPLATE),
+        case(PARTS, pair("Q: IS IT?\nA:\n", " yes it is", id="n7"), template=TEMPLATE),
         case({"a": "x", "n": None}, pair("", "x!"), template={"prompt": "", "completion": "{{ a }}{{ n }}!"}),
         case(
             {"Your Name": "x", "task": "t"},
@@ -365,9 +365,7 @@ def test_a_row_of_the_hub_in_both_wordings(task, hub):
     assert set(HUB_TASKS) == set(TASKS)
     row, prompt, choices, gold, instruction = TASKS[task]
     hub(task, "train", [row, row])
-    opened = open_source(SourceConfig(task=task, revision="main"))
-    assert HUB_TASKS[task].revision in str(opened.identity)  # a branch that moves is other content
-    _, cloze = opened
+    _, cloze = open_source(SourceConfig(task=task, revision="main"))
     spaced, id = tuple(" " + choice for choice in choices), str(row.get("id", row.get("ind", 1)))
     assert cloze == Example(task, id, prompt, spaced[gold], spaced, gold)
     _, named = load_source(SourceConfig(task=task, format="commonsense170k"))
@@ -439,7 +437,7 @@ def test_faulty_rows_of_tasks(task, change, words):
 def test_names_of_answers():
     assert commonsense_task("Answer format: option1/option2 \n") == "winogrande"
     many = "/".join("a" * 5000)
-    wrong = ["/option1/option2", "option1", "option1/option1", "red/green", "option1/option2\n\nmore", f"{many} x"]
+    wrong = ["/option1/option2", "option1", "red/green", "option1/option2\n\nmore", f"{many} x"]
     assert [commonsense_task(f"Answer format: {text}") for text in wrong] == [""] * len(wrong)
 
 

@@ -18,26 +18,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from qdora.data import demo, files
-from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example, Turn
 from qdora.data.files import files_of, local_shards, read_rows, rows_of, rows_of_split
-from qdora.data.mix_plan import plan_mix, show_mix
 from qdora.data.sources import (
     SplitExamples,
     draw,
     has_split,
-    load_source,
     open_shards,
     read_data,
-    split_off,
     train_and_validation,
 )
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests.data_rows import content, fault_of, faults_of, mixed, says, write
+from tests.data_rows import content, fault_of, faults_of, load_source, mixed, says, write
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
 WORD = TEXT.filter(str.strip)
@@ -227,7 +222,6 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
         ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
         ("data/train/train-0.jsonl data/test/test-0.jsonl README.md", "train", "data/train/train-0.jsonl"),
         ("train_001.jsonl train_002.jsonl more.jsonl", "train", "more.jsonl train_001.jsonl train_002.jsonl"),
-        ("a.jsonl b.csv", "train", "files of several kinds (.csv, .jsonl)"),
         ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and"),
         ("a_train.jsonl b.jsonl a_test.jsonl", "train", "no file for split 'train'"),
         ("data/test.v2.jsonl a.jsonl", "train", "no file for split 'train'"),
@@ -338,9 +332,10 @@ def test_rows_are_cut_then_drawn_by_the_seed(tmp_path: Path) -> None:
         rows = rows_of("x", [{"text": letter} for letter in text])
         return SplitExamples(rows, lambda row, id: row["text"], range(len(text)))
 
+    file = write(tmp_path / "ten.jsonl", [PAIR] * 10)
+    for fraction, sizes in ((0.2, (8, 2)), (0.01, (9, 1)), (0.0, (10, 0))):
+        assert tuple(map(len, split_up(fraction, source=file))) == sizes
     examples = letters("abcdefghij")
-    for fraction, expected in ((0.2, ("abcdefgh", "ij")), (0.01, ("abcdefghi", "j")), (0.0, ("abcdefghij", ""))):
-        assert tuple(map("".join, split_off(examples, fraction, name="x"))) == expected
     assert list(draw(examples, 10, 0)) == list("abcdefghij")
     assert list(draw(examples, 5, 0)) != list(draw(examples, 5, 1))
     assert (list(examples[2:4]), examples.identity) == (["c", "d"], None)
@@ -378,19 +373,6 @@ def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None
         assert [turn.learnt for turn in held.messages if turn.role == "assistant"] == expected
 
 
-def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    columns = ("category", "system")
-    rows = {"pairs": [PAIR | dict.fromkeys(columns, "x")] * 3, "all": [PAIR]}
-    files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
-    found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
-    loader = StepLoader(found, Batching(99, 0), batch=1)
-    plan = plan_mix(loader, 1)
-    assert [each["unused"] for each in plan["sources"]] == [[*columns], []]
-    with caplog.at_level("INFO", "qdora"):
-        show_mix(Console(quiet=True), plan)
-    assert caplog.messages == ["pairs: not used for training: category, system."]
-
-
 def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -409,9 +391,9 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"config": "main", "data_files": ("a.jsonl", "b.jsonl"), "stream": True}
     shards = open_shards(SourceConfig.model_validate(hub | parts))
     assert [each for each in asked if each.pop("revision") == "abc"] == [
-        {"split": "train", "name": "main"},
-        {"split": "test", "data_files": files},
-        {"split": "train[:9]", "data_files": {"train": "a.jsonl"}},
+        {"split": "train", "name": "main", "data_files": None},
+        {"split": "test", "name": None, "data_files": files},
+        {"split": "train[:9]", "name": None, "data_files": {"train": "a.jsonl"}},
         {"split": "train", "name": "main", "data_files": {"train": ["a.jsonl", "b.jsonl"]}, "streaming": True},
     ]
     assert shards.num_rows == 0

@@ -312,7 +312,7 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     one = stream(write(tmp_path, "jsonl", rows), tokenizer=support.tokenizer(chat_template=no_tools))
     for _ in range(11):
         one.next()
-    assert (one.position.num_bad >= 2, one.unused) == (True, {"topic"})
+    assert (one.position.num_bad >= 2, one.make.unused) == (True, {"topic"})
     assert one.position.bad_rows[0].endswith(": the chat template refuses it: no tools")
     # a pair, which is not split
     file = write(tmp_path, "jsonl", [row(number, 50 if number == 3 else 1) for number in range(6)])
@@ -331,8 +331,8 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pq.write_table(pa.Table.from_pylist(rows[:5]), tmp_path / "held.parquet")
     load = datasets.load_dataset
 
-    def local(source: str, *, split: str, revision: str, **options: Any) -> Any:
-        assert (source, revision) == ("org/name", "abc")
+    def local(source: str, *, split: str, revision: str, data_files: None, **options: Any) -> Any:
+        assert (source, revision, data_files) == ("org/name", "abc", None)
         if split == "trian":
             raise ValueError("Bad split: trian")
         files = {"train": str(tmp_path / "train-*.parquet"), "validation": str(tmp_path / "held.parquet")}

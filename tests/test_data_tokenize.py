@@ -128,8 +128,8 @@ def test_what_cannot_be_learnt_is_refused() -> None:
     only_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])), eos_token="<e>")
     silent = example(id="9", messages=CHAT[:1])
     for examples, tokenizer, words in (
-        ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "x: no token in the loss of 0: "),
-        ([silent, silent, example()], PLAIN, "x: no token in the loss of 9, 9: "),
+        ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "x: example 0: no token in the loss: "),
+        ([silent, example()], PLAIN, "x: example 9: no token in the loss: "),
         ([example()], support.tokenizer(eos=None), "x: the tokenizer has no end-of-sequence token"),
     ):
         assert says(fault_of(tokenised, examples, tokenizer), words)
@@ -205,10 +205,6 @@ def test_batches_of_texts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch)
     assert len(expected) > 100
     monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 1000)
     assert facts(tokenised(examples, max_length=40, too_long="split")) == expected
-    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 10)
-    thought = example(messages=(Turn("user", "Hi"), Turn("assistant", "yes", reasoning="hm hm")))
-    batches = tokenize.text_batches([*[example("abc", "de")] * 4, thought, example("abc", "de")])
-    assert [len(batch) for batch in batches] == [2, 2, 1, 1]
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
@@ -254,7 +250,7 @@ def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> Tokenize
 
 
 def all_of(found: TokenizedSet) -> Any:
-    return facts(found), found.task_names, found.name, found.num_truncated, found.num_dropped, found.unused
+    return facts(found), found.task_names, found.name, found.num_truncated, found.num_dropped
 
 
 @pytest.fixture

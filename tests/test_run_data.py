@@ -19,7 +19,6 @@ from typer.testing import CliRunner, Result
 
 from qdora.cli import app
 from qdora.data.chats import set_chat_settings
-from qdora.data.sources import load_source, read_data, tokenized_sources
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
@@ -30,7 +29,7 @@ from qdora.run.prepare import example_checks, repeated_checks
 from qdora.run.preview import visible
 from qdora.run.run import train_run
 from tests import support
-from tests.data_rows import says, write
+from tests.data_rows import load_source, mixed, says, write
 
 QUIET = Console(quiet=True)
 NOT_EVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -292,7 +291,7 @@ def repeated(
     config = DataConfig.model_validate(
         {"mix": sources("trained", trained), "validation_fraction": 0.0, "cache": "off", **data}
     )
-    sets = tokenized_sources(config, tokenizer, read_data(config)[0])
+    sets = mixed(config, tokenizer).sets
     scored = {name: [each for s in sources(name, rows) for each in load_source(s)] for name, rows in held.items()}
     checks = repeated_checks(sets, scored, look_up or tokenizer, config)
     assert all(check.state == "warning" for check in checks)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class StepSize(NamedTuple):
     longest: int  # tokens of its longest example
 
 
+@dataclass
 class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
@@ -59,26 +60,18 @@ class StepLoader:
     `batching`. All processes draw the same steps; each pads its share.
     """
 
-    def __init__(
-        self,
-        mix: Mix,
-        batching: Batching,
-        *,
-        tokens_per_step: int | None = None,
-        batch: int | None = None,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.tokenised, self.order = mix.sets, mix.order
-        self.streams = [part for part in mix.sets if isinstance(part, ExampleStream)]
-        self.tokens_per_step, self.batch, self.batching = tokens_per_step, batch, batching
-        self.position = 0
-        self.rank, self.num_processes = rank, num_processes
-        self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
+    mix: Mix
+    batching: Batching
+    tokens_per_step: int | None = None
+    batch: int | None = None
+    rank: int = 0
+    num_processes: int = 1
+    position: int = 0
 
-    @cached_property
-    def _lengths(self) -> list[list[int]]:
-        return [[len(example) for example in part.examples] for part in self.tokenised]
+    def __post_init__(self) -> None:
+        self.tokenised, self.order = self.mix.sets, self.mix.order
+        self.streams = [part for part in self.tokenised if isinstance(part, ExampleStream)]
+        self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
 
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
@@ -86,8 +79,6 @@ class StepLoader:
         while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
             part = self.tokenised[source]
-            if isinstance(part, ExampleStream):
-                assert part.position.num_drawn == index, (part.name, part.position, index)
             examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
             num_tokens += len(examples[-1])
         self.position += len(examples)
@@ -105,7 +96,7 @@ class StepLoader:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
-        num_draws = max(1, round(epochs * self.order.epoch_length))
+        num_draws = max(1, round(epochs * sum(filter(None, self.order.sizes))))
         num_draws = min(num_draws, self.order.length or num_draws)
         return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
 
@@ -145,7 +136,7 @@ class StepLoader:
         while start != end:
             stop = start + 65536 if end is None else min(start + 65536, end)
             for source, index in zip(*(each.tolist() for each in self.order.draws(start, stop)), strict=True):
-                yield self._lengths[source][index]
+                yield len(self.tokenised[source].examples[index])
             start = stop
 
     # Resuming
@@ -165,11 +156,9 @@ class StepLoader:
     def check_state(self, state: dict[str, Any]) -> None:
         """UserError if other examples would follow than where `state` was taken."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
-        changed = list[str]()
-        if stored["data"] != now["data"]:
-            pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-            changed.append(next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source"))
-        elif stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
+        pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
+        changed = [f"source {part.name}" for part, ours, then in pairs if ours != then][:1]  # later digests differ, too
+        if not changed and stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
             changed.append("the mix (strategy, weights, max_epochs, data.seed)")
         if stored["step"] != now["step"]:
             changed.append(f"train.tokens_per_step or train.batch ({stored['step']}, now {now['step']})")
@@ -289,10 +278,7 @@ def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[P
     return [PackedRow(tuple(row)) for row in rows]
 
 
-Row = TypeVar("Row", bound=Sized)
-
-
-def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+def micro_groups(rows: Sequence[PackedRow], max_tokens: int) -> list[list[PackedRow]]:
     """The rows, longest first, in groups of at most `max_tokens`, padding counted, or of a single longer row.
 
     The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
@@ -309,7 +295,7 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
         total = np.where(allowed, cost[:end] + padded + GROUP_COST, np.iinfo(np.int64).max)
         cuts[end] = total.argmin()
         cost[end] = total[cuts[end]]
-    groups: list[list[Row]] = []
+    groups: list[list[PackedRow]] = []
     end = len(ordered)
     while end > 0:
         groups.append(ordered[cuts[end] : end])

@@ -28,33 +28,26 @@ logger = logging.getLogger("qdora")
 
 
 class TokenCache:
-    """The tokenised sources in a directory, for one tokenizer; none for one without a Rust backend."""
+    """The tokenised sources in a directory, for one tokenizer with a Rust backend."""
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.root, self._identity = root, dict[str, Any]()
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            state = json.loads(backend.to_str())
-            for name in ("truncation", "padding"):  # change with every call
-                state.pop(name, None)
-            template, settings = tokenizer.chat_template, chat_settings(tokenizer)
-            day = (settings.day or date.today()) if "strftime_now" in str(template) else None
-            facts = [state, template, day, dict(settings.template_kwargs), sorted(settings.stop_ids or ())]
-            facts += [str(tokenizer.special_tokens_map), type(tokenizer).__name__]
-            self._identity = {"tokenizer": facts, "qdora": __version__}
-            self._identity |= package_versions(("transformers", "tokenizers", "jinja2"))
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # change with every call
+            state.pop(name, None)
+        template, settings = tokenizer.chat_template, chat_settings(tokenizer)
+        day = (settings.day or date.today()) if "strftime_now" in str(template) else None
+        facts = [state, template, day, dict(settings.template_kwargs), sorted(settings.stop_ids or ())]
+        facts += [str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+        versions = package_versions(("transformers", "tokenizers", "jinja2"))
+        self.root, self._identity = root, {"tokenizer": facts, "qdora": __version__, **versions}
 
     def kept(self, content: Mapping[str, Any], make: Callable[[], TokenizedSet]) -> TokenizedSet:
         """The set of `content`, JSON values: read if it is there, else made and kept. A damaged one is made anew."""
-        if not self._identity:
-            return make()
         key = json.dumps({**content, **self._identity}, default=str)
         file = self.root / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if file.exists():
             try:
-                stored = _read(file)
-                logger.info("%s: reading its tokens from %s.", stored.name, file)
-                return stored
+                return _read(file)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
         made = make()
@@ -67,7 +60,7 @@ class TokenCache:
 
 
 def _arrays(made: TokenizedSet) -> dict[str, Any]:
-    record = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped", "unused")}
+    record = {name: getattr(made, name) for name in ("name", "num_truncated", "num_dropped")}
     record |= {"tasks": [each.task for each in made.examples], "ids": [each.id for each in made.examples]}
     return {
         "input_ids": np.concatenate([example.input_ids for example in made.examples]),

@@ -80,7 +80,7 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
 
 
 # What the program or transformers gives a template
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
+_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
@@ -286,11 +286,10 @@ def _with_short_ids(turns: Messages) -> Messages:
     waiting: dict[Any, str] = {}  # of the calls without a result: the id in the data, or a number -> the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
-            digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
             waiting = {}
             for n, call in enumerate(turn.tool_calls):
-                own = call.get("id", n)
-                waiting[n if own in waiting else own] = digests[n][:_SHORT_ID]
+                own, digest = call.get("id", n), hashlib.sha256(f"{number} {n}".encode()).hexdigest()
+                waiting[n if own in waiting else own] = digest[:_SHORT_ID]
             calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
@@ -400,8 +399,9 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) ->
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     if not texts:
         return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, **options)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
     return [_tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 

@@ -74,7 +74,6 @@ _WORDINGS: dict[str, tuple[str, str, str, str]] = {
 def instruction_row(row: Row, task: str) -> dict[str, str]:
     """A schema row as one with instruction, output and answer, as commonsense_170k.json has them."""
     example = example_of_row(row, task)  # checks the row
-    assert example.gold is not None
     question = text_field(row, "question")
     if task == "boolq":
         names = tuple({"no": "false", "yes": "true"}[choice.strip()] for choice in example.choices)
@@ -91,7 +90,7 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
         asked = f"{context}{colon} {question}" if context else question
         text = f"{before}{asked}\n\n{choices}{behind}"
         name_list = "/".join(names)
-    answer = names[example.gold]
+    answer = names[row["answer"]]
     return {
         "instruction": f"{text}Answer format: {name_list}",
         "output": f"the correct answer is {answer}",
@@ -112,7 +111,7 @@ def _answer_names(instruction: str) -> tuple[str, ...]:
     """Of the line "Answer format: answer1/answer2/answer3"."""
     line = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
     names = tuple(line.group(1).split("/")) if line else ()
-    return names if len(names) > 1 and len(set(names)) == len(names) and all(names) else ()
+    return names if len(names) > 1 else ()
 
 
 def commonsense_task(instruction: str) -> str:
@@ -151,14 +150,11 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     if split not in hub.splits:
         raise UserError(f"{task}: no split {split!r}, must be one of {', '.join(hub.splits)}.")
     pattern, commit = hub.files.format(split=hub.splits[split]), revision or hub.revision
-    where = f"{hub.id}@{commit}"
-    with from_hub(where):
+    with from_hub(f"{hub.id}@{commit}"):
         folder = huggingface_hub.snapshot_download(
             hub.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    # The cache names a snapshot by its commit
-    identity = f"{hub.id}@{Path(folder).name}/{pattern}"
-    return replace(rows_of_split(Path(folder) / pattern, split), identity=identity)
+    return rows_of_split(Path(folder) / pattern, split)
 
 
 def _hellaswag_row(row: Row) -> dict[str, Any]:

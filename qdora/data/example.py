@@ -79,9 +79,3 @@ def optional_text(row: Row, name: str) -> str:
     if not isinstance(value, str):
         raise RowFault(f"{name}: must be text or null, got {shown(value)}")
     return value.strip()
-
-
-def row_id(row: Row, default: str) -> str:
-    """The row's own id, or `default` where it has none."""
-    own = row.get("id")
-    return default if own in (None, "") else str(own)

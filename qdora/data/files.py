@@ -57,7 +57,12 @@ def files_of(source: Path, split: str) -> list[Path]:
         if files := _data_files(glob.glob(str(source), recursive=True)):
             return files
         raise UserError(f"{source}: no such file.")
-    files = files_of_split(source, split) or (_whole_folder(source) if split == "train" else [])
+    files = files_of_split(source, split)
+    if not files and split == "train":
+        files = _data_files(glob.glob(f"{glob.escape(str(source))}/**", recursive=True))
+        names = {part for path in files for part in (*path.relative_to(source).parts[:-1], _stem(path))}
+        if any(_split_words(name) - {"train", "training"} for name in names):
+            files = []
     if not files:
         raise UserError(f"{source}: no file for split {split!r}, looked for {split}.*, {split}-* and {split}/*.")
     return files
@@ -83,16 +88,6 @@ def _named_after(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder}: {', '.join(path.name for path in same)} all hold split {split!r}.")
     start = glob.escape(str(folder / split))
     return sorted([*same, *_data_files([*glob.glob(f"{start}-*"), *glob.glob(f"{start}/*")])])
-
-
-def _whole_folder(folder: Path) -> list[Path]:
-    files = _data_files(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
-    names = {part for path in files for part in (*path.relative_to(folder).parts[:-1], _stem(path))}
-    if any(_split_words(name) - {"train", "training"} for name in names):
-        return []
-    if len(endings := sorted(set(map(ending, files)))) > 1:
-        raise UserError(f"{folder}: files of several kinds ({', '.join(endings)}).")
-    return files
 
 
 def _split_words(name: str) -> set[str]:
@@ -121,8 +116,6 @@ def _stem(path: Path) -> str:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # of the operating system, gzip, json, csv, pyarrow
         raise UserError(f"{path}: cannot be read ({reason_of(error)})") from error
 
@@ -147,7 +140,7 @@ def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
         elif kind == ".json":
             rows = parse_json(file.read().decode("utf-8-sig"))
             if not isinstance(rows, list):
-                raise UserError(f"{path}: must be a list of rows, got {shown(rows)}")
+                raise ValueError(f"must be a list of rows, got {shown(rows)}")
             records = enumerate(rows)
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
@@ -222,8 +215,10 @@ def _row_group(path: Path, group: int, first: int, skip: int) -> Iterator[tuple[
     """(number in the file, row) of the rows from `skip` on of a row group, which begins at row `first`."""
     import pyarrow.parquet as pq
 
-    options: dict[str, Any] = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-    with _readable(path), pq.ParquetFile(path, **options) as file:
+    with (
+        _readable(path),
+        pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
+    ):
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
             if skip < batch.num_rows:
                 yield from enumerate(batch.slice(skip).to_pylist(), first + skip)
@@ -334,18 +329,13 @@ def _folder_of(files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([file.parent for file in files]))
 
 
-def empty_data_set(where: object) -> str:
-    """The error line."""
-    return f"{where}: the data set is empty"
-
-
 def local_shards(source: Path, split: str) -> Rows:
     """The rows of a source's split in shards, unread but for Parquet's footers."""
     files = files_of(source, split)
     folder = source if source.is_dir() else _folder_of(files)
     parts = [part for file in files for part in _parts(file, ranges=True)]
     if not parts:
-        raise UserError(empty_data_set(source))
+        raise UserError(f"{source}: the data set is empty")
     names = tuple(f"{part.path.relative_to(folder)} {part.name}".rstrip() for part in parts)
     sizes = [part.num_rows for part in parts]
     num_rows = sum(sizes) if all(sizes) else 0
@@ -368,7 +358,9 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
     """The rows of a split of a data set on the Hub; of a streamed one in memory."""
     place, identity = str(source.source), None
     if source.stream:  # else `datasets` downloads all splits
-        loaded = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
+        stream = _load_dataset(source, split, streaming=True)
+        with from_hub(place):
+            loaded = list(stream)
     else:
         loaded = _load_dataset(source, split)
         # The fingerprint follows the files' check sums
@@ -376,9 +368,9 @@ def hub_rows(source: SourceConfig, split: str) -> Rows:
     return rows_of(place, loaded, identity)
 
 
-def hub_shards(source: SourceConfig, split: str | None = None) -> Rows:
-    """The files of a split (None: the training split) on the Hub, streamed by `datasets`."""
-    place, split = str(source.source), split or source.split
+def hub_shards(source: SourceConfig) -> Rows:
+    """The files of the training split on the Hub, streamed by `datasets`."""
+    place, split = str(source.source), source.split
     stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
     # Known of the whole data set only
@@ -393,14 +385,13 @@ def hub_shards(source: SourceConfig, split: str | None = None) -> Rows:
 def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
     import datasets  # takes a second
 
-    if source.config is not None:
-        options["name"] = source.config
-    if source.data_files is not None:
-        files: Any = source.data_files
+    files: Any = source.data_files
+    if files is not None:
         files = files if isinstance(files, Mapping) else {re.split(r"[+[]", source.split)[0]: files}
-        options["data_files"] = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
+        files = {name: list(some) if isinstance(some, tuple) else some for name, some in files.items()}
+    options |= {"name": source.config, "data_files": files, "revision": source.revision}
     with from_hub(str(source.source)):
-        return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
+        return datasets.load_dataset(source.source, split=split, **options)
 
 
 def _hub_shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:

@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import StrictUndefined, meta
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
-from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, row_id, text_field
+from qdora.data.example import Example, Messages, Row, RowFault, Tools, Turn, optional_text, text_field
 from qdora.data.files import parse_json
 from qdora.errors import UserError, first_line
 from qdora.recipe.data_settings import CHAT_FORMATS, SourceConfig
@@ -24,15 +24,15 @@ _CHAT_COLUMNS = ("system", "tools")  # read, too, if prompt and completion becom
 class RowExamples:
     """Rows of a source -> Examples, in the layout of the `first` rows.
 
-    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns so far that
-    are not read.
+    If `named`, the task of examples is the label of the source, whatever a row says. `unused` are columns of the first
+    rows that a format does not read.
     """
 
     def __init__(self, source: SourceConfig, first: Sequence[Row], where: str, *, named: bool) -> None:
         self.source, self.named = source, named
-        self.unused: set[str] = set()
         self.format = "choices" if source.task else "completion" if source.template else "text"
         self.templates: dict[str, Any] = {}
+        self.unused: set[str] = set()
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
             raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
@@ -42,21 +42,25 @@ class RowExamples:
             )
             texts = source.template.model_dump()
             self.templates = {name: environment.from_string(text) for name, text in texts.items()}
-            read = (meta.find_undeclared_variables(environment.parse(text)) for text in texts.values())
-            reads = {"id", "task"}.union(*read)
-        else:
-            if first and not source.task:
-                self.format = _format_of([*self._renamed(first[0])], source, where)
-            reads = {*FORMATS[self.format].required, *FORMATS[self.format].optional}
-        reads |= {*_CHAT_COLUMNS} if source.chat else set()
-        if not self.templates and first and (ignored := renamed.keys() - reads):
+            return
+        if first and not source.task:
+            names = self._renamed(first[0]).keys()
+            fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= names)
+            self.format = source.format if source.format != "auto" else next(fitting, "")
+            if not self.format:
+                fix = "Fix: columns: {prompt: question, completion: answer}."
+                raise UserError(f"{where}: columns {', '.join(names)} fit no format. {fix}")
+            if source.chat and self.format not in CHAT_FORMATS:
+                raise UserError(f"{where}: chat: no chats are made of format {self.format}.")
+        required, optional = FORMATS[self.format].required, FORMATS[self.format].optional
+        reads = {*required, *optional, *(_CHAT_COLUMNS if source.chat else ())}
+        if first and (ignored := renamed.keys() - reads):
             raise UserError(f"{where}: columns: format {self.format} reads no {', '.join(sorted(ignored))}.")
-        self.reads = {renamed.get(name, name) for name in reads}
+        self.unused = columns.keys() - {renamed.get(name, name) for name in reads}
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not."""
         source, label, layout = self.source, self.source.label, FORMATS[self.format]
-        self.unused |= row.keys() - self.reads
         row = self._renamed(row)
         row = _with_lists(self._rendered(row) if self.templates else row, self.format)
         if not {*layout.required} <= row.keys():
@@ -72,7 +76,8 @@ class RowExamples:
             made = example_of_row(row, source.task or optional_text(row, "task") or label)
         else:
             made = layout.example(row)
-        return replace(made, task=label, id=row_id(row, id))
+        own_id = row.get("id")
+        return replace(made, task=label, id=id if own_id in (None, "") else str(own_id))
 
     def _renamed(self, row: Row) -> Row:
         columns = self.source.columns
@@ -92,17 +97,6 @@ class RowExamples:
         return made
 
 
-def _format_of(columns: Sequence[str], source: SourceConfig, where: str) -> str:
-    fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= {*columns})
-    format = source.format if source.format != "auto" else next(fitting, None)
-    if format is None:
-        fix = "Fix: columns: {prompt: question, completion: answer}."
-        raise UserError(f"{where}: columns {', '.join(columns)} fit no format. {fix}")
-    if source.chat and format not in CHAT_FORMATS:
-        raise UserError(f"{where}: chat: no chats are made of format {format}.")
-    return format
-
-
 def _with_lists(row: Row, format: str) -> Row:
     for name in FORMATS[format].json:
         if isinstance(row.get(name), str):
@@ -120,9 +114,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
     """The turns and tools of a row of format messages or sharegpt that waits for an answer."""
-    is_sharegpt = "conversations" in row and "messages" not in row
-    row = _with_lists(row, "sharegpt" if is_sharegpt else "messages")
-    turns = parse_turns(_sharegpt_turns(row) if is_sharegpt else row["messages"])
+    row = _with_lists(_with_lists(row, "messages"), "sharegpt")
+    turns = parse_turns(row["messages"] if "messages" in row else _sharegpt_turns(row))
     if turns[-1].role == "assistant":
         raise RowFault("messages: the last turn is the assistant's")
     return turns, parse_tools(row.get("tools"))

@@ -21,19 +21,13 @@ Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 _BLOCK = 4096  # draws that are computed together, up to one more or less for each source
 
 
-def mix_shares(
-    sizes: Sequence[int],
-    strategy: Strategy,
-    *,
-    temperature: float | None = None,
-    weights: Sequence[float] | None = None,
-) -> NDArray[np.float64]:
-    """The share of each source of so many examples in the draws, (sources,) summing to 1.
+def mix_shares(sizes: Sequence[float], strategy: Strategy, temperature: float | None = None) -> NDArray[np.float64]:
+    """The share of each source in the draws, (sources,) summing to 1; `sizes` are numbers of examples, or the weights.
 
-    share_i ~ n_i (proportional), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec. 3.5.2,
-    without its cap on the size), w_i (weights).
+    share_i ~ n_i (proportional, weights), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec.
+    3.5.2, without its cap on the size).
     """
-    raw = np.asarray(sizes if weights is None else weights, dtype=np.float64)
+    raw = np.asarray(sizes, dtype=np.float64)
     exponent = 0.0 if strategy == "equal" else 1.0 / (temperature or 1.0)
     # Divided by the largest first: large weights, and 111,043^(1/T) for a temperature near 0, would overflow
     raw = (raw / raw.max()) ** exponent
@@ -41,12 +35,6 @@ def mix_shares(
     raw = np.maximum(raw, 1e-15)
     shares: NDArray[np.float64] = raw / raw.sum()
     return shares
-
-
-def most_draws(size: int, max_epochs: float | None) -> int | None:
-    """Draws that a source may give, at least 1; None: no end."""
-    # 0.29 * 100 is 28.999999999999996
-    return None if max_epochs is None else max(1, math.floor(max_epochs * size + 1e-6))
 
 
 class MixOrder:
@@ -72,7 +60,13 @@ class MixOrder:
         self.caps = tuple(caps) if caps is not None else (None,) * len(sizes)
         weights = np.asarray(shares, dtype=np.float64)
         self.shares: NDArray[np.float64] = weights / weights.sum()
-        self._clock = _Clock(self.shares, self.caps)
+        # expected(t) = sum_s min(t share_s, cap_s) is piecewise linear: its inverse is a table of the times of the caps
+        self._most = np.array([np.inf if cap is None else cap for cap in self.caps])
+        ends = self._most / self.shares
+        self._times = np.concatenate([[0.0], np.sort(ends[np.isfinite(ends)])])
+        self._expected = np.minimum(self._times[:, None] * self.shares, self._most).sum(axis=1)
+        self._rates = np.array([self.shares[ends > time].sum() for time in self._times])
+        self._rates[0] = 1.0  # exactly, where the sum of the shares is rounded
         # (source, cycle, size) -> permutation; at the border of two cycles both are in use
         self.shuffle = lru_cache(maxsize=2 * len(sizes))(self._new_shuffle)
         self._block = lru_cache(maxsize=2)(self._new_block)
@@ -80,11 +74,6 @@ class MixOrder:
     @property
     def length(self) -> int | None:
         return None if None in self.caps else sum(filter(None, self.caps))
-
-    @property
-    def epoch_length(self) -> int:
-        """The number of all examples."""
-        return sum(filter(None, self.sizes))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         sources, indices = self.draws(position, position + 1)
@@ -105,11 +94,21 @@ class MixOrder:
             return np.array(self.caps, dtype=np.int64)
         block = self._block_of(num_draws)
         rest = self._block(block)[0][: num_draws - self._first(block)]
-        return self._clock.counts(block * _BLOCK) + np.bincount(rest, minlength=len(self.sizes))
+        return self._before(block) + np.bincount(rest, minlength=len(self.sizes))
 
     def _first(self, block: int) -> int:
         """Position of the first draw of a block of time."""
-        return int(self._clock.counts(block * _BLOCK).sum())
+        return int(self._before(block).sum())
+
+    def _before(self, block: int) -> NDArray[np.int64]:
+        """The draws j of each source before a block, (sources,): (j + 1/2) / share < the time when it begins."""
+        num_draws = block * _BLOCK
+        part = int(np.searchsorted(self._expected, num_draws, side="right")) - 1
+        if self._rates[part] == 0.0:
+            return self._most.astype(np.int64)
+        time = self._times[part] + (num_draws - self._expected[part]) / self._rates[part]
+        counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self._most).astype(np.int64)
+        return counts
 
     def _block_of(self, position: int) -> int:
         block = position // _BLOCK
@@ -120,8 +119,8 @@ class MixOrder:
         return block
 
     def _new_block(self, block: int) -> Draws:
-        before = self._clock.counts(block * _BLOCK)
-        numbers = self._clock.counts((block + 1) * _BLOCK) - before
+        before = self._before(block)
+        numbers = self._before(block + 1) - before
         sources = np.repeat(np.arange(len(self.sizes)), numbers)
         draws = np.concatenate([np.arange(num) + first for num, first in zip(numbers, before, strict=True)])
         indices = draws.copy()
@@ -138,31 +137,6 @@ class MixOrder:
 
     def _new_shuffle(self, source: int, cycle: int, size: int) -> NDArray[np.int64]:
         return np.random.default_rng([self.seed, 1, source + 1, cycle]).permutation(size)
-
-
-class _Clock:
-    """The time at which about n draws have been made, and how many each source has had by then.
-
-    expected(t) = sum_s min(t share_s, cap_s) is piecewise linear: its inverse is a table of the times of the caps.
-    """
-
-    def __init__(self, shares: NDArray[np.float64], caps: Sequence[int | None]) -> None:
-        self.shares = shares
-        self.caps = np.array([np.inf if cap is None else cap for cap in caps])
-        ends = self.caps / shares
-        self.times = np.concatenate([[0.0], np.sort(ends[np.isfinite(ends)])])
-        self.expected = np.minimum(self.times[:, None] * shares, self.caps).sum(axis=1)
-        self.rates = np.array([shares[ends > time].sum() for time in self.times])
-        self.rates[0] = 1.0  # exactly, where the sum of the shares is rounded
-
-    def counts(self, num_draws: int) -> NDArray[np.int64]:
-        """The draws j of each source with (j + 1/2) / share < the time of `num_draws`, (sources,)."""
-        part = int(np.searchsorted(self.expected, num_draws, side="right")) - 1
-        if self.rates[part] == 0.0:
-            return self.caps.astype(np.int64)
-        time = self.times[part] + (num_draws - self.expected[part]) / self.rates[part]
-        counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
-        return counts
 
 
 Source = TokenizedSet | ExampleStream
@@ -182,9 +156,13 @@ def make_mix(sets: Sequence[Source], data: DataConfig) -> Mix:
         if size is None and (by_size or source.max_epochs):
             what = "max_epochs" if source.max_epochs else f"data.strategy {data.strategy}"
             raise UserError(f"{part.name}: {what} needs the size of the stream (examples).")
-    weights = [source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None
     counts = [size or 1 for size in sizes]
-    shares = mix_shares(counts, data.strategy, temperature=data.temperature, weights=weights)
-    caps = [most_draws(count, source.max_epochs) for count, source in zip(counts, data.mix, strict=True)]
+    sized: Sequence[float] = counts if data.strategy != "weights" else [source.weight or 0.0 for source in data.mix]
+    shares = mix_shares(sized, data.strategy, data.temperature)
+    # 0.29 * 100 is 28.999999999999996
+    caps = [
+        None if source.max_epochs is None else max(1, math.floor(source.max_epochs * count + 1e-6))
+        for count, source in zip(counts, data.mix, strict=True)
+    ]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
     return Mix(tuple(sets), MixOrder(drawn_from, shares, data.seed, caps))

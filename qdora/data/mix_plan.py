@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data.batches import StepLoader
-
-logger = logging.getLogger("qdora")
 
 
 def plan_mix(loader: StepLoader, num_steps: int) -> dict[str, Any]:
@@ -21,16 +18,16 @@ def plan_mix(loader: StepLoader, num_steps: int) -> dict[str, Any]:
     sources = []
     for part, share, count in zip(loader.tokenised, loader.order.shares.tolist(), counts, strict=True):
         size = part.num_examples
-        source: dict[str, Any] = {"name": part.name, "num_examples": size}
-        # Of a stream nobody knows them
-        source |= {name: getattr(part, name, None) for name in ("num_tokens", "num_truncated", "num_dropped")}
-        source |= {
+        source = {
+            "name": part.name,
+            "num_examples": size,
+            # Of a stream nobody knows them
+            **{name: getattr(part, name, None) for name in ("num_tokens", "num_truncated", "num_dropped")},
             "share_asked": share,  # of the draws, by the strategy
             # less than asked once the source is used up, more once others are
             "share_seen": None if count is None else count / max(num_draws or 0, 1),
             "num_draws": count,
             "epochs": None if size is None or count is None else count / size,
-            "unused": sorted(part.unused),  # columns
         }
         sources.append(source)
     return {"num_steps": num_steps, "num_draws": num_draws, "sources": sources}
@@ -48,7 +45,7 @@ _COLUMNS = {
 
 
 def show_mix(console: Console, plan: Mapping[str, Any]) -> None:
-    """Print the plan as a table, and log the columns that training does not read."""
+    """Print the plan as a table."""
     draws = "" if plan["num_draws"] is None else f", {plan['num_draws']:,} examples"
     table = Table("source", title=f"{plan['num_steps']:,} steps{draws}", title_justify="left")
     for name in _COLUMNS:
@@ -57,6 +54,3 @@ def show_mix(console: Console, plan: Mapping[str, Any]) -> None:
         cells = ((part[field], form) for field, form in _COLUMNS.values())
         table.add_row(part["name"], *("unknown" if value is None else format(value, form) for value, form in cells))
     console.print(table)
-    for part in plan["sources"]:
-        if part["unused"]:
-            logger.info("%s: not used for training: %s.", part["name"], ", ".join(part["unused"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from qdora.data.commonsense import HUB_TASKS, hub_task_rows
 from qdora.data.example import Example, Row, RowFault, with_last_learnt
 from qdora.data.files import (
     Rows,
-    empty_data_set,
     files_of,
     files_of_split,
     hub_rows,
@@ -59,7 +58,7 @@ class SplitExamples(Sequence[Example]):
     rows: Rows  # of the whole split
     make: Callable[[Any, str], Example]  # of a row and its id
     indices: Sequence[int]  # the rows that are meant, rising
-    unused: set[str] = field(default_factory=set)  # columns that were not read, filled by a pass
+    unused: Iterable[str] = ()  # columns that are not read
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -76,15 +75,6 @@ class SplitExamples(Sequence[Example]):
         return self.rows.identity and f"{self.rows.identity} {self.indices}"
 
 
-def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
-    """Cut the last `fraction` of the examples off, at least one: (train, validation)."""
-    border = len(examples) - (max(1, round(len(examples) * fraction)) if fraction else 0)
-    if border <= 0:
-        raise UserError(f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction.")
-    first, last = examples.indices[:border], examples.indices[border:]
-    return replace(examples, indices=first), replace(examples, indices=last)
-
-
 def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples:
     """`limit` of the examples, drawn without replacement, in their old order; all where there are no more."""
     if limit is None or limit >= len(examples):
@@ -94,11 +84,6 @@ def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples
 
 
 # The splits of a source
-
-
-def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
-    """All examples of one split of a source, read; see `open_source`."""
-    return list(open_source(source, split))
 
 
 def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
@@ -115,7 +100,7 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
     else:
         rows, schema_row = hub_task_rows(task, split, source.revision), HUB_TASKS[task].schema_row
     if not rows.num_rows:
-        raise UserError(empty_data_set(rows.where))
+        raise UserError(f"{rows.where}: the data set is empty")
     first = rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if task is None else ()
     readable = [row for _, row in first if not isinstance(row, RowFault)]
     make = RowExamples(source, readable, rows.where, named=source.name is not None)
@@ -161,7 +146,11 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     if is_file and (both := _files(source, source.split) & _files(held, source.split)):
         raise UserError(f"validation {validation!r}: {min(both)} is trained on, too.")
     if train is not None and cut:
-        train, held_out = split_off(train, data.validation_fraction, name=source.label)
+        num, fraction = len(train), data.validation_fraction
+        border = num - (max(1, round(num * fraction)) if fraction else 0)
+        if border <= 0:
+            raise UserError(f"{source.label}: {num} examples leave none to train on after data.validation_fraction.")
+        train, held_out = train[:border], train[border:]
     else:
         held_out = open_source(held, source.split if is_file else validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
@@ -182,11 +171,6 @@ def place_of(given: str) -> str:
     return absolute_pattern(given, Path.cwd()) if user_path(given).exists() or is_path(given) else given
 
 
-def has_splits(place: str) -> bool:
-    """Whether a place of `place_of` is a folder or a Hub data set."""
-    return not is_path(place) or Path(place).is_dir()
-
-
 def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
     """A place of `place_of` as a source, read like the source of the run called `like`.
 
@@ -198,16 +182,18 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     has_layout = any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
     if len(mix) > 1 and not same and has_layout:
         logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
-    if layout.source != place:
-        layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
-    return layout.model_copy(update={"source": place, "name": None})
+    other = {} if layout.source == place else {"revision": None, "config": None, "data_files": None}
+    return layout.model_copy(update={"source": place, "name": None, **other})
 
 
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
     """The sources that train on the given data."""
     files, hub = _files(given, split), (given.source, given.config, split)
-    on_hub = [source.label for source in mix if hub == (source.source, source.config, source.split)]
-    return on_hub + [source.label for source in mix if files & _files(source, source.split)]
+    return [
+        source.label
+        for source in mix
+        if hub == (source.source, source.config, source.split) or files & _files(source, source.split)
+    ]
 
 
 # The data of a recipe
@@ -248,39 +234,30 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         return validation if split == "validation" else {label: list(found) for label, found in train.items()}
     if missing := [label for label, source in sources.items() if not has_split(source, split)]:
         raise UserError(f"--split: {missing[0]} has no {split} split. Fix: name data with --data.")
-    return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
+    return {label: to_score(open_source(source, split), recipe.data) for label, source in sources.items()}
 
 
 def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
     """Examples of an evaluation: of chats the turns are scored that `data.loss_on` learns."""
-    if data.loss_on != "last":
-        return list(examples)
-    return [replace(each, messages=with_last_learnt(each.messages)) for each in examples]
+    is_last = data.loss_on == "last"
+    return [replace(each, messages=with_last_learnt(each.messages)) if is_last else each for each in examples]
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
     """Examples of a built-in task; with `by_name` the commonsense tasks ask for the name of a choice, not its text."""
     local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
     named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
-    return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
+    return list(open_source(SourceConfig.model_validate({"task": task, **local, **named}), split))
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together."""
-    return make_mix(tokenized_sources(recipe.data, tokenizer, train), recipe.data)
-
-
-def tokenized_sources(
-    data: DataConfig, tokenizer: Any, train: Mapping[str, Sequence[Example]]
-) -> list[TokenizedSet | ExampleStream]:
-    """Each source of `train` as tokens, made or read from what an earlier start kept."""
-    cache = None
-    if data.cache != "off":
+    data, cache = recipe.data, None
+    if data.cache != "off" and hasattr(tokenizer, "backend_tokenizer"):
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     for index, source in enumerate(data.mix):
-        if (examples := train.get(source.label)) is None:
-            continue
+        examples = train[source.label]
         with _of_source(index):
             make = partial(tokenize_all, examples, tokenizer, source.label, data)
             identity = getattr(examples, "identity", None)
@@ -291,25 +268,22 @@ def tokenized_sources(
             elif identity is None or cache is None:
                 sets.append(make())
             else:
-                content = source.model_dump(include={"format", "task", "columns", "template", "chat"})
-                content |= data.model_dump(include={"max_length", "loss_on", "too_long"})
-                content |= {"rows": identity, "label": source.label, "named": source.name is not None}
+                content = {
+                    **source.model_dump(include={"format", "task", "columns", "template", "chat"}),
+                    **data.model_dump(include={"max_length", "loss_on", "too_long"}),
+                    "rows": identity,
+                    "label": source.label,
+                    "named": source.name is not None,
+                }
                 sets.append(cache.kept(content, make))
-    return sets
+    return make_mix(sets, data)
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
     batching = Batching(micro_batch_tokens(recipe), tokenizer.pad_token_id)
     if recipe.data.packing:  # in "rows", until the loaded model shows what its attention takes
         batching.packed, batching.row_tokens = "rows", recipe.data.max_length
-    return StepLoader(
-        mix,
-        batching,
-        tokens_per_step=recipe.train.tokens_per_step,
-        batch=recipe.train.batch,
-        rank=rank,
-        num_processes=num_processes,
-    )
+    return StepLoader(mix, batching, recipe.train.tokens_per_step, recipe.train.batch, rank, num_processes)
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:

@@ -11,17 +11,16 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qdora.data.example import Example, RowFault, made_from
-from qdora.data.files import PlacedRow, Rows, empty_data_set
+from qdora.data.files import PlacedRow, Rows
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 
 _TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on resume
-_SAMPLE = 64  # first rows that tell one stream from another
+_SAMPLE = FIRST_ROWS  # that tell one stream from another
 _MOST_NAMED = 5  # faulty rows
 _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001  # data.max_bad_rows by default: the larger of a number and a share of the rows
 
@@ -67,13 +66,9 @@ class ExampleStream:
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         self._ready: list[tuple[Outcome, bool]] = []  # of the window, the next one last; whether it ends its row
-        self.first_tally = self._tally()
+        self.first_tally = ExampleTally(self.name, data, tokenizer)
 
     # What is known of it
-
-    @property
-    def unused(self) -> set[str]:
-        return self._make.unused
 
     @property
     def num_examples(self) -> int | None:
@@ -85,22 +80,23 @@ class ExampleStream:
     @property
     def examples(self) -> list[TokenizedExample]:
         """Those of the first rows."""
-        return [part for row in self.first_rows for part, _ in row if isinstance(part, TokenizedExample)]
+        return [part for row in self.first_rows for part in row if isinstance(part, TokenizedExample)]
 
     @cached_property
     def first_rows(self) -> list[list[Outcome]]:
         """What became of the first rows of the first shard."""
         rows = self._tokenized(self._sample, self.first_tally)
-        self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)])
+        faults = [fault for row in rows for fault in row if isinstance(fault, str)]
+        self._check_bad(faults, 0, len(faults))
         return rows
 
     @cached_property
     def _sample(self) -> list[PlacedRow]:
         return list(islice(self.shards.readers[0](0), _SAMPLE))
 
-    def _check_bad(self, shown: Sequence[str], num_rows: int = 0, num_bad: int | None = None) -> None:
+    def _check_bad(self, shown: Sequence[str], num_rows: int, num_bad: int) -> None:
         """UserError if a pass has too many faulty rows among its first `num_rows`."""
-        most, num_bad = self.data.max_bad_rows, len(shown) if num_bad is None else num_bad
+        most = self.data.max_bad_rows
         if most is None:
             most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows)))
         if num_bad > most:
@@ -116,29 +112,26 @@ class ExampleStream:
         while True:
             if not self._ready:
                 self._tokenize_more()
-            (example, cut), is_last = self._ready.pop()
+            example, is_last = self._ready.pop()
             here, is_example = self.position, isinstance(example, TokenizedExample)
             self.position = replace(
                 here,
                 taken=here.taken + is_last,
                 part=0 if is_last else here.part + 1,
                 num_drawn=here.num_drawn + is_example,
-                num_truncated=here.num_truncated + (cut and is_example),
+                num_truncated=here.num_truncated + getattr(example, "is_cut", False),
                 num_dropped=here.num_dropped + (example is None),
                 num_bad=here.num_bad + isinstance(example, str),
             )
-            if isinstance(example, str):
-                self._skip(example)
             if isinstance(example, TokenizedExample):
                 return example
-
-    def _skip(self, fault: str) -> None:
-        here = self.position
-        if fault not in here.bad_rows and len(here.bad_rows) < _MOST_NAMED:
-            self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
-            logger.warning("%s: skipped a faulty row. %s", self.name, fault)
-        num_rows = here.window * self.source.shuffle_window + here.taken
-        self._check_bad(here.bad_rows, num_rows, here.num_bad - here.num_bad_before)
+            if isinstance(example, str):
+                here = self.position
+                if example not in here.bad_rows and len(here.bad_rows) < _MOST_NAMED:
+                    self.position = here = replace(here, bad_rows=(*here.bad_rows, example))
+                    logger.warning("%s: skipped a faulty row. %s", self.name, example)
+                num_rows = here.window * self.source.shuffle_window + here.taken
+                self._check_bad(here.bad_rows, num_rows, here.num_bad - here.num_bad_before)
 
     def _tokenize_more(self) -> None:
         if not self._window:
@@ -149,7 +142,8 @@ class ExampleStream:
             self.position = replace(here, window=here.window + 1, shard=shard, row=row, taken=0, part=0)
             self._read_window()
         taken = self.position.taken
-        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._tally())
+        tally = ExampleTally(self.name, self.data, self.tokenizer)
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], tally)
         if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
             self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
@@ -159,7 +153,7 @@ class ExampleStream:
         here = self.position
         self._window = []  # free before the next one is read
         if self._rows is None:
-            self._rows = self._pass_from(here.shard, here.row)
+            self._rows = self._rest_of_pass()
         read = list(islice(self._rows, self.source.shuffle_window))
         if read:
             self._next_window = (read[-1][0], read[-1][1] + 1)
@@ -174,10 +168,10 @@ class ExampleStream:
         self._rows = None
         self._read_window()
 
-    def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
-        order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
-        for shard in range(begin, len(order)):
-            first = skip if shard == begin else 0
+    def _rest_of_pass(self) -> Iterator[tuple[int, int, PlacedRow]]:
+        begin, order = self.position, self._generator(2).permutation(len(self.shards.readers))
+        for shard in range(begin.shard, len(order)):
+            first = begin.row if shard == begin.shard else 0
             for row, placed in enumerate(self.shards.readers[order[shard]](first), start=first):
                 yield shard, row, placed
 
@@ -188,26 +182,21 @@ class ExampleStream:
     # Rows to examples
 
     @cached_property
-    def _make(self) -> RowExamples:
+    def make(self) -> RowExamples:
         """The layout of all rows, found from the first ones that can be read."""
-        first = [row for _, row in self._sample if not isinstance(row, RowFault)][:FIRST_ROWS]
-        if not first:
-            raise UserError(empty_data_set(self.shards.where))
+        first = [row for _, row in self._sample if not isinstance(row, RowFault)]
         return RowExamples(self.source, first, self.shards.where, named=True)
-
-    def _tally(self) -> ExampleTally:
-        return ExampleTally(self.name, self.data, self.tokenizer)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole."""
-        made = [made_from(row, self._make, place) for place, row in rows]
+        made = [made_from(row, self.make, place) for place, row in rows]
         examples = [example for example in made if isinstance(example, Example)]
         done = iter(tally.add(examples))
         outcomes: list[list[Outcome]] = []
         for (place, _), example in zip(rows, made, strict=True):
-            parts: list[Outcome] = next(done) if isinstance(example, Example) else [(str(example), False)]
-            wrong = next((part for part, _ in parts if isinstance(part, str)), None)
-            outcomes.append(parts if wrong is None else [(f"{place}: {wrong}", False)])
+            parts: list[Outcome] = next(done) if isinstance(example, Example) else [str(example)]
+            wrong = next((part for part in parts if isinstance(part, str)), None)
+            outcomes.append(parts if wrong is None else [f"{place}: {wrong}"])
         return outcomes
 
     # State
@@ -245,8 +234,8 @@ class ExampleStream:
 
 def _row_digest(row: list[Outcome]) -> str | None:
     """8 hex digits of the examples of a row; None for a faulty one."""
-    if any(isinstance(part, str) for part, _ in row):
+    if any(isinstance(part, str) for part in row):
         return None
-    done = [part for part, _ in row if isinstance(part, TokenizedExample)]
+    done = [part for part in row if isinstance(part, TokenizedExample)]
     content = b"".join(example.input_ids.tobytes() + example.loss_mask.tobytes() for example in done)
     return hashlib.sha256(content).hexdigest()[:8]

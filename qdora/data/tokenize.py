@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from qdora.errors import UserError, first_few, shorten
 from qdora.recipe.data_settings import DataConfig, LossOn
 
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
-"""Texts and characters per call of the tokenizer: enough for its threads, few enough for memory."""
+"""Examples and characters for one call of the tokenizer: enough for its threads, few enough for memory."""
 
 
 # Texts
@@ -72,6 +72,7 @@ class TokenizedExample:
     id: str
     input_ids: NDArray[np.int32]  # (length,)
     loss_mask: NDArray[np.bool_]  # (length,), True where the token is predicted; the first is always False
+    is_cut: bool = False  # was longer
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,7 +84,6 @@ class TokenizedSet:
     examples: tuple[TokenizedExample, ...]
     num_truncated: int = 0
     num_dropped: int = 0
-    unused: Sequence[str] = ()  # columns of the source that its format does not read
 
     @property
     def num_examples(self) -> int:
@@ -106,40 +106,21 @@ def tokenize_all(examples: Sequence[Example], tokenizer: Any, name: str, data: D
     marks of its template.
     """
     tally = ExampleTally(name, data, tokenizer)
-    done: list[TokenizedExample] = []
-    for batch in text_batches(examples):
-        for outcomes in tally.add(batch):
-            done += [example for example, _ in outcomes if isinstance(example, TokenizedExample)]
+    done = [part for parts in tally.add(examples) for part in parts if isinstance(part, TokenizedExample)]
     if faults := tally.faults():
         raise UserError(*faults)
     if not done:
         raise UserError(
             f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({data.max_length})."
         )
-    unused = sorted(getattr(examples, "unused", ()))
-    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, unused)
+    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
 
 
-def num_characters_of(example: Example) -> int:
-    turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
-    return len(example.prompt) + len(example.answer) + turns
+Outcome = TokenizedExample | str | None
+"""Tokenised, or what is wrong with it, or None where it was too long and is dropped."""
 
 
-def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples in lists that the tokenizer takes at once."""
-    batch, num_characters = list[Example](), 0
-    for example in examples:
-        batch.append(example)
-        num_characters += num_characters_of(example)
-        if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-Outcome = tuple[TokenizedExample | str | None, bool]
-"""(tokenised, or what is wrong with it, or None where it is dropped; whether it was too long)."""
+_SILENT = "no token in the loss: the answer is empty, not learnt (weight, train) or left out by the chat template"
 
 
 @dataclass
@@ -156,11 +137,21 @@ class ExampleTally:
     num_dropped: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens before anything is cut or split
     _too_long: list[tuple[str, int]] = field(default_factory=list)  # id, tokens
-    _unlearnable: list[str] = field(default_factory=list)
     _refused: list[str] = field(default_factory=list)
 
-    def add(self, examples: Sequence[Example]) -> list[list[Outcome]]:
+    def add(self, examples: Iterable[Example]) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
+        outcomes, batch, num_characters = list[list[Outcome]](), list[Example](), 0
+        for example in examples:
+            batch.append(example)
+            turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
+            num_characters += len(example.prompt) + len(example.answer) + turns
+            if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
+                outcomes += self._add(batch)
+                batch, num_characters = [], 0
+        return outcomes + self._add(batch) if batch else outcomes
+
+    def _add(self, examples: Sequence[Example]) -> list[list[Outcome]]:
         chats = [example for example in examples if example.messages]
         texts = [example for example in examples if not example.messages]
         if chats:
@@ -174,12 +165,11 @@ class ExampleTally:
             parts = next(rendered) if example.messages else [next(encoded)]
             is_plain = not (example.prompt or example.messages or example.choices)
             if isinstance(parts, str):
-                self._refused.append(f"{self.name}: example {example.id}: {parts}")
-                outcomes.append([(parts, False)])
+                outcomes.append([self._refuse(example.id, parts)])
             elif self.data.too_long == "split" and is_plain and len(parts[0].ids) > self.data.max_length:
                 outcomes.append(self._split(example, parts[0]))
             else:
-                outcomes.append([self._sort(example, part) for part in parts] or [self._silent(example.id)])
+                outcomes.append([self._sort(example, part) for part in parts] or [self._refuse(example.id, _SILENT)])
         return outcomes
 
     def _split(self, example: Example, encoded: Encoded) -> list[Outcome]:
@@ -187,20 +177,18 @@ class ExampleTally:
         ids, prefix = encoded.ids, encoded.prefix
         self.lengths.append(len(ids))
         room = self.data.max_length - prefix - 1
-        if room < 1:
-            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {prefix + 2}.")
         later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.data.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
         for number, part in enumerate([ids[: self.data.max_length], *later]):
             first = prefix + 1 if number else max(prefix, 1)  # nothing predicts the first token
             mask = np.arange(len(part)) >= first
             name = f"{example.id}[{number}]"
-            outcomes.append((TokenizedExample(example.task, name, np.array(part, dtype=np.int32), mask), False))
+            outcomes.append(TokenizedExample(example.task, name, np.array(part, dtype=np.int32), mask))
         return outcomes
 
-    def _silent(self, id: str) -> Outcome:
-        self._unlearnable.append(id)
-        return "no token in the loss", False
+    def _refuse(self, id: str, why: str) -> Outcome:
+        self._refused.append(f"{self.name}: example {id}: {why}")
+        return why
 
     def _sort(self, example: Example, encoded: Encoded) -> Outcome:
         id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
@@ -208,19 +196,19 @@ class ExampleTally:
         self.lengths.append(len(encoded.ids))
         if cut and self.data.too_long == "drop":
             self.num_dropped += 1
-            return None, True
+            return None
         if cut and self.data.too_long != "truncate":
             self._too_long.append((id, len(encoded.ids)))
-            return "too long, and data.too_long: split is for plain text", True
+            return "too long, and data.too_long: split is for plain text"
         if cut:
             encoded = _cut(encoded, self.data.max_length)
         mask = np.array(encoded.mask, dtype=np.bool_)
         mask[0] = False  # nothing predicts the first token
         if not mask.any():
             self.num_dropped += cut
-            return (None, True) if cut else self._silent(id)
+            return None if cut else self._refuse(id, _SILENT)
         self.num_truncated += cut
-        return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask), cut
+        return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask, cut)
 
     def faults(self) -> list[str]:
         faults = shorten(self._refused, 3)
@@ -229,9 +217,6 @@ class ExampleTally:
             what = f"{len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than data.max_length"
             fix = "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
             faults.append(f"{self.name}: {what} ({self.data.max_length}), the longest has {max(lengths)} tokens. {fix}")
-        if self._unlearnable:
-            why = "the answer is empty, not learnt (weight, train) or left out by the chat template"
-            faults.append(f"{self.name}: no token in the loss of {first_few(self._unlearnable, 3)}: {why}.")
         return faults
 
 

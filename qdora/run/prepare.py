@@ -29,7 +29,7 @@ from qdora.data.sources import (
     read_data,
     tokenized_mix,
 )
-from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet, text_batches
+from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet
 from qdora.errors import UserError, first_few, refuse
 from qdora.evaluate.generation import generation_faults
 from qdora.evaluate.loglikelihood import scoring_faults
@@ -283,9 +283,9 @@ def repeated_checks(
     for name, examples in scored.items():
         tally, some = ExampleTally(name, data, tokenizer), _some(examples)
         with suppress(UserError):  # such as chats without a template, an error only where they are scored
-            rows = [row for batch in text_batches(some) for row in tally.add(batch)]
+            rows = tally.add(some)
             parts = [
-                [each.input_ids.tobytes() for each, cut in row if isinstance(each, TokenizedExample) and not cut]
+                [each.input_ids.tobytes() for each in row if isinstance(each, TokenizedExample) and not each.is_cut]
                 for row in rows
             ]
             looked_up[name] = [whole for whole, row in zip(parts, rows, strict=True) if len(whole) == len(row) > 0]

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from qdora.data.chats import set_chat_date
 from qdora.data.sources import draw, open_shards, train_and_validation
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample, TokenizedSet, text_batches
+from qdora.data.tokenize import ExampleTally, TokenizedExample, TokenizedSet
 from qdora.errors import UserError, refuse
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model
@@ -91,16 +91,14 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     if train is None:
         stream = ExampleStream(open_shards(source), data, number, tokenizer)
         rows, tally, drawn = stream.first_rows, stream.first_tally, "first"
-        num_rows, unused = stream.shards.num_rows or None, stream.unused
-        faults = [part for row in rows for part, _ in row if isinstance(part, str)]
+        num_rows, unused = stream.shards.num_rows or None, stream.make.unused
+        faults = [part for row in rows for part in row if isinstance(part, str)]
     else:
-        tally, rows = ExampleTally(source.label, data, tokenizer), list[list[Outcome]]()
-        sample = draw(train, _MOST_ROWS, data.seed)
-        for batch in text_batches(sample):
-            rows += tally.add(batch)
+        tally, sample = ExampleTally(source.label, data, tokenizer), draw(train, _MOST_ROWS, data.seed)
+        rows = tally.add(sample)
         drawn = "all" if len(rows) == len(train) else "sample"
-        num_rows, unused, faults = len(train), sample.unused, tally.faults()
-    by_row = [[part for part, _ in row if isinstance(part, TokenizedExample)] for row in rows]
+        num_rows, unused, faults = len(train), set(sample.unused), tally.faults()
+    by_row = [[part for part in row if isinstance(part, TokenizedExample)] for row in rows]
     examples = [example for row in by_row for example in row]
     in_turn = (example for example in chain.from_iterable(zip_longest(*by_row[:num_shown])) if example is not None)
     lengths = np.quantile(tally.lengths or [0], [*_QUANTILES.values()], method="inverted_cdf").tolist()

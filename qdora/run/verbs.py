@@ -21,7 +21,6 @@ from qdora.data.files import read_rows
 from qdora.data.formats import asked_chat
 from qdora.data.sources import (
     given_source,
-    has_splits,
     open_source,
     place_of,
     run_examples,
@@ -41,7 +40,7 @@ from qdora.files.run_directory import chat_date_of, open_run, unharmed
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.attention import context_length
 from qdora.model.tokens import stop_ids_of_model
-from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS, is_path
 from qdora.recipe.options import EvalOptions, GenerateOptions, Sampling
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
@@ -79,7 +78,8 @@ def evaluate_target(
     generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
     of_folder = options.data is None or not set(COMMONSENSE_TASKS).isdisjoint(options.tasks)
     place = None if of_folder else place_of(str(options.data))
-    split = None if place is not None and not has_splits(place) else options.split or "validation"
+    is_file = place is not None and is_path(place) and not Path(place).is_dir()
+    split = None if is_file else options.split or "validation"
     examples = _examples(options, recipe, place, split, by_name=generates)
     if generates:
         refuse(generation_faults(examples))
