@@ -48,7 +48,6 @@ TRAINED_FILE = "trained.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-_LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
 logger = logging.getLogger("qdora")
@@ -260,8 +259,8 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
     if evaluated is None or every % evaluated:
         return [f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}."]
-    if min(counts.values(), default=0) < _LEAST_PROBED or len(counts) < 2:
-        return [f"interference.every: needs two sources with {_LEAST_PROBED} validation examples each, got {counts}."]
+    if len(counts) < 2 or not all(counts.values()):
+        return [f"interference.every: needs two sources, all with validation examples, got {counts}."]
     return []
 
 
@@ -274,14 +273,12 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, source.label, data).examples)
-        if len(examples[source.label]) < _LEAST_PROBED:
-            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
 def measure(
     model: nn.Module,
-    halves: Mapping[str, Sequence[Sequence[MicroBatch]]],
+    batches: Mapping[str, list[MicroBatch]],
     parameters: Mapping[str, nn.Parameter],
     *,
     loss_chunk: int | None = None,
@@ -291,19 +288,16 @@ def measure(
 
     A task's gradient is that of its mean NLL per answer token on validation examples: memorised ones show nothing.
     """
-    names, random = list(halves), random_state()
-    batches = [half for name in names for half in halves[name]]
-    num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
-    num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
-    gradients = []
+    random, gradients = random_state(), []
     model.train()
     try:
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with evaluation_mode(model):
             for module in model.modules():  # blocks recompute their activations only in training mode
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
-            for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
-                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+            for micro_batches in batches.values():
+                num_label_tokens = sum(int((micro.labels != IGNORED).sum()) for micro in micro_batches)
+                step = Step(micro_batches, num_label_tokens, num_tokens=0, num_examples=0)  # which are not read
                 step_gradient(model, step, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
@@ -311,40 +305,17 @@ def measure(
     finally:
         model.zero_grad()
         set_random_state(random)
-    gram = np.zeros((len(gradients), len(gradients)))
-    for start in range(0, len(gradients[0]), _PIECE):
-        piece = torch.stack([gradient[start : start + _PIECE] for gradient in gradients]).double()
-        gram += (piece @ piece.T).numpy()
-    result = agreement(gram, np.array(num_tokens, dtype=np.float64).reshape(len(names), 2))
-    pairs = np.triu_indices(len(names), 1)
-    cosines = result["cosines"][pairs]
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for pieces in zip(*(torch.split(gradient, _PIECE) for gradient in gradients), strict=True):
+        piece = torch.stack(pieces).double()
+        products += piece @ piece.T
+    norms = products.diagonal().sqrt()
+    cosines = products / norms.outer(norms)
+    pairs = cosines[torch.triu_indices(*cosines.shape, offset=1).unbind()]
     return {
-        "tasks": names,
-        "num_examples": dict(zip(names, np.reshape(num_examples, (-1, 2)).tolist(), strict=True)),
-        "num_label_tokens": dict(zip(names, np.reshape(num_tokens, (-1, 2)).sum(axis=1).tolist(), strict=True)),
-        **{name: _plain(values) for name, values in result.items()},
-        "mean_cosine": _plain(cosines.mean()),
-        "lowest_cosine": _plain(cosines.min()),
+        "tasks": list(batches),
+        "cosines": cosines.tolist(),
+        "norms": norms.tolist(),
+        "mean_cosine": pairs.mean().item(),
+        "lowest_cosine": pairs.min().item(),
     }
-
-
-def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
-    """Cosines from the inner products of half gradients, `gram`, (2 tasks, 2 tasks), the halves of a task together;
-    `num_tokens`, (tasks, 2), are the answer tokens of each half, which weight them in the mean.
-
-    Returns `cosines` (tasks, tasks); `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too
-    few; `norms` (tasks,).
-    """
-    weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    num_tasks = len(weights)
-    products = np.einsum("ia,iajb,jb->ij", weights, gram.reshape(num_tasks, 2, num_tasks, 2), weights)
-    norms, squares = np.sqrt(products.diagonal()), gram.diagonal().reshape(num_tasks, 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = gram[::2, 1::2].diagonal() / np.sqrt(squares.prod(axis=1))
-        return {"cosines": products / np.outer(norms, norms), "own_cosines": own, "norms": norms}
-
-
-def _plain(values: Any) -> Any:
-    if np.ndim(values) > 0:
-        return [_plain(each) for each in values]
-    return None if np.isnan(values) else float(f"{values:.6g}")

@@ -191,12 +191,18 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began, halves = time.perf_counter(), {}
+            began, batches = time.perf_counter(), {}
             for name, examples in self._probed.items():
                 tasks = [*{example.task for example in examples}]
-                halves[name] = [micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1)]
-            options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
-            cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
+                batches[name] = micro_batches(examples, self.loader.batching, tasks)
+            cosines = partial(
+                logs.measure,
+                self.model,
+                batches,
+                self.optimizer.parameters,
+                loss_chunk=self._loss_chunk,
+                loss_scale=self.loss_scale,
+            )
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
             line["time"]["interference_seconds"] = time.perf_counter() - began
         if self.best is not None:
