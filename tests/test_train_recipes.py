@@ -153,7 +153,7 @@ def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Pa
         (every | {"data__validation_fraction": 0.0}, "every: needs two sources, all with .*sums': 0"),
         (every | {"data__mix": [{"source": letters}]}, "every: needs two sources"),
         (every | {"eval__every": 4}, "interference.every: must be a multiple of eval.every"),
-        ({"data__mix": mix}, "task sums is in sums with loss_weight 2 and in more with"),
+        ({"data__mix": mix}, "task sums has loss_weight 2 in one source and 1 in more"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
