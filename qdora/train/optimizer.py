@@ -419,26 +419,21 @@ class AdapterOptimizer:
             if cuts.keys().isdisjoint(group.parameters):
                 self._groups.append(group)
                 continue
-            lows: dict[str, Tensor | None] = {}
-            states: dict[str, dict[str, Tensor]] = {}
-            for key, parameter in group.parameters.items():
-                lows[key], state = group.low(key), group.state_of(key)
-                if key in cuts:
-                    kept, dim = cuts[key]
-                    low, wide = lows[key], widened_state(state, parameter.device)
-                    lows[key] = None if low is None else low.index_select(dim, kept)
-                    states[key] = {name: values.index_select(dim, kept) for name, values in wide.items()}
-                else:
-                    states[key] = {name: value for name, value in state.items() if name not in (*_NOT_STORED, "step")}
-            for made in self._made_groups(lows):
-                for key in made.parameters:
+            for made in self._made_groups(group.parameters):
+                for key, parameter in made.parameters.items():
+                    low, state = group.low(key), group.state_of(key)
+                    if key in cuts:
+                        kept, dim = cuts[key]
+                        wide = widened_state(state, parameter.device)
+                        state = {name: values.index_select(dim, kept) for name, values in wide.items()}
+                        low = None if low is None else low.index_select(dim, kept)
                     made.steps[key] = group.steps[key]
-                    fill_state_(made.state_of(key), states.pop(key))
-                    low, target = lows[key], made.low(key)
+                    fill_state_(made.state_of(key), state)
+                    target = made.low(key)
                     if low is not None and target is not None:
                         target.copy_(low)
                 self._groups.append(made)
-            del group, lows, states, state
+            del group, low, state
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
