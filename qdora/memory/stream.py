@@ -112,6 +112,7 @@ class Turns:
         return next((piece for path, piece in self.pieces.items() if name.startswith(f"{path}.")), None)
 
 
+@dataclass
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
@@ -119,16 +120,9 @@ class HostResidency:
     `num_streamed` blocks are spread evenly among those on the device; None streams all.
     """
 
-    def __init__(
-        self,
-        num_streamed: int | None = None,
-        *,
-        free_bytes: Callable[[], int] = available_memory_bytes,
-        copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies,
-    ) -> None:
-        self.num_streamed = num_streamed
-        self._make_copies = copies
-        self._free_bytes = free_bytes
+    num_streamed: int | None = None
+    free_bytes: Callable[[], int] = available_memory_bytes
+    copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
@@ -140,7 +134,7 @@ class HostResidency:
                 packed = empty_packed(form.kind, shape, form.block_size, form.double_quant, "meta")
                 piece.add(name.removesuffix(".weight"), packed)
         pieces = list(turns.pieces.values())
-        _pin(pieces, load.device, self._free_bytes())
+        _pin(pieces, load.device, self.free_bytes())
 
         def place_in_turn(load: Loading, name: str, item: Stored) -> None:
             path, piece = name.removesuffix(".weight"), turns.piece_of(name)
@@ -157,7 +151,7 @@ class HostResidency:
         place_all(load, place_in_turn)
         size = max(piece.num_bytes for piece in pieces)
         slots = [torch.empty(size, dtype=torch.uint8, device=load.device) for _ in range(NUM_SLOTS)]
-        ring = Ring(pieces, slots, self._make_copies(load.device, slots))
+        ring = Ring(pieces, slots, self.copies(load.device, slots))
         for turn, block in enumerate(turns.blocks):
             block.register_forward_pre_hook(partial(_before_block, ring, turn))
 

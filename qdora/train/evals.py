@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,7 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
             return evaluate()
 
 
+@dataclass
 class BestSoFar:
     """The best value among a run's evaluations, in a tie the earlier one, and early stopping.
 
@@ -90,13 +91,13 @@ class BestSoFar:
     """
 
     STATE = "question", "step", "value", "num_since", "judged"
-
-    def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
-        self.question, self.higher, self.patience = dict(question), higher, patience
-        self.step: int | None = None
-        self.value: float | None = None
-        self.num_since = 0
-        self.judged: int | None = None
+    question: Mapping[str, Any]
+    higher: bool
+    patience: int | None
+    step: int | None = None
+    value: float | None = None
+    num_since: int = 0
+    judged: int | None = None
 
     def judge(self, step: int, value: float) -> bool:
         """Take the value of the evaluation after `step` steps; returns whether it is the best so far."""
