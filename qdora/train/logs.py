@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import resource
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -181,16 +180,13 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
 
 
-def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
+def smooth(values: Any, weights: Any, half_life: float) -> Array:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
     After `half_life` steps a contribution counts half."""
-    fade = 0.5 ** (1 / half_life)
-    sums, counts = (
-        np.array([*itertools.accumulate(np.asarray(x, float), lambda faded, new: fade * faded + new)])
-        for x in (values, weights)
-    )
-    with np.errstate(invalid="ignore"):  # without tokens so far NaN
-        return np.asarray(sums / counts)
+    import pandas as pd  # slow
+
+    sums, counts = (pd.DataFrame(x).ewm(halflife=half_life).mean() for x in (values, weights))
+    return np.asarray(sums / counts)
 
 
 def draw_figures(metrics: Lines, directory: Path) -> None:
