@@ -126,9 +126,8 @@ def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> B
     if asked.best_by is None:
         return None
     tasks = list(evaluated) if asked.best_by == MACRO else [asked.best_by]
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr(spread(evaluated[task], asked.limit, asked.block)).encode("utf-8", "backslashreplace"))
+    scored = "".join(repr(spread(evaluated[task], asked.limit, asked.block)) for task in tasks)
+    digest = hashlib.sha256(scored.encode("utf-8", "backslashreplace"))
     question = {name: getattr(asked, name) for name in ("best_by", "best_metric", "limit")}
     question |= {"tasks": tasks, "examples": digest.hexdigest()[:16]}
     question |= {} if asked.block is None else {"block": asked.block}
@@ -205,19 +204,15 @@ def state_step(run: RunDirectory, state: str) -> int | None:
     return adapter_step(run) if state == "final" else int(state.removeprefix("step-"))
 
 
-def best_in_words(state: Mapping[str, Any]) -> str:
-    """'step 6, the best by macro nll_per_token (1.234)', from the state of a `BestSoFar`."""
-    question = state["question"]
-    return f"step {state['step']}, the best by {question['best_by']} {question['best_metric']} ({state['value']:.4g})"
-
-
 def adapter_in_words(run: RunDirectory) -> str:
-    """Which step adapter/ holds: 'final' for the last one."""
+    """'step 6, the best by macro nll_per_token (1.234) of 9 steps', or 'final' for the last step: what adapter/ holds."""
     record = adapter_record(run)
     if record is None:
         return "final"
-    stopped = ", stopped early" if record["num_done"] < record["num_steps"] else ""
-    return f"{best_in_words(record)} of {record['num_done']} steps{stopped}"
+    question, num_done = record["question"], record["num_done"]
+    by = f"{question['best_by']} {question['best_metric']} ({record['value']:.4g})"
+    stopped = ", stopped early" if num_done < record["num_steps"] else ""
+    return f"step {record['step']}, the best by {by} of {num_done} steps{stopped}"
 
 
 def read_result(file: Path) -> EvaluationResult:

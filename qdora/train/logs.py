@@ -162,22 +162,20 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
 @torch.no_grad()
 def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
-    """Rank, and how far a layer has moved from its base; None for LoRA.
+    """Rank, and but for LoRA how far a layer has moved from its base.
 
-    `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
-    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
+    `magnitude_moved`: mean of |m / ||w|| - 1| over the rows w of the base that are not zero. `update`: ||s B A|| over
+    ||W||, Frobenius norms, without mask.
     """
-    names = "magnitude_moved", "magnitude_moved_most", "update"
     squared, magnitude = layer.base_squared, layer.magnitude
-    if squared is None or magnitude is None or not bool((squared > 0).any()):
-        return {"rank": layer.rank, **dict.fromkeys(names)}
+    if squared is None or magnitude is None:
+        return {"rank": layer.rank}
     alive = squared > 0
-    moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
+    moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs().mean()
     first, second = layer.lora_A.float(), layer.gated_B().float()
     # ||B A||^2 = sum of (A A^T) o (B^T B)
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
-    values = moved.mean(), moved.max(), size / squared.sum().sqrt()
-    return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
+    return {"rank": layer.rank, "magnitude_moved": float(moved), "update": float(size / squared.sum().sqrt())}
 
 
 def smooth(values: Any, weights: Any, half_life: float) -> Array:

@@ -16,6 +16,7 @@ each tensor: `AdapterOptimizer` waits before the host reads pages.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
 import weakref
@@ -140,16 +141,12 @@ class FlatGroup:
 
     def runs(self) -> list[list[str]]:
         """The keys with a gradient, in as few runs of neighbours with equally many updates as there are."""
-        runs: list[list[str]] = []
-        before: int | None = None  # updates of the neighbour, if it has a gradient
-        for key, parameter in self.parameters.items():
-            steps = None if parameter.grad is None else self.steps[key]
-            if steps is not None:
-                if steps != before:
-                    runs.append([])
-                runs[-1].append(key)
-            before = steps
-        return runs
+
+        def num_updates(key: str) -> int | None:
+            return None if self.parameters[key].grad is None else self.steps[key]
+
+        groups = itertools.groupby(self.parameters, num_updates)
+        return [list(keys) for steps, keys in groups if steps is not None]
 
     def update(self, run: Sequence[str], rate: float) -> None:
         """Update one of the `runs`."""
