@@ -205,7 +205,7 @@ def state_step(run: RunDirectory, state: str) -> int | None:
 
 
 def adapter_in_words(run: RunDirectory) -> str:
-    """'step 6, the best by macro nll_per_token (1.234) of 9 steps', or 'final' for the last step: what adapter/ holds."""
+    """'step 6, the best by macro nll_per_token (1.234) of 9 steps', or 'final' for the last step: what it holds."""
     record = adapter_record(run)
     if record is None:
         return "final"

@@ -9,7 +9,7 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -197,8 +197,7 @@ def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, (name, tensor) in parts}
 
 
-@dataclass(frozen=True)
-class BatchLoss:
+class BatchLoss(NamedTuple):
     """Losses of a micro-batch, float32 nats."""
 
     nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
