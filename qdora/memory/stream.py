@@ -208,14 +208,6 @@ class Ring:
         piece.read_from(self.slots[slot])
 
 
-def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
-    """Give every block its piece of host memory."""
-    sizes = [piece.num_bytes for piece in pieces]
-    memory = page_locked(sum(sizes), device, free)
-    for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
-        piece.host = host
-
-
 class _PageLocked(mmap.mmap):
     """Memory that CUDA unlocks before it is unmapped: `__del__` comes before that, a weakref's callback after it."""
 
@@ -228,11 +220,13 @@ class _PageLocked(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
-def page_locked(num_bytes: int, device: torch.device, free: int) -> Tensor:
-    """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
+def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
+    """Give every block its piece of host memory, from which a GPU copies while it computes; on the CPU ordinary memory.
 
     torch would round its pinned memory up to a power of two, and keep what is freed.
     """
+    sizes = [piece.num_bytes for piece in pieces]
+    num_bytes = sum(sizes)
     needed = f"base.streamed_blocks: {num_bytes / 2**30:.2f} GiB of pinned host memory are needed"
     if free < num_bytes:  # beyond its limit, a container's process would be ended by SIGKILL
         raise RunFailure(f"{needed}, and {free / 2**30:.2f} GiB are free.")
@@ -249,7 +243,8 @@ def page_locked(num_bytes: int, device: torch.device, free: int) -> Tensor:
             memory.address = locked.data_ptr()
     except (RuntimeError, OSError) as error:
         raise RunFailure(f"{needed}, which the system refuses ({first_line(error)}).") from error
-    return locked
+    for piece, host in zip(pieces, torch.split(locked, sizes), strict=True):
+        piece.host = host
 
 
 def _before_block(ring: Ring, turn: int, block: nn.Module, _args: Any) -> None:
@@ -287,9 +282,5 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
         return device, tensor
     if device.type != "cpu" and available_memory_bytes() < tensor.nbytes:  # the system would end the process
         raise RunFailure("memory.offload_activations: too little host memory is free.")
-    try:
-        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
-    except RuntimeError as error:  # its words are those of a full GPU
-        why = f"the system refuses pinned host memory ({first_line(error)})"
-        raise RunFailure(f"memory.offload_activations: {why}.") from error
+    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
     return device, held.copy_(tensor, non_blocking=True)

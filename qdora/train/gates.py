@@ -258,7 +258,7 @@ class Gates:
     def _per_component(self, value: Callable[[AdaptedLinear], int]) -> Tensor:
         """(n,) float64: a number of each component's layer."""
         values = torch.tensor([value(layer) for layer in self.layers.values()], dtype=torch.float64)
-        return values.repeat_interleave(torch.tensor(self._ranks()))
+        return values[self._layer_numbers()]
 
     def _costs(self) -> Tensor:
         by_ranks = self.settings.parameters is None

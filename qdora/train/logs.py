@@ -235,9 +235,9 @@ def _steps(steps: Lines, figure: Figure) -> None:
         "gradient norm": [line["gradient_norm"] for line in steps],
         "tokens per second": [line["num_tokens"] / line["time"]["step_seconds"] for line in steps],
         "peak memory, GiB": [line["time"]["peak_memory_bytes"] / 2**30 for line in steps],
-        "mean rank": [line["gates"]["mean_rank"] for line in steps if "gates" in line],
     }
-    panels = {name: values for name, values in panels.items() if len(values) == len(steps)}
+    if "gates" in steps[0]:
+        panels["mean rank"] = [line["gates"]["mean_rank"] for line in steps]
     for number, (name, values) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, number, ylabel=name)
         axes.plot([line["step"] for line in steps], values, gid=name)

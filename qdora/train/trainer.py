@@ -41,8 +41,6 @@ from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer, optimizer_of
 from qdora.train.passes import Metrics
 
-_UNKNOWN: Metrics = {"loss": math.nan, "gradient_norm": math.nan}
-
 logger = logging.getLogger("qdora")
 
 
@@ -191,7 +189,7 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began, batches = time.perf_counter(), {}
+            batches = {}
             for name, examples in self._probed.items():
                 tasks = [*{example.task for example in examples}]
                 batches[name] = micro_batches(examples, self.loader.batching, tasks)
@@ -204,7 +202,6 @@ class Trainer:
                 loss_scale=self.loss_scale,
             )
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
-            line["time"]["interference_seconds"] = time.perf_counter() - began
         if self.best is not None:
             results = self.evaluations.results
             value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
@@ -316,7 +313,7 @@ class Trainer:
             gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
             faults = [gradient.shortage.fault()]
         if faults:
-            gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
+            gradient.fault, gradient.metrics = faults[0], {"loss": math.nan, "gradient_norm": math.nan}
         elif not alone:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
             first, *others = (metrics for _, _, metrics in per_rank)
