@@ -137,8 +137,8 @@ class Gates:
         if bool(self._alive.all()):
             return
         parts = torch.split(self._alive, self._ranks())
-        shrinking = {path: keep for path, keep in zip(self.layers, parts, strict=True) if not bool(keep.all())}
-        indices = {path: keep.nonzero().squeeze(1) for path, keep in shrinking.items()}
+        pairs = zip(self.layers, parts, strict=True)
+        indices = {path: keep.nonzero().squeeze(1) for path, keep in pairs if not bool(keep.all())}
         cuts: dict[str, tuple[Tensor, int]] = {}
         for path, kept in send(indices, self.parameters[0].device).items():
             self.layers[path].keep_components_(kept)

@@ -83,13 +83,13 @@ class TrainingProgress(Progress):
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
-        step, (used, *reserved) = metrics["step"], [peak / 2**30 for peak in memory_peaks().values()]
-        self._seconds.append(seconds := metrics["time"]["step_seconds"])
+        step, seconds = metrics["step"], metrics["time"]["step_seconds"]
+        self._seconds.append(seconds)
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
-        held = f" (reserved {reserved[0]:.2f})" if reserved else ""
+        used = metrics["time"]["peak_memory_bytes"] / 2**30
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
+            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f} GiB  left {duration(left)}"
         )
         self.update(self._task, completed=step, description=text)
         is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
