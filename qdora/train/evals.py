@@ -54,19 +54,21 @@ class StepEvaluations:
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
         asked = self._settings
-        chosen: dict[str, Any] = {"limit": asked.limit, "block": asked.block}
-        with bar(self._console, f"evaluating, step {step}") as progress:
-            result = evaluate(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
+
+        def measured(evaluation: Callable[..., Any], name: str) -> Any:
+            chosen = {"limit": asked.limit, "block": asked.block}
+            with bar(self._console, f"evaluating {name}") as progress:
+                result = evaluation(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
+            if self._directory is not None:
+                self._directory.write_json(f"eval/{name}.json", result.to_dict(per_example=True))
+            return result
+
+        result: EvaluationResult = measured(evaluate, f"step-{step}")
         self.results[label] = result
-        if self._directory is not None:
-            self._directory.write_json(f"eval/step-{step}.json", result.to_dict(per_example=True))
         tasks = {task: asdict(numbers) for task, numbers in result.tasks.items()}
         seconds = {"evaluation_seconds": result.settings["seconds"]}
         if asked.method == "generate":
-            with bar(self._console, f"answers, step {step}") as progress:
-                answers = evaluate_generated(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
-            if self._directory is not None:
-                self._directory.write_json(f"eval/step-{step}-generated.json", answers.to_dict(per_example=True))
+            answers: GenerationResult = measured(evaluate_generated, f"step-{step}-generated")
             self.generated = {f"step {step}": answers}
             seconds["generation_seconds"] = answers.settings["seconds"]
             for task, numbers in answers.to_dict()["tasks"].items():
