@@ -8,7 +8,6 @@ of the budget, `layer` the number of its layer, `alive` whether its gate is not 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +36,6 @@ _BETAS, _EPS = (0.9, 0.99), 1e-8
 _FADE = 0.1
 # Keeps the draws of gates apart from other draws with the same seed.
 _STREAM = 0x67617465
-
-logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
 
@@ -147,7 +144,6 @@ class Gates:
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
-        logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
 
     @torch.no_grad()
     def _fold(self, optimizer: AdapterOptimizer) -> None:
