@@ -172,9 +172,10 @@ def processes_of_launch() -> Iterator[Processes]:
         if gpus is not None:
             processes.join_gpus_([gpus])
         yield processes
+    except Interrupted:
+        raise
     except Exception as error:
-        if not isinstance(error, Interrupted):
-            get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
+        get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()
@@ -244,14 +245,12 @@ def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
 
     def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked_at
-        now = time.monotonic()
-        first, request.requested = not request.requested, True
-        if first:
-            asked_at = now
+        leave_closed_terminal(number)
+        if not request.requested:
+            request.requested, asked_at = True, time.monotonic()
             with suppress(OSError):
                 os.write(2, _STOPPING)  # no logger: the signal may have come while one holds its lock
-        leave_closed_terminal(number)
-        if not first and now - asked_at >= SAME_REQUEST_SECONDS:
+        elif time.monotonic() - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
     every = dist.is_torchelastic_launched()

@@ -150,11 +150,17 @@ class FlatGroup:
 
     def update(self, run: Sequence[str], rate: float) -> None:
         """Update one of the `runs`."""
-        self._join(run)
+        span, parameters = self._span(run), [self.parameters[key].detach() for key in run]
+        gradients = [self.parameters[key].grad for key in run]
+        values = self._flat(parameters, run)
+        self._master.data = values if self._low is None else join_float32(values, self._low[span])
+        del values
+        gradient = self._flat([each for each in gradients if each is not None], run)
+        self._master.grad = gradient
         if self.weight_decay:
             self._master.mul_(1.0 - rate * self.weight_decay)
         self.inner.param_groups[0]["lr"] = rate
-        state = self.inner.state[self._master] = self._state_at(self._span(run))
+        state = self.inner.state[self._master] = self._state_at(span)
         if isinstance(self.inner, torch.optim.AdamW):
             state["step"].fill_(self.steps[run[0]])
             self.inner.step()
@@ -162,7 +168,17 @@ class FlatGroup:
             state["step"] = self.steps[run[0]]
             self.inner.prefetch_state(self._master)
             self.inner.update_step(self.inner.param_groups[0], self._master, 0, 0)
-        self._store(run)
+        # What follows overwrites the master and its gradient.
+        high, is_joined = self._master.detach(), not self._is_plain(run)
+        if self._low is not None:
+            master = high
+            # A joined gradient is no longer needed, so that this allocates nothing.
+            high = gradient.view(torch.bfloat16)[: len(master)] if is_joined else parameters[0].view(-1)
+            split_float32_(master, high, self._low[span])
+        if is_joined:
+            spans = [self._spans[key] for key in run]
+            parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
+            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
         self._release()
         for key in run:
             self.steps[key] += 1
@@ -198,13 +214,6 @@ class FlatGroup:
                 state[name] = value[blocks] if name.startswith("absmax") else value
         return state
 
-    def _join(self, run: Sequence[str]) -> None:
-        master = self._flat([self.parameters[key].detach() for key in run], run)
-        self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
-        del master
-        gradients = [self.parameters[key].grad for key in run]
-        self._master.grad = self._flat([gradient for gradient in gradients if gradient is not None], run)
-
     def _flat(self, tensors: Sequence[Tensor], run: Sequence[str]) -> Tensor:
         """The tensors of a run behind each other, each filled up to whole units with zeros; a plain one as it is."""
         if self._is_plain(run):
@@ -217,22 +226,6 @@ class FlatGroup:
     def _is_plain(self, run: Sequence[str]) -> bool:
         parameter = self.parameters[run[0]]
         return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
-
-    def _store(self, run: Sequence[str]) -> None:
-        """Write the master into the parameters and their low bits; that overwrites it and its gradient."""
-        span, master, gradient = self._span(run), self._master.detach(), self._master.grad
-        assert gradient is not None
-        parameters = [self.parameters[key].detach() for key in run]
-        is_joined = not self._is_plain(run)
-        high = master
-        if self._low is not None:
-            # A joined gradient is no longer needed, so that this allocates nothing.
-            high = gradient.view(torch.bfloat16)[: len(master)] if is_joined else parameters[0].view(-1)
-            split_float32_(master, high, self._low[span])
-        if is_joined:
-            spans = [self._spans[key] for key in run]
-            parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
-            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
 
     def _release(self) -> None:
         self._master.grad = None

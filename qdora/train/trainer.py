@@ -237,7 +237,16 @@ class Trainer:
         else:
             kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
-                raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
+                kind, text, safe = RunFailure, f"step {number}: {fault}", [kept]
+                if gradient.fault is None:
+                    kind = Diverged
+                    text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
+                try:  # after some CUDA errors all calls fail
+                    self._restore()
+                    safe = [self.save(), kept]
+                except (RuntimeError, OSError) as second:
+                    text += f" The state before it could not be saved ({first_line(second)})."
+                raise kind(text, safe=safe)
             skipped = {
                 "reason": fault,
                 "loss": loss,
@@ -335,17 +344,6 @@ class Trainer:
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
         if self.processes.is_first:
             logger.warning("%s That is usual only for experts that no token has chosen yet.", text)
-
-    def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
-        """Save the state before the step that failed. After some CUDA errors all calls fail."""
-        kind = Diverged if diverged else RunFailure
-        if diverged:
-            text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
-        try:
-            self._restore()
-            return kind(text, safe=[self.save(), kept])
-        except (RuntimeError, OSError) as second:
-            return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
 
     def _restore(self) -> None:
         self.optimizer.zero_grad()
