@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,35 +32,35 @@ logger = logging.getLogger("qdora")
 Result = TypeVar("Result")
 
 
+@dataclass
 class StepEvaluations:
-    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step, called `start`
-    ("base" or "start"), and the last one, "adapter"."""
+    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step (`start`), and the
+    last one, "adapter"."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        directory: RunDirectory | None,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Mapping[str, Sequence[Example]],
-        console: Console,
-    ) -> None:
-        self.model, self.tokenizer, self.examples = model, tokenizer, examples
-        self._settings, self._directory, self._console = recipe.eval, directory, console
-        self.start = "start" if recipe.adapter.start_in_words else "base"
-        self.results: dict[str, EvaluationResult] = {}
-        self.generated: dict[str, GenerationResult] = {}
+    recipe: Recipe
+    directory: RunDirectory | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Mapping[str, Sequence[Example]]
+    console: Console
+    results: dict[str, EvaluationResult] = field(default_factory=dict)
+    generated: dict[str, GenerationResult] = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """The label of the results before the first step: the base, or an adapter that changes it already."""
+        return "start" if self.recipe.adapter.start_in_words else "base"
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
-        asked = self._settings
+        asked = self.recipe.eval
 
         def measured(evaluation: Callable[..., Any], name: str) -> Any:
             chosen = {"limit": asked.limit, "block": asked.block}
-            with bar(self._console, f"evaluating {name}") as progress:
+            with bar(self.console, f"evaluating {name}") as progress:
                 result = evaluation(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
-            if self._directory is not None:
-                self._directory.write_json(f"eval/{name}.json", result.to_dict(per_example=True))
+            if self.directory is not None:
+                self.directory.write_json(f"eval/{name}.json", result.to_dict(per_example=True))
             return result
 
         result: EvaluationResult = measured(evaluate, f"step-{step}")
