@@ -34,8 +34,8 @@ Result = TypeVar("Result")
 
 @dataclass
 class StepEvaluations:
-    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step (`start`), and the
-    last one, "adapter"."""
+    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step, called `start`,
+    and the last one, "adapter"."""
 
     recipe: Recipe
     directory: RunDirectory | None
@@ -48,7 +48,7 @@ class StepEvaluations:
 
     @property
     def start(self) -> str:
-        """The label of the results before the first step: the base, or an adapter that changes it already."""
+        """The label of what is there before the first step: an adapter that changes the base already, or the base."""
         return "start" if self.recipe.adapter.start_in_words else "base"
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
