@@ -52,19 +52,16 @@ _PIECE = 2**24  # entries of a gradient that exist in float64
 logger = logging.getLogger("qdora")
 
 
-def memory_peaks() -> dict[str, int]:
-    """Peak memory: allocated on the GPU, and reserved for that; without a GPU resident in this process."""
-    if torch.cuda.is_available():
-        reserved = int(torch.cuda.max_memory_reserved())
-        return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
-
-
 def peaks(processes: Processes) -> dict[str, int]:
-    """The largest `memory_peaks` of all processes."""
-    per_rank = processes.gather(memory_peaks())
-    return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
+    """Peak memory of the process that has most: allocated on the GPU, and reserved for that; without a GPU resident."""
+    if torch.cuda.is_available():
+        mine = {"peak_memory_bytes": int(torch.cuda.max_memory_allocated())}
+        mine["peak_reserved_bytes"] = int(torch.cuda.max_memory_reserved())
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        mine = {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
+    per_rank = processes.gather(mine)
+    return {name: max(own[name] for own in per_rank) for name in mine}
 
 
 class TrainingProgress(Progress):
