@@ -85,12 +85,10 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(root: Path, tm
 def test_a_models_gradients_are_those_of_the_mean_loss() -> None:
     """Against autograd on the model's own logits, example by example, in one float64 sum."""
     model = support.adapted_model(quant="nf4", dropout=0.5)
-    parameters, batches, vectors = adapter_parameters(model), {}, []
+    parameters, vectors = adapter_parameters(model), []
     sets = {name: support.examples([6, 9, 7, 5], tasks=name, seed=seed) for seed, name in enumerate("ab")}
-    for name, found in sets.items():
-        batches[name] = support.step_of(found, Batching(20, 0)).micro_batches
     before = random_state()["cpu"]
-    report = measure(model, batches, parameters)
+    report = measure(model, sets, Batching(20, 0), parameters)
     assert all(module.training for module in model.modules())
     assert torch.equal(random_state()["cpu"], before)
     assert all(parameter.grad is None for parameter in parameters.values())

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, MicroBatch, Step
+from qdora.data.batches import Batching, Step, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError, named
@@ -269,7 +269,8 @@ def probe_examples(
 
 def measure(
     model: nn.Module,
-    batches: Mapping[str, list[MicroBatch]],
+    examples: Mapping[str, Sequence[TokenizedExample]],
+    batching: Batching,
     parameters: Mapping[str, nn.Parameter],
     *,
     loss_chunk: int | None = None,
@@ -286,9 +287,10 @@ def measure(
         with evaluation_mode(model):
             for module in model.modules():  # blocks recompute their activations only in training mode
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
-            for micro_batches in batches.values():
-                num_label_tokens = sum(int((micro.labels != IGNORED).sum()) for micro in micro_batches)
-                step = Step(micro_batches, num_label_tokens, num_tokens=0, num_examples=0)  # which are not read
+            for chosen in examples.values():
+                num_label_tokens = sum(int(example.loss_mask.sum()) for example in chosen)
+                batches = micro_batches(chosen, batching, [*{example.task for example in chosen}])
+                step = Step(batches, num_label_tokens, num_tokens=0, num_examples=0)  # which are not read
                 step_gradient(model, step, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
@@ -302,9 +304,9 @@ def measure(
         products += piece @ piece.T
     norms = products.diagonal().sqrt()
     cosines = products / norms.outer(norms)
-    pairs = cosines[torch.triu_indices(*cosines.shape, offset=1).unbind()]
+    pairs = cosines[torch.triu_indices(len(examples), len(examples), 1).unbind()]
     return {
-        "tasks": list(batches),
+        "tasks": list(examples),
         "cosines": cosines.tolist(),
         "norms": norms.tolist(),
         "mean_cosine": pairs.mean().item(),

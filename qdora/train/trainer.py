@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.batches import Step, StepLoader, micro_batches
+from qdora.data.batches import Step, StepLoader
 from qdora.data.example import Example
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes, read_json_object
@@ -189,14 +189,11 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            batches = {}
-            for name, examples in self._probed.items():
-                tasks = [*{example.task for example in examples}]
-                batches[name] = micro_batches(examples, self.loader.batching, tasks)
             cosines = partial(
                 logs.measure,
                 self.model,
-                batches,
+                self._probed,
+                self.loader.batching,
                 self.optimizer.parameters,
                 loss_chunk=self._loss_chunk,
                 loss_scale=self.loss_scale,
