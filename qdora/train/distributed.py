@@ -88,12 +88,6 @@ class Processes:
         result: T = self.gather(action() if self.is_first else None, group=self.working)[0]
         return result
 
-    def meet(self) -> None:
-        """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
-        if self.size > 1:
-            with self._connected():
-                dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
-
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Let NCCL connect the groups and take its buffers now, before free memory is measured."""
         with self._connected():
@@ -143,9 +137,12 @@ class Processes:
             raise RunFailure(f"process {self.rank}: the exchange with the other processes failed: {reason}.") from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
+        """Wait for all processes, and raise RunFailure in all of them if one holds other values, by a sum over the bits
+        of each tensor. After minutes the run ends, and the first process names those that are missing."""
         if self.size == 1:
             return
+        with self._connected():
+            dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
         views = (parameter.detach().contiguous().view(torch.int16) for parameter in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):

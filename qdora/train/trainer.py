@@ -363,7 +363,6 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
-        self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
         random = self.processes.gather(checkpoint.random_state())
         if self.processes.is_first:
