@@ -282,5 +282,9 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
         return device, tensor
     if device.type != "cpu" and available_memory_bytes() < tensor.nbytes:  # the system would end the process
         raise RunFailure("memory.offload_activations: too little host memory is free.")
-    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    try:
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    except RuntimeError as error:  # its words are those of a full GPU
+        why = f"the system refuses pinned host memory ({first_line(error)})"
+        raise RunFailure(f"memory.offload_activations: {why}.") from error
     return device, held.copy_(tensor, non_blocking=True)
