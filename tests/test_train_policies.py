@@ -231,7 +231,7 @@ def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) ->
 
 
 def test_smoothing_is_a_mean_over_tokens() -> None:
-    values = smooth(np.array([0.0, 6.0, 0.0, 10.0]), np.array([0.0, 3.0, 0.0, 1.0]), half_life=1.0)
+    values = smooth([0.0, 6.0, 0.0, 10.0], [0.0, 3.0, 0.0, 1.0], half_life=1.0)[:, 0]
     assert np.isnan(values[0])
     assert values[1:].tolist() == pytest.approx([2.0, 2.0, (6 / 4 + 10) / (3 / 4 + 1)])
 
@@ -239,11 +239,12 @@ def test_smoothing_is_a_mean_over_tokens() -> None:
 def shown(seconds: float = 5.0) -> str:
     text = io.StringIO()
     with TrainingProgress(2, console=Console(file=text, width=200)) as progress:
-        progress.step({"step": 1, "loss": 1.5, "lr": 1e-3, "num_tokens": 8000, "time": {"step_seconds": seconds}})
+        times = {"step_seconds": seconds, **_peaks(Processes())}
+        progress.step({"step": 1, "loss": 1.5, "lr": 1e-3, "num_tokens": 8000, "time": times})
     return text.getvalue()
 
 
-def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_shows_the_peak_since_training_began(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, left in ((5, "5s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (7500, "2h05m")):
         assert shown(seconds).endswith(f"left {left}\n")
     if not torch.cuda.is_available():
@@ -255,5 +256,5 @@ def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peaks["reserved"])
     now = {"allocated": 3 << 29, "reserved": 7 << 28}
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(now))
-    assert "memory 1.50 (reserved 1.75) GiB" in shown()
+    assert "memory 1.50 GiB" in shown()
     assert _peaks(Processes()) == {"peak_memory_bytes": 3 << 29, "peak_reserved_bytes": 7 << 28}

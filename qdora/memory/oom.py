@@ -16,13 +16,8 @@ from qdora.errors import RunFailure
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",  # of expandable segments, which map memory themselves
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "Cuda failure 2 'out of memory'",  # of NCCL, for its buffers
-    "Cuda failure 'out of memory'",
+    "out of memory",  # of CUDA, its driver, and NCCL for its buffers
+    "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
 )
 
 _CUBLAS_BYTES = 100 * 10**6  # a handle of cuBLAS with its workspace takes less

@@ -112,6 +112,7 @@ class Turns:
         return next((piece for path, piece in self.pieces.items() if name.startswith(f"{path}.")), None)
 
 
+@dataclass
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
@@ -119,16 +120,9 @@ class HostResidency:
     `num_streamed` blocks are spread evenly among those on the device; None streams all.
     """
 
-    def __init__(
-        self,
-        num_streamed: int | None = None,
-        *,
-        free_bytes: Callable[[], int] = available_memory_bytes,
-        copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies,
-    ) -> None:
-        self.num_streamed = num_streamed
-        self._make_copies = copies
-        self._free_bytes = free_bytes
+    num_streamed: int | None = None
+    free_bytes: Callable[[], int] = available_memory_bytes
+    copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
@@ -140,7 +134,7 @@ class HostResidency:
                 packed = empty_packed(form.kind, shape, form.block_size, form.double_quant, "meta")
                 piece.add(name.removesuffix(".weight"), packed)
         pieces = list(turns.pieces.values())
-        _pin(pieces, load.device, self._free_bytes())
+        _pin(pieces, load.device, self.free_bytes())
 
         def place_in_turn(load: Loading, name: str, item: Stored) -> None:
             path, piece = name.removesuffix(".weight"), turns.piece_of(name)
@@ -157,7 +151,7 @@ class HostResidency:
         place_all(load, place_in_turn)
         size = max(piece.num_bytes for piece in pieces)
         slots = [torch.empty(size, dtype=torch.uint8, device=load.device) for _ in range(NUM_SLOTS)]
-        ring = Ring(pieces, slots, self._make_copies(load.device, slots))
+        ring = Ring(pieces, slots, self.copies(load.device, slots))
         for turn, block in enumerate(turns.blocks):
             block.register_forward_pre_hook(partial(_before_block, ring, turn))
 
@@ -214,14 +208,6 @@ class Ring:
         piece.read_from(self.slots[slot])
 
 
-def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
-    """Give every block its piece of host memory."""
-    sizes = [piece.num_bytes for piece in pieces]
-    memory = page_locked(sum(sizes), device, free)
-    for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
-        piece.host = host
-
-
 class _PageLocked(mmap.mmap):
     """Memory that CUDA unlocks before it is unmapped: `__del__` comes before that, a weakref's callback after it."""
 
@@ -234,11 +220,13 @@ class _PageLocked(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
-def page_locked(num_bytes: int, device: torch.device, free: int) -> Tensor:
-    """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
+def _pin(pieces: Sequence[Piece], device: torch.device, free: int) -> None:
+    """Give every block its piece of host memory, from which a GPU copies while it computes; on the CPU ordinary memory.
 
     torch would round its pinned memory up to a power of two, and keep what is freed.
     """
+    sizes = [piece.num_bytes for piece in pieces]
+    num_bytes = sum(sizes)
     needed = f"base.streamed_blocks: {num_bytes / 2**30:.2f} GiB of pinned host memory are needed"
     if free < num_bytes:  # beyond its limit, a container's process would be ended by SIGKILL
         raise RunFailure(f"{needed}, and {free / 2**30:.2f} GiB are free.")
@@ -255,7 +243,8 @@ def page_locked(num_bytes: int, device: torch.device, free: int) -> Tensor:
             memory.address = locked.data_ptr()
     except (RuntimeError, OSError) as error:
         raise RunFailure(f"{needed}, which the system refuses ({first_line(error)}).") from error
-    return locked
+    for piece, host in zip(pieces, torch.split(locked, sizes), strict=True):
+        piece.host = host
 
 
 def _before_block(ring: Ring, turn: int, block: nn.Module, _args: Any) -> None:

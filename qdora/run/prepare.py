@@ -58,7 +58,7 @@ from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.guards import Check
 from qdora.train.logs import interference_faults
-from qdora.train.passes import task_weight_faults
+from qdora.train.passes import task_weights
 
 logger = logging.getLogger("qdora")
 
@@ -181,7 +181,7 @@ def _data_faults(
         faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
-    faults += task_weight_faults(recipe, loader)
+    task_weights(recipe, loader)  # refuses two weights of one task
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
     return faults + [
         f"eval.tasks: {name!r} has no validation data in this mix."

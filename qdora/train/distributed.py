@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _MESSAGE_BYTES = 1 << 26  # of gradients in one message
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
-CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+CAN_DIVIDE = torch.__version__ >= "2.12"  # torch compares versions, not strings
 # How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
 _PATIENCE = timedelta(minutes=20)
 _WORK_PATIENCE = timedelta(days=1)  # while the first process prunes a base, measures or writes
@@ -88,12 +88,6 @@ class Processes:
         result: T = self.gather(action() if self.is_first else None, group=self.working)[0]
         return result
 
-    def meet(self) -> None:
-        """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
-        if self.size > 1:
-            with self._connected():
-                dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
-
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Let NCCL connect the groups and take its buffers now, before free memory is measured."""
         with self._connected():
@@ -143,9 +137,12 @@ class Processes:
             raise RunFailure(f"process {self.rank}: the exchange with the other processes failed: {reason}.") from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
+        """Wait for all processes, and raise RunFailure in all of them if one holds other values, by a sum over the bits
+        of each tensor. After minutes the run ends, and the first process names those that are missing."""
         if self.size == 1:
             return
+        with self._connected():
+            dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
         views = (parameter.detach().contiguous().view(torch.int16) for parameter in parameters.values())
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
@@ -172,9 +169,10 @@ def processes_of_launch() -> Iterator[Processes]:
         if gpus is not None:
             processes.join_gpus_([gpus])
         yield processes
+    except Interrupted:
+        raise
     except Exception as error:
-        if not isinstance(error, Interrupted):
-            get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
+        get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()
@@ -244,14 +242,12 @@ def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
 
     def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked_at
-        now = time.monotonic()
-        first, request.requested = not request.requested, True
-        if first:
-            asked_at = now
+        leave_closed_terminal(number)
+        if not request.requested:
+            request.requested, asked_at = True, time.monotonic()
             with suppress(OSError):
                 os.write(2, _STOPPING)  # no logger: the signal may have come while one holds its lock
-        leave_closed_terminal(number)
-        if not first and now - asked_at >= SAME_REQUEST_SECONDS:
+        elif time.monotonic() - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
     every = dist.is_torchelastic_launched()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,41 +32,43 @@ logger = logging.getLogger("qdora")
 Result = TypeVar("Result")
 
 
+@dataclass
 class StepEvaluations:
-    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step, called `start`
-    ("base" or "start"), and the last one, "adapter"."""
+    """Evaluates a run by its `examples` (task -> validation examples). results: before the first step, called `start`,
+    and the last one, "adapter"."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        directory: RunDirectory | None,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Mapping[str, Sequence[Example]],
-        console: Console,
-    ) -> None:
-        self.model, self.tokenizer, self.examples = model, tokenizer, examples
-        self._settings, self._directory, self._console = recipe.eval, directory, console
-        self.start = "start" if recipe.adapter.start_in_words else "base"
-        self.results: dict[str, EvaluationResult] = {}
-        self.generated: dict[str, GenerationResult] = {}
+    recipe: Recipe
+    directory: RunDirectory | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Mapping[str, Sequence[Example]]
+    console: Console
+    results: dict[str, EvaluationResult] = field(default_factory=dict)
+    generated: dict[str, GenerationResult] = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """The label of what is there before the first step: an adapter that changes the base already, or the base."""
+        return "start" if self.recipe.adapter.start_in_words else "base"
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
-        asked = self._settings
-        chosen: dict[str, Any] = {"limit": asked.limit, "block": asked.block}
-        with bar(self._console, f"evaluating, step {step}") as progress:
-            result = evaluate(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
+        asked = self.recipe.eval
+
+        def measured(evaluation: Callable[..., Any], name: str) -> Any:
+            chosen = {"limit": asked.limit, "block": asked.block}
+            with bar(self.console, f"evaluating {name}") as progress:
+                result = evaluation(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
+            if self.directory is not None:
+                self.directory.write_json(f"eval/{name}.json", result.to_dict(per_example=True))
+            return result
+
+        result: EvaluationResult = measured(evaluate, f"step-{step}")
         self.results[label] = result
-        if self._directory is not None:
-            self._directory.write_json(f"eval/step-{step}.json", result.to_dict(per_example=True))
         tasks = {task: asdict(numbers) for task, numbers in result.tasks.items()}
         seconds = {"evaluation_seconds": result.settings["seconds"]}
         if asked.method == "generate":
-            with bar(self._console, f"answers, step {step}") as progress:
-                answers = evaluate_generated(self.model, self.tokenizer, self.examples, progress=progress, **chosen)
-            if self._directory is not None:
-                self._directory.write_json(f"eval/step-{step}-generated.json", answers.to_dict(per_example=True))
+            answers: GenerationResult = measured(evaluate_generated, f"step-{step}-generated")
             self.generated = {f"step {step}": answers}
             seconds["generation_seconds"] = answers.settings["seconds"]
             for task, numbers in answers.to_dict()["tasks"].items():
@@ -83,6 +85,7 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
             return evaluate()
 
 
+@dataclass
 class BestSoFar:
     """The best value among a run's evaluations, in a tie the earlier one, and early stopping.
 
@@ -90,13 +93,13 @@ class BestSoFar:
     """
 
     STATE = "question", "step", "value", "num_since", "judged"
-
-    def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
-        self.question, self.higher, self.patience = dict(question), higher, patience
-        self.step: int | None = None
-        self.value: float | None = None
-        self.num_since = 0
-        self.judged: int | None = None
+    question: Mapping[str, Any]
+    higher: bool
+    patience: int | None
+    step: int | None = None
+    value: float | None = None
+    num_since: int = 0
+    judged: int | None = None
 
     def judge(self, step: int, value: float) -> bool:
         """Take the value of the evaluation after `step` steps; returns whether it is the best so far."""
@@ -125,9 +128,8 @@ def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> B
     if asked.best_by is None:
         return None
     tasks = list(evaluated) if asked.best_by == MACRO else [asked.best_by]
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr(spread(evaluated[task], asked.limit, asked.block)).encode("utf-8", "backslashreplace"))
+    scored = "".join(repr(spread(evaluated[task], asked.limit, asked.block)) for task in tasks)
+    digest = hashlib.sha256(scored.encode("utf-8", "backslashreplace"))
     question = {name: getattr(asked, name) for name in ("best_by", "best_metric", "limit")}
     question |= {"tasks": tasks, "examples": digest.hexdigest()[:16]}
     question |= {} if asked.block is None else {"block": asked.block}
@@ -170,10 +172,9 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    if not evaluated:
-        faults.append(f"eval.best_by: got {by!r}, but no source has validation data.")
-    elif by not in (MACRO, *evaluated):
-        faults.append(f"eval.best_by: got {by!r}, must be one of {', '.join((MACRO, *evaluated))}.")
+    if not evaluated or by not in (MACRO, *evaluated):
+        sources = ", ".join(evaluated) or "there is none"
+        faults.append(f"eval.best_by: got {by!r}, must be {MACRO} or a source with validation data ({sources}).")
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
@@ -204,19 +205,15 @@ def state_step(run: RunDirectory, state: str) -> int | None:
     return adapter_step(run) if state == "final" else int(state.removeprefix("step-"))
 
 
-def best_in_words(state: Mapping[str, Any]) -> str:
-    """'step 6, the best by macro nll_per_token (1.234)', from the state of a `BestSoFar`."""
-    question = state["question"]
-    return f"step {state['step']}, the best by {question['best_by']} {question['best_metric']} ({state['value']:.4g})"
-
-
 def adapter_in_words(run: RunDirectory) -> str:
-    """Which step adapter/ holds: 'final' for the last one."""
+    """'step 6, the best by macro nll_per_token (1.234) of 9 steps', or 'final' for the last step: what it holds."""
     record = adapter_record(run)
     if record is None:
         return "final"
-    stopped = ", stopped early" if record["num_done"] < record["num_steps"] else ""
-    return f"{best_in_words(record)} of {record['num_done']} steps{stopped}"
+    question, num_done = record["question"], record["num_done"]
+    by = f"{question['best_by']} {question['best_metric']} ({record['value']:.4g})"
+    stopped = ", stopped early" if num_done < record["num_steps"] else ""
+    return f"step {record['step']}, the best by {by} of {num_done} steps{stopped}"
 
 
 def read_result(file: Path) -> EvaluationResult:

@@ -8,7 +8,6 @@ of the budget, `layer` the number of its layer, `alive` whether its gate is not 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +36,6 @@ _BETAS, _EPS = (0.9, 0.99), 1e-8
 _FADE = 0.1
 # Keeps the draws of gates apart from other draws with the same seed.
 _STREAM = 0x67617465
-
-logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
 
@@ -137,8 +134,8 @@ class Gates:
         if bool(self._alive.all()):
             return
         parts = torch.split(self._alive, self._ranks())
-        shrinking = {path: keep for path, keep in zip(self.layers, parts, strict=True) if not bool(keep.all())}
-        indices = {path: keep.nonzero().squeeze(1) for path, keep in shrinking.items()}
+        pairs = zip(self.layers, parts, strict=True)
+        indices = {path: keep.nonzero().squeeze(1) for path, keep in pairs if not bool(keep.all())}
         cuts: dict[str, tuple[Tensor, int]] = {}
         for path, kept in send(indices, self.parameters[0].device).items():
             self.layers[path].keep_components_(kept)
@@ -147,7 +144,6 @@ class Gates:
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
-        logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
 
     @torch.no_grad()
     def _fold(self, optimizer: AdapterOptimizer) -> None:
@@ -258,7 +254,7 @@ class Gates:
     def _per_component(self, value: Callable[[AdaptedLinear], int]) -> Tensor:
         """(n,) float64: a number of each component's layer."""
         values = torch.tensor([value(layer) for layer in self.layers.values()], dtype=torch.float64)
-        return values.repeat_interleave(torch.tensor(self._ranks()))
+        return values[self._layer_numbers()]
 
     def _costs(self) -> Tensor:
         by_ranks = self.settings.parameters is None

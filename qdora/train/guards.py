@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,25 +121,25 @@ def batch_examples(batch: Step, example_nll: Sequence[Tensor]) -> list[dict[str,
     ]
 
 
+@dataclass
 class BadSteps:
     """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`)."""
 
     STATE = "losses", "in_a_row", "num_skipped"
-
-    def __init__(self, train: TrainConfig) -> None:
-        self._train = train
-        self.losses: list[float] = []
-        self.in_a_row = self.num_skipped = 0
+    train: TrainConfig
+    losses: list[float] = field(default_factory=list)
+    in_a_row: int = 0
+    num_skipped: int = 0
 
     def fault(self, loss: float, gradient_norm: float) -> str | None:
         """What is wrong with a step of these numbers, or None."""
         for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
             if not math.isfinite(value):
                 return f"{name} {value} is not finite"
-        if self._train.spike is not None and len(self.losses) >= _LEAST_LOSSES:
+        if self.train.spike is not None and len(self.losses) >= _LEAST_LOSSES:
             usual = statistics.median(self.losses)
-            if loss > self._train.spike * usual:
-                what = f"{self._train.spike:g} times {usual:.4g}, the median of the last {len(self.losses)} steps"
+            if loss > self.train.spike * usual:
+                what = f"{self.train.spike:g} times {usual:.4g}, the median of the last {len(self.losses)} steps"
                 return f"loss {loss:.4g} is more than {what}"
         return None
 
@@ -150,7 +150,7 @@ class BadSteps:
 
     def skip(self) -> bool:
         """Whether a bad step is skipped, and then counted; otherwise the run has to stop before it."""
-        if self._train.on_bad_step == "stop" or self.in_a_row >= self._train.max_skips:
+        if self.train.on_bad_step == "stop" or self.in_a_row >= self.train.max_skips:
             return False
         self.in_a_row += 1
         self.num_skipped += 1
@@ -178,30 +178,29 @@ class Check:
             logger.info("Checked: %s", self.text)
 
 
+@dataclass
 class MissingGradientCheck:
     """Finds the trainable tensors that get no gradient other than zero in the first updates of a run."""
 
     num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
-
-    def __init__(self, optimizer: AdapterOptimizer) -> None:
-        self._optimizer = optimizer
-        self._num_seen = 0
-        self._arrived: dict[str, Tensor] = {}
+    optimizer: AdapterOptimizer
+    num_seen: int = 0
+    arrived: dict[str, Tensor] = field(default_factory=dict)
 
     def updated(self) -> list[str] | None:
         """After the third update the tensors without a gradient in all three; otherwise None."""
-        self._num_seen += 1
-        if self._num_seen > self.num_updates:
+        self.num_seen += 1
+        if self.num_seen > self.num_updates:
             return None
-        for name, parameter in self._optimizer.parameters.items():
+        for name, parameter in self.optimizer.parameters.items():
             if parameter.grad is not None:
                 # Stays on the device, so that the host does not wait for it.
-                self._arrived[name] = parameter.grad.any() | self._arrived.get(name, False)
-        if self._num_seen < self.num_updates:
+                self.arrived[name] = parameter.grad.any() | self.arrived.get(name, False)
+        if self.num_seen < self.num_updates:
             return None
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        optional = self._optimizer.undecayed
-        return [each for each in self._optimizer.parameters if each not in optional and not self._arrived.get(each)]
+        optional = self.optimizer.undecayed
+        return [each for each in self.optimizer.parameters if each not in optional and not self.arrived.get(each)]
 
 
 def layout_for(attention: str) -> PackedLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import resource
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from qdora.adapter.layer import AdaptedLinear, evaluation_mode
-from qdora.data.batches import IGNORED, MicroBatch, Step
+from qdora.data.batches import Batching, Step, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError, named
@@ -48,25 +47,21 @@ TRAINED_FILE = "trained.json"
 Lines = Sequence[Mapping[str, Any]]
 Array = NDArray[np.float64]
 _SECONDS_BETWEEN_LINES = 10.0
-_LEAST_PROBED = 2  # examples of a task, one for each half
 _PIECE = 2**24  # entries of a gradient that exist in float64
 
 logger = logging.getLogger("qdora")
 
 
-def memory_peaks() -> dict[str, int]:
-    """Peak memory: allocated on the GPU, and reserved for that; without a GPU resident in this process."""
-    if torch.cuda.is_available():
-        reserved = int(torch.cuda.max_memory_reserved())
-        return {"peak_memory_bytes": int(torch.cuda.max_memory_allocated()), "peak_reserved_bytes": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
-
-
 def peaks(processes: Processes) -> dict[str, int]:
-    """The largest `memory_peaks` of all processes."""
-    per_rank = processes.gather(memory_peaks())
-    return {name: max(own[name] for own in per_rank) for name in per_rank[0]}
+    """Peak memory of the process that has most: allocated on the GPU, and reserved for that; without a GPU resident."""
+    if torch.cuda.is_available():
+        mine = {"peak_memory_bytes": int(torch.cuda.max_memory_allocated())}
+        mine["peak_reserved_bytes"] = int(torch.cuda.max_memory_reserved())
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        mine = {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}  # Linux counts in KiB
+    per_rank = processes.gather(mine)
+    return {name: max(own[name] for own in per_rank) for name in mine}
 
 
 class TrainingProgress(Progress):
@@ -85,13 +80,13 @@ class TrainingProgress(Progress):
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
-        step, (used, *reserved) = metrics["step"], [peak / 2**30 for peak in memory_peaks().values()]
-        self._seconds.append(seconds := metrics["time"]["step_seconds"])
+        step, seconds = metrics["step"], metrics["time"]["step_seconds"]
+        self._seconds.append(seconds)
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
-        held = f" (reserved {reserved[0]:.2f})" if reserved else ""
+        used = metrics["time"]["peak_memory_bytes"] / 2**30
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f}{held} GiB  left {duration(left)}"
+            f"{metrics['num_tokens'] / seconds:,.0f} tok/s  memory {used:.2f} GiB  left {duration(left)}"
         )
         self.update(self._task, completed=step, description=text)
         is_due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
@@ -164,34 +159,29 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
 @torch.no_grad()
 def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
-    """Rank, and how far a layer has moved from its base; None for LoRA.
+    """Rank, and but for LoRA how far a layer has moved from its base.
 
-    `magnitude_moved`, `magnitude_moved_most`: mean and maximum of |m / ||w|| - 1| over the rows w of the base that are
-    not zero. `update`: ||s B A|| / ||W||, Frobenius norms, without mask.
+    `magnitude_moved`: mean of |m / ||w|| - 1| over the rows w of the base that are not zero. `update`: ||s B A|| over
+    ||W||, Frobenius norms, without mask.
     """
-    names = "magnitude_moved", "magnitude_moved_most", "update"
     squared, magnitude = layer.base_squared, layer.magnitude
-    if squared is None or magnitude is None or not bool((squared > 0).any()):
-        return {"rank": layer.rank, **dict.fromkeys(names)}
+    if squared is None or magnitude is None:
+        return {"rank": layer.rank}
     alive = squared > 0
-    moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
+    moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs().mean()
     first, second = layer.lora_A.float(), layer.gated_B().float()
     # ||B A||^2 = sum of (A A^T) o (B^T B)
     size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
-    values = moved.mean(), moved.max(), size / squared.sum().sqrt()
-    return {"rank": layer.rank, **{name: float(value) for name, value in zip(names, values, strict=True)}}
+    return {"rank": layer.rank, "magnitude_moved": float(moved), "update": float(size / squared.sum().sqrt())}
 
 
-def smooth(values: ArrayLike, weights: ArrayLike, half_life: float) -> Array:
+def smooth(values: Any, weights: Any, half_life: float) -> Array:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
     After `half_life` steps a contribution counts half."""
-    fade = 0.5 ** (1 / half_life)
-    sums, counts = (
-        np.array([*itertools.accumulate(np.asarray(x, float), lambda faded, new: fade * faded + new)])
-        for x in (values, weights)
-    )
-    with np.errstate(invalid="ignore"):  # without tokens so far NaN
-        return np.asarray(sums / counts)
+    import pandas as pd  # slow
+
+    sums, counts = (pd.DataFrame(x).ewm(halflife=half_life).mean() for x in (values, weights))
+    return np.asarray(sums / counts)
 
 
 def draw_figures(metrics: Lines, directory: Path) -> None:
@@ -242,9 +232,9 @@ def _steps(steps: Lines, figure: Figure) -> None:
         "gradient norm": [line["gradient_norm"] for line in steps],
         "tokens per second": [line["num_tokens"] / line["time"]["step_seconds"] for line in steps],
         "peak memory, GiB": [line["time"]["peak_memory_bytes"] / 2**30 for line in steps],
-        "mean rank": [line["gates"]["mean_rank"] for line in steps if "gates" in line],
     }
-    panels = {name: values for name, values in panels.items() if len(values) == len(steps)}
+    if "gates" in steps[0]:
+        panels["mean rank"] = [line["gates"]["mean_rank"] for line in steps]
     for number, (name, values) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, number, ylabel=name)
         axes.plot([line["step"] for line in steps], values, gid=name)
@@ -260,8 +250,8 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
     counts = {source.label: len(validation.get(source.label, ())) for source in recipe.data.mix}
     if evaluated is None or every % evaluated:
         return [f"interference.every: must be a multiple of eval.every ({evaluated}), got {every}."]
-    if min(counts.values(), default=0) < _LEAST_PROBED or len(counts) < 2:
-        return [f"interference.every: needs two sources with {_LEAST_PROBED} validation examples each, got {counts}."]
+    if len(counts) < 2 or not all(counts.values()):
+        return [f"interference.every: needs two sources, all with validation examples, got {counts}."]
     return []
 
 
@@ -274,14 +264,13 @@ def probe_examples(
     for source in data.mix if recipe.interference.every is not None else ():
         chosen = spread(validation[source.label], recipe.interference.examples)
         examples[source.label] = list(tokenize_all(chosen, tokenizer, source.label, data).examples)
-        if len(examples[source.label]) < _LEAST_PROBED:
-            raise UserError(f"interference.every: {source.label} has too few validation examples with labels.")
     return examples
 
 
 def measure(
     model: nn.Module,
-    halves: Mapping[str, Sequence[Sequence[MicroBatch]]],
+    examples: Mapping[str, Sequence[TokenizedExample]],
+    batching: Batching,
     parameters: Mapping[str, nn.Parameter],
     *,
     loss_chunk: int | None = None,
@@ -291,19 +280,17 @@ def measure(
 
     A task's gradient is that of its mean NLL per answer token on validation examples: memorised ones show nothing.
     """
-    names, random = list(halves), random_state()
-    batches = [half for name in names for half in halves[name]]
-    num_tokens = [sum(int((micro.labels != IGNORED).sum()) for micro in half) for half in batches]
-    num_examples = [sum(len(micro.example_ids) for micro in half) for half in batches]
-    gradients = []
+    random, gradients = random_state(), []
     model.train()
     try:
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with evaluation_mode(model):
             for module in model.modules():  # blocks recompute their activations only in training mode
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
-            for half, labels, count in zip(batches, num_tokens, num_examples, strict=True):
-                step = Step([*half], labels, sum(int(micro.attention_mask.sum()) for micro in half), count)
+            for chosen in examples.values():
+                num_label_tokens = sum(int(example.loss_mask.sum()) for example in chosen)
+                batches = micro_batches(chosen, batching, [*{example.task for example in chosen}])
+                step = Step(batches, num_label_tokens, num_tokens=0, num_examples=0)  # which are not read
                 step_gradient(model, step, loss_chunk=loss_chunk, loss_scale=loss_scale)
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
                 gradients.append(torch.cat([part.flatten().to("cpu", torch.bfloat16) for part in parts]))
@@ -311,40 +298,17 @@ def measure(
     finally:
         model.zero_grad()
         set_random_state(random)
-    gram = np.zeros((len(gradients), len(gradients)))
-    for start in range(0, len(gradients[0]), _PIECE):
-        piece = torch.stack([gradient[start : start + _PIECE] for gradient in gradients]).double()
-        gram += (piece @ piece.T).numpy()
-    result = agreement(gram, np.array(num_tokens, dtype=np.float64).reshape(len(names), 2))
-    pairs = np.triu_indices(len(names), 1)
-    cosines = result["cosines"][pairs]
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for pieces in zip(*(torch.split(gradient, _PIECE) for gradient in gradients), strict=True):
+        piece = torch.stack(pieces).double()
+        products += piece @ piece.T
+    norms = products.diagonal().sqrt()
+    cosines = products / norms.outer(norms)
+    pairs = cosines[torch.triu_indices(len(examples), len(examples), 1).unbind()]
     return {
-        "tasks": names,
-        "num_examples": dict(zip(names, np.reshape(num_examples, (-1, 2)).tolist(), strict=True)),
-        "num_label_tokens": dict(zip(names, np.reshape(num_tokens, (-1, 2)).sum(axis=1).tolist(), strict=True)),
-        **{name: _plain(values) for name, values in result.items()},
-        "mean_cosine": _plain(cosines.mean()),
-        "lowest_cosine": _plain(cosines.min()),
+        "tasks": list(examples),
+        "cosines": cosines.tolist(),
+        "norms": norms.tolist(),
+        "mean_cosine": pairs.mean().item(),
+        "lowest_cosine": pairs.min().item(),
     }
-
-
-def agreement(gram: Array, num_tokens: Array) -> dict[str, Array]:
-    """Cosines from the inner products of half gradients, `gram`, (2 tasks, 2 tasks), the halves of a task together;
-    `num_tokens`, (tasks, 2), are the answer tokens of each half, which weight them in the mean.
-
-    Returns `cosines` (tasks, tasks); `own_cosines` (tasks,) between the halves of a task: near 0 its examples are too
-    few; `norms` (tasks,).
-    """
-    weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
-    num_tasks = len(weights)
-    products = np.einsum("ia,iajb,jb->ij", weights, gram.reshape(num_tasks, 2, num_tasks, 2), weights)
-    norms, squares = np.sqrt(products.diagonal()), gram.diagonal().reshape(num_tasks, 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = gram[::2, 1::2].diagonal() / np.sqrt(squares.prod(axis=1))
-        return {"cosines": products / np.outer(norms, norms), "own_cosines": own, "norms": norms}
-
-
-def _plain(values: Any) -> Any:
-    if np.ndim(values) > 0:
-        return [_plain(each) for each in values]
-    return None if np.isnan(values) else float(f"{values:.6g}")

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -163,8 +163,7 @@ def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float |
     return nll
 
 
-@dataclass(frozen=True)
-class LogitForm:
+class LogitForm(NamedTuple):
     """logits = softcap * tanh(scale * z / softcap), z the output of the head; scale * z without a softcap."""
 
     scale: float = 1.0

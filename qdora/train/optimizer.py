@@ -16,6 +16,7 @@ each tensor: `AdapterOptimizer` waits before the host reads pages.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
 import weakref
@@ -140,24 +141,26 @@ class FlatGroup:
 
     def runs(self) -> list[list[str]]:
         """The keys with a gradient, in as few runs of neighbours with equally many updates as there are."""
-        runs: list[list[str]] = []
-        before: int | None = None  # updates of the neighbour, if it has a gradient
-        for key, parameter in self.parameters.items():
-            steps = None if parameter.grad is None else self.steps[key]
-            if steps is not None:
-                if steps != before:
-                    runs.append([])
-                runs[-1].append(key)
-            before = steps
-        return runs
+
+        def num_updates(key: str) -> int | None:
+            return None if self.parameters[key].grad is None else self.steps[key]
+
+        groups = itertools.groupby(self.parameters, num_updates)
+        return [list(keys) for steps, keys in groups if steps is not None]
 
     def update(self, run: Sequence[str], rate: float) -> None:
         """Update one of the `runs`."""
-        self._join(run)
+        span, parameters = self._span(run), [self.parameters[key].detach() for key in run]
+        gradients = [self.parameters[key].grad for key in run]
+        values = self._flat(parameters, run)
+        self._master.data = values if self._low is None else join_float32(values, self._low[span])
+        del values
+        gradient = self._flat([each for each in gradients if each is not None], run)
+        self._master.grad = gradient
         if self.weight_decay:
             self._master.mul_(1.0 - rate * self.weight_decay)
         self.inner.param_groups[0]["lr"] = rate
-        state = self.inner.state[self._master] = self._state_at(self._span(run))
+        state = self.inner.state[self._master] = self._state_at(span)
         if isinstance(self.inner, torch.optim.AdamW):
             state["step"].fill_(self.steps[run[0]])
             self.inner.step()
@@ -165,7 +168,17 @@ class FlatGroup:
             state["step"] = self.steps[run[0]]
             self.inner.prefetch_state(self._master)
             self.inner.update_step(self.inner.param_groups[0], self._master, 0, 0)
-        self._store(run)
+        # What follows overwrites the master and its gradient.
+        high, is_joined = self._master.detach(), not self._is_plain(run)
+        if self._low is not None:
+            master = high
+            # A joined gradient is no longer needed, so that this allocates nothing.
+            high = gradient.view(torch.bfloat16)[: len(master)] if is_joined else parameters[0].view(-1)
+            split_float32_(master, high, self._low[span])
+        if is_joined:
+            spans = [self._spans[key] for key in run]
+            parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
+            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
         self._release()
         for key in run:
             self.steps[key] += 1
@@ -201,13 +214,6 @@ class FlatGroup:
                 state[name] = value[blocks] if name.startswith("absmax") else value
         return state
 
-    def _join(self, run: Sequence[str]) -> None:
-        master = self._flat([self.parameters[key].detach() for key in run], run)
-        self._master.data = master if self._low is None else join_float32(master, self._low[self._span(run)])
-        del master
-        gradients = [self.parameters[key].grad for key in run]
-        self._master.grad = self._flat([gradient for gradient in gradients if gradient is not None], run)
-
     def _flat(self, tensors: Sequence[Tensor], run: Sequence[str]) -> Tensor:
         """The tensors of a run behind each other, each filled up to whole units with zeros; a plain one as it is."""
         if self._is_plain(run):
@@ -220,22 +226,6 @@ class FlatGroup:
     def _is_plain(self, run: Sequence[str]) -> bool:
         parameter = self.parameters[run[0]]
         return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
-
-    def _store(self, run: Sequence[str]) -> None:
-        """Write the master into the parameters and their low bits; that overwrites it and its gradient."""
-        span, master, gradient = self._span(run), self._master.detach(), self._master.grad
-        assert gradient is not None
-        parameters = [self.parameters[key].detach() for key in run]
-        is_joined = not self._is_plain(run)
-        high = master
-        if self._low is not None:
-            # A joined gradient is no longer needed, so that this allocates nothing.
-            high = gradient.view(torch.bfloat16)[: len(master)] if is_joined else parameters[0].view(-1)
-            split_float32_(master, high, self._low[span])
-        if is_joined:
-            spans = [self._spans[key] for key in run]
-            parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
-            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
 
     def _release(self) -> None:
         self._master.grad = None
@@ -419,26 +409,21 @@ class AdapterOptimizer:
             if cuts.keys().isdisjoint(group.parameters):
                 self._groups.append(group)
                 continue
-            lows: dict[str, Tensor | None] = {}
-            states: dict[str, dict[str, Tensor]] = {}
-            for key, parameter in group.parameters.items():
-                lows[key], state = group.low(key), group.state_of(key)
-                if key in cuts:
-                    kept, dim = cuts[key]
-                    low, wide = lows[key], widened_state(state, parameter.device)
-                    lows[key] = None if low is None else low.index_select(dim, kept)
-                    states[key] = {name: values.index_select(dim, kept) for name, values in wide.items()}
-                else:
-                    states[key] = {name: value for name, value in state.items() if name not in (*_NOT_STORED, "step")}
-            for made in self._made_groups(lows):
-                for key in made.parameters:
+            for made in self._made_groups(group.parameters):
+                for key, parameter in made.parameters.items():
+                    low, state = group.low(key), group.state_of(key)
+                    if key in cuts:
+                        kept, dim = cuts[key]
+                        wide = widened_state(state, parameter.device)
+                        state = {name: values.index_select(dim, kept) for name, values in wide.items()}
+                        low = None if low is None else low.index_select(dim, kept)
                     made.steps[key] = group.steps[key]
-                    fill_state_(made.state_of(key), states.pop(key))
-                    low, target = lows[key], made.low(key)
+                    fill_state_(made.state_of(key), state)
+                    target = made.low(key)
                     if low is not None and target is not None:
                         target.copy_(low)
                 self._groups.append(made)
-            del group, lows, states, state
+            del group, low, state
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:

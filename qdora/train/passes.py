@@ -9,7 +9,7 @@ A micro-batch goes to a GPU in one copy, and the host waits once, for the number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unchecked
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
-from qdora.errors import RunFailure, first_line
+from qdora.errors import RunFailure, UserError, first_line
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.attention import flash_inputs, flash_lengths, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.model.inject import adapted_layers
@@ -197,8 +197,7 @@ def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, (name, tensor) in parts}
 
 
-@dataclass(frozen=True)
-class BatchLoss:
+class BatchLoss(NamedTuple):
     """Losses of a micro-batch, float32 nats."""
 
     nll_sum: Tensor  # scalar, summed over the labelled tokens, times their weights; differentiable
@@ -254,21 +253,15 @@ def even_passes(batch: Step, processes: Processes) -> Step:
 
 
 def task_weights(recipe: Recipe, loader: StepLoader) -> dict[str, float] | None:
-    """The weight of every task of the training data, or None if no source has a `loss_weight`."""
+    """The weight of every task of the training data, or None if no source has a `loss_weight`. UserError if sources
+    give a task different weights."""
     if all(source.loss_weight is None for source in recipe.data.mix):
         return None
-    pairs = zip(recipe.data.mix, loader.tokenised, strict=True)
-    return {task: source.loss_weight or 1.0 for source, part in pairs for task in part.task_names}
-
-
-def task_weight_faults(recipe: Recipe, loader: StepLoader) -> list[str]:
-    """One line for each source that gives a task another weight than an earlier source does."""
-    faults, first = [], dict[str, tuple[float, str]]()
+    weights = dict[str, float]()
     for source, part in zip(recipe.data.mix, loader.tokenised, strict=True):
         for task in part.task_names:
             weight = source.loss_weight or 1.0
-            other, label = first.setdefault(task, (weight, source.label))
-            if weight != other:
-                text = f"is in {label} with loss_weight {other:g} and in {source.label} with {weight:g}."
-                faults.append(f"data.mix: task {task} {text}")
-    return faults
+            if weights.setdefault(task, weight) != weight:
+                what = f"task {task} has loss_weight {weights[task]:g} in one source and {weight:g} in {source.label}."
+                raise UserError(f"data.mix: {what}")
+    return weights

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.batches import Step, StepLoader, micro_batches
+from qdora.data.batches import Step, StepLoader
 from qdora.data.example import Example
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.files.atomic import json_bytes, read_json_object
@@ -40,8 +40,6 @@ from qdora.train.distributed import Processes, StopRequest, seed_of, stop_on_sig
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer, optimizer_of
 from qdora.train.passes import Metrics
-
-_UNKNOWN: Metrics = {"loss": math.nan, "gradient_norm": math.nan}
 
 logger = logging.getLogger("qdora")
 
@@ -191,14 +189,16 @@ class Trainer:
         step, every, is_better = self.step, self.recipe.interference.every, False
         line = evals.evaluate_together(self.processes, lambda: self.evaluations.measure(step))
         if every is not None and step % every == 0:
-            began, halves = time.perf_counter(), {}
-            for name, examples in self._probed.items():
-                tasks = [*{example.task for example in examples}]
-                halves[name] = [micro_batches(examples[half::2], self.loader.batching, tasks) for half in (0, 1)]
-            options: dict[str, Any] = {"loss_chunk": self._loss_chunk, "loss_scale": self.loss_scale}
-            cosines = partial(logs.measure, self.model, halves, self.optimizer.parameters, **options)
+            cosines = partial(
+                logs.measure,
+                self.model,
+                self._probed,
+                self.loader.batching,
+                self.optimizer.parameters,
+                loss_chunk=self._loss_chunk,
+                loss_scale=self.loss_scale,
+            )
             line["interference"] = cosines() if self.processes.shards else self.processes.first(cosines)
-            line["time"]["interference_seconds"] = time.perf_counter() - began
         if self.best is not None:
             results = self.evaluations.results
             value = self.processes.from_first(lambda: evals.selection_value(self.recipe, results["adapter"]))
@@ -234,7 +234,16 @@ class Trainer:
         else:
             kept = self._keep_batch(fault, gradient)
             if gradient.fault is not None or not self.bad_steps.skip():
-                raise self._failure(f"step {number}: {fault}", gradient.fault is None, kept)
+                kind, text, safe = RunFailure, f"step {number}: {fault}", [kept]
+                if gradient.fault is None:
+                    kind = Diverged
+                    text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
+                try:  # after some CUDA errors all calls fail
+                    self._restore()
+                    safe = [self.save(), kept]
+                except (RuntimeError, OSError) as second:
+                    text += f" The state before it could not be saved ({first_line(second)})."
+                raise kind(text, safe=safe)
             skipped = {
                 "reason": fault,
                 "loss": loss,
@@ -310,7 +319,7 @@ class Trainer:
             gradient.shortage = min(shortages, key=lambda short: (short.num_examples > 1, short.num_tokens))
             faults = [gradient.shortage.fault()]
         if faults:
-            gradient.fault, gradient.metrics = faults[0], dict(_UNKNOWN)
+            gradient.fault, gradient.metrics = faults[0], {"loss": math.nan, "gradient_norm": math.nan}
         elif not alone:
             processes.sum_gradients_(list(self.optimizer.parameters.values()))
             first, *others = (metrics for _, _, metrics in per_rank)
@@ -333,17 +342,6 @@ class Trainer:
         if self.processes.is_first:
             logger.warning("%s That is usual only for experts that no token has chosen yet.", text)
 
-    def _failure(self, text: str, diverged: bool, kept: Path) -> RunFailure:
-        """Save the state before the step that failed. After some CUDA errors all calls fail."""
-        kind = Diverged if diverged else RunFailure
-        if diverged:
-            text += f"; the update was not applied. {self.bad_steps.advice(kept)}"
-        try:
-            self._restore()
-            return kind(text, safe=[self.save(), kept])
-        except (RuntimeError, OSError) as second:
-            return kind(f"{text} The state before it could not be saved ({first_line(second)}).", safe=[kept])
-
     def _restore(self) -> None:
         self.optimizer.zero_grad()
         self.loader.load_state_dict(self._before[0])
@@ -365,7 +363,6 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state and remove the oldest ones. Returns its directory."""
-        self.processes.meet()
         self.processes.require_equal(self.optimizer.parameters)
         random = self.processes.gather(checkpoint.random_state())
         if self.processes.is_first:
