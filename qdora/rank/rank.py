@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from qdora.data.batches import MicroBatch
@@ -21,7 +20,7 @@ from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, check_matches, matches, most_rank
-from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.rank.allocate import LayerSpectrum, allocate
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
 from qdora.recipe.options import RankSettings
@@ -30,8 +29,6 @@ from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
-_THRESHOLD = 0.9
-"""Share of the energy for the effective ranks that are shown."""
 Details = dict[str, dict[str, Any]]
 """Layer -> JSON values about it."""
 
@@ -93,35 +90,26 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     norm: Norm = asked.norm if recipe.adapter.kind == "dora" else "none"
     details: Details = {name: {} for name in layers}
     if asked.method == "svd":
-        found = {name: update_spectrum(layer) for name, layer in layers.items()}
-        spectra = {name: replace(each, energies=each.energies[: limits[name]]) for name, each in found.items()}
+        spectra = {name: update_spectrum(layer, limits[name]) for name, layer in layers.items()}
         about: dict[str, Any] = {}
     else:
         batches, about = training_batches(trained, asked)
         about |= {"norm": norm, "draws": asked.draws}
         spectra = _by_curvature(trained.model, limits, batches, norm, asked, details, progress)
-    threshold = asked.threshold or _THRESHOLD
-    effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
-    if asked.threshold is None:
-        ranks = allocate(spectra, budget)
-    else:
-        ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
+    ranks = allocate(spectra, budget)
     return {
         "run": str(trained.run.path),
         "state": trained.state,
         "method": asked.method,
         **about,
-        "budget": budget if asked.threshold is None else None,
-        "threshold": threshold,
+        "budget": budget,
         "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
         "num_parameters_of_run": sum(ranks_now[name] * spectra[name].cost for name in ranks),
         "layers": {
             name: {
                 "rank": ranks[name],
                 "rank_of_run": ranks_now[name],
-                "effective_rank": effective[name],
                 "parameters_per_rank": spectrum.cost,
-                "total_energy": spectrum.total,
                 "energies": spectrum.energies.tolist(),
                 **details[name],
             }
@@ -225,17 +213,10 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
-    threshold = document.get("threshold")  # gates have no energies
-    before = "in the run" if threshold else "at the start"
-    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, {before} "
-    table = Table(title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
-    for name in ("layer", "rank", before, *([f"for {threshold:.0%} of the energy"] if threshold else [])):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, before "
+    columns = "layer", Column("rank", justify="right"), Column("before", justify="right")
+    table = Table(*columns, title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
     for name, layer in document["layers"].items():
-        cells = [name, str(layer["rank"]), str(layer["rank_of_run"])]
-        if threshold:
-            effective = layer["effective_rank"]
-            cells.append(f"over {len(layer['energies'])}" if effective is None else str(effective))
-        table.add_row(*cells)
+        table.add_row(name, str(layer["rank"]), str(layer["rank_of_run"]))
     console.print(table)
     console.print(f"To train with these ranks: qdora train {document['recipe']}", soft_wrap=True)
