@@ -50,7 +50,6 @@ def test_curvature_gives_a_recipe_that_trains(whole, root):
         assert (spectrum["curvature"], spectrum["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
         assert (len(spectrum["eigenvalues"]), spectrum["size"]) == (10, 4 * layer["parameters_per_rank"])
         assert max(spectrum["residuals"]) < 1e-2 * abs(spectrum["eigenvalues"][0])
-        assert spectrum["num_matvecs"] >= 2 * 10
         assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
         assert len(found["worths"]) == 4 + 6
         assert 0 < max(found["curvature_errors"]) < max(found["curvatures"])

@@ -272,7 +272,7 @@ def exact_curvatures(
         values = np.zeros(each.sizes.shape)
         with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
             for index in np.ndindex(*values.shape):
-                flat = each.matrix(index).reshape(-1).to(operator.dtype)
+                flat = each.matrix(index).flatten()
                 values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
         found[name] = Components(each.sizes, each.slopes, values, np.zeros(values.shape))
         if progress is not None:
