@@ -168,7 +168,7 @@ def test_metrics_of_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert average.chance == pytest.approx((task.chance + both.chance) / 2)
     assert average.nll == pytest.approx(np.mean([each.nll for each in found.tasks.values()]))
     assert average.num_examples == 24
-    own = {"limit": None, "block": None, "max_batch_tokens": 4096, "shared_prefix": True, "model_dtype": "float32"}
+    own = {"limit": None, "block": None, "model_dtype": "float32"}
     assert found.settings == own | {"device": "cpu", "seconds": found.settings["seconds"]}
     one = evaluate(net, tokenizer, {"one": SETS["choices"][:1]})
     assert one.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan

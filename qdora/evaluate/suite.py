@@ -23,7 +23,6 @@ from qdora.data.example import Example
 from qdora.errors import Diverged
 from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.spans import BATCH_TOKENS, shares_prefix
 from qdora.files.console import Progress
 
 
@@ -103,8 +102,7 @@ def evaluate(
         own = [_record(task, score) for score in scores]
         tasks[task] = _task_result(own)
         records += own
-    asked = {"limit": limit, "block": block, "max_batch_tokens": BATCH_TOKENS}
-    settings = asked | {"shared_prefix": shares_prefix(model)} | conditions(model, started)
+    settings = {"limit": limit, "block": block} | conditions(model, started)
     return EvaluationResult(tasks, average_of(list(tasks.values())), settings, records)
 
 

@@ -94,13 +94,6 @@ class Directions:
     sizes: Array
     slopes: Array
 
-    def matrix(self, index: tuple[int, ...]) -> Tensor:
-        """E_i, (out, in), or (experts * out, in) of a stack."""
-        expert, component = index[:-1], index[-1]
-        whole = self.left.new_zeros(*self.left.shape[:-1], self.right.shape[-2])
-        whole[expert] = torch.outer(self.left[expert][:, component], self.right[expert][:, component])
-        return whole.flatten(0, -2)
-
 
 @dataclass(frozen=True)
 class Components:
@@ -272,7 +265,11 @@ def exact_curvatures(
         values = np.zeros(each.sizes.shape)
         with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
             for index in np.ndindex(*values.shape):
-                flat = each.matrix(index).flatten()
+                *expert, component = index
+                left, right = (vectors[tuple(expert)][:, component] for vectors in (each.left, each.right))
+                matrix = each.left.new_zeros(*each.left.shape[:-1], len(right))
+                matrix[tuple(expert)] = torch.outer(left, right)
+                flat = matrix.flatten()
                 values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
         found[name] = Components(each.sizes, each.slopes, values, np.zeros(values.shape))
         if progress is not None:

@@ -9,9 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import PreTrainedModel
 
-from qdora.data.batches import MicroBatch
+from qdora.data.batches import Step
 from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
@@ -20,7 +19,7 @@ from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, check_matches, matches, most_rank
-from qdora.rank.allocate import LayerSpectrum, allocate
+from qdora.rank.allocate import allocate
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
 from qdora.recipe.options import RankSettings
@@ -93,9 +92,24 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         spectra = {name: update_spectrum(layer, limits[name]) for name, layer in layers.items()}
         about: dict[str, Any] = {}
     else:
-        batches, about = training_batches(trained, asked)
-        about |= {"norm": norm, "draws": asked.draws}
-        spectra = _by_curvature(trained.model, limits, batches, norm, asked, details, progress)
+        taken, draws, model = training_step(trained, asked), asked.draws, trained.model
+        batches = taken.micro_batches
+        about = {"num_examples": taken.num_examples, "num_label_tokens": taken.num_label_tokens}
+        about |= {"norm": norm, "draws": draws}
+        with bar(progress, "directions of new components") as done:
+            found = layer_directions(model, limits, batches, norm=norm, progress=done)
+        with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
+            measured = partial(drawn_curvatures, draws=draws) if draws else exact_curvatures
+            components = measured(model, found, batches, norm=norm, progress=done)
+        spectra = {}
+        for name, each in components.items():
+            spectra[name] = each.spectrum(limits[name], layers[name].parameters_per_rank)
+            details[name]["components"] = each.to_dict()
+            if asked.eigenvalues:
+                progress.print(f"eigenvalues of the {asked.curvature}: {name}")
+                details[name]["spectrum"] = layer_spectrum(
+                    model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
+                )
     ranks = allocate(spectra, budget)
     return {
         "run": str(trained.run.path),
@@ -119,46 +133,13 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     }
 
 
-def _by_curvature(
-    model: PreTrainedModel,
-    limits: Mapping[str, int],
-    batches: list[MicroBatch],
-    norm: Norm,
-    asked: RankSettings,
-    details: Details,
-    progress: Console,
-) -> dict[str, LayerSpectrum]:
-    draws = asked.draws
-    with bar(progress, "directions of new components") as done:
-        directions = layer_directions(model, limits, batches, norm=norm, progress=done)
-    with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
-        measured = partial(drawn_curvatures, draws=draws) if draws else exact_curvatures
-        components = measured(model, directions, batches, norm=norm, progress=done)
-    for name, each in components.items():
-        details[name]["components"] = each.to_dict()
-        if asked.eigenvalues:
-            progress.print(f"eigenvalues of the {asked.curvature}: {name}")
-            details[name]["spectrum"] = layer_spectrum(
-                model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
-            )
-    adapted = adapted_layers(model)
-    return {name: each.spectrum(limits[name], adapted[name].parameters_per_rank) for name, each in components.items()}
-
-
-def training_batches(trained: TrainedRun, asked: RankSettings) -> tuple[list[MicroBatch], dict[str, Any]]:
-    """The first examples of the run's training mix in micro-batches, and their counts."""
+def training_step(trained: TrainedRun, asked: RankSettings) -> Step:
+    """The first examples of the run's training mix in micro-batches."""
     train, _ = read_data(trained.recipe.data)
     mix = tokenized_mix(trained.recipe, trained.tokenizer, train)
     one = {"batch": asked.examples, "tokens_per_step": None, "micro_batch_tokens": asked.micro_batch_tokens}
     recipe = with_settings(trained.recipe, data={"packing": False}, train=one)
-    taken = make_loader(recipe, mix, trained.tokenizer).next_step()
-    about = {
-        "num_examples": taken.num_examples,
-        "num_tokens": taken.num_tokens,
-        "num_label_tokens": taken.num_label_tokens,
-        "num_micro_batches": len(taken.micro_batches),
-    }
-    return taken.micro_batches, about
+    return make_loader(recipe, mix, trained.tokenizer).next_step()
 
 
 def _budget(asked: RankSettings, own: int) -> int:

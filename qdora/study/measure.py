@@ -16,7 +16,7 @@ from qdora.adapter.layer import AdaptedLinear
 from qdora.data.sources import run_examples
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
-from qdora.files.atomic import atomic_write_json
+from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.rank.changes import error_undone, full_weight_changes, set_magnitude_back_, weight_changes
@@ -46,8 +46,7 @@ def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dic
             assert layer.magnitude is not None, "only DoRA has magnitudes"
             before = reference.get_submodule(path).weight.float().norm(dim=-1)
             layer.magnitude.mul_((layer.base.squared_row_norm().sqrt() / before).view_as(layer.magnitude))
-    (directory / "eval").mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / "eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
+    RunDirectory(directory).write_json("eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
     return {"size": model_size(run.model), "files": {"scores": "eval/set-back.json"}}
 
 

@@ -8,7 +8,6 @@ Any number of processes may share it; a process locks a cell before it runs it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from qdora.errors import UserError, not_there
 from qdora.evaluate.intervals import SeedScores, TaskScores, Weighting, weighted_mean
 from qdora.evaluate.suite import by_task
 from qdora.files.atomic import atomic_write_json, lock_if_free, read_json_object
+from qdora.files.run_directory import RunDirectory
 from qdora.plan.fit import plan
-from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
@@ -153,10 +152,7 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
 
 
 def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    path = cell / file
-    if not path.resolve().is_relative_to(cell.resolve()):
-        raise UserError(f"{path}: must be a file inside the run directory of its cell.")
-    rows = read_json_object(path)["per_example"]
+    rows = read_json_object(RunDirectory(cell).inside(file))["per_example"]
     return [(task, name, row) for task, records in by_task(rows).items() for name, row in records.items()]
 
 
@@ -287,8 +283,7 @@ def _planned_step(recipe: Recipe, known: dict[str, float]) -> float:
     """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
     base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
     plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
-    whole = settings(plain)
-    text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
+    text = repr((plain.model, plain.base, plain.adapter, plain.memory, plain.train.batch))
     if text not in known:
         known[text] = plan(plain).step_seconds or math.nan
     return known[text]

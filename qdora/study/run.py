@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, named
-from qdora.files.atomic import disk_failures, masked, read_json_object
+from qdora.files.atomic import disk_failures, masked
 from qdora.files.console import consoles, duration
 from qdora.files.machine import check_gpu
 from qdora.files.run_directory import RunDirectory
@@ -98,15 +98,14 @@ def study_run(
     results.print(f"study: {directory}", soft_wrap=True)
     failed = [key for key in keys if store.is_given_up(key)]
     num_done = store.num_done({*keys})
-    num_elsewhere = len(keys) - num_done - len(failed)
-    if num_elsewhere or num_waiting:
-        results.print(f"Cells with other processes: {num_elsewhere}; that wait for others: {num_waiting}.")
+    if num_done < len(keys) or num_waiting:
+        results.print(f"{num_done} of {len(keys)} cells are done; {num_waiting} more wait for these.")
     if failed:
         first = f"{failed[0]}: {store.failures(failed[0])[-1]['reason']}"
         what = f"{len(failed)} of {len(keys)} cells failed; the first is {first}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
     facts: dict[str, Any] = {"directory": str(directory), "num_cells": len(keys), "num_done": num_done}
-    facts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
+    facts["num_waiting"] = num_waiting
     if text is not None and num_done:
         report = read_report(directory)
         results.print(f"\n{table(report)}\n", soft_wrap=True)
@@ -249,14 +248,13 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"scores": run.evaluation_file(step), "generated": run.inside("eval", f"step-{step}-generated.json")}
-    compressed = run.inside("base/compressed.json")
     return {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
         "size": summary["size"],
         "files": {name: str(file.relative_to(directory)) for name, file in files.items() if file.is_file()},
-        "compression": read_json_object(compressed) if compressed.is_file() else None,
+        "compression": run.read_json("base/compressed.json") or None,
     }
 
 
