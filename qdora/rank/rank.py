@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from qdora.data.batches import Step
 from qdora.data.sources import make_loader, read_data, tokenized_mix
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
@@ -28,9 +28,6 @@ from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
-Details = dict[str, dict[str, Any]]
-"""Layer -> JSON values about it."""
-
 
 def rank_run(
     path: Path, asked: RankSettings, *, step: int | None = None, console: Console | None = None
@@ -43,8 +40,7 @@ def rank_run(
     keep_freed_memory()
     run = open_run(path)
     recipe = recipe_of_run(path)
-    if faults := rank_faults(path, recipe, asked):
-        raise UserError(*faults)
+    refuse(rank_faults(path, recipe, asked))
     if asked.method == "gates":
         document = ranks_of_gates(run, recipe, step)
     else:
@@ -87,7 +83,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     most = asked.max_rank or 2 * max(ranks_now.values())
     limits = {name: min(most, most_rank(layer)) for name, layer in layers.items()}
     norm: Norm = asked.norm if recipe.adapter.kind == "dora" else "none"
-    details: Details = {name: {} for name in layers}
+    details: dict[str, dict[str, Any]] = {name: {} for name in layers}
     if asked.method == "svd":
         spectra = {name: update_spectrum(layer, limits[name]) for name, layer in layers.items()}
         about: dict[str, Any] = {}
