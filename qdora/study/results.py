@@ -127,33 +127,26 @@ CellScores = Mapping[str, SeedScores]
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-
-    def add(measure: str, task: str, example: str, value: float, weight: float = 1.0) -> None:
-        # A task without examples in the half has none there in all cells of a seed
-        if part in ("all", half_of(example)):
-            found.setdefault(measure, {}).setdefault(task, {})[example] = (value, weight)
-
-    for task, example, row in _rows(cell, files["scores"]):
-        for measure in ("nll_per_token", "nll_by_task"):
-            add(measure, task, example, row["nll"], row["num_answer_tokens"])
-        for measure in ("acc", "acc_norm") if "acc" in row else ():
-            add(measure, task, example, row[measure])
-    for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
-        for measure in ("right", "unparsable"):
-            add(measure, task, example, row["outcome"] == measure)
+    for file in files.values():
+        tasks = by_task(read_json_object(RunDirectory(cell).inside(file))["per_example"])
+        for task, rows in tasks.items():
+            for example, row in rows.items():
+                if part not in ("all", half_of(example)):
+                    continue  # a task without examples in the half has none there in all cells of a seed
+                scores = {name: (row[name], 1.0) for name in ("acc", "acc_norm") if name in row}
+                if "nll" in row:
+                    nll = row["nll"], row["num_answer_tokens"]
+                    scores |= {"nll_per_token": nll, "nll_by_task": nll}
+                else:
+                    scores |= {name: (row["outcome"] == name, 1.0) for name in ("right", "unparsable")}
+                for measure, score in scores.items():
+                    found.setdefault(measure, {}).setdefault(task, {})[example] = score
     if not found:
         raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
     return {
-        measure: {
-            task: TaskScores(tuple(rows), *np.array(list(rows.values()), float).T) for task, rows in tasks.items()
-        }
-        for measure, tasks in found.items()
+        measure: {task: TaskScores(tuple(own), *np.array(list(own.values()), float).T) for task, own in of_tasks.items()}
+        for measure, of_tasks in found.items()
     }
-
-
-def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    rows = read_json_object(RunDirectory(cell).inside(file))["per_example"]
-    return [(task, name, row) for task, records in by_task(rows).items() for name, row in records.items()]
 
 
 def half_of(example: str) -> Literal["choose", "compare"]:
