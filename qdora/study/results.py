@@ -144,7 +144,9 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     if not found:
         raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
     return {
-        measure: {task: TaskScores(tuple(own), *np.array(list(own.values()), float).T) for task, own in of_tasks.items()}
+        measure: {
+            task: TaskScores(tuple(own), *np.array(list(own.values()), float).T) for task, own in of_tasks.items()
+        }
         for measure, of_tasks in found.items()
     }
 
