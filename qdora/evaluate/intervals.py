@@ -53,10 +53,6 @@ class Interval:
     lower: float
     upper: float
 
-    @property
-    def half_width(self) -> float:
-        return (self.upper - self.lower) / 2
-
     def columns(self, name: str) -> dict[str, float]:
         return {name: self.value, f"{name}_lower": self.lower, f"{name}_upper": self.upper}
 

@@ -266,7 +266,7 @@ def _row(
         "improvement": interval.value,
         "lower": interval.lower,
         "upper": interval.upper,
-        "half_width": interval.half_width,
+        "half_width": of_seeds.half_width,
         "p_seeds": of_seeds.p(interval.value),
         "p_examples": of_examples.p(interval.value),
         # The larger one counts: of seeds, and of examples with the seeds as they are
