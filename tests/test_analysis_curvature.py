@@ -33,7 +33,6 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
     with curvature_of(model, CURVED_LAYERS, batches, curvature=curvature, norm=norm, parts=parts) as operator:
         for vector in normal(3, operator.size):
             np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
-        assert operator.num_matvecs == 3
         if masked or norm != "attached":
             return
         found, vectors, residuals = top_eigenpairs(operator.product, operator.size, 8, tolerance=0.0)

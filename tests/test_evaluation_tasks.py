@@ -33,7 +33,7 @@ from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.evaluate.suite import (
     EvaluationResult,
     TaskResult,
-    averaged,
+    average_of,
     compare_table,
     evaluate,
     spread,
@@ -124,12 +124,9 @@ def result(acc: float | None, stderr: float | None, nll: float, count: int = 50,
 
 
 def test_an_average_counts_each_task_once() -> None:
-    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")
-    assert found == Estimate(pytest.approx(0.4), pytest.approx(0.05 / 2))
-    unknown = averaged([result(0.2, 0.03, 1.0), result(0.6, None, 1.0)], "acc")
-    assert unknown is not None
-    assert math.isnan(unknown.stderr)
-    assert averaged([], "acc") is None
+    found = average_of([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90), result(None, None, 4.0)])
+    assert (found.acc, found.acc_stderr, found.nll_per_token) == pytest.approx((0.4, 0.05 / 2, 2.0))
+    assert average_of([result(0.2, 0.03, 1.0), result(0.6, None, 1.0)]).acc_stderr is None
     for count, shown in ((9, "50.0"), (10, "50.0 ± 7.0")):  # two wrong answers do not make a standard error of 0
         few = result(0.5, 0.07, 1.0, count)
         assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == [shown] * 2
@@ -168,7 +165,7 @@ def test_metrics_of_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert average.chance == pytest.approx((task.chance + both.chance) / 2)
     assert average.nll == pytest.approx(np.mean([each.nll for each in found.tasks.values()]))
     assert average.num_examples == 24
-    own = {"limit": None, "block": None, "max_batch_tokens": 4096, "shared_prefix": True, "model_dtype": "float32"}
+    own = {"limit": None, "block": None, "model_dtype": "float32"}
     assert found.settings == own | {"device": "cpu", "seconds": found.settings["seconds"]}
     one = evaluate(net, tokenizer, {"one": SETS["choices"][:1]})
     assert one.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan

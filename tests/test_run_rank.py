@@ -50,11 +50,9 @@ def test_curvature_gives_a_recipe_that_trains(whole, root):
         assert (spectrum["curvature"], spectrum["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
         assert (len(spectrum["eigenvalues"]), spectrum["size"]) == (10, 4 * layer["parameters_per_rank"])
         assert max(spectrum["residuals"]) < 1e-2 * abs(spectrum["eigenvalues"][0])
-        assert spectrum["num_matvecs"] >= 2 * 10
         assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
         assert len(found["worths"]) == 4 + 6
         assert 0 < max(found["curvature_errors"]) < max(found["curvatures"])
-        assert layer["total_energy"] >= sum(layer["energies"])
     ranks = {name: layer["rank"] for name, layer in document["layers"].items()}
     used = sum(rank * document["layers"][name]["parameters_per_rank"] for name, rank in ranks.items())
     assert used == document["num_parameters"] <= document["budget"]
@@ -68,8 +66,6 @@ def test_curvature_gives_a_recipe_that_trains(whole, root):
 
 
 def test_rivals_keep_to_what_was_asked(whole):
-    found = rank_run(whole, RankSettings(method="svd", threshold=0.5), console=QUIET)
-    assert all(layer["rank"] == layer["effective_rank"] for layer in found["layers"].values())
     for asked, budget, most in (
         (RankSettings(method="svd", budget="50%"), 0.5, 4),
         (RankSettings(layers=["k_proj"], max_rank=9, examples=2), 1, 9),
@@ -92,9 +88,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd, got"),
     ({"draws": 7}, "--draws: got 7, 0 (exact) 8"), ({"draws": -1}, "--draws: greater 0, got -1"),
     ({"method": "svd"}, "--budget: got 100% less than 100%"), ({"method": "gates"}, "no gates adapter.gates"),
-    ({"threshold": 1.5}, "--threshold: less 1, got 1.5"), ({"threshold": 0.0}, "--threshold: greater 0, got 0.0"),
-    ({"budget": "50%", "threshold": 0.5}, "--threshold: --budget"), ({"layers": ["q_prj"]}, "--layers: 'q_prj' q_proj"),
-    ({"budget": "half"}, "--budget: 'half'"), ({"budget": "inf%"}, "--budget: 'inf%'"),
+    ({"layers": ["q_prj"]}, "--layers: 'q_prj' q_proj"), ({"budget": "half"}, "--budget: 'half'"),
+    ({"budget": "inf%"}, "--budget: 'inf%'"),
     ({"method": "svd", "budget": "1"}, "at least 1,568 parameters rank 1"),
 ]  # fmt: skip
 

@@ -80,8 +80,7 @@ def evaluate_generated(
             own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
         tasks[task] = _counted(own, [len(choices) for choices in names])
         records += own
-    asked = {"method": "generate", "decoding": "greedy", "limit": limit, "block": block}
-    asked |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": spans.BATCH_TOKENS}
+    asked = {"method": "generate", "limit": limit, "block": block, "max_new_tokens": max_new_tokens}
     return GenerationResult(tasks, average_of(list(tasks.values())), asked | conditions(model, began), records)
 
 

@@ -15,7 +15,6 @@ Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
 
 CONFIDENCE = 0.95
-LEAST_P = 1e-15  # smallest p-value: beyond it the quantiles of t lose their digits
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,6 @@ class Interval:
     value: float
     lower: float
     upper: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.upper - self.lower) / 2
 
     def columns(self, name: str) -> dict[str, float]:
         return {name: self.value, f"{name}_lower": self.lower, f"{name}_upper": self.upper}
@@ -96,8 +91,8 @@ class Spread:
     def p(self, value: float) -> float:
         """Two-sided p-value of 'the true value is 0'."""
         if self.stderr == 0:
-            return LEAST_P if value else 1.0
-        return _at_least(2 * float(special.stdtr(self.free, -abs(value) / self.stderr)))
+            return 0.0 if value else 1.0
+        return 2 * float(special.stdtr(self.free, -abs(value) / self.stderr))
 
     def p_equivalent(self, value: float, zone: float) -> float:
         """p-value of 'the true value is at least `zone` from 0': the larger one of two one-sided t tests.
@@ -105,8 +100,8 @@ class Spread:
         Source: Schuirmann, A comparison of the two one-sided tests procedure, J. Pharmacokinet. Biopharm. 15 (1987).
         """
         if self.stderr == 0:
-            return LEAST_P if abs(value) < zone else 1.0
-        return _at_least(float(special.stdtr(self.free, (abs(value) - zone) / self.stderr)))
+            return 0.0 if abs(value) < zone else 1.0
+        return float(special.stdtr(self.free, (abs(value) - zone) / self.stderr))
 
     def detectable(self, alpha: float, power: float) -> float:
         """Smallest true value that a two-sided t test at `alpha` finds with probability `power`."""
@@ -123,10 +118,6 @@ class Spread:
         while missing(highest) < 0:
             highest *= 2
         return float(optimize.brentq(missing, 0.0, highest, xtol=1e-9)) * self.stderr
-
-
-def _at_least(p: float) -> float:
-    return p if math.isnan(p) else max(LEAST_P, p)
 
 
 def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:

@@ -23,7 +23,6 @@ from qdora.data.example import Example
 from qdora.errors import Diverged
 from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
-from qdora.evaluate.spans import BATCH_TOKENS, shares_prefix
 from qdora.files.console import Progress
 
 
@@ -103,8 +102,7 @@ def evaluate(
         own = [_record(task, score) for score in scores]
         tasks[task] = _task_result(own)
         records += own
-    asked = {"limit": limit, "block": block, "max_batch_tokens": BATCH_TOKENS}
-    settings = asked | {"shared_prefix": shares_prefix(model)} | conditions(model, started)
+    settings = {"limit": limit, "block": block} | conditions(model, started)
     return EvaluationResult(tasks, average_of(list(tasks.values())), settings, records)
 
 
@@ -209,29 +207,22 @@ def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
 
 
 def average_of(results: Sequence[Metrics]) -> Metrics:
-    """Macro average over the tasks that have a metric. Counts are summed."""
+    """Mean over the tasks that have a metric, with the error sqrt(sum of stderr^2) / tasks. Counts are summed."""
     kind: Any = type(results[0])
-    names = [each.name for each in fields(kind)]
     values: dict[str, Any] = {}
-    for name in names:
-        known = [result for result in results if getattr(result, name) is not None]
+    for name in (each.name for each in fields(kind)):
+        metric = name.removesuffix("_stderr")
+        numbers = [getattr(result, name) for result in results if getattr(result, metric) is not None]
         if name.startswith("num_"):
-            values[name] = sum(getattr(result, name) for result in results)
-        elif f"{name}_stderr" in names:
-            values |= estimated(name, averaged(known, name))
-        elif name in ("chance", "majority"):
-            values[name] = float(np.mean([getattr(result, name) for result in known])) if known else None
+            values[name] = sum(numbers)
+        elif not numbers or None in numbers:
+            values[name] = None
+        elif name == metric:
+            values[name] = float(np.mean(numbers))
+        else:  # tasks are independent
+            values[name] = math.sqrt(sum(error**2 for error in numbers)) / len(numbers)
     made: Metrics = kind(**values)
     return made
-
-
-def averaged(results: Sequence[Any], name: str) -> Estimate | None:
-    """Macro average of a field over independent tasks, with the error sqrt(sum of stderr^2) / tasks; None over none."""
-    if not results:
-        return None
-    errors = (getattr(result, f"{name}_stderr") for result in results)
-    variance = sum(math.nan if error is None else error**2 for error in errors)
-    return Estimate(float(np.mean([getattr(result, name) for result in results])), math.sqrt(variance) / len(results))
 
 
 def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:

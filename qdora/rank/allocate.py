@@ -22,19 +22,11 @@ class LayerSpectrum:
 
     Attributes:
         energies: (most,) worth of the first, second, ... component; never rising, never negative.
-        total: Energy of the whole spectrum. An estimate may be below the known part.
         cost: Parameters of a component.
     """
 
     energies: Array
-    total: float
     cost: int
-
-
-def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
-    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones hold less."""
-    reached = np.cumsum(spectrum.energies) >= threshold * spectrum.total * (1.0 - 1e-12)
-    return int(reached.argmax()) + 1 if reached.any() else None
 
 
 def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int]:

@@ -87,21 +87,12 @@ class Directions:
         left, right: U, (out, components), and V, (in, components), columns of length 1.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
-        tail: (), squared Frobenius norm of the gradient across held and new components.
     """
 
     left: Tensor
     right: Tensor
     sizes: Array
     slopes: Array
-    tail: Array
-
-    def matrix(self, index: tuple[int, ...]) -> Tensor:
-        """E_i, (out, in), or (experts * out, in) of a stack."""
-        expert, component = index[:-1], index[-1]
-        whole = self.left.new_zeros(*self.left.shape[:-1], self.right.shape[-2])
-        whole[expert] = torch.outer(self.left[expert][:, component], self.right[expert][:, component])
-        return whole.flatten(0, -2)
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,6 @@ class Components:
 
     sizes: Array
     slopes: Array
-    tail: Array
     curvatures: Array
     curvature_errors: Array
 
@@ -127,13 +117,10 @@ class Components:
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
-        """The greatest `most` worths. The total has the tail at the mean rate of new ones."""
-        worths, new = self.worths(), self.sizes == 0.0
-        slope = (self.slopes**2 * new).sum(axis=-1)
-        rate = (worths * new).sum(axis=-1) / np.where(slope > 0, slope, 1.0)
+        """The greatest `most` worths."""
+        worths = self.worths()
         falling = np.sort(worths, axis=-1)[..., ::-1].reshape(-1, worths.shape[-1])
-        total = worths.sum() + (self.tail * rate).sum()
-        return LayerSpectrum(falling.sum(axis=0)[:most], float(total), cost)
+        return LayerSpectrum(falling.sum(axis=0)[:most], cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -169,8 +156,8 @@ def update_gradients(
 
 
 @torch.no_grad()
-def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
-    """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
+def update_spectrum(layer: AdaptedLinear, most: int | None = None) -> LayerSpectrum:
+    """The greatest `most` squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
     The best rank-r matrix holds the first r (Eckart and Young). In a stack of experts a component's energy is the sum
     over them. Not for a masked layer: the masked B A has another rank than B A.
@@ -178,7 +165,7 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     energies = np.zeros(layer.rank)
     for _, sizes, _ in held_components(layer, layer.merged_gain()):
         energies[: len(sizes)] += sizes.square().cpu().numpy()
-    return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
+    return LayerSpectrum(energies[:most], layer.parameters_per_rank)
 
 
 def layer_directions(
@@ -212,7 +199,7 @@ def layer_directions(
 def _of_stack(parts: Sequence[Directions]) -> Directions:
     columns = [(part.left.T, part.right.T, torch.tensor(part.sizes), torch.tensor(part.slopes)) for part in parts]
     left, right, sizes, slopes = (pad_sequence(list(each), batch_first=True) for each in zip(*columns, strict=True))
-    return Directions(left.mT, right.mT, sizes.numpy(), slopes.numpy(), np.stack([part.tail for part in parts]))
+    return Directions(left.mT, right.mT, sizes.numpy(), slopes.numpy())
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
@@ -232,7 +219,6 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
         torch.cat([right, new_right], dim=1).to(gradient.dtype),
         np.concatenate([sizes.cpu().numpy(), np.zeros(len(new_slopes))]),
         torch.cat([slopes, new_slopes]).cpu().numpy(),
-        np.array(max(float(across.square().sum() - new_slopes.square().sum()), 0.0)),
     )
 
 
@@ -279,9 +265,13 @@ def exact_curvatures(
         values = np.zeros(each.sizes.shape)
         with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
             for index in np.ndindex(*values.shape):
-                flat = each.matrix(index).reshape(-1).to(operator.dtype)
+                *expert, component = index
+                left, right = (vectors[tuple(expert)][:, component] for vectors in (each.left, each.right))
+                matrix = each.left.new_zeros(*each.left.shape[:-1], len(right))
+                matrix[tuple(expert)] = torch.outer(left, right)
+                flat = matrix.flatten()
                 values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
-        found[name] = Components(each.sizes, each.slopes, each.tail, values, np.zeros(values.shape))
+        found[name] = Components(each.sizes, each.slopes, values, np.zeros(values.shape))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -312,7 +302,7 @@ def drawn_curvatures(
     for name, of_layer in directions.items():
         values: Array = (sums[name] / num_tokens).numpy()
         mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws)
-        found[name] = Components(of_layer.sizes, of_layer.slopes, of_layer.tail, mean, error)
+        found[name] = Components(of_layer.sizes, of_layer.slopes, mean, error)
     return found
 
 

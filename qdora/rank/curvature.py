@@ -24,7 +24,6 @@ Neither matrix is formed. Pearlmutter, Neural Computation 6, 1994; Martens, arXi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,9 +161,7 @@ class CurvatureOperator:
     def __init__(
         self, model: PreTrainedModel, leaves: Sequence[Tensor], batches: Sequence[MicroBatch], curvature: Curvature
     ) -> None:
-        self.num_matvecs = 0
         self.size = sum(leaf.numel() for leaf in leaves)
-        self.dtype = leaves[0].dtype  # of the products: float32 or float64
         self._model, self._leaves, self._batches, self._curvature = model, leaves, batches, curvature
 
     def product(self, vector: Tensor) -> Tensor:
@@ -177,8 +174,7 @@ class CurvatureOperator:
             logits, targets = labelled_logits(self._model, batch)
             total += torch.cat([each.flatten() for each in self._image(logits, targets, parts)]).to(vector)
             num_tokens += len(targets)
-        self.num_matvecs += 1
-        return total / max(num_tokens, 1)
+        return total / num_tokens
 
     def _image(self, logits: Tensor, targets: Tensor, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         grad, leaves = partial(torch.autograd.grad, materialize_grads=True), self._leaves
@@ -257,7 +253,6 @@ def layer_spectrum(
     They belong to directions of all factors at once, not to rank components: at B = 0 each singular value of the
     gradient by the weight gives 2 x rank of them, half of them negative.
     """
-    began = time.perf_counter()
     with curvature_of(model, [layer], batches, curvature=curvature, norm=norm) as operator:
         values, _, residuals = top_eigenpairs(operator.product, operator.size, num)
     return {
@@ -266,6 +261,4 @@ def layer_spectrum(
         "size": operator.size,
         "eigenvalues": values.tolist(),
         "residuals": residuals.tolist(),
-        "num_matvecs": operator.num_matvecs,
-        "seconds": time.perf_counter() - began,
     }

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedModel
+from rich.table import Column, Table
 
-from qdora.data.batches import MicroBatch
+from qdora.data.batches import Step
 from qdora.data.sources import make_loader, read_data, tokenized_mix
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, check_matches, matches, most_rank
-from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.rank.allocate import allocate
 from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions, update_spectrum
 from qdora.rank.curvature import Norm, layer_spectrum
 from qdora.recipe.options import RankSettings
@@ -29,11 +27,6 @@ from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, 
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
-
-_THRESHOLD = 0.9
-"""Share of the energy for the effective ranks that are shown."""
-Details = dict[str, dict[str, Any]]
-"""Layer -> JSON values about it."""
 
 
 def rank_run(
@@ -47,8 +40,7 @@ def rank_run(
     keep_freed_memory()
     run = open_run(path)
     recipe = recipe_of_run(path)
-    if faults := rank_faults(path, recipe, asked):
-        raise UserError(*faults)
+    refuse(rank_faults(path, recipe, asked))
     if asked.method == "gates":
         document = ranks_of_gates(run, recipe, step)
     else:
@@ -91,37 +83,43 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     most = asked.max_rank or 2 * max(ranks_now.values())
     limits = {name: min(most, most_rank(layer)) for name, layer in layers.items()}
     norm: Norm = asked.norm if recipe.adapter.kind == "dora" else "none"
-    details: Details = {name: {} for name in layers}
+    details: dict[str, dict[str, Any]] = {name: {} for name in layers}
     if asked.method == "svd":
-        found = {name: update_spectrum(layer) for name, layer in layers.items()}
-        spectra = {name: replace(each, energies=each.energies[: limits[name]]) for name, each in found.items()}
+        spectra = {name: update_spectrum(layer, limits[name]) for name, layer in layers.items()}
         about: dict[str, Any] = {}
     else:
-        batches, about = training_batches(trained, asked)
-        about |= {"norm": norm, "draws": asked.draws}
-        spectra = _by_curvature(trained.model, limits, batches, norm, asked, details, progress)
-    threshold = asked.threshold or _THRESHOLD
-    effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
-    if asked.threshold is None:
-        ranks = allocate(spectra, budget)
-    else:
-        ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
+        taken, draws, model = training_step(trained, asked), asked.draws, trained.model
+        batches = taken.micro_batches
+        about = {"num_examples": taken.num_examples, "num_label_tokens": taken.num_label_tokens}
+        about |= {"norm": norm, "draws": draws}
+        with bar(progress, "directions of new components") as done:
+            found = layer_directions(model, limits, batches, norm=norm, progress=done)
+        with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
+            measured = partial(drawn_curvatures, draws=draws) if draws else exact_curvatures
+            components = measured(model, found, batches, norm=norm, progress=done)
+        spectra = {}
+        for name, each in components.items():
+            spectra[name] = each.spectrum(limits[name], layers[name].parameters_per_rank)
+            details[name]["components"] = each.to_dict()
+            if asked.eigenvalues:
+                progress.print(f"eigenvalues of the {asked.curvature}: {name}")
+                details[name]["spectrum"] = layer_spectrum(
+                    model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
+                )
+    ranks = allocate(spectra, budget)
     return {
         "run": str(trained.run.path),
         "state": trained.state,
         "method": asked.method,
         **about,
-        "budget": budget if asked.threshold is None else None,
-        "threshold": threshold,
+        "budget": budget,
         "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
         "num_parameters_of_run": sum(ranks_now[name] * spectra[name].cost for name in ranks),
         "layers": {
             name: {
                 "rank": ranks[name],
                 "rank_of_run": ranks_now[name],
-                "effective_rank": effective[name],
                 "parameters_per_rank": spectrum.cost,
-                "total_energy": spectrum.total,
                 "energies": spectrum.energies.tolist(),
                 **details[name],
             }
@@ -131,46 +129,13 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     }
 
 
-def _by_curvature(
-    model: PreTrainedModel,
-    limits: Mapping[str, int],
-    batches: list[MicroBatch],
-    norm: Norm,
-    asked: RankSettings,
-    details: Details,
-    progress: Console,
-) -> dict[str, LayerSpectrum]:
-    draws = asked.draws
-    with bar(progress, "directions of new components") as done:
-        directions = layer_directions(model, limits, batches, norm=norm, progress=done)
-    with bar(progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as done:
-        measured = partial(drawn_curvatures, draws=draws) if draws else exact_curvatures
-        components = measured(model, directions, batches, norm=norm, progress=done)
-    for name, each in components.items():
-        details[name]["components"] = each.to_dict()
-        if asked.eigenvalues:
-            progress.print(f"eigenvalues of the {asked.curvature}: {name}")
-            details[name]["spectrum"] = layer_spectrum(
-                model, name, batches, asked.eigenvalues, curvature=asked.curvature, norm=norm
-            )
-    adapted = adapted_layers(model)
-    return {name: each.spectrum(limits[name], adapted[name].parameters_per_rank) for name, each in components.items()}
-
-
-def training_batches(trained: TrainedRun, asked: RankSettings) -> tuple[list[MicroBatch], dict[str, Any]]:
-    """The first examples of the run's training mix in micro-batches, and their counts."""
+def training_step(trained: TrainedRun, asked: RankSettings) -> Step:
+    """The first examples of the run's training mix in micro-batches."""
     train, _ = read_data(trained.recipe.data)
     mix = tokenized_mix(trained.recipe, trained.tokenizer, train)
     one = {"batch": asked.examples, "tokens_per_step": None, "micro_batch_tokens": asked.micro_batch_tokens}
     recipe = with_settings(trained.recipe, data={"packing": False}, train=one)
-    taken = make_loader(recipe, mix, trained.tokenizer).next_step()
-    about = {
-        "num_examples": taken.num_examples,
-        "num_tokens": taken.num_tokens,
-        "num_label_tokens": taken.num_label_tokens,
-        "num_micro_batches": len(taken.micro_batches),
-    }
-    return taken.micro_batches, about
+    return make_loader(recipe, mix, trained.tokenizer).next_step()
 
 
 def _budget(asked: RankSettings, own: int) -> int:
@@ -225,17 +190,10 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
-    threshold = document.get("threshold")  # gates have no energies
-    before = "in the run" if threshold else "at the start"
-    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, {before} "
-    table = Table(title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
-    for name in ("layer", "rank", before, *([f"for {threshold:.0%} of the energy"] if threshold else [])):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, before "
+    columns = "layer", Column("rank", justify="right"), Column("before", justify="right")
+    table = Table(*columns, title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
     for name, layer in document["layers"].items():
-        cells = [name, str(layer["rank"]), str(layer["rank_of_run"])]
-        if threshold:
-            effective = layer["effective_rank"]
-            cells.append(f"over {len(layer['energies'])}" if effective is None else str(effective))
-        table.add_row(*cells)
+        table.add_row(name, str(layer["rank"]), str(layer["rank_of_run"]))
     console.print(table)
     console.print(f"To train with these ranks: qdora train {document['recipe']}", soft_wrap=True)

@@ -290,8 +290,6 @@ class RankSettings(AtStep):
     """curvature, svd (of the trained update), or gates (what the run's own gates chose)."""
     budget: str | None = None
     """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Instead of --budget: share of its worth that each layer keeps, 0 to 1."""
     max_rank: Whole | None = None
     """Largest rank of a layer; default: twice the largest rank of the run. svd finds no more than the layer's own."""
     draws: WholeOrZero = 16
@@ -310,15 +308,14 @@ class RankSettings(AtStep):
     """Tokens of a micro-batch, with padding. Eigenvalues and exact curvature take 8 MiB a token of a 135M model."""
 
     used_with: ClassVar = (
-        ("budget threshold max_rank layers", "method", "curvature svd"),
+        ("budget max_rank layers", "method", "curvature svd"),
         ("examples micro_batch_tokens draws eigenvalues curvature norm", "method", "curvature"),
         ("curvature", "eigenvalues", ""),
     )
-    not_with: ClassVar = (("threshold", "budget"),)
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if 0 < self.draws < 8:  # fewer tell the worth of a component too roughly
             yield f"--draws: got {self.draws}, must be 0 (exact) or at least 8."
-        if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
-            yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd (or --threshold)."
+        if self.method == "svd" and self.budget in (None, "100%"):
+            yield f"--budget: got {self.budget or '100%'}, must be less than 100% with --method svd."

@@ -178,7 +178,6 @@ class Expander:
         self.axes = {name: dict(choices(axis, name)) for name, axis in study.product.items()}
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
-        self._made_bases: dict[str, tuple[str, Recipe]] = {}
         self.arms = [
             _Combination(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)
         ]
@@ -304,8 +303,8 @@ class Expander:
             self._keys[id(recipe)] = key_of(recipe)
         return self._keys[id(recipe)]
 
-    def _bases(self, arm: _Combination) -> list[tuple[str, Recipe]]:
-        """Key and recipe of the base of an arm and of the uncompressed one, each without an adapter."""
+    def _bases(self, arm: _Combination) -> list[Recipe]:
+        """The recipes of the base of an arm and of the uncompressed one, each without an adapter."""
         whole = settings(self._recipe(arm, arm.seeds[0]))
         # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
         mix = [{name: value for name, value in each.items() if name != "loss_weight"} for each in whole["data"]["mix"]]
@@ -319,10 +318,9 @@ class Expander:
         found = []
         for base in (whole["base"], {"quant": "none"}):
             text = json.dumps(document | {"base": base}, sort_keys=True)
-            if text not in self._made_bases:
-                recipe = recipe_from(document | {"base": base})
-                self._made_bases[text] = (key_of(recipe), recipe)
-            found.append(self._made_bases[text])
+            if text not in self._made:
+                self._made[text] = recipe_from(document | {"base": base})
+            found.append(self._made[text])
         return found
 
     def _base_cells(self) -> list[Cell]:
@@ -332,8 +330,8 @@ class Expander:
         arm_axis, training = self.study.compare.arm, axes_of(self.study, "train.", "adapter.")
         are_bases = arm_axis in axes_of(self.study, "base.")
         for arm in self.arms:
-            (key, recipe), (dense_key, dense) = self._bases(arm)
-            bare = self._is_bare(arm)
+            (recipe, dense), bare = self._bases(arm), self._is_bare(arm)
+            key, dense_key = map(self._key, (recipe, dense))
             if not (self.study.bases or bare):
                 continue
             kept = {axis for axis in arm.labels if (bare or are_bases if axis == arm_axis else axis not in training)}
@@ -375,8 +373,8 @@ class Expander:
             for other in self.arms:
                 same = all(label == labels[axis] for axis, label in other.labels.items() if axis not in based)
                 if same and other.stage.kind == "train" and not self._is_bare(other):
-                    (key, _), (dense_key, _) = self._bases(other)
-                    if key == dense_key:
+                    base_key, dense_key = map(self._key, self._bases(other))
+                    if base_key == dense_key:
                         return other
         return None
 
@@ -384,7 +382,7 @@ class Expander:
         if found is not None and found.rate is None:
             return None
         stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
-        (base_key, _), (dense_key, _) = self._bases(arm)
+        base_key, dense_key = map(self._key, self._bases(arm))
         recipe = self._recipe(arm, seed, None if found is None else found.rate)
         if kind == "train":
             interior = None if found is None else found.is_interior

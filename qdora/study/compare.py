@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qdora.evaluate.intervals import Interval, SeedScores, Spread, example_interval, example_spread
+from qdora.evaluate.intervals import Interval, Spread, example_interval, example_spread
 from qdora.study import statistics
 from qdora.study.cells import Kind, axes_of
 from qdora.study.grid import (
@@ -106,15 +106,6 @@ def improvement_interval(by_seed: Mapping[str, float], study: Study) -> Interval
     return statistics.t_interval(list(by_seed.values()), num_first=len(first_seeds(study, by_seed)))
 
 
-def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, measure: str) -> list[SeedScores]:
-    """Of each seed the sum of the terms, example by example; runs that diverged have none."""
-    return [
-        combined([(factor, results.scores(arm.seeds[seed])[measure]) for factor, arm in terms])
-        for seed in seeds
-        if not any(results.diverged(arm.seeds[seed]) for _, arm in terms)
-    ]
-
-
 @dataclass(frozen=True)
 class NamedComparison:
     """A contrast; family "": exploratory; num_tests: of its family in the whole study; lacking: contexts that it is
@@ -174,14 +165,12 @@ def _all_pairs(arms: Sequence[Arm], study: Study) -> list[tuple[Arm, Arm]]:
     compare = study.compare
     pairs = _pairs(arms, compare.reference)
     for axis in compare.also:
-        turned = [_turned(arm, axis, compare.arm) for arm in arms if axis in arm.context]
+        turned = []
+        for arm in (arm for arm in arms if axis in arm.context):
+            context = {name: label for name, label in arm.context.items() if name != axis} | {compare.arm: arm.name}
+            turned.append(replace(arm, name=arm.context[axis], context=context))
         pairs += _pairs(turned, labels_of(study.product[axis])[0])
     return pairs
-
-
-def _turned(arm: Arm, axis: str, arm_axis: str) -> Arm:
-    context = {name: label for name, label in arm.context.items() if name != axis} | {arm_axis: arm.name}
-    return replace(arm, name=arm.context[axis], context=context)
 
 
 def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
@@ -242,13 +231,28 @@ def _row(
 ) -> dict[str, Any]:
     study, compare, num_seeds = results.study, results.study.compare, len(by_seed)
     interval, num_first = improvement_interval(by_seed, study), len(first_seeds(study, by_seed))
-    differences = _differences(each.terms, list(by_seed), results, measure)
+    differences = [  # of each seed the sum of the terms, example by example; runs that diverged have none
+        combined([(factor, results.scores(arm.seeds[seed])[measure]) for factor, arm in each.terms])
+        for seed in by_seed
+        if not any(results.diverged(arm.seeds[seed]) for arm in each.arms)
+    ]
     of_seeds = statistics.seed_spread(list(by_seed.values()), num_first)
     of_examples = Spread(math.nan, math.nan)
     zone = compare.zone if measure[:3] == compare.metric[:3] else ZONE_OF_SHARES
+    missing = sum(arm.num_missing for arm in each.arms)
+    at_edge = {
+        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
+    }
+    against = {
+        f"cells without a result: {missing}": missing,
+        f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
+        "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
+        f"the best learning rate of {', '.join(sorted(at_edge))} is the smallest or largest that was tried": at_edge,
+        _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
+    }
+    reasons = [reason for reason, applies in against.items() if applies]
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
     p_equivalent = [math.nan]
-    reasons = _against_a_verdict(each, num_seeds, compare)
     if len(differences) == num_seeds:
         of_examples = example_spread(differences, results.weighting(measure))
         if math.isnan(of_examples.stderr):
@@ -262,14 +266,14 @@ def _row(
         "improvement": interval.value,
         "lower": interval.lower,
         "upper": interval.upper,
-        "half_width": interval.half_width,
+        "half_width": of_seeds.half_width,
         "p_seeds": of_seeds.p(interval.value),
         "p_examples": of_examples.p(interval.value),
         # The larger one counts: of seeds, and of examples with the seeds as they are
         "p_equivalent": float(np.fmax.reduce(p_equivalent)),
         "zone": zone,
         "num_seeds": num_seeds,
-        "num_missing": sum(arm.num_missing for arm in each.arms),
+        "num_missing": missing,
         "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in each.arms for seed in by_seed),
         "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
         "reason": "; ".join(reasons),
@@ -300,21 +304,6 @@ def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str]) ->
                 row = each.columns() | {"task": task, "weight": weights[task], "measure": measure}
                 rows.append(row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper})
     return rows
-
-
-def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
-    missing = sum(arm.num_missing for arm in each.arms)
-    names = {
-        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
-    }
-    reasons = {
-        f"cells without a result: {missing}": missing,
-        f"an arm has no result for {' and for '.join(each.lacking)}": each.lacking,
-        "the learning rates were not searched": any(arm.is_interior is None for arm in each.arms),
-        f"the best learning rate of {', '.join(sorted(names))} is the smallest or largest that was tried": names,
-        _too_few(num_seeds, compare): num_seeds < compare.min_seeds,
-    }
-    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _too_few(num_seeds: int, compare: CompareConfig) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.recipe.recipe_file import read_yaml, recipe_document
 from qdora.recipe.section import (
     Fault,
@@ -201,8 +201,7 @@ def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
         lines = list(study.faults())
     except ValidationError as error:
         lines = fault_lines(error, data)
-    if lines:
-        raise UserError(*dict.fromkeys(": ".join(filter(None, (where, *line))) for line in lines))
+    refuse(list(dict.fromkeys(": ".join(filter(None, (where, *line))) for line in lines)))
     return study
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qdora.adapter.layer import AdaptedLinear
 from qdora.data.sources import run_examples
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import EvaluationResult, evaluate, spread
-from qdora.files.atomic import atomic_write_json
+from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.rank.changes import error_undone, full_weight_changes, set_magnitude_back_, weight_changes
@@ -46,8 +46,7 @@ def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dic
             assert layer.magnitude is not None, "only DoRA has magnitudes"
             before = reference.get_submodule(path).weight.float().norm(dim=-1)
             layer.magnitude.mul_((layer.base.squared_row_norm().sqrt() / before).view_as(layer.magnitude))
-    (directory / "eval").mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / "eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
+    RunDirectory(directory).write_json("eval/set-back.json", _own_evaluation(run).to_dict(per_example=True))
     return {"size": model_size(run.model), "files": {"scores": "eval/set-back.json"}}
 
 
@@ -63,17 +62,22 @@ EXAMPLES_OF_TASK = 15
 
 @torch.no_grad()
 def measure_by_layer(trained: Path) -> dict[str, Any]:
-    """changes: path of a layer -> columns of `WeightChange` and, of a compressed base, `ErrorUndone`.
+    """changes: path of a layer -> `weight_change` and, of a compressed base, `error_undone`.
 
     blocks: the rise of the NLL per answer token without the adapter of each; nll: with all adapters.
     """
     run = load_run(trained)
     layers = adapted_layers(run.model)
-    changes: dict[str, dict[str, Any]] = {path: asdict(change) for path, change in weight_changes(layers).items()}
+    changes = weight_changes(layers)
     reference = uncompressed_base(run.recipe)
     if reference is not None:
         for path, layer in layers.items():
-            changes[path] |= _error_undone(layer, reference.get_submodule(path).weight.float())
+            base = layer.base.dequantized(torch.float32)
+            update = layer.merged_weight(torch.float32) - base
+            error = base - reference.get_submodule(path).weight.float()
+            # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
+            of_update, of_error = (torch.stack(layer.approximated_parts(each)) for each in (update, error))
+            changes[path] |= error_undone(of_update, of_error, layer.rank)
     asked = run.recipe.eval
     examples = [
         replace(each, choices=(), gold=None)  # only the answer is scored
@@ -93,7 +97,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
 
 
 def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
-    """checkpoints: of each step the NLL per token of the run's own evaluation; path of a layer -> `WeightChange`."""
+    """checkpoints: of each step the NLL per token of the run's own evaluation; path of a layer -> `weight_change`."""
     found: list[dict[str, Any]] = []
     for step in steps:
         run = load_run(trained, step=step)
@@ -102,7 +106,7 @@ def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
         )
         scored = _own_evaluation(run).per_example
         nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
-        told = {path: asdict(change) for path, change in changes.items() if block_of(path) is not None}
+        told = {path: change for path, change in changes.items() if block_of(path) is not None}
         found.append({"step": step, "nll": nll, "changes": told})
     return {"size": model_size(run.model), "checkpoints": found}
 
@@ -124,12 +128,3 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
         torch._foreach_copy_(changed, before)
         for layer in layers:
             layer.parameters_changed()
-
-
-def _error_undone(layer: AdaptedLinear, uncompressed: Tensor) -> dict[str, float]:
-    base = layer.base.dequantized(torch.float32)
-    update = layer.merged_weight(torch.float32) - base
-    # (parts, rows, columns): what a product of the rank approximates, such as each expert of a stack
-    of_update, of_error = (torch.stack(layer.approximated_parts(each)) for each in (update, base - uncompressed))
-    found = error_undone(of_update, of_error, layer.rank)
-    return {} if found is None else {f"error_{name}": value for name, value in asdict(found).items()}

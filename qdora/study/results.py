@@ -8,7 +8,6 @@ Any number of processes may share it; a process locks a cell before it runs it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from qdora.errors import UserError, not_there
 from qdora.evaluate.intervals import SeedScores, TaskScores, Weighting, weighted_mean
 from qdora.evaluate.suite import by_task
 from qdora.files.atomic import atomic_write_json, lock_if_free, read_json_object
+from qdora.files.run_directory import RunDirectory
 from qdora.plan.fit import plan
-from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
@@ -128,36 +127,28 @@ CellScores = Mapping[str, SeedScores]
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
     """Read the scores of a cell; `files`: "scores", optionally "generated" -> file below the run directory."""
     found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-
-    def add(measure: str, task: str, example: str, value: float, weight: float = 1.0) -> None:
-        # A task without examples in the half has none there in all cells of a seed
-        if part in ("all", half_of(example)):
-            found.setdefault(measure, {}).setdefault(task, {})[example] = (value, weight)
-
-    for task, example, row in _rows(cell, files["scores"]):
-        for measure in ("nll_per_token", "nll_by_task"):
-            add(measure, task, example, row["nll"], row["num_answer_tokens"])
-        for measure in ("acc", "acc_norm") if "acc" in row else ():
-            add(measure, task, example, row[measure])
-    for task, example, row in _rows(cell, files["generated"]) if "generated" in files else ():
-        for measure in ("right", "unparsable"):
-            add(measure, task, example, row["outcome"] == measure)
+    for file in files.values():
+        tasks = by_task(read_json_object(RunDirectory(cell).inside(file))["per_example"])
+        for task, rows in tasks.items():
+            for example, row in rows.items():
+                if part not in ("all", half_of(example)):
+                    continue  # a task without examples in the half has none there in all cells of a seed
+                scores = {name: (row[name], 1.0) for name in ("acc", "acc_norm") if name in row}
+                if "nll" in row:
+                    nll = row["nll"], row["num_answer_tokens"]
+                    scores |= {"nll_per_token": nll, "nll_by_task": nll}
+                else:
+                    scores |= {name: (row["outcome"] == name, 1.0) for name in ("right", "unparsable")}
+                for measure, score in scores.items():
+                    found.setdefault(measure, {}).setdefault(task, {})[example] = score
     if not found:
         raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
     return {
         measure: {
-            task: TaskScores(tuple(rows), *np.array(list(rows.values()), float).T) for task, rows in tasks.items()
+            task: TaskScores(tuple(own), *np.array(list(own.values()), float).T) for task, own in of_tasks.items()
         }
-        for measure, tasks in found.items()
+        for measure, of_tasks in found.items()
     }
-
-
-def _rows(cell: Path, file: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    path = cell / file
-    if not path.resolve().is_relative_to(cell.resolve()):
-        raise UserError(f"{path}: must be a file inside the run directory of its cell.")
-    rows = read_json_object(path)["per_example"]
-    return [(task, name, row) for task, records in by_task(rows).items() for name, row in records.items()]
 
 
 def half_of(example: str) -> Literal["choose", "compare"]:
@@ -287,8 +278,7 @@ def _planned_step(recipe: Recipe, known: dict[str, float]) -> float:
     """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
     base = {"prune": None, "method": "round"} | ({} if recipe.base.quant == "none" else {"quant": "nf4"})
     plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
-    whole = settings(plain)
-    text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
+    text = repr((plain.model, plain.base, plain.adapter, plain.memory, plain.train.batch))
     if text not in known:
         known[text] = plan(plain).step_seconds or math.nan
     return known[text]

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, named
-from qdora.files.atomic import disk_failures, masked, read_json_object
+from qdora.files.atomic import disk_failures, masked
 from qdora.files.console import consoles, duration
 from qdora.files.machine import check_gpu
 from qdora.files.run_directory import RunDirectory
@@ -98,15 +98,14 @@ def study_run(
     results.print(f"study: {directory}", soft_wrap=True)
     failed = [key for key in keys if store.is_given_up(key)]
     num_done = store.num_done({*keys})
-    num_elsewhere = len(keys) - num_done - len(failed)
-    if num_elsewhere or num_waiting:
-        results.print(f"Cells with other processes: {num_elsewhere}; that wait for others: {num_waiting}.")
+    if num_done < len(keys) or num_waiting:
+        results.print(f"{num_done} of {len(keys)} cells are done; {num_waiting} more wait for these.")
     if failed:
         first = f"{failed[0]}: {store.failures(failed[0])[-1]['reason']}"
         what = f"{len(failed)} of {len(keys)} cells failed; the first is {first}"
         raise RunFailure(f"{what}. Fix: see failures/, then run again with --retry-failed.", safe=[directory])
     facts: dict[str, Any] = {"directory": str(directory), "num_cells": len(keys), "num_done": num_done}
-    facts |= {"num_elsewhere": num_elsewhere, "num_waiting": num_waiting}
+    facts["num_waiting"] = num_waiting
     if text is not None and num_done:
         report = read_report(directory)
         results.print(f"\n{table(report)}\n", soft_wrap=True)
@@ -194,14 +193,12 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
             with store.claimed(cell.key) as is_mine:
                 # Another process may have finished the cell just before this one claimed it
                 if is_mine and not store.is_over(cell.key):
-                    began, busy = time.perf_counter(), True
-                    event = _attempt(cell, store, work)
-                    report(cell, event, time.perf_counter() - began)
+                    busy = True
+                    _attempt(cell, store, work, report)
 
 
-def _attempt(cell: Cell, store: StudyDirectory, work: Work) -> str:
-    """'done' or 'failed'."""
-    began = time.perf_counter()
+def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt) -> None:
+    began, event = time.perf_counter(), "done"
     try:
         with disk_failures(store.cell(cell.key)):
             result = work(cell, store.cell(cell.key))
@@ -212,14 +209,28 @@ def _attempt(cell: Cell, store: StudyDirectory, work: Work) -> str:
         reason, lines = masked(named(error)), masked("".join(traceback.format_exception(error))).splitlines()
         store.add_failure(cell.key, {"reason": reason, "traceback": lines[-_TRACEBACK_LINES:]})
         logger.warning("%s: %s", cell.key, reason)
-        return "failed"
-    return "done"
+        event = "failed"
+    report(cell, event, time.perf_counter() - began)
 
 
 def cell_work(store: StudyDirectory, cell: Cell, directory: Path) -> dict[str, Any]:
     """The work of a cell. Pruned bases are made once and shared by all cells that start from the same one."""
+    run, recipe = RunDirectory(directory), cell.recipe
     try:
-        return _run(cell, directory, store)
+        if cell.adapter_key is not None:
+            source = store.cell(cell.adapter_key)
+            if cell.kind != "transplant":
+                if cell.kind == "by_layer":
+                    found = measure_checkpoints(source, cell.steps) if cell.steps else measure_by_layer(source)
+                else:
+                    found = evaluate_magnitudes(source, directory, rescaled=cell.kind == "rescaled")
+                return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
+            moved = {"kind": recipe.adapter.kind, "resume_from": str(source / "adapter")}
+            recipe = recipe_from(settings(recipe) | {"adapter": moved})
+        if recipe.base.is_made_once:
+            recipe = with_settings(recipe, base={"cache": str((store.path / "shared/bases").absolute())})
+        resume = run.recipe_file.is_file() and run.has_begun
+        summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True))
     except Diverged as error:
         if not cell.is_trained:
             raise
@@ -227,36 +238,17 @@ def cell_work(store: StudyDirectory, cell: Cell, directory: Path) -> dict[str, A
         return {"diverged": masked(named(error)), "num_vocabulary": config.vocab_size}
     finally:  # make room for the model of the next cell
         free_memory()
-
-
-def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
-    run, recipe = RunDirectory(directory), cell.recipe
-    if cell.adapter_key is not None:
-        source = store.cell(cell.adapter_key)
-        if cell.kind != "transplant":
-            if cell.kind == "by_layer":
-                found = measure_checkpoints(source, cell.steps) if cell.steps else measure_by_layer(source)
-            else:
-                found = evaluate_magnitudes(source, directory, rescaled=cell.kind == "rescaled")
-            return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
-        moved = {"kind": recipe.adapter.kind, "resume_from": str(source / "adapter")}
-        recipe = recipe_from(settings(recipe) | {"adapter": moved})
-    if recipe.base.is_made_once:
-        recipe = with_settings(recipe, base={"cache": str((store.path / "shared/bases").absolute())})
-    resume = run.recipe_file.is_file() and run.has_begun
-    summary = train_run(recipe, directory, resume=resume, console=Console(quiet=True))
     if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"scores": run.evaluation_file(step), "generated": run.inside("eval", f"step-{step}-generated.json")}
-    compressed = run.inside("base/compressed.json")
     return {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
         "size": summary["size"],
         "files": {name: str(file.relative_to(directory)) for name, file in files.items() if file.is_file()},
-        "compression": read_json_object(compressed) if compressed.is_file() else None,
+        "compression": run.read_json("base/compressed.json") or None,
     }
 
 
@@ -283,10 +275,7 @@ def submit_jobs(
         from submitit.helpers import CommandFunction
     except ImportError:
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **parameters)
-    except Exception as error:  # such as no srun
-        raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
+    executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+    executor.update_parameters(name="qdora-study", **parameters)
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
