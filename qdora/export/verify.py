@@ -38,7 +38,7 @@ from qdora.data.sources import run_examples
 from qdora.errors import UserError, first_few
 from qdora.export.write import has_own_code, merged
 from qdora.files.machine import available_memory_bytes
-from qdora.files.tensor_file import torch_dtype
+from qdora.files.tensor_file import DTYPES
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, read_adapter, stored_factors
 from qdora.model.attention import softcap_of
@@ -493,7 +493,7 @@ def load_with_peft(directory: Path, model: PreTrainedModel) -> Loaded:
 def fits_in_float32(directory: Path, model: PreTrainedModel) -> bool:
     """Whether a checkpoint, its floats in float32, fits beside the running model with its activations and logits."""
     num_bytes = sum(
-        math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else torch_dtype(each.dtype).itemsize)
+        math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else DTYPES[each.dtype].itemsize)
         for each in open_safetensors(directory).values()
     )
     return num_bytes * _WORKSPACE <= list(_room_beside(model).values())[-1]
