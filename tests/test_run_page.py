@@ -29,7 +29,7 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.run import report as model_card
-from qdora.run.report import _licence, _licence_files, page_of_run, run_card, run_facts, write_page
+from qdora.run.report import _licence, licence_files, page_of_run, run_card, run_facts, write_page
 from qdora.run.run import train_run
 from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train import logs as experiment_trackers
@@ -232,7 +232,7 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path, monkeypat
     assert _licence(ModelSource("hub", tmp_path, "org/name", "abc")) == LICENCE | {"license_link": link}
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt"):
         (tmp_path / name).write_text(name)
-    assert _licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
+    assert licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
     (tmp_path / "org/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = ("org/name", "org/here", "builtin", str(tmp_path), "./model", "~/model", "model.gguf")
