@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from qdora.files.atomic import (
     atomic_write_text,
     disk_failures,
     json_bytes,
-    read_json_object,
     remove_directory,
     work_lock,
 )
@@ -39,9 +37,8 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, choose_compute, find_model, find_source, write_adapter
 from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers
-from qdora.model.load import load_config, quantization_of
+from qdora.model.load import load_config
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.prune.compressor import quantized_layers
 from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
@@ -170,12 +167,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         with bar(console, "compressing the base") as progress:
             compress_base(*what, file.parent, key=compression_key(*what), progress=progress)
     trained = load_run(path, base_only=True)
-    layers = read_json_object(file)["layers"] if file.is_file() else {}
-    layers = layers or quantized_layers(find_source(recipe), quantization_of(base))
-    errors = {layer: found["relative_error"] for layer, found in layers.items()}
-    worst = max(errors, key=lambda layer: errors[layer])
-    error = f"{median(errors.values()):.4f} in the median, at most {errors[worst]:.4f} ({worst})"
-    facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip), "relative error of a layer": error}
+    facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip)}
     if base.measured is not None:
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
