@@ -39,12 +39,11 @@ from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_config
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
 from qdora.recipe.section import with_settings
 from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
-from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
+from qdora.run.load_run import NOT_TRAINED, TrainedRun, adopted_run, is_adapter, load_run
 from qdora.run.report import licence_files, run_card
 
 logger = logging.getLogger("qdora")
@@ -186,9 +185,8 @@ def quantize_model(
     """
     if others := [item for item in overrides if not item.strip().startswith(("model.", "base."))]:
         raise UserError(f"-s {others[0]}: must be a setting of model or base.")
-    mix = [{"task": task} for task in DEMO_TASKS]  # the text on which the checkpoint is compared
-    document = {"model": {"source": name}, "base": base, "adapter": {"kind": "none"}, "data": {"mix": mix}}
-    document = with_overrides(document | {"train": {"steps": 0, "batch": 1}}, overrides, logging.INFO)
+    document = {"model": {"source": name}, "base": base, "adapter": {"kind": "none"}, **NOT_TRAINED}
+    document = with_overrides(document, overrides, logging.INFO)
     recipe = recipe_from(document, "quantize", overrides)
     config = load_config(find_source(recipe, weights=False))
     if recipe.model.dtype == "auto" and config.dtype in (torch.float16, torch.float32):  # bfloat16 would round them

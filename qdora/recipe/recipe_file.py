@@ -164,8 +164,6 @@ def recipe_text(name: str) -> str:
 
 def read_file(path: Path, where: str) -> dict[str, Any]:
     try:
-        if path.stat().st_size > 2**20:  # such as the weights of a model
-            raise ValueError("too long for settings")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
