@@ -51,8 +51,9 @@ from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import base_record, calibration_tokens, pinned
+from qdora.run.base import base_record, calibration_tokens
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.guards import Check
@@ -91,7 +92,9 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
     tokenizer_source = find_tokenizer_source(recipe, source)
-    recipe = pinned(recipe, source, tokenizer_source)
+    # The commits that were found on the Hub; local sources have none.
+    of_tokenizer = None if tokenizer_source is source else tokenizer_source.revision
+    recipe = with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
     chat_date = processes.gather(chat_date_of(directory))[0]
