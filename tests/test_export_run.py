@@ -250,7 +250,7 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
     "options, at, error",
     [
         (PEFT, "json_bytes", OSError(errno.ENOSPC, "No space left on device")),  # the last file
-        (ExportOptions(), "card_files", KeyboardInterrupt()),  # after the check
+        (ExportOptions(), "run_card", KeyboardInterrupt()),  # after the check
         (NF4, "verify_packed", torch.OutOfMemoryError("20 GiB")),
     ],
 )

@@ -21,13 +21,11 @@ from qdora.errors import UserError
 from qdora.model import store
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
-from qdora.model.source import resolve
 from qdora.model.store import BaseCache, compressed_layers
 from qdora.prune import compressor as pruning
-from qdora.prune.compressor import quantized_layers
 from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.settings import BaseWeightsConfig, PruneConfig
-from tests import reference_prune, reference_quant, support
+from tests import reference_prune, support
 from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 IDS = torch.randint(3, 97, (5, 16), generator=torch.Generator().manual_seed(3))
@@ -197,27 +195,12 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplo
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_errors(tmp_path, kind):
+def test_pruning_what_was_quantised_keeps_its_codes(tmp_path, kind):
     write(tmp_path, "llama")
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
     for name, layer in frozen_layers(support.load_checkpoint(tmp_path, quant=kind)).items():
         assert torch.equal(layer.stored_weight.absmax, after[name].stored_weight.absmax)  # type: ignore[union-attr]
         assert torch.equal(after[name].dequantized(), layer.dequantized() * after[name].keep_mask())
-    found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert len(found) == 12
-    for path, row in found.items():
-        weight = model.get_submodule(path).weight.detach().numpy().astype(np.float32)
-        if kind == "int8":
-            codes, scales = map(np.array, reference_quant.quantize_int8(weight))
-            dense = codes.astype(np.float64) * scales[:, None] / 127
-        else:
-            codes, scales = reference_quant.quantize_4bit(weight.ravel(), kind, 32)
-            dense = np.array(reference_quant.dequantize_4bit(codes, scales, kind, 32)).reshape(weight.shape)
-        error = np.linalg.norm(dense - weight) / np.linalg.norm(weight)
-        assert row["relative_error"] == pytest.approx(error, rel=1e-5)
-        assert (row["kind"], row["shape"], row["num_pruned"]) == (kind, list(weight.shape), 0)
-    assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
 
 
 def test_what_is_wrong_is_named(tmp_path):

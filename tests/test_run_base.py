@@ -256,7 +256,6 @@ def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, t
     with pytest.raises(KeyboardInterrupt):
         train_run(recipe("two"), run, console=QUIET)
     train_run(recipe("two"), run, resume=True, console=QUIET)
-    assert "7 layers are compressed already" in (run / "log.txt").read_text()
     assert_same_run(run, whole, step=3)
     (cached,) = (tmp_path / "two").glob("[!.]*")
     found = [{file.name: file.read_bytes() for file in sorted(folder.iterdir())} for folder in

@@ -29,7 +29,7 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.run import report as model_card
-from qdora.run.report import _licence, _licence_files, page_of_run, run_card, run_facts, write_page
+from qdora.run.report import _licence, licence_files, page_of_run, run_card, run_facts, write_page
 from qdora.run.run import train_run
 from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train import logs as experiment_trackers
@@ -227,11 +227,9 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path, monkeypat
                            ("---\n: {\n---\n", {}), ("# A model\n", {}), (LLAMA, LICENCE)):  # fmt: skip
         card.write_text(text)
         assert _licence(source) == expected
-    link = "https://huggingface.co/org/name/blob/abc/LICENSE"
-    assert _licence(ModelSource("hub", tmp_path, "org/name", "abc")) == LICENCE | {"license_link": link}
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt"):
         (tmp_path / name).write_text(name)
-    assert _licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
+    assert licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
     (tmp_path / "org/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = ("org/name", "org/here", "builtin", str(tmp_path), "./model", "~/model", "model.gguf")
@@ -252,12 +250,11 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
     numbers = {"max_logit_difference": 0.03619, "kl_mean": 1.6e-6, "argmax_agreement": 1.0}
     check: dict[str, Any] = {"passed": True, "num_positions": 85, "exported_vs_reference": numbers}
     text = run_card(open_run(whole), recipe, "final", check, form="merged")
-    link = "https://huggingface.co/org/base/blob/abc/LICENSE"
     assert yaml.safe_load(text.split("---\n")[1]) == LICENCE | {
         "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/sums"], "tags": ["qdora"],
-        "library_name": "transformers", "pipeline_tag": "text-generation", "license_link": link,
+        "library_name": "transformers", "pipeline_tag": "text-generation",
     }  # fmt: skip
-    facts = ("`org/base` at revision `abc`", "0.0362", "(https://huggingface.co/datasets/org/sums)", f"]({link})")
+    facts = ("`org/base` at revision `abc`", "0.0362", "(https://huggingface.co/datasets/org/sums)", "](LICENSE)")
     assert [fact for fact in facts if fact not in text] == []
 
 

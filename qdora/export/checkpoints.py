@@ -34,7 +34,6 @@ from qdora.errors import UserError, first_few
 from qdora.export.write import Layer, base_of, dense_layers, merged, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.console import bar
-from qdora.files.run_directory import open_run
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
 from qdora.model.build_model import find_source
@@ -47,7 +46,7 @@ from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import PackedWeight, block_scales, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
 from qdora.recipe.section import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run
@@ -57,7 +56,7 @@ def write_merge(
     run: Path, directory: Path, options: ExportOptions, dtype: torch.dtype, console: Console
 ) -> tuple[TrainedRun, dict[str, Any]]:
     """Write the merged model of a run; returns the running model and what was written."""
-    recipe = load_recipe(open_run(run).recipe_file)
+    recipe = recipe_of_run(run)
     if options.base == "original" and (why := no_original(recipe, find_source(recipe, weights=False))):
         raise UserError(f"--base original: {why}. Fix: use --base dequantized.")
     if options.requantize and (recipe.base.prune is not None or recipe.base.quant not in FOUR_BIT_KINDS):

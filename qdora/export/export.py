@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
 from qdora.export.verify import Check, comparison_text, validation_examples, verify_merged, verify_packed
-from qdora.export.write import merged, save_tokenizer
+from qdora.export.write import save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
     atomic_write_text,
     disk_failures,
     json_bytes,
-    read_json_object,
     remove_directory,
     work_lock,
 )
@@ -38,17 +36,15 @@ from qdora.files.run_directory import LOCK, RunDirectory, open_run
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, choose_compute, find_model, find_source, write_adapter
 from qdora.model.checkpoint import taken_for_experts
-from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.load import load_config, quantization_of
+from qdora.model.inject import adapted_layers
+from qdora.model.load import load_config
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
-from qdora.prune.compressor import quantized_layers
-from qdora.recipe.data_settings import DEMO_TASKS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
 from qdora.recipe.section import with_settings
 from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
-from qdora.run.load_run import TrainedRun, adopted_run, is_adapter, load_run
-from qdora.run.report import card_files
+from qdora.run.load_run import NOT_TRAINED, TrainedRun, adopted_run, is_adapter, load_run
+from qdora.run.report import licence_files, run_card
 
 logger = logging.getLogger("qdora")
 
@@ -98,17 +94,12 @@ def export_run(
         document |= {"directory": place.name, **trained.run.adopted()}
         if check is not None:
             document["verification"] = check
-        zeros = _pruned_zeros(trained) if options.form == "merged" else None
-        if zeros is not None:
-            document["zeros"] = zeros
         form, facts = options.form, written.get("base") if options.form == "base" else None
-        files = card_files(trained.run, trained.recipe, trained.state, check, form=form, facts=facts)
-        for name, text in files.items():
+        card = run_card(trained.run, trained.recipe, trained.state, check, form=form, facts=facts)
+        files = licence_files(find_source(trained.recipe, weights=False))
+        for name, text in (files | {"README.md": card}).items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))
-    if zeros is not None:
-        text = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are zero after the merge"
-        results.print(text, soft_wrap=True)
     if check is not None:
         note = "check passed" if check["passed"] else "check FAILED"
         if check["num_positions"]:
@@ -175,12 +166,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
         with bar(console, "compressing the base") as progress:
             compress_base(*what, file.parent, key=compression_key(*what), progress=progress)
     trained = load_run(path, base_only=True)
-    layers = read_json_object(file)["layers"] if file.is_file() else {}
-    layers = layers or quantized_layers(find_source(recipe), quantization_of(base))
-    errors = {layer: found["relative_error"] for layer, found in layers.items()}
-    worst = max(errors, key=lambda layer: errors[layer])
-    error = f"{median(errors.values()):.4f} in the median, at most {errors[worst]:.4f} ({worst})"
-    facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip), "relative error of a layer": error}
+    facts = {"format": base.quant_in_words, "skipped": ", ".join(base.skip)}
     if base.measured is not None:
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
@@ -199,9 +185,8 @@ def quantize_model(
     """
     if others := [item for item in overrides if not item.strip().startswith(("model.", "base."))]:
         raise UserError(f"-s {others[0]}: must be a setting of model or base.")
-    mix = [{"task": task} for task in DEMO_TASKS]  # the text on which the checkpoint is compared
-    document = {"model": {"source": name}, "base": base, "adapter": {"kind": "none"}, "data": {"mix": mix}}
-    document = with_overrides(document | {"train": {"steps": 0, "batch": 1}}, overrides, logging.INFO)
+    document = {"model": {"source": name}, "base": base, "adapter": {"kind": "none"}, **NOT_TRAINED}
+    document = with_overrides(document, overrides, logging.INFO)
     recipe = recipe_from(document, "quantize", overrides)
     config = load_config(find_source(recipe, weights=False))
     if recipe.model.dtype == "auto" and config.dtype in (torch.float16, torch.float32):  # bfloat16 would round them
@@ -226,19 +211,6 @@ def check_servable(model: PreTrainedModel) -> None:
     for path, layer in adapted_layers(model).items():
         if layer.magnitude is not None and (layer.row_norm() == 0).any():
             raise UserError(f"--format peft: {path}: PEFT gives NaN for its zero rows. Fix: use --format merged.")
-
-
-def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
-    """Number of pruned weights of the base, and of those that are zero after the merge; None for an unpruned base."""
-    pruned = kept = 0
-    adapted = adapted_layers(trained.model)
-    for path, frozen in frozen_layers(trained.model).items():
-        keep = frozen.keep_mask()
-        if keep is not None:
-            weight = merged(adapted.get(path.removesuffix(".base"), frozen)).to(keep.device)
-            pruned += int((~keep).sum())
-            kept += int((weight[~keep] == 0).sum())
-    return {"pruned": pruned, "kept": kept} if pruned else None
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:

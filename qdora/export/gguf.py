@@ -30,7 +30,6 @@ from qdora.export.checkpoints import write_merge
 from qdora.export.verify import Check, ComparisonText, logits_compared, verdict, verify_merged
 from qdora.files.atomic import remove_directory
 from qdora.files.machine import user_path
-from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
 from qdora.model.checkpoint import StoredTensor, open_safetensors, rename_to_model, tied_weights
 from qdora.model.gguf import LAYOUTS, GgufHeader, gguf_tensors, read_header, require_gguf
@@ -38,7 +37,7 @@ from qdora.model.load import load_config, skeleton
 from qdora.model.multimodal import is_multimodal
 from qdora.model.source import ModelSource
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
-from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import recipe_of_run
 from qdora.run.load_run import TrainedRun
 
 logger = logging.getLogger("qdora")
@@ -69,7 +68,7 @@ def export_gguf(
     require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
-    recipe = load_recipe(open_run(run).recipe_file)
+    recipe = recipe_of_run(run)
     if is_multimodal(load_config(find_source(recipe, weights=False))):
         raise UserError("--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged.")
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"

@@ -38,7 +38,7 @@ from qdora.data.sources import run_examples
 from qdora.errors import UserError, first_few
 from qdora.export.write import has_own_code, merged
 from qdora.files.machine import available_memory_bytes
-from qdora.files.tensor_file import torch_dtype
+from qdora.files.tensor_file import DTYPES
 from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, read_adapter, stored_factors
 from qdora.model.attention import softcap_of
@@ -291,7 +291,22 @@ def verify_packed(
     """As `verify_merged`, of a bitsandbytes checkpoint. Where a LoRA belongs on it, rows of every scaled base + s B A
     must equal g (W + s B A) within float32's roundings. `lossy`: without a tolerance, since the form rounds again."""
     adapter, layers = directory / ADAPTER_DIRECTORY, adapted_layers(model)
-    total, faults = _compared(load_with_peft if adapter.is_dir() else load_with_bnb, model, directory, text)
+    total: dict[str, Tensor] | None = None
+    faults = list[str]()
+    if fits_in_float32(directory, model):
+        exported, faults = (load_with_peft if adapter.is_dir() else load_with_bnb)(directory, model)
+        total = logits_compared(model, exported, text)
+        del exported
+    else:
+        logger.warning(_NO_ROOM)
+        source = ModelSource("directory", directory, directory.name, trust_remote_code=has_own_code(model))
+        try:  # the names and shapes alone
+            bare = skeleton(load_config(source), source)
+            tensors_of_source(source, bare)
+            if adapter.is_dir():
+                read_adapter(bare, adapter)
+        except UserError as error:
+            faults = list(error.faults)
     files = rename_to_model(gather_packed(open_safetensors(directory)), model)
     factors = stored_factors(model, load_file(adapter / WEIGHTS_FILE)) if adapter.is_dir() else {}
 
@@ -309,25 +324,6 @@ def verify_packed(
     if lossy or (stored == model.dtype and not trained_matrices(model)):  # trained rows are float32 and are rounded
         stored = torch.float32
     return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"weights": weights}
-
-
-def _compared(
-    load: Callable[[Path, PreTrainedModel], Loaded], model: PreTrainedModel, directory: Path, text: ComparisonText
-) -> tuple[dict[str, Tensor] | None, list[str]]:
-    """The logits of a 4-bit export, and what has no place in it; without room only the latter."""
-    if fits_in_float32(directory, model):
-        exported, faults = load(directory, model)
-        return logits_compared(model, exported, text), faults
-    logger.warning(_NO_ROOM)
-    source = ModelSource("directory", directory, directory.name, trust_remote_code=has_own_code(model))
-    try:
-        bare = skeleton(load_config(source), source)
-        tensors_of_source(source, bare)
-        if (directory / ADAPTER_DIRECTORY).is_dir():
-            read_adapter(bare, directory / ADAPTER_DIRECTORY)
-    except UserError as error:
-        return None, list(error.faults)
-    return None, []
 
 
 def logits_compared(
@@ -493,7 +489,7 @@ def load_with_peft(directory: Path, model: PreTrainedModel) -> Loaded:
 def fits_in_float32(directory: Path, model: PreTrainedModel) -> bool:
     """Whether a checkpoint, its floats in float32, fits beside the running model with its activations and logits."""
     num_bytes = sum(
-        math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else torch_dtype(each.dtype).itemsize)
+        math.prod(each.shape) * (4 if each.dtype.startswith(("F", "BF")) else DTYPES[each.dtype].itemsize)
         for each in open_safetensors(directory).values()
     )
     return num_bytes * _WORKSPACE <= list(_room_beside(model).values())[-1]

@@ -28,7 +28,7 @@ from qdora.adapter.rows import RowEmbedding, RowHead, merged_rows
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import json_bytes
 from qdora.files.console import Progress
-from qdora.files.tensor_file import TensorSpec, torch_dtype, write_safetensors
+from qdora.files.tensor_file import DTYPES, TensorSpec, write_safetensors
 from qdora.model.checkpoint import INDEX_FILE, published_form, tied_weights
 from qdora.model.experts import library_names, stacks
 from qdora.model.load import dense_dtype
@@ -139,7 +139,7 @@ def plan_export(
             key, kind = names[name], source.dtype or dense_dtype(model, name, dtype)
             specs[key], makers[key] = TensorSpec(key, kind, tuple(source.shaped.shape)), source.make
     for key, item in carried(model).items():
-        specs[key], makers[key] = TensorSpec(key, torch_dtype(item.dtype), item.shape), item.read
+        specs[key], makers[key] = TensorSpec(key, DTYPES[item.dtype], item.shape), item.read
     return CheckpointPlan(model, config, specs, makers)
 
 
@@ -266,9 +266,7 @@ def write_checkpoint(
 
     for file, names in shards.filename_to_tensors.items():
         specs = [plan.specs[name] for name in names]
-        # Wider dtypes come first, which aligns every tensor; they are made in the order of the plan.
-        aligned = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-        write_safetensors(directory / file, aligned, tensors(specs), order=specs)
+        write_safetensors(directory / file, specs, tensors(specs))
     if shards.is_sharded:
         num_parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
         metadata = {"total_parameters": num_parameters, "total_size": total_bytes}

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import _TYPES
 from torch import Tensor
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-_DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = dict[str, Any](_TYPES)
+"""Name in a header -> dtype of torch."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -32,61 +33,36 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    return _DTYPES[name]
+def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Write a new file whose tensors are made one by one, and flush it to the disk.
 
-
-def _header(specs: Sequence[TensorSpec]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
-    offset = 0
-    for spec in specs:
-        assert spec.name not in entries, spec.name
-        # Readers view the mapped file in the tensor's dtype, which needs an aligned start
-        assert offset % spec.dtype.itemsize == 0, spec.name
-        start, offset = offset, offset + spec.num_bytes
-        placed = {"shape": list(spec.shape), "data_offsets": [start, offset]}
-        entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_safetensors(
-    path: Path,
-    specs: Sequence[TensorSpec],
-    tensors: Iterable[Tensor | Iterator[Tensor]],
-    *,
-    order: Sequence[TensorSpec] | None = None,
-) -> int:
-    """Write a new file whose tensors are made one by one, and flush it to the disk. Returns the bytes written.
-
-    `specs` are in file order, `tensors` in `order` (default `specs`), each whole or as its flat parts; each is dropped
-    before the next is made.
+    `tensors` are in the order of `specs`; each is dropped before the next is made. In the file, wider dtypes come
+    first: readers view the mapped file in the dtype of a tensor, which needs an aligned start.
     """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    starts, end = dict[str, int](), 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):  # stable
+        starts[spec.name] = start = end
+        end += spec.num_bytes
+        placed = {"shape": list(spec.shape), "data_offsets": [start, end]}
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
     remaining = iter(tensors)
     with path.open("xb") as file:
-        end, starts = file.write(_header(specs)), {}
+        begin = file.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
-            starts[spec.name] = end
-            end += spec.num_bytes
-        for spec in order or specs:
-            file.seek(starts[spec.name])
-            tensor, written = next(remaining), 0  # not zip, which would keep the last one
-            for part in [tensor] if isinstance(tensor, Tensor) else tensor:
-                assert part.dtype == spec.dtype, spec.name
-                flat = part.detach().cpu().contiguous().reshape(-1)
-                written += file.write(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
-                del part, flat
+            tensor = next(remaining).detach().cpu().contiguous().reshape(-1)  # not zip, which would keep the last one
+            assert (tensor.dtype, tensor.nbytes) == (spec.dtype, spec.num_bytes), spec.name
+            file.seek(begin + starts[spec.name])
+            if tensor.numel():
+                file.write(tensor.view(torch.uint8).numpy().data)
             del tensor
-            assert written == spec.num_bytes, spec.name
         assert next(remaining, None) is None  # which also lets a generator count its last one
         file.flush()
         os.fsync(file.fileno())
-        return end
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write tensors to a new file, wider dtypes first, which aligns all of them."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
-    return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
+    write_safetensors(path, specs, tensors.values())

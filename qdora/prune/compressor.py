@@ -25,17 +25,11 @@ from qdora.errors import UserError, first_few
 from qdora.model.checkpoint import Stored, StoredPacked
 from qdora.model.load import (
     Loading,
-    Quantization,
     blocks_of,
-    layers_to_quantize,
-    load_config,
     place_all,
     place_frozen,
-    skeleton,
-    tensors_of_source,
     tie_and_move_buffers,
 )
-from qdora.model.source import ModelSource
 from qdora.model.store import BaseWriter
 from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import (
@@ -255,24 +249,6 @@ def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[lis
             return value[some] if is_cut else value
 
         yield tree_map(cut, (list(args), dict(kwargs)))
-
-
-def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Path -> record of each linear layer that is quantised without pruning."""
-    config = load_config(source)
-    if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
-        return {}
-    model = skeleton(config, source)
-    layers, found = layers_to_quantize(model, wanted), {}
-    for name, item in tensors_of_source(source, model).items():
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in layers and not isinstance(item, StoredPacked):
-            value = item.read()
-            assert isinstance(value, Tensor)
-            weight = quantize(value, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            found[path] = _record(value, weight, None)
-            del value, weight
-    return found
 
 
 def _record(value: Tensor, weight: Weight, mask: Tensor | None) -> dict[str, Any]:

@@ -98,7 +98,11 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     path, where = user_path(name), masked(name)
     if not os.path.exists(path):
         raise UserError(f"{where}: must be a YAML file, or one of {', '.join(names)}.{nearest(where, names)}")
-    data = read_file(path, where)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
+    data = read_yaml(text, where)
     _make_absolute_(data, Path(os.path.abspath(path)).parent)
     return data, where
 
@@ -109,10 +113,9 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     A fault is a line `<where>: <key>: what is wrong`, or `-s: ...` in a key of `overrides`, which `data` has already.
     """
     try:
-        leaves = [f"{key}: {value}" for key, value in flat(data).items()]
+        secrets = [masked(key) for key, value in flat(data).items() if masked(text := f"{key}: {value}") != text]
     except RecursionError:
         raise UserError(f"{where}: an alias contains itself.") from None
-    secrets = [masked(leaf.partition(": ")[0]) for leaf in leaves if masked(leaf) != leaf]
     what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
     refuse([f"{where}: {path}: {what}" for path in secrets])
     data = copy.deepcopy(data)
@@ -160,16 +163,6 @@ def recipe_names() -> list[str]:
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe with its comments."""
     return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def read_file(path: Path, where: str) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > 2**20:  # such as the weights of a model
-            raise ValueError("too long for settings")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read ({one_line(str(error))}); must be a YAML file.") from None
-    return read_yaml(text, where)
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -117,8 +117,6 @@ def compress_base(
     if compressed_key(directory) == key:
         return
     base, writer = recipe.base, BaseWriter(directory, key)
-    if writer.layers:
-        logger.info("%s: %d layers are compressed already; the rest follows.", directory, len(writer.layers))
     load_base(recipe, source, compute, progress, compressor=Compressor(base, writer, calibration))
     gc.collect()
     made = settings(recipe)["base"] | {"clip": base.clips}
@@ -165,12 +163,6 @@ def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig, wher
         raise UserError(f"{where}.length: got {asked.length}, but the text has only {len(ids)} tokens.")
     starts = np.random.default_rng(asked.seed).integers(0, len(ids) - length + 1, asked.sequences)
     return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)
-
-
-def pinned(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> Recipe:
-    """The recipe with the commits of a base and another tokenizer that were found on the Hub; local ones have none."""
-    of_tokenizer = None if tokenizer_source is source else tokenizer_source.revision
-    return with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
 
 
 def with_revisions_of(recipe: Recipe, other: Recipe) -> Recipe:

@@ -37,6 +37,11 @@ from qdora.run.base import FOLDER, check_base, load_base, residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 _QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")  # -single is without double quantisation
+NOT_TRAINED: dict[str, Any] = {
+    "data": {"mix": [{"task": task} for task in DEMO_TASKS]},
+    "train": {"steps": 0, "batch": 1},
+}
+"""Sections of a recipe that trains nothing. On the text of its data an export is compared."""
 
 logger = logging.getLogger("qdora")
 
@@ -181,8 +186,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         "model": model,
         "base": base,
         "adapter": {"kind": described.kind, **sizes},
-        "data": {"mix": [{"task": task} for task in DEMO_TASKS]},
-        "train": {"steps": 1, "batch": 1},
+        **NOT_TRAINED,
     }
     recipe = recipe_from(document, str(adapter))
     read_adapter(skeleton(base_config, source), adapter)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,9 @@ from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run.base import base_record, calibration_tokens, pinned
+from qdora.run.base import base_record, calibration_tokens
 from qdora.train.distributed import Processes
 from qdora.train.evals import evaluated_sources, selection_faults
 from qdora.train.guards import Check
@@ -92,7 +92,9 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
     tokenizer_source = find_tokenizer_source(recipe, source)
-    recipe = pinned(recipe, source, tokenizer_source)
+    # The commits that were found on the Hub; local sources have none.
+    of_tokenizer = None if tokenizer_source is source else tokenizer_source.revision
+    recipe = with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
     chat_date = processes.gather(chat_date_of(directory))[0]
@@ -115,11 +117,25 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         found = (scoring_faults(tokenizer, examples, context) for examples in scored.values())
         return [f"validation data: {fault}" for faults in found for fault in faults]
 
-    faults = [
-        *_machine_faults(recipe, compute),
-        *processes.from_first(unscored),
-        *_data_faults(recipe, validation, num_steps, loader, config),
-    ]
+    evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation) if name in validation}
+    faults = [*_machine_faults(recipe, compute), *processes.from_first(unscored)]
+    if recipe.eval.method == "generate":
+        faults += generation_faults(evaluated)
+    warmup = recipe.train.warmup
+    if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
+        faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
+    faults += selection_faults(recipe, evaluated, num_steps)
+    faults += interference_faults(recipe, validation)
+    task_weights(recipe, loader)  # refuses two weights of one task
+    num_rows = config.get_text_config().vocab_size + len(recipe.model.add_tokens)
+    for part in mix.sets:
+        if isinstance(part, TokenizedSet):  # not of streams
+            id = max(int(example.input_ids.max()) for example in part.examples)
+            if id >= num_rows:
+                text = f"source {part.name!r} has token id {id:,}, and the model's embedding has {num_rows:,} rows."
+                faults.append(f"model.tokenizer: {text}")
+    unknown = [name for name in recipe.eval.tasks or () if name not in validation]
+    faults += [f"eval.tasks: {name!r} has no validation data in this mix." for name in unknown]
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     faults += [f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'" for name in missing]
     refuse(faults)
@@ -165,42 +181,6 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     return faults
 
 
-def _data_faults(
-    recipe: Recipe,
-    validation: dict[str, list[Example]],
-    num_steps: int,
-    loader: StepLoader,
-    config: PreTrainedConfig,
-) -> list[str]:
-    faults, asked = [], recipe.eval
-    evaluated = {n: validation[n] for n in evaluated_sources(recipe, validation) if n in validation}
-    if asked.method == "generate":
-        faults += generation_faults(evaluated)
-    warmup = recipe.train.warmup
-    if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
-        faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
-    faults += selection_faults(recipe, evaluated, num_steps)
-    faults += interference_faults(recipe, validation)
-    task_weights(recipe, loader)  # refuses two weights of one task
-    faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
-    return faults + [
-        f"eval.tasks: {name!r} has no validation data in this mix."
-        for name in asked.tasks or ()
-        if name not in validation
-    ]
-
-
-def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
-    """Sources with a token that the embedding has no row for; `num_added` new tokens get rows. Not of streams."""
-    size, sets = config.get_text_config().vocab_size, [part for part in sources if isinstance(part, TokenizedSet)]
-    largest = {part.name: max(int(example.input_ids.max()) for example in part.examples) for part in sets}
-    return [
-        f"model.tokenizer: source {name!r} has token id {id:,}, and the model's embedding has {size:,} rows."
-        for name, id in largest.items()
-        if id >= size + num_added
-    ]
-
-
 def scored_examples(
     recipe: Recipe, validation: dict[str, list[Example]], num_steps: int
 ) -> dict[str, Sequence[Example]]:
@@ -218,6 +198,7 @@ _MOST_LOOKED_AT = 1000
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
     """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
+    recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     if memory is not None:
@@ -227,21 +208,16 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
         run.write_json("mix.json", mix)
         if memory is not None:
             run.write_json(PLAN_FILE, memory.to_dict())
-        for check in _data_checks(prepared):
+        checks = example_checks(sources, prepared.tokenizer, recipe.data)
+        if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
+            checks.append(Check("warning", "no source has validation data, so nothing is evaluated."))
+        if recipe.adapter.kind != "none":
+            scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
+            checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
+        for check in checks:
             check.log()
 
     processes.first(keep)
-
-
-def _data_checks(prepared: PreparedRun) -> list[Check]:
-    recipe, sources, asked = prepared.recipe, prepared.loader.tokenised, prepared.recipe.eval
-    checks = example_checks(sources, prepared.tokenizer, recipe.data)
-    if asked.tasks is None and not prepared.validation and (asked.every or asked.at_start or asked.at_end):
-        checks.append(Check("warning", "no source has validation data, so nothing is evaluated."))
-    if recipe.adapter.kind != "none":
-        scored = scored_examples(recipe, prepared.validation, prepared.num_steps)
-        checks += repeated_checks(sources, scored, prepared.tokenizer, recipe.data)
-    return checks
 
 
 def _some(items: Sequence[Any]) -> Sequence[Any]:
@@ -290,10 +266,7 @@ def repeated_checks(
             ]
             looked_up[name] = [whole for whole, row in zip(parts, rows, strict=True) if len(whole) == len(row) > 0]
     wanted = {part for found in looked_up.values() for parts in found for part in parts}
-    lengths, trained = set(map(len, wanted)), set[bytes]()
-    for example in chain.from_iterable(source.examples for source in sources):
-        if example.input_ids.nbytes in lengths and (part := example.input_ids.tobytes()) in wanted:
-            trained.add(part)
+    trained = wanted.intersection(example.input_ids.tobytes() for source in sources for example in source.examples)
     numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
     text = "{}: of {:,} validation examples looked up, {:,} are training examples, too."
     return [

@@ -45,20 +45,6 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 # The model card
 
 
-def card_files(
-    run: RunDirectory,
-    recipe: Recipe,
-    state: str,
-    check: dict[str, Any] | None,
-    *,
-    form: Form,
-    facts: Mapping[str, str] | None,
-) -> dict[str, str]:
-    """Name -> text of an export's card, and of the licence files of its base."""
-    card = run_card(run, recipe, state, check, form=form, facts=facts)
-    return {**_licence_files(_source(recipe)), "README.md": card}
-
-
 def run_card(
     run: RunDirectory,
     recipe: Recipe,
@@ -111,7 +97,7 @@ def run_card(
         data=[(markdown_cell(part.label), _data_id(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
-        texts=[*_licence_files(source)],
+        texts=[*licence_files(source)],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -187,13 +173,10 @@ def _licence(source: ModelSource | None) -> dict[str, Any]:
             stated = metadata_load(source.path / "README.md") or {}
     names = ("license", "license_name", "license_link")
     found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
-    link = found.get("license_link", "://")
-    if source.kind == "hub" and "://" not in link:
-        found["license_link"] = f"https://huggingface.co/{source.name}/blob/{source.revision or 'main'}/{link}"
     return found if "license" in found else {}
 
 
-def _licence_files(source: ModelSource | None) -> dict[str, str]:
+def licence_files(source: ModelSource | None) -> dict[str, str]:
     if source is None or source.is_gguf:
         return {}
     files = sorted({file for pattern in LICENCE_FILES for file in source.path.glob(pattern) if file.is_file()})

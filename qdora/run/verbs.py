@@ -152,7 +152,17 @@ def _examples(
     if not asked and options.data is None and (options.text or options.harness):
         return {}
     if place is not None:
-        return _own_examples(options, place, split or "train", recipe)  # a file is all one split
+        mix = () if recipe is None else recipe.data.mix
+        labels = [source.label for source in mix if source.source is not None]
+        like = ", ".join(asked) or None
+        if like is not None and like not in labels:
+            raise UserError(not_one_of("--tasks: with --data names a source of the run", like, labels))
+        split = split or "train"  # a file is all one split
+        source = given_source(place, mix, like)
+        own_data = open_source(source, split)
+        for label in [] if options.base else trained_on(source, split, mix):
+            logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
+        return {source.label: list(own_data) if recipe is None else to_score(own_data, recipe.data)}
     assert split is not None
     if not asked:
         assert recipe is not None  # evaluate_target
@@ -169,19 +179,6 @@ def _examples(
         task: known[task] if task in known else task_examples(task, split=split, data=folder, by_name=by_name)
         for task in asked
     }
-
-
-def _own_examples(options: EvalOptions, place: str, split: str, recipe: Recipe | None) -> dict[str, list[Example]]:
-    mix = () if recipe is None else recipe.data.mix
-    labels = [source.label for source in mix if source.source is not None]
-    like = ", ".join(options.tasks) or None
-    if like is not None and like not in labels:
-        raise UserError(not_one_of("--tasks: with --data names a source of the run", like, labels))
-    source = given_source(place, mix, like)
-    found = open_source(source, split)
-    for label in [] if options.base else trained_on(source, split, mix):
-        logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
-    return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}
 
 
 # qdora generate
