@@ -49,7 +49,6 @@ CONTENDERS = {
     "frozen": Contender("own", None),
     "own_lora": Contender("own", "lora"),
     "own_dora": Contender("own", "dora"),
-    "own_lora_dropout": Contender("own", "lora", dropout=0.05),
     "own_dora_dropout": Contender("own", "dora", dropout=0.05),
     "peft_lora": Contender("peft", "lora"),
     "peft_dora": Contender("peft", "dora"),

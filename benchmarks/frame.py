@@ -20,9 +20,8 @@ takes its name first: `python benchmarks/host_memory.py load_memory --layers 4 -
 
 **Result.** benchmarks/results/NAME.json, or --out, or a temporary file with --smoke: command, commit, machine and
 versions, then what the function returns, which is also printed as the last line. A generator's rows are saved one after
-the other under the key `rows`: `yield row` makes a list, `yield name, row` a mapping; what it returns at the end is
-added. With `keep` the rows that an earlier call left in the file stay unless they come again: named ones, or those that
-differ in a field of `by`, by which the list is sorted. `judge` makes further entries from all rows.
+the other under the key `rows`, a mapping: `yield name, row`; what it returns at the end is added. With `keep` the rows
+that an earlier call left in the file stay unless they come again.
 
 **Tables.** `readme_tables.py` finds every `@table`. The table has the function's name without `_table`; the function
 gets the named result files. A column of `tabulated` is a function of the row, or a format string that may look into it:
@@ -63,9 +62,7 @@ class Bench:
     run: Callable[..., Any]
     smoke: Mapping[str, Any] = field(default_factory=dict)
     rows: str = "cases"
-    by: tuple[str, ...] = ()
     keep: bool = False
-    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -136,27 +133,14 @@ def _add_options(parser: argparse.ArgumentParser, added: Bench) -> None:
 
 def _rows_saved(chosen: Bench, made: Iterator[Any], head: dict[str, Any], out: Path) -> dict[str, Any]:
     """The result with the rows of a generator, saved after each."""
-    before = json.loads(out.read_text())[chosen.rows] if chosen.keep and out.exists() else []
-    named = isinstance(before, Mapping)
-    rows = dict(before) if named else {_key(chosen, row, place): row for place, row in enumerate(before)}
-    result = dict(head)
+    rows: dict[str, Any] = json.loads(out.read_text())[chosen.rows] if chosen.keep and out.exists() else {}
     while True:
         try:
-            row = next(made)
+            name, row = next(made)
         except StopIteration as end:
-            return result | (end.value or {})
-        if isinstance(row, tuple):
-            named = True
-            rows[row[0]] = row[1]
-        else:
-            rows[_key(chosen, row, len(rows))] = row
-        held = rows if named else [rows[key] for key in (sorted(rows) if chosen.by else rows)]
-        result = head | {chosen.rows: held} | chosen.judge(held)
-        save(out, result)
-
-
-def _key(chosen: Bench, row: Any, place: int) -> Any:
-    return tuple(row[field] for field in chosen.by) if chosen.by else place
+            return head | {chosen.rows: rows} | (end.value or {})
+        rows[name] = row
+        save(out, head | {chosen.rows: rows})
 
 
 def _flag(option: str) -> str:

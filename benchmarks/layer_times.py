@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, NEW_NORM, TITLES, LayerCall, adapt, on_linear4bit, random_base
 from frame import Column, bench, main, table, tabulated
-from measure import alone, commit, in_turns, ratio, ratios, spread
+from measure import alone, in_turns, ratio, ratios, spread
 from mixed_data import base_model
 from torch import Tensor, nn
 
@@ -19,38 +19,35 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.plan.live_bytes import LiveBytes
 
-FAST = ("frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_lora_dropout", "own_dora_dropout")
-FAST += ("peft_lora", "peft_lora_defaults", "peft_dora_addmm")
-SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults", "own_dora", "own_dora_dropout")
-FAST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_dora_new_norm / own_lora", "own_lora / peft_lora")
-FAST_RATIOS += ("own_dora_dropout / own_dora", "own_dora / frozen", "peft_dora_addmm / peft_lora")
-SLOW_RATIOS = ("peft_dora / peft_lora", "peft_dora / own_dora", "peft_dora_defaults / peft_lora")
+FAST = ("frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_dora_dropout", "peft_lora", "peft_dora_addmm")
+SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults")
 # The more a call takes, the less its median wants.
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
-FIELDS = ("in_features", "out_features", "rank", "tokens", "allocator")
 
 
-@bench(smoke={"shapes": ("64x96",), "tokens": (8,)}, by=FIELDS, keep=True)
+@bench(smoke={"shapes": ("64x96",), "tokens": (8,)})
 def layer_time(
     shapes: tuple[str, ...] = ("2048x2048", "4096x4096", "4096x11008"),
     ranks: tuple[int, ...] = (16, 64),
     tokens: tuple[int, ...] = (256, 1024, 4096),
     *,
     smoke: bool,
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     """Forward and backward: QDoRA against QLoRA, qdora's against PEFT's.
 
     Shapes are in x out; x asks for a gradient, as it does in all layers but the first. "new norm" computes the norm in
     each call, as the first micro-batch of a step does; the others of ours find it computed. PEFT's DoRA takes several
-    times as long and is measured in fewer rounds, with its rivals beside it. All have the allocator that qdora sets; at
-    1,024 tokens and the first rank once more with the default one. Each case says its commit.
+    times as long and is measured in fewer rounds. All have the allocator that qdora sets; at 1,024 tokens and the first
+    rank once more with the default one.
     """
     keep_freed_memory()
+    cases = []
     for shape in shapes:
-        for rank in ranks:
-            for num_tokens in tokens:
-                yield {"allocator": "tuned"} | layer_case(shape, rank, num_tokens, smoke)
-        yield {"allocator": "default"} | alone(layer_case, shape, ranks[0], tokens[0] if smoke else 1024, smoke)
+        few = tokens[0] if smoke else 1024
+        cases.append({"allocator": "default"} | alone(layer_case, shape, ranks[0], few, smoke))
+        sizes = [(rank, num_tokens) for rank in ranks for num_tokens in tokens]
+        cases += [{"allocator": "tuned"} | layer_case(shape, *size, smoke) for size in sizes]
+    return {"cases": cases}
 
 
 def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:
@@ -65,10 +62,9 @@ def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str,
     fast, slow = timed(FAST, repeats, 2), timed(SLOW, min(repeats, SLOW_REPEATS), 1)
     sizes = {"in_features": in_features, "out_features": out_features, "rank": rank, "tokens": num_tokens}
     return sizes | {
-        "commit": commit(),
         "repeats": repeats,
         "seconds": {name: spread(each) for name, each in (slow | fast).items()},
-        "ratios": ratios(fast, FAST_RATIOS) | ratios(slow, SLOW_RATIOS),
+        "ratios": ratios(fast, LAYER_COLUMNS.values()) | ratios(slow, LAYER_COLUMNS.values()),
     }
 
 

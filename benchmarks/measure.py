@@ -66,9 +66,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Spread of the ratios of the same round, `of_medians` beside it."""
-    rounds = spread([first / second for first, second in zip(numerator, denominator, strict=True)])
-    return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
+    """Spread of the ratios of the same round."""
+    return spread([first / second for first, second in zip(numerator, denominator, strict=True)])
 
 
 def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -134,10 +133,9 @@ def peak_rss_bytes() -> int:
     return status_bytes("VmHWM")
 
 
-def reset_peak_rss() -> int:
-    """Let the peak begin anew; returns the present resident set."""
+def reset_peak_rss() -> None:
+    """Let the peak begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
-    return peak_rss_bytes()
 
 
 def status_bytes(name: str) -> int:

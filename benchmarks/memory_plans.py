@@ -36,7 +36,7 @@ from qdora.run.base import compress_base, compression_key, load_base
 from qdora.train.guards import packed_layout
 from qdora.train.optimizer import AdapterOptimizer
 
-NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}
+NUM_STEPS = 3
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 SIZES = {
     "small": (512, 1408, 8, 8192),
@@ -71,30 +71,14 @@ CASES = {
 """The first word is a size; the settings of the recipe that differ from `_case_recipe`."""
 
 
-def accuracy_limits(cases: dict[str, Any]) -> dict[str, Any]:
-    """How far off the worst case is."""
-    errors = {what: [abs(each[f"{what}_ratio"] - 1) for each in cases.values()] for what in BARS}
-    return {
-        "num_steps": NUM_STEPS,
-        "num_measured": {what: len(found) for what, found in errors.items()},
-        "largest_error": {what: max(found) for what, found in errors.items()},
-        "bars": BARS,
-        "passes": {what: max(found) <= BARS[what] for what, found in errors.items()},
-    }
-
-
-@bench(smoke={"only": (_TINY,)}, keep=True, judge=accuracy_limits)
+@bench(smoke={"only": (_TINY,)}, keep=True)
 def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """The plan of real runs on a CPU against what they take: live tensors by the counter, and the resident set.
 
-    Random models of 25 to 190 million weights, made from a config and written as a checkpoint; their data is random
-    text. Every run is planned from the recipe, the config and the tokenised data, then run twice, three steps each:
-    once with `LiveBytes` active from before the load on, and once without it in a process of its own, for the largest
-    resident set (VmHWM). Planned resident set: the plan's tensors and its constant for a process
-    (`CONTEXT_BYTES["cpu"]`), which every run here also measures, before it loads its model. --only: cases by name.
-
-    Bars: planned / measured tensor bytes within 3 % for each run, planned / measured resident set within 10 %, the
-    constant included in both.
+    Random models of 25 to 190 million weights on random text. Every run is planned, then run twice, three steps each:
+    with `LiveBytes` active from before the load on, and without it in a process of its own, for the largest resident
+    set (VmHWM). Planned resident set: the plan's tensors and its constant for a process (`CONTEXT_BYTES["cpu"]`), which
+    every run here also measures, before it loads its model. --only: cases by name.
     """
     for name in only or [name for name in CASES if name != _TINY]:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +94,6 @@ def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, A
             "measured_tensor_bytes": most,
             "tensor_ratio": tensors / most,
             "planned_rss_bytes": planned["peak_bytes"],
-            "planned_components": planned["components"],
-            "planned_peak_in": planned["peak_in"],
             "measured_rss_bytes": resident["rss_bytes"],
             "process_bytes": resident["process_bytes"],
             "rss_ratio": planned["peak_bytes"] / resident["rss_bytes"],
@@ -196,12 +178,11 @@ def plan_accuracy_table(result: Any) -> str:
         "measured": "{1[measured_rss_bytes]:,.0fMiB}",
         "planned / measured": "{1[rss_ratio]:.3f}",
     }
-    worst, bars, counts = result["largest_error"], result["bars"], result["num_measured"]
-    parts = [
-        f"{text} {worst[what]:.2%} in {counts[what]} runs (limit: {bars[what]:.0%})"
-        for what, text in {"tensor": "tensors", "rss": "resident"}.items()
-    ]
-    return tabulated(result["cases"].items(), columns) + f"\nLargest error: {'; '.join(parts)}.\n"
+    cases, parts = result["cases"], []
+    for title, key, limit in (("tensors", "tensor_ratio", "3%"), ("resident", "rss_ratio", "10%")):
+        worst = max(abs(case[key] - 1) for case in cases.values())
+        parts.append(f"{title} {worst:.2%} in {len(cases)} runs (limit: {limit})")
+    return tabulated(cases.items(), columns) + f"\nLargest error: {'; '.join(parts)}.\n"
 
 
 CARD = "40GB"
