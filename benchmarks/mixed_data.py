@@ -88,27 +88,26 @@ def in_one_batch(step: Step) -> Step:
     return replace(step, micro_batches=[whole])
 
 
-class FixedSteps:
-    """Steps that are there already, one after the other and then from the first again, for `fitted`."""
+class FixedStep:
+    """A step that is there already, again and again, for `fitted`."""
 
-    batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
+    batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its step cannot be cut smaller
 
-    def __init__(self, steps: list[Step]) -> None:
-        self.steps, self.position = steps, 0
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
     def next_step(self) -> Step:
-        self.position += 1
-        return self.steps[(self.position - 1) % len(self.steps)]
+        return self.step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        """It has no state."""
 
 
 def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
+    """qdora's training loop without a run directory; its lines of metrics. `loader` may be a `FixedStep`."""
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
     data, length = {"mix": [{"task": "demo/facts"}]}, {"steps": 1, "batch": 1}

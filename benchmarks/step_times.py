@@ -19,7 +19,7 @@ import torch
 from contenders import CONTENDERS, TITLES, adapt, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table
 from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
-from mixed_data import FixedSteps, base_model, first_steps, fitted, in_one_batch, random_step
+from mixed_data import FixedStep, base_model, first_steps, fitted, in_one_batch, random_step
 
 from qdora.data.batches import Step
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
@@ -68,7 +68,7 @@ def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callabl
     if contender.engine == "own" or name.endswith(SAME_LOOP):
         optimizer = AdapterOptimizer(adapter_parameters(model))
         settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
-        return lambda step: fitted(model, optimizer, FixedSteps([step]), settings, quiet=True)
+        return lambda step: fitted(model, optimizer, FixedStep(step), settings, quiet=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
 

@@ -61,18 +61,17 @@ SMOKE = Plan(
 
 
 class Part:
-    """The entries of one section: a JSON file (None: in memory) that is rewritten after each, so that a crash loses
-    nothing. After `seconds` no case is begun."""
+    """The entries of one section: a JSON file that is rewritten after each, so that a crash loses nothing. After
+    `seconds` no case is begun."""
 
-    def __init__(self, path: Path | None, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.entries = path, dict[str, Any]()
         self._end = time.monotonic() + seconds
 
     def put(self, key: str, value: Any) -> None:
         """Add or replace an entry, and write."""
         self.entries[key] = value
-        if self.path is not None:
-            atomic_write_json(self.path, self.entries)
+        atomic_write_json(self.path, self.entries)
 
     def attempt(self, key: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Put what the call returns, or the end of its error: one failed case must not cost the others."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, adapt
 from measure import alternating, ratios
-from mixed_data import FixedSteps, fitted
+from mixed_data import FixedStep, fitted
 from torch import nn
 from transformers import LlamaConfig
 
 from gpu import device as on
-from gpu.models import Weights, build, linear_shapes
+from gpu.models import Weights, build
 from gpu.plan import Part, Plan
 from qdora.data.batches import MicroBatch, Step
 from qdora.model.build_model import recompute_activations
@@ -44,7 +44,7 @@ def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[fl
     optimizer = AdapterOptimizer(adapter_parameters(model), name=name)
     ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
-    loader = FixedSteps([Step([micro], num_tokens - 1, num_tokens, 1)])
+    loader = FixedStep(Step([micro], num_tokens - 1, num_tokens, 1))
 
     def train(num_steps: int) -> list[float]:
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
@@ -83,21 +83,14 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
 
 
 def on_40gb(part: Part, plan: Plan, device: torch.device, name: str, index: int) -> None:
-    """20 steps of a contender's middle model under what a 40 GB card has; a smaller card may be too small."""
+    """20 steps of a contender's middle model under what a 40 GB card has."""
     tokens = plan.step_tokens[index]
     part.put("limit_share", on.limit_memory(device, on.CARD_40GB_BYTES))
     if name == "own_dora":
         part.attempt("planned", planned, plan.middle, tokens, plan.ranks[0])
-    try:
-        model = make_model(plan.middle, name, device, rank=plan.ranks[0])
-        part.put("held_bytes", on.memory(device)["held"])
-        step = make_step(model, "paged_adamw_8bit", tokens)
-        found = peak_and_time(step, tokens, 18, device)
-    except RuntimeError as error:
-        if not on.is_out_of_memory(error) or part.entries["limit_share"] != 1.0:
-            raise
-        part.put("too small", f"this card is too small for the model: {error}")
-        return
+    model = make_model(plan.middle, name, device, rank=plan.ranks[0])
+    part.put("held_bytes", on.memory(device)["held"])
+    found = peak_and_time(make_step(model, "paged_adamw_8bit", tokens), tokens, 18, device)
     falls = found["losses"][-1] < found["losses"][0]
     part.put("20 steps", found | {"ok": falls or device.type == "cpu"})
 
@@ -146,19 +139,13 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw", "paged_adamw_32bit", "lion", "paged_l
 
 
 def optimizers(part: Part, plan: Plan, device: torch.device) -> None:
-    """Each optimizer on bf16 adapters, and torch's own fused AdamW as the floor."""
+    """Each optimizer on the adapters of the middle model, and torch's own fused AdamW as the floor."""
+    adapters = adapter_parameters(make_model(plan.middle, "own_dora", device, rank=plan.ranks[0]))
 
     def parameters() -> dict[str, nn.Parameter]:
-        made = {name: torch.randn(shape, device=device).mul_(0.01) for name, shape in shapes.items()}
-        return {name: nn.Parameter(value if value.dim() == 1 else value.bfloat16()) for name, value in made.items()}
+        return {name: nn.Parameter(torch.randn_like(each).mul_(0.01)) for name, each in adapters.items()}
 
-    shapes = {
-        f"layers.{index}.{name}.{key}": shape
-        for index in range(plan.middle["num_hidden_layers"])
-        for name, (out, in_) in linear_shapes(plan.middle).items()
-        for key, shape in (("lora_A", (plan.ranks[0], in_)), ("lora_B", (out, plan.ranks[0])), ("magnitude", (out,)))
-    }
-    part.put("num_elements", sum(torch.Size(shape).numel() for shape in shapes.values()))
+    part.put("num_elements", sum(each.numel() for each in adapters.values()))
     for name in OPTIMIZERS:
         part.attempt(name, lambda name=name: of_optimizer(name, parameters(), device))
     part.attempt("torch AdamW, fused", lambda: of_torch(list(parameters().values()), device))
