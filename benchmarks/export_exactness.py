@@ -1,12 +1,7 @@
 """Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
 
-SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
-DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
-
 Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
-own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
-bfloat16 on the same validation text: differences of logits, KL, NLL per token. Floor: float32 sums in another order,
-and in bfloat16 the rounding of the reference itself, computed in bfloat16.
+own dequantisation. Floor: float32 sums in another order, and in bfloat16 the rounding of the reference itself.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Do bf16-stored adapters train as float32-stored ones do, and do the magnitudes move at a small learning rate?
 
-DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed, start
-and data order for all arms of a compute dtype. In float32 compute the gap between the curves is what storage does; in
-bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a float32-stored arm whose
-micro-batches are cut otherwise shows how large that is. "plain bf16" is torch's AdamW on bf16 parameters, magnitudes
-included: the set-up in which they do not move. Two arms run at once, a thread each.
+The same seed, start and data order for all arms of a compute dtype. In float32 compute the gap between the curves is
+what storage does; in bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a
+float32-stored arm whose micro-batches are cut otherwise shows how large that is. Two arms run at once, a thread each.
 """
 
 from __future__ import annotations

@@ -70,24 +70,18 @@ class EmptyWeights:
 def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[str, Any]:
     """Peak memory of a step of 7B and 8B models, by what holds the bytes: QDoRA, QLoRA, ours and PEFT's; and a figure.
 
-    Nothing is computed: fake CPU tensors of the full shapes go through the real code, and `LiveBytes` counts. One
-    sequence, all of it labelled, bf16, NF4 in blocks of 64 with double quantisation, rank 16 on all linear layers, the
-    output head and the embeddings in 16 bits. The second step is counted, when the optimizer's states exist.
+    Nothing is computed: fake CPU tensors of the full shapes go through the real code, and `LiveBytes` counts the second
+    step, when the optimizer's states exist. One sequence, all of it labelled, NF4 with double quantisation.
 
-        own_*             bf16 adapters, the logits made in chunks, AdapterOptimizer (float32 states and gradients)
-        peft_*            "lean": bf16 adapters, the same chunked loss and optimizer; what differs is the layer
+        own_*, peft_*     bf16 adapters, logits in chunks, AdapterOptimizer (float32 states): what differs is the layer
         *_8bit            these four with paged_adamw_8bit, as in the shipped recipes for 40 GB; the pages count
-        peft_*_bf16_adam  "lean", with torch's AdamW in bf16: half the bytes, but magnitudes that never move
-        peft_*_defaults   "usual": float32 adapters, dropout 0.05, all logits at once (the model's loss), torch's AdamW
-        peft_*_prepared   "usual", and norms, embeddings and head in float32 (prepare_model_for_kbit_training)
-        frozen            the base without adapters or optimizer, whose embeddings' gradient is asked for
+        peft_*_bf16_adam  torch's AdamW in bf16: half the bytes, but magnitudes that never move
+        peft_*_defaults   float32 adapters, dropout 0.05, all logits at once (the model's loss), torch's AdamW
+        peft_*_prepared   and norms, embeddings and head in float32 (prepare_model_for_kbit_training)
 
-    The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the
-    inputs of the blocks; without, what the model's own operations save.
-
-    As on a GPU but for the tiles and loss slices of a CPU (8 to 16 MiB in place of 128, 4 in place of 32); no context,
-    workspaces or fragmentation. What a kernel allocates in one operation is not seen, and under the counter autograd
-    sums two gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
+    The floor: all weights, and what the frozen model holds after its forward pass. Tiles and loss slices are those of a
+    CPU (8 to 16 MiB in place of 128, 4 in place of 32). What a kernel allocates in one operation is not seen, and under
+    the counter autograd sums two gradients of one tensor into a third: up to one block input (16 MiB) more.
     """
     cases = {}
     for name, (settings, checkpointing) in CASES.items():

@@ -1,10 +1,7 @@
 """Rounding and GPTQ in every format, against HQQ, gptqmodel and llm-compressor: loss, error, memory, time and plans.
 
-    python benchmarks/quantisers.py quantisers DATA --hqq hqq/bin/python
-    python benchmarks/quantisers.py quantisers_layer DATA --gptqmodel gptqmodel/bin/python
-
-DATA holds <task>/<split>.parquet. Other programs run in environments of their own (`python -m venv hqq && hqq/bin/pip
-install hqq`), each named by its Python, and are left out without it. See `quantiser_peers.py`.
+Other programs run in environments of their own (`python -m venv hqq && hqq/bin/pip install hqq`), each named by its
+Python (`--hqq hqq/bin/python`), and are left out without it. See `quantiser_peers.py`.
 """
 
 from __future__ import annotations

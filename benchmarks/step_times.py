@@ -1,9 +1,8 @@
-"""Time of training steps of SmolLM2-135M, against LoRA and PEFT.
+"""Time of training steps of SmolLM2-135M, against LoRA and PEFT. Run with two threads (OMP_NUM_THREADS=2).
 
-Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
-own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
-examples padded to one batch, `model(...).loss`. All have torch's fused AdamW, clipping, and the allocator that qdora
-sets. Contenders take turns on the same examples; a ratio is the median of the ratios of the same round.
+qdora trains in its own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users
+do: the step's examples padded to one batch, `model(...).loss`. All have torch's fused AdamW, clipping, and the
+allocator that qdora sets.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ def step_time(
 ) -> dict[str, Any]:
     """QDoRA against QLoRA, qdora's against PEFT's, with checkpointing off and on.
 
-    DATA holds <task>/<split>.parquet: real steps of the eight tasks with their real lengths. `peft_lora_same_loop` is
-    PEFT's model in qdora's loop: what of the difference is the layer's. Time: all contenders. Pairs: own QDoRA and own
-    QLoRA alone. Peaks: the resident set while training, each in a process of its own. No round begins after so many
+    `peft_lora_same_loop` is PEFT's model in qdora's loop. Time: all contenders. Pairs: own QDoRA and own QLoRA alone.
+    Peaks: the resident set while training, each in a process of its own. No round of a part begins after so many
     --seconds, loading included.
     """
     result: dict[str, Any] = {"rank": RANK, "batch": batch, "time": {}, "pairs": {}, "peaks": {}}
@@ -164,8 +162,8 @@ BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
 def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke: bool) -> dict[str, Any]:
     """The price of DoRA where it is highest: steps of one micro-batch, each of which pays for the norms alone.
 
-    No checkpointing, every token labelled: forward, backward, clipping and update. The floors are forward and backward
-    of the frozen NF4 model and of the 16-bit one, with the gradient of their input embeddings and without adapters.
+    The floors are forward and backward of the frozen NF4 model and of the 16-bit one, with the gradient of their input
+    embeddings and without adapters.
     """
     keep_freed_memory()
     step = random_step([[length] * rows], torch.Generator().manual_seed(0))
