@@ -105,7 +105,6 @@ def compared(run: Path, folder: Path) -> dict[str, Any]:
             forms[name][form] = against(logits(load(form, name), tokens), reference, tokens)
             gc.collect()
     return {
-        "num_texts": len(tokens),
         "num_positions": sum(each.shape[1] for each in tokens),
         "logit_spread": float(torch.cat([each.std(dim=-1) for each in reference]).mean()),
         "reference_nll_per_token": nll(reference, tokens),

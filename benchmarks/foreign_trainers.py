@@ -25,7 +25,6 @@ from byte_tokenizer import write_model, write_sums
 from frame import table, tabulated
 from measure import OFFLINE, ONE_THREAD, RESULTS, facts, save
 
-LOSS_TOLERANCE = 5e-3
 HOOK = """
 import importlib.util, json, os, sys
 from importlib.metadata import version
@@ -199,10 +198,7 @@ def section(name: str, python: Path) -> dict[str, Any]:
             continue
         for ours, pefts in zip(processes, control, strict=True):
             pairs = list(zip(ours["losses"], pefts["losses"], strict=True))
-            ours["largest_difference_of_loss"] = difference = max(abs(a - b) for a, b in pairs)
-            fast = ours["num_fast"] == ours["num_layers"] > 0 and ours["magnitude_dtypes"] == ["torch.float32"]
-            moved = ours["share_of_magnitudes_moved"] > 0.999
-            ours["passed"] = len(pairs) == 10 and difference <= LOSS_TOLERANCE and fast and moved
+            ours["largest_difference_of_loss"] = max(abs(a - b) for a, b in pairs)
     return {"versions": versions[0], "processes": found}
 
 
@@ -217,7 +213,7 @@ def main() -> None:
     found[args.trainer] = section(args.trainer, args.python)
     trainers = {name: found[name] for name in TRAINERS if name in found}
     head = facts("python benchmarks/foreign_trainers.py TRAINER PYTHON")
-    save(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+    save(args.out, {**head, "trainers": trainers})
 
 
 @table("foreign_trainers")

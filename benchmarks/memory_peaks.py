@@ -157,9 +157,7 @@ def _arm(name: str, settings: dict[str, Any], num_tokens: int, checkpointing: bo
         assert sum(live.live_by_label.values()) == sum(before.values()), "a step left something behind"
     largest = max(phases, key=lambda phase: phases[phase]["peak_bytes"])
     return {
-        "num_trainable": sum(each.numel() for each in parameters.values()),
         "peak_bytes": phases[largest]["peak_bytes"],
-        "peak_in": largest,
         "peak_by_label": phases[largest]["by_label"],
         "phase_peak_bytes": {phase: found["peak_bytes"] for phase, found in phases.items()},
     }

@@ -201,8 +201,6 @@ def plan_recipes(*, smoke: bool) -> dict[str, Any]:
 
     Each recipe as it ships, against the budget that it states, or 40 GB; `ways` are the ways to hold the base on
     several cards. Then Llama-3.1-405B by the recipe of the 70B model with all of its blocks in host memory.
-    `cpu_seconds` is the time of a plan on one core. Bars: every recipe fits in the card that it is named for; the 70B
-    plan below 40 GiB and in less than 60 s of one core.
     """
     configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in (*RECIPES, *SEVERAL)}
     if smoke:
@@ -216,13 +214,7 @@ def plan_recipes(*, smoke: bool) -> dict[str, Any]:
         plans[LARGEST] = _planned(load_recipe("llama-70b-40gb", every), public_shapes()[source].config())
     # Behind another model, whose plan they cannot take their steps from
     plans |= {name: _planned(load_recipe(name), configs[name], num_cards) for name, num_cards in SEVERAL.items()}
-    largest = plans["llama-70b-40gb"]
-    limits = {
-        "all fit": all(each["fits"] for each in plans.values()),
-        "70B below 40 GiB": largest["peak_bytes"] < 40 * GIB,
-        "70B in 60 s": largest["cpu_seconds"] < 60,
-    }
-    return {"plans": plans, "passes": limits}
+    return {"plans": plans}
 
 
 def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dict[str, Any]:

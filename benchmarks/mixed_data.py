@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from byte_tokenizer import small_config
 from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from qdora.adapter.layer import FrozenLinear
@@ -69,23 +68,14 @@ def first_steps(data: Path | str | None, batch: int, num_steps: int) -> list[Ste
     return [loader.next_step() for _ in range(num_steps)]
 
 
-def in_one_batch(step: Step) -> Step:
-    """The same examples as one micro-batch, padded to the longest."""
-    parts = step.micro_batches
-    width = max(part.input_ids.shape[1] for part in parts)
+def in_one_batch(step: Step) -> dict[str, Tensor]:
+    """All examples padded to the longest, as transformers' trainer gives them to a model."""
 
-    def joined(tensors: Iterable[Tensor], value: int) -> Tensor:
-        return torch.cat([pad(each, (0, width - each.shape[1]), value=value) for each in tensors])
+    def joined(name: str, value: int) -> Tensor:
+        rows = [row for part in step.micro_batches for row in getattr(part, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    whole = MicroBatch(
-        input_ids=joined((part.input_ids for part in parts), 0),
-        attention_mask=joined((part.attention_mask for part in parts), 0),
-        labels=joined((part.labels for part in parts), IGNORED),
-        task_ids=torch.cat([part.task_ids for part in parts]),
-        task_names=parts[0].task_names,
-        example_ids=[name for part in parts for name in part.example_ids],
-    )
-    return replace(step, micro_batches=[whole])
+    return {name: joined(name, value) for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))}
 
 
 class FixedStep:

@@ -32,13 +32,12 @@ def quickstart() -> dict[str, Any]:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         seconds = {"setup_seconds": seconds_of(["./scripts/setup", "gguf", "--with-model"], clone)}
         seconds["run_seconds"] = seconds_of([str(clone / "scripts/quickstart")], folder)  # from any folder
-        names = ("side_by_side", "merged/export", "environment")
+        names = ("side_by_side", "merged/export")
         # The temporary clone's path says nothing to a reader.
         texts = [(clone / f"runs/quickstart/{name}.json").read_text().replace(str(clone), ".") for name in names]
-    side, export, environment = map(json.loads, texts)
+    side, export = map(json.loads, texts)
     evaluations = {**side["beside"], "merged": side["evaluation"]}
-    cpus = {"num_cpus": len(os.sched_getaffinity(0))}
-    return {**seconds, **cpus, "evaluations": evaluations, "export": export, "environment": environment}
+    return {**seconds, "num_cpus": len(os.sched_getaffinity(0)), "evaluations": evaluations, "export": export}
 
 
 @table("quickstart")

@@ -71,9 +71,7 @@ def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callabl
     adamw = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
 
     def peer_step(step: Step) -> None:  # as transformers' trainer makes it
-        (batch,) = in_one_batch(step).micro_batches
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-        model(**inputs, use_cache=False).loss.backward()
+        model(**in_one_batch(step), use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, CLIP)
         adamw.step()
         adamw.zero_grad()
