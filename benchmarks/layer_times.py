@@ -12,8 +12,8 @@ import torch
 from contenders import CONTENDERS, NEW_NORM, TITLES, LayerCall, adapt, on_linear4bit, random_base
 from frame import Column, bench, main, table, tabulated
 from measure import alone, in_turns, ratio, ratios, spread
-from mixed_data import base_model
-from torch import Tensor, nn
+from mixed_data import base_model, torch_trainer
+from torch import Tensor
 
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import recompute_activations
@@ -173,20 +173,8 @@ def _peft_steps(smoke: bool) -> Iterator[tuple[str, dict[str, Run]]]:
 def _step_run(name: str, base: Any, checkpointing: bool, micro_batches: Tensor) -> Run:
     if checkpointing:
         recompute_activations(base)
-    model = adapt(base, CONTENDERS[name], RANK).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
-
-    def run(after_forward: Callable[[], None]) -> None:
-        for ids in micro_batches:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(micro_batches)
-            after_forward()
-            loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    train = torch_trainer(adapt(base, CONTENDERS[name], RANK).train())
+    return functools.partial(train, [{"input_ids": ids, "labels": ids} for ids in micro_batches])
 
 
 def _bytes_of(run: Run) -> dict[str, int]:

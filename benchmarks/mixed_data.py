@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,24 @@ def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet
             lines.append(trainer.one_step())
             progress.step(lines[-1])
     return lines
+
+
+def torch_trainer(model: Any) -> Callable[..., None]:
+    """Makes an optimizer step of micro-batches as transformers' trainer does; each is what the model is called with.
+    The second argument of what it returns is called after each forward pass."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def train(batches: Sequence[dict[str, Tensor]], after_forward: Callable[[], None] = lambda: None) -> None:
+        for batch in batches:
+            loss = model(**batch, use_cache=False).loss / len(batches)
+            after_forward()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
 
 
 def random_step(lengths: Sequence[Sequence[int]], generator: torch.Generator, *, num_prompt: int = 1) -> Step:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from contenders import CONTENDERS, TITLES, adapt, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table
 from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
-from mixed_data import FixedStep, base_model, first_steps, fitted, in_one_batch, random_step
+from mixed_data import FixedStep, base_model, first_steps, fitted, in_one_batch, random_step, torch_trainer
 
 from qdora.data.batches import Step
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
@@ -27,7 +26,7 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe.settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
-RANK, LR, CLIP = 16, 1e-4, 1.0
+RANK = 16
 SAME_LOOP = "_same_loop"
 NAMES = ("own_lora", "own_dora", "peft_lora", "peft_dora", "peft_lora_defaults", "peft_dora_defaults")
 NAMES += (f"peft_lora{SAME_LOOP}",)
@@ -36,19 +35,16 @@ PEAK_STEPS = 4
 
 
 @bench(smoke={"rounds": 2})
-def step_time(
-    data: Path | None, batch: int = 32, rounds: int = 24, seconds: float = 240.0, *, smoke: bool
-) -> dict[str, Any]:
+def step_time(data: Path | None, batch: int = 32, rounds: int = 5, *, smoke: bool) -> dict[str, Any]:
     """QDoRA against QLoRA, qdora's against PEFT's, with checkpointing off and on.
 
-    `peft_lora_same_loop` is PEFT's model in qdora's loop. Time: all contenders. Pairs: own QDoRA and own QLoRA alone.
-    Peaks: the resident set while training, each in a process of its own. No round of a part begins after so many
-    --seconds, loading included.
+    `peft_lora_same_loop` is PEFT's model in qdora's loop. Time: all contenders. Pairs: own QDoRA and own QLoRA alone,
+    in four times as many rounds. Peaks: the resident set while training, each in a process of its own.
     """
     result: dict[str, Any] = {"rank": RANK, "batch": batch, "time": {}, "pairs": {}, "peaks": {}}
     for mode in ("off", "on"):
-        result["time"][mode] = _rounds(NAMES, mode, data, batch, rounds, seconds)
-        result["pairs"][mode] = {str(batch): _rounds(NAMES[:2], mode, data, batch, rounds, seconds)}
+        result["time"][mode] = _rounds(NAMES, mode, data, batch, rounds)
+        result["pairs"][mode] = {str(batch): _rounds(NAMES[:2], mode, data, batch, 4 * rounds)}
         names = NAMES[:1] if smoke else NAMES
         result["peaks"][mode] = {name: alone(step_peak, name, mode, data, batch) for name in names}
     return result
@@ -65,36 +61,19 @@ def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callabl
     model = adapt(model, contender, RANK).train()
     if contender.engine == "own" or name.endswith(SAME_LOOP):
         optimizer = AdapterOptimizer(adapter_parameters(model))
-        settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
+        settings = TrainConfig(steps=1, batch=1, lr=1e-4, schedule="constant", warmup=0, clip=1.0)
         return lambda step: fitted(model, optimizer, FixedStep(step), settings, quiet=True)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
-
-    def peer_step(step: Step) -> None:  # as transformers' trainer makes it
-        model(**in_one_batch(step), use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        adamw.step()
-        adamw.zero_grad()
-
-    return peer_step
+    train = torch_trainer(model)
+    return lambda step: train([in_one_batch(step)])
 
 
-def _rounds(
-    names: tuple[str, ...], mode: str, data: Path | None, batch: int, rounds: int, most_seconds: float
-) -> dict[str, Any]:
+def _rounds(names: tuple[str, ...], mode: str, data: Path | None, batch: int, rounds: int) -> dict[str, Any]:
     keep_freed_memory()
-    began = time.perf_counter()
-    steps = first_steps(data, batch, rounds)
+    steps = first_steps(data, batch, rounds + 1)  # the first warms up
     trainers = {name: trainer(name, mode, smoke=data is None) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    tokens = []
-    for number, step in enumerate(steps):
-        if time.perf_counter() - began > most_seconds:
-            break
-        turns = {name: functools.partial(each, step) for name, each in trainers.items()}
-        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
-            seconds[name] += each
-        tokens.append(step.num_tokens)
+    turns = {name: lambda make=make, left=iter(steps): make(next(left)) for name, make in trainers.items()}
+    seconds = in_turns(turns, rounds)
+    tokens = [step.num_tokens for step in steps[1:]]
     return {
         "seconds": seconds,
         "tokens": tokens,
