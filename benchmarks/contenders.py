@@ -136,7 +136,7 @@ class LayerCall:
         self.layer(self.x).backward(self.dy)
 
 
-def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:
+def layer_on(base: Weight, contender: Contender, rank: int) -> nn.Module:
     """One layer of a contender in training mode, on a base (out, in) of its own kind, `move_parameters_` applied."""
     if contender.kind is None:
         return FrozenLinear(base).train()
@@ -145,19 +145,19 @@ def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) ->
     model: Any = nn.ModuleDict({"proj": FrozenLinear(base) if is_own else linear4bit(base, torch.bfloat16)})
     model = adapt(model, contender, rank, targets=("proj",))
     adapted: nn.Module = (model if is_own else model.base_model.model)["proj"]
-    move_parameters_(adapted, seed)
+    move_parameters_(adapted)
     return adapted.train()
 
 
-def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> Any:
+def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS) -> Any:
     """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it)."""
     assert contender.kind is not None
     if contender.engine == "own":
         options: dict[str, Any] = {"kind": contender.kind, "dropout": contender.dropout, "targets": targets}
-        options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(seed)}
+        options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(0)}
         inject(model, rank=rank, alpha=2.0 * rank, **options)
         return model
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model.is_loaded_in_4bit = True
     options = {"lora_dropout": contender.dropout, "use_dora": contender.kind == "dora", "target_modules": list(targets)}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2.0 * rank, **options))
@@ -173,10 +173,10 @@ def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ..
 
 
 @torch.no_grad()
-def move_parameters_(module: nn.Module, seed: int = 0) -> None:
+def move_parameters_(module: nn.Module) -> None:
     """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine. At its start
     many a wrong formula gives the right numbers."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

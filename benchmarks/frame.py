@@ -1,17 +1,12 @@
 """The frame of the benchmarks: a function becomes a command with a result file, and a table of a page.
 
-    @bench(smoke={"rounds": 2})                        # what --smoke takes instead of the defaults
+    @bench(smoke={"rounds": 2})  # what --smoke takes instead of the defaults
     def one_layer(rounds: int = 25) -> dict[str, Any]:
         '''Time of one layer. (This docstring is what --help says.)'''
-        turns = in_turns({"lora": ..., "dora": ...}, rounds)       # measure.py: alternating, spread, ratio
-        return {"seconds": ..., "dora / lora": ratio(turns["dora"], turns["lora"])}
 
-    @table("one_layer")                                # the block <!-- table: one_layer --> of a page
+    @table("one_layer")  # the block <!-- table: one_layer --> of a page
     def one_layer_table(result: Any) -> str:
         return tabulated(result["layers"].items(), {"layer": "{0}", "µs": lambda row: f"{1e6 * row[1]['median']:.0f}"})
-
-    if __name__ == "__main__":
-        main()
 
 **Options.** Each parameter is one, of the type of its default: `--rounds N`. A tuple takes several values, False is a
 flag, None takes a text. Three names are special: `data`, the first argument DATA, a Path (None with --smoke); `smoke`,

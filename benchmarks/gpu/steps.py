@@ -66,7 +66,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
             part.put("losses", losses)
             steps[name] = step
         except RuntimeError as error:
-            if not on.is_out_of_memory(error):
+            if "out of memory" not in str(error).lower():
                 raise
             part.put(name, {"error": str(error)})
             model = step = None
