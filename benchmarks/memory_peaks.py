@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,11 +124,11 @@ def _floor(settings: dict[str, Any], num_tokens: int, checkpointing: bool) -> di
         loss = _head_loss(model, torch.zeros(1, num_tokens, dtype=torch.int64))
         held = live.live_bytes - weights
         del loss
-    return {"weight_bytes": weights, "held_bytes": held, "total_bytes": weights + held}
+    return {"held_bytes": held, "total_bytes": weights + held}
 
 
 def _arm(name: str, settings: dict[str, Any], num_tokens: int, checkpointing: bool) -> dict[str, Any]:
-    """Peak of the second step of a contender, by label, and of each of its parts."""
+    """Peak of the second step of a contender, by label."""
     gc.collect()
     with FakeTensorMode(), LiveBytes() as live:
         model = _arm_model(name, settings, live, checkpointing)
@@ -151,16 +150,13 @@ def _arm(name: str, settings: dict[str, Any], num_tokens: int, checkpointing: bo
             states = [tensor for of_one in optimizer.state.values() for tensor in of_one.values()]
         live.register(states, "optimizer")
         gc.collect()
-        before = live.live_by_label
-        phases = _train(model, ids, loss_of, optimizer, live)
+        before = live.live_bytes
+        live.reset_peak()
+        _train(model, ids, loss_of, optimizer, live)
+        peak = {"peak_bytes": live.peak_bytes, "peak_by_label": live.peak_by_label}
         gc.collect()
-        assert sum(live.live_by_label.values()) == sum(before.values()), "a step left something behind"
-    largest = max(phases, key=lambda phase: phases[phase]["peak_bytes"])
-    return {
-        "peak_bytes": phases[largest]["peak_bytes"],
-        "peak_by_label": phases[largest]["by_label"],
-        "phase_peak_bytes": {phase: found["peak_bytes"] for phase, found in phases.items()},
-    }
+        assert live.live_bytes == before, "a step left something behind"
+    return peak
 
 
 def _arm_model(name: str, settings: dict[str, Any], live: LiveBytes, checkpointing: bool) -> Any:
@@ -193,25 +189,14 @@ def _arm_optimizer(name: str, parameters: dict[str, nn.Parameter]) -> Any:
     return torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
 
 
-def _train(
-    model: Any, ids: Tensor, loss_of: Callable[[Any, Tensor], Tensor], optimizer: Any, live: LiveBytes
-) -> dict[str, dict[str, Any]]:
-    """One step; the peak of each part, with its labels."""
-    phases: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        live.reset_peak()
-        with live.label(name):
-            yield
-        phases[name] = {"peak_bytes": live.peak_bytes, "by_label": dict(live.peak_by_label)}
-
-    with phase("forward"):
+def _train(model: Any, ids: Tensor, loss_of: Callable[[Any, Tensor], Tensor], optimizer: Any, live: LiveBytes) -> None:
+    """One step, its tensors labelled by its parts."""
+    with live.label("forward"):
         loss = loss_of(model, ids)
-    with phase("backward"):
+    with live.label("backward"):
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
-    with phase("update"):
+    with live.label("update"):
         if isinstance(optimizer, AdapterOptimizer):
             optimizer.scale_gradients_(optimizer.gradient_norm())
             optimizer.step(1e-4)
@@ -220,7 +205,6 @@ def _train(
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
         optimizer.zero_grad()
-    return phases
 
 
 def _head_loss(model: Any, ids: Tensor) -> Tensor:
