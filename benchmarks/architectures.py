@@ -1,10 +1,9 @@
 """Every family of models through the command line: train, kill, resume, evaluate, answer, export, reload.
 
-The models are tiny and random (tiny_families.py), the base NF4 with double quantisation, the adapter DoRA on all linear
-layers and stacks of experts, computed in float32. A row of the result has what each check measured, or the line with
-which it was refused or failed; correctness.md says what they measure. The merged weights are made by numpy in float64
-from the adapter file and bitsandbytes' own dequantisation, or transformers' of MXFP4. For a mixture of experts, whose
-DoRA PEFT does not compute, they take the place of PEFT. A later call with --families 'NAME;NAME' replaces those rows.
+A row of the result has what each check measured (see correctness.md), or the line with which it was refused or failed.
+The merged weights are made by numpy in float64 from the adapter file and bitsandbytes' own dequantisation, or
+transformers' of MXFP4. For a mixture of experts, whose DoRA PEFT does not compute, they take the place of PEFT. A later
+call with --families 'NAME;NAME' replaces those rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """qdora's layer inside TRL, axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: equal losses, magnitudes that move.
 
-    python -m venv ax && ax/bin/pip install axolotl
-    python benchmarks/foreign_trainers.py axolotl ax/bin/python [--out benchmarks/results/foreign_trainers.json]
-
 Each command of `TRAINERS` trains a random Llama of two blocks in NF4 on the CPU for ten steps, with DoRA of rank 8 on
 all linear layers of the blocks: with PEFT's layer, and with qdora's by each way in. In its processes, `HOOK` reports at
 the end of transformers' `Trainer.train`. It also makes the runs comparable: A starts at the same values (axolotl makes

@@ -1,9 +1,5 @@
 """Everything about qdora that only a GPU can show, in one command and one JSON file.
 
-python benchmarks/gpu_suite.py --first      what decides most, on a card of 16 GB or more
-python benchmarks/gpu_suite.py --continue   all that the file does not have yet
-python benchmarks/gpu_suite.py --smoke      a dry run on a CPU with tiny shapes
-
 The file, benchmarks/results/gpu_<card>.json, is written after every section. A section that fails or takes too long
 leaves what it had found and its last lines, and the next one runs. `failed_checks` names what was wrong.
 benchmarks/time.md says how to run it on a rented machine without the packages.

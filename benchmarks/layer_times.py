@@ -120,9 +120,6 @@ Run = Callable[[Callable[[], None]], None]
 def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """PEFT's LoRA against DoRA on PEFT's interface, PEFT's own and qdora.peft's: time and bytes.
 
-    One layer, and a step of a model: forward, backward, clipping and torch's fused AdamW, rank 16, adapters in bf16
-    (qdora's magnitudes are float32 always), every token labelled, the model's own loss.
-
     Bytes are counted by `LiveBytes` on real tensors in the second call; weights, adapters and inputs are there before.
     "kept": what the first call left alive (optimizer states, and what a layer keeps); "held": alive after the (first)
     forward, "peak": the most, "kept" among both.

@@ -26,7 +26,6 @@ class Plan:
     repeats: int  # samples of each timed function
     sample_seconds: float  # short calls are repeated within a sample
     step_tokens: tuple[int, ...]  # of a whole model's step
-    num_steps: int  # of each model's sample
     middle: dict[str, Any]  # the 8B-shaped model
     large: dict[str, Any]  # the 70B-shaped one
 
@@ -43,7 +42,6 @@ FULL = Plan(
     repeats=20,
     sample_seconds=0.01,
     step_tokens=(2048, 8192),
-    num_steps=1,
     middle=_LLAMA3 | dict(zip(_KEYS, (4096, 14_336, 32, 32, 8), strict=True)),
     large=_LLAMA3 | dict(zip(_KEYS, (8192, 28_672, 80, 64, 8), strict=True)),
 )
@@ -54,7 +52,6 @@ SMOKE = Plan(
     repeats=2,
     sample_seconds=0.0,
     step_tokens=(16, 32),
-    num_steps=1,
     middle=_TINY,
     large=_TINY | {"num_hidden_layers": 3},
 )

@@ -55,7 +55,7 @@ def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[fl
 
 def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     """Time of the middle model's step at one length, all contenders in turns on the same packed bytes."""
-    tokens, number, weights = plan.step_tokens[index], plan.num_steps, Weights(device)
+    tokens, weights = plan.step_tokens[index], Weights(device)
     steps: dict[str, Callable[[int], list[float]]] = {}
     losses: dict[str, list[float]] = {}
     for name in MODELS:
@@ -76,7 +76,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     part.put("held_bytes", on.memory(device)["held"])
     first = [found[0] for found in losses.values()]  # all adapters start as the base; bf16 rounds at 0.4 %
     part.put("losses", losses | {"ok": max(first) <= 1.01 * min(first)})
-    readings = {n: lambda s=step: on.timed(device, lambda: s(number)).seconds / number for n, step in steps.items()}
+    readings = {name: lambda step=step: on.timed(device, lambda: step(1)).seconds for name, step in steps.items()}
     samples = alternating(readings, 3, warmup=0)
     part.put("step_seconds", samples)
     part.put("ratios", ratios(samples, RATIOS))
