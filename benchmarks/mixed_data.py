@@ -62,10 +62,14 @@ def first_steps(data: Path | str | None, batch: int, num_steps: int) -> list[Ste
     if data is None:
         generator = torch.Generator().manual_seed(0)
         return [random_step(((12, 11, 9), (8, 7, 7, 6, 5)), generator, num_prompt=4) for _ in range(num_steps)]
-    settings = recipe(Path(data).resolve(), batch=batch)
-    _, tokenizer = find_model(settings)
-    loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
+    loader = loader_of(recipe(Path(data).resolve(), batch=batch))
     return [loader.next_step() for _ in range(num_steps)]
+
+
+def loader_of(recipe: Recipe) -> Any:
+    """The training steps of a recipe."""
+    _, tokenizer = find_model(recipe)
+    return make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
 
 
 def in_one_batch(step: Step) -> dict[str, Tensor]:
