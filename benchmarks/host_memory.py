@@ -141,15 +141,15 @@ def sharded_memory(
 ) -> dict[str, Any]:
     """What each process of a launch holds of a divided base, and took to load it, over gloo on the CPU.
 
-    Writes a random 16-bit checkpoint of the shape of Llama-3-8B to --work (16 GB), or reads the one there, and loads it
-    as a run with train.parallel: shard does. Every process first loads a small model in the same way and frees it, so
-    that what Python imports and torch sets up with the first one is not taken for memory of the base.
+    Writes a random 16-bit checkpoint of the shape of Llama-3-8B to --work (16 GB), and loads it as a run with
+    train.parallel: shard does. Every process first loads a small model in the same way and frees it, so that what
+    Python imports and torch sets up with the first one is not taken for memory of the base.
     """
     base = Path(work)
     shape = {name: value for name, value in public_shapes()[MODEL].values.items() if name != "model_type"}
     shape |= SMALL if smoke else {"num_hidden_layers": layers}
-    total, largest = _checkpoint(base, shape)
-    _checkpoint(base / "small", shape | SMALL)
+    total, largest = write_checkpoint(base, shape)
+    write_checkpoint(base / "small", shape | SMALL)
     found: dict[str, Any] = {}
     for size in processes:
         idle = _launched(size, str(base / "small"))
@@ -164,17 +164,6 @@ def sharded_memory(
         }
     sizes = {"checkpoint_bytes": total, "largest_tensor_bytes": largest}
     return {"model": MODEL, "shape": shape, **sizes, "processes": found}
-
-
-def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int]:
-    """As `write_checkpoint`, if it is not there as a whole: its record is written last."""
-    record = directory / "checkpoint.json"
-    if not record.is_file() or json.loads(record.read_text())["shape"] != shape:
-        directory.mkdir(parents=True, exist_ok=True)
-        made = write_checkpoint(directory, shape)
-        record.write_text(json.dumps({"shape": shape, "made": made}))
-    total, largest, *_ = json.loads(record.read_text())["made"]
-    return total, largest
 
 
 def _launched(size: int, *directories: str) -> list[dict[str, int]]:

@@ -129,15 +129,10 @@ def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         memory = {each: _bytes_of(run) for each, run in runs.items()}
         turns = {each: functools.partial(run, lambda: None) for each, run in runs.items()}
         seconds = in_turns(turns, 2 if smoke else PEFT_ROUNDS, warmup=0)
-        shares = {
-            each: {what: found[what] / memory[REFERENCE][what] for what in ("held", "peak")}
-            for each, found in memory.items()
-        }
         row = {
             "seconds": {each: spread(found) for each, found in seconds.items()},
             "ratios": {each: ratio(found, seconds[REFERENCE]) for each, found in seconds.items()},
             "bytes": memory,
-            "byte_ratios": shares,
         }
         yield name, row
 
@@ -188,11 +183,15 @@ def _bytes_of(run: Run) -> dict[str, int]:
 @table("peft_time")
 def peft_time_table(result: Any) -> str:
     """Time, and bytes held after the forward pass and at the peak, relative to PEFT's LoRA."""
+
+    def sizes(name: str, item: Any) -> str:
+        own, reference = item[1]["bytes"][name], item[1]["bytes"][REFERENCE]
+        return ", ".join(f"{own[what] / reference[what]:.2f}" for what in ("held", "peak"))
+
     columns: dict[str, Column] = {"": "{0}"}
     for name in PEFT_NAMES[1:]:
         columns[f"{TITLES[name]}: time"] = f"{{1[ratios][{name}]:.2f}}"
-        sizes = f"{{1[byte_ratios][{name}][held]:.2f}}, {{1[byte_ratios][{name}][peak]:.2f}}"
-        columns[f"{TITLES[name]}: held, peak"] = sizes
+        columns[f"{TITLES[name]}: held, peak"] = functools.partial(sizes, name)
     return tabulated(result["cases"].items(), columns)
 
 

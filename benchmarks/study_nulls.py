@@ -28,8 +28,8 @@ ZONE, ARMS, DENSE = 0.02, ("lora", "dora"), "16 bits"
 COMPRESSED = [f"base {index}" for index in range(3)]
 """Each is a primary comparison."""
 SEEDS, SHAPE = 6, (4, 25)  # tasks, examples
-LOST, TRANSPLANTED = 0.3, 0.8
-"""Nats per token that compression costs a trained arm, and a transplanted adapter."""
+LOST, TRANSPLANTED = {DENSE: 0.0} | dict.fromkeys(COMPRESSED, 0.3), 0.8
+"""Nats per token that compression costs a trained arm, by base, and a transplanted adapter."""
 INTERVALS = ("difference", "primary", "score", "left", "transplant", "repaired", "repaired_share", "damage_choice")
 
 
@@ -88,17 +88,13 @@ def one_study(
             assert score is not None
             truth = simulated.levels[arm.name, arm.context["base"]]
             add("score", truth, {"lower": score.lower, "upper": score.upper})
-            row, left = repair_row(arm, arms, results), lost_on(arm.context["base"])
+            row, left = repair_row(arm, arms, results), LOST[arm.context["base"]]
             truths = {"left": left, "transplant": TRANSPLANTED, "repaired": TRANSPLANTED - left}
             for name, truth in (truths | {"repaired_share": 1 - left / TRANSPLANTED}).items():
                 add(name, truth, row, f"{name}_")
         elif arm.kind == "base":
-            add("damage_choice", LOST, damage_row(arm, results), "damage_choice_")
+            add("damage_choice", LOST[COMPRESSED[0]], damage_row(arm, results), "damage_choice_")
     return held
-
-
-def lost_on(base: str) -> float:
-    return 0.0 if base == DENSE else LOST
 
 
 @cache
@@ -125,7 +121,7 @@ class _Simulated:
         self.results, bases = Results(store, _study()), [DENSE, *COMPRESSED]
         self.cells: list[dict[str, Any]] = []
         gains = {"lora": 0.0, "dora": scenario.effect}
-        self.levels = {(arm, base): 1.0 + lost_on(base) - gains[arm] for base in bases for arm in ARMS}
+        self.levels = {(arm, base): 1.0 + LOST[base] - gains[arm] for base in bases for arm in ARMS}
         for seed in range(SEEDS):
             tokens = draw.integers(1, 6, SHAPE).astype(float)  # examples of its own, the same for all arms
             hard = 0.3 * (draw.exponential(size=SHAPE) - 1.0)
@@ -143,7 +139,7 @@ class _Simulated:
                         self._add("transplant", base, arm, seed, moved, tokens)
         hard = 0.3 * (draw.exponential(size=SHAPE) - 1.0)
         for base in bases if with_repair else ():  # right choices of the bases without training
-            self._add("base", base, "", 0, 1.0 + hard - lost_on(base) + 0.2 * draw.normal(size=SHAPE), np.ones(SHAPE))
+            self._add("base", base, "", 0, 1.0 + hard - LOST[base] + 0.2 * draw.normal(size=SHAPE), np.ones(SHAPE))
 
     def _add(self, kind: str, base: str, arm: str, seed: int, per_token: Array, tokens: Array) -> None:
         labels = {"base": base} | ({"adapter": arm, "seed": str(seed), "train.lr": "0.0002"} if arm else {})

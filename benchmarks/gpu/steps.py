@@ -58,21 +58,16 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     tokens, weights = plan.step_tokens[index], Weights(device)
     steps: dict[str, Callable[[int], list[float]]] = {}
     losses: dict[str, list[float]] = {}
-    for name in MODELS:
-        try:
-            model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
-            step = make_step(model, "adamw", tokens)
-            losses[name] = step(2)
-            part.put("losses", losses)
-            steps[name] = step
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            part.put(name, {"error": str(error)})
-            model = step = None
-            on.free(device)
-    if not steps:
-        return
+
+    def made(name: str) -> list[float]:
+        model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
+        step = make_step(model, "adamw", tokens)
+        losses[name], steps[name] = step(2), step
+        return losses[name]
+
+    for name in MODELS:  # a card may be too small for some
+        part.attempt(name, made, name)
+        on.free(device)
     part.put("held_bytes", on.memory(device)["held"])
     first = [found[0] for found in losses.values()]  # all adapters start as the base; bf16 rounds at 0.4 %
     part.put("losses", losses | {"ok": max(first) <= 1.01 * min(first)})
