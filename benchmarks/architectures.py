@@ -64,7 +64,6 @@ def architectures(families: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def checked(name: str) -> dict[str, Any]:
-    """The row of a family."""
     row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES, "refused": {}, "failed": {}}
     checks = [resumed, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +163,6 @@ def command(*words: str | Path) -> dict[str, Any]:
 
 
 def train(case: Case, run: Path, *words: str) -> list[dict[str, Any]]:
-    """Train and return the lines of metrics."""
     command("train", case.recipe, "--run-dir", run, *words)
     return RunDirectory(run).metrics()
 
@@ -239,7 +237,6 @@ def in_4_bits(case: Case, run: Path, *words: str) -> list[Tensor]:
 
 
 def nf4_lora(case: Case) -> dict[str, Any]:
-    """The 4-bit export."""
     return {"nf4_lora": distance(in_4_bits(case, case.run), case.logits)}
 
 
@@ -285,7 +282,6 @@ class DoraWeight(nn.Module):
             self.register_parameter(name, nn.Parameter(getattr(layer, name).detach().double()))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that takes the place of `weight`."""
         total = (weight.mT if self.transposed else weight) + self.scaling * self.lora_B @ self.lora_A
         merged = (self.magnitude / total.detach().norm(dim=-1)).unsqueeze(-1) * total
         return merged.mT if self.transposed else merged

@@ -139,7 +139,6 @@ def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
 
 
 def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) -> dict[str, float]:
-    """Differences from the reference, and the NLL."""
     pairs = zip(reference, found, strict=True)
     return {**summary(torch.cat([logit_differences(*pair) for pair in pairs])), "nll_per_token": nll(found, tokens)}
 

@@ -200,7 +200,6 @@ def section(name: str, python: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("python", type=Path, help="the Python of an environment in which the trainer is installed")

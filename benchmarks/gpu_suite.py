@@ -37,8 +37,6 @@ from qdora.files.machine import package_versions
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the suite."""
-
     place: str  # "module:function" under gpu, imported in the section's process: a missing package costs it alone
     seconds: int  # after these its process is ended; after two thirds it begins no new case
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function, after (part, plan, device)
@@ -110,7 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def minutes(names: Sequence[str]) -> float:
-    """The most that these sections take."""
     return sum(SECTIONS[name].seconds for name in names) / 60
 
 

@@ -72,8 +72,6 @@ class Moment:
 
 
 class End(NamedTuple):
-    """How a life ended."""
-
     status: int  # exit code, or the negative number of a signal
     text: str
     counts: Sequence[int]

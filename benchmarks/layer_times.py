@@ -51,7 +51,6 @@ def layer_time(
 
 
 def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:
-    """Seconds and ratios of all contenders."""
     in_features, out_features = map(int, shape.split("x"))
     base = random_base(in_features, out_features)
 

@@ -134,7 +134,6 @@ def peak_rss_bytes() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Let the peak begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

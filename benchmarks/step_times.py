@@ -31,7 +31,6 @@ SAME_LOOP = "_same_loop"
 NAMES = ("own_lora", "own_dora", "peft_lora", "peft_dora", "peft_lora_defaults", "peft_dora_defaults")
 NAMES += (f"peft_lora{SAME_LOOP}",)
 RATIOS = tuple(f"own_dora / {name}" for name in NAMES if name != "own_dora")
-PEAK_STEPS = 4
 
 
 @bench(smoke={"rounds": 2})
@@ -88,7 +87,7 @@ def _speeds(tokens: list[int], seconds: dict[str, list[float]]) -> dict[str, dic
 
 def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, int]:
     """In a process of its own: the most resident bytes of a contender while it trains."""
-    steps = first_steps(data, batch, PEAK_STEPS)
+    steps = first_steps(data, batch, 4)
     make_step = trainer(name, mode, smoke=data is None)
     gc.collect()
     return_freed_memory()

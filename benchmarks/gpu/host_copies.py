@@ -33,7 +33,6 @@ class SwitchedCopies:
         self.is_on, self.num_copies, self.sample = True, 0, (torch.empty(0), torch.empty(0))
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """See `CudaCopies`."""
         self.num_copies, self.sample = self.num_copies + 1, (source, target)
         if self.is_on:
             self.inner.begin(source, target, slot)

@@ -18,8 +18,6 @@ ERROR_LINES = 15  # that are kept
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the suite."""
-
     shapes: tuple[tuple[int, int], ...]  # (in, out) of the timed layers, the most telling first
     ranks: tuple[int, ...]  # the first one is measured at every number of tokens
     tokens: tuple[int, ...]  # of a layer's input

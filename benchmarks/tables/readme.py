@@ -23,25 +23,21 @@ def headline() -> str:
 
 @table()
 def answer_quality() -> str:
-    """The first sentences of the page about quality."""
     return f"**LoRA or DoRA?** {_study()[1]}.\n"
 
 
 @table()
 def answer_time() -> str:
-    """Of the page about time."""
     return f"**A QDoRA step takes** {_time()[1]}.\n"
 
 
 @table()
 def answer_memory() -> str:
-    """Of the page about memory."""
     return f"**A step of an 8B model needs** {_memory()[1]}. `qdora plan` errs by {_plan()[1]}.\n"
 
 
 @table()
 def answer_correctness() -> str:
-    """Of the page about correctness."""
     families = [row for row in read("architectures")["families"].values() if "merged" in row]
     worst = max(row["merged"] for row in families)
     return (
