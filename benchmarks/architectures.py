@@ -276,7 +276,6 @@ class DoraWeight(nn.Module):
 
     def __init__(self, layer: AdaptedLinear, *, transposed: bool) -> None:
         super().__init__()
-        assert layer.magnitude is not None
         self.scaling, self.transposed = layer.scaling, transposed
         for name in ("lora_A", "lora_B", "magnitude"):
             self.register_parameter(name, nn.Parameter(getattr(layer, name).detach().double()))

@@ -139,7 +139,6 @@ class LayerCall:
 
 def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS) -> Any:
     """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it)."""
-    assert contender.kind is not None
     if contender.engine == "own":
         options: dict[str, Any] = {"kind": contender.kind, "dropout": contender.dropout, "targets": targets}
         options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(0)}

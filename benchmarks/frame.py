@@ -100,8 +100,7 @@ def main(arguments: Sequence[str] | None = None, module: str = "__main__") -> No
     if not smoke and given.get("data", "") is None:
         parser.error("DATA is missing")
     out = out or (smoke_place(f"{name}.json") if smoke else RESULTS / f"{name}.json")
-    special = {"smoke": smoke, "out": out}
-    special = {key: value for key, value in special.items() if key in signature(chosen.run).parameters}
+    special = {key: value for key, value in (("smoke", smoke), ("out", out)) if key in signature(chosen.run).parameters}
     made = chosen.run(**chosen.defaults | (dict(chosen.smoke) if smoke else {}) | given | special)
     head = facts(" ".join(call + _words(given)))
     result = _rows_saved(chosen, made, head, out) if isgenerator(made) else head | made

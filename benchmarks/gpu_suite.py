@@ -2,7 +2,6 @@
 
 The file, benchmarks/results/gpu_<card>.json, is written after every section. A section that fails or takes too long
 leaves what it had found and its last lines, and the next one runs. `failed_checks` names what was wrong.
-benchmarks/time.md says how to run it on a rented machine without the packages.
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ SECTIONS = FIRST | {
 def main(arguments: list[str] | None = None) -> int:
     """0 when every section ran and every check held, 2 without a GPU, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first, whole = minutes(list(FIRST)), minutes(list(SECTIONS))
-    parser.add_argument("--first", action="store_true", help=f"at most {first:.0f} of {whole:.0f} minutes")
+    parser.add_argument("--first", action="store_true", help="what decides most, in at most ten minutes")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, metavar="NAME", help=", ".join(SECTIONS))
     parser.add_argument("--continue", dest="resume", action="store_true", help="leave out what the file has done")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU, into a temporary file")

@@ -83,11 +83,7 @@ def write_checkpoint(directory: Path, shape: dict[str, Any], family: str = "llam
 
 @bench(smoke={"layers": 1})
 def load_memory(layers: int = 4, experts: bool = False, *, smoke: bool) -> dict[str, Any]:
-    """Peak of loading; with --experts, --layers 3 and --out .../load_memory_experts.json blocks of a mixture.
-
-    Floor: the packed model itself. Allowed: packed bytes + twice the largest tensor of the checkpoint + 300 MB over a
-    process that only imports.
-    """
+    """Peak of loading; with --experts, --layers 3 and --out .../load_memory_experts.json blocks of a mixture."""
     shape = (EXPERTS if experts else DENSE) | {"num_hidden_layers": layers}
     if smoke:
         shape |= {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "vocab_size": 512}

@@ -35,10 +35,9 @@ def layer_time(
 ) -> dict[str, Any]:
     """Forward and backward: QDoRA against QLoRA, qdora's against PEFT's.
 
-    Shapes are in x out; x asks for a gradient, as it does in all layers but the first. "new norm" computes the norm in
-    each call, as the first micro-batch of a step does; the others of ours find it computed. PEFT's DoRA takes several
-    times as long and is measured in fewer rounds. All have the allocator that qdora sets; at 1,024 tokens and the first
-    rank once more with the default one.
+    Shapes are in x out; x asks for a gradient, as it does in all layers but the first. PEFT's DoRA takes several times
+    as long and is measured in fewer rounds. All have the allocator that qdora sets; at 1,024 tokens and the first rank
+    once more with the default one.
     """
     keep_freed_memory()
     cases = []

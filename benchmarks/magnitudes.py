@@ -87,7 +87,6 @@ def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch
     for layer in adapted_layers(model).values():
         layer.lora_A.data = layer.lora_A.data.bfloat16().to(layer.lora_A.dtype)  # the same start for every storage
         if arm == "plain bf16":
-            assert layer.magnitude is not None
             layer.magnitude.data = layer.magnitude.data.bfloat16()
     parameters = adapter_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}

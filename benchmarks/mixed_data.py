@@ -102,7 +102,6 @@ class FixedStep:
 
 def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics. `loader` may be a `FixedStep`."""
-    assert train.steps is not None
     lines: list[dict[str, Any]] = []
     data, length = {"mix": [{"task": "demo/facts"}]}, {"steps": 1, "batch": 1}
     settings = recipe_from({"model": {"source": "builtin"}, "data": data, "train": length})

@@ -85,7 +85,6 @@ def one_study(
     for arm in arms:
         if arm.kind == "trained":
             score = quality(arm, results, "nll_per_token")
-            assert score is not None
             truth = simulated.levels[arm.name, arm.context["base"]]
             add("score", truth, {"lower": score.lower, "upper": score.upper})
             row, left = repair_row(arm, arms, results), LOST[arm.context["base"]]

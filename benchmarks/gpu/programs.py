@@ -26,7 +26,6 @@ def card(part: Part, plan: Plan, device: torch.device) -> None:
     """Versions, switches that change numbers, and the floors that every other number stands beside."""
     part.attempt("environment", environment)
     part.attempt("nvidia_smi", nvidia_smi)
-    part.attempt("memory_bytes", lambda: torch.cuda.mem_get_info() if device.type == "cuda" else None)
     matmul = torch.backends.cuda.matmul
     part.put("reduced_precision", [str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_tf32)])
     part.attempt("bnb_runs_here", kernels.is_available, device.type)
