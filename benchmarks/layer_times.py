@@ -25,14 +25,14 @@ SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults")
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
 
 
-@bench(smoke={"shapes": ("64x96",), "tokens": (8,)})
+@bench(smoke={"shapes": ("64x96",), "tokens": (8,)}, keep=True)
 def layer_time(
     shapes: tuple[str, ...] = ("2048x2048", "4096x4096", "4096x11008"),
     ranks: tuple[int, ...] = (16, 64),
     tokens: tuple[int, ...] = (256, 1024, 4096),
     *,
     smoke: bool,
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Forward and backward: QDoRA against QLoRA, qdora's against PEFT's.
 
     Shapes are in x out; x asks for a gradient, as it does in all layers but the first. PEFT's DoRA takes several times
@@ -40,13 +40,13 @@ def layer_time(
     once more with the default one.
     """
     keep_freed_memory()
-    cases = []
     for shape in shapes:
-        few = tokens[0] if smoke else 1024
-        cases.append({"allocator": "default"} | alone(layer_case, shape, ranks[0], few, smoke))
-        sizes = [(rank, num_tokens) for rank in ranks for num_tokens in tokens]
-        cases += [{"allocator": "tuned"} | layer_case(shape, *size, smoke) for size in sizes]
-    return {"cases": cases}
+        for rank in ranks:
+            for n in tokens:
+                yield f"{shape}, rank {rank}, {n} tokens", {"allocator": "tuned"} | layer_case(shape, rank, n, smoke)
+        rank, n = ranks[0], tokens[0] if smoke else 1024
+        row = {"allocator": "default"} | alone(layer_case, shape, rank, n, smoke)
+        yield f"{shape}, rank {rank}, {n} tokens, default allocator", row
 
 
 def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def layer_time_table(result: Any) -> str:
         text = "{in_features} → {out_features}, r {rank}, {tokens:,}".format_map(case)
         return text if case["allocator"] == "tuned" else f"{text}, default allocator"
 
-    cases, counts = result["cases"], []
+    cases, counts = [*result["cases"].values()], []
     columns = {title: f"{{ratios[{name}][median]:.3f}}" for title, name in LAYER_COLUMNS.items()}
     for what, (name, at_few, at_many) in ASKED.items():
         shares = [case["ratios"][name]["median"] / (at_few if case["tokens"] < 1024 else at_many) for case in cases]
