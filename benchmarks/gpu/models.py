@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from contenders import linear4bit
+from contenders import TARGETS, linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -95,3 +95,13 @@ def build(settings: dict[str, Any], weights: Any, engine: str) -> Any:
             if buffer is not None:
                 module._buffers[name] = buffer.to(weights.device)
     return model.requires_grad_(False)
+
+
+def linear_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Path inside a decoder layer -> (out, in) of its linear layers."""
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings | {"num_hidden_layers": 1}))
+    modules = model.model.layers[0].named_modules()
+    shapes = {name: tuple(each.weight.shape) for name, each in modules if isinstance(each, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in shapes} == set(TARGETS), sorted(shapes)
+    return shapes

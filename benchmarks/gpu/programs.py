@@ -13,10 +13,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
+from measure import PACKAGES
 
 from gpu import device as on
 from gpu.plan import ERROR_LINES, Part, Plan
-from qdora.files.machine import environment
+from qdora.files.machine import environment, package_versions
 from qdora.quant import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def card(part: Part, plan: Plan, device: torch.device) -> None:
     """Versions, switches that change numbers, and the floors that every other number stands beside."""
     part.attempt("environment", environment)
+    part.attempt("versions", package_versions, (*PACKAGES, "accelerate", "datasets"))
     part.attempt("nvidia_smi", nvidia_smi)
+    part.attempt("memory_bytes", lambda: torch.cuda.mem_get_info() if device.type == "cuda" else None)
     matmul = torch.backends.cuda.matmul
     part.put("reduced_precision", [str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_tf32)])
     part.attempt("bnb_runs_here", kernels.is_available, device.type)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from gpu import device as on
-from gpu.models import Weights, build
+from gpu.models import Weights, build, linear_shapes
 from gpu.plan import Part, Plan
 from qdora.data.batches import MicroBatch, Step
 from qdora.model.build_model import recompute_activations
@@ -134,13 +134,19 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw", "paged_adamw_32bit", "lion", "paged_l
 
 
 def optimizers(part: Part, plan: Plan, device: torch.device) -> None:
-    """Each optimizer on the adapters of the middle model, and torch's own fused AdamW as the floor."""
-    adapters = adapter_parameters(make_model(plan.middle, "own_dora", device, rank=plan.ranks[0]))
+    """Each optimizer on bf16 adapters, and torch's own fused AdamW as the floor."""
 
     def parameters() -> dict[str, nn.Parameter]:
-        return {name: nn.Parameter(torch.randn_like(each).mul_(0.01)) for name, each in adapters.items()}
+        made = {name: torch.randn(shape, device=device).mul_(0.01) for name, shape in shapes.items()}
+        return {name: nn.Parameter(value if value.dim() == 1 else value.bfloat16()) for name, value in made.items()}
 
-    part.put("num_elements", sum(each.numel() for each in adapters.values()))
+    shapes = {
+        f"layers.{index}.{name}.{key}": shape
+        for index in range(plan.middle["num_hidden_layers"])
+        for name, (out, in_) in linear_shapes(plan.middle).items()
+        for key, shape in (("lora_A", (plan.ranks[0], in_)), ("lora_B", (out, plan.ranks[0])), ("magnitude", (out,)))
+    }
+    part.put("num_elements", sum(torch.Size(shape).numel() for shape in shapes.values()))
     for name in OPTIMIZERS:
         part.attempt(name, lambda name=name: of_optimizer(name, parameters(), device))
     part.attempt("torch AdamW, fused", lambda: of_torch(list(parameters().values()), device))
