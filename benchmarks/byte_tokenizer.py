@@ -38,7 +38,6 @@ def write_model(directory: Path, seed: int = 0) -> str:
 
 
 def small_config(vocabulary: int) -> LlamaConfig:
-    """A Llama of two blocks."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,

@@ -1,11 +1,9 @@
 """What chats teach through the chat templates of a directory, compared with variants that mark what is generated.
 
-    python benchmarks/chat_templates.py DATA
-
 DATA holds `<name>.jinja` and, where there is one, `<name>_training.jinja`, whose `{% generation %}` marks say what
-the assistant writes. Every template renders chats of 1, 2 and 5 turns, with and without a system prompt, tools (the
-first turn calls one) and reasoning, 24 in all. Each word says whose it is, and the tokenizer has a token for each byte
-and for each mark of the template, so that texts are equal where tokens are. Of every turn that is learnt it is counted
+the assistant writes. Every template renders 24 chats. Each word says whose it is, and the tokenizer has a token for
+each byte and for each mark of the template, so that texts are equal where tokens are. Of every turn that is learnt it
+is counted
 
 - whether its answer and an end mark are learnt, and nothing that anyone else said;
 - whether its tokens follow those that transformers makes of the chat before it, with the generation prompt;

@@ -24,7 +24,6 @@ from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.packed import PackedWeight, dequantize, quantize
-from qdora.quant.tiles import Weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -49,7 +48,6 @@ CONTENDERS = {
     "frozen": Contender("own", None),
     "own_lora": Contender("own", "lora"),
     "own_dora": Contender("own", "dora"),
-    "own_lora_dropout": Contender("own", "lora", dropout=0.05),
     "own_dora_dropout": Contender("own", "dora", dropout=0.05),
     "peft_lora": Contender("peft", "lora"),
     "peft_dora": Contender("peft", "dora"),
@@ -106,22 +104,24 @@ def random_base(
     return quantize(weight, kind, 64, double_quant=True)
 
 
-def random_input(base: PackedWeight, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape and device."""
-    device, (out_features, in_features) = base.device, base.shape
-    generator = torch.Generator(device).manual_seed(1)
-    x = torch.randn(num_tokens, in_features, generator=generator, device=device).bfloat16().requires_grad_()
-    return x, torch.randn(num_tokens, out_features, generator=generator, device=device).bfloat16()
-
-
 class LayerCall:
-    """A layer of a contender, whose name may end in `NEW_NORM`, and what it is called with."""
+    """A layer of a contender, whose name may end in `NEW_NORM`, with x (tokens, in) and dy (tokens, out) in bf16, which
+    are the same for one shape and device."""
 
     def __init__(self, name: str, base: PackedWeight, rank: int, num_tokens: int) -> None:
         contender, self.new_norm = CONTENDERS[name.removesuffix(NEW_NORM)], name.endswith(NEW_NORM)
-        weight = dequantize(base, torch.bfloat16) if contender.engine == "dense" else base
-        self.layer: Any = layer_on(weight, contender, rank)
-        self.x, self.dy = random_input(base, num_tokens)
+        model: Any = linear4bit(base, torch.bfloat16) if contender.engine == "peft" else FrozenLinear(base)
+        if contender.engine == "dense":
+            model = FrozenLinear(dequantize(base, torch.bfloat16))
+        if contender.kind is not None:
+            adapted = adapt(nn.ModuleDict({"proj": model}), contender, rank, targets=("proj",))
+            model = (adapted if contender.engine == "own" else adapted.base_model.model)["proj"]
+        self.layer = model.train()
+        (out_features, in_features), device = base.shape, base.device
+        generator = torch.Generator(device).manual_seed(1)
+        x = torch.randn(num_tokens, in_features, generator=generator, device=device)
+        self.x = x.bfloat16().requires_grad_()
+        self.dy = torch.randn(num_tokens, out_features, generator=generator, device=device).bfloat16()
 
     def clear(self) -> None:
         """Drop the gradients of an earlier call, and the norm, as after an optimizer step."""
@@ -137,28 +137,14 @@ class LayerCall:
         self.layer(self.x).backward(self.dy)
 
 
-def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:
-    """One layer of a contender in training mode, on a base (out, in) of its own kind, `move_parameters_` applied."""
-    if contender.kind is None:
-        return FrozenLinear(base).train()
-    assert isinstance(base, PackedWeight)
-    is_own = contender.engine == "own"
-    model: Any = nn.ModuleDict({"proj": FrozenLinear(base) if is_own else linear4bit(base, torch.bfloat16)})
-    model = adapt(model, contender, rank, targets=("proj",))
-    adapted: nn.Module = (model if is_own else model.base_model.model)["proj"]
-    move_parameters_(adapted, seed)
-    return adapted.train()
-
-
-def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> Any:
+def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS) -> Any:
     """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it)."""
-    assert contender.kind is not None
     if contender.engine == "own":
         options: dict[str, Any] = {"kind": contender.kind, "dropout": contender.dropout, "targets": targets}
-        options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(seed)}
+        options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(0)}
         inject(model, rank=rank, alpha=2.0 * rank, **options)
         return model
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model.is_loaded_in_4bit = True
     options = {"lora_dropout": contender.dropout, "use_dora": contender.kind == "dora", "target_modules": list(targets)}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2.0 * rank, **options))
@@ -171,22 +157,6 @@ def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ..
         if contender.variant == "addmm" and type(module) is DoraLinearLayer:
             module.__class__ = AddmmNormDora
     return adapted
-
-
-@torch.no_grad()
-def move_parameters_(module: nn.Module, seed: int = 0) -> None:
-    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine. At its start
-    many a wrong formula gives the right numbers."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if "lora_A" in name or "lora_B" in name:
-            scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        elif "magnitude" in name:
-            factor = 0.9 + 0.2 * torch.rand(parameter.shape, generator=generator)
-            parameter.mul_(factor.to(parameter.device))
 
 
 def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:

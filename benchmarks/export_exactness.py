@@ -1,12 +1,7 @@
 """Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
 
-SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
-DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
-
 Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
-own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
-bfloat16 on the same validation text: differences of logits, KL, NLL per token. Floor: float32 sums in another order,
-and in bfloat16 the rounding of the reference itself, computed in bfloat16.
+own dequantisation. Floor: float32 sums in another order, and in bfloat16 the rounding of the reference itself.
 """
 
 from __future__ import annotations
@@ -110,7 +105,6 @@ def compared(run: Path, folder: Path) -> dict[str, Any]:
             forms[name][form] = against(logits(load(form, name), tokens), reference, tokens)
             gc.collect()
     return {
-        "num_texts": len(tokens),
         "num_positions": sum(each.shape[1] for each in tokens),
         "logit_spread": float(torch.cat([each.std(dim=-1) for each in reference]).mean()),
         "reference_nll_per_token": nll(reference, tokens),
@@ -145,7 +139,6 @@ def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
 
 
 def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) -> dict[str, float]:
-    """Differences from the reference, and the NLL."""
     pairs = zip(reference, found, strict=True)
     return {**summary(torch.cat([logit_differences(*pair) for pair in pairs])), "nll_per_token": nll(found, tokens)}
 

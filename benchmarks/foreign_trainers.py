@@ -1,8 +1,5 @@
 """qdora's layer inside TRL, axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: equal losses, magnitudes that move.
 
-    python -m venv ax && ax/bin/pip install axolotl
-    python benchmarks/foreign_trainers.py axolotl ax/bin/python [--out benchmarks/results/foreign_trainers.json]
-
 Each command of `TRAINERS` trains a random Llama of two blocks in NF4 on the CPU for ten steps, with DoRA of rank 8 on
 all linear layers of the blocks: with PEFT's layer, and with qdora's by each way in. In its processes, `HOOK` reports at
 the end of transformers' `Trainer.train`. It also makes the runs comparable: A starts at the same values (axolotl makes
@@ -25,7 +22,6 @@ from byte_tokenizer import write_model, write_sums
 from frame import table, tabulated
 from measure import OFFLINE, ONE_THREAD, RESULTS, facts, save
 
-LOSS_TOLERANCE = 5e-3
 HOOK = """
 import importlib.util, json, os, sys
 from importlib.metadata import version
@@ -199,15 +195,11 @@ def section(name: str, python: Path) -> dict[str, Any]:
             continue
         for ours, pefts in zip(processes, control, strict=True):
             pairs = list(zip(ours["losses"], pefts["losses"], strict=True))
-            ours["largest_difference_of_loss"] = difference = max(abs(a - b) for a, b in pairs)
-            fast = ours["num_fast"] == ours["num_layers"] > 0 and ours["magnitude_dtypes"] == ["torch.float32"]
-            moved = ours["share_of_magnitudes_moved"] > 0.999
-            ours["passed"] = len(pairs) == 10 and difference <= LOSS_TOLERANCE and fast and moved
+            ours["largest_difference_of_loss"] = max(abs(a - b) for a, b in pairs)
     return {"versions": versions[0], "processes": found}
 
 
 def main() -> None:
-    """Measure one trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("python", type=Path, help="the Python of an environment in which the trainer is installed")
@@ -217,7 +209,7 @@ def main() -> None:
     found[args.trainer] = section(args.trainer, args.python)
     trainers = {name: found[name] for name in TRAINERS if name in found}
     head = facts("python benchmarks/foreign_trainers.py TRAINER PYTHON")
-    save(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+    save(args.out, {**head, "trainers": trainers})
 
 
 @table("foreign_trainers")

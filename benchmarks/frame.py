@@ -1,17 +1,12 @@
 """The frame of the benchmarks: a function becomes a command with a result file, and a table of a page.
 
-    @bench(smoke={"rounds": 2})                        # what --smoke takes instead of the defaults
+    @bench(smoke={"rounds": 2})  # what --smoke takes instead of the defaults
     def one_layer(rounds: int = 25) -> dict[str, Any]:
         '''Time of one layer. (This docstring is what --help says.)'''
-        turns = in_turns({"lora": ..., "dora": ...}, rounds)       # measure.py: alternating, spread, ratio
-        return {"seconds": ..., "dora / lora": ratio(turns["dora"], turns["lora"])}
 
-    @table("one_layer")                                # the block <!-- table: one_layer --> of a page
+    @table("one_layer")  # the block <!-- table: one_layer --> of a page
     def one_layer_table(result: Any) -> str:
         return tabulated(result["layers"].items(), {"layer": "{0}", "µs": lambda row: f"{1e6 * row[1]['median']:.0f}"})
-
-    if __name__ == "__main__":
-        main()
 
 **Options.** Each parameter is one, of the type of its default: `--rounds N`. A tuple takes several values, False is a
 flag, None takes a text. Three names are special: `data`, the first argument DATA, a Path (None with --smoke); `smoke`,
@@ -20,9 +15,8 @@ takes its name first: `python benchmarks/host_memory.py load_memory --layers 4 -
 
 **Result.** benchmarks/results/NAME.json, or --out, or a temporary file with --smoke: command, commit, machine and
 versions, then what the function returns, which is also printed as the last line. A generator's rows are saved one after
-the other under the key `rows`: `yield row` makes a list, `yield name, row` a mapping; what it returns at the end is
-added. With `keep` the rows that an earlier call left in the file stay unless they come again: named ones, or those that
-differ in a field of `by`, by which the list is sorted. `judge` makes further entries from all rows.
+the other under the key `rows`, a mapping: `yield name, row`; what it returns at the end is added. With `keep` the rows
+that an earlier call left in the file stay unless they come again.
 
 **Tables.** `readme_tables.py` finds every `@table`. The table has the function's name without `_table`; the function
 gets the named result files. A column of `tabulated` is a function of the row, or a format string that may look into it:
@@ -63,9 +57,7 @@ class Bench:
     run: Callable[..., Any]
     smoke: Mapping[str, Any] = field(default_factory=dict)
     rows: str = "cases"
-    by: tuple[str, ...] = ()
     keep: bool = False
-    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -108,8 +100,7 @@ def main(arguments: Sequence[str] | None = None, module: str = "__main__") -> No
     if not smoke and given.get("data", "") is None:
         parser.error("DATA is missing")
     out = out or (smoke_place(f"{name}.json") if smoke else RESULTS / f"{name}.json")
-    special = {"smoke": smoke, "out": out}
-    special = {key: value for key, value in special.items() if key in signature(chosen.run).parameters}
+    special = {key: value for key, value in (("smoke", smoke), ("out", out)) if key in signature(chosen.run).parameters}
     made = chosen.run(**chosen.defaults | (dict(chosen.smoke) if smoke else {}) | given | special)
     head = facts(" ".join(call + _words(given)))
     result = _rows_saved(chosen, made, head, out) if isgenerator(made) else head | made
@@ -136,27 +127,14 @@ def _add_options(parser: argparse.ArgumentParser, added: Bench) -> None:
 
 def _rows_saved(chosen: Bench, made: Iterator[Any], head: dict[str, Any], out: Path) -> dict[str, Any]:
     """The result with the rows of a generator, saved after each."""
-    before = json.loads(out.read_text())[chosen.rows] if chosen.keep and out.exists() else []
-    named = isinstance(before, Mapping)
-    rows = dict(before) if named else {_key(chosen, row, place): row for place, row in enumerate(before)}
-    result = dict(head)
+    rows: dict[str, Any] = json.loads(out.read_text())[chosen.rows] if chosen.keep and out.exists() else {}
     while True:
         try:
-            row = next(made)
+            name, row = next(made)
         except StopIteration as end:
-            return result | (end.value or {})
-        if isinstance(row, tuple):
-            named = True
-            rows[row[0]] = row[1]
-        else:
-            rows[_key(chosen, row, len(rows))] = row
-        held = rows if named else [rows[key] for key in (sorted(rows) if chosen.by else rows)]
-        result = head | {chosen.rows: held} | chosen.judge(held)
-        save(out, result)
-
-
-def _key(chosen: Bench, row: Any, place: int) -> Any:
-    return tuple(row[field] for field in chosen.by) if chosen.by else place
+            return head | {chosen.rows: rows} | (end.value or {})
+        rows[name] = row
+        save(out, head | {chosen.rows: rows})
 
 
 def _flag(option: str) -> str:

@@ -1,12 +1,7 @@
 """Everything about qdora that only a GPU can show, in one command and one JSON file.
 
-python benchmarks/gpu_suite.py --first      what decides most, on a card of 16 GB or more
-python benchmarks/gpu_suite.py --continue   all that the file does not have yet
-python benchmarks/gpu_suite.py --smoke      a dry run on a CPU with tiny shapes
-
 The file, benchmarks/results/gpu_<card>.json, is written after every section. A section that fails or takes too long
 leaves what it had found and its last lines, and the next one runs. `failed_checks` names what was wrong.
-benchmarks/time.md says how to run it on a rented machine without the packages.
 """
 
 from __future__ import annotations
@@ -41,8 +36,6 @@ from qdora.files.machine import package_versions
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the suite."""
-
     place: str  # "module:function" under gpu, imported in the section's process: a missing package costs it alone
     seconds: int  # after these its process is ended; after two thirds it begins no new case
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function, after (part, plan, device)
@@ -77,8 +70,7 @@ SECTIONS = FIRST | {
 def main(arguments: list[str] | None = None) -> int:
     """0 when every section ran and every check held, 2 without a GPU, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first, whole = minutes(list(FIRST)), minutes(list(SECTIONS))
-    parser.add_argument("--first", action="store_true", help=f"at most {first:.0f} of {whole:.0f} minutes")
+    parser.add_argument("--first", action="store_true", help="what decides most, in at most ten minutes")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, metavar="NAME", help=", ".join(SECTIONS))
     parser.add_argument("--continue", dest="resume", action="store_true", help="leave out what the file has done")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU, into a temporary file")
@@ -114,7 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def minutes(names: Sequence[str]) -> float:
-    """The most that these sections take."""
     return sum(SECTIONS[name].seconds for name in names) / 60
 
 

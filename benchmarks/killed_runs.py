@@ -1,15 +1,13 @@
 """A job on a tiny model is disturbed at seeded moments: does the restart reach what an undisturbed job reaches?
 
-A random Llama of two blocks in NF4. Three lives, each of commands as a user gives them: train (through a base cache,
-with evaluation, checkpoints, best step), export (merged and nf4-lora), study (four cells on a pruned base, and their
-report). A moment is an operation on files. What happens there:
+Three lives, each of commands as a user gives them: train (through a base cache), export (merged and nf4-lora), study
+(four cells on a pruned base, and their report). A moment is an operation on files. What happens there:
 
     kill, term, int    the signal; of the latter sometimes a second one a few operations later, which stops at once
     full, read_only    ENOSPC once, or at every write from then on, or beyond some bytes of a file; EROFS at all changes
 
-A disturbed life must end by itself, with one clear line if it could say one. The same commands again (train: --resume)
-must then reach the undisturbed life's files bit for bit, but for times and places; a run removes older checkpoints to
-go on with a full disk, so those may be missing. Every life is forked from this process. Linux only.
+A run removes older checkpoints to go on with a full disk, so those may be missing at its end. Every life is forked from
+this process. Linux only.
 """
 
 from __future__ import annotations
@@ -74,8 +72,6 @@ class Moment:
 
 
 class End(NamedTuple):
-    """How a life ended."""
-
     status: int  # exit code, or the negative number of a signal
     text: str
     counts: Sequence[int]

@@ -11,50 +11,45 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, NEW_NORM, TITLES, LayerCall, adapt, on_linear4bit, random_base
 from frame import Column, bench, main, table, tabulated
-from measure import alone, commit, in_turns, ratio, ratios, spread
-from mixed_data import base_model
-from torch import Tensor, nn
+from measure import alone, in_turns, ratio, ratios, spread
+from mixed_data import base_model, torch_trainer
+from torch import Tensor
 
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.plan.live_bytes import LiveBytes
 
-FAST = ("frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_lora_dropout", "own_dora_dropout")
-FAST += ("peft_lora", "peft_lora_defaults", "peft_dora_addmm")
-SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults", "own_dora", "own_dora_dropout")
-FAST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_dora_new_norm / own_lora", "own_lora / peft_lora")
-FAST_RATIOS += ("own_dora_dropout / own_dora", "own_dora / frozen", "peft_dora_addmm / peft_lora")
-SLOW_RATIOS = ("peft_dora / peft_lora", "peft_dora / own_dora", "peft_dora_defaults / peft_lora")
+FAST = ("frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_dora_dropout", "peft_lora", "peft_dora_addmm")
+SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults")
 # The more a call takes, the less its median wants.
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
-FIELDS = ("in_features", "out_features", "rank", "tokens", "allocator")
 
 
-@bench(smoke={"shapes": ("64x96",), "tokens": (8,)}, by=FIELDS, keep=True)
+@bench(smoke={"shapes": ("64x96",), "tokens": (8,)}, keep=True)
 def layer_time(
     shapes: tuple[str, ...] = ("2048x2048", "4096x4096", "4096x11008"),
     ranks: tuple[int, ...] = (16, 64),
     tokens: tuple[int, ...] = (256, 1024, 4096),
     *,
     smoke: bool,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Forward and backward: QDoRA against QLoRA, qdora's against PEFT's.
 
-    Shapes are in x out; x asks for a gradient, as it does in all layers but the first. "new norm" computes the norm in
-    each call, as the first micro-batch of a step does; the others of ours find it computed. PEFT's DoRA takes several
-    times as long and is measured in fewer rounds, with its rivals beside it. All have the allocator that qdora sets; at
-    1,024 tokens and the first rank once more with the default one. Each case says its commit.
+    Shapes are in x out; x asks for a gradient, as it does in all layers but the first. PEFT's DoRA takes several times
+    as long and is measured in fewer rounds. All have the allocator that qdora sets; at 1,024 tokens and the first rank
+    once more with the default one.
     """
     keep_freed_memory()
     for shape in shapes:
         for rank in ranks:
-            for num_tokens in tokens:
-                yield {"allocator": "tuned"} | layer_case(shape, rank, num_tokens, smoke)
-        yield {"allocator": "default"} | alone(layer_case, shape, ranks[0], tokens[0] if smoke else 1024, smoke)
+            for n in tokens:
+                yield f"{shape}, rank {rank}, {n} tokens", {"allocator": "tuned"} | layer_case(shape, rank, n, smoke)
+        rank, n = ranks[0], tokens[0] if smoke else 1024
+        row = {"allocator": "default"} | alone(layer_case, shape, rank, n, smoke)
+        yield f"{shape}, rank {rank}, {n} tokens, default allocator", row
 
 
 def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:
-    """Seconds and ratios of all contenders."""
     in_features, out_features = map(int, shape.split("x"))
     base = random_base(in_features, out_features)
 
@@ -65,10 +60,9 @@ def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str,
     fast, slow = timed(FAST, repeats, 2), timed(SLOW, min(repeats, SLOW_REPEATS), 1)
     sizes = {"in_features": in_features, "out_features": out_features, "rank": rank, "tokens": num_tokens}
     return sizes | {
-        "commit": commit(),
         "repeats": repeats,
         "seconds": {name: spread(each) for name, each in (slow | fast).items()},
-        "ratios": ratios(fast, FAST_RATIOS) | ratios(slow, SLOW_RATIOS),
+        "ratios": ratios(fast, LAYER_COLUMNS.values()) | ratios(slow, LAYER_COLUMNS.values()),
     }
 
 
@@ -98,7 +92,7 @@ def layer_time_table(result: Any) -> str:
         text = "{in_features} → {out_features}, r {rank}, {tokens:,}".format_map(case)
         return text if case["allocator"] == "tuned" else f"{text}, default allocator"
 
-    cases, counts = result["cases"], []
+    cases, counts = [*result["cases"].values()], []
     columns = {title: f"{{ratios[{name}][median]:.3f}}" for title, name in LAYER_COLUMNS.items()}
     for what, (name, at_few, at_many) in ASKED.items():
         shares = [case["ratios"][name]["median"] / (at_few if case["tokens"] < 1024 else at_many) for case in cases]
@@ -124,9 +118,6 @@ Run = Callable[[Callable[[], None]], None]
 def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """PEFT's LoRA against DoRA on PEFT's interface, PEFT's own and qdora.peft's: time and bytes.
 
-    One layer, and a step of a model: forward, backward, clipping and torch's fused AdamW, rank 16, adapters in bf16
-    (qdora's magnitudes are float32 always), every token labelled, the model's own loss.
-
     Bytes are counted by `LiveBytes` on real tensors in the second call; weights, adapters and inputs are there before.
     "kept": what the first call left alive (optimizer states, and what a layer keeps); "held": alive after the (first)
     forward, "peak": the most, "kept" among both.
@@ -136,15 +127,10 @@ def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         memory = {each: _bytes_of(run) for each, run in runs.items()}
         turns = {each: functools.partial(run, lambda: None) for each, run in runs.items()}
         seconds = in_turns(turns, 2 if smoke else PEFT_ROUNDS, warmup=0)
-        shares = {
-            each: {what: found[what] / memory[REFERENCE][what] for what in ("held", "peak")}
-            for each, found in memory.items()
-        }
         row = {
             "seconds": {each: spread(found) for each, found in seconds.items()},
             "ratios": {each: ratio(found, seconds[REFERENCE]) for each, found in seconds.items()},
             "bytes": memory,
-            "byte_ratios": shares,
         }
         yield name, row
 
@@ -177,20 +163,8 @@ def _peft_steps(smoke: bool) -> Iterator[tuple[str, dict[str, Run]]]:
 def _step_run(name: str, base: Any, checkpointing: bool, micro_batches: Tensor) -> Run:
     if checkpointing:
         recompute_activations(base)
-    model = adapt(base, CONTENDERS[name], RANK).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
-
-    def run(after_forward: Callable[[], None]) -> None:
-        for ids in micro_batches:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(micro_batches)
-            after_forward()
-            loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    train = torch_trainer(adapt(base, CONTENDERS[name], RANK).train())
+    return functools.partial(train, [{"input_ids": ids, "labels": ids} for ids in micro_batches])
 
 
 def _bytes_of(run: Run) -> dict[str, int]:
@@ -207,11 +181,15 @@ def _bytes_of(run: Run) -> dict[str, int]:
 @table("peft_time")
 def peft_time_table(result: Any) -> str:
     """Time, and bytes held after the forward pass and at the peak, relative to PEFT's LoRA."""
+
+    def sizes(name: str, item: Any) -> str:
+        own, reference = item[1]["bytes"][name], item[1]["bytes"][REFERENCE]
+        return ", ".join(f"{own[what] / reference[what]:.2f}" for what in ("held", "peak"))
+
     columns: dict[str, Column] = {"": "{0}"}
     for name in PEFT_NAMES[1:]:
         columns[f"{TITLES[name]}: time"] = f"{{1[ratios][{name}]:.2f}}"
-        sizes = f"{{1[byte_ratios][{name}][held]:.2f}}, {{1[byte_ratios][{name}][peak]:.2f}}"
-        columns[f"{TITLES[name]}: held, peak"] = sizes
+        columns[f"{TITLES[name]}: held, peak"] = functools.partial(sizes, name)
     return tabulated(result["cases"].items(), columns)
 
 

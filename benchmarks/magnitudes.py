@@ -1,10 +1,8 @@
 """Do bf16-stored adapters train as float32-stored ones do, and do the magnitudes move at a small learning rate?
 
-DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed, start
-and data order for all arms of a compute dtype. In float32 compute the gap between the curves is what storage does; in
-bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a float32-stored arm whose
-micro-batches are cut otherwise shows how large that is. "plain bf16" is torch's AdamW on bf16 parameters, magnitudes
-included: the set-up in which they do not move. Two arms run at once, a thread each.
+The same seed, start and data order for all arms of a compute dtype. In float32 compute the gap between the curves is
+what storage does; in bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a
+float32-stored arm whose micro-batches are cut otherwise shows how large that is. Two arms run at once, a thread each.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ from typing import Any
 import torch
 from frame import bench, main, table, tabulated
 from measure import OFFLINE, ONE_THREAD, alone
-from mixed_data import fitted
+from mixed_data import fitted, loader_of
 
-from qdora.data.sources import make_loader, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
@@ -84,20 +81,17 @@ def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch
             "memory": {"checkpointing": False},
         }
     )
-    source, tokenizer = find_model(recipe)
-    loader = make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
     torch.manual_seed(0)
-    model = load_base(recipe, source, choose_compute(compute))
+    model = load_base(recipe, find_model(recipe)[0], choose_compute(compute))
     put_adapters(model, recipe)
     for layer in adapted_layers(model).values():
         layer.lora_A.data = layer.lora_A.data.bfloat16().to(layer.lora_A.dtype)  # the same start for every storage
         if arm == "plain bf16":
-            assert layer.magnitude is not None
             layer.magnitude.data = layer.magnitude.data.bfloat16()
     parameters = adapter_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
-    losses = [line["loss"] for line in fitted(model, optimizer, loader, recipe.train)]
+    losses = [line["loss"] for line in fitted(model, optimizer, loader_of(recipe), recipe.train)]
     moved = {}
     for leaf in ("magnitude", "lora_A", "lora_B"):
         names = [name for name in start if name.endswith(leaf)]

@@ -30,29 +30,29 @@ Reading = TypeVar("Reading")
 PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int, **options: int) -> dict[str, list[float]]:
-    """Seconds of each repeat of each function on the CPU; the options are those of `alternating`."""
+def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each repeat of each function on the CPU."""
 
     def seconds_of(function: Callable[[], Any]) -> float:
         began = time.perf_counter()
         function()
         return time.perf_counter() - began
 
-    return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, **options)
+    return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, warmup=warmup)
 
 
 def alternating(
-    readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1, start: int = 0
+    readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1
 ) -> dict[str, list[Reading]]:
-    """What each function returned in each repeat, from round `start` on. They alternate, each round beginning one
-    later: whatever slows the machine for a while slows all, and none always follows the same other."""
+    """What each function returned in each repeat. They alternate, each round beginning one later: whatever slows the
+    machine for a while slows all, and none always follows the same other."""
     names = list(readings)
     found: dict[str, list[Reading]] = {name: [] for name in names}
-    for turn in range(start - warmup, start + repeats):
+    for turn in range(-warmup, repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             reading = readings[name]()
-            if turn >= start:
+            if turn >= 0:
                 found[name].append(reading)
     return found
 
@@ -66,9 +66,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Spread of the ratios of the same round, `of_medians` beside it."""
-    rounds = spread([first / second for first, second in zip(numerator, denominator, strict=True)])
-    return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
+    """Spread of the ratios of the same round."""
+    return spread([first / second for first, second in zip(numerator, denominator, strict=True)])
 
 
 def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -134,10 +133,8 @@ def peak_rss_bytes() -> int:
     return status_bytes("VmHWM")
 
 
-def reset_peak_rss() -> int:
-    """Let the peak begin anew; returns the present resident set."""
+def reset_peak_rss() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-    return peak_rss_bytes()
 
 
 def status_bytes(name: str) -> int:

@@ -36,7 +36,7 @@ from qdora.run.base import compress_base, compression_key, load_base
 from qdora.train.guards import packed_layout
 from qdora.train.optimizer import AdapterOptimizer
 
-NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}
+NUM_STEPS = 3
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 SIZES = {
     "small": (512, 1408, 8, 8192),
@@ -71,30 +71,14 @@ CASES = {
 """The first word is a size; the settings of the recipe that differ from `_case_recipe`."""
 
 
-def accuracy_limits(cases: dict[str, Any]) -> dict[str, Any]:
-    """How far off the worst case is."""
-    errors = {what: [abs(each[f"{what}_ratio"] - 1) for each in cases.values()] for what in BARS}
-    return {
-        "num_steps": NUM_STEPS,
-        "num_measured": {what: len(found) for what, found in errors.items()},
-        "largest_error": {what: max(found) for what, found in errors.items()},
-        "bars": BARS,
-        "passes": {what: max(found) <= BARS[what] for what, found in errors.items()},
-    }
-
-
-@bench(smoke={"only": (_TINY,)}, keep=True, judge=accuracy_limits)
+@bench(smoke={"only": (_TINY,)}, keep=True)
 def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """The plan of real runs on a CPU against what they take: live tensors by the counter, and the resident set.
 
-    Random models of 25 to 190 million weights, made from a config and written as a checkpoint; their data is random
-    text. Every run is planned from the recipe, the config and the tokenised data, then run twice, three steps each:
-    once with `LiveBytes` active from before the load on, and once without it in a process of its own, for the largest
-    resident set (VmHWM). Planned resident set: the plan's tensors and its constant for a process
-    (`CONTEXT_BYTES["cpu"]`), which every run here also measures, before it loads its model. --only: cases by name.
-
-    Bars: planned / measured tensor bytes within 3 % for each run, planned / measured resident set within 10 %, the
-    constant included in both.
+    Random models of 25 to 190 million weights on random text. Every run is planned, then run twice, three steps each:
+    with `LiveBytes` active from before the load on, and without it in a process of its own, for the largest resident
+    set (VmHWM). Planned resident set: the plan's tensors and its constant for a process (`CONTEXT_BYTES["cpu"]`), which
+    every run here also measures, before it loads its model. --only: cases by name.
     """
     for name in only or [name for name in CASES if name != _TINY]:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +94,6 @@ def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, A
             "measured_tensor_bytes": most,
             "tensor_ratio": tensors / most,
             "planned_rss_bytes": planned["peak_bytes"],
-            "planned_components": planned["components"],
-            "planned_peak_in": planned["peak_in"],
             "measured_rss_bytes": resident["rss_bytes"],
             "process_bytes": resident["process_bytes"],
             "rss_ratio": planned["peak_bytes"] / resident["rss_bytes"],
@@ -196,12 +178,11 @@ def plan_accuracy_table(result: Any) -> str:
         "measured": "{1[measured_rss_bytes]:,.0fMiB}",
         "planned / measured": "{1[rss_ratio]:.3f}",
     }
-    worst, bars, counts = result["largest_error"], result["bars"], result["num_measured"]
-    parts = [
-        f"{text} {worst[what]:.2%} in {counts[what]} runs (limit: {bars[what]:.0%})"
-        for what, text in {"tensor": "tensors", "rss": "resident"}.items()
-    ]
-    return tabulated(result["cases"].items(), columns) + f"\nLargest error: {'; '.join(parts)}.\n"
+    cases, parts = result["cases"], []
+    for title, key, limit in (("tensors", "tensor_ratio", "3%"), ("resident", "rss_ratio", "10%")):
+        worst = max(abs(case[key] - 1) for case in cases.values())
+        parts.append(f"{title} {worst:.2%} in {len(cases)} runs (limit: {limit})")
+    return tabulated(cases.items(), columns) + f"\nLargest error: {'; '.join(parts)}.\n"
 
 
 CARD = "40GB"
@@ -220,8 +201,6 @@ def plan_recipes(*, smoke: bool) -> dict[str, Any]:
 
     Each recipe as it ships, against the budget that it states, or 40 GB; `ways` are the ways to hold the base on
     several cards. Then Llama-3.1-405B by the recipe of the 70B model with all of its blocks in host memory.
-    `cpu_seconds` is the time of a plan on one core. Bars: every recipe fits in the card that it is named for; the 70B
-    plan below 40 GiB and in less than 60 s of one core.
     """
     configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in (*RECIPES, *SEVERAL)}
     if smoke:
@@ -235,13 +214,7 @@ def plan_recipes(*, smoke: bool) -> dict[str, Any]:
         plans[LARGEST] = _planned(load_recipe("llama-70b-40gb", every), public_shapes()[source].config())
     # Behind another model, whose plan they cannot take their steps from
     plans |= {name: _planned(load_recipe(name), configs[name], num_cards) for name, num_cards in SEVERAL.items()}
-    largest = plans["llama-70b-40gb"]
-    limits = {
-        "all fit": all(each["fits"] for each in plans.values()),
-        "70B below 40 GiB": largest["peak_bytes"] < 40 * GIB,
-        "70B in 60 s": largest["cpu_seconds"] < 60,
-    }
-    return {"plans": plans, "passes": limits}
+    return {"plans": plans}
 
 
 def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from byte_tokenizer import small_config
 from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from qdora.adapter.layer import FrozenLinear
@@ -63,53 +62,46 @@ def first_steps(data: Path | str | None, batch: int, num_steps: int) -> list[Ste
     if data is None:
         generator = torch.Generator().manual_seed(0)
         return [random_step(((12, 11, 9), (8, 7, 7, 6, 5)), generator, num_prompt=4) for _ in range(num_steps)]
-    settings = recipe(Path(data).resolve(), batch=batch)
-    _, tokenizer = find_model(settings)
-    loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
+    loader = loader_of(recipe(Path(data).resolve(), batch=batch))
     return [loader.next_step() for _ in range(num_steps)]
 
 
-def in_one_batch(step: Step) -> Step:
-    """The same examples as one micro-batch, padded to the longest."""
-    parts = step.micro_batches
-    width = max(part.input_ids.shape[1] for part in parts)
-
-    def joined(tensors: Iterable[Tensor], value: int) -> Tensor:
-        return torch.cat([pad(each, (0, width - each.shape[1]), value=value) for each in tensors])
-
-    whole = MicroBatch(
-        input_ids=joined((part.input_ids for part in parts), 0),
-        attention_mask=joined((part.attention_mask for part in parts), 0),
-        labels=joined((part.labels for part in parts), IGNORED),
-        task_ids=torch.cat([part.task_ids for part in parts]),
-        task_names=parts[0].task_names,
-        example_ids=[name for part in parts for name in part.example_ids],
-    )
-    return replace(step, micro_batches=[whole])
+def loader_of(recipe: Recipe) -> Any:
+    """The training steps of a recipe."""
+    _, tokenizer = find_model(recipe)
+    return make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
 
 
-class FixedSteps:
-    """Steps that are there already, one after the other and then from the first again, for `fitted`."""
+def in_one_batch(step: Step) -> dict[str, Tensor]:
+    """All examples padded to the longest, as transformers' trainer gives them to a model."""
 
-    batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
+    def joined(name: str, value: int) -> Tensor:
+        rows = [row for part in step.micro_batches for row in getattr(part, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    def __init__(self, steps: list[Step]) -> None:
-        self.steps, self.position = steps, 0
+    return {name: joined(name, value) for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))}
+
+
+class FixedStep:
+    """A step that is there already, again and again, for `fitted`."""
+
+    batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its step cannot be cut smaller
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
     def next_step(self) -> Step:
-        self.position += 1
-        return self.steps[(self.position - 1) % len(self.steps)]
+        return self.step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        """It has no state."""
 
 
 def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
-    assert train.steps is not None
+    """qdora's training loop without a run directory; its lines of metrics. `loader` may be a `FixedStep`."""
     lines: list[dict[str, Any]] = []
     data, length = {"mix": [{"task": "demo/facts"}]}, {"steps": 1, "batch": 1}
     settings = recipe_from({"model": {"source": "builtin"}, "data": data, "train": length})
@@ -122,6 +114,24 @@ def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet
             lines.append(trainer.one_step())
             progress.step(lines[-1])
     return lines
+
+
+def torch_trainer(model: Any) -> Callable[..., None]:
+    """Makes an optimizer step of micro-batches as transformers' trainer does; each is what the model is called with.
+    The second argument of what it returns is called after each forward pass."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def train(batches: Sequence[dict[str, Tensor]], after_forward: Callable[[], None] = lambda: None) -> None:
+        for batch in batches:
+            loss = model(**batch, use_cache=False).loss / len(batches)
+            after_forward()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
 
 
 def random_step(lengths: Sequence[Sequence[int]], generator: torch.Generator, *, num_prompt: int = 1) -> Step:

@@ -267,7 +267,6 @@ def key(mutant: Mutant) -> str:
 
 
 def main() -> None:
-    """Cover, draw or run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("cover").add_argument("folder", type=Path)

@@ -1,10 +1,7 @@
 """Rounding and GPTQ in every format, against HQQ, gptqmodel and llm-compressor: loss, error, memory, time and plans.
 
-    python benchmarks/quantisers.py quantisers DATA --hqq hqq/bin/python
-    python benchmarks/quantisers.py quantisers_layer DATA --gptqmodel gptqmodel/bin/python
-
-DATA holds <task>/<split>.parquet. Other programs run in environments of their own (`python -m venv hqq && hqq/bin/pip
-install hqq`), each named by its Python, and are left out without it. See `quantiser_peers.py`.
+Other programs run in environments of their own (`python -m venv hqq && hqq/bin/pip install hqq`), each named by its
+Python (`--hqq hqq/bin/python`), and are left out without it. See `quantiser_peers.py`.
 """
 
 from __future__ import annotations
@@ -146,12 +143,11 @@ def quantisers(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """NLL of whole models by format and quantiser, on two kinds of text, and bits a weight as they are stored.
 
-    passages: BoolQ's, of Wikipedia; the last --texts of the test file are scored. tasks: prompts and answers of the
-    eight tasks; --limit validation examples of each are scored, the right answer alone. GPTQ is calibrated on either:
-    --tokens in pieces of 512, from other passages or from training examples. --models: builtin, or .gguf files.
-
-    A cell is FORMAT METHOD [OPTION]. hqq: groups of 64, scale and zero in 16 bits, along axis 0 or 1. gptqmodel: groups
-    of 64 and the settings that are used here. Seconds: of loading and quantising; of a peer, of its own work.
+    passages: BoolQ's; the last --texts of the test file are scored. tasks: prompts and answers of the eight tasks;
+    --limit validation examples of each are scored, the right answer alone. GPTQ is calibrated on either: --tokens in
+    pieces of 512, from other passages or from training examples. --models: builtin, or .gguf files. A cell is FORMAT
+    METHOD [OPTION]. hqq: groups of 64, scale and zero in 16 bits, along axis 0 or 1. gptqmodel: groups of 64 and the
+    settings that are used here.
     """
     pythons = {"hqq": hqq, "gptqmodel": gptqmodel}
     for source in models:

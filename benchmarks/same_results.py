@@ -1,8 +1,5 @@
 """Does a change of the code change results? Short runs of a checkout, compared with those of another one.
 
-    python benchmarks/same_results.py run CHECKOUT FOLDER [--python PY] [--only CASE ...]     -> FOLDER/results.json
-    python benchmarks/same_results.py compare BEFORE/results.json AFTER/results.json
-
 The cases are in same_results.yaml. Five runs of six steps are planned, trained, evaluated, ranked and exported; `lora`
 trains the builtin model, the others small random ones. Thirty more take two steps, one for each thing that a rebuilt
 room could lose. One CPU thread, a process for each verb. Both sides read the same models and data, which the first call

@@ -1,17 +1,14 @@
-"""Time of training steps of SmolLM2-135M, against LoRA and PEFT.
+"""Time of training steps of SmolLM2-135M, against LoRA and PEFT. Run with two threads (OMP_NUM_THREADS=2).
 
-Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
-own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
-examples padded to one batch, `model(...).loss`. All have torch's fused AdamW, clipping, and the allocator that qdora
-sets. Contenders take turns on the same examples; a ratio is the median of the ratios of the same round.
+qdora trains in its own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users
+do: the step's examples padded to one batch, `model(...).loss`. All have torch's fused AdamW, clipping, and the
+allocator that qdora sets.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import torch
 from contenders import CONTENDERS, TITLES, adapt, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table
 from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
-from mixed_data import FixedSteps, base_model, first_steps, fitted, in_one_batch, random_step
+from mixed_data import FixedStep, base_model, first_steps, fitted, in_one_batch, random_step, torch_trainer
 
 from qdora.data.batches import Step
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
@@ -29,47 +26,27 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe.settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
-RANK, LR, CLIP = 16, 1e-4, 1.0
+RANK = 16
 SAME_LOOP = "_same_loop"
 NAMES = ("own_lora", "own_dora", "peft_lora", "peft_dora", "peft_lora_defaults", "peft_dora_defaults")
 NAMES += (f"peft_lora{SAME_LOOP}",)
-RATIOS = ("own_dora / own_lora", *(f"own_dora / {name}" for name in NAMES[2:]), "own_lora / peft_lora_same_loop")
-RATIOS += ("peft_dora / peft_lora", "peft_dora_defaults / peft_lora_defaults")
-PARTS, PEAK_STEPS = ("time", "pairs", "peaks"), 4
+RATIOS = tuple(f"own_dora / {name}" for name in NAMES if name != "own_dora")
 
 
 @bench(smoke={"rounds": 2})
-def step_time(
-    data: Path | None,
-    parts: tuple[str, ...] = PARTS,
-    checkpointing: tuple[str, ...] = ("off", "on"),
-    batch: int = 32,
-    rounds: int = 10,
-    seconds: float = 240.0,
-    *,
-    smoke: bool,
-    out: Path,
-) -> dict[str, Any]:
-    """QDoRA against QLoRA, qdora's against PEFT's; the other parts and modes of the result file stay.
+def step_time(data: Path | None, batch: int = 32, rounds: int = 5, *, smoke: bool) -> dict[str, Any]:
+    """QDoRA against QLoRA, qdora's against PEFT's, with checkpointing off and on.
 
-    DATA holds <task>/<split>.parquet: real steps of the eight tasks with their real lengths. `peft_lora_same_loop` is
-    PEFT's model in qdora's loop: what of the difference is the layer's. Time: all contenders. Pairs: own QDoRA and own
-    QLoRA alone, at any --batch. Peaks: the resident set while training, each in a process of its own. No round begins
-    after so many --seconds, loading included.
+    `peft_lora_same_loop` is PEFT's model in qdora's loop. Time: all contenders. Pairs: own QDoRA and own QLoRA alone,
+    in four times as many rounds. Peaks: the resident set while training, each in a process of its own.
     """
-    before = json.loads(out.read_text()) if out.exists() and not smoke else {}
-    result: dict[str, Any] = {part: before.get(part, {}) for part in PARTS}
-    for mode in checkpointing:
-        if "time" in parts:
-            result["time"][mode] = _rounds(NAMES, mode, data, batch, rounds, seconds)
-        if "pairs" in parts:
-            pairs = _rounds(NAMES[:2], mode, data, batch, rounds, seconds)
-            result["pairs"].setdefault(mode, {})[str(batch)] = pairs
-        if "peaks" in parts:
-            names = NAMES[:1] if smoke else NAMES
-            result["peaks"][mode] = {name: alone(step_peak, name, mode, data, batch) for name in names}
-    used = batch if "time" in parts else before.get("batch", batch)
-    return {"rank": RANK, "batch": used, **result}
+    result: dict[str, Any] = {"rank": RANK, "batch": batch, "time": {}, "pairs": {}, "peaks": {}}
+    for mode in ("off", "on"):
+        result["time"][mode] = _rounds(NAMES, mode, data, batch, rounds)
+        result["pairs"][mode] = {str(batch): _rounds(NAMES[:2], mode, data, batch, 4 * rounds)}
+        names = NAMES[:1] if smoke else NAMES
+        result["peaks"][mode] = {name: alone(step_peak, name, mode, data, batch) for name in names}
+    return result
 
 
 def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callable[[Step], object]:
@@ -83,43 +60,22 @@ def trainer(name: str, mode: str, *, smoke: bool, quant: str = "nf4") -> Callabl
     model = adapt(model, contender, RANK).train()
     if contender.engine == "own" or name.endswith(SAME_LOOP):
         optimizer = AdapterOptimizer(adapter_parameters(model))
-        settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
-        return lambda step: fitted(model, optimizer, FixedSteps([step]), settings, quiet=True)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
-
-    def peer_step(step: Step) -> None:  # as transformers' trainer makes it
-        (batch,) = in_one_batch(step).micro_batches
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-        model(**inputs, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        adamw.step()
-        adamw.zero_grad()
-
-    return peer_step
+        settings = TrainConfig(steps=1, batch=1, lr=1e-4, schedule="constant", warmup=0, clip=1.0)
+        return lambda step: fitted(model, optimizer, FixedStep(step), settings, quiet=True)
+    train = torch_trainer(model)
+    return lambda step: train([in_one_batch(step)])
 
 
-def _rounds(
-    names: tuple[str, ...], mode: str, data: Path | None, batch: int, rounds: int, most_seconds: float
-) -> dict[str, Any]:
+def _rounds(names: tuple[str, ...], mode: str, data: Path | None, batch: int, rounds: int) -> dict[str, Any]:
     keep_freed_memory()
-    began = time.perf_counter()
-    steps = first_steps(data, batch, rounds)
+    steps = first_steps(data, batch, rounds + 1)  # the first warms up
     trainers = {name: trainer(name, mode, smoke=data is None) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    tokens, padded = [], []
-    for number, step in enumerate(steps):
-        if time.perf_counter() - began > most_seconds:
-            break
-        turns = {name: functools.partial(each, step) for name, each in trainers.items()}
-        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
-            seconds[name] += each
-        tokens.append(step.num_tokens)
-        padded.append(in_one_batch(step).micro_batches[0].input_ids.numel())
+    turns = {name: lambda make=make, left=iter(steps): make(next(left)) for name, make in trainers.items()}
+    seconds = in_turns(turns, rounds)
+    tokens = [step.num_tokens for step in steps[1:]]
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "padded_tokens": padded,
         "tokens_per_second": _speeds(tokens, seconds),
         "ratios": ratios(seconds, RATIOS),
     }
@@ -130,16 +86,16 @@ def _speeds(tokens: list[int], seconds: dict[str, list[float]]) -> dict[str, dic
 
 
 def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, int]:
-    """In a process of its own: resident bytes of a contender, after loading, and at most while it trains."""
-    steps = first_steps(data, batch, PEAK_STEPS)
+    """In a process of its own: the most resident bytes of a contender while it trains."""
+    steps = first_steps(data, batch, 4)
     make_step = trainer(name, mode, smoke=data is None)
     gc.collect()
     return_freed_memory()
     keep_freed_memory()
-    loaded = reset_peak_rss()  # loading may peak higher than training: PEFT's model is made from ours
+    reset_peak_rss()  # loading may peak higher than training: PEFT's model is made from ours
     for step in steps:
         make_step(step)
-    return {"loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "added_bytes": peak_rss_bytes() - loaded}
+    return {"peak_bytes": peak_rss_bytes()}
 
 
 def _speed_and_share(found: Any, name: str) -> list[str]:
@@ -174,32 +130,28 @@ def step_time_table(result: Any) -> str:
 
 
 MICRO_NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
-MICRO_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "peft_dora / peft_lora", "own_dora / peft_dora")
-MICRO_RATIOS += ("own_dora / frozen", "own_dora / dense")
-BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
+MICRO_RATIOS = (*(f"own_dora / {name}" for name in MICRO_NAMES[1:]), "peft_dora / peft_lora")
+TARGETS = {"own_lora": 1.05, "peft_lora": 1.0}
 
 
 @bench(smoke={"rounds": 2, "rows": 2, "length": 8})
 def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke: bool) -> dict[str, Any]:
     """The price of DoRA where it is highest: steps of one micro-batch, each of which pays for the norms alone.
 
-    No checkpointing, every token labelled: forward, backward, clipping and update. The floors are forward and backward
-    of the frozen NF4 model and of the 16-bit one, with the gradient of their input embeddings and without adapters.
+    The floors are forward and backward of the frozen NF4 model and of the 16-bit one, with the gradient of their input
+    embeddings and without adapters.
     """
     keep_freed_memory()
     step = random_step([[length] * rows], torch.Generator().manual_seed(0))
     turns = {name: functools.partial(_micro_step(name, smoke), step) for name in MICRO_NAMES}
     seconds = in_turns(turns, rounds, warmup=2)
-    found = ratios(seconds, MICRO_RATIOS)
     return {
         "rank": RANK,
         "rows": rows,
         "length": length,
         "seconds": seconds,
         "tokens_per_second": _speeds([rows * length] * rounds, seconds),
-        "ratios": found,
-        "bars": BARS,
-        "passes": {name: found[name]["median"] <= bar for name, bar in BARS.items()},
+        "ratios": ratios(seconds, MICRO_RATIOS),
     }
 
 
@@ -223,9 +175,9 @@ def one_micro_batch_table(result: Any) -> str:
     """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
     rows = [[TITLES[name], *_speed_and_share(result, name)] for name in result["tokens_per_second"]]
     targets = [
-        f"at most {most:g} times that of {TITLES[name.removeprefix('own_dora / ')]} "
-        f"({'met' if result['passes'][name] else 'missed'})"
-        for name, most in result["bars"].items()
+        f"at most {most:g} times that of {TITLES[name]} "
+        f"({'met' if result['ratios'][f'own_dora / {name}']['median'] <= most else 'missed'})"
+        for name, most in TARGETS.items()
     ]
     note = (
         f"\n{result['rows']} rows of {result['length']} tokens, {result['num_threads']} threads, "

@@ -81,7 +81,7 @@ def test_simulated_studies_hold_the_truth_and_seldom_say_something_false(monkeyp
     """A part of benchmarks/study_nulls.py, within 3.5 standard errors of what its intervals promise."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     nulls, number = import_module("study_nulls"), 60
-    found = nulls.shares(nulls.SCENARIOS["seeds and examples"], number, seed=5)
+    found = nulls.shares(nulls.Scenario(), number, seed=5)
     off = 3.5 * math.sqrt(0.05 * 0.95 / number)
     assert {what: found[what] for what in nulls.INTERVALS} == pytest.approx(
         dict.fromkeys(nulls.INTERVALS, 0.95), abs=off

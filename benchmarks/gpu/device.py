@@ -91,11 +91,6 @@ def limit_memory(device: torch.device, num_bytes: int) -> float | None:
     return share
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory was exhausted; a run that fails of it says so in words."""
-    return "out of memory" in str(error).lower()
-
-
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Counter[str]]:
     """Counts, by the line of Python that caused them, the times the host waits for the GPU; nothing on a CPU.

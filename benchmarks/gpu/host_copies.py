@@ -33,7 +33,6 @@ class SwitchedCopies:
         self.is_on, self.num_copies, self.sample = True, 0, (torch.empty(0), torch.empty(0))
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """See `CudaCopies`."""
         self.num_copies, self.sample = self.num_copies + 1, (source, target)
         if self.is_on:
             self.inner.begin(source, target, slot)
@@ -72,21 +71,19 @@ def streamed(part: Part, plan: Plan, device: torch.device, size: str, limit: int
     part.put("held_bytes", on.memory(device)["held"])
     part.attempt("planned", planned, settings, tokens, plan.ranks[0], number)
     step = make_step(model, "paged_adamw_8bit", tokens)
-    part.attempt(f"{tokens} tokens", peak_and_time, step, tokens, plan.num_steps, device)
-    part.attempt("hidden", hidden, step, made[0], plan.num_steps, device)
+    part.attempt(f"{tokens} tokens", peak_and_time, step, tokens, 1, device)
+    part.attempt("hidden", hidden, step, made[0], device)
 
 
-def hidden(
-    step: Callable[[int], list[float]], copies: SwitchedCopies, number: int, device: torch.device
-) -> dict[str, Any]:
+def hidden(step: Callable[[int], list[float]], copies: SwitchedCopies, device: torch.device) -> dict[str, Any]:
     """Times of a step with its copies, without them (the numbers are then wrong, the work is the same), and of the
     copies alone."""
-    with_copies = on.timed(device, lambda: step(number)).seconds / number
+    with_copies = on.timed(device, lambda: step(1)).seconds
     before = copies.num_copies
     copies.is_on = False
-    without = on.timed(device, lambda: step(number)).seconds / number
+    without = on.timed(device, lambda: step(1)).seconds
     copies.is_on = True
-    count = (copies.num_copies - before) / number
+    count = copies.num_copies - before
     piece, slot = copies.sample
     alone = on.timed(device, lambda: slot.copy_(piece, non_blocking=True), 10).seconds
     return {
@@ -112,7 +109,7 @@ def offloaded(part: Part, plan: Plan, device: torch.device) -> None:
         model = make_model(plan.middle, "own_dora", device, rank=plan.ranks[0], weights=weights)
         if offloads:
             offload_activations(model)
-        return peak_and_time(make_step(model, "adamw", tokens), tokens, plan.num_steps, device)
+        return peak_and_time(make_step(model, "adamw", tokens), tokens, 1, device)
 
     part.attempt("plain", steps, False)
     part.attempt("offloaded", steps, True)

@@ -18,15 +18,12 @@ ERROR_LINES = 15  # that are kept
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the suite."""
-
     shapes: tuple[tuple[int, int], ...]  # (in, out) of the timed layers, the most telling first
     ranks: tuple[int, ...]  # the first one is measured at every number of tokens
     tokens: tuple[int, ...]  # of a layer's input
     repeats: int  # samples of each timed function
     sample_seconds: float  # short calls are repeated within a sample
     step_tokens: tuple[int, ...]  # of a whole model's step
-    num_steps: int  # of each model's sample
     middle: dict[str, Any]  # the 8B-shaped model
     large: dict[str, Any]  # the 70B-shaped one
 
@@ -43,7 +40,6 @@ FULL = Plan(
     repeats=20,
     sample_seconds=0.01,
     step_tokens=(2048, 8192),
-    num_steps=1,
     middle=_LLAMA3 | dict(zip(_KEYS, (4096, 14_336, 32, 32, 8), strict=True)),
     large=_LLAMA3 | dict(zip(_KEYS, (8192, 28_672, 80, 64, 8), strict=True)),
 )
@@ -54,25 +50,23 @@ SMOKE = Plan(
     repeats=2,
     sample_seconds=0.0,
     step_tokens=(16, 32),
-    num_steps=1,
     middle=_TINY,
     large=_TINY | {"num_hidden_layers": 3},
 )
 
 
 class Part:
-    """The entries of one section: a JSON file (None: in memory) that is rewritten after each, so that a crash loses
-    nothing. After `seconds` no case is begun."""
+    """The entries of one section: a JSON file that is rewritten after each, so that a crash loses nothing. After
+    `seconds` no case is begun."""
 
-    def __init__(self, path: Path | None, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.entries = path, dict[str, Any]()
         self._end = time.monotonic() + seconds
 
     def put(self, key: str, value: Any) -> None:
         """Add or replace an entry, and write."""
         self.entries[key] = value
-        if self.path is not None:
-            atomic_write_json(self.path, self.entries)
+        atomic_write_json(self.path, self.entries)
 
     def attempt(self, key: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Put what the call returns, or the end of its error: one failed case must not cost the others."""

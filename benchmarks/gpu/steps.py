@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, adapt
 from measure import alternating, ratios
-from mixed_data import FixedSteps, fitted
+from mixed_data import FixedStep, fitted
 from torch import nn
 from transformers import LlamaConfig
 
@@ -44,7 +44,7 @@ def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[fl
     optimizer = AdapterOptimizer(adapter_parameters(model), name=name)
     ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
-    loader = FixedSteps([Step([micro], num_tokens - 1, num_tokens, 1)])
+    loader = FixedStep(Step([micro], num_tokens - 1, num_tokens, 1))
 
     def train(num_steps: int) -> list[float]:
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
@@ -55,49 +55,37 @@ def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[fl
 
 def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     """Time of the middle model's step at one length, all contenders in turns on the same packed bytes."""
-    tokens, number, weights = plan.step_tokens[index], plan.num_steps, Weights(device)
+    tokens, weights = plan.step_tokens[index], Weights(device)
     steps: dict[str, Callable[[int], list[float]]] = {}
     losses: dict[str, list[float]] = {}
-    for name in MODELS:
-        try:
-            model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
-            step = make_step(model, "adamw", tokens)
-            losses[name] = step(2)
-            part.put("losses", losses)
-            steps[name] = step
-        except RuntimeError as error:
-            if not on.is_out_of_memory(error):
-                raise
-            part.put(name, {"error": str(error)})
-            model = step = None
-            on.free(device)
-    if not steps:
-        return
+
+    def made(name: str) -> list[float]:
+        model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
+        step = make_step(model, "adamw", tokens)
+        losses[name], steps[name] = step(2), step
+        return losses[name]
+
+    for name in MODELS:  # a card may be too small for some
+        part.attempt(name, made, name)
+        on.free(device)
     part.put("held_bytes", on.memory(device)["held"])
     first = [found[0] for found in losses.values()]  # all adapters start as the base; bf16 rounds at 0.4 %
     part.put("losses", losses | {"ok": max(first) <= 1.01 * min(first)})
-    readings = {n: lambda s=step: on.timed(device, lambda: s(number)).seconds / number for n, step in steps.items()}
+    readings = {name: lambda step=step: on.timed(device, lambda: step(1)).seconds for name, step in steps.items()}
     samples = alternating(readings, 3, warmup=0)
     part.put("step_seconds", samples)
     part.put("ratios", ratios(samples, RATIOS))
 
 
 def on_40gb(part: Part, plan: Plan, device: torch.device, name: str, index: int) -> None:
-    """20 steps of a contender's middle model under what a 40 GB card has; a smaller card may be too small."""
+    """20 steps of a contender's middle model under what a 40 GB card has."""
     tokens = plan.step_tokens[index]
     part.put("limit_share", on.limit_memory(device, on.CARD_40GB_BYTES))
     if name == "own_dora":
         part.attempt("planned", planned, plan.middle, tokens, plan.ranks[0])
-    try:
-        model = make_model(plan.middle, name, device, rank=plan.ranks[0])
-        part.put("held_bytes", on.memory(device)["held"])
-        step = make_step(model, "paged_adamw_8bit", tokens)
-        found = peak_and_time(step, tokens, 18, device)
-    except RuntimeError as error:
-        if not on.is_out_of_memory(error) or part.entries["limit_share"] != 1.0:
-            raise
-        part.put("too small", f"this card is too small for the model: {error}")
-        return
+    model = make_model(plan.middle, name, device, rank=plan.ranks[0])
+    part.put("held_bytes", on.memory(device)["held"])
+    found = peak_and_time(make_step(model, "paged_adamw_8bit", tokens), tokens, 18, device)
     falls = found["losses"][-1] < found["losses"][0]
     part.put("20 steps", found | {"ok": falls or device.type == "cpu"})
 

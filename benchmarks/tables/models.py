@@ -27,7 +27,6 @@ def architectures() -> str:
 
 @table()
 def mixtures() -> str:
-    """The same of mixtures of experts."""
     return _checks(is_mixture=True)
 
 

@@ -26,7 +26,6 @@ qdora schema > recipe.json  # the same as this guide, for an editor
 
 
 def settings() -> str:
-    """The whole guide."""
     schema = Recipe.model_json_schema()
     top = "\n".join(_entry(name, field) for name, field in schema["properties"].items() if not _section(field))
     parts = [_HEAD, *_sections(schema, "", schema), f"## Outside the sections\n\n{top}"]
