@@ -110,16 +110,18 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits.
 
         scale = code[q] * nested_absmax[block // 256] + offset
 
-    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, sec. 3.
+    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, code as by `codebooks.dynamic_map`, offset
+    () float32. Source: QLoRA, sec. 3.
     """
+    code = codebooks.dynamic_map(absmax.device)
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
-    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
+    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), code, offset
 
 
 @torch.no_grad()
