@@ -294,9 +294,6 @@ def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
         packed = text_logits(model.eval(), TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
         torch.testing.assert_close(packed.view(2, 40, -1), expected, **CLOSE)
         packed_layout(model)
-    images = {"pixel_values": torch.zeros(1, 3, 28, 28), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-    with pytest.raises(UserError, match="images are not supported: only the language part of the model is loaded"):
-        model(input_ids=TEXTS, **images)
 
 
 def adapted(directory: Path, quant: str) -> Any:

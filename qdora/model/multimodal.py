@@ -35,17 +35,9 @@ class NotLoaded(nn.Module):
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.paths = tuple(path for path, _ in part.named_modules() if path)
-        self.linear = tuple(path for path, module in part.named_modules() if isinstance(module, nn.Linear))
+        self.is_linear = {path: isinstance(module, nn.Linear) for path, module in part.named_modules()}
         self.stored: dict[str, StoredTensor] = {}
         self.directory: Path | None = None
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Only images and videos reach this part."""
-        raise UserError("images are not supported: only the language part of the model is loaded.")
-
-    # Qwen's models cast the pixels to the dtype of the vision tower before they call it.
-    dtype = property(forward)
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -122,12 +114,17 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 def all_paths(model: nn.Module) -> list[str]:
     """Paths of all modules, also of those that are not loaded."""
-    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.paths]
+    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear]
     return [path for path, _ in model.named_modules()] + others
 
 
 def linear_not_loaded(model: nn.Module) -> list[str]:
-    return [f"{path}.{inner}".removesuffix(".") for path, part in not_loaded(model).items() for inner in part.linear]
+    return [
+        f"{path}.{inner}".removesuffix(".")
+        for path, part in not_loaded(model).items()
+        for inner, is_linear in part.is_linear.items()
+        if is_linear
+    ]
 
 
 def processor_files(model: nn.Module) -> dict[str, str]:
