@@ -159,8 +159,16 @@ class BaseCache:
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):
             if not directory.is_dir():
-                with disk_failures(directory, "name another directory in base.cache"):
-                    self._write(directory, source, model)
+                log.info("Writing the packed base to %s, for later starts.", directory)
+                stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
+                stored, layers = settle_stored(stored, None, self.wanted, layers)
+                load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
+                failures = disk_failures(directory, "name another directory in base.cache")
+                with failures, atomic_directory(directory) as folder:
+                    for number, (name, item) in enumerate(stored.items()):
+                        write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
+                        if self.progress is not None:
+                            self.progress(number + 1, len(stored))
             else:
                 log.info("Reading the packed base from %s.", directory)
                 if not_loaded(model):  # an export copies these from the source
@@ -169,17 +177,6 @@ class BaseCache:
             return match_to_model(_stored_in(directory), model)
         except UserError as error:
             raise UserError(*error.faults, f"base.cache: {directory} is damaged. Fix: delete it.") from error
-
-    def _write(self, directory: Path, source: ModelSource, model: PreTrainedModel) -> None:
-        stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
-        stored, layers = settle_stored(stored, None, self.wanted, layers)
-        load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
-        log.info("Writing the packed base to %s, for later starts.", directory)
-        with atomic_directory(directory) as folder:
-            for number, (name, item) in enumerate(stored.items()):
-                write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
-                if self.progress is not None:
-                    self.progress(number + 1, len(stored))
 
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
