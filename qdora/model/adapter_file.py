@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Kind
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, refuse
 from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import reading, taken_for_experts
@@ -123,8 +123,7 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     if not read.get("target_modules") and not read.get("target_parameters"):
         # PEFT has a table of layers for some types of models where it is null.
         faults.append(f"{where}: target_modules: must name layers.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     all_linear = str(read.get("target_modules")).lower() == ALL_LINEAR  # PEFT needs a live model for it
     with reading(where):
         config = LoraConfig(**read | ({"target_modules": ".*"} if all_linear else {}))

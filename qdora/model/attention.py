@@ -100,11 +100,6 @@ def context_length(model: Any) -> int | None:
     return int(length) if length and length > 0 else None
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Width of the logits; 65,536 where the config does not say."""
-    return int(getattr(text_config(model), "vocab_size", 2**16))
-
-
 def attention_of(model: nn.Module) -> str | None:
     """transformers' name of the attention implementation, such as sdpa; None without one."""
     name: str | None = getattr(text_config(model), "_attn_implementation", None)

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qdora.errors import NotFinite, UserError, named
+from qdora.errors import NotFinite, UserError, named, refuse
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
@@ -164,8 +164,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
             faults.append(f"{where} has shape {list(item.shape)}, must have {list(expected[name].shape)}.")
         elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
             faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
 
 
@@ -206,8 +205,9 @@ def load_faults(classes: Iterable[str], option: str, fix: str = "use --format me
     `classes`: of each quantised layer in the model's code.
     """
     others = [name for name in classes if name != "Linear"]
-    what = f"transformers does not load {len(others)} layers in 4 bits (such as {', '.join(others[:1])})"
-    return [f"{option}: {what}. Fix: {fix}."] if others else []
+    if not others:
+        return []
+    return [f"{option}: transformers does not load {len(others)} layers in 4 bits (such as {others[0]}). Fix: {fix}."]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -216,10 +216,10 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     dense: dict[str, StoredTensor] = {}
     blocks: dict[str, Stored] = {}
     for key, item in stored.items():
-        name, scales = key.removesuffix("_blocks"), stored.get(key.removesuffix("_blocks") + "_scales")
-        if name != key and scales is not None:
-            blocks[name] = _mxfp4(item, scales)
-        elif key.removesuffix("_scales") != key and f"{key.removesuffix('_scales')}_blocks" in stored:
+        name, _, part = key.rpartition("_")
+        if part == "blocks" and f"{name}_scales" in stored:
+            blocks[name] = _mxfp4(item, stored[f"{name}_scales"])
+        elif part == "scales" and f"{name}_blocks" in stored:
             continue
         elif match := _PART.fullmatch(key):
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item

@@ -90,6 +90,7 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 
 def read_header(path: Path) -> GgufHeader:
+    require_gguf()
     import gguf
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -136,8 +137,7 @@ def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
     pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
     if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
         first, second = (header.rows(tensor) for tensor in pair)
-        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(first), _ROWS_AT_ONCE)]
-        config.tie_word_embeddings = all(np.array_equal(first[part], second[part]) for part in parts)
+        config.tie_word_embeddings = np.array_equal(first, second)
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
@@ -225,7 +225,6 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
     family for that of its experts.
     """
-    require_gguf()
     header = read_header(path)
     check_gguf(header)
     config = _kept(header, "config", AutoConfig.from_pretrained)
@@ -247,7 +246,6 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
 
 
 def tokenizer_of_gguf(path: Path) -> Any:
-    require_gguf()
     return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
 
 
@@ -262,17 +260,16 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
         digest = hashlib.sha256(file.read(header.end))
     digest.update(repr(package_versions(("transformers", "tokenizers", "gguf"))).encode())
     folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
-    if not folder.is_dir():
-        with in_turn(folder):
-            if not folder.is_dir():  # another process may have made it meanwhile
-                made = load(str(path.parent), gguf_file=path.name)
-                try:
-                    with atomic_directory(folder) as aside:
-                        made.save_pretrained(aside)
-                except Exception as error:
-                    if disk_reason(error) is None:
-                        raise
-                    return made
+    with in_turn(folder):
+        if not folder.is_dir():
+            made = load(str(path.parent), gguf_file=path.name)
+            try:
+                with atomic_directory(folder) as aside:
+                    made.save_pretrained(aside)
+            except Exception as error:
+                if disk_reason(error) is None:
+                    raise
+                return made
     kept = load(str(folder), local_files_only=True)
     kept.name_or_path = str(path.parent)
     return kept
