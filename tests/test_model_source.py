@@ -159,9 +159,9 @@ class ProxyError(Exception):
 
 
 FAILURES = {
-    "offline": (LocalEntryNotFoundError("one\ntwo"), True, "the Hub cannot be reached"),
-    "proxy": (ProxyError("403"), True, "org/othr: ProxyError: 403$"),
-    "full disk": (OSError(28, "No space left"), False, r"org/othr: OSError: \[Errno 28\] No space left$"),
+    "offline": (LocalEntryNotFoundError("one\ntwo"), True, "is no directory, .* LocalEntryNotFoundError: one two"),
+    "proxy": (ProxyError("403"), True, "org/othr: .* ProxyError: 403$"),
+    "full disk": (OSError(28, "No space left"), False, r"org/othr: .* OSError: \[Errno 28\] No space left$"),
 }
 
 

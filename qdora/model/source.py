@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RevisionNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, NoTokenizer, UserError, named
+from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.atomic import read_json_object
 from qdora.files.machine import user_path
 from qdora.model.checkpoint import reading, shard_files, stored_kind
@@ -103,8 +98,13 @@ def resolve(
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     if config:
         check_directory(path, weights=False, setting=setting)
-    if trust_remote_code:
-        _check_place_of_code(path, source)
+    for file in (path / "config.json", path / "tokenizer_config.json") if trust_remote_code else ():
+        classes = read_json_object(file).get("auto_map") if file.is_file() else None
+        # transformers would read the code of another repository at its newest commit.
+        if other := re.search(r"'([^']*)--", str(classes)):
+            raise UserError(
+                f"model.trust_remote_code: {source}: {file.name} takes code from {other[1]}, whose commit is not fixed."
+            )
     if weights:  # last: a model that is refused for its config is not downloaded
         path = _download(source, commit, [*patterns, "*.safetensors"], setting)
     if config and weights:
@@ -152,26 +152,11 @@ def _download(source: str, revision: str | None, patterns: list[str], setting: s
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except Exception as error:
-        what = named(error)
-        if isinstance(error, GatedRepoError):
-            what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
-        elif isinstance(error, RepositoryNotFoundError):
-            what = "no such directory, and no such model on the Hub. If it is private, run: hf auth login"
-        elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
-            what = "no such directory, not in the Hub's cache, and the Hub cannot be reached."
         # A full disk or a wrong revision is not the Hub's failure.
         kind = UserError if type(error) in (OSError, RevisionNotFoundError) else HubFailure
-        raise kind(f"{setting}: {source}{f' at {revision}' if revision else ''}: {what}") from error
-
-
-def _check_place_of_code(path: Path, source: str) -> None:
-    """Refuse code out of another repository: transformers reads that at its newest commit."""
-    for file in (path / "config.json", path / "tokenizer_config.json"):
-        classes = read_json_object(file).get("auto_map") if file.is_file() else None
-        if other := re.search(r"'([^']*)--", str(classes)):
-            raise UserError(
-                f"model.trust_remote_code: {source}: {file.name} takes code from {other[1]}, whose commit is not fixed."
-            )
+        at = f" at {revision}" if revision else ""
+        what = f"is no directory, and from the Hub {type(error).__name__}: {error}"
+        raise kind(f"{setting}: {source}{at}: {what}") from error
 
 
 def has_tokenizer(directory: Path) -> bool:
