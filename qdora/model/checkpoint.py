@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -107,8 +107,7 @@ def shard_files(directory: Path) -> list[Path]:
             for name in names
             if not _SHARD_NAME.fullmatch(str(name)) or not (directory / name).is_file()
         ]
-    if faults or not names:
-        raise UserError(*(faults or [f"{index}: weight_map: is empty."]))
+    refuse(faults)
     return [directory / name for name in names]
 
 
@@ -187,16 +186,6 @@ def stored_kind(settings: Mapping[str, Any] | None) -> str | None:
     if method != "bitsandbytes":
         raise UserError(f"model.source: must be in full precision, mxfp4 or of bitsandbytes (got {method!r}).")
     return "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
-
-
-def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers builds bitsandbytes layers ("nf4", "fp4" or "int8").
-
-    bitsandbytes computes in `dtype`; `dense`: paths of the linear layers that are not quantised.
-    """
-    blocks = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
-    settings: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, **blocks}
-    return dict(BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(dense)).to_dict())
 
 
 def load_faults(classes: Iterable[str], option: str, fix: str = "use --format merged") -> list[str]:

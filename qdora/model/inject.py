@@ -218,7 +218,7 @@ def model_size(model: nn.Module) -> dict[str, int]:
     weights = linear = other = adapter = 0
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+            adapter += sum(p.nbytes for p in module.parameters(recurse=False))
         elif is_linear(module):
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             packed = module.packed_form if isinstance(module, FrozenLinear) else None

@@ -28,6 +28,11 @@ def _chunk(device: torch.device) -> int:
     return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
 
 
+def _runs_of_rows(matrix: Tensor) -> list[slice]:
+    rows = max(1, _chunk(matrix.device) // matrix.shape[1])
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
+
+
 @torch.no_grad()
 def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
@@ -196,14 +201,13 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    rows = max(1, _chunk(weight.device) // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].float()
+    for rows in _runs_of_rows(weight):
+        part = weight[rows].float()
         scale = part.abs().amax(dim=1)
-        absmax[start : start + rows] = scale
+        absmax[rows] = scale
         # 127 / scale overflows below 4e-37: such a row counts as zero. The rounded reciprocal, as in bitsandbytes.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
-        packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
+        packed[rows] = torch.round(part * factor[:, None]).to(torch.int8)
     _refuse_not_finite(absmax, name)
     return packed, absmax
 
@@ -217,8 +221,6 @@ def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
         return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
-    rows = max(1, _chunk(packed.device) // packed.shape[1])
-    for start in range(0, packed.shape[0], rows):
-        part = slice(start, start + rows)
-        out[part] = (packed[part] * absmax[part, None]).mul_(_ONE_127TH)
+    for rows in _runs_of_rows(packed):
+        out[rows] = (packed[rows] * absmax[rows, None]).mul_(_ONE_127TH)
     return out
