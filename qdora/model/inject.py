@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Init, Kind, is_plain_linear
 from qdora.adapter.rows import RowHead
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.model.experts import routers
 from qdora.quant.tiles import Weight
 
@@ -167,10 +167,13 @@ def matches(name: str, pattern: str) -> bool:
 def check_matches(where: str, patterns: Iterable[str], paths: Collection[str], what: str = "linear") -> None:
     """Refuse patterns of the setting `where` that match none of the `paths`, of `what` layers."""
     leaves = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-    lost = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
-    if lost:
-        text = f"matches no {what} layer; must be a path, a pattern, or {leaves}."
-        raise UserError(*(f"{where}: '{pattern}' {text}" for pattern in lost))
+    refuse(
+        [
+            f"{where}: '{pattern}' matches no {what} layer; must be a path, a pattern, or {leaves}."
+            for pattern in patterns
+            if not any(matches(path, pattern) for path in paths)
+        ]
+    )
 
 
 def most_rank(module: nn.Module) -> int:

@@ -183,8 +183,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
-        unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
-        pad = reserved or unknown or tokenizer.eos_token
+        pad = reserved or tokenizer.unk_token or tokenizer.eos_token
         if pad is None:
             raise UserError(f"{setting}: {source.name} has no pad, unknown or end token to pad with.")
         tokenizer.pad_token = pad

@@ -80,11 +80,9 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if is_tied(model):
         head.weight, head.out_features = embedding.weight, len(embedding.weight)
     size = len(head.weight)
-    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
-        if hasattr(config, "vocab_size"):
-            config.vocab_size = size
-    if hasattr(model, "vocab_size"):
-        model.vocab_size = size
+    for owner in (model.config, model.config.get_text_config(), model):
+        if hasattr(owner, "vocab_size"):
+            owner.vocab_size = size
 
 
 def train_embeddings(
