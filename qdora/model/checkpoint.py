@@ -137,15 +137,16 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     redundant = set()
     for target, origin in tied_weights(model).items():
         first, second = stored.get(target), stored.get(origin)
-        if first is None or second is None:
-            continue
-        dense = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
-        if dense and torch.equal(first.read(), second.read()):  # type: ignore[arg-type]
+        if (
+            isinstance(first, StoredTensor)
+            and isinstance(second, StoredTensor)
+            and torch.equal(first.read(), second.read())
+        ):
             redundant.add(target)
-            continue
-        log.warning("%s and %s differ in the checkpoint, so they are not tied.", target, origin)
-        model.all_tied_weights_keys.pop(target)
-        model.config.tie_word_embeddings = False
+        elif first is not None and second is not None:
+            log.warning("%s and %s differ in the checkpoint, so they are not tied.", target, origin)
+            model.all_tied_weights_keys.pop(target)
+            model.config.tie_word_embeddings = False
     expected, tied = model.state_dict(), tied_weights(model)
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
@@ -305,11 +306,10 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Tensors under their names in qdora's model: the weight of a stack is a matrix, (experts * out, in)."""
     ours = {theirs: name for name, theirs in library_names(model).items()}
-    turned = {path for path in stacks(model) if is_transposed(model, path)}
     placed = {}
     for name, item in stored.items():
         if name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3:
-            item = _as_matrix(item, transposed=name in turned)
+            item = _as_matrix(item, transposed=is_transposed(model, name))
         placed[ours.get(name, name)] = item
     return placed
 

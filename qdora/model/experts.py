@@ -24,9 +24,8 @@ IMPLEMENTATION = "qdora"
 def use_expert_layers_(model: PreTrainedModel) -> None:
     """Replace the stacked parameters of all expert modules by `ExpertLinear`s, in place; transposed ones are turned."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
-    for module in list(model.modules()):
-        owner: Any = module
-        if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+    for owner in list(model.modules()):
+        if not hasattr(owner, "is_transposed") or not hasattr(owner, "_apply_gate"):
             continue
         owner.config._experts_implementation = IMPLEMENTATION
         for name in ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj"):

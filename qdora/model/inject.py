@@ -237,5 +237,9 @@ def model_size(model: nn.Module) -> dict[str, int]:
             kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
             own = [each for each in (*module._parameters.values(), *kept) if each is not None]
             other += sum(_DENSE_BYTES * each.numel() for each in own if is_new(each))
-    sizes = {"num_linear_weights": weights, "num_linear_bytes": linear, "num_base_bytes": linear + other}
-    return sizes | {"num_adapter_bytes": adapter}
+    return {
+        "num_linear_weights": weights,
+        "num_linear_bytes": linear,
+        "num_base_bytes": linear + other,
+        "num_adapter_bytes": adapter,
+    }

@@ -241,8 +241,10 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
 
 def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 for a parameter that the model keeps in it beside a 16-bit `dtype`, by transformers' rule."""
-    names = {torch.float16: ["_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"]}
-    names[torch.bfloat16] = names[torch.float16][:1]
+    names = {
+        torch.float16: ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
     parts = [part for each in names.get(dtype, ()) for part in getattr(model, each, None) or ()]
     is_wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)
     return torch.float32 if is_wide else dtype
@@ -306,7 +308,7 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    if source.is_gguf or not (source.path / "generation_config.json").is_file():
+    if not (source.path / "generation_config.json").is_file():
         return None
     with reading(f"model.source: {source.name}: its generation_config.json"):
         return GenerationConfig.from_pretrained(str(source.path))
@@ -314,7 +316,7 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
     """The quantisation of the checkpoint, as settings of `load_model` and of a recipe's base."""
-    kind = None if source.is_gguf else stored_kind(getattr(load_config(source), "quantization_config", None))
+    kind = stored_kind(getattr(load_config(source), "quantization_config", None))
     if kind is None:
         return {"quant": "none"}
     packed = [item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)]

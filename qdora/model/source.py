@@ -178,7 +178,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
     template = source.path / "chat_template.json"  # some multimodal models keep it there, for their processor
-    if tokenizer.chat_template is None and not source.is_gguf and template.is_file():
+    if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = read_json_object(template).get("chat_template")
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()

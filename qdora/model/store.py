@@ -128,11 +128,10 @@ def compressed_layers(directory: Path) -> dict[str, Stored]:
 
 def _with_masks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """The weights alone, with the masks that lie beside them."""
-    bits = {name.removesuffix("keep_bits"): item for name, item in stored.items() if name.endswith(".keep_bits")}
     found = dict[str, Stored]()
     for name, item in stored.items():
         if name.endswith(".weight"):
-            mask = bits.get(name.removesuffix("weight"))
+            mask = stored.get(f"{name.removesuffix('weight')}keep_bits")
             found[name] = replace(item, keep_bits=mask.read if isinstance(mask, StoredTensor) else None)
     return found
 

@@ -51,7 +51,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
-    return tuple(tokenizer.convert_tokens_to_ids(list(tokens))) if tokens else ()
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
 @torch.no_grad()
