@@ -30,7 +30,7 @@ from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.checkpoint import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
-from qdora.model.load import DEFAULT_SKIP, Quantization
+from qdora.model.load import Quantization
 from qdora.model.multimodal import carried
 from qdora.model.source import load_tokenizer, resolve
 from qdora.model.store import BaseCache
@@ -246,7 +246,7 @@ def test_experts_that_do_not_fit_are_named(tmp_path, case):
 # --- multimodal checkpoints: the language part alone is loaded and trained, the rest is copied into exports
 
 LANGUAGE = ("model.language_model.", "lm_head.")
-NF4 = Quantization("nf4", 64, True, DEFAULT_SKIP)
+NF4 = Quantization("nf4", 64, True, ("lm_head",))
 TEXTS = torch.randint(4, 396, (2, 40), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -114,11 +114,13 @@ def describe_adapter(directory: Path) -> AdapterDescription:
 
     where, settings = str(directory / CONFIG_FILE), read_json_object(directory / CONFIG_FILE)
     defaults = {each.name: each.default for each in fields(LoraConfig)}
-    faults = []
-    for name, value in {"peft_type": None, **settings}.items():
-        off: tuple[Any, ...] = (defaults.get(name), False, None, [], {}, "")  # also of releases to come
-        if name not in _COMPUTED | _WITHOUT_EFFECT and value not in _ALLOWED.get(name, off):
-            faults.append(f"{where}: {name}: {value!r} is not supported.")
+    faults = [
+        f"{where}: {name}: {value!r} is not supported."
+        for name, value in {"peft_type": None, **settings}.items()
+        if name not in _COMPUTED | _WITHOUT_EFFECT
+        # The default, or off, which may be of a release to come.
+        and value not in _ALLOWED.get(name, (defaults.get(name), False, None, [], {}, ""))
+    ]
     read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}
     if not read.get("target_modules") and not read.get("target_parameters"):
         # PEFT has a table of layers for some types of models where it is null.

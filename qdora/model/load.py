@@ -47,7 +47,6 @@ from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
-DEFAULT_SKIP = (HEAD,)
 _CPU = torch.device("cpu")
 
 
@@ -82,8 +81,7 @@ class Loading:
     progress: Progress | None = None
 
     def quantizes(self, name: str, item: Stored) -> bool:
-        path, _, leaf = name.rpartition(".")
-        is_layer = leaf == "weight" and path in self.layers and self.wanted.kind != "none"
+        is_layer = name.removesuffix(".weight") in self.layers and self.wanted.kind != "none"
         return is_layer and isinstance(item, StoredTensor) and item.keep_bits is None
 
     def read(self, name: str, item: Stored) -> Weight:
@@ -110,7 +108,7 @@ def load_model(
     quant: str,
     block_size: int = 64,
     double_quant: bool = True,
-    skip: Sequence[str] = DEFAULT_SKIP,
+    skip: Sequence[str] = (HEAD,),
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",

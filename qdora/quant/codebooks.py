@@ -120,7 +120,7 @@ def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTable:
+def decision_table(kind: str, device: torch.device) -> DecisionTable:
     """`decision_bounds` as a grid; see `DecisionTable`."""
     bounds, code = decision_bounds(kind)
     of_bound = cell(bounds)

@@ -160,7 +160,7 @@ def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
     return blockwise.dequantize_scales(*blockwise.quantize_scales(absmax)) if double_quant else absmax
 
 
-def with_nested_scales(plain: PackedWeight, double_quant: bool = True) -> PackedWeight:
+def with_nested_scales(plain: PackedWeight, double_quant: bool) -> PackedWeight:
     """The same weight with double quantised scales; of `plain` only the block scales are read. int8 has none."""
     if not double_quant or plain.kind == "int8":
         return plain
