@@ -180,9 +180,8 @@ def put_adapters(
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
-    keep = keeps_scales(recipe)
     for layer in adapted_layers(model).values():
-        layer.keeps_scales = keep
+        layer.keeps_scales = keeps_scales(recipe)
 
 
 def keeps_scales(recipe: Recipe) -> bool:

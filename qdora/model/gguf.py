@@ -129,17 +129,6 @@ def check_gguf(header: GgufHeader) -> None:
         raise UserError(f"{where} the attention scale of this {architecture} is not in GGUF files.")
 
 
-def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
-    """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, byte for byte, as Qwen's do.
-
-    transformers takes any stored head for an untied one, which would drift away from the embedding in training.
-    """
-    pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
-    if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
-        first, second = (header.rows(tensor) for tensor in pair)
-        config.tie_word_embeddings = np.array_equal(first, second)
-
-
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     header = read_header(path)
     if any(tensor.name in _ROTARY_FACTORS for tensor in header.tensors):
@@ -220,7 +209,7 @@ def _stems(name: str) -> list[tuple[str, str]]:
 
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
-    """The config, with what a file says of its experts.
+    """The config, with what a file says of its experts, and tied if it repeats the embedding as the head.
 
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
     family for that of its experts.
@@ -241,7 +230,11 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
         if f"{part}.weight" in widths and hasattr(config, name):
             setattr(config, name, widths[f"{part}.weight"])
-    _tie_equal_head(header, config)
+    pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
+    if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
+        # transformers takes any stored head for an untied one, which would drift away from the embedding in training.
+        first, second = (header.rows(tensor) for tensor in pair)
+        config.tie_word_embeddings = np.array_equal(first, second)
     return config
 
 

@@ -96,8 +96,7 @@ def adapted_layer(module: nn.Module, **options: Any) -> AdaptedLinear:
 
 def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     """Put adapted layers at their paths, in the model's mode, and freeze everything else."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)

@@ -139,8 +139,7 @@ def load_model(
     stored |= compressed or {}
     (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     tie_and_move_buffers(model, device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     if (generation := published_generation(source)) is not None:
         model.generation_config = generation
     model.config._name_or_path = source.name

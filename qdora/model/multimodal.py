@@ -129,7 +129,6 @@ def linear_not_loaded(model: nn.Module) -> list[str]:
 
 def processor_files(model: nn.Module) -> dict[str, str]:
     """Name -> text of the files that make images into tensors."""
-    directory = next((part.directory for part in not_loaded(model).values()), None)
     names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-    files = [] if directory is None else [directory / name for name in names]
+    files = [part.directory / name for part in not_loaded(model).values() if part.directory for name in names]
     return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
