@@ -101,7 +101,7 @@ def shard_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.")
     with reading(str(index)):
-        names = list(dict.fromkeys(read_json_object(index)["weight_map"].values()))
+        names = dict.fromkeys(read_json_object(index)["weight_map"].values())
         faults = [
             f"{index}: weight_map: {name!r} is not a .safetensors file in the directory."
             for name in names
@@ -115,7 +115,7 @@ def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> di
     """Checkpoint key -> tensor; only headers are read. `files` default to `shard_files`."""
     stored: dict[str, StoredTensor] = {}
     for file in shard_files(directory) if files is None else files:
-        with reading(str(file)), safe_open(str(file), framework="pt", device="cpu") as shard:
+        with reading(str(file)), safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                 piece = shard.get_slice(key)
                 shape = tuple(map(int, piece.get_shape()))
@@ -124,7 +124,7 @@ def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> di
 
 
 def _read(file: Path, key: str) -> Tensor:
-    with safe_open(str(file), framework="pt", device="cpu") as shard:
+    with safe_open(file, framework="pt") as shard:
         tensor: Tensor = shard.get_tensor(key)
         return tensor
 
@@ -148,7 +148,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
             model.all_tied_weights_keys.pop(target)
             model.config.tie_word_embeddings = False
     expected, tied = model.state_dict(), tied_weights(model)
-    may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
+    may_lack = model._keys_to_ignore_on_load_missing or ()
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     held, faults = {tied.get(name, name) for name in stored}, []
@@ -173,7 +173,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -282,8 +282,8 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    names = dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
-    expected = model.state_dict() | names  # only its names are asked for
+    # Only its names are asked for.
+    expected = model.state_dict() | dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
     renamed: dict[str, Stored] = {}
     groups: dict[str, dict[str, tuple[str, Any]]] = {}
     for key, item in stored.items():

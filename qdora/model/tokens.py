@@ -162,8 +162,7 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
 def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapter.also_train") -> None:
     """Refuse an embedding or a head at one of these paths that cannot be trained."""
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
-    is_table = type(embedding) is nn.Embedding or hasattr(embedding, "embed_scale")
-    if embedding_path in paths and not is_table:
+    if embedding_path in paths and type(embedding) is not nn.Embedding and not hasattr(embedding, "embed_scale"):
         raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__}).")

@@ -95,7 +95,7 @@ def unpack_codes(packed: Tensor, kind: str, numel: int) -> Tensor:
 
 
 def _refuse_not_finite(scales: Tensor, name: str) -> None:
-    if not bool(scales.isfinite().all()):
+    if not scales.isfinite().all():
         from qdora.errors import NotFinite  # only for a fault: qdora.peft loads few files
 
         raise NotFinite(f"{name}: has weights that are not finite (NaN or infinite) and cannot be quantised.")

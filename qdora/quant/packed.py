@@ -72,9 +72,10 @@ class PackedWeight:
         return {name: getattr(self, name) for name in names}
 
 
-def _layout(
-    kind: str, shape: tuple[int, int], block_size: int, nested: bool
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
+
+
+def _layout(kind: str, shape: tuple[int, int], block_size: int, nested: bool) -> _Layout:
     rows, columns = shape
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
@@ -82,7 +83,7 @@ def _layout(
     if block_size not in sizes or (kind == MXFP4 and columns % block_size):
         raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    layout: _Layout = {
         "packed": ((codebooks.code_bytes(kind, rows * columns),), torch.uint8),
         "absmax": ((blocks,), torch.uint8 if nested or kind == MXFP4 else torch.float32),
     }
@@ -129,8 +130,7 @@ def quantize(
     if kind == "int8":
         return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
-    tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
-    plain = PackedWeight(kind, shape, block_size, *tensors)
+    plain = PackedWeight(kind, shape, block_size, *blockwise.quantize_blocks(weight, kind, block_size, name=name))
     return with_nested_scales(plain, double_quant)
 
 
