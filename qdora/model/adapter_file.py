@@ -376,7 +376,7 @@ def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
     PEFT wraps that module once for each parameter, so the first of two is inside.
     """
-    paths: dict[str, str] = {}
+    paths = {}
     last: dict[str, str] = {}
     for path, layer in layers.items():
         paths[path] = path

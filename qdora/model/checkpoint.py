@@ -113,7 +113,7 @@ def shard_files(directory: Path) -> list[Path]:
 
 def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> dict[str, StoredTensor]:
     """Checkpoint key -> tensor; only headers are read. `files` default to `shard_files`."""
-    stored: dict[str, StoredTensor] = {}
+    stored = {}
     for file in shard_files(directory) if files is None else files:
         with reading(str(file)), safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
@@ -203,7 +203,7 @@ def load_faults(classes: Iterable[str], option: str, fix: str = "use --format me
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through."""
     parts: dict[str, dict[str, StoredTensor]] = {}
-    dense: dict[str, StoredTensor] = {}
+    dense = {}
     blocks: dict[str, Stored] = {}
     for key, item in stored.items():
         name, _, part = key.rpartition("_")

@@ -140,7 +140,7 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
     """Model name -> tensor of the file, not read yet. `model` is a skeleton. An embedding keeps its own rows."""
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    names, stored = _model_names(header, model, processor), dict[str, StoredTensor]()
+    names, stored = _model_names(header, model, processor), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {tensor.name: tensor for tensor in header.tensors if tensor.name not in _ROTARY_FACTORS}
     if model.config.tie_word_embeddings:
@@ -187,7 +187,7 @@ def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPr
     table = gguf.get_tensor_name_map(known, int(model.config.num_hidden_layers))
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     back = [each.reverse_transform() for each in reversed(renamings)]
-    names: dict[str, str] = {}
+    names = {}
     own = library_names(model)
     for name in (each for each in model.state_dict() if each not in own):
         published, _ = rename_source_key(name, back, [])  # the converter reads published checkpoints

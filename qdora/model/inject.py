@@ -65,7 +65,7 @@ def inject(
         check_masks(chosen, "adapter.mask")
     if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
         raise UserError("adapter.experts: no target is an expert of this model.")
-    adapted: dict[str, AdaptedLinear] = {}
+    adapted = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0
         adapted[name] = adapted_layer(

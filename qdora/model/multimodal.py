@@ -93,7 +93,7 @@ def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
     """The tensors of the language part of a whole model, in `directory`; the others go to their `NotLoaded`."""
-    parts, language = not_loaded(model), dict[str, Stored]()
+    parts, language = not_loaded(model), {}
     for part in parts.values():
         part.stored, part.directory = {}, directory
     for name, item in stored.items():
