@@ -239,8 +239,8 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
 def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 for a parameter that the model keeps in it beside a 16-bit `dtype`, by transformers' rule."""
     names = {
-        torch.float16: ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"),
-        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+        torch.float16: ["_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"],
+        torch.bfloat16: ["_keep_in_fp32_modules_strict"],
     }
     parts = [part for each in names.get(dtype, ()) for part in getattr(model, each, None) or ()]
     is_wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)
