@@ -276,8 +276,8 @@ def place_all(load: Loading, place: Callable[[Loading, str, Stored], None] = pla
 
 def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Replace a linear layer by a frozen one with its bias, which may still be on the meta device."""
-    before = model.get_submodule(layer)
-    frozen = frozen_like(before, weight, before.bias if isinstance(before.bias, Tensor) else None, keep_bits)
+    before: Any = model.get_submodule(layer)
+    frozen = frozen_like(before, weight, before.bias, keep_bits)
     frozen.replaces = type(before).__name__
     replace_module(model, layer, frozen)
     return frozen

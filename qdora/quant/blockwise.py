@@ -34,7 +34,7 @@ def _runs_of_rows(matrix: Tensor) -> list[slice]:
 
 
 @torch.no_grad()
-def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, kind: str, block_size: int, name: str) -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
@@ -192,7 +192,7 @@ def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Round each row of a weight (out, in) to 255 levels between minus and plus its largest magnitude.
 
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127

@@ -128,9 +128,9 @@ def quantize(
         raise ValueError(f"{name}: mxfp4 is read from checkpoints, not made here.")
     shape = (weight.shape[0], weight.shape[1])
     if kind == "int8":
-        return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
+        return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
-    plain = PackedWeight(kind, shape, block_size, *blockwise.quantize_blocks(weight, kind, block_size, name=name))
+    plain = PackedWeight(kind, shape, block_size, *blockwise.quantize_blocks(weight, kind, block_size, name))
     return with_nested_scales(plain, double_quant)
 
 
