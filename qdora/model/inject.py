@@ -60,7 +60,14 @@ def inject(
     else:
         check_matches("adapter.targets", patterns, linear)
         chosen = {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
-    ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
+    rank_pattern, ranks = rank_pattern or {}, {}
+    check_matches("adapter.rank_pattern", rank_pattern, chosen, "adapted")
+    for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
+        keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
+        of_experts = expert_rank if isinstance(module, BareExperts) else None
+        ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
+        if ranks[name] > most_rank(module):
+            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
     if masked:
         check_masks(chosen, "adapter.mask")
     if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
@@ -183,20 +190,6 @@ def most_rank(module: nn.Module) -> int:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, FrozenLinear | ExpertLinear) or is_plain_linear(module)
-
-
-def _ranks(
-    chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
-) -> dict[str, int]:
-    check_matches("adapter.rank_pattern", rank_pattern, chosen, "adapted")
-    ranks = {}
-    for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
-        keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
-        of_experts = expert_rank if isinstance(module, BareExperts) else None
-        ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
-        if ranks[name] > most_rank(module):
-            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
-    return ranks
 
 
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
