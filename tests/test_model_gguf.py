@@ -264,5 +264,5 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin, tmp_path, monkeyp
         ids = read(text)["input_ids"]
         assert each(text)["input_ids"] == ids
         assert each.decode(ids) == read.decode(ids)
-    # `_tie_equal_head`, which reads the weights, is what may tie the head.
+    # The weights, which transformers does not read, are what may tie the head.
     assert load_config(builtin).to_dict() == config.to_dict() | {"tie_word_embeddings": True}

@@ -27,7 +27,7 @@ from qdora.data.chats import shared_length
 from qdora.errors import first_line
 from qdora.files.console import Progress
 from qdora.memory.oom import free_memory, is_out_of_memory
-from qdora.model.attention import fast_grouped_attention, known_masks, vocabulary_size
+from qdora.model.attention import fast_grouped_attention, known_masks, text_config
 
 BATCH_TOKENS = 4096  # of a forward pass, padding counted; a longer row is a batch of its own
 _MAX_LOGITS = 2**27  # of a forward pass, 256 MiB in bf16
@@ -207,7 +207,7 @@ def score_groups(
             shared = (shared_length(group[0].ids, span.ids) for span in group[1:])
             prefix = min(*(span.start for span in group), *shared)
         units += [(group, prefix)] if prefix else [([span], 0) for span in group]
-    max_logits = max(_MAX_LOGITS // vocabulary_size(model), 1)
+    max_logits = max(_MAX_LOGITS // getattr(text_config(model), "vocab_size", 2**16), 1)
 
     def width(index: int) -> int:
         (span, *_), prefix = units[index]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.errors import UserError, first_few
@@ -37,7 +37,7 @@ from qdora.files.console import bar
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import load_faults, quantization_config, stored_kind, taken_for_experts
+from qdora.model.checkpoint import load_faults, stored_kind, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
@@ -145,9 +145,9 @@ def export_bnb(
     plan = plan_export(model, dtype, weight_of, packed=True, double_quant=double_quant)
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
     nested = double_quant and hasattr(first, "nested_code")
-    plan.config.quantization_config = quantization_config(
-        first.kind, double_quant=nested, dtype=dtype, dense=dense_layers(model)
-    )
+    blocks = {"bnb_4bit_quant_type": first.kind, "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": dtype}
+    form: dict[str, Any] = {"load_in_8bit": True} if first.kind == "int8" else {"load_in_4bit": True, **blocks}
+    plan.config.quantization_config = BitsAndBytesConfig(**form, llm_int8_skip_modules=dense_layers(model)).to_dict()
     facts = {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
     return write_checkpoint(plan, tokenizer, directory, **options) | facts
 

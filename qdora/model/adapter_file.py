@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,19 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, Stack
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Kind
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, refuse
 from qdora.files.atomic import atomic_directory, json_bytes, read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import reading, taken_for_experts
-from qdora.model.experts import routers
-from qdora.model.inject import ALL_LINEAR, adapted_layer, adapted_layers, check_masks, is_linear, put_layers
+from qdora.model.inject import (
+    ALL_LINEAR,
+    adapted_layer,
+    adapted_layers,
+    check_masks,
+    is_linear,
+    linear_layers,
+    put_layers,
+)
 from qdora.model.multimodal import all_paths
 from qdora.model.tokens import TrainedMatrix, check_trainable, embedding_paths, is_tied, put_trained, trained_matrices
 
@@ -72,10 +79,10 @@ class AdapterDescription:
     """
 
     config: LoraConfig
-    all_linear: bool = False
-    masked: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    base: dict[str, Any] = field(default_factory=dict)
+    all_linear: bool
+    masked: bool
+    extra: dict[str, Any]
+    base: dict[str, Any]
 
     @property
     def kind(self) -> Kind:
@@ -107,24 +114,25 @@ def describe_adapter(directory: Path) -> AdapterDescription:
 
     where, settings = str(directory / CONFIG_FILE), read_json_object(directory / CONFIG_FILE)
     defaults = {each.name: each.default for each in fields(LoraConfig)}
-    faults = []
-    for name, value in {"peft_type": None, **settings}.items():
-        off: tuple[Any, ...] = (defaults.get(name), False, None, [], {}, "")  # also of releases to come
-        if name not in _COMPUTED | _WITHOUT_EFFECT and value not in _ALLOWED.get(name, off):
-            faults.append(f"{where}: {name}: {value!r} is not supported.")
+    faults = [
+        f"{where}: {name}: {value!r} is not supported."
+        for name, value in {"peft_type": None, **settings}.items()
+        if name not in _COMPUTED | _WITHOUT_EFFECT
+        # The default, or off, which may be of a release to come.
+        and value not in _ALLOWED.get(name, (defaults.get(name), False, None, [], {}, ""))
+    ]
     read = {name: value for name, value in settings.items() if name in _COMPUTED and value is not None}
     if not read.get("target_modules") and not read.get("target_parameters"):
         # PEFT has a table of layers for some types of models where it is null.
         faults.append(f"{where}: target_modules: must name layers.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     all_linear = str(read.get("target_modules")).lower() == ALL_LINEAR  # PEFT needs a live model for it
     with reading(where):
         config = LoraConfig(**read | ({"target_modules": ".*"} if all_linear else {}))
     file = directory / RECORD_FILE
     record = read_json_object(file) if file.exists() else {}
-    is_masked, extra, base = settings["peft_type"] == MASKED, record.get("extra", {}), record.get("base", {})
-    return AdapterDescription(config, all_linear, is_masked, extra, base)
+    is_masked = settings["peft_type"] == MASKED
+    return AdapterDescription(config, all_linear, is_masked, record.get("extra", {}), record.get("base", {}))
 
 
 def adapter_config(
@@ -181,14 +189,14 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {f"^({'|'.join(group)})" if len(group) > 1 else f"^{group[0]}": value for value, group in paths.items()}
 
 
-def sizes_in_words(directory: Path, rank: int, alpha: float) -> tuple[str, str]:
-    """Rank and alpha of an adapter on disk, such as ("2 to 8", "16"), or those given."""
-    path = directory / CONFIG_FILE
+def sizes_in_words(directory: Path, rank: int, alpha: float) -> str:
+    """Rank and alpha of an adapter on disk, such as "rank 2 to 8, alpha 16", or those given."""
+    path, words = directory / CONFIG_FILE, []
     config: Any = read_json_object(path) if path.exists() else {"r": rank, "lora_alpha": alpha}
-    pairs = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-    sizes = [sorted({config[name], *config.get(pattern, {}).values()}) for name, pattern in pairs]
-    ranks, alphas = (f"{each[0]:g}" + (f" to {each[-1]:g}" if len(each) > 1 else "") for each in sizes)
-    return ranks, alphas
+    for name, key in (("rank", "r"), ("alpha", "lora_alpha")):
+        sizes = config[key], *config.get(f"{name}_pattern", {}).values()
+        words.append(f"{name} {' to '.join(f'{size:g}' for size in sorted({min(sizes), max(sizes)}))}")
+    return ", ".join(words)
 
 
 def save_adapter(
@@ -298,11 +306,10 @@ def read_adapter(
 
         def take(name: str, *shape: int) -> Tensor:
             tensor: Tensor = file.get_tensor(stored.pop(name)) if name in stored else torch.empty(0)
-            is_right = tuple(tensor.shape) == shape and tensor.is_floating_point()
-            if not is_right or not torch.isfinite(tensor).all():
-                faults.append(f"{name} must hold finite numbers {list(shape)}")
-                return torch.empty(shape)
-            return tensor
+            if tuple(tensor.shape) == shape and tensor.is_floating_point() and torch.isfinite(tensor).all():
+                return tensor
+            faults.append(f"{name} must hold finite numbers {list(shape)}")
+            return torch.empty(shape)
 
         for path, module in linear.items():
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
@@ -321,7 +328,7 @@ def read_adapter(
                 take(_matrix_name(embedding_paths(model)[1], None), *shape)
             if ids is not None:
                 order = sorted(range(len(ids)), key=ids.__getitem__)
-                values, ids = values[order], tuple(ids[index] for index in order)
+                values, ids = values[order], tuple(sorted(ids))
             matrices[path] = TrainedMatrix(values, ids)
     faults += [f"{name} has no place" for name in stored.values()]
     if faults:
@@ -369,7 +376,7 @@ def _peft_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
     PEFT wraps that module once for each parameter, so the first of two is inside.
     """
-    paths: dict[str, str] = {}
+    paths = {}
     last: dict[str, str] = {}
     for path, layer in layers.items():
         paths[path] = path
@@ -392,10 +399,10 @@ def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[st
     from peft.tuners.tuners_utils import check_target_module_exists
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    left_out, modules = routers(model), {}
+    linear, modules = linear_layers(model), {}
     for path, module in model.named_modules():
         is_stack = isinstance(module, BareExperts)
-        is_open = not described.all_linear or (is_linear(module) and path not in left_out and module is not head)
+        is_open = not described.all_linear or (path in linear and module is not head)
         if path and (
             described.selects_parameter(path if is_stack else f"{path}.weight")
             or (is_open and not is_stack and check_target_module_exists(described.config, path))

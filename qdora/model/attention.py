@@ -100,11 +100,6 @@ def context_length(model: Any) -> int | None:
     return int(length) if length and length > 0 else None
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Width of the logits; 65,536 where the config does not say."""
-    return int(getattr(text_config(model), "vocab_size", 2**16))
-
-
 def attention_of(model: nn.Module) -> str | None:
     """transformers' name of the attention implementation, such as sdpa; None without one."""
     name: str | None = getattr(text_config(model), "_attn_implementation", None)
@@ -145,7 +140,7 @@ _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 def known_masks(model: nn.Module, packing: Packing | None, device: torch.device) -> Iterator[None]:
     """Inside, `model` makes the masks of one micro-batch on a GPU without reading from it; on a CPU nothing changes.
 
-    For sdpa and flash attention; packed rows of the latter must have `flash_lengths`. `packing` is that of the rows, on
+    For sdpa and flash attention; packed rows of the latter must have `flash_inputs`. `packing` is that of the rows, on
     the device; None if each row is an example, padded on the right.
     """
     if device.type == "cpu":
@@ -190,19 +185,22 @@ def takes_flash_lengths(model: nn.Module) -> bool:
     return attention_of(model) == FLASH
 
 
-def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
-    """Starts of the examples of a packed row, and its end, (examples + 1,) int32; and the length of the longest.
+def flash_starts(position_ids: Tensor) -> Tensor:
+    """Starts of the examples of a packed row, and its end, (examples + 1,) int32.
 
-    Without them each layer finds both by the positions, which the host reads from the GPU. `position_ids` (1, length)
-    int64 on the CPU count from 0 in each example.
+    `position_ids` (1, length) int64 on the CPU count from 0 in each example.
     """
     starts = (position_ids[0] == 0).nonzero()[:, 0]
-    borders = torch.cat([starts, torch.tensor([position_ids.shape[1]])])
-    return borders.to(torch.int32), int(borders.diff().max())
+    return torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(torch.int32)
 
 
-def flash_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
-    """The inputs by which transformers hands `flash_lengths` on to each layer; `starts` on the model's device."""
+def flash_inputs(starts: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """The inputs by which transformers hands `flash_starts` and the longest example's length on to each layer.
+
+    Without them each layer finds both by the positions, which the host reads from the GPU. `starts` are on the model's
+    device, `position_ids` on the CPU.
+    """
+    longest = int(position_ids.max()) + 1
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -180,9 +180,8 @@ def put_adapters(
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
-    keep = keeps_scales(recipe)
     for layer in adapted_layers(model).values():
-        layer.keeps_scales = keep
+        layer.keeps_scales = keeps_scales(recipe)
 
 
 def keeps_scales(recipe: Recipe) -> bool:
@@ -233,16 +232,14 @@ def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     L = U sqrt(S), R = sqrt(S) V^T of the largest singular values; `matrix` (out, in) is float32 or float64. By the
     eigenvectors of the smaller Gram matrix: in float32 singular values below 1e-3 of the largest are inexact.
     """
-    wide = matrix.shape[0] <= matrix.shape[1]
-    gram = matrix @ matrix.T if wide else matrix.T @ matrix
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
-    image = matrix.T @ vectors if wide else matrix @ vectors  # S V, or U S
-    values = image.norm(dim=0)
-    root = values.sqrt()
+    if matrix.shape[0] > matrix.shape[1]:
+        left, right = nearest_low_rank(matrix.T, rank)
+        return right.T, left.T
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    image = matrix.T @ vectors  # V S
+    root = image.norm(dim=0).sqrt()
     inverse = torch.where(root > 0, 1 / root, 0.0)
-    if wide:
-        return vectors * root, (image * inverse).T
-    return image * inverse, (vectors * root).T
+    return vectors * root, (image * inverse).T
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qdora.errors import NotFinite, UserError, named
+from qdora.errors import NotFinite, UserError, named, refuse
 from qdora.files.atomic import read_json_object
 from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.quant.bnb import STATE_NAME, from_bnb_state
@@ -101,22 +101,21 @@ def shard_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.")
     with reading(str(index)):
-        names = list(dict.fromkeys(read_json_object(index)["weight_map"].values()))
+        names = dict.fromkeys(read_json_object(index)["weight_map"].values())
         faults = [
             f"{index}: weight_map: {name!r} is not a .safetensors file in the directory."
             for name in names
             if not _SHARD_NAME.fullmatch(str(name)) or not (directory / name).is_file()
         ]
-    if faults or not names:
-        raise UserError(*(faults or [f"{index}: weight_map: is empty."]))
+    refuse(faults)
     return [directory / name for name in names]
 
 
 def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> dict[str, StoredTensor]:
     """Checkpoint key -> tensor; only headers are read. `files` default to `shard_files`."""
-    stored: dict[str, StoredTensor] = {}
+    stored = {}
     for file in shard_files(directory) if files is None else files:
-        with reading(str(file)), safe_open(str(file), framework="pt", device="cpu") as shard:
+        with reading(str(file)), safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                 piece = shard.get_slice(key)
                 shape = tuple(map(int, piece.get_shape()))
@@ -125,7 +124,7 @@ def open_safetensors(directory: Path, files: Iterable[Path] | None = None) -> di
 
 
 def _read(file: Path, key: str) -> Tensor:
-    with safe_open(str(file), framework="pt", device="cpu") as shard:
+    with safe_open(file, framework="pt") as shard:
         tensor: Tensor = shard.get_tensor(key)
         return tensor
 
@@ -138,17 +137,18 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     redundant = set()
     for target, origin in tied_weights(model).items():
         first, second = stored.get(target), stored.get(origin)
-        if first is None or second is None:
-            continue
-        dense = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
-        if dense and torch.equal(first.read(), second.read()):  # type: ignore[arg-type]
+        if (
+            isinstance(first, StoredTensor)
+            and isinstance(second, StoredTensor)
+            and torch.equal(first.read(), second.read())
+        ):
             redundant.add(target)
-            continue
-        log.warning("%s and %s differ in the checkpoint, so they are not tied.", target, origin)
-        model.all_tied_weights_keys.pop(target)
-        model.config.tie_word_embeddings = False
+        elif first is not None and second is not None:
+            log.warning("%s and %s differ in the checkpoint, so they are not tied.", target, origin)
+            model.all_tied_weights_keys.pop(target)
+            model.config.tie_word_embeddings = False
     expected, tied = model.state_dict(), tied_weights(model)
-    may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
+    may_lack = model._keys_to_ignore_on_load_missing or ()
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     held, faults = {tied.get(name, name) for name in stored}, []
@@ -164,8 +164,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
             faults.append(f"{where} has shape {list(item.shape)}, must have {list(expected[name].shape)}.")
         elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
             faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
 
 
@@ -174,7 +173,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -190,36 +189,27 @@ def stored_kind(settings: Mapping[str, Any] | None) -> str | None:
     return "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
 
 
-def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers builds bitsandbytes layers ("nf4", "fp4" or "int8").
-
-    bitsandbytes computes in `dtype`; `dense`: paths of the linear layers that are not quantised.
-    """
-    blocks = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
-    settings: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, **blocks}
-    return dict(BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(dense)).to_dict())
-
-
 def load_faults(classes: Iterable[str], option: str, fix: str = "use --format merged") -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
     `classes`: of each quantised layer in the model's code.
     """
     others = [name for name in classes if name != "Linear"]
-    what = f"transformers does not load {len(others)} layers in 4 bits (such as {', '.join(others[:1])})"
-    return [f"{option}: {what}. Fix: {fix}."] if others else []
+    if not others:
+        return []
+    return [f"{option}: transformers does not load {len(others)} layers in 4 bits (such as {others[0]}). Fix: {fix}."]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through."""
     parts: dict[str, dict[str, StoredTensor]] = {}
-    dense: dict[str, StoredTensor] = {}
+    dense = {}
     blocks: dict[str, Stored] = {}
     for key, item in stored.items():
-        name, scales = key.removesuffix("_blocks"), stored.get(key.removesuffix("_blocks") + "_scales")
-        if name != key and scales is not None:
-            blocks[name] = _mxfp4(item, scales)
-        elif key.removesuffix("_scales") != key and f"{key.removesuffix('_scales')}_blocks" in stored:
+        name, _, part = key.rpartition("_")
+        if part == "blocks" and f"{name}_scales" in stored:
+            blocks[name] = _mxfp4(item, stored[f"{name}_scales"])
+        elif part == "scales" and f"{name}_blocks" in stored:
             continue
         elif match := _PART.fullmatch(key):
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
@@ -292,8 +282,8 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    names = dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
-    expected = model.state_dict() | names  # only its names are asked for
+    # Only its names are asked for.
+    expected = model.state_dict() | dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
     renamed: dict[str, Stored] = {}
     groups: dict[str, dict[str, tuple[str, Any]]] = {}
     for key, item in stored.items():
@@ -316,11 +306,10 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Tensors under their names in qdora's model: the weight of a stack is a matrix, (experts * out, in)."""
     ours = {theirs: name for name, theirs in library_names(model).items()}
-    turned = {path for path in stacks(model) if is_transposed(model, path)}
     placed = {}
     for name, item in stored.items():
         if name in ours and isinstance(item, StoredTensor) and len(item.shape) == 3:
-            item = _as_matrix(item, transposed=name in turned)
+            item = _as_matrix(item, transposed=is_transposed(model, name))
         placed[ours.get(name, name)] = item
     return placed
 

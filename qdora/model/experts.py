@@ -24,9 +24,8 @@ IMPLEMENTATION = "qdora"
 def use_expert_layers_(model: PreTrainedModel) -> None:
     """Replace the stacked parameters of all expert modules by `ExpertLinear`s, in place; transposed ones are turned."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
-    for module in list(model.modules()):
-        owner: Any = module
-        if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+    for owner in list(model.modules()):
+        if not hasattr(owner, "is_transposed") or not hasattr(owner, "_apply_gate"):
             continue
         owner.config._experts_implementation = IMPLEMENTATION
         for name in ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj"):
@@ -98,7 +97,11 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     order = torch.argsort(owners, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     up = self.gate_up_proj if self.has_gate else self.up_proj
-    counts = _counts(top_k_index, up.num_experts)
+    if is_planning():
+        counts = planned_counts(num_tokens, top_k, up.num_experts)
+    else:
+        # A GPU's host waits once. For bincount it would wait twice.
+        counts = owners.new_zeros(up.num_experts).scatter_add_(0, owners, torch.ones_like(owners)).tolist()
     tokens = ExpertTokens(counts)
     if any(needs_padding(stack, hidden_states) for stack in (up, self.down_proj)):
         tokens = padded_tokens(counts)
@@ -115,13 +118,3 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     weighted = back * top_k_weights.reshape(-1, 1)
     total: Tensor = weighted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
     return total
-
-
-def _counts(chosen: Tensor, num_experts: int) -> list[int]:
-    """How many of the choices, (tokens, k), fell on each expert; a GPU's host waits for them, a plan assumes them."""
-    if is_planning():
-        return planned_counts(chosen.shape[0], chosen.shape[1], num_experts)
-    flat = chosen.reshape(-1)
-    # Not bincount, for which a GPU's host waits twice.
-    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-    return list(map(int, counts.tolist()))

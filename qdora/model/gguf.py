@@ -90,6 +90,7 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 
 def read_header(path: Path) -> GgufHeader:
+    require_gguf()
     import gguf
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -128,18 +129,6 @@ def check_gguf(header: GgufHeader) -> None:
         raise UserError(f"{where} the attention scale of this {architecture} is not in GGUF files.")
 
 
-def _tie_equal_head(header: GgufHeader, config: PreTrainedConfig) -> None:
-    """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, byte for byte, as Qwen's do.
-
-    transformers takes any stored head for an untied one, which would drift away from the embedding in training.
-    """
-    pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
-    if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
-        first, second = (header.rows(tensor) for tensor in pair)
-        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(first), _ROWS_AT_ONCE)]
-        config.tie_word_embeddings = all(np.array_equal(first[part], second[part]) for part in parts)
-
-
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     header = read_header(path)
     if any(tensor.name in _ROTARY_FACTORS for tensor in header.tensors):
@@ -151,7 +140,7 @@ def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, Stored
     """Model name -> tensor of the file, not read yet. `model` is a skeleton. An embedding keeps its own rows."""
     kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    names, stored = _model_names(header, model, processor), dict[str, StoredTensor]()
+    names, stored = _model_names(header, model, processor), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {tensor.name: tensor for tensor in header.tensors if tensor.name not in _ROTARY_FACTORS}
     if model.config.tie_word_embeddings:
@@ -198,7 +187,7 @@ def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPr
     table = gguf.get_tensor_name_map(known, int(model.config.num_hidden_layers))
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     back = [each.reverse_transform() for each in reversed(renamings)]
-    names: dict[str, str] = {}
+    names = {}
     own = library_names(model)
     for name in (each for each in model.state_dict() if each not in own):
         published, _ = rename_source_key(name, back, [])  # the converter reads published checkpoints
@@ -220,12 +209,11 @@ def _stems(name: str) -> list[tuple[str, str]]:
 
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
-    """The config, with what a file says of its experts.
+    """The config, with what a file says of its experts, and tied if it repeats the embedding as the head.
 
     transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
     family for that of its experts.
     """
-    require_gguf()
     header = read_header(path)
     check_gguf(header)
     config = _kept(header, "config", AutoConfig.from_pretrained)
@@ -242,12 +230,15 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     for part, name in (("down_exps", of_experts), ("down_shexp", "shared_expert_intermediate_size")):
         if f"{part}.weight" in widths and hasattr(config, name):
             setattr(config, name, widths[f"{part}.weight"])
-    _tie_equal_head(header, config)
+    pair = [tensor for tensor in header.tensors if tensor.name in (_HEAD, _EMBEDDING)]
+    if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
+        # transformers takes any stored head for an untied one, which would drift away from the embedding in training.
+        first, second = (header.rows(tensor) for tensor in pair)
+        config.tie_word_embeddings = np.array_equal(first, second)
     return config
 
 
 def tokenizer_of_gguf(path: Path) -> Any:
-    require_gguf()
     return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
 
 
@@ -262,17 +253,16 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
         digest = hashlib.sha256(file.read(header.end))
     digest.update(repr(package_versions(("transformers", "tokenizers", "gguf"))).encode())
     folder = cache_folder("gguf") / digest.hexdigest()[:32] / name
-    if not folder.is_dir():
-        with in_turn(folder):
-            if not folder.is_dir():  # another process may have made it meanwhile
-                made = load(str(path.parent), gguf_file=path.name)
-                try:
-                    with atomic_directory(folder) as aside:
-                        made.save_pretrained(aside)
-                except Exception as error:
-                    if disk_reason(error) is None:
-                        raise
-                    return made
+    with in_turn(folder):
+        if not folder.is_dir():
+            made = load(str(path.parent), gguf_file=path.name)
+            try:
+                with atomic_directory(folder) as aside:
+                    made.save_pretrained(aside)
+            except Exception as error:
+                if disk_reason(error) is None:
+                    raise
+                return made
     kept = load(str(folder), local_files_only=True)
     kept.name_or_path = str(path.parent)
     return kept

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdora.adapter.experts import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Init, Kind, is_plain_linear
 from qdora.adapter.rows import RowHead
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.model.experts import routers
 from qdora.quant.tiles import Weight
 
@@ -60,12 +60,19 @@ def inject(
     else:
         check_matches("adapter.targets", patterns, linear)
         chosen = {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
-    ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
+    rank_pattern, ranks = rank_pattern or {}, {}
+    check_matches("adapter.rank_pattern", rank_pattern, chosen, "adapted")
+    for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
+        keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
+        of_experts = expert_rank if isinstance(module, BareExperts) else None
+        ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
+        if ranks[name] > most_rank(module):
+            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
     if masked:
         check_masks(chosen, "adapter.mask")
     if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
         raise UserError("adapter.experts: no target is an expert of this model.")
-    adapted: dict[str, AdaptedLinear] = {}
+    adapted = {}
     for name, module in chosen.items():
         ratio = ranks[name] / rank if same_scaling else 1.0
         adapted[name] = adapted_layer(
@@ -96,8 +103,7 @@ def adapted_layer(module: nn.Module, **options: Any) -> AdaptedLinear:
 
 def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     """Put adapted layers at their paths, in the model's mode, and freeze everything else."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
@@ -167,10 +173,13 @@ def matches(name: str, pattern: str) -> bool:
 def check_matches(where: str, patterns: Iterable[str], paths: Collection[str], what: str = "linear") -> None:
     """Refuse patterns of the setting `where` that match none of the `paths`, of `what` layers."""
     leaves = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-    lost = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
-    if lost:
-        text = f"matches no {what} layer; must be a path, a pattern, or {leaves}."
-        raise UserError(*(f"{where}: '{pattern}' {text}" for pattern in lost))
+    refuse(
+        [
+            f"{where}: '{pattern}' matches no {what} layer; must be a path, a pattern, or {leaves}."
+            for pattern in patterns
+            if not any(matches(path, pattern) for path in paths)
+        ]
+    )
 
 
 def most_rank(module: nn.Module) -> int:
@@ -181,20 +190,6 @@ def most_rank(module: nn.Module) -> int:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, FrozenLinear | ExpertLinear) or is_plain_linear(module)
-
-
-def _ranks(
-    chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
-) -> dict[str, int]:
-    check_matches("adapter.rank_pattern", rank_pattern, chosen, "adapted")
-    ranks = {}
-    for name, module in sorted(chosen.items(), key=lambda item: most_rank(item[1])):
-        keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
-        of_experts = expert_rank if isinstance(module, BareExperts) else None
-        ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
-        if ranks[name] > most_rank(module):
-            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
-    return ranks
 
 
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
@@ -218,7 +213,7 @@ def model_size(model: nn.Module) -> dict[str, int]:
     weights = linear = other = adapter = 0
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+            adapter += sum(p.nbytes for p in module.parameters(recurse=False))
         elif is_linear(module):
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             packed = module.packed_form if isinstance(module, FrozenLinear) else None
@@ -234,5 +229,9 @@ def model_size(model: nn.Module) -> dict[str, int]:
             kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
             own = [each for each in (*module._parameters.values(), *kept) if each is not None]
             other += sum(_DENSE_BYTES * each.numel() for each in own if is_new(each))
-    sizes = {"num_linear_weights": weights, "num_linear_bytes": linear, "num_base_bytes": linear + other}
-    return sizes | {"num_adapter_bytes": adapter}
+    return {
+        "num_linear_weights": weights,
+        "num_linear_bytes": linear,
+        "num_base_bytes": linear + other,
+        "num_adapter_bytes": adapter,
+    }

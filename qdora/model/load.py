@@ -38,7 +38,7 @@ from qdora.model.checkpoint import (
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, matches, replace_module
-from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
+from qdora.model.multimodal import auto_class, leave_out_other_parts_, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import dequantize, quantize_parts
@@ -47,7 +47,6 @@ from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
-DEFAULT_SKIP = (HEAD,)
 _CPU = torch.device("cpu")
 
 
@@ -82,8 +81,7 @@ class Loading:
     progress: Progress | None = None
 
     def quantizes(self, name: str, item: Stored) -> bool:
-        path, _, leaf = name.rpartition(".")
-        is_layer = leaf == "weight" and path in self.layers and self.wanted.kind != "none"
+        is_layer = name.removesuffix(".weight") in self.layers and self.wanted.kind != "none"
         return is_layer and isinstance(item, StoredTensor) and item.keep_bits is None
 
     def read(self, name: str, item: Stored) -> Weight:
@@ -110,7 +108,7 @@ def load_model(
     quant: str,
     block_size: int = 64,
     double_quant: bool = True,
-    skip: Sequence[str] = DEFAULT_SKIP,
+    skip: Sequence[str] = (HEAD,),
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
@@ -136,15 +134,12 @@ def load_model(
     kind = stored_kind(getattr(config, "quantization_config", None))
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
-    if not_loaded(model):
-        log.info("The model is multimodal, and only its language part is loaded and trained.")
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     stored, layers = settle_stored(stored, kind, wanted, layers)
     stored |= compressed or {}
     (placer or place_all)(Loading(model, stored, layers, wanted, device, compute_dtype, progress))
     tie_and_move_buffers(model, device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     if (generation := published_generation(source)) is not None:
         model.generation_config = generation
     model.config._name_or_path = source.name
@@ -243,8 +238,10 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
 
 def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 for a parameter that the model keeps in it beside a 16-bit `dtype`, by transformers' rule."""
-    names = {torch.float16: ["_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"]}
-    names[torch.bfloat16] = names[torch.float16][:1]
+    names = {
+        torch.float16: ["_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"],
+        torch.bfloat16: ["_keep_in_fp32_modules_strict"],
+    }
     parts = [part for each in names.get(dtype, ()) for part in getattr(model, each, None) or ()]
     is_wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)
     return torch.float32 if is_wide else dtype
@@ -265,9 +262,8 @@ def place(load: Loading, name: str, item: Stored) -> None:
         return
     keep_bits = None if item.keep_bits is None else item.keep_bits().to(load.device, copy=True)
     if isinstance(value, Tensor):
-        place_frozen(load.model, path, value.to(load.device, load.compute_dtype, copy=True), keep_bits)
-    else:
-        place_frozen(load.model, path, value.to(load.device), keep_bits)
+        value = value.to(load.device, load.compute_dtype, copy=True)
+    place_frozen(load.model, path, value.to(load.device), keep_bits)
 
 
 def place_all(load: Loading, place: Callable[[Loading, str, Stored], None] = place) -> None:
@@ -280,8 +276,8 @@ def place_all(load: Loading, place: Callable[[Loading, str, Stored], None] = pla
 
 def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Replace a linear layer by a frozen one with its bias, which may still be on the meta device."""
-    before = model.get_submodule(layer)
-    frozen = frozen_like(before, weight, before.bias if isinstance(before.bias, Tensor) else None, keep_bits)
+    before: Any = model.get_submodule(layer)
+    frozen = frozen_like(before, weight, before.bias, keep_bits)
     frozen.replaces = type(before).__name__
     replace_module(model, layer, frozen)
     return frozen
@@ -309,7 +305,7 @@ def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    if source.is_gguf or not (source.path / "generation_config.json").is_file():
+    if not (source.path / "generation_config.json").is_file():
         return None
     with reading(f"model.source: {source.name}: its generation_config.json"):
         return GenerationConfig.from_pretrained(str(source.path))
@@ -317,7 +313,7 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
     """The quantisation of the checkpoint, as settings of `load_model` and of a recipe's base."""
-    kind = None if source.is_gguf else stored_kind(getattr(load_config(source), "quantization_config", None))
+    kind = stored_kind(getattr(load_config(source), "quantization_config", None))
     if kind is None:
         return {"quant": "none"}
     packed = [item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)]

@@ -35,17 +35,9 @@ class NotLoaded(nn.Module):
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.paths = tuple(path for path, _ in part.named_modules() if path)
-        self.linear = tuple(path for path, module in part.named_modules() if isinstance(module, nn.Linear))
+        self.is_linear = {path: isinstance(module, nn.Linear) for path, module in part.named_modules()}
         self.stored: dict[str, StoredTensor] = {}
         self.directory: Path | None = None
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Only images and videos reach this part."""
-        raise UserError("images are not supported: only the language part of the model is loaded.")
-
-    # Qwen's models cast the pixels to the dtype of the vision tower before they call it.
-    dtype = property(forward)
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -101,7 +93,7 @@ def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
     """The tensors of the language part of a whole model, in `directory`; the others go to their `NotLoaded`."""
-    parts, language = not_loaded(model), dict[str, Stored]()
+    parts, language = not_loaded(model), {}
     for part in parts.values():
         part.stored, part.directory = {}, directory
     for name, item in stored.items():
@@ -122,17 +114,21 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 def all_paths(model: nn.Module) -> list[str]:
     """Paths of all modules, also of those that are not loaded."""
-    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.paths]
+    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear]
     return [path for path, _ in model.named_modules()] + others
 
 
 def linear_not_loaded(model: nn.Module) -> list[str]:
-    return [f"{path}.{inner}".removesuffix(".") for path, part in not_loaded(model).items() for inner in part.linear]
+    return [
+        f"{path}.{inner}".removesuffix(".")
+        for path, part in not_loaded(model).items()
+        for inner, is_linear in part.is_linear.items()
+        if is_linear
+    ]
 
 
 def processor_files(model: nn.Module) -> dict[str, str]:
     """Name -> text of the files that make images into tensors."""
-    directory = next((part.directory for part in not_loaded(model).values()), None)
     names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-    files = [] if directory is None else [directory / name for name in names]
+    files = [part.directory / name for part in not_loaded(model).values() if part.directory for name in names]
     return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}

@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RevisionNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, NoTokenizer, UserError, named
+from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.atomic import read_json_object
 from qdora.files.machine import user_path
 from qdora.model.checkpoint import reading, shard_files, stored_kind
@@ -33,8 +28,15 @@ BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 # Tokens that models reserve for padding or never emit, best first.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
@@ -103,8 +105,13 @@ def resolve(
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     if config:
         check_directory(path, weights=False, setting=setting)
-    if trust_remote_code:
-        _check_place_of_code(path, source)
+    for file in (path / "config.json", path / "tokenizer_config.json") if trust_remote_code else ():
+        classes = read_json_object(file).get("auto_map") if file.is_file() else None
+        # transformers would read the code of another repository at its newest commit.
+        if other := re.search(r"'([^']*)--", str(classes)):
+            raise UserError(
+                f"model.trust_remote_code: {source}: {file.name} takes code from {other[1]}, whose commit is not fixed."
+            )
     if weights:  # last: a model that is refused for its config is not downloaded
         path = _download(source, commit, [*patterns, "*.safetensors"], setting)
     if config and weights:
@@ -152,26 +159,11 @@ def _download(source: str, revision: str | None, patterns: list[str], setting: s
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except Exception as error:
-        what = named(error)
-        if isinstance(error, GatedRepoError):
-            what = "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
-        elif isinstance(error, RepositoryNotFoundError):
-            what = "no such directory, and no such model on the Hub. If it is private, run: hf auth login"
-        elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
-            what = "no such directory, not in the Hub's cache, and the Hub cannot be reached."
         # A full disk or a wrong revision is not the Hub's failure.
         kind = UserError if type(error) in (OSError, RevisionNotFoundError) else HubFailure
-        raise kind(f"{setting}: {source}{f' at {revision}' if revision else ''}: {what}") from error
-
-
-def _check_place_of_code(path: Path, source: str) -> None:
-    """Refuse code out of another repository: transformers reads that at its newest commit."""
-    for file in (path / "config.json", path / "tokenizer_config.json"):
-        classes = read_json_object(file).get("auto_map") if file.is_file() else None
-        if other := re.search(r"'([^']*)--", str(classes)):
-            raise UserError(
-                f"model.trust_remote_code: {source}: {file.name} takes code from {other[1]}, whose commit is not fixed."
-            )
+        at = f" at {revision}" if revision else ""
+        what = f"is no directory, and from the Hub {type(error).__name__}: {error}"
+        raise kind(f"{setting}: {source}{at}: {what}") from error
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -193,13 +185,12 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
     template = source.path / "chat_template.json"  # some multimodal models keep it there, for their processor
-    if tokenizer.chat_template is None and not source.is_gguf and template.is_file():
+    if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = read_json_object(template).get("chat_template")
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
-        unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
-        pad = reserved or unknown or tokenizer.eos_token
+        pad = reserved or tokenizer.unk_token or tokenizer.eos_token
         if pad is None:
             raise UserError(f"{setting}: {source.name} has no pad, unknown or end token to pad with.")
         tokenizer.pad_token = pad

@@ -128,11 +128,10 @@ def compressed_layers(directory: Path) -> dict[str, Stored]:
 
 def _with_masks(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """The weights alone, with the masks that lie beside them."""
-    bits = {name.removesuffix("keep_bits"): item for name, item in stored.items() if name.endswith(".keep_bits")}
     found = dict[str, Stored]()
     for name, item in stored.items():
         if name.endswith(".weight"):
-            mask = bits.get(name.removesuffix("weight"))
+            mask = stored.get(f"{name.removesuffix('weight')}keep_bits")
             found[name] = replace(item, keep_bits=mask.read if isinstance(mask, StoredTensor) else None)
     return found
 
@@ -159,8 +158,16 @@ class BaseCache:
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):
             if not directory.is_dir():
-                with disk_failures(directory, "name another directory in base.cache"):
-                    self._write(directory, source, model)
+                log.info("Writing the packed base to %s, for later starts.", directory)
+                stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
+                stored, layers = settle_stored(stored, None, self.wanted, layers)
+                load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
+                failures = disk_failures(directory, "name another directory in base.cache")
+                with failures, atomic_directory(directory) as folder:
+                    for number, (name, item) in enumerate(stored.items()):
+                        write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
+                        if self.progress is not None:
+                            self.progress(number + 1, len(stored))
             else:
                 log.info("Reading the packed base from %s.", directory)
                 if not_loaded(model):  # an export copies these from the source
@@ -169,17 +176,6 @@ class BaseCache:
             return match_to_model(_stored_in(directory), model)
         except UserError as error:
             raise UserError(*error.faults, f"base.cache: {directory} is damaged. Fix: delete it.") from error
-
-    def _write(self, directory: Path, source: ModelSource, model: PreTrainedModel) -> None:
-        stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
-        stored, layers = settle_stored(stored, None, self.wanted, layers)
-        load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
-        log.info("Writing the packed base to %s, for later starts.", directory)
-        with atomic_directory(directory) as folder:
-            for number, (name, item) in enumerate(stored.items()):
-                write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
-                if self.progress is not None:
-                    self.progress(number + 1, len(stored))
 
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
-    return tuple(tokenizer.convert_tokens_to_ids(list(tokens))) if tokens else ()
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
 @torch.no_grad()
@@ -80,11 +80,9 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if is_tied(model):
         head.weight, head.out_features = embedding.weight, len(embedding.weight)
     size = len(head.weight)
-    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
-        if hasattr(config, "vocab_size"):
-            config.vocab_size = size
-    if hasattr(model, "vocab_size"):
-        model.vocab_size = size
+    for owner in (model.config, model.config.get_text_config(), model):
+        if hasattr(owner, "vocab_size"):
+            owner.vocab_size = size
 
 
 def train_embeddings(
@@ -164,8 +162,7 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
 def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapter.also_train") -> None:
     """Refuse an embedding or a head at one of these paths that cannot be trained."""
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
-    is_table = type(embedding) is nn.Embedding or hasattr(embedding, "embed_scale")
-    if embedding_path in paths and not is_table:
+    if embedding_path in paths and type(embedding) is not nn.Embedding and not hasattr(embedding, "embed_scale"):
         raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__}).")

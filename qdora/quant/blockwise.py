@@ -28,8 +28,13 @@ def _chunk(device: torch.device) -> int:
     return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
 
 
+def _runs_of_rows(matrix: Tensor) -> list[slice]:
+    rows = max(1, _chunk(matrix.device) // matrix.shape[1])
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
+
+
 @torch.no_grad()
-def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, kind: str, block_size: int, name: str) -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
 
         absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
@@ -43,7 +48,16 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, *, name: str = "
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
-        unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
+        part = flat[start : start + chunk].float()
+        # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
+        whole = part.numel() // block_size * block_size
+        blocks = part[:whole].view(-1, block_size)
+        scale = blocks.abs().amax(dim=1)
+        unit = (blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)
+        if whole < part.numel():
+            last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
+            unit = torch.cat([unit, (part[whole:] / last).clamp_(-1, 1)])
+            scale = torch.cat([scale, last])
         _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
         codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
         packed[first : first + codes.numel()] = codes
@@ -90,36 +104,25 @@ def unpack_codes(packed: Tensor, kind: str, numel: int) -> Tensor:
 
 
 def _refuse_not_finite(scales: Tensor, name: str) -> None:
-    if not bool(scales.isfinite().all()):
+    if not scales.isfinite().all():
         from qdora.errors import NotFinite  # only for a fault: qdora.peft loads few files
 
         raise NotFinite(f"{name}: has weights that are not finite (NaN or infinite) and cannot be quantised.")
 
 
-def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
-    whole = part.numel() // block_size * block_size
-    blocks = part[:whole].view(-1, block_size)
-    scale = blocks.abs().amax(dim=1)
-    units = [(blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)]
-    if whole < part.numel():
-        last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
-        units.append((part[whole:] / last).clamp_(-1, 1))
-        scale = torch.cat([scale, last])
-    return (units[0] if len(units) == 1 else torch.cat(units)), scale
-
-
 @torch.no_grad()
-def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits.
 
         scale = code[q] * nested_absmax[block // 256] + offset
 
-    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32. Source: QLoRA, sec. 3.
+    Returns q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, code as by `codebooks.dynamic_map`, offset
+    () float32. Source: QLoRA, sec. 3.
     """
+    code = codebooks.dynamic_map(absmax.device)
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
-    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
+    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), code, offset
 
 
 @torch.no_grad()
@@ -185,7 +188,7 @@ def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Round each row of a weight (out, in) to 255 levels between minus and plus its largest magnitude.
 
         packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
@@ -194,14 +197,13 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    rows = max(1, _chunk(weight.device) // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].float()
+    for rows in _runs_of_rows(weight):
+        part = weight[rows].float()
         scale = part.abs().amax(dim=1)
-        absmax[start : start + rows] = scale
+        absmax[rows] = scale
         # 127 / scale overflows below 4e-37: such a row counts as zero. The rounded reciprocal, as in bitsandbytes.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
-        packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
+        packed[rows] = torch.round(part * factor[:, None]).to(torch.int8)
     _refuse_not_finite(absmax, name)
     return packed, absmax
 
@@ -215,8 +217,6 @@ def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
         return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
-    rows = max(1, _chunk(packed.device) // packed.shape[1])
-    for start in range(0, packed.shape[0], rows):
-        part = slice(start, start + rows)
-        out[part] = (packed[part] * absmax[part, None]).mul_(_ONE_127TH)
+    for rows in _runs_of_rows(packed):
+        out[rows] = (packed[rows] * absmax[rows, None]).mul_(_ONE_127TH)
     return out

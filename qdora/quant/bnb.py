@@ -30,35 +30,30 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
     """Read a weight that bitsandbytes quantised, sharing its memory. `state` has the layer's tensors without its prefix
     ("weight", "weight.absmax", ..., "SCB"); `name` is the layer's in an error."""
     try:
-        return _int8(state) if "SCB" in state else _four_bits(state)
+        weight = state["weight"]
+        if "SCB" in state:
+            layout = state.get("weight_format")
+            if layout is not None and layout.any():
+                raise ValueError(f"weight_format must be 0, by rows, got {layout.tolist()}, which is tiled.")
+            rows, columns = weight.shape
+            tensors = {"packed": weight, "absmax": state["SCB"].float().view(-1)}
+            return from_tensors("int8", (rows, columns), columns, tensors)
+        (key,) = (key for key in state if key.startswith(STATE_NAME))
+        kind, stored = key.removeprefix(STATE_NAME), json.loads(bytes(state[key].cpu().tolist()))
+        table = state["weight.quant_map"].float()
+        if not torch.allclose(table, codebooks.code_values(kind, table.device), rtol=0, atol=1e-4):
+            raise ValueError(f"weight.quant_map is not the code book of {kind}.")
+        rows, columns = stored["shape"]
+        codes = weight.contiguous().reshape(-1).view(torch.uint8)
+        tensors = {"packed": codes, "absmax": state["weight.absmax"]}
+        if "weight.nested_absmax" in state:
+            tensors["nested_absmax"] = state["weight.nested_absmax"]
+            tensors["nested_code"] = state["weight.nested_quant_map"]
+            # Stored as decimal digits of a float32, so this is exact.
+            tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
+        return from_tensors(kind, (rows, columns), stored["blocksize"], tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{name}: not a weight that bitsandbytes stored: {error!r}") from error
-
-
-def _int8(state: Mapping[str, Tensor]) -> PackedWeight:
-    weight, layout = state["weight"], state.get("weight_format")
-    if layout is not None and bool((layout != 0).any()):
-        raise ValueError(f"weight_format must be 0, by rows, got {layout.tolist()}, which is tiled.")
-    rows, columns = weight.shape
-    return from_tensors("int8", (rows, columns), columns, {"packed": weight, "absmax": state["SCB"].float().view(-1)})
-
-
-def _four_bits(state: Mapping[str, Tensor]) -> PackedWeight:
-    (key,) = (key for key in state if key.startswith(STATE_NAME))
-    kind, stored = key.removeprefix(STATE_NAME), json.loads(bytes(state[key].cpu().tolist()))
-    table = state["weight.quant_map"].float()
-    if not torch.allclose(table, codebooks.code_values(kind, table.device), rtol=0, atol=1e-4):
-        raise ValueError(f"weight.quant_map is not the code book of {kind}.")
-    rows, columns = stored["shape"]
-    weight = state["weight"].contiguous()
-    codes = weight.reshape(-1).view(torch.uint8)
-    tensors = {"packed": codes, "absmax": state["weight.absmax"]}
-    if "weight.nested_absmax" in state:
-        tensors["nested_absmax"] = state["weight.nested_absmax"]
-        tensors["nested_code"] = state["weight.nested_quant_map"]
-        # Stored as decimal digits of a float32, so this is exact.
-        tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
-    return from_tensors(kind, (rows, columns), stored["blocksize"], tensors)
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

@@ -18,37 +18,33 @@ CODE_BITS = {"int8": 8, "nf4": 4, "fp4": 4, "int4": 4, MXFP4: 4, "nf3": 3, "int3
 """Bits of a code as it is stored."""
 TIGHT = ("nf3", "int3", "nf2", "int2")
 """Kinds of fewer than 4 bits: four codes in a byte, or eight in three."""
-# Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0: of b bits 2^(b - 1) positive values, one fewer negative.
-# Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_NF3 = (
-    -1.0, -0.5350227084855379, -0.24693143181157526, 0.0,
-    0.18333748033548752, 0.3819939543209139, 0.6229857417143423, 1.0,
-)  # fmt: skip
-_NF2 = (-1.0, 0.0, 0.4358181645831157, 1.0)
-# Quotients are formed on the host: CUDA divides by a number less exactly.
-_INT4 = tuple(code / 7 for code in range(-7, 8))
-# The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude is half a step beside the outer values.
-_INT3 = tuple((code - 4) / 3.5 for code in range(8))
-_INT2 = tuple((code - 2) / 1.5 for code in range(4))
 # Codes 0 to 7 of bitsandbytes' FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as there.
 _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # The same of MXFP4's codes. Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES: dict[str, tuple[float, ...]] = {
-    "nf4": _NF4,
-    "nf3": _NF3,
-    "nf2": _NF2,
-    "int4": _INT4,
-    "int3": _INT3,
-    "int2": _INT2,
-}
-_VALUES |= {"fp4": (*_FP4, *(0.0 - value for value in _FP4)), MXFP4: (*_E2M1, *(-value for value in _E2M1))}
+    # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0: of b bits 2^(b - 1) positive values, one fewer negative.
+    # Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E.
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "nf3": (
+        -1.0, -0.5350227084855379, -0.24693143181157526, 0.0,
+        0.18333748033548752, 0.3819939543209139, 0.6229857417143423, 1.0,
+    ),
+    "nf2": (-1.0, 0.0, 0.4358181645831157, 1.0),
+    # Quotients are formed on the host: CUDA divides by a number less exactly.
+    "int4": tuple(code / 7 for code in range(-7, 8)),
+    # The symmetric grids of compressed-tensors and gptqmodel: the largest magnitude is half a step beside the outer
+    # values.
+    "int3": tuple((code - 4) / 3.5 for code in range(8)),
+    "int2": tuple((code - 2) / 1.5 for code in range(4)),
+    "fp4": (*_FP4, *(0.0 - value for value in _FP4)),
+    MXFP4: (*_E2M1, *(-value for value in _E2M1)),
+}  # fmt: skip
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
@@ -124,7 +120,7 @@ def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTable:
+def decision_table(kind: str, device: torch.device) -> DecisionTable:
     """`decision_bounds` as a grid; see `DecisionTable`."""
     bounds, code = decision_bounds(kind)
     of_bound = cell(bounds)

@@ -52,7 +52,7 @@ class PackedWeight:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedWeight:
         """The same weight on `device`."""
@@ -72,9 +72,10 @@ class PackedWeight:
         return {name: getattr(self, name) for name in names}
 
 
-def _layout(
-    kind: str, shape: tuple[int, int], block_size: int, nested: bool
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
+
+
+def _layout(kind: str, shape: tuple[int, int], block_size: int, nested: bool) -> _Layout:
     rows, columns = shape
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
@@ -82,7 +83,7 @@ def _layout(
     if block_size not in sizes or (kind == MXFP4 and columns % block_size):
         raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    layout: _Layout = {
         "packed": ((codebooks.code_bytes(kind, rows * columns),), torch.uint8),
         "absmax": ((blocks,), torch.uint8 if nested or kind == MXFP4 else torch.float32),
     }
@@ -127,10 +128,9 @@ def quantize(
         raise ValueError(f"{name}: mxfp4 is read from checkpoints, not made here.")
     shape = (weight.shape[0], weight.shape[1])
     if kind == "int8":
-        return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
+        return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
-    tensors = blockwise.quantize_blocks(weight, kind, block_size, name=name)
-    plain = PackedWeight(kind, shape, block_size, *tensors)
+    plain = PackedWeight(kind, shape, block_size, *blockwise.quantize_blocks(weight, kind, block_size, name))
     return with_nested_scales(plain, double_quant)
 
 
@@ -157,19 +157,14 @@ def pack(codes: Tensor, absmax: Tensor, kind: str, block_size: int, double_quant
 
 def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
     """Block scales, (blocks,) float32, as they are decoded once they are stored: with double quantisation rounded."""
-    if not double_quant:
-        return absmax
-    code = codebooks.dynamic_map(absmax.device)
-    codes, nested_absmax, offset = blockwise.quantize_scales(absmax, code)
-    return blockwise.dequantize_scales(codes, nested_absmax, code, offset)
+    return blockwise.dequantize_scales(*blockwise.quantize_scales(absmax)) if double_quant else absmax
 
 
-def with_nested_scales(plain: PackedWeight, double_quant: bool = True) -> PackedWeight:
+def with_nested_scales(plain: PackedWeight, double_quant: bool) -> PackedWeight:
     """The same weight with double quantised scales; of `plain` only the block scales are read. int8 has none."""
     if not double_quant or plain.kind == "int8":
         return plain
-    code = codebooks.dynamic_map(plain.absmax.device)
-    codes, absmax, offset = blockwise.quantize_scales(plain.absmax, code)
+    codes, absmax, code, offset = blockwise.quantize_scales(plain.absmax)
     return replace(plain, absmax=codes, nested_absmax=absmax, nested_code=code, nested_offset=offset)
 
 
@@ -245,14 +240,11 @@ def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
 @torch.no_grad()
 def zero_packed(packed: PackedWeight, keep_mask: Tensor) -> PackedWeight:
     """A packed weight whose entries outside `keep_mask`, (out, in) bool, have the code of 0; nothing else changes."""
-    tensors = packed.tensors()
     if packed.kind == "int8":
-        tensors["packed"] = packed.packed.masked_fill(~keep_mask, 0)
-    else:
-        codes = blockwise.unpack_codes(packed.packed, packed.kind, keep_mask.numel())
-        codes.masked_fill_(~keep_mask.reshape(-1), codebooks.zero_code(packed.kind))
-        tensors["packed"] = blockwise.pack_codes(codes, packed.kind)
-    return from_tensors(packed.kind, packed.shape, packed.block_size, tensors)
+        return replace(packed, packed=packed.packed.masked_fill(~keep_mask, 0))
+    codes = blockwise.unpack_codes(packed.packed, packed.kind, keep_mask.numel())
+    codes.masked_fill_(~keep_mask.reshape(-1), codebooks.zero_code(packed.kind))
+    return replace(packed, packed=blockwise.pack_codes(codes, packed.kind))
 
 
 @torch.no_grad()

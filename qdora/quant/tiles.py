@@ -106,7 +106,11 @@ def dense_tiles(
         else:
             some = codes[:, run.start * bits // 8 : run.stop * bits // 8]
             blocks = scales if weight.kind == "int8" else scales[:, run.start // block : run.stop // block]
-        yield run, _decode(weight, some, blocks, dtype)
+        if weight.kind == "int8":
+            yield run, blockwise.dequantize_rows(some, blocks.squeeze(1), dtype)
+            continue
+        shape = (some.shape[0], some.shape[1] * 8 // bits)
+        yield run, decode_blocks(some.reshape(-1), blocks.reshape(-1), weight.kind, block, shape=shape, dtype=dtype)
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
@@ -130,14 +134,6 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
     factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
     # Double quantised scales have just been decoded into memory of their own.
     return scales * factor if weight.nested_absmax is None else scales.mul_(factor)
-
-
-def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    if weight.kind == "int8":
-        return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
-    shape = (codes.shape[0], codes.shape[1] * 8 // codebooks.CODE_BITS[weight.kind])
-    flat = codes.reshape(-1), scales.reshape(-1)
-    return decode_blocks(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
 
 
 def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -88,8 +88,7 @@ def load_base(
         placer=placer,
     )
     if recipe.adapter.kind == "full":
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+        model.requires_grad_(True)
     if recipe.memory.checkpointing:
         recompute_activations(model)
         if recipe.memory.offload_activations and compute.device.type == "cuda":

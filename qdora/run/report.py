@@ -105,7 +105,7 @@ def run_card(
 def training_facts(run: RunDirectory, recipe: Recipe) -> dict[str, str]:
     """Setting -> value: what was trained on which base, and how; without what is not known."""
     adapter, adopted = recipe.adapter, run.adopted().get("adopted")
-    sizes = ", rank {}, alpha {}".format(*sizes_in_words(run.adapter, adapter.rank, adapter.alpha))
+    sizes = f", {sizes_in_words(run.adapter, adapter.rank, adapter.alpha)}"
     rows = "rows of the new tokens" if adapter.also_train_rows == "new" else "whole"
     found = {
         "adapter": adapter.kind + (sizes if adapter.kind in ("lora", "dora") else ""),

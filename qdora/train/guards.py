@@ -23,7 +23,7 @@ from qdora.adapter.norms import refresh
 from qdora.data.batches import IGNORED, PackedLayout, Step, StepLoader
 from qdora.errors import RunFailure, UserError
 from qdora.memory.oom import free_memory
-from qdora.model.attention import attention_of, flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.model.attention import attention_of, flash_inputs, flash_starts, takes_flash_lengths
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.recipe.settings import TrainConfig
@@ -261,8 +261,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
     for own, at in zip(torch.split(ids, size), torch.split(positions, size), strict=True):
         inputs: dict[str, Any] = {"position_ids": at.to(model.device)}
         if layout == "single" and takes_flash_lengths(model):
-            starts, longest = flash_lengths(at)
-            inputs |= flash_inputs(starts.to(model.device), longest)
+            inputs |= flash_inputs(flash_starts(at).to(model.device), at)
         logits += _logits(model, own, **inputs)
     return torch.stack([out[len(row[0]) :][:_PROBED] for out, row in zip(logits, rows, strict=True)])
 

@@ -19,7 +19,7 @@ from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unch
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.memory.oom import is_out_of_memory
-from qdora.model.attention import flash_inputs, flash_lengths, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.attention import flash_inputs, flash_starts, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
@@ -181,7 +181,7 @@ def label_tensors(labels: Tensor, packing: Packing | None, weights: Tensor | Non
     if packing is not None:
         tensors |= {**vars(packing), "owners": packing.example_index[rows, columns]}
         if len(labels) == 1:
-            tensors["starts"] = flash_lengths(packing.position_ids)[0]
+            tensors["starts"] = flash_starts(packing.position_ids)
     return tensors
 
 
@@ -231,7 +231,7 @@ def batch_loss(
         num_examples = int(packing.example_index.max()) + 1
         inputs["position_ids"] = there["position_ids"]
         if "starts" in there and takes_flash_lengths(model):
-            inputs |= flash_inputs(there["starts"], flash_lengths(packing.position_ids)[1])
+            inputs |= flash_inputs(there["starts"], packing.position_ids)
     nll = labelled_nll(model, inputs, (there["rows"], there["columns"]), there["targets"], chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, there["owners"], nll.detach())
