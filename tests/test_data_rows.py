@@ -248,6 +248,8 @@ SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
         (PAIR, {"format": "text"}, "line 1: columns prompt, completion; format text needs text."),
         ({"conversation": [], "kind": 1}, {}, "columns conversation, kind fit no format."),
         (named("question answer topic"), {}, ". Fix: columns: {prompt: "),
+        (PAIR | {"label": False}, {}, "label: false marks an unwanted answer"),
+        (PAIR | {"label": "False"}, {"chat": True}, "label: false marks an unwanted answer"),
     ],
 )
 def test_what_is_wrong(tmp_path: Path, row: Any, options: Row, words: str) -> None:

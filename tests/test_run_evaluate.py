@@ -130,6 +130,12 @@ def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: 
     write(tmp_path / "a[1]/held.jsonl", products(4))
     monkeypatch.chdir(tmp_path / "a[1]")
     assert [each["num_examples"] for each in scores(own, data="h*.jsonl", limit=2).values()] == [2]
+    for ignored, options in (
+        ("--split", {"split": "test", "data": "held.jsonl"}),
+        ("--limit", {"limit": 1, "text": (tmp_path / "own/test.jsonl",)}),
+        ("--method", {"method": "generate", "text": (tmp_path / "own/test.jsonl",)}),
+    ):
+        assert fault_of(scores, run, **options).startswith(f"{ignored}: has no effect")
 
 
 def test_a_training_file_is_told(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

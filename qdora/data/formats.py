@@ -65,6 +65,8 @@ class RowExamples:
         row = _with_lists(self._rendered(row) if self.templates else row, self.format)
         if not {*layout.required} <= row.keys():
             raise RowFault(f"columns {', '.join(row)}; format {self.format} needs {', '.join(layout.required)}.")
+        if self.format == "completion" and not self.templates and str(row.get("label")).lower() == "false":
+            raise RowFault("label: false marks an unwanted answer (KTO). Fix: remove such rows, or set template.")
         if not (self.named or source.task):  # a row's own task comes first
             own = self.format == "commonsense170k"
             label = (commonsense_task(str(row["instruction"])) if own else optional_text(row, "task")) or label

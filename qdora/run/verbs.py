@@ -81,6 +81,9 @@ def evaluate_target(
     is_file = place is not None and is_path(place) and not Path(place).is_dir()
     split = None if is_file else options.split or "validation"
     examples = _examples(options, recipe, place, split, by_name=generates)
+    idle = {"method": not examples, "limit": not (examples or harness), "split": is_file or not examples}
+    given = [name for name, is_idle in idle.items() if is_idle and getattr(options, name) is not None]
+    refuse([f"--{name}: has no effect on what is scored. Fix: remove it." for name in given])
     if generates:
         refuse(generation_faults(examples))
     scored: dict[str, Any] = {"limit": options.limit, "block": None}
