@@ -358,6 +358,7 @@ def test_a_run_from_start_to_exports(family, tmp_path):
         planned = invoke("plan", tmp_path / "recipe.yaml", "--device", "cpu")
         assert planned["memory"]["num_weights"] == sum(each.numel() for name, each in stored.items() if is_text(name))
         invoke("train", tmp_path / "recipe.yaml", "--run-dir", run, *resume)
+    assert "only its language part is loaded and trained." in (run / "log.txt").read_text()
     assert "| trained part | the language part;" in (run / "README.md").read_text()
     invoke("eval", run, "--limit", "2")
     assert invoke("generate", run, "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "3")["num_new_tokens"] > 0

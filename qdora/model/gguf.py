@@ -234,7 +234,8 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     if len(pair) == 2 and len({(tensor.tensor_type, shape_of(tensor)) for tensor in pair}) == 1:
         # transformers takes any stored head for an untied one, which would drift away from the embedding in training.
         first, second = (header.rows(tensor) for tensor in pair)
-        config.tie_word_embeddings = np.array_equal(first, second)
+        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(first), _ROWS_AT_ONCE)]
+        config.tie_word_embeddings = all(np.array_equal(first[part], second[part]) for part in parts)
     return config
 
 

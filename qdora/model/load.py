@@ -38,7 +38,7 @@ from qdora.model.checkpoint import (
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, matches, replace_module
-from qdora.model.multimodal import auto_class, leave_out_other_parts_, set_aside, settle_tying
+from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
 from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import dequantize, quantize_parts
@@ -134,6 +134,8 @@ def load_model(
     kind = stored_kind(getattr(config, "quantization_config", None))
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
+    if not_loaded(model):
+        log.info("The model is multimodal, and only its language part is loaded and trained.")
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     stored, layers = settle_stored(stored, kind, wanted, layers)
     stored |= compressed or {}

@@ -114,7 +114,7 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 def all_paths(model: nn.Module) -> list[str]:
     """Paths of all modules, also of those that are not loaded."""
-    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear]
+    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear if inner]
     return [path for path, _ in model.named_modules()] + others
 
 

@@ -48,16 +48,7 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, name: str) -> tu
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
-        part = flat[start : start + chunk].float()
-        # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
-        whole = part.numel() // block_size * block_size
-        blocks = part[:whole].view(-1, block_size)
-        scale = blocks.abs().amax(dim=1)
-        unit = (blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)
-        if whole < part.numel():
-            last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
-            unit = torch.cat([unit, (part[whole:] / last).clamp_(-1, 1)])
-            scale = torch.cat([scale, last])
+        unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
         _refuse_not_finite(scale, name)  # before the look-up: NaN has no cell, and on a GPU that ends the process
         codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
         packed[first : first + codes.numel()] = codes
@@ -108,6 +99,19 @@ def _refuse_not_finite(scales: Tensor, name: str) -> None:
         from qdora.errors import NotFinite  # only for a fault: qdora.peft loads few files
 
         raise NotFinite(f"{name}: has weights that are not finite (NaN or infinite) and cannot be quantised.")
+
+
+def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    # As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided.
+    whole = part.numel() // block_size * block_size
+    blocks = part[:whole].view(-1, block_size)
+    scale = blocks.abs().amax(dim=1)
+    units = [(blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)]
+    if whole < part.numel():
+        last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
+        units.append((part[whole:] / last).clamp_(-1, 1))
+        scale = torch.cat([scale, last])
+    return (units[0] if len(units) == 1 else torch.cat(units)), scale
 
 
 @torch.no_grad()
