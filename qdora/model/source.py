@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import HubFailure, NoTokenizer, UserError
@@ -163,6 +163,7 @@ def _download(source: str, revision: str | None, patterns: list[str], setting: s
         kind = UserError if type(error) in (OSError, RevisionNotFoundError) else HubFailure
         at = f" at {revision}" if revision else ""
         what = f"is no directory, and from the Hub {type(error).__name__}: {error}"
+        what += " Fix: accept its terms there, then run: hf auth login" if isinstance(error, GatedRepoError) else ""
         raise kind(f"{setting}: {source}{at}: {what}") from error
 
 
