@@ -45,16 +45,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.algebra import (
-    checked_norms,
-    entries_at_a_time,
-    gain_of_sum,
-    merged_weight,
-    rounded,
-    row_norm,
-    squared_row_norm,
-)
-from qdora.adapter.norms import operands_of_alike
+from qdora.adapter.algebra import gain, gain_of_sum, merged_weight, row_norm, squared_row_norm
 from qdora.adapter.product import Kept, Operands, adapted_linear, operands_of, product_dtype
 from qdora.adapter.rows import never_narrowed
 from qdora.quant.packed import PackedWeight, dequantize, from_tensors
@@ -336,18 +327,6 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-_Sort = tuple[Any, ...]  # what layers alike have in common, last the products' dtype, the scaling and the dropout
-_passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
-"""Layers alike, with their adapters, that have had a backward pass since their operands were made."""
-
-
-def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _Sort:
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-    base, factors = (weight.kind, weight.block_size, weight.shape), (a.shape, a.dtype, b.dtype, a.device)
-    return base, factors, dtype, float(layer.scaling[name]), dropout
-
-
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     if not base.compute_type_is_set:
@@ -356,67 +335,32 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     casts = torch.is_autocast_enabled(x.device.type)
     dtype = product_dtype(x) if casts else base.compute_dtype or x.dtype
     out_dtype = dtype if casts else x.dtype
-    weight, _ = _packed(layer)
-    alike = *_, s, dropout = _sort(layer, name, weight, dtype)
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    weight, squared = _packed(layer)
+    a, b, s = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     magnitude = _adopt(layer, name) if name in layer.lora_variant else None
-    if magnitude is None:
-        # Nothing is kept: PEFT's hot-swap writes through .data in evaluation.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            operands = operands_of(a, b, None, s / (1.0 - dropout), dtype)
-    else:
-        parameters, settings = (a, b, magnitude.weight), (alike, weight)
-        operands = magnitude.operands.get(parameters, settings, lambda: _operands(layer, name, alike))
+
+    def made() -> Operands:
+        own = None
+        if magnitude is not None:
+            _keep_32_bit_states(magnitude.weight)
+            own = gain(magnitude.weight, row_norm(weight, a, b, s, base_squared=squared, dtype=dtype))
+        return operands_of(a, b, own, s / (1.0 - dropout), dtype)
+
+    # Of LoRA nothing is kept: PEFT's hot-swap writes through .data in evaluation.
+    kept: Kept[Operands] = Kept() if magnitude is None else magnitude.operands
+    parameters = (a, b) if magnitude is None else (a, b, magnitude.weight)
     y = adapted_linear(
         x.to(dtype).contiguous(),
         weight,
         a,
         b,
-        operands,
+        kept.get(parameters, (weight, dtype, s, dropout), made),
         bias=base.bias,
         magnitude=None if magnitude is None else magnitude.weight,
         dropout=dropout,
     )
     if magnitude is not None and y.grad_fn is not None:
-
-        def forget(*_: Any) -> None:
-            magnitude.operands.clear()
-            _passed.setdefault(alike, weakref.WeakKeyDictionary())[layer] = name
-
         # A backward pass is followed by a step, whoever takes it. After the pass: in it a checkpoint computes again.
-        y.grad_fn.register_hook(forget)
+        y.grad_fn.register_hook(lambda *_: kept.clear())
     return y.to(out_dtype)
-
-
-def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
-    """The operands of a DoRA layer, made and kept together with those of layers alike that have had a backward pass."""
-    others = [(other, its) for other, its in _passed.pop(alike, {}).items() if other is not layer]
-    others = [(other, its) for other, its in others if _is_whole(other, its, alike)]
-    _, _, dtype, s, dropout = alike
-    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    limit = entries_at_a_time(factors[0].device) // max(factor.numel() for factor in factors)
-    if others[limit:]:
-        _passed[alike] = weakref.WeakKeyDictionary(dict(others[limit:]))
-    rows = [(layer, name), *others[:limit]]
-    weights, squares = zip(*(_packed(each) for each, _ in rows), strict=True)
-    magnitudes = [_adopt(each, its) for each, its in rows]
-    parameters = [
-        (each.lora_A[its].weight, each.lora_B[its].weight, magnitude.weight)
-        for (each, its), magnitude in zip(rows, magnitudes, strict=True)
-    ]
-    a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
-    norm = checked_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
-    own = [present[0].detach() for present in parameters]
-    made = operands_of_alike(own, rounded(a, dtype), b, m, norm, s / (1.0 - dropout))
-    for magnitude, present, weight, operands in zip(magnitudes, parameters, weights, made, strict=True):
-        _keep_32_bit_states(magnitude.weight)
-        magnitude.operands.put(present, (alike, weight), operands)
-    return made[0]
-
-
-def _is_whole(layer: Any, name: str, alike: _Sort) -> bool:
-    if name not in layer.lora_variant or not _is_quantized(layer.get_base_layer()):
-        return False
-    parts = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]
-    here = all(type(part.weight) is nn.Parameter for part in parts)
-    return here and _sort(layer, name, _packed(layer)[0], alike[2]) == alike

@@ -135,25 +135,6 @@ def test_the_norm_is_that_of_the_present_values_after_steps_by_hand(reentrant):
     assert error(model(X), expected(model)) < 1e-5
 
 
-def test_norms_of_layers_alike_are_computed_together():
-    layers = [one_layer() for _ in range(3)]
-    layers[1].lora_B["default"].weight.data = 20.0 * noise(128, 4, seed=3)
-    rows = numpy(dense_of(layers[2].base_layer.weight))  # whose first four the adapter nearly removes
-    layers[2].lora_A["default"].weight.data = torch.from_numpy(rows[:4]).float()
-    layers[2].lora_B["default"].weight.data[:4] = -0.99 / layers[2].scaling["default"] * torch.eye(4)
-    for _ in range(2):
-        results = [layer(X) for layer in layers]
-        assert all(error(y, expected(layer)) < 1e-4 for y, layer in zip(results, layers, strict=True))
-        sum(y.square().sum() for y in results).backward()
-        for layer in layers:
-            step_by_hand(layer)
-    for layer in layers:
-        layer(X).sum().backward()
-    layers[1].update_layer("default", r=2, lora_alpha=2, config=lora_config(r=2))
-    assert error(layers[0](X), expected(layers[0])) < 1e-5
-    assert error(layers[1](X), expected(layers[1])) < 1e-5
-
-
 @pytest.mark.parametrize("dora", [True, False])
 def test_merges_leave_the_packed_base_bit_for_bit(dora):
     model = moved(one_layer(dora))

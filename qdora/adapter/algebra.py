@@ -172,25 +172,6 @@ def measure_cancelled_(
         del tile
 
 
-def checked_norms(
-    weights: Sequence[Weight],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`factored_norms`, (n, out), with the cancelled ones measured: a GPU's host waits once."""
-    norm, cancelled = factored_norms(weights, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
-    if isinstance(cancelled, FakeTensor):  # in a plan none has cancelled
-        return norm
-    for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
-        if has_cancelled:
-            measure_cancelled_(norm[i], cancelled[i], weights[i], lora_A[i], lora_B[i], scaling, dtype=dtype)
-    return norm
-
-
 @torch.no_grad()
 @full_precision()
 def row_norm(
@@ -203,11 +184,14 @@ def row_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight), or of W + s M o (B A), `keep_bits`
-    being `quant.packed.mask_bits` of M: then the rows are formed, block by block."""
+    """Norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight), for which a GPU's host waits once, or
+    of W + s M o (B A), `keep_bits` being `quant.packed.mask_bits` of M: then the rows are formed, block by block."""
     if keep_bits is None:
-        a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
-        return checked_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)[0]
+        factors, squared = (lora_A.unsqueeze(0), lora_B.unsqueeze(0)), base_squared.unsqueeze(0)
+        norms, lost = factored_norms([weight], *factors, scaling, base_squared=squared, dtype=dtype)
+        if not isinstance(lost, FakeTensor) and bool(lost.any()):  # in a plan none has cancelled
+            measure_cancelled_(norms[0], lost[0], weight, lora_A, lora_B, scaling, dtype=dtype)
+        return norms[0]
     norm = torch.empty(weight.shape[0], dtype=torch.promote_types(dtype, torch.float32), device=lora_A.device)
     a = lora_A.to(norm.dtype)
     for rows, tile in dense_tiles(weight, dtype):

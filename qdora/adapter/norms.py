@@ -106,8 +106,7 @@ def _check(groups: Sequence[_Alike]) -> None:
                 asked.append((each, number, flag))
     answers = [False] * len(asked)
     if asked and not is_planning():
-        device = asked[0][2].device
-        answers = torch.stack([flag.to(device) for _, _, flag in asked]).tolist()
+        answers = torch.stack([flag for _, _, flag in asked]).tolist()
     for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
         each.layers[number].asks_at_once = has_cancelled
         if has_cancelled:
@@ -150,27 +149,16 @@ class _Alike:
     def keep(self) -> None:
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
-        scaling = first.scaling / (1.0 - first.present_dropout)
-        own = [layer.lora_A.detach() for layer in self.layers]
-        made = operands_of_alike(own, self.lora_A, self.lora_B, magnitude, self.norm, scaling)
-        for layer, norm, operands in zip(self.layers, self.norm, made, strict=True):
-            weight = self.weights.pop(0)  # its decoded scales go with it
-            if layer.may_keep_scales and operands.gain is not None:
-                operands = operands._replace(scales=own_scales(weight, operands.gain.value))
-            layer.kept_norm.put(*layer.norm_state(self.dtype), norm)
-            layer.kept_operands.put(*layer.state(self.dtype), operands)
-
-
-def operands_of_alike(
-    own: Sequence[Tensor], lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, scaling: float
-) -> list[Operands]:
-    """The operands of n layers alike: A, (n, rank, in) in the dtype of the products, B, (n, out, rank), magnitudes and
-    row norms, (n, out). Where the A's of the layers, `own`, have that dtype, these serve."""
-    value, inverse = gain(magnitude, norm)
-    factor = (value * scaling).unsqueeze(-1)
-    scaled = scaled_B(lora_B, factor, lora_A.dtype)
-    factors = [a if a.dtype == lora_A.dtype else lora_A[i] for i, a in enumerate(own)]
-    return [Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), None) for i, a in enumerate(factors)]
+        value, inverse = gain(magnitude, self.norm)
+        factor = (value * (first.scaling / (1.0 - first.present_dropout))).unsqueeze(-1)
+        scaled = scaled_B(self.lora_B, factor, self.dtype)
+        for index, layer in enumerate(self.layers):
+            stored, weight = layer.lora_A.detach(), self.weights.pop(0)  # its decoded scales go with it
+            a = stored if stored.dtype == self.dtype else self.lora_A[index]
+            scales = own_scales(weight, value[index]) if layer.may_keep_scales else None
+            own = Operands(a, scaled[index], factor[index], Gain(value[index], inverse[index]), scales)
+            layer.kept_norm.put(*layer.norm_state(self.dtype), self.norm[index])
+            layer.kept_operands.put(*layer.state(self.dtype), own)
 
 
 def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:
