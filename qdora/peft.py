@@ -69,7 +69,7 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
     """PEFT's magnitudes of a layer, (out,) float32, with the products' operands of their present values."""
 
     weight: nn.Parameter
-    operands: Kept[Operands]
+    operands: Kept
     latest: Tensor | None = None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
@@ -348,7 +348,7 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
         return operands_of(a, b, own, s / (1.0 - dropout), dtype)
 
     # Of LoRA nothing is kept: PEFT's hot-swap writes through .data in evaluation.
-    kept: Kept[Operands] = Kept() if magnitude is None else magnitude.operands
+    kept = Kept() if magnitude is None else magnitude.operands
     parameters = (a, b) if magnitude is None else (a, b, magnitude.weight)
     y = adapted_linear(
         x.to(dtype).contiguous(),

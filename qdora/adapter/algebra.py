@@ -184,8 +184,10 @@ def row_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight), for which a GPU's host waits once, or
-    of W + s M o (B A), `keep_bits` being `quant.packed.mask_bits` of M: then the rows are formed, block by block."""
+    """Norm of each row of W + s B A, (out,) float32 (float64 for a float64 weight); a GPU's host waits once.
+
+    With `keep_bits`, `quant.packed.mask_bits` of M, of W + s M o (B A), whose rows are formed block by block.
+    """
     if keep_bits is None:
         factors, squared = (lora_A.unsqueeze(0), lora_B.unsqueeze(0)), base_squared.unsqueeze(0)
         norms, lost = factored_norms([weight], *factors, scaling, base_squared=squared, dtype=dtype)

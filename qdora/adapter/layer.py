@@ -175,8 +175,8 @@ class AdaptedLinear(nn.Module):
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
-        self.kept_norm: Kept[Any] = Kept()  # apart, since the norm is the same while the magnitude alone trains
-        self.kept_operands: Kept[Any] = Kept()  # the operands, with the gain
+        self.kept_norm = Kept()  # apart, since the norm is the same while the magnitude alone trains
+        self.kept_operands = Kept()  # the operands, with the gain
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property

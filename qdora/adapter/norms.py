@@ -71,7 +71,8 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
     divided = [(layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows]
-    changed = [(layer, dtype) for layer, dtype in [*whole, *divided] if _has_changed(layer, dtype)]
+    doras = [(layer, dtype) for layer, dtype in [*whole, *divided] if layer.kind == "dora"]
+    changed = [(layer, dtype) for layer, dtype in doras if not layer.kept_norm.knows(*layer.norm_state(dtype))]
     for layer, _ in changed:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
     device = known[0][0].lora_A.device.type if known else "cpu"
@@ -89,10 +90,6 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     for layer, dtype in whole:
         layer.operands(dtype)
     return len(changed)
-
-
-def _has_changed(layer: AdaptedLinear, dtype: torch.dtype) -> bool:
-    return layer.kind == "dora" and not layer.kept_norm.knows(*layer.norm_state(dtype))
 
 
 def _check(groups: Sequence[_Alike]) -> None:

@@ -25,7 +25,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,24 +43,15 @@ from qdora.quant.tiles import Weight, dense_tiles, is_one_tile, own_scales, with
 # For the widest weights bitsandbytes 0.50.2 makes a dense one from 33 tokens (sm_100) to 257 (sm_89) on.
 _MOST_TOKENS = 64
 _DECODING = ContextVar("decoding", default=False)
-Value = TypeVar("Value")
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen; (..., in) -> (..., out) in x's dtype, or
     an active autocast's. Differentiable by x any number of times."""
-    if without_graph_or_autocast(x):
-        out = _tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
-    else:
-        x = x.to(product_dtype(x))
-        product = functools.partial(_tiled_product, weight=weight)
-        out = FrozenMap.apply(x.reshape(-1, x.shape[-1]), product, False)  # type: ignore[no-untyped-call, unused-ignore]
+    rows = x.to(product_dtype(x)).reshape(-1, x.shape[-1])
+    product = functools.partial(_tiled_product, weight=weight)
+    out = FrozenMap.apply(rows, product, False)  # type: ignore[no-untyped-call, unused-ignore]
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
-
-
-def without_graph_or_autocast(x: Tensor) -> bool:
-    """Whether products of `x` run in its own dtype and without a graph, which would slow down a single token."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -160,7 +151,7 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
     return kernels.product_4bit(x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape)
 
 
-class Kept(Generic[Value]):
+class Kept:
     """A value that follows from the parameters of a layer, kept until one of them changes: once per optimizer step.
 
     A state is the parameters' identity, address and version counters, which in-place changes raise, but not
@@ -172,21 +163,21 @@ class Kept(Generic[Value]):
         _watch_optimizers()
         self.clear()
 
-    def __reduce__(self) -> tuple[type[Kept[Value]], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         """A copy starts empty: its tensors count their versions anew."""
         return Kept, ()
 
     def clear(self) -> None:
         """Forget the value."""
-        self.value: Value | None = None
+        self.value: Any = None
         # Held, so that no other tensor can take their identity.
         self._parameters: tuple[Tensor, ...] = ()
         self._state: tuple[object, ...] = ()
 
-    def get(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], Value]) -> Value:
+    def get(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], Any]) -> Any:
         """The value for these parameters and settings, computed without a graph by `make` if it is not known."""
         if self.knows(parameters, settings):
-            return self.value  # type: ignore[return-value]
+            return self.value
         # Tensors of inference mode cannot be saved for a backward pass; autocast would sum in 16 bits.
         no_autocast = torch.autocast(parameters[0].device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
@@ -194,7 +185,7 @@ class Kept(Generic[Value]):
         self.put(parameters, settings, value)
         return value
 
-    def put(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], value: Value) -> None:
+    def put(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], value: Any) -> None:
         """Keep a value that was computed elsewhere."""
         # Fake tensors have no addresses, those of inference mode no versions. In a plan the kept bytes count.
         if not any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
@@ -275,7 +266,8 @@ def adapted_linear(
     M: M o (B A) replaces B A. The caller may write into the output.
     """
     call = _Call(weight, bias, keep_bits, operands, dropout, draw_seed() if dropout > 0.0 else 0)
-    if without_graph_or_autocast(x):
+    # A graph would slow down a single token.
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
         out, _ = call.product(x.reshape(-1, x.shape[-1]), may_fuse=True)
         return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
