@@ -195,8 +195,7 @@ def report(model: nn.Module) -> dict[str, str]:
     for path, layer in _layers(model):
         ways[path] = "not changed: call qdora.peft.accelerate(model)"
         if type(layer).forward is Linear4bit.forward:
-            why = layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
-            ways[path] = why or "fast"
+            ways[path] = vars(layer).get("_qdora_why", _why_not(layer)) or "fast"
     return ways
 
 
@@ -258,12 +257,10 @@ def _undo_repacking(base: Any) -> None:
             state.absmax = state.absmax.T.reshape(-1).float()
 
 
-def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not(layer: Any) -> str | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} active adapters"
-    if args or kwargs:
-        return "arguments beside the input (adapter_names)"
     (name,) = names
     base, a, b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
     if not _is_quantized(base):
@@ -321,7 +318,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     _undo_repacking(base)
     if not (layer.disable_adapters or layer.merged):
-        why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
+        why = "arguments beside the input (adapter_names)" if args or kwargs else _why_not(layer)
+        layer.__dict__["_qdora_why"] = why
         if why is None:
             return _product(layer, base, x)
     return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]

@@ -158,10 +158,9 @@ class Compressor:
         value = values[0] if len(values) == 1 else torch.cat(list(values))
         missing = [str(index) for index, found in enumerate(measured) if found is None]
         if missing and self.calibration is not None:
-            experts = f"experts {first_few(missing, 8)} ({len(missing)} of {len(measured)})"
-            which = experts if len(measured) > 1 else "the inputs"
+            experts = f"{first_few(missing, 8)} ({len(missing)} of {len(measured)})"
             how = "rounded" if prune is None else "pruned by magnitude"
-            log.warning("%s: no calibration token reached %s; they are %s.", name, which, how)
+            log.warning("%s: no calibration token reached experts %s; they are %s.", name, experts, how)
             # Equal statistics prune by magnitude, and move no error.
             blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
             measured = [found or blank for found in measured]
