@@ -296,9 +296,7 @@ _PARAMETERS = (nn.Parameter, bnb.nn.Params4bit)
 def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
     """The base or another weight for our ops, sharing its memory, and its squared row norm: made once for each."""
     weight = layer.get_base_layer().weight if weight is None else weight
-    cache = layer.__dict__.get("_qdora_base")
-    if cache is None:
-        cache = layer.__dict__["_qdora_base"] = Kept()
+    cache = vars(layer).setdefault("_qdora_base", Kept())
     state = weight.quant_state
 
     def made() -> tuple[PackedWeight, Tensor]:

@@ -191,7 +191,7 @@ def tensors(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("case", ["plain", "gated", "dropout", "one at a time", "float64"])
 def test_what_is_prepared_is_what_each_layer_makes_and_no_layer_asks_again(monkeypatch, quant, case):
     if case == "one at a time":
-        monkeypatch.setattr(norms, "entries_at_a_time", lambda _: 1)
+        monkeypatch.setattr(norms, "_ENTRIES_PER_SLICE", 1)
     dtype = torch.float64 if case == "float64" else torch.bfloat16
     layers = layers_of(quant, dtype, gated=case == "gated", dropout=0.25 if case == "dropout" else 0.0)
     assert refresh(layers) == len(layers)

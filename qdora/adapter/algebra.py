@@ -26,9 +26,6 @@ CANCELLATION = 0.25
 # In place of a magnitude of 0: it adds nothing to any sum, yet the output keeps the digits from which the gradient of
 # the magnitude is read (not in float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
-# In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
-_ENTRIES_PER_SLICE = 1 << 20
-_GPU_ENTRIES_PER_SLICE = 1 << 23
 # Rows of M o (B A) that are formed at a time: 16 MiB of float32 for 4096 columns.
 _ROWS = 1024
 
@@ -55,11 +52,6 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(named)
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-
-
-def entries_at_a_time(device: torch.device) -> int:
-    """Entries of low-rank factors that are computed with together."""
-    return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
 
 
 def nearest_bfloat16(master: Tensor) -> Tensor:

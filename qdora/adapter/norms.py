@@ -14,22 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdora.adapter.algebra import (
-    Gain,
-    entries_at_a_time,
-    factored_norms,
-    gain,
-    measure_cancelled_,
-    rounded,
-    row_norm,
-    scaled_B,
-)
+from qdora.adapter.algebra import Gain, factored_norms, gain, measure_cancelled_, rounded, row_norm, scaled_B
 from qdora.adapter.layer import AdaptedLinear
 from qdora.adapter.product import Operands
 from qdora.adapter.rows import gather_runs
-from qdora.quant.kernels import is_planning
+from qdora.quant.kernels import device_kind, is_planning
 from qdora.quant.tiles import own_scales, with_scales
 
+# Of low-rank factors that are computed with together: in float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
+_ENTRIES_PER_SLICE = 1 << 20
+_GPU_ENTRIES_PER_SLICE = 1 << 23
 _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
 
 
@@ -168,8 +162,8 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tupl
         groups.setdefault((dtype, (base, shape, kept)), []).append(layer)
     for (dtype, _), some in groups.items():
         first = some[0]
-        entries = first.rank * max(first.out_features, first.in_features)
-        number = max(1, entries_at_a_time(first.lora_A.device) // entries)
+        most = _ENTRIES_PER_SLICE if device_kind(first.lora_A.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+        number = max(1, most // (first.rank * max(first.out_features, first.in_features)))
         for start in range(0, len(some), number):
             yield some[start : start + number], dtype
 

@@ -48,8 +48,13 @@ _DECODING = ContextVar("decoding", default=False)
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias, W (out, in), dense or packed, and bias (out,) frozen; (..., in) -> (..., out) in x's dtype, or
     an active autocast's. Differentiable by x any number of times."""
+
+    def product(of: Tensor, transposed: bool) -> Tensor:
+        into = of.new_empty(of.shape[0], weight.shape[1 if transposed else 0])
+        add_product_(into, of, weight, None, transposed=transposed, beta=0)
+        return into
+
     rows = x.to(product_dtype(x)).reshape(-1, x.shape[-1])
-    product = functools.partial(_tiled_product, weight=weight)
     out = FrozenMap.apply(rows, product, False)  # type: ignore[no-untyped-call, unused-ignore]
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
@@ -66,12 +71,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     time."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-    add_product_(out, x, weight, None, transposed=transposed, beta=0)
-    return out
 
 
 def add_product_(

@@ -74,8 +74,7 @@ class Compressor:
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor once, write the compressed layers."""
         if any(isinstance(item, StoredPacked) for item in load.stored.values()):
-            setting = "method" if self.base.prune is None else "prune"
-            raise UserError(f"base.{setting}: the checkpoint is already quantised. Fix: name one in full precision.")
+            raise UserError("model.source: is quantised; base.prune and base.method gptq need full precision.")
         path, blocks = blocks_of(load.model, "base.prune and base.method gptq: must be off")
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")
