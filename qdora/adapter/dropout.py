@@ -25,19 +25,13 @@ def draw_seed() -> int:
     return 0 if is_planning() else int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
-def tokens_per_slice(in_features: int, device_type: str) -> int:
-    """Tokens whose zeros are drawn together."""
-    elements = _ELEMENTS_PER_SLICE if device_type == "cpu" else _GPU_ELEMENTS_PER_SLICE
-    return max(1, elements // in_features)
-
-
 def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """Runs of tokens of x, (tokens, features), with what to zero in them: on a CPU positions in the flattened run,
     int64, some of them twice; on a GPU the mask of what stays, (run, features) bool."""
     num_tokens, in_features = x.shape
     generator = torch.Generator(x.device).manual_seed(seed)
     kind = device_kind(x.device)
-    step = tokens_per_slice(in_features, kind)
+    step = max(1, (_ELEMENTS_PER_SLICE if kind == "cpu" else _GPU_ELEMENTS_PER_SLICE) // in_features)
     for start in range(0, num_tokens, step):
         tokens = slice(start, min(start + step, num_tokens))
         shape = (tokens.stop - start, in_features)

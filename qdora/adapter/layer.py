@@ -302,17 +302,6 @@ class AdaptedLinear(nn.Module):
         """The parts of `matrix` that a layer's B A approximates, each by one of `rank`: a stack has one per expert."""
         return list(matrix.view(-1, self.lora_B.shape[-2], self.in_features))
 
-    def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Factors (rows, rank), (rank, columns) of each of `approximated_parts`."""
-        parts = (factor.view(-1, *factor.shape[-2:]) for factor in (lora_B, lora_A))
-        return list(zip(*parts, strict=True))
-
-    @torch.no_grad()
-    def set_factors_(self, factors: list[tuple[Tensor, Tensor]]) -> None:
-        """Set lora_B and lora_A from the factors of each of `approximated_parts`."""
-        for parameter, parts in zip((self.lora_B, self.lora_A), zip(*factors, strict=True), strict=True):
-            parameter.copy_(torch.stack(parts).view(parameter.shape))
-
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that equals this layer without its bias: merged in float32 (float64 for float64),
         cast once."""

@@ -261,6 +261,8 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> None:
         if layer.masked and (keep := layer.base.keep_mask()) is not None:
             error.masked_fill_(~keep, 0)
         parts = layer.approximated_parts(error / layer.scaling)
-        layer.set_factors_([nearest_low_rank(part, layer.rank) for part in parts])
+        pairs = zip(*(nearest_low_rank(part, layer.rank) for part in parts), strict=True)
+        for parameter, factors in zip((layer.lora_B, layer.lora_A), pairs, strict=True):
+            parameter.copy_(torch.stack(factors).view(parameter.shape))
         if layer.magnitude is not None:
             layer.magnitude.copy_(layer.row_norm())

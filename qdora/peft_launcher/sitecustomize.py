@@ -19,10 +19,6 @@ def _say(text: str) -> None:
     print(f"qdora.peft: {text} (process {os.getpid()})", file=sys.stderr, flush=True)
 
 
-def _load_qdora(_peft: ModuleType) -> None:
-    importlib.import_module("qdora.peft")  # not complete if it is what imports PEFT: so `_patch` comes after it
-
-
 def _patch(module: ModuleType) -> None:
     module.patch()
     _say(f"the 4-bit LoRA and DoRA layers of PEFT {module.peft.__version__} are qdora's")
@@ -46,8 +42,9 @@ def _add_axolotl_plugin(module: ModuleType) -> None:
     module.prepare_plugins = prepare_with_ours  # type: ignore[attr-defined]
 
 
-_CALLS: dict[str, Callable[[Any], None]] = {
-    "peft": _load_qdora,
+_CALLS: dict[str, Callable[[Any], object]] = {
+    # Not complete if it is what imports PEFT: so `_patch` comes after it
+    "peft": lambda _: importlib.import_module("qdora.peft"),
     "qdora.peft": _patch,
     "llamafactory.model.adapter": _mend_llama_factory,
     "axolotl.cli.config": _add_axolotl_plugin,
@@ -75,15 +72,11 @@ class _AfterImport:
         return spec
 
 
-def _run_existing() -> None:
-    others = [folder for folder in sys.path if os.path.abspath(folder) != _HERE]
-    spec = PathFinder.find_spec("sitecustomize", others)
-    if spec is not None and spec.loader is not None:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 _ROOT = os.path.dirname(os.path.dirname(_HERE))
 if _ROOT not in sys.path:  # a checkout that is not installed
     sys.path.append(_ROOT)
 sys.meta_path.insert(0, _AfterImport())
-_run_existing()
+_others = [folder for folder in sys.path if os.path.abspath(folder) != _HERE]
+_existing = PathFinder.find_spec("sitecustomize", _others)
+if _existing is not None and _existing.loader is not None:
+    _existing.loader.exec_module(importlib.util.module_from_spec(_existing))

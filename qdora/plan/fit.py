@@ -410,7 +410,7 @@ def within_budget(
         return found.recipe, plan_of(found.recipe, num_sharing=sharing)
     if not force:
         raise UserError(parts.over_budget(found))
-    logger.warning("%s", parts.over_budget(found, forced=True))
+    logger.warning("--force: %s", parts.over_budget(found))
     return recipe, found
 
 

@@ -84,16 +84,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given: set[int] | None = None
-        for tensor in _tensors(result):
-            storage = _storage(tensor)
-            if storage is None:
-                continue
-            if id(storage) in self._counted:
-                continue
-            if given is None:
-                given = {id(_storage(each)) for each in _tensors((args, kwargs))}
-            if id(storage) not in given:  # a view of an earlier tensor, or a write into it, is no new memory
+        storages = [storage for storage in map(_storage, _tensors(result)) if storage is not None]
+        new = [storage for storage in storages if id(storage) not in self._counted]
+        # A view of an earlier tensor, or a write into it, is no new memory
+        given = {id(_storage(each)) for each in _tensors((args, kwargs))} if new else set()
+        for storage in new:
+            if id(storage) not in given:
                 self._count(storage, self._label)
         self._note_peak()
         return result

@@ -202,14 +202,12 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def over_budget(plan: Plan, *, forced: bool = False) -> str:
-    """The error of a run over its budget, in one line; `forced` if it starts all the same."""
+def over_budget(plan: Plan) -> str:
+    """The error of a run over its budget, in one line."""
     parts = sorted(plan.components.items(), key=lambda item: -item[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     budget, peak = size_text(plan.budget_bytes or 0), size_text(plan.peak_bytes)
     fault = f"memory.budget: {budget}, but the run needs about {peak} in the {plan.peak.name} ({largest})."
-    if forced:
-        return f"{fault} It starts all the same (--force)."
     settings = "; ".join(change.setting for change in plan.changes)
     enough = plan.changes and plan.changes[-1].peak_bytes <= (plan.budget_bytes or 0)
     settings += "" if enough or not settings else " (even all of these are not enough)"

@@ -100,11 +100,6 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_section()
     table.add_row("total", size_text(plan.peak_bytes))
     console.print(table)
-    for line in plan_lines(plan):
-        console.print(line, soft_wrap=True)
-
-
-def plan_lines(plan: Plan) -> list[str]:
     shape, lines = plan.shape, []
     if plan.budget_bytes is not None:
         lines = [f"It {'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}."]
@@ -134,7 +129,8 @@ def plan_lines(plan: Plan) -> list[str]:
         neutral = "" if change.neutral else "; changes what is trained"
         options = f"-s {change.setting.replace(', ', ' -s ')}"
         lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
-    return lines
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 Way = Literal["replicate", "shard", "hybrid"]
@@ -159,7 +155,7 @@ def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int 
     estimated seconds of a step.
     """
     ways: list[tuple[Way, Plan, int]] = [("replicate", plans["replicate"], 1)]
-    if "shard" in plans and plans["shard"].division is not None and num_processes > 1:
+    if "shard" in plans and plans["shard"].division is not None:
         ways.append(("shard", plans["shard"], num_processes))
         if 1 < num_hosts < num_processes:
             ways.append(("hybrid", plans["shard"], num_processes // num_hosts))

@@ -68,8 +68,7 @@ class Compressor:
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor once, write the compressed layers."""
         if any(isinstance(item, StoredPacked) for item in load.stored.values()):
-            setting = "method" if self.base.prune is None else "prune"
-            raise UserError(f"base.{setting}: the checkpoint is already quantised. Fix: name one in full precision.")
+            raise UserError("model.source: is quantised; base.prune and base.method gptq need full precision.")
         path, blocks = blocks_of(load.model, "base.prune and base.method gptq: must be off")
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")
@@ -152,10 +151,9 @@ class Compressor:
         value = values[0] if len(values) == 1 else torch.cat(list(values))
         missing = [str(index) for index, found in enumerate(measured) if found is None]
         if missing and self.calibration is not None:
-            experts = f"experts {first_few(missing, 8)} ({len(missing)} of {len(measured)})"
-            which = experts if len(measured) > 1 else "the inputs"
+            experts = f"{first_few(missing, 8)} ({len(missing)} of {len(measured)})"
             how = "rounded" if prune is None else "pruned by magnitude"
-            log.warning("%s: no calibration token reached %s; they are %s.", name, which, how)
+            log.warning("%s: no calibration token reached experts %s; they are %s.", name, experts, how)
             # Equal statistics prune by magnitude, and move no error.
             blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
             measured = [found or blank for found in measured]

@@ -227,7 +227,8 @@ def held_components(layer: AdaptedLinear, gain: Tensor | None = None) -> list[tu
     `approximated_parts`."""
     found, scaled = [], layer.stored_B().double() * layer.scaling
     scaled = scaled if gain is None else scaled * gain.unsqueeze(-1)
-    for b, a in layer.factor_pairs(scaled, layer.lora_A.detach().double()):
+    parts = (factor.view(-1, *factor.shape[-2:]) for factor in (scaled, layer.lora_A.detach().double()))
+    for b, a in zip(*parts, strict=True):
         left, first = torch.linalg.qr(b)
         right, second = torch.linalg.qr(a.T)
         u, sizes, vh = torch.linalg.svd(first @ second.T)
