@@ -213,6 +213,8 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
         stream.next()
     assert stream.position.bad_rows == (f"{file}: line 4: has 2 cells, the first line names 1 columns",)
     assert read_data(data) == ({"rows": ()}, {})
+    file.write_bytes(gzip.compress(b"\n", mtime=0))
+    assert says(fault_of(mixed, data), f"{file}: the data set is empty")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,7 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
         ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
         ("data/train/train-0.jsonl data/test/test-0.jsonl README.md", "train", "data/train/train-0.jsonl"),
         ("train_001.jsonl train_002.jsonl more.jsonl", "train", "more.jsonl train_001.jsonl train_002.jsonl"),
+        ("a.jsonl b.csv", "train", "files of several kinds (.csv, .jsonl)"),
         ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and"),
         ("a_train.jsonl b.jsonl a_test.jsonl", "train", "no file for split 'train'"),
         ("data/test.v2.jsonl a.jsonl", "train", "no file for split 'train'"),

@@ -209,6 +209,8 @@ def test_batches_of_texts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch)
     examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
     fault = fault_of(tokenised, examples, max_length=20, too_long="split")
     assert says(fault, "x: 1 of 3 examples (0) are longer ... (20), the longest has 52 tokens ... (split is for")
+    fault = fault_of(tokenised, [example("", WORDS)], BOS, 2, too_long="split")
+    assert says(fault, "x: data.too_long: split needs data.max_length 3.")
 
 
 # Tokens as text

@@ -63,6 +63,8 @@ def files_of(source: Path, split: str) -> list[Path]:
         names = {part for path in files for part in (*path.relative_to(source).parts[:-1], _stem(path))}
         if any(_split_words(name) - {"train", "training"} for name in names):
             files = []
+        if len(endings := sorted(set(map(ending, files)))) > 1:
+            raise UserError(f"{source}: files of several kinds ({', '.join(endings)}).")
     if not files:
         raise UserError(f"{source}: no file for split {split!r}, looked for {split}.*, {split}-* and {split}/*.")
     return files

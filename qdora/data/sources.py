@@ -263,7 +263,7 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
             identity = getattr(examples, "identity", None)
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
-                _ = stream.examples  # raises what a run would refuse its first rows for
+                _ = stream.make, stream.examples  # raise what a run would refuse its first rows for
                 sets.append(stream)
             elif identity is None or cache is None:
                 sets.append(make())

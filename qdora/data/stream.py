@@ -185,6 +185,8 @@ class ExampleStream:
     def make(self) -> RowExamples:
         """The layout of all rows, found from the first ones that can be read."""
         first = [row for _, row in self._sample if not isinstance(row, RowFault)]
+        if not first:
+            raise UserError(f"{self.shards.where}: the data set is empty")
         return RowExamples(self.source, first, self.shards.where, named=True)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:

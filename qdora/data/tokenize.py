@@ -177,6 +177,8 @@ class ExampleTally:
         ids, prefix = encoded.ids, encoded.prefix
         self.lengths.append(len(ids))
         room = self.data.max_length - prefix - 1
+        if room < 1:
+            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {prefix + 2}.")
         later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.data.max_length, len(ids), room)]
         outcomes: list[Outcome] = []
         for number, part in enumerate([ids[: self.data.max_length], *later]):
