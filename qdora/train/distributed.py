@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _MESSAGE_BYTES = 1 << 26  # of gradients in one message
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
-CAN_DIVIDE = torch.__version__ >= "2.12"  # torch compares versions, not strings
+CAN_DIVIDE = torch.__version__ >= "2.12.dev0"  # compared as versions; pre-releases divide, too
 # How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
 _PATIENCE = timedelta(minutes=20)
 _WORK_PATIENCE = timedelta(days=1)  # while the first process prunes a base, measures or writes

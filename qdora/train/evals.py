@@ -172,9 +172,10 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    if not evaluated or by not in (MACRO, *evaluated):
-        sources = ", ".join(evaluated) or "there is none"
-        faults.append(f"eval.best_by: got {by!r}, must be {MACRO} or a source with validation data ({sources}).")
+    if not evaluated:
+        faults.append(f"eval.best_by: got {by!r}, but no source has validation data.")
+    elif by not in (MACRO, *evaluated):
+        faults.append(f"eval.best_by: got {by!r}, must be one of {', '.join((MACRO, *evaluated))}.")
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
