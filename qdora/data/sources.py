@@ -259,11 +259,12 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
     for index, source in enumerate(data.mix):
         examples = train[source.label]
         with _of_source(index):
-            make = partial(tokenize_all, examples, tokenizer, source.label, data)
+            make, unused = partial(tokenize_all, examples, tokenizer, source.label, data), getattr(examples, "unused", ())
             identity = getattr(examples, "identity", None)
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
-                _ = stream.make, stream.examples  # raise what a run would refuse its first rows for
+                _ = stream.examples  # raises what a run would refuse its first rows for
+                unused = stream.make.unused
                 sets.append(stream)
             elif identity is None or cache is None:
                 sets.append(make())
@@ -276,6 +277,8 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
                     "named": source.name is not None,
                 }
                 sets.append(cache.kept(content, make))
+        if unused:
+            logger.info("%s: not used for training: %s.", source.label, ", ".join(sorted(unused)))
     return make_mix(sets, data)
 
 
