@@ -376,6 +376,14 @@ def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None
         assert [turn.learnt for turn in held.messages if turn.role == "assistant"] == expected
 
 
+def test_unused_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"pairs": [PAIR | dict.fromkeys(("category", "system"), "x")] * 3, "all": [PAIR]}
+    files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
+    with caplog.at_level("INFO", "qdora"):
+        mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
+    assert caplog.messages == ["pairs: not used for training: category, system."]
+
+
 def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 

@@ -259,8 +259,8 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Mapping[str, Sequence[E
     for index, source in enumerate(data.mix):
         examples = train[source.label]
         with _of_source(index):
-            make, unused = partial(tokenize_all, examples, tokenizer, source.label, data), getattr(examples, "unused", ())
-            identity = getattr(examples, "identity", None)
+            make = partial(tokenize_all, examples, tokenizer, source.label, data)
+            identity, unused = getattr(examples, "identity", None), getattr(examples, "unused", ())
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, index, tokenizer)
                 _ = stream.examples  # raises what a run would refuse its first rows for
