@@ -55,7 +55,6 @@ PROMPT = "3 + 8 ="
 
 @bench(smoke={"families": "Llama 3;Falcon 7B;Qwen2-MoE"}, rows="families", keep=True)
 def architectures(families: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row for each family; by default all."""
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
     for name in families.split(";") if families else MODEL_TYPES:
@@ -109,7 +108,6 @@ class Case:
 
     @cached_property
     def base(self) -> Any:
-        """The run's base without its adapter."""
         return load_run(self.run, base_only=True).model
 
     @cached_property
@@ -210,7 +208,6 @@ def nll(model: Any, ids: Tensor, start: int) -> Tensor:
 
 
 def answered(case: Case) -> dict[str, Any]:
-    """Greedy answers of 12 tokens."""
     found = command("generate", case.run, "--prompt", PROMPT, "--raw", "--max-new-tokens", "12")["text"]
     tokenizer = byte_tokenizer()
     ids = tokenizer(PROMPT, return_tensors="pt")
@@ -223,7 +220,6 @@ def answered(case: Case) -> dict[str, Any]:
 
 
 def merged(case: Case) -> dict[str, Any]:
-    """The merged export in plain transformers."""
     out = case.folder / "merged"
     command("export", case.run, out, "--dtype", "float32")
     return {"merged": distance(case.logits_of(AutoModelForCausalLM.from_pretrained(out)), case.logits)}

@@ -177,7 +177,6 @@ def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str]) 
 
 
 def measure(template: Path) -> dict[str, Any]:
-    """All chats through one template."""
     beside = template.with_name(f"{template.stem}_training.jinja")
     texts = [each.read_text(encoding="utf-8") for each in (template, beside) if each.exists()]
     tokenizer, variant = tokenizer_of(*texts), tokenizer_of(*texts[::-1]) if len(texts) > 1 else None
@@ -192,7 +191,6 @@ def measure(template: Path) -> dict[str, Any]:
 
 @bench()
 def chat_templates(data: Path | None) -> dict[str, Any]:
-    """Measure every template of the directory; with --smoke one of a few lines."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "chatml.jinja").write_text(CHATML)
         files = sorted((data or Path(folder)).glob("*.jinja"))
@@ -202,8 +200,6 @@ def chat_templates(data: Path | None) -> dict[str, Any]:
 
 @table("chat_templates")
 def chat_templates_table(result: Any) -> str:
-    """For each chat template: turns whose answer, prompt and marks are right."""
-
     def marked(row: Any) -> str:
         return f"{row[1]['as_marked']} of {row[1]['marked']}" if row[1]["marked"] else "no variant"
 

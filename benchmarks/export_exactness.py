@@ -48,7 +48,6 @@ FORMS = {
 
 @bench(smoke={"steps": 3})
 def export_exactness(data: Path | None, *, steps: int = 60) -> dict[str, Any]:
-    """Train an adapter; all forms against the reference, in both dtypes."""
     with tempfile.TemporaryDirectory() as name:
         return {"steps": steps, **compared(trained(data, steps, Path(name)), Path(name))}
 
@@ -118,7 +117,6 @@ def on_bnb(directory: Path) -> Any:
 
 
 def never_repacked(model: Any) -> Any:
-    """The model, whose layers of bitsandbytes keep their bytes as they are."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -207,7 +205,6 @@ def merged_by_numpy(weights: dict[str, Tensor], directory: Path) -> dict[str, Te
 
 @table("export_exactness")
 def export_exactness_table(result: Any) -> str:
-    """Logits and NLL of every form against the reference, in both dtypes."""
     columns = ("largest difference", "mean", "mean KL", "same argmax", "NLL")
     rows = []
     for form, label in FORMS.items():

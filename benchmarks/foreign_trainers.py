@@ -214,7 +214,6 @@ def main() -> None:
 
 @table("foreign_trainers")
 def foreign_trainers_table(result: Any) -> str:
-    """The layer inside other programs, by the way in; the largest differences over the processes."""
     rows = [
         (name, found["versions"], way, processes)
         for name, found in result["trainers"].items()

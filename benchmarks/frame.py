@@ -112,7 +112,7 @@ def _add_options(parser: argparse.ArgumentParser, added: Bench) -> None:
     if "data" in signature(added.run).parameters:
         parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     for name, default in added.defaults.items():
-        option, hidden = _flag(name), argparse.SUPPRESS
+        option, hidden = "--" + name.replace("_", "-"), argparse.SUPPRESS
         if default is False:
             parser.add_argument(option, action="store_true", default=hidden)
         elif isinstance(default, tuple):
@@ -137,17 +137,13 @@ def _rows_saved(chosen: Bench, made: Iterator[Any], head: dict[str, Any], out: P
         save(out, head | {chosen.rows: rows})
 
 
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
 def _words(given: Mapping[str, Any]) -> list[str]:
     """The options as they were given."""
     words = ["DATA"] if given.get("data") else []
     for option, value in given.items():
         if option != "data":
             values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [_flag(option), *map(str, values)]
+            words += ["--" + option.replace("_", "-"), *map(str, values)]
     return words
 
 
@@ -167,7 +163,6 @@ def table(*results: str) -> Callable[[Function], Function]:
 
 
 def read(name: str) -> Any:
-    """benchmarks/results/<name>.json."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = args.sections or list(FIRST if args.first else SECTIONS)
     if args.resume:
         names = [name for name in names if document["sections"].get(name, {}).get("status") != "done"]
-    print(f"{len(names)} sections, at most {minutes(names):.0f} minutes on a GPU; results go to {out}", flush=True)
+    minutes = sum(SECTIONS[name].seconds for name in names) / 60
+    print(f"{len(names)} sections, at most {minutes:.0f} minutes on a GPU; results go to {out}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), *(["--smoke"] if args.smoke else []), "--child"]
         for name in names:
@@ -103,10 +104,6 @@ def main(arguments: list[str] | None = None) -> int:
     bad = [name for name, entry in document["sections"].items() if entry["status"] != "done"]
     print(json.dumps({"file": str(out), "not_done": bad, "failed_checks": document["failed_checks"]}))
     return 1 if bad or document["failed_checks"] else 0
-
-
-def minutes(names: Sequence[str]) -> float:
-    return sum(SECTIONS[name].seconds for name in names) / 60
 
 
 def started(out: Path, card: dict[str, str] | None) -> dict[str, Any]:

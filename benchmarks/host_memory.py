@@ -102,7 +102,6 @@ def load_memory(layers: int = 4, experts: bool = False, *, smoke: bool) -> dict[
 
 
 def _loaded(directory: str | None) -> dict[str, int]:
-    """Load `directory`, or nothing."""
     quantize(torch.zeros(64, 64), "nf4")
     model = nn.Module() if directory is None else load_model(resolve(directory), quant="nf4")
     return {"peak": peak_rss_bytes(), "held": _held_bytes(model)}
@@ -119,7 +118,6 @@ def _held_bytes(model: Any) -> int:
 
 @table("load_memory", "load_memory_experts")
 def load_memory_table(dense: Any, experts: Any) -> str:
-    """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
     names = {"checkpoint": "checkpoint", "packed model": "packed_model", "largest tensor": "largest_tensor"}
     names |= {"peak over an empty process": "used", "limit": "allowed"}
     columns = {title: f"{{1[{name}_bytes]:.3fGiB}} GiB" for title, name in names.items()}
@@ -201,8 +199,6 @@ def _planned_bytes(directory: Path, size: int) -> int:
 
 @table("sharded_memory")
 def sharded_memory_table(result: Any) -> str:
-    """What each process holds of a divided base, and the largest that loading took in one of them."""
-
     def beside_plan(what: str, each: Any) -> str:
         most = max(each[what])
         return cell("{0:.3fGiB}", (most,)) + f" ({most / each['planned_bytes'] - 1:+.1%})"

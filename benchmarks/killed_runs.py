@@ -323,7 +323,6 @@ def drawn(seed: int, count: int) -> Iterator[Moment]:
 
 @bench()
 def moments(*, count: int = 200, seed: int = 0, smoke: bool) -> dict[str, Any]:
-    """Disturb lives at `count` moments; with --smoke at four."""
     torch.set_num_threads(1)  # a fork takes no threads along
     rows: dict[str, Counter[str]] = {}
     wrong: list[list[str]] = []
@@ -343,8 +342,6 @@ def moments(*, count: int = 200, seed: int = 0, smoke: bool) -> dict[str, Any]:
 
 @table("moments")
 def moments_table(result: Any) -> str:
-    """For each event: lives, how many it ended, and how many reached the undisturbed result when started again."""
-
     def total(event: str, key: str) -> int:
         return sum(row[key] for name, row in result["moments"].items() if name.split(", ")[1] == event)
 

@@ -86,8 +86,6 @@ ASKED = {
 
 @table("layer_time")
 def layer_time_table(result: Any) -> str:
-    """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
-
     def label(case: Any) -> str:
         text = "{in_features} → {out_features}, r {rank}, {tokens:,}".format_map(case)
         return text if case["allocator"] == "tuned" else f"{text}, default allocator"
@@ -180,8 +178,6 @@ def _bytes_of(run: Run) -> dict[str, int]:
 
 @table("peft_time")
 def peft_time_table(result: Any) -> str:
-    """Time, and bytes held after the forward pass and at the peak, relative to PEFT's LoRA."""
-
     def sizes(name: str, item: Any) -> str:
         own, reference = item[1]["bytes"][name], item[1]["bytes"][REFERENCE]
         return ", ".join(f"{own[what] / reference[what]:.2f}" for what in ("held", "peak"))

@@ -51,7 +51,6 @@ class PlainBf16AdamW:
 
 @bench(smoke={"steps": 2, "batch": 2})
 def magnitudes(data: Path | None, *, steps: int = 200, batch: int = 8) -> dict[str, Any]:
-    """Train the arms, two at a time, and compare their curves."""
     mix = [{"task": task, "path": str(data.resolve() / task)} for task in TASKS] if data else [{"task": "demo/facts"}]
 
     def run(arm: tuple[str, str]) -> Any:
@@ -102,8 +101,6 @@ def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch
 
 @table("magnitudes")
 def magnitudes_table(result: Any) -> str:
-    """Share of entries that moved, and the distance of the loss curve from float32 storage."""
-
     def distance(name: str) -> Any:
         return lambda arm: f"{gaps[name]:.1e}" if (gaps := arm["gap_to_float32_storage"]) else "–"
 

@@ -58,7 +58,6 @@ def alternating(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
     if len(values) < 2:
         return {"median": values[0], "lower": values[0], "upper": values[0]}
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -77,7 +76,6 @@ def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[st
 
 
 def facts(command: str) -> dict[str, Any]:
-    """Head of every result: command, commit, machine, versions."""
     return {
         "command": command,
         "commit": commit(),

@@ -217,7 +217,6 @@ def _head_loss(model: Any, ids: Tensor) -> Tensor:
 
 @table("step_memory")
 def step_memory_table(result: Any) -> str:
-    """Peaks of whole steps, with the distance from weights and unavoidable activations, and the targets."""
     cases = result["cases"]
     floors = [cell("{total_bytes:.2fGiB}", case["floor"]) for case in cases.values()]
     rows = [["weights and unavoidable activations", *floors]]

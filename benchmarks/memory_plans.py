@@ -131,7 +131,6 @@ def _case_recipe(folder: Path, name: str) -> Recipe:
 
 
 def _case_data(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """The model's source, the tokenised data and the tokenizer."""
     source, tokenizer = find_model(recipe)
     return source, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer
 
@@ -167,7 +166,6 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
 
 @table("plan_accuracy")
 def plan_accuracy_table(result: Any) -> str:
-    """Planned and measured bytes of each run, and their ratios."""
     columns: dict[str, Column] = {
         "run": "{0}",
         "micro-batch": "{1[micro_batch][rows]} × {1[micro_batch][length]}",
@@ -240,7 +238,6 @@ def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> di
 
 @table("plan_recipes")
 def plan_recipes_table(result: Any) -> str:
-    """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
     plans = result["plans"]
 
     def line(title: str, column: Column) -> list[str]:
@@ -271,7 +268,6 @@ def plan_recipes_table(result: Any) -> str:
 
 @table("plan_recipes")
 def cards(result: Any) -> str:
-    """A row for each shipped recipe that is planned for a card: its peak, and how much of the card that is."""
     columns: dict[str, Column] = {
         "recipe": "`{0}`",
         "model": lambda item: item[1]["model"].partition("/")[2],

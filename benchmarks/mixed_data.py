@@ -67,7 +67,6 @@ def first_steps(data: Path | str | None, batch: int, num_steps: int) -> list[Ste
 
 
 def loader_of(recipe: Recipe) -> Any:
-    """The training steps of a recipe."""
     _, tokenizer = find_model(recipe)
     return make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
 

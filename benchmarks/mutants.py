@@ -157,16 +157,11 @@ def pytest_configure(config: Any) -> None:
 
 
 def cover(folder: Path) -> None:
-    """Run the fast suite."""
     folder.mkdir(parents=True)
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    environment = os.environ | {
-        "MUTANTS_COVER": str(folder.resolve()),
-        "PYTHONPATH": path,
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    own = os.environ | {"MUTANTS_COVER": str(folder.resolve()), "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
     options = ["-n2", "--dist", "worksteal", "-m", "not slow and not gpu and not network", "-p", "mutants"]
-    subprocess.run([sys.executable, "-m", "pytest", *options, "--timeout=900"], cwd=ROOT, env=environment, check=False)
+    subprocess.run([sys.executable, "-m", "pytest", *options, "--timeout=900"], cwd=ROOT, env=own, check=False)
     import coverage
 
     combined = coverage.Coverage(str(folder / ".coverage"))

@@ -85,7 +85,6 @@ def _of_words(path: str, stored: Weights, bits: int) -> torch.Tensor:
 
 
 def gptqmodel_layer(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
-    """One layer, its defaults or the equal settings."""
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 

@@ -253,7 +253,6 @@ def quantisers_memory(
 
 
 def loaded(folder: str, kind: str, method: str, tokens: int) -> dict[str, float]:
-    """Load a checkpoint of random weights."""
     model, data = {"source": folder, "dtype": "bfloat16"}, {"mix": [{"task": "demo/howto"}]}
     rest = {"base": {"quant": kind}, "train": {"steps": 1, "batch": 1}}
     recipe = recipe_from({"model": model, "data": data, **rest})

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @bench()
 def quickstart() -> dict[str, Any]:
-    """Clone, set up, run, gather."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "qdora"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -35,7 +34,6 @@ def quickstart() -> dict[str, Any]:
 
 @table("quickstart")
 def quickstart_table(result: Any) -> str:
-    """Base, adapter and merged side by side."""
     columns = result["evaluations"]
     header = ["task", "n", "chance", *(f"{label} {what}" for label in columns for what in ("acc %", "NLL"))]
     rows = []

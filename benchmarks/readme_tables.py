@@ -1,7 +1,5 @@
 """Writes the tables of README.md, of the pages of benchmarks/ and of two guides, from result files and the recipe.
 
-    python benchmarks/readme_tables.py [--check]
-
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check the
 script writes nothing and fails if a page differs from its sources. Guides have no marks, since a terminal shows them:
 the guide of the models has one table, which is made here, and the guide of the settings is made whole.
@@ -35,7 +33,6 @@ def filled(text: str) -> str:
 
 
 def wanted(page: Path) -> str:
-    """What a page should be."""
     if page == SETTINGS:
         return settings()
     text = page.read_text(encoding="utf-8")
@@ -45,7 +42,6 @@ def wanted(page: Path) -> str:
 
 
 def main() -> None:
-    """Write, or with --check compare."""
     for page in (*PAGES, MODELS, SETTINGS):
         text = wanted(page)
         if "--check" not in sys.argv[1:]:

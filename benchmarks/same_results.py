@@ -170,7 +170,6 @@ class Side:
                 result["tensors"] |= {f"resumed {key}": value for key, value in again.items()}
 
     def study(self) -> None:
-        """Four cells of two steps, and their scores."""
         case, file, directory = "study", self.folder / "study.yaml", str(self.folder / "study")
         self.results[case] = {kind: {} for kind in KINDS}
         file.write_text(json.dumps(CASES["study"]).replace("{inputs}", str(self.inputs)))  # JSON is YAML
@@ -259,7 +258,6 @@ def machine(side: Side) -> dict[str, Any]:
 
 
 def main() -> int:
-    """0 if nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run, compare = verbs.add_parser("run"), verbs.add_parser("compare")

@@ -109,7 +109,6 @@ _STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 @table("step_time")
 def step_time_table(result: Any) -> str:
-    """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     modes, peaks = result["time"], result.get("peaks", {})
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
     header += [f"peak GiB, checkpointing {mode}" for mode in peaks]
@@ -172,7 +171,6 @@ def _micro_step(name: str, smoke: bool) -> Callable[[Step], object]:
 
 @table("one_micro_batch")
 def one_micro_batch_table(result: Any) -> str:
-    """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
     rows = [[TITLES[name], *_speed_and_share(result, name)] for name in result["tokens_per_second"]]
     targets = [
         f"at most {most:g} times that of {TITLES[name]} "

@@ -1,7 +1,5 @@
 """How far can a base be quantised and pruned before an adapter stops repairing it, and does DoRA go farther than LoRA?
 
-    python benchmarks/study.py DATA [--dir runs/studies/compressed] [--processes 2] [--hours 2.4] [--dry-run]
-
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of grids/compressed.yaml, or
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
 report, the grid and the scores of every cell are copied to --out. --report writes the report of the cells that are done
@@ -37,7 +35,6 @@ NAME = "study"
 
 
 def main() -> None:
-    """The study and its report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")

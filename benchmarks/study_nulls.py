@@ -98,10 +98,9 @@ def one_study(
 
 @cache
 def _study() -> Study:
-    """A study file; only what the comparison reads matters."""
     names = {DENSE: {"base.quant": "none"}} | {name: {"base.quant": "nf4"} for name in COMPRESSED}
     primary = {"over the compressed bases": {"over": {"base": COMPRESSED}}}
-    document: dict[str, Any] = {
+    document: dict[str, Any] = {  # only what the comparison reads matters
         "recipe": "quickstart",
         "product": {"base": names, "adapter": {arm: {"adapter.kind": arm} for arm in ARMS}},
         "seeds": list(range(SEEDS)),

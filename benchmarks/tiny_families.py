@@ -63,6 +63,5 @@ def spread_(model: nn.Module) -> None:
 
 
 def write_random_sums(file: Path, seed: int) -> None:
-    """Sums of many lengths."""
     draw = random.Random(seed)
     write_sums(file, [(draw.randrange(10), draw.randrange(10 ** (1 + index % 7))) for index in range(NUM_SUMS)])

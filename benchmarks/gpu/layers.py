@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from measure import ratios
 
 from gpu import device as on
 from gpu.plan import Part, Plan
+from qdora.memory.oom import is_out_of_memory
 from qdora.quant.packed import PackedWeight
 
 TIMED = dict.fromkeys(("dense", *FAST, *SLOW))
@@ -27,9 +29,23 @@ def run(part: Part, plan: Plan, device: torch.device, index: int) -> None:
 
 
 def case(plan: Plan, base: PackedWeight, rank: int, num_tokens: int) -> dict[str, Any]:
-    """Seconds of each contender in turns, and the ratios of those in the same round."""
-    on.free(base.device)
-    steps = {name: LayerCall(name, base, rank, num_tokens).step for name in TIMED}
+    """Seconds of each contender that fits in turns, and the ratios of those in the same round."""
+    steps: dict[str, Callable[[], None]] = {}
+    too_large: list[str] = []
+
+    def tried(name: str) -> None:
+        call = LayerCall(name, base, rank, num_tokens)
+        call.step()
+        steps[name] = call.step
+
+    for name in TIMED:
+        on.free(base.device)
+        try:
+            tried(name)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large.append(name)
     samples = on.in_turns(base.device, steps, plan.repeats, plan.sample_seconds)
     seconds = {name: [each.seconds for each in found] for name, found in samples.items()}
-    return {"seconds": on.spreads(samples), "ratios": ratios(seconds, RATIOS)}
+    return {"seconds": on.spreads(samples), "ratios": ratios(seconds, RATIOS), "too_large": too_large}

@@ -64,7 +64,6 @@ class Part:
         self._end = time.monotonic() + seconds
 
     def put(self, key: str, value: Any) -> None:
-        """Add or replace an entry, and write."""
         self.entries[key] = value
         atomic_write_json(self.path, self.entries)
 

@@ -103,7 +103,6 @@ def quickstart(part: Part, plan: Plan, device: torch.device) -> None:
 
 
 def qdora(*arguments: str) -> dict[str, float]:
-    """Seconds of a command."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "qdora.cli", "--quiet", *arguments]
     run = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)

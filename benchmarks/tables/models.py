@@ -21,7 +21,6 @@ CHECKS = {
 
 @table()
 def architectures() -> str:
-    """A row for each check of the families of dense models; below, which are refused and why."""
     return _checks(is_mixture=False)
 
 

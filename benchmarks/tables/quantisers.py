@@ -41,7 +41,6 @@ def draw(cases: dict[str, Any], out: Path) -> None:
 
 @table("quantisers")
 def quantisers_answer(result: Any) -> str:
-    """Perplexity of the passages in 16 bits, in NF4 as it is rounded everywhere, and the best of each way below."""
     cases, lines = result["cases"].values(), []
 
     def least(model: str, kinds: tuple[str, ...], method: str) -> str:
@@ -62,7 +61,6 @@ def quantisers_answer(result: Any) -> str:
 
 @table("quantisers")
 def quantisers_table(result: Any) -> str:
-    """A row for each model and format: perplexity of the passages and NLL of the tasks by each quantiser."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for case in result["cases"].values():
         found.setdefault((case["model"], case["format"]), {})[case["method"]] = case
@@ -79,7 +77,6 @@ def quantisers_table(result: Any) -> str:
 
 @table("quantisers_layer")
 def quantisers_layer_table(result: Any) -> str:
-    """Error of each program on one layer, and its codes against ours at equal settings."""
     columns: dict[str, Column] = {
         "bits, program, settings": "{0}",
         "error": "{1[error]:.5f}",

@@ -11,7 +11,6 @@ from tables.study import interval, primary_rows, ranks_that_did_not_help, worths
 
 @table()
 def headline() -> str:
-    """Seven results with links to their tables."""
     pages = {_magnitudes: "correctness", _time: "time", _memory: "memory", _export: "correctness", _study: "README"}
     rows = []
     for result, page in (pages | {_plan: "memory", _resume: "correctness"}).items():
@@ -134,7 +133,6 @@ _SHORT = {
 
 @table()
 def failed() -> str:
-    """A row for each idea: what was tried, what is in use instead, and the figure that decided."""
     return markdown(["tried", "in use instead", "measured"], list(_failures()))
 
 
