@@ -275,7 +275,10 @@ def submit_jobs(
         from submitit.helpers import CommandFunction
     except ImportError:
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-    executor.update_parameters(name="qdora-study", **parameters)
+    try:
+        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+        executor.update_parameters(name="qdora-study", **parameters)
+    except Exception as error:  # such as no srun
+        raise UserError(f"--cluster {cluster}, --job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
