@@ -173,6 +173,9 @@ def _licence(source: ModelSource | None) -> dict[str, Any]:
             stated = metadata_load(source.path / "README.md") or {}
     names = ("license", "license_name", "license_link")
     found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
+    link = found.get("license_link", "://")
+    if source.kind == "hub" and "://" not in link:
+        found["license_link"] = f"https://huggingface.co/{source.name}/blob/{source.revision or 'main'}/{link}"
     return found if "license" in found else {}
 
 
