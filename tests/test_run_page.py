@@ -227,6 +227,8 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path, monkeypat
                            ("---\n: {\n---\n", {}), ("# A model\n", {}), (LLAMA, LICENCE)):  # fmt: skip
         card.write_text(text)
         assert _licence(source) == expected
+    link = "https://huggingface.co/org/name/blob/abc/LICENSE"
+    assert _licence(ModelSource("hub", tmp_path, "org/name", "abc")) == LICENCE | {"license_link": link}
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt"):
         (tmp_path / name).write_text(name)
     assert licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
@@ -250,11 +252,12 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
     numbers = {"max_logit_difference": 0.03619, "kl_mean": 1.6e-6, "argmax_agreement": 1.0}
     check: dict[str, Any] = {"passed": True, "num_positions": 85, "exported_vs_reference": numbers}
     text = run_card(open_run(whole), recipe, "final", check, form="merged")
+    link = "https://huggingface.co/org/base/blob/abc/LICENSE"
     assert yaml.safe_load(text.split("---\n")[1]) == LICENCE | {
         "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/sums"], "tags": ["qdora"],
-        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license_link": link,
     }  # fmt: skip
-    facts = ("`org/base` at revision `abc`", "0.0362", "(https://huggingface.co/datasets/org/sums)", "](LICENSE)")
+    facts = ("`org/base` at revision `abc`", "0.0362", "(https://huggingface.co/datasets/org/sums)", f"]({link})")
     assert [fact for fact in facts if fact not in text] == []
 
 

@@ -44,7 +44,7 @@ from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, 
 from qdora.recipe.section import with_settings
 from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
 from qdora.run.load_run import NOT_TRAINED, TrainedRun, adopted_run, is_adapter, load_run
-from qdora.run.report import licence_files, run_card
+from qdora.run.report import known_source, licence_files, run_card
 
 logger = logging.getLogger("qdora")
 
@@ -96,7 +96,7 @@ def export_run(
             document["verification"] = check
         form, facts = options.form, written.get("base") if options.form == "base" else None
         card = run_card(trained.run, trained.recipe, trained.state, check, form=form, facts=facts)
-        files = licence_files(find_source(trained.recipe, weights=False))
+        files = licence_files(known_source(trained.recipe))
         for name, text in (files | {"README.md": card}).items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "export.json").write_bytes(json_bytes(document, indent=2))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import _TYPES
 from torch import Tensor
 
-DTYPES = dict[str, Any](_TYPES)
-"""Name in a header -> dtype of torch."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

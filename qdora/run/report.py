@@ -58,7 +58,7 @@ def run_card(
 
     `facts`: setting -> value of an exported base, in place of the training.
     """
-    source, is_adopted, mix = _source(recipe), bool(run.adopted()), run.read_json("mix.json")
+    source, is_adopted, mix = known_source(recipe), bool(run.adopted()), run.read_json("mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
     data = () if is_adopted else recipe.data.mix  # nobody knows what an adopted adapter was trained on
@@ -154,7 +154,7 @@ def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
     return [change["task"], label, f"{change['num_examples']:,}", *values]
 
 
-def _source(recipe: Recipe) -> ModelSource | None:
+def known_source(recipe: Recipe) -> ModelSource | None:
     try:
         return find_source(recipe, weights=False)
     except UserError:  # moved or not reachable: the card says less
@@ -173,6 +173,9 @@ def _licence(source: ModelSource | None) -> dict[str, Any]:
             stated = metadata_load(source.path / "README.md") or {}
     names = ("license", "license_name", "license_link")
     found = {name: value for name in names if isinstance(value := stated.get(name), str) and value}
+    link = found.get("license_link", "://")
+    if source.kind == "hub" and "://" not in link:
+        found["license_link"] = f"https://huggingface.co/{source.name}/blob/{source.revision or 'main'}/{link}"
     return found if "license" in found else {}
 
 
