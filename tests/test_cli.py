@@ -368,14 +368,32 @@ def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatc
     assert found.exit_code == 0 if verb == "study" else (found.exit_code, found.stderr) == (2, "")
 
 
-def test_doctor_reports_and_advises(machine, monkeypatch):
+def test_doctor_reports_and_advises(machine):
     found = doctor.report()
     text = " ".join(yaml_text(found).split())
-    assert not [problem for problem in found["problems"] if "bitsandbytes" in problem]
+    assert found["bitsandbytes"]["cpu"] is None
     assert found["memory_bytes"] > found["available_memory_bytes"] > 0
     for words in (f"torch: {torch.__version__.partition('+')[0]}", "cannot use", "cuda: '13.0'", "driver: 535.104.05",
                   "Fix: install a driver"):  # fmt: skip
         assert words in text
-    nvidia_smi(machine, "", code=1)
-    monkeypatch.setattr(sys, "executable", str(machine / "nvidia-smi"))  # in place of bitsandbytes' own check
-    assert doctor.report()["problems"][-1].startswith("bitsandbytes does not work")
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("import sys; sys.exit(None)", None),
+        ("import os; os.write(2, b'a\\nError invalid device\\n'); os._exit(1)", "Error invalid device"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+    ],
+)  # fmt: skip
+def test_doctor_survives_broken_kernels(code, error, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_IN_OWN_PROCESS", code)
+    assert doctor.kernels() == {"cpu": None, "cuda": error}
+
+
+def test_doctor_checks_the_results(monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
+    assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"

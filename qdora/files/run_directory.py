@@ -105,7 +105,7 @@ class RunDirectory:
         return self.inside("eval", f"step-{step}.json")
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step}"
+        return self.inside("checkpoints", f"step-{step}")
 
     def inside(self, *parts: str) -> Path:
         """A path below the run directory; UserError if it leaves it by .., a link, or being absolute."""
