@@ -647,10 +647,9 @@ class Pages:
 
     def tables(self) -> dict[str, tuple[Rows, list[float]]]:
         """Name of a table -> its rows, and the numbers of the note below it."""
-        runs = self.arm("by_layer", "16 bits", "full")  # only of the second round
         lower_by = {name: self.lower_by(*cells) for name, cells in CONTROLS.items()}
         return {
-            "study_checkpoints": (self.checkpoints() if runs else [], []),
+            "study_checkpoints": (self.checkpoints(), []),
             "study_primary": (self.primary(), self.answers()),
             "study_units": (self.units(), []),
             "study_tasks": (self.tasks(), []),
@@ -670,10 +669,12 @@ class Pages:
 
     def primary(self) -> Rows:
         rows = []
-        for key, measure in itertools.product(self.keys, MEASURES):
-            zone = self.studies[measure].zone * (1 if measure[:3] == "nll" else 100)
-            p = self.compared[measure][key]["p_equivalent_holm" if measure == NLL else "p_equivalent"]
-            rows.append((key[0], [*self.gain(measure, key), zone, p]))
+        for key in self.keys:
+            numbers: list[float] = []
+            for measure in MEASURES:
+                p = self.compared[measure][key]["p_equivalent_holm" if measure == NLL else "p_equivalent"]
+                numbers += [*self.gain(measure, key), p]
+            rows.append((key[0], numbers))
         return rows
 
     def answers(self) -> list[float]:
@@ -773,8 +774,6 @@ class Pages:
                     rescaled.append([mended[seed] - moved["LoRA"][seed] for seed in seeds])
                     numbers += three(rescaled[-1])
                 rows.append((f"{base}, {told}", numbers))
-            if not plain:
-                continue
             means = [np.mean(each, axis=0) for each in (plain, rescaled) if each]
             rows.append((f"mean of the pruned bases, {told}", [end for each in means for end in three(each)]))
             note += [float(seeds[0]), float(seeds[-1]), float(np.sum(np.array(plain) > 0)), float(np.size(plain))]

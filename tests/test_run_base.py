@@ -113,7 +113,7 @@ def test_a_moved_branch(tmp_path, hub, what, revision):
         assert adapter["revision"] == own["base"]["revision"] == OLD
         assert export_run(run, tmp_path / "out", console=QUIET)["verification"]["passed"]
         shutil.rmtree(hub / "models--org--small/snapshots" / OLD)
-        with pytest.raises(UserError, match=f"org/small at {OLD}: .* in the Hub's cache"):
+        with pytest.raises(UserError, match=f"org/small at {OLD}: .* LocalEntryNotFoundError"):
             load_run(run)
 
 

@@ -124,16 +124,16 @@ def test_a_source_of_the_same_file_gives_its_settings(tmp_path: Path, caplog: py
 
 
 def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "own/test.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
+    file = Path(write(tmp_path / "own/test.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}]))
     assert scores(run, data=str(tmp_path / "own"), split="test")["own"]["num_examples"] == 1
     assert list((run / "eval").glob("final-test-data-own-*.json"))
     write(tmp_path / "a[1]/held.jsonl", products(4))
     monkeypatch.chdir(tmp_path / "a[1]")
     assert [each["num_examples"] for each in scores(own, data="h*.jsonl", limit=2).values()] == [2]
     for ignored, options in (
-        ("--split", {"split": "test", "data": "held.jsonl"}),
-        ("--limit", {"limit": 1, "text": (tmp_path / "own/test.jsonl",)}),
-        ("--method", {"method": "generate", "text": (tmp_path / "own/test.jsonl",)}),
+        ("--split", {"split": "test", "data": str(file)}),
+        ("--limit", {"limit": 1, "text": (file,)}),
+        ("--method", {"method": "generate", "text": (file,)}),
     ):
         assert fault_of(scores, run, **options).startswith(f"{ignored}: has no effect")
 

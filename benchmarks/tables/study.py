@@ -126,16 +126,15 @@ def primary_rows() -> dict[str, dict[str, str]]:
 
 @table()
 def study_primary() -> str:
-    """The primary comparisons in every measure, with the test that the arms are closer than the zone."""
-    rows = []
+    """The primary comparisons in every measure, with the p of the test that the arms are closer than the zone."""
+    rows: dict[str, list[str]] = {}
     for pair in (row for row in rows_of("comparisons") if row["family"]):
-        is_primary = pair["role"] == "primary"
-        p = pair["p_equivalent_holm" if is_primary else "p_equivalent"]
-        zone = f"{float(pair['zone']):g}" if pair["measure"].startswith("nll") else "1 point"
-        row = [pair["comparison"], MEASURES[pair["measure"]], in_units(pair, pair["measure"])]
-        rows.append([*row, zone, (f"{float(p):.4f}" if p else "–") + (" (corrected)" if is_primary else "")])
-    header = ["comparison", "measure", "better by", "zone", "p of a difference of the zone or more"]
-    return markdown(header, rows) + f"\n{' '.join(read('study/run')['answer'])}\n"
+        p = pair["p_equivalent_holm" if pair["role"] == "primary" else "p_equivalent"]
+        row = rows.setdefault(pair["comparison"], [pair["comparison"]])
+        row.append(f"{in_units(pair, pair['measure'])}, p {f'{float(p):.4f}' if p else '–'}")
+    header = ["better by (in brackets, the zone); p of a difference of the zone or more, in the first column corrected"]
+    header += [f"{text} ({'1' if name[:3] == 'acc' else '0.02'})" for name, text in MEASURES.items()]
+    return markdown(header, rows.values()) + f"\n{' '.join(read('study/run')['answer'])}\n"
 
 
 @table()
@@ -284,8 +283,6 @@ def study_transplants() -> str:
                 if base in PRUNED and more:
                     of_bases.append(more)
             rows.append(row)
-        if not means["transplant"]:  # the round has not begun
-            continue
         of_seeds = [[mean(of_seed) for of_seed in zip(*of_bases, strict=True)] for of_bases in means.values()]
         told = (over_seeds(values, "+.3f") if values else "–" for values in of_seeds)
         rows.append([f"mean of the pruned bases, {title}", "–", "–", *told])
@@ -301,8 +298,6 @@ def study_transplants() -> str:
 @table()
 def study_checkpoints() -> str:
     """The NLL after 16 to 128 steps, and how the changes of magnitude and of direction go together."""
-    if not (RESULTS / "study" / "checkpoints.csv").is_file():
-        return "The checkpoints of the second round are not measured yet.\n"
     rows = []
     steps = sorted({int(row["step"]) for row in rows_of("checkpoints")})
     for arm, paper in PAPER.items():
@@ -325,12 +320,14 @@ def draw_checkpoints(out: Path) -> None:
     """A panel for full fine-tuning, LoRA and DoRA: change of length over that of direction of the query weights."""
     checkpoints = [row for row in rows_of("checkpoints") if row["layer"].endswith(QUERY)]
     with svg_file(out, 9.6, 3.4) as figure:
-        for axis, arm in zip(figure.subplots(1, len(PAPER)), PAPER, strict=True):
+        for axis, arm in zip(figure.subplots(1, len(PAPER), sharex=True, sharey=True), PAPER, strict=True):
             for step in sorted({int(row["step"]) for row in checkpoints}):
                 own = [row for row in checkpoints if row["adapter"] == arm and int(row["step"]) == step]
                 turned, changed = ([float(row[f"{name}_change"]) for row in own] for name in ("direction", "length"))
                 axis.plot(turned, changed, "o", ms=3, alpha=0.6, label=f"step {step}")
             axis.set(title=arm, xlabel="direction: 1 - cosine", xscale="log", yscale="log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
         figure.axes[0].set_ylabel("magnitude: change of the row's length")
         figure.axes[-1].legend(fontsize=8)

@@ -168,8 +168,9 @@ def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
     elif row["verdict"] != "not decided":
         p = row["p_equivalent_holm"]
         details.append(f"p of {row['zone']:g} or more = {p:.4f}, corrected for {row['num_tests']}")
-    elif row["reason"]:
-        details.append(row["reason"])
+    else:
+        smallest = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
+        details.append(row["reason"] or smallest)
     return f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
 
 
