@@ -65,7 +65,7 @@ logger = logging.getLogger("qdora")
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that passed all checks and can start."""
+    """A run whose recipe, data and plan have passed; only checks of the loaded model are left."""
 
     given: Recipe  # with the commit of a base from the Hub; the run directory keeps it
     recipe: Recipe  # that runs: `memory.budget: auto` may have changed it

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, written and restored: safetensors and JSON, no pickle.
+"""What a checkpoint of a run holds, which `Trainer` writes and restores: safetensors and JSON, no pickle.
 
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters

@@ -199,8 +199,9 @@ class MissingGradientCheck:
         if self.num_seen < self.num_updates:
             return None
         # Rows of new tokens have a gradient only in steps whose texts have such a token.
-        optional = self.optimizer.undecayed
-        return [each for each in self.optimizer.parameters if each not in optional and not self.arrived.get(each)]
+        optional, flags = self.optimizer.undecayed, [*self.arrived.values()]
+        arrived = dict(zip(self.arrived, torch.stack(flags).tolist() if flags else (), strict=True))
+        return [each for each in self.optimizer.parameters if each not in optional and not arrived.get(each)]
 
 
 def layout_for(attention: str) -> PackedLayout:

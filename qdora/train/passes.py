@@ -3,7 +3,8 @@
 The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
 of them. With the weights w_t of tasks t (`data.mix[].loss_weight`) it is sum_t w_t NLL_t / sum_t w_t tokens_t.
 
-A micro-batch goes to a GPU in one copy, and the host waits once, for the numbers of the step.
+A micro-batch goes to a GPU in one copy, and the host waits once, for the numbers of the step; with experts also in
+each of their blocks.
 """
 
 from __future__ import annotations
