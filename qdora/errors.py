@@ -14,7 +14,9 @@ class UserError(ValueError):
 
     def __init__(self, *faults: str) -> None:
         # A damaged file may bring in control characters, or a name of a megabyte.
-        lines = ("".join(char if char.isprintable() else " " for char in fault) for fault in shorten(faults, 20))
+        lines = (
+            "".join(char if char.isprintable() else " " for char in fault) for fault in shorten(faults, 20)
+        )
         self.faults: tuple[str, ...] = tuple(line[:2000] for line in lines)
         super().__init__("\n".join(self.faults))
 
@@ -46,7 +48,9 @@ class Interrupted(Exception):
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True) -> None:
         text = f"stopped after step {step}; saved to {checkpoint}."
         if not saved:
-            safe = f"Safe on disk: {checkpoint} (step {step})" if checkpoint else "no checkpoint was written yet"
+            safe = (
+                f"Safe on disk: {checkpoint} (step {step})" if checkpoint else "no checkpoint was written yet"
+            )
             text = f"stopped at once. {safe}."
         super().__init__(f"{text} The same command continues, that of a training run with --resume.")
 

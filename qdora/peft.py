@@ -69,7 +69,9 @@ try:
     _OWN: dict[str, Callable[..., Any]] = {name: getattr(_Peft, name) for name in _METHODS}
 except (ImportError, AttributeError) as error:
     versions = f"PEFT {peft.__version__} and bitsandbytes {bnb.__version__}"
-    raise ImportError(f"qdora.peft knows PEFT 0.18 to 0.21 with bitsandbytes 0.50, got {versions}: {error}") from error
+    raise ImportError(
+        f"qdora.peft knows PEFT 0.18 to 0.21 with bitsandbytes 0.50, got {versions}: {error}"
+    ) from error
 
 _BASE_FORWARD = bnb.nn.Linear4bit.forward
 
@@ -79,7 +81,9 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
 
     weight: nn.Parameter
     operands: Kept[Operands]
-    latest: Tensor | None = None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
+    latest: Tensor | None = (
+        None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
+    )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
         super()._apply(never_narrowed(fn, [self.weight]), recurse)
@@ -120,7 +124,9 @@ class Dora(DoraLinearVariant):  # type: ignore[misc]
         unmerged = module.__dict__["_qdora_unmerged"][0]
         base = dequantize(_packed(module, unmerged)[0], torch.float32)
         a, b, s = _factors(module, active_adapter)
-        own_gain = gain_of_sum(merged_weight(base, a, b, s), module.lora_magnitude_vector[active_adapter].weight)
+        own_gain = gain_of_sum(
+            merged_weight(base, a, b, s), module.lora_magnitude_vector[active_adapter].weight
+        )
         before = orig_weight.float() if module.merged_adapters else base
         return merged_weight(before, a, b, s).mul_(own_gain.unsqueeze(1)).to(orig_weight.dtype)
 
@@ -173,7 +179,9 @@ def use(config: Any) -> Any:
 
 def accelerate(model: nn.Module) -> int:
     """Change PEFT's Linear4bit layers of a live model. Returns how many there are."""
-    layers = [layer for _, layer in _layers(model) if type(layer).forward in (_OWN["forward"], Linear4bit.forward)]
+    layers = [
+        layer for _, layer in _layers(model) if type(layer).forward in (_OWN["forward"], Linear4bit.forward)
+    ]
     for layer in layers:
         if type(layer) is _Peft:
             layer.__class__ = Linear4bit
@@ -215,7 +223,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found, unused-ignore]
 
-    off = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # on by default; they call no layer of PEFT
+    off = {
+        f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")
+    }  # on by default; they call no layer of PEFT
     hooks = {"register": lambda self, cfg: cfg.update(off), "pre_model_load": lambda self, cfg: patch()}
     return type(name, (BasePlugin,), hooks)
 
@@ -246,7 +256,9 @@ def _keep_32_bit_states(magnitude: Tensor) -> None:
     manager = bnb.optim.GlobalOptimManager.get_instance()
     if id(magnitude) not in manager.pid2config:
         manager.override_config(magnitude, "optim_bits", 32)
-        weakref.finalize(magnitude, manager.pid2config.pop, id(magnitude), None)  # the id will be another tensor's
+        weakref.finalize(
+            magnitude, manager.pid2config.pop, id(magnitude), None
+        )  # the id will be another tensor's
 
 
 def _is_quantized(base: Any) -> bool:
@@ -336,7 +348,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-_Sort = tuple[Any, ...]  # what layers alike have in common, last the products' dtype, the scaling and the dropout
+_Sort = tuple[
+    Any, ...
+]  # what layers alike have in common, last the products' dtype, the scaling and the dropout
 _passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
 """Layers alike, with their adapters, that have had a backward pass since their operands were made."""
 

@@ -70,7 +70,9 @@ class ExpertTokens:
     ) -> None:
         self.counts, self.shifts = tuple(counts), shifts
         self.routed = self.counts if routed is None else tuple(routed)
-        self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
+        self.experts = (
+            tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
+        )
         self._on_device: CountsOnDevice | None = None
 
     @cached_property
@@ -210,7 +212,9 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     if run.is_consecutive:
         return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
     shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
-    if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):  # a scale of scales is of two experts
+    if nested is None or rows * columns % (
+        stack.block_size * NESTED_BLOCK_SIZE
+    ):  # a scale of scales is of two experts
         stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
     own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
     picked: dict[str, Any] = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
@@ -229,7 +233,9 @@ def has_kernel(x: Tensor, *sizes: int) -> bool:
     10. Elsewhere torch has a loop, which first makes the host wait."""
     if device_kind(x.device) != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in sizes):
         return False
-    return is_planning() or (torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+    return is_planning() or (
+        torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    )
 
 
 def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
@@ -295,12 +301,19 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
 def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
     """out + bias_e for each token, (tokens, out): a new tensor."""
     counts = tokens.on(bias.device).counts
-    return out + tokens.whole.pick(bias.to(out.dtype)).repeat_interleave(counts, dim=0, output_size=out.shape[0])
+    return out + tokens.whole.pick(bias.to(out.dtype)).repeat_interleave(
+        counts, dim=0, output_size=out.shape[0]
+    )
 
 
-def _add_run_(out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None, *, transposed: bool = False) -> None:
+def _add_run_(
+    out: Tensor, x: Tensor, stack: Weight, run: Run, gain: Gain | None, *, transposed: bool = False
+) -> None:
     into, of, num_experts = out[run.tokens], x[run.tokens], len(run.every.counts)
-    weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain.value).reshape(-1)
+    weight, factor = (
+        expert_rows(stack, num_experts, run),
+        None if gain is None else run.pick(gain.value).reshape(-1),
+    )
     if len(run.experts) == 1:
         add_product_(into, of, weight, factor, transposed=transposed)
         return
@@ -413,7 +426,9 @@ class AdaptedStack(torch.autograd.Function):
                     if need_b:
                         outer = grouped_outer(low[run.tokens], dy_run, run).mT
                         run.add_to(db, outer.to(db.dtype) * factor)
-                    through = grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run) if need_x else None
+                    through = (
+                        grouped_product(d_low, rounded(run.pick(lora_A), dy.dtype), run) if need_x else None
+                    )
                 if dx is not None and through is not None:
                     dx[run.tokens] = drop_(through, call.dropout, seed)
                     _add_run_(dx, dy, call.weight, run, call.gain, transposed=True)

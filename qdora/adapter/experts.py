@@ -70,7 +70,9 @@ class FrozenExperts(FrozenLinear):
         self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
         if isinstance(weight, PackedWeight) and self.expert_features * self.in_features % weight.block_size:
             shape = self.expert_features, self.in_features
-            raise UserError(f"base.block_size: {weight.block_size} does not divide the weights of an expert, {shape}.")
+            raise UserError(
+                f"base.block_size: {weight.block_size} does not divide the weights of an expert, {shape}."
+            )
 
     def dequantized_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of the dense weight; only their experts are dequantised."""
@@ -135,7 +137,11 @@ class AdaptedExperts(AdaptedLinear):
         if missing:
             if len(missing) < len(tokens.experts):  # else their numbers are on the device already
                 tokens = ExpertTokens([int(expert in missing) for expert in range(self.num_experts)])
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(magnitude.device.type, enabled=False),
+            ):
                 found = self.row_norm(dtype, tokens)
                 norm.index_copy_(0, tokens.on(norm.device).experts, found.to(norm.dtype))
                 known.update(tokens.experts)
@@ -173,7 +179,9 @@ class AdaptedExperts(AdaptedLinear):
         if bits is not None or isinstance(whole, FakeTensor):
             return whole
         lost = torch.cat(cancelled)
-        for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
+        for run, norm, rows, has_some in zip(
+            tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True
+        ):
             if has_some:
                 a, b = (rounded(run.pick(each)[0], dtype) for each in (lora_A, lora_B))
                 measure_cancelled_(norm, rows, expert_rows(weight, every, run), a, b, scaling, dtype=dtype)
@@ -189,7 +197,12 @@ class AdaptedExperts(AdaptedLinear):
     def _merged_experts(self, some: slice, dtype: torch.dtype, magnitude: Tensor | None) -> Tensor:
         rows = slice(some.start * self.expert_features, some.stop * self.expert_features)
         keep = self.base.keep_mask(rows) if self.masked else None
-        factors = self.lora_A[some], self.gated_B()[some], self.scaling, None if magnitude is None else magnitude[some]
+        factors = (
+            self.lora_A[some],
+            self.gated_B()[some],
+            self.scaling,
+            None if magnitude is None else magnitude[some],
+        )
         return merged_weight(self.base.dequantized_rows(rows, dtype), *factors, keep_mask=keep)
 
     def merged_gain(self) -> Tensor | None:

@@ -38,7 +38,9 @@ class FrozenLinear(nn.Module):
         self.residency: Any = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
-        self.lead: tuple[int, ...] = ()  # of a stack the number of its experts, first dimension of an adapter's tensors
+        self.lead: tuple[
+            int, ...
+        ] = ()  # of a stack the number of its experts, first dimension of an adapter's tensors
         self.kind: str = weight.kind if isinstance(weight, PackedWeight) else "dense"
         self.block_size = weight.block_size if isinstance(weight, PackedWeight) else 0
         tensors = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight.detach()}
@@ -200,7 +202,9 @@ class AdaptedLinear(nn.Module):
             x,
             self.base.stored_weight,
             self.lora_A,
-            self.gated_B() if torch.is_grad_enabled() else self.lora_B,  # without a graph only the operands are read
+            self.gated_B()
+            if torch.is_grad_enabled()
+            else self.lora_B,  # without a graph only the operands are read
             self.operands(product_dtype(x)),
             bias=self.base.bias,
             magnitude=self.magnitude,
@@ -215,7 +219,9 @@ class AdaptedLinear(nn.Module):
             self.dtype = dtype
             own = None
             if self.magnitude is not None:
-                own = gain(self.magnitude, self.kept_norm.get(*self.norm_state(dtype), lambda: self.row_norm(dtype)))
+                own = gain(
+                    self.magnitude, self.kept_norm.get(*self.norm_state(dtype), lambda: self.row_norm(dtype))
+                )
             base = self.base.stored_weight if self.may_keep_scales else None
             scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), own, scaling, dtype, kept_of=base)
@@ -329,7 +335,9 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
     """Let no layer keep decoded scales if all would take more than half of a GPU's free memory; returns whether that is
     so."""
-    layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
+    layers = [
+        layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2
+    ]  # stacks of experts have none
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers
@@ -363,7 +371,9 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + bias, so that a frozen layer can take its place: an nn.Linear without a forward
     of its own (only Falcon's writes out the same)."""
     kind = own_class(module)
-    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear")
+    return isinstance(module, nn.Linear) and (
+        kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear"
+    )
 
 
 def own_class(module: nn.Module) -> Any:

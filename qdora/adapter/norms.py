@@ -70,7 +70,9 @@ def refresh(layers: Iterable[AdaptedLinear]) -> int:
     """
     known = [(layer, layer.dtype) for layer in layers if layer.dtype is not None]
     whole = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
-    divided = [(layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows]
+    divided = [
+        (layer, dtype) for layer, dtype in known if layer.base.share is not None and layer.base.share.by_rows
+    ]
     changed = [(layer, dtype) for layer, dtype in [*whole, *divided] if _has_changed(layer, dtype)]
     for layer, _ in changed:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
@@ -130,13 +132,17 @@ class _Alike:
         self.lora_B = _stacked([rounded(layer.gated_B().detach(), dtype) for layer in layers])
         if self.share is None:
             # Decoded scales, where layers keep them, serve the norm and the operands.
-            scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers]
+            scales = [
+                own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in layers
+            ]
             stored = zip([layer.base.stored_weight for layer in layers], scales, strict=True)
             weights = [weight if own is None else with_scales(weight, own) for weight, own in stored]
         else:  # its scales are decoded: of one layer at a time
             weights = [self.share.weight()]
         self.weights: list[Any] = weights if self.share is None else [None]
-        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])[:, self.rows]
+        squared = _stacked([layer.base_squared for layer in layers if layer.base_squared is not None])[
+            :, self.rows
+        ]
         factors, s = (self.lora_A, self.lora_B[:, self.rows]), layers[0].scaling
         if squared.numel() and not layers[0].masked:
             self.norm, self.cancelled = factored_norms(weights, *factors, s, base_squared=squared, dtype=dtype)
@@ -173,7 +179,9 @@ def operands_of_alike(
     return [Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), None) for i, a in enumerate(factors)]
 
 
-def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:
+def _alike(
+    layers: Sequence[tuple[AdaptedLinear, torch.dtype]],
+) -> Iterator[tuple[list[AdaptedLinear], torch.dtype]]:
     """Groups of layers alike, each of as many as may be stacked at a time."""
     groups: dict[tuple[torch.dtype, tuple[object, ...]], list[AdaptedLinear]] = {}
     for layer, dtype in layers:

@@ -157,7 +157,9 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
     )
     if not in_kernel:
         return None
-    return kernels.product_4bit(x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape)
+    return kernels.product_4bit(
+        x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape
+    )
 
 
 class Kept(Generic[Value]):
@@ -183,7 +185,9 @@ class Kept(Generic[Value]):
         self._parameters: tuple[Tensor, ...] = ()
         self._state: tuple[object, ...] = ()
 
-    def get(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], Value]) -> Value:
+    def get(
+        self, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], Value]
+    ) -> Value:
         """The value for these parameters and settings, computed without a graph by `make` if it is not known."""
         if self.knows(parameters, settings):
             return self.value  # type: ignore[return-value]
@@ -198,7 +202,11 @@ class Kept(Generic[Value]):
         """Keep a value that was computed elsewhere."""
         # Fake tensors have no addresses, those of inference mode no versions. In a plan the kept bytes count.
         if not any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
-            self.value, self._parameters, self._state = value, parameters, (settings, *map(_version, parameters))
+            self.value, self._parameters, self._state = (
+                value,
+                parameters,
+                (settings, *map(_version, parameters)),
+            )
 
     def knows(self, parameters: tuple[Tensor, ...], settings: tuple[object, ...]) -> bool:
         """Whether `get` would return a value without computing it."""
@@ -335,13 +343,17 @@ class _Call(NamedTuple):
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, call: _Call
+    ) -> Tensor:
         flat, low = call.product(x.reshape(-1, x.shape[-1]))
         # Shaped here: views outside are nodes of the graph. Not a view to autograd, so that a model may write into it.
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         ctx.watch = None
-        if read_again is not None and call.bias is None and not out.is_inference():  # a bias makes another tensor
+        if (
+            read_again is not None and call.bias is None and not out.is_inference()
+        ):  # a bias makes another tensor
             # Saved without torch's count of changes, which would make each an error: an empty tensor has it.
             ctx.watch, read_again = out.detach(), out.data
             ctx.watch.data = out.new_empty(0)
@@ -456,7 +468,11 @@ def masked_factor_gradients(
     da = torch.zeros(a.shape, dtype=wide, device=dy.device)
     db = torch.empty(lora_B.shape, dtype=wide, device=dy.device)
     for rows in row_blocks(len(lora_B)):
-        masked = (dy[:, rows].T @ dropped_x).to(wide).mul_(mask_from_bits(keep_bits, (len(lora_B), a.shape[1]), rows))
+        masked = (
+            (dy[:, rows].T @ dropped_x)
+            .to(wide)
+            .mul_(mask_from_bits(keep_bits, (len(lora_B), a.shape[1]), rows))
+        )
         some = factor if isinstance(factor, float) else factor[rows]
         da.addmm_((rounded(lora_B[rows], dy.dtype).to(wide) * some).T, masked)
         db[rows] = (masked @ wide_a.T) * some

@@ -129,7 +129,10 @@ class RowShare:
     def local(self) -> dict[str, Tensor]:
         """Name -> this process's part of the tensor; perhaps without elements."""
         with torch.no_grad():
-            return {name: part.to_local() if isinstance(part, DTensor) else part for name, part in self.parts.items()}
+            return {
+                name: part.to_local() if isinstance(part, DTensor) else part
+                for name, part in self.parts.items()
+            }
 
     def cut(self, tensor: Tensor) -> Tensor:
         """A view of a tensor of the weight whose first dimension is cut."""
@@ -154,9 +157,15 @@ class RowShare:
             # A group of 256 scales may begin in another process's rows.
             first = rows.start * (form.shape[1] // form.block_size)
             skipped = first % NESTED_BLOCK_SIZE
-            nested, codes = form.nested_absmax[first // NESTED_BLOCK_SIZE :], functional.pad(absmax, (skipped, 0))
+            nested, codes = (
+                form.nested_absmax[first // NESTED_BLOCK_SIZE :],
+                functional.pad(absmax, (skipped, 0)),
+            )
             absmax = block_scales(replace(form, absmax=codes, nested_absmax=nested), slice(skipped, None))
-        shape, packed = (rows.stop - rows.start, form.shape[1]), packed if form.kind == "int8" else packed.reshape(-1)
+        shape, packed = (
+            (rows.stop - rows.start, form.shape[1]),
+            packed if form.kind == "int8" else packed.reshape(-1),
+        )
         return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
 
     def keep_bits(self) -> Tensor | None:
@@ -191,7 +200,9 @@ def is_cut_by_rows(form: Weight, *, masked: bool) -> bool:
 
 def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
     """Name -> tensor that processes divide; the scales of scales stay whole."""
-    found = {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
+    found = (
+        {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
+    )
     return found if keep_bits is None else found | {"keep_bits": keep_bits}
 
 
@@ -209,7 +220,8 @@ def gather_runs(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.Pro
     shapes = [torch.Size((length, *part.shape[1:])) for length, part in zip(lengths, parts, strict=True)]
     steps = [-(-shape[0] // size) * shape[1:].numel() for shape in shapes]
     padded = (
-        functional.pad(part.reshape(-1), (0, step - part.numel())) for part, step in zip(parts, steps, strict=True)
+        functional.pad(part.reshape(-1), (0, step - part.numel()))
+        for part, step in zip(parts, steps, strict=True)
     )
     mine = torch.cat(list(padded))
     every = mine.new_empty(size, len(mine))

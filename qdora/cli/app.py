@@ -67,7 +67,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     classes = {each.name: each.annotation for each in kinds if issubclass(each.annotation, Options)}
     plain = [each for each in parameters if each.name not in classes]
     flags = [_flag(name, field) for options in classes.values() for name, field in options.model_fields.items()]
-    shared = [_parameter("json_", False, Json), _parameter("quiet", False, Quiet), _parameter("debug", False, Debug)]
+    shared = [
+        _parameter("json_", False, Json),
+        _parameter("quiet", False, Quiet),
+        _parameter("debug", False, Debug),
+    ]
 
     @functools.wraps(function)
     def run(*args: Any, json_: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
@@ -80,7 +84,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         try:
             for parameter, options in classes.items():
                 given = {field: kwargs.pop(field) for field in options.model_fields}
-                kwargs[parameter] = options(**{key: value for key, value in given.items() if value not in (None, [])})
+                kwargs[parameter] = options(
+                    **{key: value for key, value in given.items() if value not in (None, [])}
+                )
             with failures_logged(place, name):
                 function(*args, **kwargs)
         except (typer.Exit, BrokenPipeError):  # `| head` has read enough
@@ -138,7 +144,9 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> Non
 
 def set_up_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an ASCII terminal shows the text of a model in escapes
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     is_first = os.environ.get("RANK", "0") == "0"  # all processes of a launch do the same things
     # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
@@ -185,7 +193,8 @@ def emit(result: dict[str, Any], *, plain: str = "") -> None:
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
 Target = Annotated[
-    str, typer.Argument(help="A run, an export, an adapter, a model directory, a Hub id, a .gguf file, or builtin.")
+    str,
+    typer.Argument(help="A run, an export, an adapter, a model directory, a Hub id, a .gguf file, or builtin."),
 ]
 Out = Annotated[Path, typer.Argument(help="Directory to create.")]
 
@@ -204,7 +213,9 @@ def train(recipe: Recipe, options: options_of.TrainOptions) -> None:
     directory = options.run_dir or (own.parent if own.is_file() else Path("runs") / Path(recipe).stem)
     if options.resume:
         recipe = str(open_run(directory).recipe_file)
-        logging.getLogger("qdora").info("%s continues with its own recipe.yaml, which only -s changes.", directory)
+        logging.getLogger("qdora").info(
+            "%s continues with its own recipe.yaml, which only -s changes.", directory
+        )
     loaded = load_recipe(recipe, options.set)
     from qdora.run.run import train_run
 
@@ -337,7 +348,8 @@ def study(
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a run or of a study, finished or not.")],
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the report; default: the run itself, or report/ in the study.")
+        Path | None,
+        typer.Option(help="Directory of the report; default: the run itself, or report/ in the study."),
     ] = None,
 ) -> None:
     """Write the report of a run or of a study."""
@@ -365,7 +377,9 @@ def validate(recipe: Recipe, options: Changes) -> None:
 
 
 @verb
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe; default: list all.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe; default: list all.")] = None,
+) -> None:
     """List the shipped recipes, or print one as a start for your own."""
     from qdora.recipe.recipe_file import recipe_names, recipe_text
 
@@ -391,7 +405,9 @@ def doctor() -> None:
 
 
 @verb
-def guide(topic: Annotated[str | None, typer.Argument(help="Print this guide; default: list all.")] = None) -> None:
+def guide(
+    topic: Annotated[str | None, typer.Argument(help="Print this guide; default: list all.")] = None,
+) -> None:
     """List the guides, or print one."""
     files = sorted(Path(qdora.__file__).with_name("guide").glob("*.md"))
     list_or_print("guides", {file.stem: file.read_text(encoding="utf-8") for file in files}, topic)

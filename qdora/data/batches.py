@@ -76,7 +76,9 @@ class StepLoader:
     def next_step(self) -> Step:
         examples: list[TokenizedExample] = []
         num_tokens = 0
-        while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
+        while (
+            not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length
+        ):
             source, index = self.order[self.position + len(examples)]
             part = self.tokenised[source]
             examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
@@ -98,20 +100,29 @@ class StepLoader:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
         num_draws = max(1, round(epochs * sum(filter(None, self.order.sizes))))
         num_draws = min(num_draws, self.order.length or num_draws)
-        return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
+        return (
+            -(-num_draws // self.batch)
+            if self.batch is not None
+            else sum(1 for _ in self._step_sizes(num_draws))
+        )
 
     def draws_for_steps(self, num_steps: int) -> int | None:
         """Draws of the first steps; None where steps count the tokens of a stream."""
         length = self.order.length
         if self.batch is not None:
-            num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
+            num_draws, possible = (
+                num_steps * self.batch,
+                num_steps if length is None else -(-length // self.batch),
+            )
         elif not self.streams:
             sizes = self.step_sizes(num_steps)
             num_draws, possible = sum(size.num_examples for size in sizes), len(sizes)
         elif length is None:
             return None
         else:
-            raise UserError("train.tokens_per_step: with max_epochs for every source and a stream steps have no end.")
+            raise UserError(
+                "train.tokens_per_step: with max_epochs for every source and a stream steps have no end."
+            )
         if num_steps > possible:
             left = f"because max_epochs of the sources leaves {length:,} examples"
             raise UserError(f"train.steps: must be at most {possible:,}, {left}, got {num_steps:,}.")
@@ -157,7 +168,9 @@ class StepLoader:
         """UserError if other examples would follow than where `state` was taken."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
         pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-        changed = [f"source {part.name}" for part, ours, then in pairs if ours != then][:1]  # later digests differ, too
+        changed = [f"source {part.name}" for part, ours, then in pairs if ours != then][
+            :1
+        ]  # later digests differ, too
         if not changed and stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
             changed.append("the mix (strategy, weights, max_epochs, data.seed)")
         if stored["step"] != now["step"]:
@@ -314,12 +327,18 @@ def micro_batches(
         groups = [[row] for row in sorted(rows, key=len, reverse=True)]
     else:
         # Rows as long as the longest example, half as many tokens more, ..., `most`: the cheapest are taken
-        most = batching.max_tokens if batching.row_tokens is None else min(batching.row_tokens, batching.max_tokens)
+        most = (
+            batching.max_tokens
+            if batching.row_tokens is None
+            else min(batching.row_tokens, batching.max_tokens)
+        )
         rooms, room = [most], max(map(len, examples), default=most)
         while room < most:
             rooms.append(room)
             room += -(-room // 2)
-        groups = min((micro_groups(packed_rows(examples, room), batching.max_tokens) for room in rooms), key=_cost)
+        groups = min(
+            (micro_groups(packed_rows(examples, room), batching.max_tokens) for room in rooms), key=_cost
+        )
     return [_micro_batch(group, batching, list(task_names)) for group in groups]
 
 
@@ -332,7 +351,9 @@ def _cost(groups: Sequence[Sequence[PackedRow]]) -> float:
 def _micro_batch(rows: Sequence[PackedRow], batching: Batching, task_names: list[str]) -> MicroBatch:
     shape = len(rows), max(map(len, rows))
     filling = batching.pad_id, IGNORED, 0, -1
-    input_ids, labels, position_ids, example_index = (np.full(shape, value, dtype=np.int64) for value in filling)
+    input_ids, labels, position_ids, example_index = (
+        np.full(shape, value, dtype=np.int64) for value in filling
+    )
     examples: list[TokenizedExample] = []
     for number, row in enumerate(rows):
         start = 0

@@ -49,7 +49,9 @@ class TokenCache:
             try:
                 return _read(file)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-                logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
+                logger.warning(
+                    "data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS
+                )
         made = make()
         if made.num_tokens >= _LEAST_TOKENS:
             with unharmed(str(file)):

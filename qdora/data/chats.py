@@ -104,7 +104,9 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _SHORT_ID = 9
 _ANSWER, _OTHER = "Aq7probe", "\u203bprobe"
 _USER = Turn("user", "Uq7probe")
-_CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
+_CALL = Turn(
+    "assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},)
+)
 _RESULT = Turn("tool", _USER.content)
 
 
@@ -165,8 +167,12 @@ class ChatTemplate:
             messages.append(message)
         options = {**self.tokenizer.special_tokens_map, **self.settings.template_kwargs}
         options |= {"add_generation_prompt": prompt, "return_assistant_tokens_mask": self._has_marks}
-        rendered, marks = render_jinja_template([messages], list(tools) or None, chat_template=self._source, **options)
-        return _Rendering(rendered[0], tuple((start, end) for some in marks for start, end in some if end > start))
+        rendered, marks = render_jinja_template(
+            [messages], list(tools) or None, chat_template=self._source, **options
+        )
+        return _Rendering(
+            rendered[0], tuple((start, end) for some in marks for start, end in some if end > start)
+        )
 
     def _probe(self, *turns: Turn, prompt: bool = False) -> str:
         """The text of turns; "" where the template does not take them."""
@@ -283,14 +289,18 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _with_short_ids(turns: Messages) -> Messages:
     """The turns with an id of nine letters for every call and its result: by the data's id, else in order."""
     fitted: list[Turn] = []
-    waiting: dict[Any, str] = {}  # of the calls without a result: the id in the data, or a number -> the short id
+    waiting: dict[
+        Any, str
+    ] = {}  # of the calls without a result: the id in the data, or a number -> the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
             waiting = {}
             for n, call in enumerate(turn.tool_calls):
                 own, digest = call.get("id", n), hashlib.sha256(f"{number} {n}".encode()).hexdigest()
                 waiting[n if own in waiting else own] = digest[:_SHORT_ID]
-            calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True))
+            calls = tuple(
+                {**call, "id": id} for call, id in zip(turn.tool_calls, waiting.values(), strict=True)
+            )
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
             own = turn.labels.get("tool_call_id")
@@ -302,7 +312,10 @@ def _with_short_ids(turns: Messages) -> Messages:
 
 def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call["function"]
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    return {
+        **call,
+        "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+    }
 
 
 # Chats to tokens
@@ -325,7 +338,9 @@ class _Text(NamedTuple):
     spans: tuple[tuple[int, int], ...]  # (start, end) of what is learnt
     prompt: int | None = None  # end of the text that the model sees before it answers
     turn: int | None = None
-    end: int = 0  # of the turn, without what stands at the end of a chat only and without the mark of the next turn
+    end: int = (
+        0  # of the turn, without what stands at the end of a chat only and without the mark of the next turn
+    )
 
 
 class _Tokens(NamedTuple):
@@ -334,15 +349,21 @@ class _Tokens(NamedTuple):
     ends: NDArray[np.int64]
 
 
-def encode_chats(tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = "answer") -> list[list[Encoded] | str]:
+def encode_chats(
+    tokenizer: Any, chats: Sequence[Example], *, loss_on: LossOn = "answer"
+) -> list[list[Encoded] | str]:
     """Render and encode each chat, as one text or as one for each turn that is learnt; or what is wrong with it.
 
     The mask is True on the assistant's turns with their end marks: what the template marks with `{% generation %}`,
     else what it adds to the generation prompt. What stands behind the last learnt turn is left out.
     """
     made = [_texts_of(tokenizer, chat, loss_on) for chat in chats]
-    tokens = iter(_encode(tokenizer, [text.text for texts in made if not isinstance(texts, str) for text in texts]))
-    return [texts if isinstance(texts, str) else _encoded(texts, list(islice(tokens, len(texts)))) for texts in made]
+    tokens = iter(
+        _encode(tokenizer, [text.text for texts in made if not isinstance(texts, str) for text in texts])
+    )
+    return [
+        texts if isinstance(texts, str) else _encoded(texts, list(islice(tokens, len(texts)))) for texts in made
+    ]
 
 
 def _texts_of(tokenizer: Any, chat: Example, loss_on: LossOn) -> list[_Text] | str:
@@ -363,7 +384,9 @@ def _texts_of(tokenizer: Any, chat: Example, loss_on: LossOn) -> list[_Text] | s
                 part = _part(template, turns[: index + 1], tools, index + len(chat.messages) - len(turns))
                 said = "".join(part.text[start:end] for start, end in part.spans)
                 content = " ".join(turn.content.split())
-                is_printed = template.mark.sub("", said).strip() or (content and content in " ".join(said.split()))
+                is_printed = template.mark.sub("", said).strip() or (
+                    content and content in " ".join(said.split())
+                )
                 if is_printed or not (content or turn.tool_calls or turn.reasoning):
                     parts.append(part)
         return parts
@@ -387,7 +410,9 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, number: int) ->
     else:  # no template takes a chat without turns
         start = text.find(template.generation_prompt)
         is_prompt = start >= 0
-        start = start + len(template.generation_prompt) if is_prompt else template.content_start(turns, tools, text)
+        start = (
+            start + len(template.generation_prompt) if is_prompt else template.content_start(turns, tools, text)
+        )
     spans = list(marks) or [(start, len(text))]
     closed, end = template.closed(text, spans[-1][1], bool(turns[-1].tool_calls))
     spans[-1] = (spans[-1][0], end)
@@ -400,7 +425,11 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
     )
     return [_tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
@@ -460,7 +489,9 @@ def _seam(text: _Text, tokens: _Tokens) -> _Tokens | None:
     between = _inner_tokens(text.template, text.text[border:end])
     return _Tokens(
         tokens.ids[:mark] + shown.ids + between.ids + tokens.ids[rest:],
-        np.concatenate([tokens.starts[:mark], shown.starts + begin, between.starts + border, tokens.starts[rest:]]),
+        np.concatenate(
+            [tokens.starts[:mark], shown.starts + begin, between.starts + border, tokens.starts[rest:]]
+        ),
         np.concatenate([tokens.ends[:mark], shown.ends + begin, between.ends + border, tokens.ends[rest:]]),
     )
 

@@ -29,12 +29,18 @@ def example_of_row(row: Row, task: str = "") -> Example:
     """A schema row without task and id, in the wording of `task` (one of the eight; else the general one)."""
     question, value = text_field(row, "question"), row.get("choices")
     # BoolQ has true and false
-    texts = [str(each).lower() if isinstance(each, bool) else each for each in value] if isinstance(value, list) else []
+    texts = (
+        [str(each).lower() if isinstance(each, bool) else each for each in value]
+        if isinstance(value, list)
+        else []
+    )
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise RowFault(f"choices: must be a list of two or more texts, none empty, got {shown(value)}")
     choices, gold = [text.strip() for text in texts], row.get("answer")
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise RowFault(f"answer: must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(gold)}")
+        raise RowFault(
+            f"answer: must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(gold)}"
+        )
     if task == "boolq":
         question, choices = question.rstrip("? ") + "?", [_BOOLQ[choice.lower()] for choice in choices]
     continuations = tuple(f" {choice}" for choice in choices)
@@ -77,13 +83,16 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
     question = text_field(row, "question")
     if task == "boolq":
         names = tuple({"no": "false", "yes": "true"}[choice.strip()] for choice in example.choices)
-        text = f"Please answer the following question with true or false, question: {question.rstrip('? ')}?\n\n"
+        text = (
+            f"Please answer the following question with true or false, question: {question.rstrip('? ')}?\n\n"
+        )
         name_list = "true/false"
     else:
         noun, before, between, behind = _WORDINGS[task]
         names = tuple(f"{noun}{number + 1}" for number in range(len(example.choices)))
         choices = between.join(
-            f"{name.capitalize()}: {str(choice).strip()}" for name, choice in zip(names, row["choices"], strict=True)
+            f"{name.capitalize()}: {str(choice).strip()}"
+            for name, choice in zip(names, row["choices"], strict=True)
         )
         context = optional_text(row, "context")
         colon = ":" if task == "hellaswag" else ""
@@ -175,7 +184,12 @@ def without_wikihow_marks(text: str) -> str:
 
 def _keyed(row: Row, question: str = "question") -> dict[str, Any]:
     texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return {"id": row["id"], "question": row[question], "choices": texts, "answer": labels.index(row["answerKey"])}
+    return {
+        "id": row["id"],
+        "question": row[question],
+        "choices": texts,
+        "answer": labels.index(row["answerKey"]),
+    }
 
 
 _DEV_IS_TEST = {"train": "train", "test": "validation"}

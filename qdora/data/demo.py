@@ -42,7 +42,9 @@ def examples(family: str, split: str) -> list[Example]:
     rng = random.Random(100 * list(FAMILIES).index(family) + SPLITS.index(split))
     drafts: dict[str, Draft] = {}
     for prompt, answer, wrong in FAMILIES[family](split, rng):
-        drafts.setdefault(prompt.replace("{choices}", ", ".join(sorted((answer, *wrong)))), (prompt, answer, wrong))
+        drafts.setdefault(
+            prompt.replace("{choices}", ", ".join(sorted((answer, *wrong)))), (prompt, answer, wrong)
+        )
         if len(drafts) == NUM_EXAMPLES[split]:
             break
     made = list[Example]()
@@ -73,7 +75,10 @@ def _facts(split: str, rng: random.Random) -> Iterator[Draft]:
             continue
         passages.add(passage)
         # Three of four "no" values are not in the passage, the fourth belongs to the other person
-        for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if len(passages) % 4 else others)):
+        for answer, wrong, asked in (
+            ("yes", "no", value),
+            ("no", "yes", absent if len(passages) % 4 else others),
+        ):
             question = f"Does the {one} {relation['asked']} {asked}?"
             yield f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,)
 

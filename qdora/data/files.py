@@ -66,7 +66,9 @@ def files_of(source: Path, split: str) -> list[Path]:
         if len(endings := sorted(set(map(ending, files)))) > 1:
             raise UserError(f"{source}: files of several kinds ({', '.join(endings)}).")
     if not files:
-        raise UserError(f"{source}: no file for split {split!r}, looked for {split}.*, {split}-* and {split}/*.")
+        raise UserError(
+            f"{source}: no file for split {split!r}, looked for {split}.*, {split}-* and {split}/*."
+        )
     return files
 
 
@@ -146,7 +148,9 @@ def _records(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
             records = enumerate(rows)
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
-            records = _documents(text) if kind in (".txt", ".md") else _csv(text, "," if kind == ".csv" else "\t")
+            records = (
+                _documents(text) if kind in (".txt", ".md") else _csv(text, "," if kind == ".csv" else "\t")
+            )
         yield from islice(records, skip, None)
 
 
@@ -219,7 +223,9 @@ def _row_group(path: Path, group: int, first: int, skip: int) -> Iterator[tuple[
 
     with (
         _readable(path),
-        pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
+        pq.ParquetFile(
+            path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file,
     ):
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
             if skip < batch.num_rows:
@@ -380,7 +386,9 @@ def hub_shards(source: SourceConfig) -> Rows:
     num_rows = (splits[split].num_examples or 0) if split in splits else 0
     readers = tuple(partial(_hub_shard, place, stream, number) for number in range(num_shards))
     parts = f" {source.config or ''} {source.data_files or ''}".rstrip()
-    names = tuple(f"{place}@{source.revision}{parts} {split} {number} of {num_shards}" for number in range(num_shards))
+    names = tuple(
+        f"{place}@{source.revision}{parts} {split} {number} of {num_shards}" for number in range(num_shards)
+    )
     return Rows(place, readers, num_rows, names)
 
 

@@ -35,10 +35,14 @@ class RowExamples:
         self.unused: set[str] = set()
         renamed, columns = source.columns or {}, dict.fromkeys(name for row in first for name in row)
         if missing := [own for own in renamed.values() if own not in columns and first]:
-            raise UserError(f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}.")
+            raise UserError(
+                f"{where}: columns: no column {', '.join(missing)}, there are {', '.join(columns)}."
+            )
         if source.template is not None:  # it reaches nothing but the row; null gives no text
             environment = ImmutableSandboxedEnvironment(
-                undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda it: "" if it is None else it
+                undefined=StrictUndefined,
+                keep_trailing_newline=True,
+                finalize=lambda it: "" if it is None else it,
             )
             texts = source.template.model_dump()
             self.templates = {name: environment.from_string(text) for name, text in texts.items()}
@@ -64,9 +68,13 @@ class RowExamples:
         row = self._renamed(row)
         row = _with_lists(self._rendered(row) if self.templates else row, self.format)
         if not {*layout.required} <= row.keys():
-            raise RowFault(f"columns {', '.join(row)}; format {self.format} needs {', '.join(layout.required)}.")
+            raise RowFault(
+                f"columns {', '.join(row)}; format {self.format} needs {', '.join(layout.required)}."
+            )
         if self.format == "completion" and not self.templates and str(row.get("label")).lower() == "false":
-            raise RowFault("label: false marks an unwanted answer (KTO). Fix: remove such rows, or set template.")
+            raise RowFault(
+                "label: false marks an unwanted answer (KTO). Fix: remove such rows, or set template."
+            )
         if not (self.named or source.task):  # a row's own task comes first
             own = self.format == "commonsense170k"
             label = (commonsense_task(str(row["instruction"])) if own else optional_text(row, "task")) or label
@@ -85,7 +93,9 @@ class RowExamples:
         columns = self.source.columns
         if not columns:
             return row
-        rest = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
+        rest = {
+            name: value for name, value in row.items() if name not in columns and name not in columns.values()
+        }
         return rest | {name: row[own] for name, own in columns.items() if own in row}
 
     def _rendered(self, row: Row) -> Row:
@@ -109,7 +119,13 @@ def _with_lists(row: Row, format: str) -> Row:
 
 # Turns of chats
 
-_ROLES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_ROLES = {
+    "developer": "system",
+    "function": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+}
 _ROLES |= {"function_call": "assistant", "observation": "tool"}  # of OpenAI, ShareGPT and LLaMA-Factory
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -125,7 +141,9 @@ def asked_chat(row: Row) -> tuple[Messages, Tools]:
 
 def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
     """The turns of a row that teaches something; the first `num_in_prompt` are the prompt."""
-    turns = tuple(replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages)))
+    turns = tuple(
+        replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages))
+    )
     answers = [turn for turn in turns if turn.role == "assistant" and (turn.content.strip() or turn.tool_calls)]
     if not any(turn.learnt and not turn.in_prompt for turn in answers):
         raise RowFault("messages: no turn of role assistant has content and a weight")
@@ -137,12 +155,18 @@ def parse_turns(messages: Any) -> Messages:
 
 
 def _turn(where: str, turn: Any) -> Turn:
-    calls = turn.get("tool_calls") or [call for call in [turn.get("function_call")] if call]  # OpenAI's older field
+    calls = turn.get("tool_calls") or [
+        call for call in [turn.get("function_call")] if call
+    ]  # OpenAI's older field
     content: Any = turn.get("content", "" if calls else None)
     if isinstance(content, list):  # parts, joined as they stand
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    role, weight, train = _ROLES.get(str(turn.get("role")), turn.get("role")), turn.get("weight"), turn.get("train")
+    role, weight, train = (
+        _ROLES.get(str(turn.get("role")), turn.get("role")),
+        turn.get("weight"),
+        turn.get("train"),
+    )
     reasoning = next((turn[name] for name in _REASONING if turn.get(name)), "")
     is_right = {
         "role": role in ("system", "user", "assistant", "tool"),
@@ -237,7 +261,11 @@ _ALPACA = (
 
 
 def _alpaca(row: Row) -> Example:
-    instruction, output, given = text_field(row, "instruction"), text_field(row, "output"), optional_text(row, "input")
+    instruction, output, given = (
+        text_field(row, "instruction"),
+        text_field(row, "output"),
+        optional_text(row, "input"),
+    )
     paired = ", paired with an input that provides further context" if given else ""
     section = f"### Input:\n{given}\n\n" if given else ""
     prompt = _ALPACA.format(paired=paired, instruction=instruction, input=section)
@@ -264,10 +292,15 @@ class Format:
 
 _TOOLS, _CHOICES = ("tools", "task", "id"), ("question", "choices", "answer")
 FORMATS: dict[str, Format] = {
-    "choices": Format(_CHOICES, example_of_row, ("task", "id", "context", "passage"), json=("choices", "answer")),
+    "choices": Format(
+        _CHOICES, example_of_row, ("task", "id", "context", "passage"), json=("choices", "answer")
+    ),
     "messages": Format(("messages",), lambda row: _chat(row, row["messages"]), _TOOLS, json=("messages",)),
     "sharegpt": Format(
-        ("conversations",), lambda row: _chat(row, _sharegpt_turns(row)), (*_TOOLS, "system"), json=("conversations",)
+        ("conversations",),
+        lambda row: _chat(row, _sharegpt_turns(row)),
+        (*_TOOLS, "system"),
+        json=("conversations",),
     ),
     "completion": Format(("prompt", "completion"), _completion, _TOOLS),
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),

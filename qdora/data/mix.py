@@ -21,7 +21,9 @@ Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 _BLOCK = 4096  # draws that are computed together, up to one more or less for each source
 
 
-def mix_shares(sizes: Sequence[float], strategy: Strategy, temperature: float | None = None) -> NDArray[np.float64]:
+def mix_shares(
+    sizes: Sequence[float], strategy: Strategy, temperature: float | None = None
+) -> NDArray[np.float64]:
     """The share of each source in the draws, (sources,) summing to 1; `sizes` are numbers of examples, or the weights.
 
     share_i ~ n_i (proportional, weights), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec.
@@ -157,12 +159,16 @@ def make_mix(sets: Sequence[Source], data: DataConfig) -> Mix:
             what = "max_epochs" if source.max_epochs else f"data.strategy {data.strategy}"
             raise UserError(f"{part.name}: {what} needs the size of the stream (examples).")
     counts = [size or 1 for size in sizes]
-    sized: Sequence[float] = counts if data.strategy != "weights" else [source.weight or 0.0 for source in data.mix]
+    sized: Sequence[float] = (
+        counts if data.strategy != "weights" else [source.weight or 0.0 for source in data.mix]
+    )
     shares = mix_shares(sized, data.strategy, data.temperature)
     # 0.29 * 100 is 28.999999999999996
     caps = [
         None if source.max_epochs is None else max(1, math.floor(source.max_epochs * count + 1e-6))
         for count, source in zip(counts, data.mix, strict=True)
     ]
-    drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
+    drawn_from = [
+        None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)
+    ]
     return Mix(tuple(sets), MixOrder(drawn_from, shares, data.seed, caps))

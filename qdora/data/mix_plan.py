@@ -52,5 +52,7 @@ def show_mix(console: Console, plan: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for part in plan["sources"]:
         cells = ((part[field], form) for field, form in _COLUMNS.values())
-        table.add_row(part["name"], *("unknown" if value is None else format(value, form) for value, form in cells))
+        table.add_row(
+            part["name"], *("unknown" if value is None else format(value, form) for value, form in cells)
+        )
     console.print(table)

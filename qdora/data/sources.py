@@ -127,7 +127,9 @@ def has_split(source: SourceConfig, split: str) -> bool:
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
-def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
+def train_and_validation(
+    source: SourceConfig, data: DataConfig
+) -> tuple[SplitExamples | None, SplitExamples | None]:
     """The training examples of a source and those to validate on, unread.
 
     The latter come from `source.validation` (a split or a file), else from the validation split, else from the end of
@@ -149,7 +151,9 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
         num, fraction = len(train), data.validation_fraction
         border = num - (max(1, round(num * fraction)) if fraction else 0)
         if border <= 0:
-            raise UserError(f"{source.label}: {num} examples leave none to train on after data.validation_fraction.")
+            raise UserError(
+                f"{source.label}: {num} examples leave none to train on after data.validation_fraction."
+            )
         train, held_out = train[:border], train[border:]
     else:
         held_out = open_source(held, source.split if is_file else validation or "validation")
@@ -177,11 +181,17 @@ def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = Non
     Without `like`: like the one that trains or validates on this place, or the only one; else by its columns.
     """
     own = [source for source in mix if source.source is not None]
-    same = [source for source in own if (source.label == like if like else place in (source.source, source.validation))]
+    same = [
+        source
+        for source in own
+        if (source.label == like if like else place in (source.source, source.validation))
+    ]
     layout = next(iter(same or (own if len(mix) == 1 else [])), SourceConfig.model_construct())
     has_layout = any(each.format != "auto" or each.chat or each.columns or each.template for each in own)
     if len(mix) > 1 and not same and has_layout:
-        logger.warning("%s is read by its columns alone. To read it like a source, name that with --tasks.", place)
+        logger.warning(
+            "%s is read by its columns alone. To read it like a source, name that with --tasks.", place
+        )
     other = {} if layout.source == place else {"revision": None, "config": None, "data_files": None}
     return layout.model_copy(update={"source": place, "name": None, **other})
 

@@ -22,7 +22,10 @@ from qdora.recipe.data_settings import DataConfig
 _TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on resume
 _SAMPLE = FIRST_ROWS  # that tell one stream from another
 _MOST_NAMED = 5  # faulty rows
-_LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001  # data.max_bad_rows by default: the larger of a number and a share of the rows
+_LEAST_BAD_ROWS, _BAD_SHARE = (
+    10,
+    0.001,
+)  # data.max_bad_rows by default: the larger of a number and a share of the rows
 
 logger = logging.getLogger("qdora")
 
@@ -65,7 +68,9 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (index of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        self._ready: list[tuple[Outcome, bool]] = []  # of the window, the next one last; whether it ends its row
+        self._ready: list[
+            tuple[Outcome, bool]
+        ] = []  # of the window, the next one last; whether it ends its row
         self.first_tally = ExampleTally(self.name, data, tokenizer)
 
     # What is known of it
@@ -98,7 +103,9 @@ class ExampleStream:
         """UserError if a pass has too many faulty rows among its first `num_rows`."""
         most = self.data.max_bad_rows
         if most is None:
-            most = max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows)))
+            most = max(
+                _LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.source.size or self.shards.num_rows))
+            )
         if num_bad > most:
             raise UserError(
                 f"{self.name}: {num_bad} rows are faulty, data.max_bad_rows allows {most}. The first: "
@@ -162,7 +169,9 @@ class ExampleStream:
             return
         if here.num_drawn == here.num_drawn_before:
             long = f"({here.num_dropped:,} examples are longer than data.max_length, {self.data.max_length})"
-            raise UserError(f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}")
+            raise UserError(
+                f"{self.name}: {self.shards.where} gives no example {'; '.join([long, *here.bad_rows])}"
+            )
         start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
         self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
         self._rows = None

@@ -120,7 +120,9 @@ Outcome = TokenizedExample | str | None
 """Tokenised, or what is wrong with it, or None where it was too long and is dropped."""
 
 
-_SILENT = "no token in the loss: the answer is empty, not learnt (weight, train) or left out by the chat template"
+_SILENT = (
+    "no token in the loss: the answer is empty, not learnt (weight, train) or left out by the chat template"
+)
 
 
 @dataclass
@@ -169,7 +171,9 @@ class ExampleTally:
             elif self.data.too_long == "split" and is_plain and len(parts[0].ids) > self.data.max_length:
                 outcomes.append(self._split(example, parts[0]))
             else:
-                outcomes.append([self._sort(example, part) for part in parts] or [self._refuse(example.id, _SILENT)])
+                outcomes.append(
+                    [self._sort(example, part) for part in parts] or [self._refuse(example.id, _SILENT)]
+                )
         return outcomes
 
     def _split(self, example: Example, encoded: Encoded) -> list[Outcome]:
@@ -179,7 +183,10 @@ class ExampleTally:
         room = self.data.max_length - prefix - 1
         if room < 1:
             raise UserError(f"{self.name}: data.too_long: split needs data.max_length {prefix + 2}.")
-        later = [ids[:prefix] + ids[begin - 1 : begin + room] for begin in range(self.data.max_length, len(ids), room)]
+        later = [
+            ids[:prefix] + ids[begin - 1 : begin + room]
+            for begin in range(self.data.max_length, len(ids), room)
+        ]
         outcomes: list[Outcome] = []
         for number, part in enumerate([ids[: self.data.max_length], *later]):
             first = prefix + 1 if number else max(prefix, 1)  # nothing predicts the first token
@@ -218,7 +225,9 @@ class ExampleTally:
             ids, lengths = zip(*self._too_long, strict=True)
             what = f"{len(ids)} of {len(self.lengths)} examples ({first_few(ids, 3)}) are longer than data.max_length"
             fix = "Fix: raise it, or set data.too_long: truncate or drop (split is for plain text)."
-            faults.append(f"{self.name}: {what} ({self.data.max_length}), the longest has {max(lengths)} tokens. {fix}")
+            faults.append(
+                f"{self.name}: {what} ({self.data.max_length}), the longest has {max(lengths)} tokens. {fix}"
+            )
         return faults
 
 

@@ -70,14 +70,18 @@ def evaluate_generated(
         chosen = spread(examples, limit, block)
         names = [answer_names(example.choices) for example in chosen]
         prompts, cut = _prompts(tokenizer, chosen, context_length(model), max_new_tokens)
-        generated = decode_greedily(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, progress=progress)
+        generated = decode_greedily(
+            model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, progress=progress
+        )
         own: list[dict[str, Any]] = []
         for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
             output = tokenizer.decode(ids, skip_special_tokens=True)
             answer = first_mention(output, choices)
             record = {"task": task, "id": example.id, "gold": example.gold, "output": output, "answer": answer}
             outcome = "unparsable" if answer is None else "right" if answer == example.gold else "wrong"
-            own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
+            own.append(
+                record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome}
+            )
         tasks[task] = _counted(own, [len(choices) for choices in names])
         records += own
     asked = {"method": "generate", "limit": limit, "block": block, "max_new_tokens": max_new_tokens}
@@ -91,16 +95,23 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
         wrong = next((each.id for each in examples if not answer_names(each.choices)), None)
         if wrong is not None:
             what = f"needs choices that differ in one word, unlike example {wrong} of task {task}"
-            faults.append(f"eval.method: generate {what}. Fix: for the eight tasks set format: commonsense170k.")
+            faults.append(
+                f"eval.method: generate {what}. Fix: for the eight tasks set format: commonsense170k."
+            )
     return faults
 
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
     """A row per task and, per label, accuracy in % ± standard error, and right / wrong / unparsable."""
-    shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
+    shared: dict[str, Cell] = {
+        "n": lambda each: str(each.num_examples),
+        "chance": lambda each: percent(each.chance),
+    }
     own: dict[str, Cell] = {
         "acc %": lambda each: percent(each.acc, each.acc_stderr, each.num_examples),
-        "right / wrong / unparsable": lambda each: f"{each.num_right} / {each.num_wrong} / {each.num_unparsable}",
+        "right / wrong / unparsable": lambda each: (
+            f"{each.num_right} / {each.num_wrong} / {each.num_unparsable}"
+        ),
     }
     return results_table("answers generated", results, shared, own)
 
@@ -110,7 +121,9 @@ def _prompts(
 ) -> tuple[list[list[int]], list[int]]:
     """Ids of each prompt, and how many were cut from its left."""
     prefix = special_prefix(tokenizer)
-    encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
+    encoded = [
+        with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])
+    ]
     room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
@@ -172,11 +185,17 @@ def decode_greedily(
 
     def fits(batch: list[int]) -> bool:
         longest, shortest = len(prompts[batch[0]]), len(prompts[batch[-1]])
-        return len(batch) * (longest + max_new_tokens) <= spans.BATCH_TOKENS and (can_pad or shortest == longest)
+        return len(batch) * (longest + max_new_tokens) <= spans.BATCH_TOKENS and (
+            can_pad or shortest == longest
+        )
 
     def compute(batch: list[int]) -> list[list[int]]:
         ids, mask = padded([prompts[index] for index in batch], left=True)
-        options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(stop_ids) or None, "do_sample": False}
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": sorted(stop_ids) or None,
+            "do_sample": False,
+        }
         new = generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
         return [list(takewhile(lambda token: token not in stop_ids, row)) for row in new]
 

@@ -44,7 +44,11 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def evaluate_harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: dict[str, Any], *, limit: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: dict[str, Any],
+    *,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Run tasks of `find_harness_tasks` with their own shots. Returns JSON values: the version of lm_eval, and of every
     task and group the `metrics`, `num_examples` and `num_fewshot` (null for groups)."""
@@ -71,5 +75,7 @@ def harness_table(result: dict[str, Any]) -> Table:
     table = Table("task", "metric", "n", "value", title="lm-evaluation-harness", title_justify="left")
     for task, found in result["tasks"].items():
         for name, value in found["metrics"].items():
-            table.add_row(task, name, str(found["num_examples"] or "–"), "–" if value is None else f"{value:.4f}")
+            table.add_row(
+                task, name, str(found["num_examples"] or "–"), "–" if value is None else f"{value:.4f}"
+            )
     return table

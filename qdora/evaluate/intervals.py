@@ -126,13 +126,17 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
     Linearised ratios (Cochran, Sampling Techniques, 1977, eq. 6.13), stratified by task. An example that several seeds
     have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks.
     """
-    shares: dict[str, dict[str, float]] = {}  # task -> example -> its part of the mean, less what is expected of it
+    shares: dict[
+        str, dict[str, float]
+    ] = {}  # task -> example -> its part of the mean, less what is expected of it
     for tasks in seeds:
         total = sum(float(each.weights.sum()) for each in tasks.values())
         pooled = weighted_mean(tasks, "tokens")
         for name, each in tasks.items():
             whole = float(each.weights.sum())
-            ratio, scale = (pooled, total) if weighting == "tokens" else (each.values.sum() / whole, whole * len(tasks))
+            ratio, scale = (
+                (pooled, total) if weighting == "tokens" else (each.values.sum() / whole, whole * len(tasks))
+            )
             residual = (each.values - ratio * each.weights) / (scale * len(seeds))
             of_task = shares.setdefault(name, {})
             for example, value in zip(each.examples, residual.tolist(), strict=True):

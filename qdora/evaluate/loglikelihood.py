@@ -60,7 +60,9 @@ def score_examples(
         for example, own in zip(examples, spans, strict=True)
         for group in ([own] if example.choices else [[span] for span in own])
     ]
-    report = None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
+    report = (
+        None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
+    )
     found = iter(score_groups(model, groups, report))
     scores = []
     for example, own, cut in zip(examples, spans, truncated, strict=True):
@@ -82,12 +84,16 @@ def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | N
     return []
 
 
-def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> tuple[list[list[Span]], list[int]]:
+def _spans(
+    tokenizer: Any, examples: Sequence[Example], context: int | None
+) -> tuple[list[list[Span]], list[int]]:
     """Per example a span for each choice, or those of its answer, and the tokens cut from its prompt."""
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
-    pairs = [(each.prompt, text) for each in examples if not each.messages for text in each.choices or (each.answer,)]
+    pairs = [
+        (each.prompt, text) for each in examples if not each.messages for text in each.choices or (each.answer,)
+    ]
     encoded_chats, encoded = iter(encode_chats(tokenizer, chats)), iter(encode_pairs(tokenizer, pairs))
     prefix = len(special_prefix(tokenizer))
     spans: list[list[Span]] = []
@@ -101,8 +107,13 @@ def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> 
                 if isinstance(chat, str):
                     raise ValueError(chat)
                 # the template writes what the tokenizer would have put in front
-                fitted = [_answer_spans(*run, 0, context) for part in chat for run in _runs(part.ids, part.mask)]
-                own, cut = [span for some, _ in fitted for span in some], max((cut for _, cut in fitted), default=0)
+                fitted = [
+                    _answer_spans(*run, 0, context) for part in chat for run in _runs(part.ids, part.mask)
+                ]
+                own, cut = (
+                    [span for some, _ in fitted for span in some],
+                    max((cut for _, cut in fitted), default=0),
+                )
             else:
                 own, cut = _answer_spans(*next(encoded), prefix, context)
             if not own:
@@ -142,7 +153,9 @@ def _choice_spans(
         raise ValueError(f"choices[{empty[0]}] has no token to score")
     cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
     if cut > min(start for _, start in encoded) - max(prefix, 1):
-        raise ValueError(f"a choice does not fit the model's context of {context} tokens, even without its prompt")
+        raise ValueError(
+            f"a choice does not fit the model's context of {context} tokens, even without its prompt"
+        )
     return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut
 
 

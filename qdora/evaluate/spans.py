@@ -92,7 +92,9 @@ def pads_left(model: nn.Module) -> bool:
 
 def _caches_only(model: nn.Module, *kinds: type) -> bool:
     """Whether the cache has only these layers, and the model takes positions, which padding would shift."""
-    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(model, "_is_stateful", False):
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(
+        model, "_is_stateful", False
+    ):
         return False
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= set(kinds)
 
@@ -139,7 +141,9 @@ def length_batches(
         yield batch
 
 
-_SHARE: ContextVar[tuple[int, int, Exchange]] = ContextVar("share_of_batches", default=(0, 1, lambda own: [own]))
+_SHARE: ContextVar[tuple[int, int, Exchange]] = ContextVar(
+    "share_of_batches", default=(0, 1, lambda own: [own])
+)
 
 
 @contextmanager
@@ -179,7 +183,9 @@ def results_of(
                 reason = first_line(error)
             free_memory()  # outside the except block, where the error keeps tensors alive
             if num_parts == 1:
-                logger.warning("Evaluation: out of memory with a batch of %d, now in halves: %s", len(batch), reason)
+                logger.warning(
+                    "Evaluation: out of memory with a batch of %d, now in halves: %s", len(batch), reason
+                )
             num_parts *= 2
         num_done += len(batch)
         if progress is not None:
@@ -241,7 +247,9 @@ def score_groups(
     return np.split(flat, np.cumsum([len(group) for group in groups]))[:-1]
 
 
-def _score_shared(model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int) -> list[list[float]]:
+def _score_shared(
+    model: nn.Module, units: list[tuple[Sequence[Span], int]], max_logits: int
+) -> list[list[float]]:
     """One batch of groups: all prefixes, then the rest of every span behind a copy of its prefix's cache.
 
     Prefixes are padded on the left: the mask is 0..0 1..1 | 1..1 0..0.
@@ -327,7 +335,9 @@ def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     limit = _CPU_SOFTMAX_LOGITS if logits.device.type == "cpu" else _SOFTMAX_LOGITS
     num_rows = max(limit // logits.shape[-1], 1)
     terms = []
-    for some_logits, some_targets in zip(torch.split(logits, num_rows), torch.split(targets, num_rows), strict=True):
+    for some_logits, some_targets in zip(
+        torch.split(logits, num_rows), torch.split(targets, num_rows), strict=True
+    ):
         chunk = some_logits.float()
         terms.append(chunk.gather(1, some_targets[:, None])[:, 0] - chunk.logsumexp(-1))
     return torch.cat(terms)

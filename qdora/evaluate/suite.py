@@ -145,14 +145,19 @@ def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     return results_table("evaluation", results, shared, own)
 
 
-def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]) -> Table:
+def results_table(
+    title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]
+) -> Table:
     """A row per task and one of averages; where results differ in a `shared` column, it has all their values."""
     names = [*shared, *(f"{label} {name}" for label in results for name in own)]
     columns = [Column("task"), *(Column(name, justify="right") for name in names)]
     table = Table(*columns, title=title, title_justify="left")
     for task in (*dict.fromkeys(task for result in results.values() for task in result.tasks), None):
         found = [result.average if task is None else result.tasks.get(task) for result in results.values()]
-        both = ("/".join(dict.fromkeys(cell(each) for each in found if each is not None)) for cell in shared.values())
+        both = (
+            "/".join(dict.fromkeys(cell(each) for each in found if each is not None))
+            for cell in shared.values()
+        )
         cells = ("–" if each is None else cell(each) for each in found for cell in own.values())
         if task is None:
             table.add_section()
@@ -176,10 +181,17 @@ def tie_credit(scores: ArrayLike, gold: int) -> float:
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
     record: dict[str, Any] = {"task": task, "id": score.id}
     if score.gold is not None:
-        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
+        per_char = score.loglikelihoods / np.maximum(
+            score.num_chars, 1
+        )  # an empty choice counts as one character
         record["gold"] = score.gold
-        record |= {name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")}
-        record |= {"acc": tie_credit(score.loglikelihoods, score.gold), "acc_norm": tie_credit(per_char, score.gold)}
+        record |= {
+            name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")
+        }
+        record |= {
+            "acc": tie_credit(score.loglikelihoods, score.gold),
+            "acc_norm": tie_credit(per_char, score.gold),
+        }
     counts = {"num_answer_tokens": score.num_answer_tokens, "num_truncated": score.num_truncated}
     return {**record, "nll": score.nll, **counts}
 
@@ -237,7 +249,9 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
 LossOrAccuracy = Literal["nll_per_token", "acc"]
 
 
-def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy) -> list[dict[str, Any]]:
+def task_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy
+) -> list[dict[str, Any]]:
     """The change of each task that has the metric, and of their average, from `Result.to_dict` or nothing.
 
     before, after: None: not measured. difference: over the examples that both have; None for fewer than two. lower,

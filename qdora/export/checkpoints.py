@@ -78,7 +78,9 @@ def write_form(
     """`export` of a loaded run into shards of --shard-size, with a progress bar."""
     size = parse_size(options.shard_size)
     with bar(console, "writing the checkpoint") as progress:
-        return export(trained.model, trained.tokenizer, directory, max_shard_bytes=size, progress=progress, **more)
+        return export(
+            trained.model, trained.tokenizer, directory, max_shard_bytes=size, progress=progress, **more
+        )
 
 
 def no_original(recipe: Recipe, source: ModelSource) -> str:
@@ -112,7 +114,10 @@ def export_merged(
         written = export_bnb(model, tokenizer, directory, _requantized, dtype=dtype, **options)
     else:
         written = write_checkpoint(plan_export(model, dtype), tokenizer, directory, **options)
-    return written | {"dtype": str(dtype).removeprefix("torch."), "num_merged_layers": len(adapted_layers(model))}
+    return written | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_merged_layers": len(adapted_layers(model)),
+    }
 
 
 def _requantized(layer: Layer) -> Weight:
@@ -145,9 +150,15 @@ def export_bnb(
     plan = plan_export(model, dtype, weight_of, packed=True, double_quant=double_quant)
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in BNB_KINDS)
     nested = double_quant and hasattr(first, "nested_code")
-    blocks = {"bnb_4bit_quant_type": first.kind, "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": dtype}
+    blocks = {
+        "bnb_4bit_quant_type": first.kind,
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_compute_dtype": dtype,
+    }
     form: dict[str, Any] = {"load_in_8bit": True} if first.kind == "int8" else {"load_in_4bit": True, **blocks}
-    plan.config.quantization_config = BitsAndBytesConfig(**form, llm_int8_skip_modules=dense_layers(model)).to_dict()
+    plan.config.quantization_config = BitsAndBytesConfig(
+        **form, llm_int8_skip_modules=dense_layers(model)
+    ).to_dict()
     facts = {"kind": first.kind, "block_size": first.block_size, "dtype": str(dtype).removeprefix("torch.")}
     return write_checkpoint(plan, tokenizer, directory, **options) | facts
 
@@ -171,7 +182,9 @@ def export_nf4_lora(
     check_foldable(model, dtype)
     layers = adapted_layers(model)
     gains: dict[Any, Tensor] = {
-        layer: gain.float().unsqueeze(-1) for layer in layers.values() if (gain := layer.merged_gain()) is not None
+        layer: gain.float().unsqueeze(-1)
+        for layer in layers.values()
+        if (gain := layer.merged_gain()) is not None
     }
 
     def scaled(layer: Layer) -> Weight:

@@ -83,7 +83,13 @@ def export_run(
                 )
         stack.enter_context(disk_failures(out))
         folder = stack.enter_context(atomic_directory(place))
-        writers = {"merged": _merged, "nf4-lora": _nf4_lora, "gguf": export_gguf, "peft": _adapter, "base": _base}
+        writers = {
+            "merged": _merged,
+            "nf4-lora": _nf4_lora,
+            "gguf": export_gguf,
+            "peft": _adapter,
+            "base": _base,
+        }
         trained, written, verify = writers[options.format](path, folder, options, console)
         check = None
         if verify is not None:
@@ -147,7 +153,9 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
     check_servable(trained.model)
     dora = [path for path, layer in layers.items() if layer.magnitude is not None]
     if any(isinstance(layers[path], AdaptedExperts) for path in dora) or taken_for_experts(trained.model, dora):
-        logger.warning("PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged.")
+        logger.warning(
+            "PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged."
+        )
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
@@ -162,7 +170,12 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     config, file = load_config(source), run.inside(FOLDER, "compressed.json")
     if base.is_made_once and not file.is_file():  # of `quantize_model`
         source, tokenizer = find_model(recipe)
-        what = recipe, source, choose_compute(recipe.model.dtype), calibration_tokens(recipe, tokenizer, None, config)
+        what = (
+            recipe,
+            source,
+            choose_compute(recipe.model.dtype),
+            calibration_tokens(recipe, tokenizer, None, config),
+        )
         with bar(console, "compressing the base") as progress:
             compress_base(*what, file.parent, key=compression_key(*what), progress=progress)
     trained = load_run(path, base_only=True)
@@ -189,7 +202,10 @@ def quantize_model(
     document = with_overrides(document, overrides, logging.INFO)
     recipe = recipe_from(document, "quantize", overrides)
     config = load_config(find_source(recipe, weights=False))
-    if recipe.model.dtype == "auto" and config.dtype in (torch.float16, torch.float32):  # bfloat16 would round them
+    if recipe.model.dtype == "auto" and config.dtype in (
+        torch.float16,
+        torch.float32,
+    ):  # bfloat16 would round them
         recipe = with_settings(recipe, model={"dtype": str(config.dtype).removeprefix("torch.")})
     work = out.absolute().with_name(f".{out.absolute().name}.quantize")
     run = RunDirectory(work / f"{Path(os.path.abspath(name)).name}-{recipe.base.quant}")
@@ -199,7 +215,9 @@ def quantize_model(
         try:
             run.inside(FOLDER, "compressed.json").unlink(missing_ok=True)  # it may be that of another recipe
             atomic_write_text(run.recipe_file, resolved_yaml(recipe))
-            run.write_json(run.environment_file.name, {"trained_part": TRAINED_PART} if is_multimodal(config) else {})
+            run.write_json(
+                run.environment_file.name, {"trained_part": TRAINED_PART} if is_multimodal(config) else {}
+            )
             return export_run(run.path, out, ExportOptions(format="base"), console=console)
         finally:
             if not run.inside(FOLDER, "unfinished.json").is_file():  # else the same command goes on there
@@ -210,7 +228,9 @@ def check_servable(model: PreTrainedModel) -> None:
     """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN."""
     for path, layer in adapted_layers(model).items():
         if layer.magnitude is not None and (layer.row_norm() == 0).any():
-            raise UserError(f"--format peft: {path}: PEFT gives NaN for its zero rows. Fix: use --format merged.")
+            raise UserError(
+                f"--format peft: {path}: PEFT gives NaN for its zero rows. Fix: use --format merged."
+            )
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:
@@ -223,6 +243,8 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
         repository = create_repo(name, private=private, exist_ok=True).repo_id
         if private and not repo_info(repository).private:
             raise UserError(f"--push: {name} is public. Fix: hf upload OTHER_NAME {again}")
-        return str(upload_folder(repo_id=repository, folder_path=directory, commit_message="Model exported by qdora"))
+        return str(
+            upload_folder(repo_id=repository, folder_path=directory, commit_message="Model exported by qdora")
+        )
     except (HTTPError, OSError) as error:
         raise RunFailure(f"--push: {name}: {first_line(error)} Fix: hf upload {name} {again}") from error

@@ -70,7 +70,9 @@ def export_gguf(
     tools = find_llama_cpp(options.llama_cpp, type_)
     recipe = recipe_of_run(run)
     if is_multimodal(load_config(find_source(recipe, weights=False))):
-        raise UserError("--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged.")
+        raise UserError(
+            "--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged."
+        )
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"
     trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
     console.print(f"converting to {type_}")
@@ -93,10 +95,14 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
     if folder is not None and folder.is_file():
         converter, folder = str(folder), folder.parent
     path = None if folder is None else os.pathsep.join(str(folder / part) for part in (".", "bin", "build/bin"))
-    converter = converter or next(filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None)
+    converter = converter or next(
+        filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None
+    )
     if not converter:
         get = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece"
-        raise UserError(f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  {get}, use --llama-cpp.")
+        raise UserError(
+            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  {get}, use --llama-cpp."
+        )
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:
         return command, None
@@ -156,14 +162,18 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
         if ours is not None and header.settings.get(f"tokenizer.{name}") != ours:
             faults.append(f"the file has another tokenizer.{name}")
     if importlib.util.find_spec("llama_cpp") is None:
-        logger.warning("llama-cpp-python is not installed: the logits are those of the merge before the conversion.")
+        logger.warning(
+            "llama-cpp-python is not installed: the logits are those of the merge before the conversion."
+        )
     else:
         total: Any = logits_compared(model, InLlamaCpp(file), text)
         check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
         faults = check["faults"]
         kl = 0.0 if total is None else check["exported_vs_reference"]["kl_mean"]
         if file.stem.removeprefix("model-") in CONVERTED and not kl <= _KL:
-            faults.append(f"llama.cpp computes other probabilities with the file: mean KL {kl:.3g} (allowed {_KL})")
+            faults.append(
+                f"llama.cpp computes other probabilities with the file: mean KL {kl:.3g} (allowed {_KL})"
+            )
     remove_directory(merged)
     return check | {"passed": not faults, "faults": faults, "tensors": tensors}
 
@@ -214,7 +224,9 @@ def compare_tensors(header: GgufHeader, merged: Path) -> tuple[dict[str, Any], l
                 raise UserError("it is not in the checkpoint")
             values, wanted = item.read(), expected.read()
             size = getattr(model.get_submodule(name.rpartition(".")[0]), "expert_features", len(values))
-            for some, other in zip(torch.split(values, size), torch.split(wanted[: len(values)], size), strict=True):
+            for some, other in zip(
+                torch.split(values, size), torch.split(wanted[: len(values)], size), strict=True
+            ):
                 measure, error, share = _error(type_, some, other.float())
                 errors[measure] = max(error, errors[measure])
                 if not share <= 1:  # NaN is a fault

@@ -101,7 +101,9 @@ Check = Callable[[ComparisonText], dict[str, Any]]
 """The check of an export that has been written."""
 
 
-def comparison_text(tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]]) -> ComparisonText:
+def comparison_text(
+    tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]]
+) -> ComparisonText:
     """The text of 24 examples, at most 512 tokens of each and 2,048 in total."""
     texts, sequences, left = texts_of(examples), list[list[int]](), _MAX_TOKENS
     for text in texts:
@@ -116,7 +118,9 @@ def texts_of(by_task: Mapping[str, Sequence[Example]]) -> list[str]:
     """The texts of 24 examples with their answers, spread over the tasks; a fixed sentence if there are none."""
     picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
     texts = [
-        "\n".join(turn.content for turn in example.messages) if example.messages else example.prompt + example.answer
+        "\n".join(turn.content for turn in example.messages)
+        if example.messages
+        else example.prompt + example.answer
         for example in picked[:_NUM_TEXTS]
     ]
     return [text for text in texts if text] or [_FALLBACK]
@@ -138,7 +142,9 @@ def logit_differences(logits: Tensor, other: Tensor) -> Tensor:
     """Of each position (positions, 4) float64: largest and mean |difference|, KL(logits || other) in nats, and 1 where
     both have the same argmax. Logits are (positions, vocabulary); in float64, since KL is of second order."""
     found = []
-    for some in zip(torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True):
+    for some in zip(
+        torch.split(logits, _POSITIONS), torch.split(other.to(logits.device), _POSITIONS), strict=True
+    ):
         first, second = (each.double() for each in some)
         gap = (first - second).abs()
         log_p, log_q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
@@ -150,7 +156,10 @@ def logit_differences(logits: Tensor, other: Tensor) -> Tensor:
 
 def summary(differences: Tensor) -> dict[str, Any]:
     """Largest and mean |difference of logits|, largest and mean KL in nats, share of equal argmax; NaN stays."""
-    (largest, _, kl_max, _), (_, mean, kl_mean, same) = differences.amax(0).tolist(), differences.mean(0).tolist()
+    (largest, _, kl_max, _), (_, mean, kl_mean, same) = (
+        differences.amax(0).tolist(),
+        differences.mean(0).tolist(),
+    )
     differs = {"max_logit_difference": largest, "mean_logit_difference": mean}
     return differs | {"kl_max": kl_max, "kl_mean": kl_mean, "argmax_agreement": same}
 
@@ -237,7 +246,11 @@ def verdict(
     scale = ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     mean = max(_ROUNDINGS_ALLOWED * ROUNDING[stored] * spread, scale * noise["mean_logit_difference"])
     mean = math.inf if lossy else mean + _ARITHMETIC_ALLOWED * spread
-    tolerance = {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
+    tolerance = {
+        "mean_logit_difference": mean,
+        "max_logit_difference": _MAX_OVER_MEAN * mean,
+        "kl_mean": mean * mean,
+    }
     over = ~(errors <= tolerance["max_logit_difference"])  # NaN is over
     wrong = over & ~(errors <= _OVER_OWN_NOISE * scale * noises)
     faults = faults + [
@@ -320,8 +333,12 @@ def verify_packed(
 
     weights = compare_weights(model, weight, torch.float32)
     faults += _faults_of_files(model, directory, files, text, weights)
-    stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
-    if lossy or (stored == model.dtype and not trained_matrices(model)):  # trained rows are float32 and are rounded
+    stored = stored_dtype(
+        directory
+    )  # of embeddings, norms and head, which lose nothing in the model's own dtype
+    if lossy or (
+        stored == model.dtype and not trained_matrices(model)
+    ):  # trained rows are float32 and are rounded
         stored = torch.float32
     return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"weights": weights}
 
@@ -365,7 +382,9 @@ def compare_weights(
         update = torch.stack([row @ a[index * step // size] for index, row in enumerate(b)])
         if isinstance(layer.base, FrozenExperts):  # one expert at a time
             rows = (slice(row, row + 1) for row in range(0, layer.out_features, step))
-            base = torch.cat([layer.base.dequantized_rows(row, layer.base.wide_dtype) for row in rows]).to(update)
+            base = torch.cat([layer.base.dequantized_rows(row, layer.base.wide_dtype) for row in rows]).to(
+                update
+            )
         else:
             base = merged(layer.base)[::step].to(update)
         keep = layer.base.keep_mask() if layer.masked else None
@@ -403,9 +422,14 @@ def _faults_of_files(
     faults = []
     if not weights["max_error"] <= 1.0:  # NaN is a fault
         layer, error = weights["worst_layer"], weights["max_error"]
-        faults.append(f"the weight of {layer} differs from the computed one by {error:.3g} times the rounding error")
+        faults.append(
+            f"the weight of {layer} differs from the computed one by {error:.3g} times the rounding error"
+        )
     for path, matrix in trained_matrices(model).items():
-        names = [path, *(embedding_paths(model) if is_tied(model) else ())]  # of a tied pair the files have either name
+        names = [
+            path,
+            *(embedding_paths(model) if is_tied(model) else ()),
+        ]  # of a tied pair the files have either name
         found = next((value for name in names if (value := _dense_weight(files, name)) is not None), None)
         if found is None:  # a fault of reloading already
             continue
@@ -429,7 +453,9 @@ def _faults_of_files(
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype that the config.json of an export names."""
-    dtype: torch.dtype = getattr(torch, json.loads((directory / "config.json").read_text(encoding="utf-8"))["dtype"])
+    dtype: torch.dtype = getattr(
+        torch, json.loads((directory / "config.json").read_text(encoding="utf-8"))["dtype"]
+    )
     return dtype
 
 
@@ -500,7 +526,12 @@ def _room_beside(model: PreTrainedModel) -> dict[int | str, int]:
     `float32_arithmetic`."""
     free_memory()
     device = model.device
-    copied = sum(4 * each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == device)
+    copied = sum(
+        4 * each.numel() for each in model.parameters() if each.dtype in NARROW and each.device == device
+    )
     if device.type == "cpu":
         return {"cpu": max(0, available_memory_bytes() - copied)}
-    return {"cpu": available_memory_bytes(), device.index or 0: max(0, torch.cuda.mem_get_info(device)[0] - copied)}
+    return {
+        "cpu": available_memory_bytes(),
+        device.index or 0: max(0, torch.cuda.mem_get_info(device)[0] - copied),
+    }

@@ -143,7 +143,9 @@ def plan_export(
     return CheckpointPlan(model, config, specs, makers)
 
 
-def _sources(model: nn.Module, tensors_of: Callable[[Layer], Mapping[str, Source]]) -> Iterator[tuple[str, Source]]:
+def _sources(
+    model: nn.Module, tensors_of: Callable[[Layer], Mapping[str, Source]]
+) -> Iterator[tuple[str, Source]]:
     inner: set[str] = set()
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
@@ -218,7 +220,9 @@ def dense_layers(model: nn.Module) -> list[str]:
 def held(tensor: Tensor) -> Source:
     """The source of a tensor that is written as the model holds it."""
     tensor = tensor.detach()
-    return Source(tensor.to("meta"), lambda: tensor, tensor, None if tensor.is_floating_point() else tensor.dtype)
+    return Source(
+        tensor.to("meta"), lambda: tensor, tensor, None if tensor.is_floating_point() else tensor.dtype
+    )
 
 
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
@@ -298,13 +302,17 @@ def _write_config(plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | Non
         theta = (part.get("rope_parameters") or {}).get("rope_theta")
         if theta is not None:  # where readers older than transformers 5 look
             part.setdefault("rope_theta", theta)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     if plan.model.can_generate() and plan.model.generation_config is not None:
         generation = copy.deepcopy(plan.model.generation_config)
         end = None if tokenizer is None else tokenizer.eos_token_id
         named = generation.eos_token_id
         ids = named if isinstance(named, list) else [] if named is None else [named]
-        if end is not None and end not in ids:  # a run also stops at its tokenizer's end, which may be of another model
+        if (
+            end is not None and end not in ids
+        ):  # a run also stops at its tokenizer's end, which may be of another model
             generation.eos_token_id = [*ids, end] if ids else end
         # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
         generation.to_json_file(directory / "generation_config.json")

@@ -25,7 +25,13 @@ PACKAGES = (
 )
 # Environment variables that change numbers or speed and hold no secret.
 VARIABLES = (
-    *("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE"),
+    *(
+        "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HUB_OFFLINE",
+        "MKL_NUM_THREADS",
+        "NVIDIA_TF32_OVERRIDE",
+    ),
     *("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
 )
 
@@ -153,7 +159,9 @@ def unused_gpu() -> str | None:
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
     driver = driver_version()
-    if driver is None and not any(Path("/dev").glob("nvidia[0-9]*")):  # nvidia-smi fails without permission, too
+    if driver is None and not any(
+        Path("/dev").glob("nvidia[0-9]*")
+    ):  # nvidia-smi fails without permission, too
         return None
     why = "no reason given"
     try:

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 def render_page(package: str, template: str, **facts: Any) -> str:
     """The page of a template in a package, in `page_frame.html.j2`, escaped; the filter `image` embeds an SVG."""
     loader = jinja2.ChoiceLoader([jinja2.PackageLoader(name, "") for name in (package, "qdora.files")])
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    pages = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     pages.filters["image"] = lambda svg: f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-    return pages.get_template(template).render(**facts).encode("utf-8", "replace").decode()  # half a surrogate pair
+    return (
+        pages.get_template(template).render(**facts).encode("utf-8", "replace").decode()
+    )  # half a surrogate pair
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -47,7 +47,13 @@ PLAN_FILE = "plan.json"
 WARNING_MARK, FAILURE_MARK = "WARNING", "FAILURE"  # begin such lines of log.txt, behind the time
 
 # Settings that do not decide what a run learns: how it fits into memory and what it writes.
-WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
+WITHOUT_EFFECT: tuple[str, ...] = (
+    "base.cache",
+    "base.residency",
+    "base.streamed_blocks",
+    "data.cache",
+    "memory",
+)
 WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel")
 # What a resumed run may change; some of it changes the numbers, which gets a run past a bad step or row.
@@ -66,7 +72,11 @@ def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: value}
     start = f"{prefix}{separator}" if prefix else ""
-    return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in flat(item, f"{start}{key}", separator).items()
+    }
 
 
 def step_of(checkpoint: Path) -> int:
@@ -99,7 +109,9 @@ class RunDirectory:
 
     @property
     def has_begun(self) -> bool:
-        return any(path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval"))
+        return any(
+            path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval")
+        )
 
     def evaluation_file(self, step: int) -> Path:
         return self.inside("eval", f"step-{step}.json")
@@ -111,7 +123,9 @@ class RunDirectory:
         """A path below the run directory; UserError if it leaves it by .., a link, or being absolute."""
         path, root = self.path.joinpath(*parts), self.path.resolve()
         if root not in path.resolve().parents:
-            raise UserError(f"{self.path}: {Path(*parts)} is not inside the run. Fix: put it there, not a link.")
+            raise UserError(
+                f"{self.path}: {Path(*parts)} is not inside the run. Fix: put it there, not a link."
+            )
         return path
 
     def write_json(self, name: str, value: Any) -> None:
@@ -234,7 +248,9 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         # The environment is written first: a directory with another recipe.yaml alone may be somebody's own.
         others = sorted({entry.name for entry in path.iterdir() if not is_leftover(entry)} - {LOCK})
         if others and not run.environment_file.exists():
-            raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
+            raise UserError(
+                f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir."
+            )
         _clear(path)
         (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
         atomic_write_json(run.environment_file, environment)
@@ -267,10 +283,16 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     for key in dict.fromkeys((*old, *new)):
         was, got, can_rise = old.get(key), new.get(key), key in MAY_RISE
         # A length that is missing is reported by the other unit's line.
-        if was == got or is_below(key, MAY_CHANGE) or (can_rise and (got is None or (was is not None and got > was))):
+        if (
+            was == got
+            or is_below(key, MAY_CHANGE)
+            or (can_rise and (got is None or (was is not None and got > was)))
+        ):
             continue
         must = f"must be {was!r}{' or more' if can_rise and was is not None else ''}, as when the run started"
-        moved = f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {got}" else ""
+        moved = (
+            f", or if a file was moved, write its path into {run.recipe_file}" if "/" in f"{was} {got}" else ""
+        )
         faults.append(f"{path}: {key}: {must} (got {got!r}). Fix: start another --run-dir{moved}.")
     refuse(faults)
     _clear(path)
@@ -371,6 +393,8 @@ def failures_logged(path: Path, verb: str) -> Iterator[None]:
         if run.recipe_file.is_file():
             kind = "" if isinstance(error, RunFailure) else f"{type(error).__name__}: "
             with suppress(OSError):  # a full disk must not hide the failure
-                _append(run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace"))
+                _append(
+                    run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace")
+                )
                 run.log(f"{FAILURE_MARK} {verb}: {kind}{first_line(error)}")
         raise

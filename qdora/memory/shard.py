@@ -101,14 +101,18 @@ class ShardedBase:
         # Units outside of the blocks: each embedding, and the head, together if they share their weight.
         head = model.get_output_embeddings()
         shared = id(head._parameters.get("weight")) if head is not None else None
-        tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided]
+        tables = [
+            each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided
+        ]
         units: list[Any] = [[table, head] if id(table.weight) == shared else table for table in tables]
         if isinstance(head, FrozenLinear) and head.share is not None:
             units.append(head)
         for unit in units:
             holds_head = unit is head or isinstance(unit, list)
             made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)  # head: `release`
-            if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
+            if isinstance(
+                unit, nn.Embedding
+            ):  # which torch would prefetch behind the first block's backward pass
                 made.set_unshard_in_backward(False)
         sharded = [fully_shard(block, **options) for block in blocks]
         fully_shard(model, **options)
@@ -117,7 +121,9 @@ class ShardedBase:
         for module, name, mine in placed:  # torch expects a new parameter, which it reads at the first pass
             empty: Any = module._parameters[name]
             form: dict[str, Any] = {"run_check": False, "shape": empty.shape, "stride": empty.stride()}
-            filled = nn.Parameter(DTensor.from_local(mine, self.mesh, empty.placements, **form), requires_grad=False)
+            filled = nn.Parameter(
+                DTensor.from_local(mine, self.mesh, empty.placements, **form), requires_grad=False
+            )
             module._parameters[name] = filled
             if isinstance(module, FrozenLinear) and module.share is not None:
                 module.share.parts[name.removesuffix(_SUFFIX)] = filled

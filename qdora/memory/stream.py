@@ -102,7 +102,9 @@ class Turns:
         path, blocks = blocks_of(model, "base.residency: must be device")
         count = len(blocks) if num_streamed is None else num_streamed
         if count > len(blocks):
-            raise UserError(f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}.")
+            raise UserError(
+                f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}."
+            )
         chosen = interleaved(len(blocks), count)
         self.blocks = [blocks[block] for block in chosen]
         self.pieces = {f"{path}.{block}": Piece() for block in chosen}
@@ -252,7 +254,9 @@ def _before_block(ring: Ring, turn: int, block: nn.Module, _args: Any) -> None:
     ring.enter(turn, turns_back=torch.is_grad_enabled())
     recomputed = block.training and getattr(block, "gradient_checkpointing", False)
     if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
-        raise RunFailure("base.residency: host: gradients without checkpointing would use another block's weights.")
+        raise RunFailure(
+            "base.residency: host: gradients without checkpointing would use another block's weights."
+        )
     refresh(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
 

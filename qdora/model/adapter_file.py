@@ -44,7 +44,14 @@ from qdora.model.inject import (
     put_layers,
 )
 from qdora.model.multimodal import all_paths
-from qdora.model.tokens import TrainedMatrix, check_trainable, embedding_paths, is_tied, put_trained, trained_matrices
+from qdora.model.tokens import (
+    TrainedMatrix,
+    check_trainable,
+    embedding_paths,
+    is_tied,
+    put_trained,
+    trained_matrices,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # whose import takes a second
@@ -59,7 +66,14 @@ _COMPUTED = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "targe
 _COMPUTED |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
 _COMPUTED |= {"modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
 # Who wrote the file, how training started, run-time options. LoraConfig would import what auto_mapping names.
-_WITHOUT_EFFECT = {"auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config"}
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+}
 _WITHOUT_EFFECT |= {"megatron_core", "peft_version", "qalora_group_size", "runtime_config"}
 _WITHOUT_EFFECT |= {"base_model_name_or_path", "revision"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -152,7 +166,8 @@ def adapter_config(
     ]
     ranks = {names[path]: layer.rank for path, layer in layers.items()}
     alphas = {
-        names[path]: int(layer.alpha) if layer.alpha.is_integer() else layer.alpha for path, layer in layers.items()
+        names[path]: int(layer.alpha) if layer.alpha.is_integer() else layer.alpha
+        for path, layer in layers.items()
     }
     rank, alpha = mode(ranks.values()), mode(alphas.values())
     targets = {path for path, name in names.items() if name not in parameters}
@@ -186,7 +201,9 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     for path, value in values.items():
         if value != default:
             paths.setdefault(value, []).append(re.escape(path))
-    return {f"^({'|'.join(group)})" if len(group) > 1 else f"^{group[0]}": value for value, group in paths.items()}
+    return {
+        f"^({'|'.join(group)})" if len(group) > 1 else f"^{group[0]}": value for value, group in paths.items()
+    }
 
 
 def sizes_in_words(directory: Path, rank: int, alpha: float) -> str:
@@ -232,7 +249,8 @@ def save_adapter(
         "formula": _FORMULA,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
-            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
+            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
+            for path, layer in layers.items()
         },
         "extra": extra or {},
     }
@@ -250,7 +268,9 @@ def save_adapter(
             (partial / file).write_bytes(json_bytes(content, indent=2))
 
 
-def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
+def load_adapter(
+    model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None
+) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
     The model changes only if the whole adapter fits. lora_A and lora_B get `dtype`, by default the wider one of the
@@ -268,7 +288,9 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             dropout=described.config.lora_dropout,
             dtype=torch.promote_types(lora_A.dtype, lora_B.dtype) if dtype is None else dtype,
             masked=described.masked,
-            generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
             layer.lora_A.copy_(lora_A)
@@ -411,7 +433,9 @@ def selected_modules(model: nn.Module, described: AdapterDescription) -> dict[st
     return modules
 
 
-def _trained_rows(model: nn.Module, described: AdapterDescription, where: str) -> dict[str, tuple[int, ...] | None]:
+def _trained_rows(
+    model: nn.Module, described: AdapterDescription, where: str
+) -> dict[str, tuple[int, ...] | None]:
     """Path of a trained embedding or head -> ids of its trained rows, None for all."""
     config, trained = described.config, dict[str, tuple[int, ...] | None]()
     rows, whole = config.trainable_token_indices or {}, config.modules_to_save or ()
@@ -431,7 +455,11 @@ def _trained_rows(model: nn.Module, described: AdapterDescription, where: str) -
     if is_tied(model):
         settings = set(trained.values())
         # PEFT unties a tied head that it does not train in the same way.
-        if embedding not in trained or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
+        if (
+            embedding not in trained
+            or len(settings) > 1
+            or (settings == {None} and not config.ensure_weight_tying)
+        ):
             raise UserError(f"{where}: the adapter unties the model's head, which is not supported.")
         trained.pop(head, None)
     return trained

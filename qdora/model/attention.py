@@ -41,7 +41,8 @@ def softcap_of(config: PreTrainedConfig) -> str | None:
     """The setting of a config that caps the scores of its attention."""
     settings = config.get_text_config().to_dict().items()
     return next(
-        (key for key, value in settings if _SOFTCAP.search(key) and isinstance(value, int | float) and value), None
+        (key for key, value in settings if _SOFTCAP.search(key) and isinstance(value, int | float) and value),
+        None,
     )
 
 
@@ -72,7 +73,9 @@ def with_attention(
     need = need or next((name for name, _ in model.named_parameters() if _SINKS.search(name)), None)
     if need is not None and attention_of(model) != "eager":
         if asked != "auto":
-            raise UserError(f"model.attention: must be auto or eager for {name}, which has {need} (got {asked}).")
+            raise UserError(
+                f"model.attention: must be auto or eager for {name}, which has {need} (got {asked})."
+            )
         model = build("eager")
     return model
 

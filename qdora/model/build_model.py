@@ -52,7 +52,9 @@ def choose_compute(dtype: str) -> Compute:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
+    )
     chosen = torch.bfloat16 if native else torch.float32
     logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
     return Compute(device, chosen)
@@ -78,10 +80,14 @@ def find_tokenizer_source(recipe: Recipe, source: ModelSource) -> ModelSource:
     model = recipe.model
     if model.tokenizer is None:
         return source
-    return resolve(model.tokenizer, model.tokenizer_revision, config=False, weights=False, setting="model.tokenizer")
+    return resolve(
+        model.tokenizer, model.tokenizer_revision, config=False, weights=False, setting="model.tokenizer"
+    )
 
 
-def find_tokenizer(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe whose base is `source`, with new tokens and the data section's chat settings."""
     tokenizer = load_tokenizer(tokenizer_source)
     add_tokens(tokenizer, recipe.model.add_tokens)
@@ -176,7 +182,9 @@ def put_adapters(
     before = describe_adapter(directory).extra.get("add_tokens", [])
     is_same = trained.keys() == named and all(each.ids == ids for each in trained.values())
     if not is_same or before != list(recipe.model.add_tokens):
-        raise UserError(f"model.add_tokens: must be {before}, with also_train and also_train_rows as in {directory}.")
+        raise UserError(
+            f"model.add_tokens: must be {before}, with also_train and also_train_rows as in {directory}."
+        )
 
 
 def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -150,7 +150,11 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     expected, tied = model.state_dict(), tied_weights(model)
     may_lack = model._keys_to_ignore_on_load_missing or ()
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
-    may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+    may_hold = (
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq$",
+        r"(^|\.)position_ids$",
+    )
     held, faults = {tied.get(name, name) for name in stored}, []
     for name, tensor in expected.items():
         if tied.get(name, name) not in held and (tensor.is_meta or not _matches_any(name, may_lack)):
@@ -162,7 +166,9 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
                 faults.append(f"{where} has no place in the model.")
         elif item.shape != tuple(expected[name].shape):
             faults.append(f"{where} has shape {list(item.shape)}, must have {list(expected[name].shape)}.")
-        elif isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB":
+        elif (
+            isinstance(item, StoredTensor) and expected[name].is_floating_point() and item.dtype[0] not in "FB"
+        ):
             faults.append(f"{where} has dtype {item.dtype}, must be of floating point.")
     refuse(faults)
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
@@ -197,7 +203,9 @@ def load_faults(classes: Iterable[str], option: str, fix: str = "use --format me
     others = [name for name in classes if name != "Linear"]
     if not others:
         return []
-    return [f"{option}: transformers does not load {len(others)} layers in 4 bits (such as {others[0]}). Fix: {fix}."]
+    return [
+        f"{option}: transformers does not load {len(others)} layers in 4 bits (such as {others[0]}). Fix: {fix}."
+    ]
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -247,7 +255,9 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
         state = json.loads(bytes(parts[name].read().tolist()))
         shape, block_size = tuple(map(int, state["shape"])), int(state["blocksize"])
     nested = "weight.nested_absmax" in parts
-    return StoredPacked(weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read)
+    return StoredPacked(
+        weight.key, shape, name.removeprefix(STATE_NAME), block_size, double_quant=nested, read=read
+    )
 
 
 def _convert(
@@ -273,7 +283,8 @@ def _convert(
 
     empty = converted(lambda item: torch.empty(item.shape, device="meta"))
     return {
-        to: StoredTensor(first.key, tuple(each.shape), partial(read, to), first.dtype) for to, each in empty.items()
+        to: StoredTensor(first.key, tuple(each.shape), partial(read, to), first.dtype)
+        for to, each in empty.items()
     }
 
 
@@ -318,7 +329,9 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
     """A stored stack, (experts, out, in) or transposed, as (experts * out, in)."""
     experts, rows, columns = item.shape
     shape = (experts * columns, rows) if transposed else (experts * rows, columns)
-    return replace(item, shape=shape, read=lambda: (item.read().mT if transposed else item.read()).reshape(shape))
+    return replace(
+        item, shape=shape, read=lambda: (item.read().mT if transposed else item.read()).reshape(shape)
+    )
 
 
 def published_form(model: PreTrainedModel, path: str, weight: Tensor) -> dict[str, Tensor]:

@@ -38,7 +38,9 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Path -> stack of experts, in model order."""
     modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, Stack) and not name.endswith(".base")}
+    return {
+        name: module for name, module in modules if isinstance(module, Stack) and not name.endswith(".base")
+    }
 
 
 def is_transposed(model: nn.Module, path: str) -> bool:

@@ -23,7 +23,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS, TensorProcessor
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+)
 
 from qdora.errors import UserError, named
 from qdora.files.atomic import atomic_directory, disk_reason, in_turn
@@ -38,7 +42,10 @@ Values = np.ndarray[Any, np.dtype[Any]]
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 # Computed by the converter from the config; transformers does not take them from a GGUF file.
 _ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-LAYOUTS: dict[str, str | None] = {name: name for name in TENSOR_PROCESSORS} | {"gemma": "gemma2", "lfm2moe": "lfm2"}
+LAYOUTS: dict[str, str | None] = {name: name for name in TENSOR_PROCESSORS} | {
+    "gemma": "gemma2",
+    "lfm2moe": "lfm2",
+}
 LAYOUTS |= dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
 LAYOUTS |= dict.fromkeys(("cohere2", "command-r", "glm4moe", "olmo2", "olmoe"))
 LAYOUTS |= dict.fromkeys(("phi3", "qwen2", "qwen3", "seed_oss", "stablelm", "starcoder2"))
@@ -111,7 +118,9 @@ def read_header(path: Path) -> GgufHeader:
         if not all(tensor.n_elements > 0 for tensor in reader.tensors):
             raise ValueError("a tensor is empty")
     except Exception as error:  # a file may hold anything
-        raise UserError(f"model.source: {path}: is no GGUF file, damaged or cut short ({named(error)}).") from error
+        raise UserError(
+            f"model.source: {path}: is no GGUF file, damaged or cut short ({named(error)})."
+        ) from error
     settings = {name: field.contents() for name, field in reader.fields.items() if field.types}
     return GgufHeader(path, settings, reader.tensors, int(reader.data_offset))
 
@@ -175,7 +184,9 @@ def _read_tensor(header: GgufHeader, tensor: Any, processor: TensorProcessor, sh
     # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:
-        raise UserError(f"model.source: tensor '{tensor.name}' has {list(result.shape)}, must have {list(shape)}.")
+        raise UserError(
+            f"model.source: tensor '{tensor.name}' has {list(result.shape)}, must have {list(shape)}."
+        )
     return result
 
 

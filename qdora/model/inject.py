@@ -54,7 +54,9 @@ def inject(
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if patterns == [ALL_LINEAR]:
         # GPT-NeoX calls its head embed_out.
-        chosen = {name: module for name, module in linear.items() if module is not head and not matches(name, HEAD)}
+        chosen = {
+            name: module for name, module in linear.items() if module is not head and not matches(name, HEAD)
+        }
         if not chosen:
             raise UserError("adapter.targets: this model has no linear layer.")
     else:
@@ -67,7 +69,9 @@ def inject(
         of_experts = expert_rank if isinstance(module, BareExperts) else None
         ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
         if ranks[name] > most_rank(module):
-            raise UserError(f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]}).")
+            raise UserError(
+                f"adapter.rank: must be at most {most_rank(module)} for {name} (got {ranks[name]})."
+            )
     if masked:
         check_masks(chosen, "adapter.mask")
     if expert_rank and not any(isinstance(each, BareExperts) for each in chosen.values()):
@@ -110,7 +114,9 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     # DistributedDataParallel must not send the base, the same in every process, before each forward pass.
     kinds = FrozenLinear | AdaptedLinear
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
+    names = {
+        f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)
+    }
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
@@ -139,7 +145,9 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Path -> trainable parameter, in model order, without gates, which have an optimizer of their own."""
     gates = {id(layer.gate) for layer in adapted_layers(model).values() if layer.gate is not None}
-    return {name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in gates}
+    return {
+        name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in gates
+    }
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -192,8 +192,12 @@ def skeleton(
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the decoder blocks: the longest list of `GradientCheckpointingLayer`s."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
-    of_blocks = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module
+    ]
+    of_blocks = [
+        each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])
+    ]
     return max(of_blocks, key=lambda each: len(each[1]), default=None)
 
 
@@ -224,7 +228,9 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped."""
     linear, head = linear_layers(model), model.get_output_embeddings()
     if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise UserError("base.quant: must be none for a model of Conv1D layers (GPT-2), and adapter.kind full or none.")
+        raise UserError(
+            "base.quant: must be none for a model of Conv1D layers (GPT-2), and adapter.kind full or none."
+        )
     check_matches("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear)
     chosen = {name for name in linear if not any(matches(name, pattern) for pattern in wanted.skip)}
     if HEAD in wanted.skip:
@@ -260,7 +266,9 @@ def place(load: Loading, name: str, item: Stored) -> None:
             dtype = value.dtype
         # copy: the value may be a view of the file.
         placed = value.to(load.device, dtype, copy=True)
-        setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
+        setattr(
+            module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed
+        )
         return
     keep_bits = None if item.keep_bits is None else item.keep_bits().to(load.device, copy=True)
     if isinstance(value, Tensor):
@@ -318,7 +326,9 @@ def stored_form(source: ModelSource) -> dict[str, Any]:
     kind = stored_kind(getattr(load_config(source), "quantization_config", None))
     if kind is None:
         return {"quant": "none"}
-    packed = [item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)]
+    packed = [
+        item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)
+    ]
     if kind in ("int8", MXFP4) or not packed:
         return {"quant": kind}
     return {"quant": kind, "block_size": packed[0].block_size, "double_quant": packed[0].double_quant}
@@ -342,10 +352,15 @@ def settle_stored(
         def read(item: StoredPacked) -> Tensor:
             return dequantize(item.read(), torch.bfloat16)
 
-        dense = {name: StoredTensor(each.key, each.shape, partial(read, each), "BF16") for name, each in packed.items()}
+        dense = {
+            name: StoredTensor(each.key, each.shape, partial(read, each), "BF16")
+            for name, each in packed.items()
+        }
         return {**stored, **dense}, layers
     if not packed and kind is None:
         return dict(stored), layers
     if kinds != [wanted.kind]:
-        raise UserError(f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind}).")
+        raise UserError(
+            f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind})."
+        )
     return dict(stored), set()

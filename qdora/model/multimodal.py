@@ -56,7 +56,9 @@ def auto_class(config: PreTrainedConfig, name: str = "") -> Any:
 
 def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
     """Give a Mistral 3 config the tying of its text model: a plan, which sees no tensors, would leave out the head."""
-    if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(directory / "config.json"):
+    if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(
+        directory / "config.json"
+    ):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
 
 
@@ -114,7 +116,9 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 def all_paths(model: nn.Module) -> list[str]:
     """Paths of all modules, also of those that are not loaded."""
-    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear if inner]
+    others = [
+        f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.is_linear if inner
+    ]
     return [path for path, _ in model.named_modules()] + others
 
 

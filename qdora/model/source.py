@@ -94,7 +94,9 @@ def resolve(
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource("gguf", path, source)
     if path.exists() or is_path(source):
-        raise UserError(f"{setting}: must be a directory, a .gguf file, a Hub id or '{BUILTIN}' (got {source}).")
+        raise UserError(
+            f"{setting}: must be a directory, a .gguf file, a Hub id or '{BUILTIN}' (got {source})."
+        )
     if trust_remote_code and not _COMMIT.fullmatch(revision or ""):
         raise UserError(
             "model.trust_remote_code: needs model.revision to be a full commit: a branch can be moved to other code."
@@ -139,7 +141,9 @@ def builtin_file() -> Path:
     except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
         raise UserError(f"model.source: '{BUILTIN}' needs the package {BUILTIN_PACKAGE}. {install}") from None
     if digest != BUILTIN_SHA256:
-        raise UserError(f"model.source: '{BUILTIN}': {path} has SHA-256 {digest}, expected {BUILTIN_SHA256}. {install}")
+        raise UserError(
+            f"model.source: '{BUILTIN}': {path} has SHA-256 {digest}, expected {BUILTIN_SHA256}. {install}"
+        )
     return path
 
 
@@ -147,7 +151,11 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
     """Refuse a directory without config.json or safetensors shards, or in a form that cannot be read."""
     if not (path / "config.json").is_file():
         is_adapter = (path / "adapter_config.json").is_file()
-        what = "holds an adapter, not a model; adapter.resume_from takes one" if is_adapter else "has no config.json"
+        what = (
+            "holds an adapter, not a model; adapter.resume_from takes one"
+            if is_adapter
+            else "has no config.json"
+        )
         raise UserError(f"{setting}: {path} {what}.")
     with reading(f"{setting}: {path}: its quantization_config"):
         stored_kind(read_json_object(path / "config.json").get("quantization_config"))
@@ -157,13 +165,17 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
 
 def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED)
+        )
     except Exception as error:
         # A full disk or a wrong revision is not the Hub's failure.
         kind = UserError if type(error) in (OSError, RevisionNotFoundError) else HubFailure
         at = f" at {revision}" if revision else ""
         what = f"is no directory, and from the Hub {type(error).__name__}: {error}"
-        what += " Fix: accept its terms there, then run: hf auth login" if isinstance(error, GatedRepoError) else ""
+        what += (
+            " Fix: accept its terms there, then run: hf auth login" if isinstance(error, GatedRepoError) else ""
+        )
         raise kind(f"{setting}: {source}{at}: {what}") from error
 
 
@@ -177,7 +189,9 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
     Else a token reserved for padding in the vocabulary, else the unknown token, else the end token.
     """
     if not source.is_gguf and not has_tokenizer(source.path):
-        raise NoTokenizer(f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}.")
+        raise NoTokenizer(
+            f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}."
+        )
     with reading(f"{setting}: {source.name}: its tokenizer"):
         if source.is_gguf:
             tokenizer = tokenizer_of_gguf(source.path)

@@ -37,7 +37,14 @@ from qdora.files.atomic import (
 )
 from qdora.files.console import Progress
 from qdora.files.tensor_file import write_tensors
-from qdora.model.checkpoint import Stored, StoredTensor, gather_packed, match_to_model, open_safetensors, shard_files
+from qdora.model.checkpoint import (
+    Stored,
+    StoredTensor,
+    gather_packed,
+    match_to_model,
+    open_safetensors,
+    shard_files,
+)
 from qdora.model.load import Loading, Quantization, layers_to_quantize, settle_stored, tensors_of_source
 from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
@@ -90,7 +97,9 @@ class BaseWriter:
             return {}
         return _with_masks(gather_packed(open_safetensors(self.directory, [self._file(block)])))
 
-    def write(self, block: int, layers: Mapping[str, FrozenLinear], records: Mapping[str, dict[str, Any]]) -> None:
+    def write(
+        self, block: int, layers: Mapping[str, FrozenLinear], records: Mapping[str, dict[str, Any]]
+    ) -> None:
         """Keep a block. First its weights and then its records appear, each whole or not at all."""
         held: dict[str, Tensor] = {}
         for path, layer in layers.items():
@@ -105,7 +114,9 @@ class BaseWriter:
 
     def finish(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Write compressed.json, which is returned."""
-        counts = {name: sum(row[name] for row in self.layers.values()) for name in ("num_weights", "num_pruned")}
+        counts = {
+            name: sum(row[name] for row in self.layers.values()) for name in ("num_weights", "num_pruned")
+        }
         share = counts["num_pruned"] / counts["num_weights"]
         record = {"format": 1, "key": self.key, "settings": dict(settings), **counts, "sparsity": share}
         record["layers"] = self.layers
@@ -153,7 +164,12 @@ class BaseCache:
         if self.wanted.kind == MXFP4:  # the source holds it packed
             return tensors_of_source(source, model)
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        decides = {"format": 2, "quantization": asdict(self.wanted), "model": shapes, "files": fingerprints(source)}
+        decides = {
+            "format": 2,
+            "quantization": asdict(self.wanted),
+            "model": shapes,
+            "files": fingerprints(source),
+        }
         key = hashlib.sha256(json_text(decides).encode()).hexdigest()
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):
@@ -165,7 +181,9 @@ class BaseCache:
                 failures = disk_failures(directory, "name another directory in base.cache")
                 with failures, atomic_directory(directory) as folder:
                     for number, (name, item) in enumerate(stored.items()):
-                        write_tensors(folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item)))
+                        write_tensors(
+                            folder / f"model-{number:05d}.safetensors", _parts(name, load.read(name, item))
+                        )
                         if self.progress is not None:
                             self.progress(number + 1, len(stored))
             else:

@@ -43,7 +43,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if token in vocabulary:
-            raise UserError(f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already.")
+            raise UserError(
+                f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already."
+            )
     first = max(vocabulary.values()) + 1
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if list(new_token_ids(tokenizer, tokens)) != list(range(first, first + len(tokens))):
@@ -70,7 +72,9 @@ def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     for module in (embedding,) if is_tied(model) else (embedding, head):
         weight = module.weight
         if older > len(weight):
-            raise UserError(f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows.")
+            raise UserError(
+                f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows."
+            )
         known = weight[:older]
         total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
         new = (total / older).to(weight.dtype).expand(len(ids), -1)
@@ -117,7 +121,9 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
         module: Any = model.get_submodule(path)
         if matrix.ids is None:
             if matrix.values is not module.weight:
-                module.weight.data = matrix.values.to(module.weight, copy=True)  # not in place: it may be of a file
+                module.weight.data = matrix.values.to(
+                    module.weight, copy=True
+                )  # not in place: it may be of a file
             module.weight.requires_grad_(True)
             continue
         if matrix not in shared:
@@ -162,10 +168,16 @@ def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int])
 def check_trainable(model: nn.Module, paths: Sequence[str], where: str = "adapter.also_train") -> None:
     """Refuse an embedding or a head at one of these paths that cannot be trained."""
     (embedding_path, head_path), (embedding, head) = embedding_paths(model), _modules(model)
-    if embedding_path in paths and type(embedding) is not nn.Embedding and not hasattr(embedding, "embed_scale"):
+    if (
+        embedding_path in paths
+        and type(embedding) is not nn.Embedding
+        and not hasattr(embedding, "embed_scale")
+    ):
         raise UserError(f"{where}: the embedding is a {type(embedding).__name__}.")
     if head_path in paths and (type(head) is not nn.Linear or head.bias is not None):
-        raise UserError(f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__}).")
+        raise UserError(
+            f"{where}: the head must be dense, without bias and adapter (got {type(head).__name__})."
+        )
 
 
 def is_tied(model: nn.Module) -> bool:

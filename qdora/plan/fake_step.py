@@ -67,7 +67,9 @@ def run_step(recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kin
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         signatures: list[Hashable] = []
         for index, block in enumerate(blocks[1]):
-            sizes = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
+            sizes = tuple(
+                (name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters()
+            )
             signatures.append((sizes, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
@@ -153,7 +155,9 @@ def _repeated(shapes: Shapes, path: str, pattern: BlockPattern) -> Shapes:
     return shapes | {f"repetition-{copy}.{name}": shape for copy in copies for name, shape in one.items()}
 
 
-def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
     """A model with its parameters on the meta device; `dtype` is that of the activations."""
     # It needs a GPU; auto is sdpa, which keeps the same tensors, or eager, which keeps more
     attention = "auto" if attention == "flash_attention_2" else attention
@@ -224,7 +228,9 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
             if wanted.kind != "none":
                 weight = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
         if isinstance(weight, PackedWeight):
-            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
+            live.register(
+                [tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES
+            )
         with live.label(parts.MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
         with live.label(parts.DENSE):
@@ -345,7 +351,9 @@ def update_bytes(shapes: Shapes, name: OptimizerName, device_kind: DeviceKind) -
             largest[kind.is_matrix] = keys
     with planned_on(device_kind), FakeTensorMode(), LiveBytes() as live:
         chosen = {key: shapes[key] for keys in largest.values() for key in keys}
-        parameters = {key: nn.Parameter(torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in chosen.items()}
+        parameters = {
+            key: nn.Parameter(torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in chosen.items()
+        }
         optimizer = AdapterOptimizer(parameters, name=name)
         for parameter in parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)

@@ -31,7 +31,17 @@ from qdora.model.load import block_list, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import Step, empty_model, run_step
-from qdora.plan.plan import ASSUMED, Change, DeviceKind, MicroBatchShape, Moment, Plan, Work, of_card, public_shapes
+from qdora.plan.plan import (
+    ASSUMED,
+    Change,
+    DeviceKind,
+    MicroBatchShape,
+    Moment,
+    Plan,
+    Work,
+    of_card,
+    public_shapes,
+)
 from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import parse_size, with_settings
@@ -120,7 +130,9 @@ class Planner:
             held = describe_adapter(Path(recipe.adapter.resume_from))
             modules = selected_modules(self.model, held)
             ranks = {path: held.rank_of(path) for path, module in modules.items() if is_linear(module)}
-            recipe = with_settings(recipe, adapter={"resume_from": None, "targets": list(ranks), "rank_pattern": ranks})
+            recipe = with_settings(
+                recipe, adapter={"resume_from": None, "targets": list(ranks), "rank_pattern": ranks}
+            )
         key = (
             recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"}),
             recipe.adapter.model_dump_json(),
@@ -260,7 +272,9 @@ def plan(
         if stacks(planner.model):
             even = card(most.shape, "even")
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
-        return replace(most, recipe=changed, budget_bytes=limit, step_seconds=seconds, even_routing_bytes=even_bytes)
+        return replace(
+            most, recipe=changed, budget_bytes=limit, step_seconds=seconds, even_routing_bytes=even_bytes
+        )
 
     def seconds_of(changed: Recipe) -> float:
         shapes, count = workload(changed)
@@ -287,7 +301,9 @@ def with_changes(
     """
     changes, changed, now, fitting = list[Change](), recipe, first, recipe
     for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) and valid != recipe}
+        options = {
+            each: valid for each in candidates if (valid := _overridden(recipe, each)) and valid != recipe
+        }
         ordered = sorted(options, key=lambda option: seconds_of(options[option]))
         for overrides in [*ordered, None] if neutral else ordered:
             if now.fits:
@@ -375,7 +391,12 @@ def divided_recipe(recipe: Recipe) -> Recipe | None:
 
 
 def within_budget(
-    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, processes: Processes = Processes()
+    recipe: Recipe,
+    compute: Compute,
+    workload: Workload,
+    *,
+    force: bool = False,
+    processes: Processes = Processes(),
 ) -> tuple[Recipe, Plan | None]:
     """Check a run against `memory.budget`; returns the recipe that runs, and its plan (None without a budget).
 
@@ -385,7 +406,11 @@ def within_budget(
     asked = recipe.memory.budget
     if asked is None:
         return recipe, None
-    budget = min(processes.gather(free_bytes(compute.device, processes.size))) if asked == "auto" else parse_size(asked)
+    budget = (
+        min(processes.gather(free_bytes(compute.device, processes.size)))
+        if asked == "auto"
+        else parse_size(asked)
+    )
     plan_of = partial(
         plan,
         budget=budget,

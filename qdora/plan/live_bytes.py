@@ -41,7 +41,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._label = "other"
-        self._counted: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}  # id -> storage, bytes, label
+        self._counted: dict[
+            int, tuple[weakref.ref[UntypedStorage], int, str]
+        ] = {}  # id -> storage, bytes, label
         self._by_label: Counter[str] = Counter()
         self.peak_by_label: dict[str, int] = {}
 
@@ -78,7 +80,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_by_label = self.live_by_label
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is _DEVICE_OF:  # half of all calls; the fake mode takes a tenth of a millisecond for each
             return args[0].fake_device

@@ -40,7 +40,8 @@ COMPONENTS = (  # of a plan, in the order of the table
     BACKWARD := "workspace of a block",  # its backward pass, with recomputed activations
     LOSS := "logits and loss",  # one chunk of logits, and the gradient of the hidden states
     UPDATE := "workspace of the update",  # a group in float32
-    CALIBRATION := "calibration",  # once, before the first step: a dense block, its inputs, and X^T X of its layers
+    CALIBRATION
+    := "calibration",  # once, before the first step: a dense block, its inputs, and X^T X of its layers
     STREAMING := "streaming slots",
     GATHERED := "gathered blocks",  # whole blocks of a divided base, and what they are gathered into
     CONTEXT := "context and libraries",  # of the process before the first tensor, a constant
@@ -140,7 +141,9 @@ class Plan:
     num_groups: int = 0  # of processes that the card's process communicates in
     assumptions: Sequence[str] = ()  # one sentence for each thing that could not be known
     host_bytes: int = 0  # pinned, for streamed blocks and checkpoints
-    block_bytes: int = 0  # packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
+    block_bytes: int = (
+        0  # packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
+    )
     num_blocks: int = 0
     num_streamed: int = 0
     num_trainable: int = 0
@@ -183,7 +186,16 @@ class Plan:
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        computed = ("moments", "recipe", "division", "device_kind", "shape", "changes", "num_groups", "forward_seconds")
+        computed = (
+            "moments",
+            "recipe",
+            "division",
+            "device_kind",
+            "shape",
+            "changes",
+            "num_groups",
+            "forward_seconds",
+        )
         return {
             "device": self.device_kind,
             "peak_bytes": self.peak_bytes,
@@ -254,7 +266,9 @@ class Work:
 
     def forward_seconds(self, shape: MicroBatchShape, rates: Rates) -> float:
         """Of a micro-batch through the blocks, without attention."""
-        return 2.0 * shape.num_tokens * self.num_linear * self.share_met / rates.flops + self.decode_seconds(rates)
+        return 2.0 * shape.num_tokens * self.num_linear * self.share_met / rates.flops + self.decode_seconds(
+            rates
+        )
 
     def step_seconds(self, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
         """Estimated time of an optimizer step.
@@ -266,9 +280,13 @@ class Work:
         """
         passes = 2 + self.checkpointing
         weights = self.num_linear * (passes + self.full) + self.num_trainable * (passes + 1) * (not self.full)
-        products = weights * self.share_met  # of the adapters, too, as if they were in proportion to their layers
+        products = (
+            weights * self.share_met
+        )  # of the adapters, too, as if they were in proportion to their layers
         attention = shape.length * self.attention_width * (1 + self.checkpointing + 2.5)
-        seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * self.decode_seconds(rates)
+        seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * self.decode_seconds(
+            rates
+        )
         num_chunks = -(-shape.num_labels // (self.head_chunk or max(shape.num_labels, 1)))
         seconds += 4.0 * self.num_head * max(shape.num_labels / rates.flops, num_chunks / rates.bytes)
         seconds += waiting_seconds(self.streamed_bytes / rates.link, self.forward_seconds(shape, rates))
@@ -306,7 +324,9 @@ def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
     return replace(plan, moments=[*once, *moments], block_bytes=0)  # no block of a divided base can be streamed
 
 
-def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
+def division_of(
+    model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool
+) -> Division | None:
     """Of a model on the meta device, whose linear layers are not yet replaced; None without blocks."""
     found = block_list(model)
     if found is None:
@@ -323,7 +343,12 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
             form = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
         masked = pruned and path in chosen
         bits = torch.empty(-(-rows * columns // 8), dtype=torch.uint8, device="meta") if masked else None
-        names = {"weight": BASE if path in chosen else DENSE, "packed": BASE, "absmax": SCALES, "keep_bits": MASKS}
+        names = {
+            "weight": BASE if path in chosen else DENSE,
+            "packed": BASE,
+            "absmax": SCALES,
+            "keep_bits": MASKS,
+        }
         sizes[path] = 0
         for name, tensor in divided_tensors(form, bits).items():  # as `ShardedBase` cuts them
             length = rows if is_cut_by_rows(form, masked=masked) else tensor.numel()
@@ -347,7 +372,11 @@ def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
     )
 
 
-_SHARING = ("k_proj", "v_proj", "up_proj")  # read the input of q_proj or gate_proj, and share its X^T X and factor
+_SHARING = (
+    "k_proj",
+    "v_proj",
+    "up_proj",
+)  # read the input of q_proj or gate_proj, and share its X^T X and factor
 _COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
 
 
@@ -365,12 +394,16 @@ def compression(
         return 0, 0.0
     num_tokens, blocks = measured[1].sequences * measured[1].length, Counter[str]()
     flops, num_columns, workspace = 0.0, 0, 0
-    for path in (path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")):
+    for path in (
+        path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")
+    ):
         layer: Any = model.get_submodule(path)
         (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
         squares = columns**2 if base.statistic == "sparsegpt" else 0
         num_products = 0 if path.endswith(_SHARING) else experts
-        met = num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)
+        met = (
+            num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)
+        )
         blocks[path.removeprefix(f"{found[0]}.").partition(".")[0]] += (
             rows * columns * dtype.itemsize + 4 * squares * num_products
         )
@@ -412,7 +445,9 @@ def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: 
 def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
     """The moments with these blocks off the device: without their bytes, but with the slots."""
     more = {BASE: -streamed.codes, SCALES: -streamed.scales, STREAMING: NUM_SLOTS * streamed.block_bytes}
-    return [m.changed({name: m.by_component.get(name, 0) + size for name, size in more.items()}) for m in moments]
+    return [
+        m.changed({name: m.by_component.get(name, 0) + size for name, size in more.items()}) for m in moments
+    ]
 
 
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
@@ -422,7 +457,10 @@ def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Mom
     """
     sizes = [moment.by_component.get(CHECKPOINTS, 0) for moment in moments]
     single = max(sizes, default=0) // max(num_blocks, 1)
-    here = [moment.changed({CHECKPOINTS: min(size, 3 * single)}) for moment, size in zip(moments, sizes, strict=True)]
+    here = [
+        moment.changed({CHECKPOINTS: min(size, 3 * single)})
+        for moment, size in zip(moments, sizes, strict=True)
+    ]
     # torch rounds pinned memory up to a power of two.
     return here, (1 << max(single - 1, 0).bit_length()) * max(num_blocks - 1, 0)
 
@@ -441,7 +479,9 @@ class PublicShape:
 @cache
 def public_shapes() -> dict[str, PublicShape]:
     """Hub id -> shape of every model in the file."""
-    data = yaml.safe_load(resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(
+        resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8")
+    )
     shapes: dict[str, PublicShape] = {}
     for model in data["models"]:
         shape = PublicShape(model["config"], data["sources"].get(model["source"], model["source"]))

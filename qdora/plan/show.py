@@ -24,7 +24,15 @@ from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.console import consoles
 from qdora.model.build_model import find_model
 from qdora.plan import plan as parts
-from qdora.plan.fit import MOST_STEPS, Workload, assumed_workload, divided_recipe, num_sharing, plan, workload_of_data
+from qdora.plan.fit import (
+    MOST_STEPS,
+    Workload,
+    assumed_workload,
+    divided_recipe,
+    num_sharing,
+    plan,
+    workload_of_data,
+)
 from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
 from qdora.recipe.recipe_file import missing_files, override
 from qdora.recipe.section import parse_size, size_text
@@ -59,7 +67,9 @@ def plan_run(
     if recipe.adapter.gates is not None:
         assumed.append("the gates have removed no component yet")
     plan_of = partial(plan, device_kind=device_kind, workload=workload, num_processes=num_processes)
-    card_plan = plan_of(recipe, limit, num_sharing=num_sharing(recipe, num_processes, num_processes // num_hosts))
+    card_plan = plan_of(
+        recipe, limit, num_sharing=num_sharing(recipe, num_processes, num_processes // num_hosts)
+    )
     card_plan = replace(card_plan, assumptions=assumed)
     show_plan(results, card_plan)
     document: dict[str, Any] = {"mix": mix, "memory": card_plan.to_dict()}
@@ -113,12 +123,16 @@ def show_plan(console: Console, plan: Plan) -> None:
             f"Experts: the worse routing is planned; {size_text(plan.even_routing_bytes)} if tokens divide evenly."
         )
     if plan.stored_shape is not None:
-        lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
+        lines.append(
+            f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it."
+        )
     if plan.step_seconds is not None:
         seconds = seconds_text(plan.step_seconds)
         lines.append(f"Estimated time: {seconds} per step on one card, by a roofline of {plan.rates['name']}.")
     if plan.compress_seconds is not None:
-        lines.append(f"Compressing the base: about {seconds_text(plan.compress_seconds)} once, by the same roofline.")
+        lines.append(
+            f"Compressing the base: about {seconds_text(plan.compress_seconds)} once, by the same roofline."
+        )
     if plan.host_bytes:
         lines.append(f"Host memory: {size_text(plan.host_bytes)} pinned.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
@@ -128,7 +142,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     for change in plan.changes:
         neutral = "" if change.neutral else "; changes what is trained"
         options = f"-s {change.setting.replace(', ', ' -s ')}"
-        lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
+        lines.append(
+            f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}"
+        )
     for line in lines:
         console.print(line, soft_wrap=True)
 
@@ -184,7 +200,9 @@ def process_plans(plans: Mapping[Way, Plan], num_processes: int, num_hosts: int 
             "wire_bytes": round(passes * (2 * blocks + ends) + gradients),
             "step_seconds": seconds,
         }
-        rows.append(row | {name: getattr(card, name) for name in ("peak_bytes", "fits", "host_bytes", "num_streamed")})
+        rows.append(
+            row | {name: getattr(card, name) for name in ("peak_bytes", "fits", "host_bytes", "num_streamed")}
+        )
     return rows
 
 

@@ -75,7 +75,11 @@ class Compressor:
             if item is not None and self.pattern is not None and name.startswith(f"{path}."):
                 check_shape(self.pattern, (item.shape[0], item.shape[-1]), name)
         # The tensors are read in several passes, whose counts are added up.
-        count, total, progress = itertools.count(1), len(load.stored), load.progress or (lambda _done, _total: None)
+        count, total, progress = (
+            itertools.count(1),
+            len(load.stored),
+            load.progress or (lambda _done, _total: None),
+        )
         load = replace(load, progress=lambda _done, _total: progress(next(count), total))
         outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
         place_all(replace(load, stored=outside))
@@ -93,7 +97,13 @@ class Compressor:
                 load.model.base_model(input_ids=self.calibration.to(load.device), use_cache=False)
 
     def _through_block(
-        self, load: Loading, index: int, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any
+        self,
+        load: Loading,
+        index: int,
+        block: nn.Module,
+        tensors: Mapping[str, Stored],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         del block.forward  # back to the class's own
         self._place_others(load, tensors)
@@ -105,7 +115,9 @@ class Compressor:
             is_first = prune is not None and prune.order == "quantize_first"
             wanted = load.wanted if is_first else replace(load.wanted, kind="none")
             place_all(replace(load, stored=weights, wanted=wanted, progress=None))
-            with _measured({path: load.model.get_submodule(path) for path in paths}, self.base.statistic) as statistics:
+            with _measured(
+                {path: load.model.get_submodule(path) for path in paths}, self.base.statistic
+            ) as statistics:
                 for part in _parts(args, kwargs):
                     block(*part[0], **part[1])
             self._compress(load, index, tensors, statistics)
@@ -117,7 +129,9 @@ class Compressor:
 
     def _place_others(self, load: Loading, tensors: Mapping[str, Stored]) -> None:
         compressed = {f"{path}.weight" for path in _paths(load, tensors)}
-        place_all(replace(load, stored={name: item for name, item in tensors.items() if name not in compressed}))
+        place_all(
+            replace(load, stored={name: item for name, item in tensors.items() if name not in compressed})
+        )
 
     def _compress(
         self, load: Loading, index: int, tensors: Mapping[str, Stored], statistics: dict[str, _Statistics]
@@ -127,7 +141,9 @@ class Compressor:
         for place, path in enumerate(_paths(load, tensors)):
             found, width = statistics.get(path, [None]), tensors[f"{path}.weight"].shape[-1]
             # GPTQ rounds layers with the same inputs in one sweep, unless a block lies in two of them.
-            shared = is_plain and len(found) == 1 and found[0] is not None and width % load.wanted.block_size == 0
+            shared = (
+                is_plain and len(found) == 1 and found[0] is not None and width % load.wanted.block_size == 0
+            )
             stacks.setdefault(id(found) if shared else place, []).append(path)
         for paths in stacks.values():
             values: list[Any] = [tensors[f"{path}.weight"].read().to(load.device) for path in paths]
@@ -147,7 +163,11 @@ class Compressor:
     ) -> list[tuple[Weight, Tensor | None]]:
         """Form and keep mask of a weight, or of several whose rows GPTQ rounds together."""
         prune, wanted, pattern = self.base.prune, load.wanted, self.pattern
-        form, double_quant, by_gptq = (wanted.kind, wanted.block_size), wanted.double_quant, self.base.method == "gptq"
+        form, double_quant, by_gptq = (
+            (wanted.kind, wanted.block_size),
+            wanted.double_quant,
+            self.base.method == "gptq",
+        )
         value = values[0] if len(values) == 1 else torch.cat(list(values))
         missing = [str(index) for index, found in enumerate(measured) if found is None]
         if missing and self.calibration is not None:
@@ -171,7 +191,9 @@ class Compressor:
                 packed = quantize(values[0], *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
             scored = [found if prune.method == "wanda" else None for found in measured]
-            masks = [mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)]
+            masks = [
+                mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)
+            ]
             mask, pattern = torch.cat(masks), None
             if prune.order == "quantize_first":
                 return [(zero_packed(packed, mask), mask)]

@@ -25,7 +25,9 @@ DAMPING = 0.01
 """Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
 BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
-_INNER_COLUMNS = 16  # that a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
+_INNER_COLUMNS = (
+    16  # that a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
+)
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 Group = Literal["tensor", "row"]
@@ -52,7 +54,9 @@ def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
 def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
     """Refuse a weight (out, in) that cannot have the pattern."""
     if shape[1] % pattern.of:
-        what = f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
+        what = (
+            f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
+        )
         raise UserError(f"base.prune.pattern: {name}: {what}. Fix: leave such layers out with base.skip.")
 
 
@@ -93,7 +97,9 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 class InputStatistics:
     """Statistics of a layer's inputs, float32: for "wanda" the squares of each column, for "sparsegpt" X^T X."""
 
-    def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
+    def __init__(
+        self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str
+    ) -> None:
         shape = (in_features,) if method == "wanda" else (in_features, in_features)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._factor: Tensor | None = None
@@ -151,9 +157,13 @@ class Pruned(NamedTuple):
 def check_finite(weight: Tensor, statistics: InputStatistics | None, name: str) -> None:
     """Refuse a weight and measured inputs that cannot be compared."""
     if not bool(weight.isfinite().all()):
-        raise UserError(f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned or quantised.")
+        raise UserError(
+            f"{name}: has weights that are not finite (NaN or infinite) and cannot be pruned or quantised."
+        )
     if statistics is not None and not bool(statistics.sums.isfinite().all()):
-        raise UserError(f"{name}: the inputs measured on the calibration text are not finite (NaN or infinite).")
+        raise UserError(
+            f"{name}: the inputs measured on the calibration text are not finite (NaN or infinite)."
+        )
 
 
 @torch.no_grad()

@@ -50,7 +50,9 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
             tensors["nested_absmax"] = state["weight.nested_absmax"]
             tensors["nested_code"] = state["weight.nested_quant_map"]
             # Stored as decimal digits of a float32, so this is exact.
-            tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
+            tensors["nested_offset"] = torch.tensor(
+                stored["nested_offset"], dtype=torch.float32, device=weight.device
+            )
         return from_tensors(kind, (rows, columns), stored["blocksize"], tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{name}: not a weight that bitsandbytes stored: {error!r}") from error

@@ -52,7 +52,12 @@ def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:
     Skewed, `top_k` experts get nearly all tokens, and as many as may be of the others one: they share a launch with the
     busy ones, and their weights do not lie together.
     """
-    planned, counts, left, busy = _PLANNED.get(), [0] * num_experts, num_tokens * top_k, list(range(num_experts))
+    planned, counts, left, busy = (
+        _PLANNED.get(),
+        [0] * num_experts,
+        num_tokens * top_k,
+        list(range(num_experts)),
+    )
     if planned is not None and planned[1] == "skewed":
         reached = busy[:: 2 if (num_experts + 1) // 2 >= top_k else 1][:left]
         for expert in reached:
@@ -105,7 +110,9 @@ def tight_decoder(device_type: str) -> Any:
         from qdora.quant.tight_kernel import decode_into
 
         # Triton compiles at a launch, for which it needs a C compiler.
-        codes, ones = (torch.ones(32, dtype=dtype, device=device_type) for dtype in (torch.uint8, torch.float32))
+        codes, ones = (
+            torch.ones(32, dtype=dtype, device=device_type) for dtype in (torch.uint8, torch.float32)
+        )
         decode_into(torch.empty_like(ones), codes, ones, ones, bits=3, block_size=16)
     except Exception as error:
         log.warning("Weights of 2 and 3 bits are decoded by plain torch, more slowly. Triton: %r", error)
@@ -134,5 +141,7 @@ def product_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int]
 ) -> Tensor:
     """x W^T, (tokens, out) in x's dtype, which is float32, bfloat16 or float16, from the codes of W, (out, in)."""
-    out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(x, packed.view(-1, 1), list(shape), absmax, block_size, kind)
+    out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+        x, packed.view(-1, 1), list(shape), absmax, block_size, kind
+    )
     return out

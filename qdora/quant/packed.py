@@ -94,7 +94,9 @@ def _layout(kind: str, shape: tuple[int, int], block_size: int, nested: bool) ->
     return layout
 
 
-def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
+def from_tensors(
+    kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]
+) -> PackedWeight:
     """The inverse of `PackedWeight.tensors`; ValueError for another shape or dtype."""
     layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -221,7 +223,12 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     group, end = first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE)
     start = group * NESTED_BLOCK_SIZE
     decode = kernels.dequantize_scales if _has_kernels(packed.device) else blockwise.dequantize_scales
-    scales = packed.absmax[start:last], packed.nested_absmax[group:end], packed.nested_code, packed.nested_offset
+    scales = (
+        packed.absmax[start:last],
+        packed.nested_absmax[group:end],
+        packed.nested_code,
+        packed.nested_offset,
+    )
     return decode(*scales)[first - start :]
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 _STEP = 1024  # weights of a program
 
 
-def decode_into(out: Tensor, packed: Tensor, scales: Tensor, values: Tensor, *, bits: int, block_size: int) -> None:
+def decode_into(
+    out: Tensor, packed: Tensor, scales: Tensor, values: Tensor, *, bits: int, block_size: int
+) -> None:
     """out[i] = value[code i] * scales[i // block_size], a float32 product and one cast, for all of `out`, in order.
 
     `packed` are codes as by `blockwise.pack_codes`, `scales` (blocks,) float32, `values` (4 * 2^bits or more,) float32:

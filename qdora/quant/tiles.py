@@ -110,7 +110,10 @@ def dense_tiles(
             yield run, blockwise.dequantize_rows(some, blocks.squeeze(1), dtype)
             continue
         shape = (some.shape[0], some.shape[1] * 8 // bits)
-        yield run, decode_blocks(some.reshape(-1), blocks.reshape(-1), weight.kind, block, shape=shape, dtype=dtype)
+        yield (
+            run,
+            decode_blocks(some.reshape(-1), blocks.reshape(-1), weight.kind, block, shape=shape, dtype=dtype),
+        )
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:

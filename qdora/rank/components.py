@@ -197,8 +197,12 @@ def layer_directions(
 
 
 def _of_stack(parts: Sequence[Directions]) -> Directions:
-    columns = [(part.left.T, part.right.T, torch.tensor(part.sizes), torch.tensor(part.slopes)) for part in parts]
-    left, right, sizes, slopes = (pad_sequence(list(each), batch_first=True) for each in zip(*columns, strict=True))
+    columns = [
+        (part.left.T, part.right.T, torch.tensor(part.sizes), torch.tensor(part.slopes)) for part in parts
+    ]
+    left, right, sizes, slopes = (
+        pad_sequence(list(each), batch_first=True) for each in zip(*columns, strict=True)
+    )
     return Directions(left.mT, right.mT, sizes.numpy(), slopes.numpy())
 
 
@@ -264,7 +268,9 @@ def exact_curvatures(
     found: dict[str, Components] = {}
     for name, each in directions.items():
         values = np.zeros(each.sizes.shape)
-        with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
+        with curvature_of(
+            model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE
+        ) as operator:
             for index in np.ndindex(*values.shape):
                 *expert, component = index
                 left, right = (vectors[tuple(expert)][:, component] for vectors in (each.left, each.right))
@@ -325,7 +331,9 @@ class Probe:
         self._own_length: Tensor | None = None  # how far the rows lengthen along each component
         if norm == "attached":
             mask = 1.0 if self._keep is None else self._keep
-            update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).view(*rows, -1)
+            update = (layer.stored_B().to(dtype) @ layer.lora_A.detach().to(dtype) * layer.scaling).view(
+                *rows, -1
+            )
             total = layer.base.dequantized(dtype).view(*rows, -1) + mask * update
             squared = total.square().sum(dim=2, keepdim=True)
             self._own_length = left * ((mask * total) @ right) / squared.masked_fill(squared == 0, 1.0)

@@ -77,7 +77,10 @@ class _PlainLayer:
         values = {name: value[rows] if name in UPDATE else value[expert] for name, value in self.values.items()}
         norm = None if self.row_norm is None else self.row_norm[expert]
         return replace(
-            self, values=values, row_norm=norm, keep_mask=None if self.keep_mask is None else self.keep_mask[rows]
+            self,
+            values=values,
+            row_norm=norm,
+            keep_mask=None if self.keep_mask is None else self.keep_mask[rows],
         )
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
@@ -119,7 +122,11 @@ def plain_model(
         for name, layer in adapted.items():
             dtype, chosen = layer.base.wide_dtype, name in layers
             factors = {"lora_A": layer.lora_A, "lora_B": layer.stored_B(), "magnitude": layer.magnitude}
-            values = {part: value.detach().to(dtype, copy=True) for part, value in factors.items() if value is not None}
+            values = {
+                part: value.detach().to(dtype, copy=True)
+                for part, value in factors.items()
+                if value is not None
+            }
             if chosen:
                 if "update" in parts:
                     values["update"] = (values["lora_B"] @ values["lora_A"] * layer.scaling).flatten(0, -2)
@@ -159,7 +166,11 @@ class CurvatureOperator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, leaves: Sequence[Tensor], batches: Sequence[MicroBatch], curvature: Curvature
+        self,
+        model: PreTrainedModel,
+        leaves: Sequence[Tensor],
+        batches: Sequence[MicroBatch],
+        curvature: Curvature,
     ) -> None:
         self.size = sum(leaf.numel() for leaf in leaves)
         self._model, self._leaves, self._batches, self._curvature = model, leaves, batches, curvature
@@ -246,7 +257,13 @@ def top_eigenpairs(
 
 
 def layer_spectrum(
-    model: PreTrainedModel, layer: str, batches: Sequence[MicroBatch], num: int, *, curvature: Curvature, norm: Norm
+    model: PreTrainedModel,
+    layer: str,
+    batches: Sequence[MicroBatch],
+    num: int,
+    *,
+    curvature: Curvature,
+    norm: Norm,
 ) -> dict[str, Any]:
     """The largest eigenvalues of the curvature by the factors of a layer, as JSON values.
 

@@ -70,7 +70,9 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     return [f"{path}: {fault}" for fault in faults]
 
 
-def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
+def _measured_ranks(
+    trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console
+) -> dict[str, Any]:
     adapted = adapted_layers(trained.model)
     check_matches("--layers", asked.layers, adapted, "adapted")
     layers = {
@@ -145,7 +147,9 @@ def _budget(asked: RankSettings, own: int) -> int:
     except (ValueError, OverflowError):  # of inf%
         budget = 0
     if budget < 1:
-        raise UserError(f"--budget: got {text!r}, must be a number of parameters or a share of the run's {own:,}.")
+        raise UserError(
+            f"--budget: got {text!r}, must be a number of parameters or a share of the run's {own:,}."
+        )
     return budget
 
 
@@ -166,7 +170,9 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
         "mode": recipe.adapter.gates.mode,
         "num_parameters": sum(rank * cost[name] for name, rank in ranks.items()),
         "num_parameters_of_run": sum(rank * cost[name] for name, rank in starts.items()),
-        "layers": {name: {"rank": ranks[name], "rank_of_run": starts[name], **each} for name, each in layers.items()},
+        "layers": {
+            name: {"rank": ranks[name], "rank_of_run": starts[name], **each} for name, each in layers.items()
+        },
         **write_recipe(run, recipe, "gates", ranks),
     }
 

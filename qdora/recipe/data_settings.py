@@ -28,7 +28,10 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
 
-FILE_SUFFIXES = (".parquet", *(plain + packed for packed in ("", *COMPRESSED_SUFFIXES) for plain in PLAIN_SUFFIXES))
+FILE_SUFFIXES = (
+    ".parquet",
+    *(plain + packed for packed in ("", *COMPRESSED_SUFFIXES) for plain in PLAIN_SUFFIXES),
+)
 
 DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
@@ -104,9 +107,9 @@ class SourceConfig(Section):
     """Your own data: a file, a pattern such as data/*.jsonl, a directory of files, or a Hub id."""
     path: Text | None = None
     """For a task: directory with <split>.parquet or <split>.jsonl (null: the task's pinned data set on the Hub)."""
-    format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"
+    ] = "auto"
     """Layout of the rows of source. auto: by the names of the columns. commonsense170k: asks as the DoRA paper does."""
     chat: Flag = False
     """Make a chat of each row of prompt and completion, or instruction and output, and a column system."""
@@ -189,10 +192,16 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_streams(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("too_long") or not isinstance(given.get("mix"), list | tuple):
+        if (
+            not isinstance(given, dict)
+            or given.get("too_long")
+            or not isinstance(given.get("mix"), list | tuple)
+        ):
             return given
         sources = [dict(each) for each in given["mix"] if isinstance(each, dict | Section)]
-        return given | {"too_long": "truncate"} if any(each.get("stream") is True for each in sources) else given
+        return (
+            given | {"too_long": "truncate"} if any(each.get("stream") is True for each in sources) else given
+        )
 
     @property
     def has_stream(self) -> bool:

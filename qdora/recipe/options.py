@@ -57,10 +57,14 @@ class Options(BaseModel):
                 what = f"is used only with {flag(other)}"
                 if values:
                     what += f" {values.replace(' ', ' or ')}, got {getattr(self, other)}"
-                yield from (f"{flag(name)}: {what}. Fix: remove it." for name in names.split() if self.has(name))
+                yield from (
+                    f"{flag(name)}: {what}. Fix: remove it." for name in names.split() if self.has(name)
+                )
         for names, other in self.not_with:
             both = [name for name in names.split() if self.has(name) and self.has(other)]
-            yield from (f"{flag(name)}: is not used with {flag(other)}. Fix: remove one of them." for name in both)
+            yield from (
+                f"{flag(name)}: is not used with {flag(other)}. Fix: remove one of them." for name in both
+            )
 
 
 class Changes(Options):

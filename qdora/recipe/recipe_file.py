@@ -58,7 +58,9 @@ class _Loader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
             seen.add((key.tag, key.value))
         return node
 
@@ -113,10 +115,14 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     A fault is a line `<where>: <key>: what is wrong`, or `-s: ...` in a key of `overrides`, which `data` has already.
     """
     try:
-        secrets = [masked(key) for key, value in flat(data).items() if masked(text := f"{key}: {value}") != text]
+        secrets = [
+            masked(key) for key, value in flat(data).items() if masked(text := f"{key}: {value}") != text
+        ]
     except RecursionError:
         raise UserError(f"{where}: an alias contains itself.") from None
-    what = "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
+    what = (
+        "holds an access token, which others may read. Fix: revoke it, and run 'hf auth login' or set HF_TOKEN."
+    )
     refuse([f"{where}: {path}: {what}" for path in secrets])
     data = copy.deepcopy(data)
     _make_absolute_(data, Path.cwd())
@@ -191,7 +197,9 @@ def key_and_value(item: str, *, of_vary: bool = False) -> tuple[str, Any]:
     return key, _parsed(f"[{text}]" if of_vary else text, f"{option} {one_line(item)}")
 
 
-def with_overrides(data: dict[str, Any], overrides: Sequence[str], level: int = logging.DEBUG) -> dict[str, Any]:
+def with_overrides(
+    data: dict[str, Any], overrides: Sequence[str], level: int = logging.DEBUG
+) -> dict[str, Any]:
     """A copy of `data` with `key=value` settings put in, in order.
 
     Values are YAML, and null stands for the default. A setting of `data` that has no effect under the given ones is
@@ -335,7 +343,11 @@ def _unused(recipe: Recipe) -> dict[str, str]:
     if prune is not None:
         has_groups = prune.pattern != "unstructured" or prune.method == "sparsegpt"
         rows += [
-            ("base.prune damping", "only base.prune.method sparsegpt has a damping", prune.method != "sparsegpt"),
+            (
+                "base.prune damping",
+                "only base.prune.method sparsegpt has a damping",
+                prune.method != "sparsegpt",
+            ),
             ("base.prune calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
             ("base calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
             ("base.prune group", f"{prune.method} with {prune.pattern} has its own", has_groups),
@@ -356,8 +368,16 @@ def _unused(recipe: Recipe) -> dict[str, str]:
             (f"{where} split", "source is a file or a pattern", has_file_ending(own) or is_pattern(own)),
             (f"{where} chat", f"no chats are made of format {format}", format not in ("auto", *CHAT_FORMATS)),
             (f"{where} format", "template makes prompt and completion", source.template is not None),
-            (f"{where} weight", f"data.strategy is {data.strategy} and not weights", data.strategy != "weights"),
-            (f"{where} loss_weight", "there is no other source to train on", len(data.mix) == 1 or kind == "none"),
+            (
+                f"{where} weight",
+                f"data.strategy is {data.strategy} and not weights",
+                data.strategy != "weights",
+            ),
+            (
+                f"{where} loss_weight",
+                "there is no other source to train on",
+                len(data.mix) == 1 or kind == "none",
+            ),
         ]
     unused = dict[str, str]()
     for names, why, applies in rows:
@@ -392,7 +412,13 @@ def _faults(recipe: Recipe) -> Iterator[Fault]:
 
 def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     model, base, adapter, data, evals = recipe.model, recipe.base, recipe.adapter, recipe.data, recipe.eval
-    train, memory, prune, gates, added = recipe.train, recipe.memory, base.prune, adapter.gates, model.add_tokens
+    train, memory, prune, gates, added = (
+        recipe.train,
+        recipe.memory,
+        base.prune,
+        adapter.gates,
+        model.add_tokens,
+    )
     full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
     away, stream, micro = base.residency != "device", data.has_stream, train.micro_batch_tokens
     gptq = base.method == "gptq"

@@ -78,7 +78,9 @@ class Section(BaseModel):
     def _without_null(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        other = {name for name, field in cls.model_fields.items() if type(None) not in get_args(field.annotation)}
+        other = {
+            name for name, field in cls.model_fields.items() if type(None) not in get_args(field.annotation)
+        }
         return {name: value for name, value in given.items() if value is not None or name not in other}
 
 

@@ -309,7 +309,9 @@ class TrainConfig(Section):
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
     """How processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard within a
     machine. auto: shard if memory.budget is set and the base fits only so. See the guide several-gpus."""
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = (
+        "paged_adamw_8bit"
+    )
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0

@@ -122,7 +122,9 @@ def compress_base(
     names = ("prune", "quant", "method", "clip", "calibration")
     record = writer.finish({name: made[name] for name in names if name in made})
     text = "Compressed %d layers to %s; %.2f %% of their %s weights are zero."
-    logger.info(text, len(writer.layers), base.quant_in_words, 100 * record["sparsity"], f"{record['num_weights']:,}")
+    logger.info(
+        text, len(writer.layers), base.quant_in_words, 100 * record["sparsity"], f"{record['num_weights']:,}"
+    )
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
@@ -154,14 +156,18 @@ def calibration_tokens(
     return pieces(ids, special_prefix(tokenizer), asked, where)
 
 
-def pieces(ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig, where: str = "calibration") -> Tensor:
+def pieces(
+    ids: ArrayLike, prefix: Sequence[int], asked: CalibrationConfig, where: str = "calibration"
+) -> Tensor:
     """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin."""
     ids = np.asarray(ids)
     length = asked.length - len(prefix)
     if length < 1 or len(ids) < length:
         raise UserError(f"{where}.length: got {asked.length}, but the text has only {len(ids)} tokens.")
     starts = np.random.default_rng(asked.seed).integers(0, len(ids) - length + 1, asked.sequences)
-    return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)
+    return torch.tensor(
+        [[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64
+    )
 
 
 def with_revisions_of(recipe: Recipe, other: Recipe) -> Recipe:
@@ -192,7 +198,9 @@ def residency_of(recipe: Recipe) -> dict[str, Any]:
     return {"residency": recipe.base.residency, "streamed_blocks": recipe.base.streamed_blocks}
 
 
-def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
+def residency_here(
+    run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False
+) -> Recipe:
     """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU
     and not if it is `differentiated` without checkpointing."""
     chosen = run.read_json("environment.json").get("residency") or residency_of(recipe)

@@ -67,7 +67,12 @@ class LoadedModel(NamedTuple):
 
 
 def load_run(
-    path: Path, *, step: int | None = None, base_only: bool = False, original: bool = False, widened: bool = False
+    path: Path,
+    *,
+    step: int | None = None,
+    base_only: bool = False,
+    original: bool = False,
+    widened: bool = False,
 ) -> TrainedRun:
     """Load the base and the adapter of a run.
 
@@ -118,7 +123,9 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
         return run.adapter, "final"
     newest = run.newest_checkpoint()
     if newest is None:
-        raise UserError(f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume.")
+        raise UserError(
+            f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume."
+        )
     return newest, newest.name
 
 
@@ -191,7 +198,12 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     recipe = recipe_from(document, str(adapter))
     read_adapter(skeleton(base_config, source), adapter)
     public = name if name == BUILTIN else public_name(name)
-    return recipe, {"base": public, "revision": source.revision, "quant": recipe.base.quant_in_words, "known": known}
+    return recipe, {
+        "base": public,
+        "revision": source.revision,
+        "quant": recipe.base.quant_in_words,
+        "known": known,
+    }
 
 
 def _asked_form(quant: str, stored: dict[str, Any], name: str) -> dict[str, Any]:

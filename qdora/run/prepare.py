@@ -261,16 +261,26 @@ def repeated_checks(
         with suppress(UserError):  # such as chats without a template, an error only where they are scored
             rows = tally.add(some)
             parts = [
-                [each.input_ids.tobytes() for each in row if isinstance(each, TokenizedExample) and not each.is_cut]
+                [
+                    each.input_ids.tobytes()
+                    for each in row
+                    if isinstance(each, TokenizedExample) and not each.is_cut
+                ]
                 for row in rows
             ]
-            looked_up[name] = [whole for whole, row in zip(parts, rows, strict=True) if len(whole) == len(row) > 0]
+            looked_up[name] = [
+                whole for whole, row in zip(parts, rows, strict=True) if len(whole) == len(row) > 0
+            ]
     wanted = {part for found in looked_up.values() for parts in found for part in parts}
-    trained = wanted.intersection(example.input_ids.tobytes() for source in sources for example in source.examples)
+    trained = wanted.intersection(
+        example.input_ids.tobytes() for source in sources for example in source.examples
+    )
     numbers = {name: sum(trained.issuperset(parts) for parts in found) for name, found in looked_up.items()}
     text = "{}: of {:,} validation examples looked up, {:,} are training examples, too."
     return [
-        Check("warning", text.format(name, len(looked_up[name]), number)) for name, number in numbers.items() if number
+        Check("warning", text.format(name, len(looked_up[name]), number))
+        for name, number in numbers.items()
+        if number
     ]
 
 
@@ -285,8 +295,6 @@ def token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: A
     if not ids:
         return []
     names = first_few(tokenizer.convert_ids_to_tokens(ids), 8)
-    text = (
-        f"the training data has tokens that the base never learnt: {names}. Their rows are zero, and an adapter does "
-    )
-    text += "not change them. Fix: name the instruct version in model.source, or train them "
+    text = f"the training data has tokens that the base never learnt: {names}. Their rows are zero, and an adapter "
+    text += "does not change them. Fix: name the instruct version in model.source, or train them "
     return [Check("warning", f"{text}(adapter.also_train_rows: all).")]

@@ -100,7 +100,9 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_rows, unused, faults = len(train), set(sample.unused), tally.faults()
     by_row = [[part for part in row if isinstance(part, TokenizedExample)] for row in rows]
     examples = [example for row in by_row for example in row]
-    in_turn = (example for example in chain.from_iterable(zip_longest(*by_row[:num_shown])) if example is not None)
+    in_turn = (
+        example for example in chain.from_iterable(zip_longest(*by_row[:num_shown])) if example is not None
+    )
     lengths = np.quantile(tally.lengths or [0], [*_QUANTILES.values()], method="inverted_cdf").tolist()
     checks = example_checks([TokenizedSet(source.label, tuple(examples))], tokenizer, data)
     warnings = [check.text for check in checks if check.state == "warning"]
@@ -158,7 +160,9 @@ def _tokens(example: Mapping[str, Any]) -> Text:
         words = shown.removesuffix("\n")
         words = f"«{words}»" if piece["is_special"] else words
         words = ("⟦" if piece["in_loss"] > before else "") + words + ("⟧" if piece["in_loss"] > after else "")
-        text.append(words, style="green underline" if piece["in_loss"] else "magenta" if piece["is_special"] else "")
+        text.append(
+            words, style="green underline" if piece["in_loss"] else "magenta" if piece["is_special"] else ""
+        )
         text.append("│", style="dim")
         text.append("\n" if shown.endswith("\n") and number + 1 < len(pieces) else "")
     return text

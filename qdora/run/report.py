@@ -144,7 +144,9 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
 
 
 def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
-    label, factor, digits = ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else ("accuracy, %", 100, 1)
+    label, factor, digits = (
+        ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else ("accuracy, %", 100, 1)
+    )
 
     def shown(key: str, sign: str = "") -> str:
         return "" if change[key] is None else f"{factor * change[key]:{sign}.{digits}f}"
@@ -210,7 +212,9 @@ def write_page(run: RunDirectory, file: Path) -> dict[str, Any]:
     """Write the page of a run from its files as they are; returns its facts."""
     facts = run_facts(run)
     files = [run.path / "figures" / f"{name}.svg" for name in _FIGURES]
-    figures = {each.stem.replace("_", " "): each.read_text(encoding="utf-8") for each in files if each.is_file()}
+    figures = {
+        each.stem.replace("_", " "): each.read_text(encoding="utf-8") for each in files if each.is_file()
+    }
     page = render_page("qdora.run", "run_page.html.j2", columns=EVALUATION_COLUMNS, figures=figures, **facts)
     atomic_write_text(file, page)
     return facts
@@ -221,13 +225,18 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
     recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
     texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
-    status, step = _status(run, recipe, metrics), max([0, *(line["step"] for line in metrics if "eval" in line)])
+    status, step = (
+        _status(run, recipe, metrics),
+        max([0, *(line["step"] for line in metrics if "eval" in line)]),
+    )
     return {
         "title": run.path.resolve().name,
         "run": str(run.path),
         "status": status,
         "failure": texts[-1].removeprefix(failure) if texts and texts[-1].startswith(failure) else None,
-        "warnings": list(dict.fromkeys(text.removeprefix(warning) for text in texts if text.startswith(warning))),
+        "warnings": list(
+            dict.fromkeys(text.removeprefix(warning) for text in texts if text.startswith(warning))
+        ),
         "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
         "evaluations": evaluations(run, status["adapter_step"] or step),
         "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),

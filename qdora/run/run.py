@@ -88,7 +88,9 @@ def train_run(
     steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
-        last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
+        last = stack.enter_context(
+            ExitStack()
+        )  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory, "train"))
         stack.enter_context(disk_failures(directory, safe=RunDirectory(directory).what_is_safe))
@@ -221,7 +223,9 @@ def conclude(trainer: Trainer, results: Console) -> dict[str, Any]:
     }
 
 
-def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
+def open_directory(
+    prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool
+) -> RunDirectory:
     """Create the run directory, or with `resume` open it. Its recipe.yaml names the run's copy of a chat template."""
     given, template, run = prepared.given, None, RunDirectory(directory)
     if given.data.chat_template is not None:
@@ -232,7 +236,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     residency = residency_of(given if prepared.recipe.train.divides_base else prepared.recipe)
     facts = {**environment(), "chat_date": prepared.chat_date, "residency": residency}
     facts |= {"base": base_record(prepared.source), "num_processes": processes.size}
-    if not prepared.source.is_gguf and is_multimodal(prepared.config):  # a GGUF file holds a language model alone
+    if not prepared.source.is_gguf and is_multimodal(
+        prepared.config
+    ):  # a GGUF file holds a language model alone
         facts["trained_part"] = TRAINED_PART
 
     def opened() -> None:
@@ -240,10 +246,17 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
             before = with_revisions_of(load_recipe(open_run(directory).recipe_file), given)
             check_base(run, prepared.source)
             file = run.inside(CHAT_TEMPLATE_FILE)
-            if template is not None and run.has_begun and file.is_file() and file.read_text("utf-8") != template:
+            if (
+                template is not None
+                and run.has_begun
+                and file.is_file()
+                and file.read_text("utf-8") != template
+            ):
                 raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
-            with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged checkpoint: an older one is taken
+            with suppress(
+                OSError, ValueError, LookupError, TypeError
+            ):  # a damaged checkpoint: an older one is taken
                 state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
             if state is not None:
                 prepared.loader.check_state(state)

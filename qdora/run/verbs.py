@@ -111,13 +111,19 @@ def evaluate_target(
     if texts:
         document["perplexity"] = perplexity = text_perplexity(model, tokenizer, texts)
         results.print(f"perplexity {perplexity['perplexity']:.3f} over {perplexity['num_tokens']:,} tokens")
-        text_name = _in_a_name([file.name for file in options.text], [str(file.resolve()) for file in options.text])
+        text_name = _in_a_name(
+            [file.name for file in options.text], [str(file.resolve()) for file in options.text]
+        )
         _keep(loaded, f"perplexity-{text_name}", perplexity | {"texts": [str(file) for file in options.text]})
     if harness is not None:
         document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
         limited = "" if options.limit is None else f"-limit-{options.limit}"
-        _keep(loaded, f"harness-{_in_a_name(options.harness)}{limited}", document["harness"] | {"limit": options.limit})
+        _keep(
+            loaded,
+            f"harness-{_in_a_name(options.harness)}{limited}",
+            document["harness"] | {"limit": options.limit},
+        )
     return document
 
 
@@ -164,7 +170,9 @@ def _examples(
         source = given_source(place, mix, like)
         own_data = open_source(source, split)
         for label in [] if options.base else trained_on(source, split, mix):
-            logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
+            logger.warning(
+                "The run was trained on %s (source %s). The scores say nothing of new data.", place, label
+            )
         return {source.label: list(own_data) if recipe is None else to_score(own_data, recipe.data)}
     assert split is not None
     if not asked:
@@ -216,15 +224,23 @@ def read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     return list(rows.made(lambda row, place: (place, *asked_chat(row)), range(rows.num_rows)))
 
 
-def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
+def _answer(
+    loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str
+) -> dict[str, Any]:
     model, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
     if context is not None and len(ids) >= context:
-        raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
+        raise UserError(
+            f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model."
+        )
     most = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
     stops = stop_ids_of_model(model, tokenizer)
     streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: write(text + ("\n" if stream_end else ""))
-    options: dict[str, Any] = {"streamer": streamer, "max_new_tokens": most, "eos_token_id": sorted(stops) or None}
+    options: dict[str, Any] = {
+        "streamer": streamer,
+        "max_new_tokens": most,
+        "eos_token_id": sorted(stops) or None,
+    }
     options["do_sample"] = sampling.temperature > 0
     if options["do_sample"]:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}

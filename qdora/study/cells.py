@@ -179,7 +179,8 @@ class Expander:
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
         self.arms = [
-            _Combination(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)
+            _Combination(stage, labels, self._changes(labels), seeds)
+            for stage, labels, seeds in combinations(study)
         ]
         self._check()
         trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
@@ -196,7 +197,9 @@ class Expander:
         waiting = Counter[str]()
         arms = [arm for arm in self.arms if not self._is_bare(arm)]
         stages = list(dict.fromkeys(arm.stage.name for arm in arms))
-        planned = [(stages.index(arm.stage.name), number, arm) for arm in arms for number in range(len(arm.seeds))]
+        planned = [
+            (stages.index(arm.stage.name), number, arm) for arm in arms for number in range(len(arm.seeds))
+        ]
         for _, number, arm in sorted(planned, key=lambda each: each[:2]):
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
@@ -216,7 +219,9 @@ class Expander:
                 "is_done": found.is_done,
                 "num_runs": len(found.runs),
                 "num_diverged": sum(map(math.isinf, found.losses.values())),
-                "losses": "; ".join(f"{length} {rate:g}: {loss:.4f}" for (length, rate), loss in found.losses.items()),
+                "losses": "; ".join(
+                    f"{length} {rate:g}: {loss:.4f}" for (length, rate), loss in found.losses.items()
+                ),
             }
             for labels, found, _ in searches.values()
         ]
@@ -276,7 +281,9 @@ class Expander:
         ]  # fmt: skip
         return [fault for fault, applies in rows if applies]
 
-    def _recipe(self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None) -> Recipe:
+    def _recipe(
+        self, arm: _Combination, seed: int, rate: float | None = None, steps: int | None = None
+    ) -> Recipe:
         changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
         asked = {RATE: rate, "train.steps": steps if arm.stage.kind == "train" else 0}
         changes |= {key: value for key, value in asked.items() if value is not None}
@@ -307,7 +314,10 @@ class Expander:
         """The recipes of the base of an arm and of the uncompressed one, each without an adapter."""
         whole = settings(self._recipe(arm, arm.seeds[0]))
         # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
-        mix = [{name: value for name, value in each.items() if name != "loss_weight"} for each in whole["data"]["mix"]]
+        mix = [
+            {name: value for name, value in each.items() if name != "loss_weight"}
+            for each in whole["data"]["mix"]
+        ]
         document: dict[str, Any] = {
             "model": whole["model"],
             "adapter": {"kind": "none"},
@@ -334,7 +344,9 @@ class Expander:
             key, dense_key = map(self._key, (recipe, dense))
             if not (self.study.bases or bare):
                 continue
-            kept = {axis for axis in arm.labels if (bare or are_bases if axis == arm_axis else axis not in training)}
+            kept = {
+                axis for axis in arm.labels if (bare or are_bases if axis == arm_axis else axis not in training)
+            }
             labels = {axis: text for axis, text in arm.labels.items() if axis in kept}
             if key not in bases or (bare and arm_axis not in bases[key].labels):
                 bases[key] = Cell(key, labels, recipe, "base", BASES, key, dense_key)
@@ -378,7 +390,9 @@ class Expander:
                         return other
         return None
 
-    def _cell(self, arm: _Combination, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
+    def _cell(
+        self, arm: _Combination, seed: int, found: Search | None, trained: Mapping[str, Cell]
+    ) -> Cell | None:
         if found is not None and found.rate is None:
             return None
         stage, labels, kind = arm.stage, arm.labels | {SEED: str(seed)}, arm.stage.kind
@@ -391,15 +405,30 @@ class Expander:
             return Cell(key, labels, recipe, "trained", stage.name, base_key, dense_key, is_interior=interior)
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
-        before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
-        sources = (cell for cell in trained.values() if cell.kind == before and wanted.items() <= cell.labels.items())
+        before, wanted = (
+            "transplant" if kind == "rescaled" else "trained",
+            source_arm.labels | {SEED: str(seed)},
+        )
+        sources = (
+            cell for cell in trained.values() if cell.kind == before and wanted.items() <= cell.labels.items()
+        )
         source = next(sources, None)
         if source is None:
             return None
         what = f"{kind} at {stage.steps}" if stage.steps else kind
-        key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[: len(source.key)]
+        key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()[
+            : len(source.key)
+        ]
         return Cell(
-            key, labels, recipe, kind, stage.name, base_key, dense_key, adapter_key=source.key, steps=stage.steps
+            key,
+            labels,
+            recipe,
+            kind,
+            stage.name,
+            base_key,
+            dense_key,
+            adapter_key=source.key,
+            steps=stage.steps,
         )
 
 

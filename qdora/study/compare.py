@@ -150,7 +150,9 @@ def named_comparisons(arms: Sequence[Arm], study: Study) -> list[NamedComparison
     primary = compare.primary or {}
     for name, asked in primary.items():
         known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
-        terms, at_end = (_terms(asked, _pairs(each, asked.reference or compare.reference)) for each in (known, planned))
+        terms, at_end = (
+            _terms(asked, _pairs(each, asked.reference or compare.reference)) for each in (known, planned)
+        )
         if terms:
             number = sum(each.family == asked.family for each in primary.values())
             found.append(NamedComparison(name, {}, asked.family, number, terms, _lacking(asked, terms, at_end)))
@@ -167,7 +169,9 @@ def _all_pairs(arms: Sequence[Arm], study: Study) -> list[tuple[Arm, Arm]]:
     for axis in compare.also:
         turned = []
         for arm in (arm for arm in arms if axis in arm.context):
-            context = {name: label for name, label in arm.context.items() if name != axis} | {compare.arm: arm.name}
+            context = {name: label for name, label in arm.context.items() if name != axis} | {
+                compare.arm: arm.name
+            }
             turned.append(replace(arm, name=arm.context[axis], context=context))
         pairs += _pairs(turned, labels_of(study.product[axis])[0])
     return pairs
@@ -191,7 +195,9 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     """Averages of the pairs that a primary comparison asks for; empty as long as one of its parts has none."""
     terms: list[Term] = []
     for sign, entry in ((1.0, asked.over), *([] if asked.minus is None else [(-1.0, asked.minus)])):
-        named = [pair for pair in pairs if asked.arm in (None, pair[0].name) and has_labels(pair[0].context, entry)]
+        named = [
+            pair for pair in pairs if asked.arm in (None, pair[0].name) and has_labels(pair[0].context, entry)
+        ]
         if len({arm.name for arm, _ in named}) != 1:
             return []
         for arm, other in named:
@@ -241,7 +247,9 @@ def _row(
     zone = compare.zone if measure[:3] == compare.metric[:3] else ZONE_OF_SHARES
     missing = sum(arm.num_missing for arm in each.arms)
     at_edge = {
-        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()") for arm in each.arms if arm.is_interior is False
+        f"{arm.name} ({in_words(arm.context)})".removesuffix(" ()")
+        for arm in each.arms
+        if arm.is_interior is False
     }
     against = {
         f"cells without a result: {missing}": missing,
@@ -302,7 +310,9 @@ def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str]) ->
             if by_seed := seed_improvements(each.terms, results, measure, task):
                 interval = improvement_interval(by_seed, results.study)
                 row = each.columns() | {"task": task, "weight": weights[task], "measure": measure}
-                rows.append(row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper})
+                rows.append(
+                    row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper}
+                )
     return rows
 
 
@@ -337,7 +347,9 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
         row["verdict"] = f"no difference above {compare.zone:g}" if is_equivalent else "not decided"
         if not row["reason"] and p < compare.alpha:
             row["winner"] = row["arm"] if row["improvement"] > 0 else row["reference"]
-            row["verdict"] = f"{row['winner']} is better{f', by less than {compare.zone:g}' if is_equivalent else ''}"
+            row["verdict"] = (
+                f"{row['winner']} is better{f', by less than {compare.zone:g}' if is_equivalent else ''}"
+            )
 
 
 def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
@@ -367,17 +379,26 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, flo
 
     def add(name: str, own: Arm | None, other: Arm | None) -> dict[str, float]:
         """How much better `own` is."""
-        found = seed_improvements([(1.0, own), (-1.0, other)], results, study.compare.metric) if own and other else {}
+        found = (
+            seed_improvements([(1.0, own), (-1.0, other)], results, study.compare.metric)
+            if own and other
+            else {}
+        )
         if found:
             row.update(improvement_interval(found, study).columns(name))
         return found
 
     add("magnitudes", arm, same.get("set_back"))
-    is_measured = twin and not any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds)
+    is_measured = twin and not any(
+        results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds
+    )
     if not is_measured or arm.base_key == arm.dense_key:
         return row
     add("left", twin, arm)
-    damage, repaired = add("transplant", twin, same.get("transplant")), add("repaired", arm, same.get("transplant"))
+    damage, repaired = (
+        add("transplant", twin, same.get("transplant")),
+        add("repaired", arm, same.get("transplant")),
+    )
     if row.get("transplant_lower", 0.0) > 0:
         shared = [seed for seed in damage if seed in repaired]
         above, below = ([values[seed] for seed in shared] for values in (repaired, damage))

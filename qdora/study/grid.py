@@ -35,7 +35,10 @@ from qdora.recipe.section import (
     shown,
 )
 
-Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
+Axis = (
+    Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)]
+    | Annotated[tuple[Any, ...], Field(min_length=1)]
+)
 Choice = dict[Text, Any]
 
 SEED = "seed"
@@ -90,7 +93,9 @@ class RatesConfig(Section):
     """Times that the search goes beyond the smallest and beyond the largest value."""
     like: dict[Text, dict[Text, Text]] = Field(default_factory=dict)
     """Axis -> value -> value whose rate it takes instead of a search of its own."""
-    of: dict[Text, dict[Text, Annotated[tuple[Positive, ...], Field(min_length=3)]]] = Field(default_factory=dict)
+    of: dict[Text, dict[Text, Annotated[tuple[Positive, ...], Field(min_length=3)]]] = Field(
+        default_factory=dict
+    )
     """Axis -> value -> values of train.lr to try there in place of `values`."""
 
     def for_labels(self, labels: Mapping[str, str]) -> RatesConfig:
@@ -141,19 +146,34 @@ class Study(Section):
     retries: WholeOrZero = 1
 
     def faults(self) -> Iterator[Fault]:
-        rates, compare, axes = self.rates, self.compare, {name: labels_of(axis) for name, axis in self.product.items()}
+        rates, compare, axes = (
+            self.rates,
+            self.compare,
+            {name: labels_of(axis) for name, axis in self.product.items()},
+        )
         for name in sorted(axes.keys() & {*COLUMNS.split()}):
             yield f"product.{name}", "is a column of the report. Fix: use another name for the axis."
-        named = [seed for stage in self.stages if stage.kind == "train" for seed in as_list(stage.cells.get(SEED, ()))]
+        named = [
+            seed
+            for stage in self.stages
+            if stage.kind == "train"
+            for seed in as_list(stage.cells.get(SEED, ()))
+        ]
         later = tuple(seed for seed in dict.fromkeys(named) if isinstance(seed, int) and seed not in self.seeds)
-        groups = {"seeds": self.seeds, "stages[].cells.seed": later, "rates.seeds": rates.seeds if rates else ()}
+        groups = {
+            "seeds": self.seeds,
+            "stages[].cells.seed": later,
+            "rates.seeds": rates.seeds if rates else (),
+        }
         seen: dict[int, str] = {}
         for key, seeds in groups.items():
             for seed in seeds:
                 if seed in seen:
                     yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
                 seen[seed] = key
-        asked: list[tuple[str, Any]] = [(f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)]
+        asked: list[tuple[str, Any]] = [
+            (f"exclude[{index}]", entry) for index, entry in enumerate(self.exclude)
+        ]
         if rates is not None:
             asked += [("rates.like", {axis: [*like, *like.values()]}) for axis, like in rates.like.items()]
             asked += [("rates.of", {axis: list(values)}) for axis, values in rates.of.items()]
@@ -169,7 +189,10 @@ class Study(Section):
         for where, entry in asked:
             for name, value in entry.items():
                 if name == SEED:
-                    wrong, allowed = [each for each in as_list(value) if not isinstance(each, int)], "whole numbers"
+                    wrong, allowed = (
+                        [each for each in as_list(value) if not isinstance(each, int)],
+                        "whole numbers",
+                    )
                 elif name in axes:
                     wrong = [each for each in as_list(value) if label_of(each) not in axes[name]]
                     allowed = f"of {', '.join(axes[name])}"
@@ -301,7 +324,9 @@ def search(config: RatesConfig, loss: Loss) -> Search:
 
     def rate(index: int) -> float:
         end, step = (0, values[1] / values[0]) if index < 0 else (len(values) - 1, values[-1] / values[-2])
-        return values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
+        return (
+            values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
+        )
 
     def is_open() -> bool:
         return any(loss(run) is None for run in runs)
@@ -313,7 +338,10 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         """
         while True:
             for index in sorted(known):
-                own = [RateRun(length, rate(index), seed) for seed in config.seeds[: 1 if length == "short" else None]]
+                own = [
+                    RateRun(length, rate(index), seed)
+                    for seed in config.seeds[: 1 if length == "short" else None]
+                ]
                 runs.update(dict.fromkeys(own))
                 of_seeds: list[Any] = list(map(loss, own))
                 if None not in of_seeds:

@@ -115,7 +115,9 @@ def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
 @torch.no_grad()
 def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
     """While the block runs, these layers are their bases: B is zero, and magnitudes are the row norms of the base."""
-    changed: list[Tensor] = [each for layer in layers for each in (layer.lora_B, layer.magnitude) if each is not None]
+    changed: list[Tensor] = [
+        each for layer in layers for each in (layer.lora_B, layer.magnitude) if each is not None
+    ]
     before = [each.clone() for each in changed]
     for layer in layers:
         layer.lora_B.zero_()

@@ -44,7 +44,11 @@ _SHOWN = {
         "A positive improvement is better. lower, upper: 95 % t interval over the seeds. p holm: of the t tests over "
         "seeds and over examples; p equivalent holm: that the arms differ by the zone or more.",
     ),
-    "tasks": ("Tasks", "comparison task weight measure improvement lower upper", "weight: of the task in the metric."),
+    "tasks": (
+        "Tasks",
+        "comparison task weight measure improvement lower upper",
+        "weight: of the task in the metric.",
+    ),
     "repair": (
         "Damage and repair",
         "damage_choice damage_choice_lower damage_choice_upper left left_lower left_upper transplant repaired "
@@ -59,7 +63,11 @@ _SHOWN = {
         "nll_per_token_lower nll_per_token_upper acc acc_norm",
         "Means over the seeds of the study file. Intervals may overlap although the arms differ.",
     ),
-    "rates": ("Learning rates", "rate is_interior num_runs num_diverged losses", "losses: inf: a run diverged."),
+    "rates": (
+        "Learning rates",
+        "rate is_interior num_runs num_diverged losses",
+        "losses: inf: a run diverged.",
+    ),
 }
 
 
@@ -82,12 +90,19 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
         files = write_report(report, folder, directory.resolve().name)
     for sentence in (*report.answer, report.status, f"report: {files[0]}"):
         results.print(sentence, soft_wrap=True)
-    found = {"page": str(files[0]), "files": list(map(str, files)), "answer": report.answer, "status": report.status}
+    found = {
+        "page": str(files[0]),
+        "files": list(map(str, files)),
+        "answer": report.answer,
+        "status": report.status,
+    }
     return found | {"comparisons": report.tables["comparisons"]}
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    csv = {f"{name}.csv": pd.DataFrame(rows).to_csv(index=False) for name, rows in report.tables.items() if rows}
+    csv = {
+        f"{name}.csv": pd.DataFrame(rows).to_csv(index=False) for name, rows in report.tables.items() if rows
+    }
     shown = [_shown_table(report, name) for name in _SHOWN if report.tables.get(name)]
     pairs = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
     figure = svg_text(_differences(pairs, report.axes, report.compare)) if pairs else None
@@ -128,14 +143,23 @@ def read_report(directory: Path) -> Report:
     results = Results(StudyDirectory(directory, retries=study.retries), study)
     arms = find_arms(cells, results)
     if not arms:
-        raise UserError(f"{directory}: no cell has scores. Fix: run 'qdora study', with lower rates if all diverged.")
+        raise UserError(
+            f"{directory}: no cell has scores. Fix: run 'qdora study', with lower rates if all diverged."
+        )
     # The metric of the study, then the other measures of its trained arms
     keys = [key for arm in arms if arm.kind == "trained" for key in arm.seeds.values()]
     scored, metric = {measure for key in keys for measure in results.scores(key)}, study.compare.metric
-    measures = [metric, *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"})]
+    measures = [
+        metric,
+        *(measure for measure in HIGHER_IS_BETTER if measure in scored - {metric, "nll_per_token"}),
+    ]
     pairs = comparisons(arms, results, measures)
     axes = [axis for axis in study.product if axis != study.compare.arm]
-    runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
+    runs = {
+        cell["key"]: cell["adapter_key"]
+        for cell in cells
+        if cell["kind"] in ("rescaled", "set_back", "by_layer")
+    }
     rows = _TableRows(results, axes, runs)
     tables = {
         "comparisons": pairs,
@@ -171,7 +195,9 @@ def _sentence(row: Row, axes: Sequence[str], metric: str) -> str:
     else:
         smallest = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
         details.append(row["reason"] or smallest)
-    return f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
+    return (
+        f"{where}{row['comparison']}: {row['verdict']}, {size} {row['improvement']:.4f} ({'; '.join(details)})."
+    )
 
 
 @dataclass(frozen=True)
@@ -216,7 +242,9 @@ class _TableRows:
     def cell(self, cell: Row) -> dict[str, Any]:
         key, results, store = cell["key"], self.results, self.results.store
         attempts, result = store.failures(key), results.result(key)
-        row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)}
+        row: dict[str, Any] = {
+            axis: cell["labels"].get(axis, "") for axis in (*results.study.product, RATE, SEED)
+        }
         row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
         row["status"] = "done" if result else "failed" if store.is_given_up(key) else "open"
         row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
@@ -231,12 +259,17 @@ class _TableRows:
 
     def measured(self, cell: Row) -> dict[str, Rows]:
         result = self.results.result(cell["key"])
-        run = {axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)}
+        run = {
+            axis: cell["labels"].get(axis, "") for axis in (*self.axes, self.results.study.compare.arm, SEED)
+        }
 
         def rows(own: Row, changes: Mapping[str, Row]) -> Rows:
             return [
                 {**own, "layer": path, "block": block_of(path)}
-                | {name if name.startswith("error_") else f"{name}_change": value for name, value in change.items()}
+                | {
+                    name if name.startswith("error_") else f"{name}_change": value
+                    for name, value in change.items()
+                }
                 for path, change in changes.items()
             ]
 
@@ -247,7 +280,9 @@ class _TableRows:
                 for each in result.get("checkpoints", ())
                 for row in rows(run | {"step": each["step"], "nll": each["nll"]}, each["changes"])
             ],
-            "blocks": [run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())],
+            "blocks": [
+                run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())
+            ],
         }
 
 
@@ -275,7 +310,9 @@ def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Fig
         axis.plot(seeds, [y + 0.3] * len(seeds), ".", ms=4, color=color, alpha=0.6)
         axis.plot([row["lower"], row["upper"]], [y, y], color=color, lw=2, alpha=0.6)
         axis.plot([row["improvement"]], [y], ls="none", color=color, marker=marker)
-        labels.append(", ".join([row["comparison"], *(row[name] for name in (*axes, compare.arm) if row.get(name))]))
+        labels.append(
+            ", ".join([row["comparison"], *(row[name] for name in (*axes, compare.arm) if row.get(name))])
+        )
     axis.set_yticks(range(len(rows)), labels, fontsize="small")
     axis.set_xlabel(f"improvement, {LABELS[compare.metric]}")
     return figure

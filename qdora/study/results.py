@@ -104,7 +104,9 @@ class StudyDirectory:
 def read_index(path: Path) -> dict[str, Any]:
     """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
     if not (path / "study.json").is_file():
-        raise UserError(not_there(path, "a study (it has no study.json)", "name a directory that 'qdora study' made."))
+        raise UserError(
+            not_there(path, "a study (it has no study.json)", "name a directory that 'qdora study' made.")
+        )
     return read_json_object(path / "study.json")
 
 
@@ -142,10 +144,13 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
                 for measure, score in scores.items():
                     found.setdefault(measure, {}).setdefault(task, {})[example] = score
     if not found:
-        raise UserError(f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test.")
+        raise UserError(
+            f"{cell}: too few examples for two halves. Fix: raise eval.limit, or compare.split: test."
+        )
     return {
         measure: {
-            task: TaskScores(tuple(own), *np.array(list(own.values()), float).T) for task, own in of_tasks.items()
+            task: TaskScores(tuple(own), *np.array(list(own.values()), float).T)
+            for task, own in of_tasks.items()
         }
         for measure, of_tasks in found.items()
     }
@@ -163,13 +168,19 @@ def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
     first = terms[0][1]
     total = {(task, example): 0.0 for task, found in first.items() for example in found.examples}
     for factor, scores in terms:
-        pairs = ((task, zip(found.examples, found.values.tolist(), strict=True)) for task, found in scores.items())
+        pairs = (
+            (task, zip(found.examples, found.values.tolist(), strict=True)) for task, found in scores.items()
+        )
         values = {(task, example): value for task, own in pairs for example, value in own}
         if values.keys() != total.keys():
-            raise UserError("study: not all cells of a seed were evaluated on the same examples of the same tasks.")
+            raise UserError(
+                "study: not all cells of a seed were evaluated on the same examples of the same tasks."
+            )
         total = {name: value + factor * values[name] for name, value in total.items()}
     return {
-        task: TaskScores(found.examples, np.array([total[task, name] for name in found.examples]), found.weights)
+        task: TaskScores(
+            found.examples, np.array([total[task, name] for name in found.examples]), found.weights
+        )
         for task, found in first.items()
     }
 

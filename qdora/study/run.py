@@ -182,7 +182,9 @@ class CellsLog:
         self.console.print(text, soft_wrap=True)
 
 
-def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt = lambda *_: None) -> None:
+def run_cells(
+    cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt = lambda *_: None
+) -> None:
     """Run every free cell without a result; a failed one is tried again after the others, `store.retries` times."""
     busy = True
     while busy:
@@ -241,7 +243,10 @@ def cell_work(store: StudyDirectory, cell: Cell, directory: Path) -> dict[str, A
     if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
         shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
-    files = {"scores": run.evaluation_file(step), "generated": run.inside("eval", f"step-{step}-generated.json")}
+    files = {
+        "scores": run.evaluation_file(step),
+        "generated": run.inside("eval", f"step-{step}-generated.json"),
+    }
     return {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
@@ -253,7 +258,12 @@ def cell_work(store: StudyDirectory, cell: Cell, directory: Path) -> dict[str, A
 
 
 def submit_study(
-    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str], text: str | None = None
+    file: Path,
+    directory: Path | None,
+    num_jobs: int,
+    cluster: str,
+    options: Sequence[str],
+    text: str | None = None,
 ) -> dict[str, Any]:
     lines = [option.replace("=", ": ", 1) for option in options]
     parameters = read_yaml("\n".join(lines) or "{}", "--job-option (key=value)")

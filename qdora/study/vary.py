@@ -15,14 +15,25 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.machine import user_path
 from qdora.files.pages import markdown_table
-from qdora.recipe.recipe_file import ignored, key_and_value, recipe_document, recipe_names, with_overrides, yaml_text
+from qdora.recipe.recipe_file import (
+    ignored,
+    key_and_value,
+    recipe_document,
+    recipe_names,
+    with_overrides,
+    yaml_text,
+)
 from qdora.study.compare import BASE_ARM
 from qdora.study.grid import label_of
 from qdora.study.report import Report
 
 
 def varied(
-    recipe: str, vary: Sequence[str], overrides: Sequence[str] = (), seeds: int | None = None, rates: str | None = None
+    recipe: str,
+    vary: Sequence[str],
+    overrides: Sequence[str] = (),
+    seeds: int | None = None,
+    rates: str | None = None,
 ) -> str:
     """The study file, not checked. The first values are the references, `rates` the values of train.lr to search.
 
@@ -54,7 +65,9 @@ def _axis(start: dict[str, Any], keys: Mapping[str, Sequence[Any]]) -> tuple[str
     groups: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*keys.values()):
         group = dict(zip(keys, values, strict=True))
-        whole = with_overrides(start, [f"{key}={json.dumps(value)}" for key, value in group.items()], logging.INFO)
+        whole = with_overrides(
+            start, [f"{key}={json.dumps(value)}" for key, value in group.items()], logging.INFO
+        )
         off = ignored(whole) if len(group) > 1 else {}
         label = "/".join("-" if key in off else label_of(value) for key, value in group.items())
         groups[label] = {key: value for key, value in group.items() if key not in off}
@@ -80,13 +93,21 @@ def table(report: Report) -> str:
     is_of_bases = arm_axis.startswith("base.")
     for row in report.tables["arms"]:
         names = [row[axis] for axis in report.axes] + ([row[arm_axis]] if is_of_bases else [])
-        base = ", ".join(names) if names and names != [BASE_ARM] else "uncompressed" if row["is_dense"] else "recipe's"
+        base = (
+            ", ".join(names)
+            if names and names != [BASE_ARM]
+            else "uncompressed"
+            if row["is_dense"]
+            else "recipe's"
+        )
         column = BASE_ARM if row["kind"] == "base" else "trained" if is_of_bases else row[arm_axis]
         bits.setdefault(base, row.get("bits_per_weight", math.nan))
         parts = [_with_ends(row, "nll_per_token", 1.0, 3), _with_ends(row, "acc", 100.0, 1, " %")]
         cells.setdefault(base, {})[column] = "; ".join(filter(None, parts))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [[base, f"{bits[base]:.2f}", *(own.get(each) or "–" for each in columns)] for base, own in cells.items()]
+    rows = [
+        [base, f"{bits[base]:.2f}", *(own.get(each) or "–" for each in columns)] for base, own in cells.items()
+    ]
     note = "NLL of the answers in nats a token (lower is better); accuracy. Brackets: 95 % intervals."
     return markdown_table(["base", "bits a weight", *columns], rows, [False, True]) + f"\n\n{note}"
 

@@ -39,7 +39,9 @@ CAN_DIVIDE = torch.__version__ >= "2.12.dev0"  # compared as versions; pre-relea
 # How long the others wait before a checkpoint; torch's own timeout (30 minutes) does not say who is missing.
 _PATIENCE = timedelta(minutes=20)
 _WORK_PATIENCE = timedelta(days=1)  # while the first process prunes a base, measures or writes
-_STOPPING = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
+_STOPPING = (
+    b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Processes:
             if is_out_of_memory(error):
                 raise
             reason = first_line(error).split(". ")[0]
-            raise RunFailure(f"process {self.rank}: the exchange with the other processes failed: {reason}.") from error
+            raise RunFailure(
+                f"process {self.rank}: the exchange with the other processes failed: {reason}."
+            ) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Wait for all processes, and raise RunFailure in all of them if one holds other values, by a sum over the bits
@@ -147,7 +151,9 @@ class Processes:
         sums = self.gather([int(view.sum(dtype=torch.int64)) for view in views])
         for rank, theirs in enumerate(sums):
             if theirs != sums[0]:
-                text = f"process {rank} has other parameters than process 0. Fix: resume from the last checkpoint"
+                text = (
+                    f"process {rank} has other parameters than process 0. Fix: resume from the last checkpoint"
+                )
                 raise RunFailure(f"{text} with --resume.")
 
 
@@ -172,7 +178,9 @@ def processes_of_launch() -> Iterator[Processes]:
     except Interrupted:
         raise
     except Exception as error:
-        get_error_handler().record_exception(error)  # torchrun prints the first one: the others lose a connection
+        get_error_handler().record_exception(
+            error
+        )  # torchrun prints the first one: the others lose a connection
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()
@@ -189,7 +197,9 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
         raise UserError(f"train.parallel: {parallel} needs torch 2.12, this is {torch.__version__}.")
     hybrid = parallel == "hybrid"
     if hybrid and len(set(processes.gather(processes.num_here))) > 1:
-        raise UserError("train.parallel: must be shard or replicate unless each machine has equally many processes.")
+        raise UserError(
+            "train.parallel: must be shard or replicate unless each machine has equally many processes."
+        )
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:

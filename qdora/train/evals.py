@@ -183,7 +183,9 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
                 f"eval.best_metric: got {metric}, must be nll_per_token for {by}, whose examples have no choices."
             )
     if every >= num_steps:
-        faults.append(f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by.")
+        faults.append(
+            f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by."
+        )
     return faults
 
 

@@ -46,7 +46,9 @@ class Gates:
     # The phases are those of the start: a run that is extended continues the anneal that it began.
     STATE = "num_updates", "full", "target", "is_over", "num_warmup", "num_anneal", "died"
 
-    def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
+    def __init__(
+        self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int
+    ) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
         self.num_steps = num_steps
         self.num_warmup, self.num_anneal = settings.phases(num_steps)
@@ -57,7 +59,9 @@ class Gates:
         # Mean ranks are rounded down to whole components.
         ranks = math.floor((settings.mean_rank or 0) * len(self.layers) + 1e-9)
         self.target = float(ranks if settings.parameters is None else settings.parameters)
-        self.died: dict[str, list[int | None]] = {path: [None] * layer.rank for path, layer in self.layers.items()}
+        self.died: dict[str, list[int | None]] = {
+            path: [None] * layer.rank for path, layer in self.layers.items()
+        }
         start = 1.0 if settings.mode == "l1" else LARGEST_LOGIT / 2
         self._value = torch.full_like(self._costs(), start)
         self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._value), torch.zeros_like(self._value)
@@ -71,7 +75,9 @@ class Gates:
         """Raise UserError for a budget that all components keep already, or that one component a layer exceeds."""
         least = sum(costs.min().item() for costs in torch.split(self._costs(), self._ranks()))
         if not least <= self.target < self.full:
-            name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
+            name, unit = (
+                ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
+            )
             low, high, value = (f"{cost / unit:,.10g}" for cost in (least, self.full, self.target))
             text = f"got {value}, must be at least {low} (one component a layer) and less than {high}."
             raise UserError(f"adapter.gates.{name}: {text}")
@@ -104,7 +110,9 @@ class Gates:
             self._noise = noise[index].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
 
-    def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
+    def end(
+        self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes
+    ) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
         The last step keeps the budget even if its update was not `applied`. Returns numbers for the line of metrics."""
         if not self.is_over:

@@ -139,7 +139,9 @@ class BadSteps:
         if self.train.spike is not None and len(self.losses) >= _LEAST_LOSSES:
             usual = statistics.median(self.losses)
             if loss > self.train.spike * usual:
-                what = f"{self.train.spike:g} times {usual:.4g}, the median of the last {len(self.losses)} steps"
+                what = (
+                    f"{self.train.spike:g} times {usual:.4g}, the median of the last {len(self.losses)} steps"
+                )
                 return f"loss {loss:.4g} is more than {what}"
         return None
 

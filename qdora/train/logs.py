@@ -69,7 +69,12 @@ class TrainingProgress(Progress):
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         console = console or plain_console(stderr=True)
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         super().__init__(*columns, console=console, disable=not shows_bars(console))
         self._task = self.add_task("training", total=num_steps, completed=start)
         self._num_steps = num_steps
@@ -100,7 +105,9 @@ def _wandb(run: Path) -> GeneralTracker:
     file, project = run / "wandb_id.txt", os.environ.get("WANDB_PROJECT", PROJECT)
     if not file.is_file():
         atomic_write_text(file, os.environ.get("WANDB_RUN_ID", secrets.token_hex(8)))
-    return WandBTracker(project, name=run.name, dir=str(run), id=file.read_text("utf-8").strip(), resume="allow")
+    return WandBTracker(
+        project, name=run.name, dir=str(run), id=file.read_text("utf-8").strip(), resume="allow"
+    )
 
 
 _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
@@ -117,7 +124,9 @@ def tracking(
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
-        PartialState(cpu=not torch.cuda.is_available())  # accelerate's trackers ask it whether this is the main process
+        PartialState(
+            cpu=not torch.cuda.is_available()
+        )  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
 
     def tell(action: Callable[[GeneralTracker], None]) -> None:
@@ -213,7 +222,9 @@ def _loss_per_task(steps: Lines, figure: Figure) -> None:
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
     names = sorted({name for line in evaluations for name in line["eval"]})
     tasks = [[*(line["eval"].get(name, {}) for name in names), line["average"]] for line in evaluations]
-    values = np.array([[numbers.get(metric) for numbers in row] for row in tasks], dtype=float)  # None becomes NaN
+    values = np.array(
+        [[numbers.get(metric) for numbers in row] for row in tasks], dtype=float
+    )  # None becomes NaN
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
     _plot(figure, label, evaluations, names, values)
 

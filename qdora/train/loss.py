@@ -120,7 +120,9 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable would not notice: the saved gradient looks like a constant
+        if (
+            torch.is_grad_enabled()
+        ):  # once_differentiable would not notice: the saved gradient looks like a constant
             raise RuntimeError("the chunked loss has no second derivative; token_nll of a model's logits has.")
         (upstream,) = grads
         (gradient,) = ctx.saved_tensors
@@ -128,7 +130,9 @@ class _ChunkedNll(torch.autograd.Function):
         return gradient.clone().mul_(upstream[:, None]), *[None] * 7
 
 
-def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float | None, wants_gradient: bool) -> Tensor:
+def _nll_and_gradient_(
+    z: Tensor, labels: Tensor, scale: float, softcap: float | None, wants_gradient: bool
+) -> Tensor:
     """NLL of raw logits z (tokens, vocabulary), (tokens,) float32; z becomes d nll / d z if a gradient is wanted."""
     wide = torch.promote_types(z.dtype, torch.float32)
     nll = z.new_empty(len(z), dtype=wide)
@@ -242,7 +246,11 @@ def proposals(config: Any) -> list[LogitForm]:
 
 
 def labelled_nll(
-    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labelled: tuple[Tensor, Tensor],
+    targets: Tensor,
+    chunk: int | None,
 ) -> Tensor:
     """NLL of the labelled positions (rows, columns) with the tokens `targets` behind them, (num_labelled,) each.
 
@@ -279,7 +287,9 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     if linear and not any(parameter.requires_grad for parameter in head.parameters()):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
         bias: Any = head.bias
-        return chunked_nll(hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk)  # type: ignore[arg-type]
+        return chunked_nll(
+            hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk
+        )  # type: ignore[arg-type]
     if chunk is None:
         chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
 

@@ -64,7 +64,9 @@ def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
     contiguous and loses its values."""
     # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
     # remainder plus 2^15, and flipping the sign bit subtracts that.
-    halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)  # little-endian: lower first
+    halves = (
+        master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)
+    )  # little-endian: lower first
     high.view(torch.int16).copy_(halves[:, 1].view(high.shape))
     low.copy_(halves[:, 0].view(low.shape)).bitwise_xor_(-0x8000)
 
@@ -132,7 +134,9 @@ class FlatGroup:
             self._spans[key] = slice(start, start + parameter.numel())
             start = self._whole(start + parameter.numel())
         device = next(iter(self.parameters.values())).device
-        self._low = torch.zeros(start, dtype=torch.int16, device=device) if kind.dtype == torch.bfloat16 else None
+        self._low = (
+            torch.zeros(start, dtype=torch.int16, device=device) if kind.dtype == torch.bfloat16 else None
+        )
         # Only its shape is read. It is empty between the updates.
         self._master = nn.Parameter(torch.empty(start, dtype=torch.float32, device=device))
         self.inner = _inner_optimizer(name, self._master, kind, options)
@@ -178,7 +182,9 @@ class FlatGroup:
         if is_joined:
             spans = [self._spans[key] for key in run]
             parts = [high[own.start - span.start : own.stop - span.start] for own in spans]
-            torch._foreach_copy_(parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
+            torch._foreach_copy_(
+                parameters, [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+            )
         self._release()
         for key in run:
             self.steps[key] += 1
@@ -220,7 +226,11 @@ class FlatGroup:
             return tensors[0].reshape(-1)
         gaps = [self._whole(tensor.numel()) - tensor.numel() for tensor in tensors]
         zeros = tensors[0].new_zeros(max(gaps))
-        parts = [part for tensor, gap in zip(tensors, gaps, strict=True) for part in (tensor.reshape(-1), zeros[:gap])]
+        parts = [
+            part
+            for tensor, gap in zip(tensors, gaps, strict=True)
+            for part in (tensor.reshape(-1), zeros[:gap])
+        ]
         return torch.cat([part for part in parts if part.numel()])
 
     def _is_plain(self, run: Sequence[str]) -> bool:
@@ -233,7 +243,9 @@ class FlatGroup:
         self.inner.state.clear()
 
 
-def _inner_optimizer(name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]) -> Any:
+def _inner_optimizer(
+    name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
+) -> Any:
     if name == "lion" or ("lion" in name and not kind.is_matrix):
         return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
     if name == "adamw" or not kind.is_matrix:
@@ -318,7 +330,9 @@ def fill_state_(state: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
         target = state[name]
         if target.dtype == torch.uint8 and value.dtype != torch.uint8:
             number = name.removeprefix("state")
-            codes, quantized = F.quantize_blockwise(value.contiguous(), code=state[f"qmap{number}"], blocksize=_BLOCK)
+            codes, quantized = F.quantize_blockwise(
+                value.contiguous(), code=state[f"qmap{number}"], blocksize=_BLOCK
+            )
             target.copy_(codes.view_as(target))
             state[f"absmax{number}"].copy_(quantized.absmax)
         else:
@@ -474,7 +488,9 @@ def optimizer_of(recipe: Recipe, model: PreTrainedModel) -> AdapterOptimizer:
     if kind == "none":
         return AdapterOptimizer({})
     counts = describe_adapters(model)
-    logger.info("Training %s parameters on %s adapted layers.", f"{counts['num_trainable']:,}", counts["num_layers"])
+    logger.info(
+        "Training %s parameters on %s adapted layers.", f"{counts['num_trainable']:,}", counts["num_layers"]
+    )
     return AdapterOptimizer(
         adapter_parameters(model),
         name=train.optimizer,

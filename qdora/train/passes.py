@@ -20,7 +20,13 @@ from qdora.adapter.norms import norms_checked_later, refresh, settle_norms, unch
 from qdora.data.batches import IGNORED, MicroBatch, Packing, Step, StepLoader
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.memory.oom import is_out_of_memory
-from qdora.model.attention import flash_inputs, flash_starts, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.attention import (
+    flash_inputs,
+    flash_starts,
+    known_masks,
+    packed_mask_is_known,
+    takes_flash_lengths,
+)
 from qdora.model.inject import adapted_layers
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
@@ -116,10 +122,14 @@ def step_gradient(
             # For norms alone no block is fetched that is not resident.
             refresh(layer for layer in layers if layer.base.residency is None or layer.base.share is not None)
             for micro in batch.micro_batches:
-                weight = None if weights is None else torch.tensor([weights[name] for name in names])[micro.task_ids]
+                weight = (
+                    None if weights is None else torch.tensor([weights[name] for name in names])[micro.task_ids]
+                )
                 try:
                     tensors = label_tensors(micro.labels, micro.packing, weight)
-                    tensors |= {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "task_ids")}
+                    tensors |= {
+                        name: getattr(micro, name) for name in ("input_ids", "attention_mask", "task_ids")
+                    }
                     sent = send(tensors, device)
                     packing = micro.packing and Packing(sent["position_ids"], sent["example_index"])
                     with known_masks(model, packing, device):

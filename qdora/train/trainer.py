@@ -50,7 +50,9 @@ class _Gradient:
 
     batch: Step
     metrics: Metrics = field(default_factory=dict)
-    example_nll: list[Tensor] = field(default_factory=list)  # (examples,) of each of this process's micro-batches
+    example_nll: list[Tensor] = field(
+        default_factory=list
+    )  # (examples,) of each of this process's micro-batches
     fault: str | None = None  # why it could not be computed
     shortage: passes.Shortage | None = None  # the micro-batch that did not fit into memory
 
@@ -96,7 +98,10 @@ class Trainer:
         self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
-        self._before: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}  # states of loader and generators before a step
+        self._before: tuple[dict[str, Any], dict[str, Tensor]] = (
+            {},
+            {},
+        )  # states of loader and generators before a step
         self._tell_trackers: Callable[[Metrics], None] = lambda _metrics: None
 
     def run(self) -> None:
@@ -289,7 +294,9 @@ class Trainer:
         processes, alone = self.processes, self.processes.size == 1
         try:
             gradient = _Gradient(self.loader.next_step())
-        except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
+        except (
+            Exception
+        ) as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
             reason = "; ".join(error.faults) if isinstance(error, UserError) else repr(error)
             self._restore()
             safe = [self.save()] if alone else []
@@ -312,7 +319,9 @@ class Trainer:
                 gradient.fault = f"cannot be computed: {first_line(error)} The update was not applied."
         per_rank = processes.gather((gradient.fault, gradient.shortage, gradient.metrics))
         faults = [
-            fault if alone else f"process {rank}: {fault}" for rank, (fault, _, _) in enumerate(per_rank) if fault
+            fault if alone else f"process {rank}: {fault}"
+            for rank, (fault, _, _) in enumerate(per_rank)
+            if fault
         ]
         if shortages := [short for _, short, _ in per_rank if short]:
             # Among all processes the one that leaves least to cut.
@@ -335,7 +344,9 @@ class Trainer:
         if not (missing := self._missing_gradients.updated()):
             return
         total = len(self.optimizer.parameters)
-        text = f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient, e.g. {missing[0]}."
+        text = (
+            f"in 3 updates {len(missing):,} of {total:,} trainable tensors had no gradient, e.g. {missing[0]}."
+        )
         if self.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             raise RunFailure(f"step {self.step}: {text} {fix}", safe=[self.save()])
@@ -396,7 +407,9 @@ class Trainer:
             "format": checkpoint.FORMAT,
             "step": self.step,
             "loader": self.loader.state_dict(),
-            "policies": {key: checkpoint.state_of(policy) for key, policy in policies.items() if policy is not None},
+            "policies": {
+                key: checkpoint.state_of(policy) for key, policy in policies.items() if policy is not None
+            },
         }
         (directory / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n")
 
@@ -428,7 +441,9 @@ class Trainer:
                 record = {**checkpoint.state_of(self.best), "num_done": self.step, "num_steps": self.num_steps}
                 (directory / evals.BEST_FILE).write_bytes(json_bytes(record, indent=2))
         with unharmed(logs.TRAINED_FILE):
-            layers = [{"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()]
+            layers = [
+                {"path": path, **logs.layer_facts(layer)} for path, layer in adapted_layers(self.model).items()
+            ]
             self.directory.write_json(logs.TRAINED_FILE, {"step": self.step, "layers": layers})
 
     def _keep_batch(self, reason: str, gradient: _Gradient) -> Path:
@@ -451,7 +466,9 @@ class Trainer:
             checkpoint.copy_parameters(tensors, self.optimizer.parameters)
         state = read_json_object(path / "state.json")
         if state.get("format") != checkpoint.FORMAT:
-            raise UserError(f"{path}: is no checkpoint of this version of qdora (format {state.get('format')}).")
+            raise UserError(
+                f"{path}: is no checkpoint of this version of qdora (format {state.get('format')})."
+            )
         self.loader.load_state_dict(state["loader"])
         self.optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
         self.step, states = state["step"], state["policies"]
@@ -462,7 +479,9 @@ class Trainer:
             logger.warning(text, before, self.processes.size)
         if rank < before:
             names = {kind: f"{kind}.{rank}".removesuffix(".0") for kind in ("cpu", "cuda")}
-            checkpoint.set_random_state({kind: tensors[name] for kind, name in names.items() if name in tensors})
+            checkpoint.set_random_state(
+                {kind: tensors[name] for kind, name in names.items() if name in tensors}
+            )
         else:
             torch.manual_seed(seed_of(self.recipe.train.seed, rank, self.step))
         self.backoff.resume(states["micro_batch_tokens"])
