@@ -3,12 +3,10 @@
     python benchmarks/recompute_study.py [benchmarks/results/study]
 
 The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv, tasks.csv
-and repair.csv. Needs numpy alone. Computed are every comparison in every measure, and by task (improvement, t interval
-over the seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable difference,
-the verdict), and of every arm and base the damage, what is left of it, that of a transplant, the share that training
-repaired, and what magnitudes contribute. Of results/study also every number that README.md and benchmarks/README.md
-say of it. Ends with 1 if a number differs from the report's by more than 1e-6, or from a page's by more than it was
-rounded, or if a verdict is another one. Only one is not recomputed: "not decided" for a reason that the report gives.
+and repair.csv. Needs numpy alone. Computed are every comparison in every measure and by task, damage and repair of every
+arm and base, and of results/study every number that README.md and benchmarks/README.md say. Ends with 1 if one differs
+from the report's by more than 1e-6 or from a page's by more than it was rounded, or if a verdict is another one, but
+for "not decided" for a reason that the report gives.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""The parts of the GPU suite; `gpu_suite.py` runs them."""

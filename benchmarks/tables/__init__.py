@@ -1,1 +1,0 @@
-"""Tables of README.md and benchmarks/README.md, by subject."""

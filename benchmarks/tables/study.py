@@ -1,7 +1,4 @@
-"""Tables of studies, from the data files of their reports: compressed bases, and ranks.
-
-recompute_study.py computes each number about compressed bases again from the scores.
-"""
+"""Tables of studies, from their reports: compressed bases (recompute_study.py finds each number again), and ranks."""
 
 from __future__ import annotations
 
@@ -270,7 +267,7 @@ def study_transplants() -> str:
         means: dict[str, list[list[float]]] = {"transplant": [], "rescaled": []}
         for base in BASES:
             moved = {arm: nll_of("transplant", base, arm) for arm in ("LoRA", "DoRA")}
-            if not moved["DoRA"].keys() & seeds:
+            if seeds[0] not in moved["DoRA"]:
                 continue
             row = [f"{base}, {title}"]
             for arm, values in moved.items():
