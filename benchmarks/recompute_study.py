@@ -3,7 +3,7 @@
     python benchmarks/recompute_study.py [benchmarks/results/study]
 
 The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv, tasks.csv
-and repair.csv. Needs numpy alone. Computed are every comparison in every measure and by task, damage and repair of every
+and repair.csv. Needs numpy alone. Computed are every comparison in every measure and by task, damage and repair of each
 arm and base, and of results/study every number that README.md and benchmarks/README.md say. Ends with 1 if one differs
 from the report's by more than 1e-6 or from a page's by more than it was rounded, or if a verdict is another one, but
 for "not decided" for a reason that the report gives.
