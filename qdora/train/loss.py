@@ -285,11 +285,11 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     """
     linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
     if linear and not any(parameter.requires_grad for parameter in head.parameters()):
-        weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
+        weight: Any = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
         bias: Any = head.bias
         return chunked_nll(
             hidden, weight, targets, bias=bias, scale=form.scale, softcap=form.softcap, chunk=chunk
-        )  # type: ignore[arg-type]
+        )
     if chunk is None:
         chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
 
