@@ -786,11 +786,11 @@ class Pages:
             runs = [run for run in runs if run]
             losses = np.array([[checkpoint["nll"] for checkpoint in run] for run in runs])
             numbers = [number for at in losses.T for number in (at.mean(), at.std(ddof=1))]
-            for ending in ("q_proj", ""):
+            for ending, first in (("q_proj", 0), ("", 0), ("q_proj", -1)):
                 found = []
                 for run in runs:
-                    changes = [each for at in run for path, each in at["changes"].items() if path.endswith(ending)]
-                    points = np.array([[each["length"], each["direction"]] for each in changes])
+                    pairs = (pair for at in run[first:] for pair in at["changes"].items())
+                    points = np.array([[of["length"], of["direction"]] for path, of in pairs if path.endswith(ending)])
                     found.append(np.corrcoef(points.T)[0, 1])
                 numbers += [np.mean(found), min(found), max(found)]
             rows.append((arm, [*map(float, numbers), paper]))

@@ -183,18 +183,12 @@ def study_students(rerun: Any) -> str:
     """The accuracies of the rerun, beside the first primary comparison where it has the task."""
     lora, dora = rerun["accuracy"]["lora"], rerun["accuracy"]["dora"]
     own = {
-        row["task"]: row
+        row["task"]: in_units(row, "acc")
         for row in of_kind("tasks", primary_rows()["acc"]["comparison"], "comparison")
         if row["measure"] == "acc"
     }
     rows = [
-        [
-            task,
-            f"{lora[task]:.1f}",
-            f"{dora[task]:.1f}",
-            f"{dora[task] - lora[task]:+.1f}",
-            in_units(own[task], "acc") if task in own else "–",
-        ]
+        [task, f"{lora[task]:.1f}", f"{dora[task]:.1f}", f"{dora[task] - lora[task]:+.1f}", own.get(task, "–")]
         for task in lora
     ]
     return markdown(["task", "rerun: LoRA", "DoRA", "DoRA higher by", "here: DoRA higher by"], rows)
@@ -302,15 +296,16 @@ def study_checkpoints() -> str:
         for step in steps:
             values = list({row["seed"]: float(row["nll"]) for row in own if int(row["step"]) == step}.values())
             line.append(f"{mean(values):.3f} ± {stdev(values):.3f}")
-        for names in (QUERY, ""):
+        for names, first in ((QUERY, 0), ("", 0), (QUERY, steps[-1])):
             points: dict[str, list[tuple[float, float]]] = {}
-            for row in (row for row in own if row["layer"].endswith(names)):
+            for row in (row for row in own if row["layer"].endswith(names) and int(row["step"]) >= first):
                 points.setdefault(row["seed"], []).append((float(row["length_change"]), float(row["direction_change"])))
             found = [correlation(*zip(*each, strict=True)) for each in points.values()]
             line.append(f"{mean(found):+.2f} ({min(found):+.2f} to {max(found):+.2f})")
         rows.append([*line, f"{paper:+.2f}"])
-    header = ["trained", *(f"NLL at step {step}" for step in steps), "query weights: correlation", "all weights"]
-    return markdown([*header, "the paper's, query weights"], rows)
+    header = ["trained (±: standard deviation, in brackets: range)", *(f"NLL, step {each}" for each in steps)]
+    header += ["correlation, query weights", "all weights", f"query, step {steps[-1]} only", "the paper's, query"]
+    return markdown(header, rows)
 
 
 def draw_checkpoints(out: Path) -> None:
