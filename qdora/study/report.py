@@ -61,7 +61,7 @@ _SHOWN = {
         "Arms",
         "kind rate num_seeds num_missing num_diverged bits_per_weight sparsity total_mib nll_per_token "
         "nll_per_token_lower nll_per_token_upper acc acc_norm",
-        "Means over the seeds of the study file. Intervals may overlap although the arms differ.",
+        "Means over all seeds of an arm, which others may lack. Intervals may overlap although arms differ.",
     ),
     "rates": (
         "Learning rates",
