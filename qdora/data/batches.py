@@ -161,6 +161,8 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_state(state)
         self.position = int(state["position"])
+        if not 0 <= self.position < 2**53:  # of a damaged file
+            raise UserError(f"position: {self.position} is no number of draws")
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
@@ -168,9 +170,8 @@ class StepLoader:
         """UserError if other examples would follow than where `state` was taken."""
         stored, now = dict(state["fingerprint"]), self.fingerprint
         pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
-        changed = [f"source {part.name}" for part, ours, then in pairs if ours != then][
-            :1
-        ]  # later digests differ, too
+        changed = [f"source {part.name}" for part, ours, then in pairs if ours != then]
+        del changed[1:]  # later digests differ, too
         if not changed and stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
             changed.append("the mix (strategy, weights, max_epochs, data.seed)")
         if stored["step"] != now["step"]:
