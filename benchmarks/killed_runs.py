@@ -333,7 +333,7 @@ def moments(*, count: int = 200, seed: int = 0, smoke: bool) -> dict[str, Any]:
             print(f"{index}: {moment}: {end.status} {'; '.join(faults)}", file=sys.stderr, flush=True)
             row = rows.setdefault(f"{moment.life}, {moment.event}", Counter())
             row.update(tried=1, stopped=int(bool(end.status)), right=int(not faults))
-            wrong += [[str(moment), *faults]] if faults else []
+            wrong += [[str(moment), *(each.replace(folder, "") for each in faults)]] if faults else []
             shutil.rmtree(lives.root / f"life-{index}")
     number = sum(row["tried"] for row in rows.values())
     found = {name: dict(row) for name, row in sorted(rows.items())}
