@@ -81,9 +81,8 @@ class Magnitude(DoraLinearLayer):  # type: ignore[misc]
 
     weight: nn.Parameter
     operands: Kept[Operands]
-    latest: Tensor | None = (
-        None  # shares the memory of the float32 weight: a cast of its .data leaves the values here
-    )
+    # Shares the memory of the float32 weight: a cast of its .data leaves the values here
+    latest: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
         super()._apply(never_narrowed(fn, [self.weight]), recurse)
@@ -223,9 +222,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found, unused-ignore]
 
-    off = {
-        f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")
-    }  # on by default; they call no layer of PEFT
+    # On by default; they call no layer of PEFT
+    off = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
     hooks = {"register": lambda self, cfg: cfg.update(off), "pre_model_load": lambda self, cfg: patch()}
     return type(name, (BasePlugin,), hooks)
 
@@ -256,9 +254,8 @@ def _keep_32_bit_states(magnitude: Tensor) -> None:
     manager = bnb.optim.GlobalOptimManager.get_instance()
     if id(magnitude) not in manager.pid2config:
         manager.override_config(magnitude, "optim_bits", 32)
-        weakref.finalize(
-            magnitude, manager.pid2config.pop, id(magnitude), None
-        )  # the id will be another tensor's
+        # The id will be another tensor's
+        weakref.finalize(magnitude, manager.pid2config.pop, id(magnitude), None)
 
 
 def _is_quantized(base: Any) -> bool:
@@ -348,9 +345,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-_Sort = tuple[
-    Any, ...
-]  # what layers alike have in common, last the products' dtype, the scaling and the dropout
+# What layers alike have in common, last the products' dtype, the scaling and the dropout
+_Sort = tuple[Any, ...]
 _passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
 """Layers alike, with their adapters, that have had a backward pass since their operands were made."""
 

@@ -212,9 +212,8 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     if run.is_consecutive:
         return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
     shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
-    if nested is None or rows * columns % (
-        stack.block_size * NESTED_BLOCK_SIZE
-    ):  # a scale of scales is of two experts
+    # A scale of scales is of two experts
+    if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
         stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
     own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
     picked: dict[str, Any] = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}

@@ -335,9 +335,8 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
     """Let no layer keep decoded scales if all would take more than half of a GPU's free memory; returns whether that is
     so."""
-    layers = [
-        layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2
-    ]  # stacks of experts have none
+    # Stacks of experts have none
+    layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers

@@ -351,9 +351,8 @@ class _AdaptedLinear(torch.autograd.Function):
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         ctx.watch = None
-        if (
-            read_again is not None and call.bias is None and not out.is_inference()
-        ):  # a bias makes another tensor
+        # A bias makes another tensor
+        if read_again is not None and call.bias is None and not out.is_inference():
             # Saved without torch's count of changes, which would make each an error: an empty tensor has it.
             ctx.watch, read_again = out.detach(), out.data
             ctx.watch.data = out.new_empty(0)

@@ -144,9 +144,8 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> Non
 
 def set_up_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # an ASCII terminal shows the text of a model in escapes
+        # An ASCII terminal shows the text of a model in escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     is_first = os.environ.get("RANK", "0") == "0"  # all processes of a launch do the same things
     # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.

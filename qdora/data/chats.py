@@ -289,9 +289,8 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _with_short_ids(turns: Messages) -> Messages:
     """The turns with an id of nine letters for every call and its result: by the data's id, else in order."""
     fitted: list[Turn] = []
-    waiting: dict[
-        Any, str
-    ] = {}  # of the calls without a result: the id in the data, or a number -> the short id
+    # Of the calls without a result: the id in the data, or a number -> the short id
+    waiting: dict[Any, str] = {}
     for number, turn in enumerate(turns):
         if turn.tool_calls:
             waiting = {}
@@ -338,9 +337,8 @@ class _Text(NamedTuple):
     spans: tuple[tuple[int, int], ...]  # (start, end) of what is learnt
     prompt: int | None = None  # end of the text that the model sees before it answers
     turn: int | None = None
-    end: int = (
-        0  # of the turn, without what stands at the end of a chat only and without the mark of the next turn
-    )
+    # Of the turn, without what stands at the end of a chat only and without the mark of the next turn
+    end: int = 0
 
 
 class _Tokens(NamedTuple):

@@ -155,9 +155,8 @@ def parse_turns(messages: Any) -> Messages:
 
 
 def _turn(where: str, turn: Any) -> Turn:
-    calls = turn.get("tool_calls") or [
-        call for call in [turn.get("function_call")] if call
-    ]  # OpenAI's older field
+    # OpenAI's older field
+    calls = turn.get("tool_calls") or [call for call in [turn.get("function_call")] if call]
     content: Any = turn.get("content", "" if calls else None)
     if isinstance(content, list):  # parts, joined as they stand
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -291,6 +290,7 @@ class Format:
 
 
 _TOOLS, _CHOICES = ("tools", "task", "id"), ("question", "choices", "answer")
+# `auto` takes the first whose columns are there
 FORMATS: dict[str, Format] = {
     "choices": Format(
         _CHOICES, example_of_row, ("task", "id", "context", "passage"), json=("choices", "answer")
@@ -306,4 +306,4 @@ FORMATS: dict[str, Format] = {
     "commonsense170k": Format(("instruction", "output", "answer"), _commonsense170k, ("input", "id")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),
-}  # `auto` takes the first whose columns are there
+}

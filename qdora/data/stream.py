@@ -22,10 +22,11 @@ from qdora.recipe.data_settings import DataConfig
 _TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on resume
 _SAMPLE = FIRST_ROWS  # that tell one stream from another
 _MOST_NAMED = 5  # faulty rows
+# `data.max_bad_rows` by default: the larger of a number and a share of the rows
 _LEAST_BAD_ROWS, _BAD_SHARE = (
     10,
     0.001,
-)  # data.max_bad_rows by default: the larger of a number and a share of the rows
+)
 
 logger = logging.getLogger("qdora")
 
@@ -68,9 +69,8 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (index of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        self._ready: list[
-            tuple[Outcome, bool]
-        ] = []  # of the window, the next one last; whether it ends its row
+        # Of the window, the next one last; whether it ends its row
+        self._ready: list[tuple[Outcome, bool]] = []
         self.first_tally = ExampleTally(self.name, data, tokenizer)
 
     # What is known of it

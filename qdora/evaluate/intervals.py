@@ -126,9 +126,8 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
     Linearised ratios (Cochran, Sampling Techniques, 1977, eq. 6.13), stratified by task. An example that several seeds
     have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks.
     """
-    shares: dict[
-        str, dict[str, float]
-    ] = {}  # task -> example -> its part of the mean, less what is expected of it
+    # task -> example -> its part of the mean, less what is expected of it
+    shares: dict[str, dict[str, float]] = {}
     for tasks in seeds:
         total = sum(float(each.weights.sum()) for each in tasks.values())
         pooled = weighted_mean(tasks, "tokens")

@@ -181,9 +181,8 @@ def tie_credit(scores: ArrayLike, gold: int) -> float:
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
     record: dict[str, Any] = {"task": task, "id": score.id}
     if score.gold is not None:
-        per_char = score.loglikelihoods / np.maximum(
-            score.num_chars, 1
-        )  # an empty choice counts as one character
+        # An empty choice counts as one character
+        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)
         record["gold"] = score.gold
         record |= {
             name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")

@@ -202,10 +202,11 @@ def quantize_model(
     document = with_overrides(document, overrides, logging.INFO)
     recipe = recipe_from(document, "quantize", overrides)
     config = load_config(find_source(recipe, weights=False))
+    # bfloat16 would round them
     if recipe.model.dtype == "auto" and config.dtype in (
         torch.float16,
         torch.float32,
-    ):  # bfloat16 would round them
+    ):
         recipe = with_settings(recipe, model={"dtype": str(config.dtype).removeprefix("torch.")})
     work = out.absolute().with_name(f".{out.absolute().name}.quantize")
     run = RunDirectory(work / f"{Path(os.path.abspath(name)).name}-{recipe.base.quant}")

@@ -333,12 +333,10 @@ def verify_packed(
 
     weights = compare_weights(model, weight, torch.float32)
     faults += _faults_of_files(model, directory, files, text, weights)
-    stored = stored_dtype(
-        directory
-    )  # of embeddings, norms and head, which lose nothing in the model's own dtype
-    if lossy or (
-        stored == model.dtype and not trained_matrices(model)
-    ):  # trained rows are float32 and are rounded
+    # Of embeddings, norms and head, which lose nothing in the model's own dtype
+    stored = stored_dtype(directory)
+    # Trained rows are float32 and are rounded
+    if lossy or (stored == model.dtype and not trained_matrices(model)):
         stored = torch.float32
     return verdict(total, faults, stored, model.dtype, lossy=lossy) | {"weights": weights}
 
@@ -426,10 +424,11 @@ def _faults_of_files(
             f"the weight of {layer} differs from the computed one by {error:.3g} times the rounding error"
         )
     for path, matrix in trained_matrices(model).items():
+        # Of a tied pair the files have either name
         names = [
             path,
             *(embedding_paths(model) if is_tied(model) else ()),
-        ]  # of a tied pair the files have either name
+        ]
         found = next((value for name in names if (value := _dense_weight(files, name)) is not None), None)
         if found is None:  # a fault of reloading already
             continue

@@ -310,9 +310,8 @@ def _write_config(plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | Non
         end = None if tokenizer is None else tokenizer.eos_token_id
         named = generation.eos_token_id
         ids = named if isinstance(named, list) else [] if named is None else [named]
-        if (
-            end is not None and end not in ids
-        ):  # a run also stops at its tokenizer's end, which may be of another model
+        # A run also stops at its tokenizer's end, which may be of another model
+        if end is not None and end not in ids:
             generation.eos_token_id = [*ids, end] if ids else end
         # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
         generation.to_json_file(directory / "generation_config.json")

@@ -159,9 +159,8 @@ def unused_gpu() -> str | None:
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
     driver = driver_version()
-    if driver is None and not any(
-        Path("/dev").glob("nvidia[0-9]*")
-    ):  # nvidia-smi fails without permission, too
+    # nvidia-smi fails without permission, too
+    if driver is None and not any(Path("/dev").glob("nvidia[0-9]*")):
         return None
     why = "no reason given"
     try:

@@ -24,9 +24,8 @@ def render_page(package: str, template: str, **facts: Any) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     pages.filters["image"] = lambda svg: f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-    return (
-        pages.get_template(template).render(**facts).encode("utf-8", "replace").decode()
-    )  # half a surrogate pair
+    # Half a surrogate pair
+    return pages.get_template(template).render(**facts).encode("utf-8", "replace").decode()
 
 
 def new_figure(width: float, height: float) -> Figure:

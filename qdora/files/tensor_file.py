@@ -52,9 +52,8 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
     with path.open("xb") as file:
         begin = file.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
-            tensor = (
-                next(remaining).detach().cpu().contiguous().reshape(-1)
-            )  # not zip, which would keep the last one
+            # not zip, which would keep the last one
+            tensor = next(remaining).detach().cpu().contiguous().reshape(-1)
             assert (tensor.dtype, tensor.nbytes) == (spec.dtype, spec.num_bytes), spec.name
             file.seek(begin + starts[spec.name])
             if tensor.numel():

@@ -27,9 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or in pageable memory of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if isinstance(error, RunFailure) or not isinstance(
-        error, RuntimeError
-    ):  # RunFailure: a refusal of pinned memory
+    # RunFailure: a refusal of pinned memory
+    if isinstance(error, RunFailure) or not isinstance(error, RuntimeError):
         return False
     if "CUBLAS_STATUS_NOT_INITIALIZED" in str(error):  # of a handle that does not fit, and after other faults
         with suppress(RuntimeError):  # of which some leave a GPU that answers nothing

@@ -110,9 +110,8 @@ class ShardedBase:
         for unit in units:
             holds_head = unit is head or isinstance(unit, list)
             made: Any = fully_shard(unit, reshard_after_forward=not holds_head, **options)  # head: `release`
-            if isinstance(
-                unit, nn.Embedding
-            ):  # which torch would prefetch behind the first block's backward pass
+            # torch would prefetch it behind the first block's backward pass
+            if isinstance(unit, nn.Embedding):
                 made.set_unshard_in_backward(False)
         sharded = [fully_shard(block, **options) for block in blocks]
         fully_shard(model, **options)

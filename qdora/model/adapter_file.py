@@ -288,9 +288,8 @@ def load_adapter(
             dropout=described.config.lora_dropout,
             dtype=torch.promote_types(lora_A.dtype, lora_B.dtype) if dtype is None else dtype,
             masked=described.masked,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # overwritten below; the global generator stays as it is
+            # Overwritten below; the global generator stays as it is
+            generator=torch.Generator().manual_seed(0),
         )
         with torch.no_grad():
             layer.lora_A.copy_(lora_A)

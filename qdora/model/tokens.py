@@ -121,9 +121,8 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
         module: Any = model.get_submodule(path)
         if matrix.ids is None:
             if matrix.values is not module.weight:
-                module.weight.data = matrix.values.to(
-                    module.weight, copy=True
-                )  # not in place: it may be of a file
+                # Not in place: it may be of a file
+                module.weight.data = matrix.values.to(module.weight, copy=True)
             module.weight.requires_grad_(True)
             continue
         if matrix not in shared:

@@ -41,9 +41,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._label = "other"
-        self._counted: dict[
-            int, tuple[weakref.ref[UntypedStorage], int, str]
-        ] = {}  # id -> storage, bytes, label
+        # id -> storage, bytes, label
+        self._counted: dict[int, tuple[weakref.ref[UntypedStorage], int, str]] = {}
         self._by_label: Counter[str] = Counter()
         self.peak_by_label: dict[str, int] = {}
 

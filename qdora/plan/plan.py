@@ -141,9 +141,8 @@ class Plan:
     num_groups: int = 0  # of processes that the card's process communicates in
     assumptions: Sequence[str] = ()  # one sentence for each thing that could not be known
     host_bytes: int = 0  # pinned, for streamed blocks and checkpoints
-    block_bytes: int = (
-        0  # packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
-    )
+    # Packed weights of the largest block that could be streamed; 0 if none can, as on a CPU
+    block_bytes: int = 0
     num_blocks: int = 0
     num_streamed: int = 0
     num_trainable: int = 0
@@ -280,9 +279,8 @@ class Work:
         """
         passes = 2 + self.checkpointing
         weights = self.num_linear * (passes + self.full) + self.num_trainable * (passes + 1) * (not self.full)
-        products = (
-            weights * self.share_met
-        )  # of the adapters, too, as if they were in proportion to their layers
+        # Of the adapters, too, as if they were in proportion to their layers
+        products = weights * self.share_met
         attention = shape.length * self.attention_width * (1 + self.checkpointing + 2.5)
         seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * self.decode_seconds(
             rates
@@ -372,11 +370,12 @@ def division_of(
     )
 
 
+# Read the input of q_proj or gate_proj, and share its X^T X and factor
 _SHARING = (
     "k_proj",
     "v_proj",
     "up_proj",
-)  # read the input of q_proj or gate_proj, and share its X^T X and factor
+)
 _COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
 
 

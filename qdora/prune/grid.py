@@ -66,8 +66,7 @@ def fitted_scales(weight: Tensor, importance: Tensor, kind: str, block_size: int
             for factor in CLIP_FACTORS:
                 _, point = nearest(blocks, absmax[:, None] * factor, kind, values)
                 errors.append((costs.view(blocks.shape) * (blocks - point).square_()).sum(dim=1))
-            absmax *= absmax.new_tensor(CLIP_FACTORS)[
-                torch.stack(errors).argmin(dim=0)
-            ]  # the first of equal ones
+            # The first of equal ones
+            absmax *= absmax.new_tensor(CLIP_FACTORS)[torch.stack(errors).argmin(dim=0)]
         found.append(absmax)
     return torch.cat(found)

@@ -25,9 +25,8 @@ DAMPING = 0.01
 """Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
 BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
-_INNER_COLUMNS = (
-    16  # that a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
-)
+# That a rounding error reaches at once; those of a block at 128 would move 5 times the bytes
+_INNER_COLUMNS = 16
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 Group = Literal["tensor", "row"]

@@ -49,9 +49,8 @@ def quantize_blocks(weight: Tensor, kind: str, block_size: int, name: str) -> tu
     chunk = _chunk(weight.device)
     for start in range(0, numel, chunk):
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
-        _refuse_not_finite(
-            scale, name
-        )  # before the look-up: NaN has no cell, and on a GPU that ends the process
+        # Before the look-up: NaN has no cell, and on a GPU that ends the process
+        _refuse_not_finite(scale, name)
         codes, first = pack_codes(nearest_codes(unit, kind), kind), start * CODE_BITS[kind] // 8
         packed[first : first + codes.numel()] = codes
         absmax[start // block_size : start // block_size + scale.numel()] = scale
@@ -65,9 +64,8 @@ def nearest_codes(unit: Tensor, kind: str) -> Tensor:
     table, flat = codebooks.decision_table(kind, unit.device), unit.reshape(-1)
     cell = codebooks.cell(flat)
     rank = table.rank.index_select(0, cell).add_(flat > table.bound.index_select(0, cell))
-    codes = (
-        table.code.index_select(0, rank.int()) if kind == "fp4" else rank
-    )  # the others ascend with their codes
+    # The others ascend with their codes
+    codes = table.code.index_select(0, rank.int()) if kind == "fp4" else rank
     return codes.view(unit.shape)
 
 

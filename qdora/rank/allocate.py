@@ -46,9 +46,8 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int
         for energy in spectrum.energies[1:]
         if energy > 0
     ]
-    for _, name in sorted(
-        components, key=lambda each: -each[0]
-    ):  # a layer's own stay in their order: they never rise
+    # A layer's own stay in their order: they never rise
+    for _, name in sorted(components, key=lambda each: -each[0]):
         if spectra[name].cost <= left:
             ranks[name] += 1
             left -= spectra[name].cost

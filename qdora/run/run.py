@@ -88,9 +88,8 @@ def train_run(
     steps, last loss, evaluations.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
-        last = stack.enter_context(
-            ExitStack()
-        )  # closed last, so that the page has the failure, which log.txt gets
+        # Closed last, so that the page has the failure, which log.txt gets
+        last = stack.enter_context(ExitStack())
         if processes.is_first:
             stack.enter_context(failures_logged(directory, "train"))
         stack.enter_context(disk_failures(directory, safe=RunDirectory(directory).what_is_safe))
@@ -236,9 +235,8 @@ def open_directory(
     residency = residency_of(given if prepared.recipe.train.divides_base else prepared.recipe)
     facts = {**environment(), "chat_date": prepared.chat_date, "residency": residency}
     facts |= {"base": base_record(prepared.source), "num_processes": processes.size}
-    if not prepared.source.is_gguf and is_multimodal(
-        prepared.config
-    ):  # a GGUF file holds a language model alone
+    # A GGUF file holds a language model alone
+    if not prepared.source.is_gguf and is_multimodal(prepared.config):
         facts["trained_part"] = TRAINED_PART
 
     def opened() -> None:
@@ -254,9 +252,8 @@ def open_directory(
             ):
                 raise UserError(f"{run.path}: data.chat_template differs from {file}. Fix: name that file.")
             steps, state = run.checkpoint_steps(), None  # other data is refused before anything is written
-            with suppress(
-                OSError, ValueError, LookupError, TypeError
-            ):  # a damaged checkpoint: an older one is taken
+            # A damaged checkpoint: an older one is taken
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 state = read_json_object(run.checkpoint_path(steps[-1]) / "state.json")["loader"]
             if state is not None:
                 prepared.loader.check_state(state)

@@ -178,9 +178,8 @@ def processes_of_launch() -> Iterator[Processes]:
     except Interrupted:
         raise
     except Exception as error:
-        get_error_handler().record_exception(
-            error
-        )  # torchrun prints the first one: the others lose a connection
+        # Torchrun prints the first one: the others lose a connection
+        get_error_handler().record_exception(error)
         raise
     # Not after an error: NCCL would wait for the others.
     dist.destroy_process_group()

@@ -124,9 +124,8 @@ def tracking(
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Start accelerate's trackers of these names, yield a function that sends them a line of metrics, close them."""
     if names:
-        PartialState(
-            cpu=not torch.cuda.is_available()
-        )  # accelerate's trackers ask it whether this is the main process
+        # accelerate's trackers ask it whether this is the main process
+        PartialState(cpu=not torch.cuda.is_available())
     started: dict[str, GeneralTracker] = {}
 
     def tell(action: Callable[[GeneralTracker], None]) -> None:
@@ -222,9 +221,8 @@ def _loss_per_task(steps: Lines, figure: Figure) -> None:
 def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
     names = sorted({name for line in evaluations for name in line["eval"]})
     tasks = [[*(line["eval"].get(name, {}) for name in names), line["average"]] for line in evaluations]
-    values = np.array(
-        [[numbers.get(metric) for numbers in row] for row in tasks], dtype=float
-    )  # None becomes NaN
+    # None becomes NaN
+    values = np.array([[numbers.get(metric) for numbers in row] for row in tasks], dtype=float)
     label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
     _plot(figure, label, evaluations, names, values)
 

@@ -120,9 +120,8 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # once_differentiable would not notice: the saved gradient looks like a constant
+        # once_differentiable would not notice: the saved gradient looks like a constant
+        if torch.is_grad_enabled():
             raise RuntimeError("the chunked loss has no second derivative; token_nll of a model's logits has.")
         (upstream,) = grads
         (gradient,) = ctx.saved_tensors

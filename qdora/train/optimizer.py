@@ -64,9 +64,8 @@ def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
     contiguous and loses its values."""
     # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
     # remainder plus 2^15, and flipping the sign bit subtracts that.
-    halves = (
-        master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)
-    )  # little-endian: lower first
+    # Little-endian: lower first
+    halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)
     high.view(torch.int16).copy_(halves[:, 1].view(high.shape))
     low.copy_(halves[:, 0].view(low.shape)).bitwise_xor_(-0x8000)
 

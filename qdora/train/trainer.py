@@ -50,9 +50,8 @@ class _Gradient:
 
     batch: Step
     metrics: Metrics = field(default_factory=dict)
-    example_nll: list[Tensor] = field(
-        default_factory=list
-    )  # (examples,) of each of this process's micro-batches
+    # (examples,) of each of this process's micro-batches
+    example_nll: list[Tensor] = field(default_factory=list)
     fault: str | None = None  # why it could not be computed
     shortage: passes.Shortage | None = None  # the micro-batch that did not fit into memory
 
@@ -98,10 +97,11 @@ class Trainer:
         self._missing_gradients = guards.MissingGradientCheck(self.optimizer)
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
+        # States of loader and generators before a step
         self._before: tuple[dict[str, Any], dict[str, Tensor]] = (
             {},
             {},
-        )  # states of loader and generators before a step
+        )
         self._tell_trackers: Callable[[Metrics], None] = lambda _metrics: None
 
     def run(self) -> None:
