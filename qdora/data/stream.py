@@ -23,10 +23,7 @@ _TOKENIZED_AT_ONCE = 64  # rows for one call of the tokenizer: done again on res
 _SAMPLE = FIRST_ROWS  # that tell one stream from another
 _MOST_NAMED = 5  # faulty rows
 # `data.max_bad_rows` by default: the larger of a number and a share of the rows
-_LEAST_BAD_ROWS, _BAD_SHARE = (
-    10,
-    0.001,
-)
+_LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
 
 logger = logging.getLogger("qdora")
 

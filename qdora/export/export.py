@@ -203,10 +203,7 @@ def quantize_model(
     recipe = recipe_from(document, "quantize", overrides)
     config = load_config(find_source(recipe, weights=False))
     # bfloat16 would round them
-    if recipe.model.dtype == "auto" and config.dtype in (
-        torch.float16,
-        torch.float32,
-    ):
+    if recipe.model.dtype == "auto" and config.dtype in (torch.float16, torch.float32):
         recipe = with_settings(recipe, model={"dtype": str(config.dtype).removeprefix("torch.")})
     work = out.absolute().with_name(f".{out.absolute().name}.quantize")
     run = RunDirectory(work / f"{Path(os.path.abspath(name)).name}-{recipe.base.quant}")

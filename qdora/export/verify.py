@@ -425,10 +425,7 @@ def _faults_of_files(
         )
     for path, matrix in trained_matrices(model).items():
         # Of a tied pair the files have either name
-        names = [
-            path,
-            *(embedding_paths(model) if is_tied(model) else ()),
-        ]
+        names = [path, *(embedding_paths(model) if is_tied(model) else ())]
         found = next((value for name in names if (value := _dense_weight(files, name)) is not None), None)
         if found is None:  # a fault of reloading already
             continue

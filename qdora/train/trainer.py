@@ -98,10 +98,7 @@ class Trainer:
         self._task_weights = passes.task_weights(recipe, loader)
         self._loss_chunk = None if recipe.memory.loss_chunk == "auto" else recipe.memory.loss_chunk
         # States of loader and generators before a step
-        self._before: tuple[dict[str, Any], dict[str, Tensor]] = (
-            {},
-            {},
-        )
+        self._before: tuple[dict[str, Any], dict[str, Tensor]] = ({}, {})
         self._tell_trackers: Callable[[Metrics], None] = lambda _metrics: None
 
     def run(self) -> None:
