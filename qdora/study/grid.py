@@ -319,7 +319,7 @@ def search(config: RatesConfig, loss: Loss) -> Search:
 
     Values have an index: 0 is the smallest that was given; those below and above continue the steps at the ends.
     """
-    values, runs, losses = sorted(config.values), dict[RateRun, None](), dict[tuple[Length, float], float]()
+    values, runs, losses = sorted(config.values), dict[RateRun, Any](), dict[tuple[Length, float], float]()
     ladder = range(-config.extend, len(values) + config.extend)
 
     def rate(index: int) -> float:
@@ -329,7 +329,7 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         )
 
     def is_open() -> bool:
-        return any(loss(run) is None for run in runs)
+        return None in runs.values()
 
     def bracketed(length: Length, known: set[int]) -> int | None:
         """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
@@ -342,8 +342,8 @@ def search(config: RatesConfig, loss: Loss) -> Search:
                     RateRun(length, rate(index), seed)
                     for seed in config.seeds[: 1 if length == "short" else None]
                 ]
-                runs.update(dict.fromkeys(own))
-                of_seeds: list[Any] = list(map(loss, own))
+                # Each is asked once: another process may end it meanwhile
+                of_seeds = [runs.setdefault(run, loss(run)) for run in own]
                 if None not in of_seeds:
                     losses[length, rate(index)] = float(np.mean(of_seeds))
             if is_open():
