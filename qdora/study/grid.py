@@ -344,8 +344,8 @@ def search(config: RatesConfig, loss: Loss) -> Search:
                 ]
                 # Each is asked once: another process may end it meanwhile
                 of_seeds = [runs.setdefault(run, loss(run)) for run in own]
-                if None not in of_seeds:
-                    losses[length, rate(index)] = float(np.mean(of_seeds))
+                if (ended := [value for value in of_seeds if value is not None]) == of_seeds:
+                    losses[length, rate(index)] = float(np.mean(ended))
             if is_open():
                 return None
             finite = [index for index in sorted(known) if math.isfinite(losses[length, rate(index)])]
