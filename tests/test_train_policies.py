@@ -231,7 +231,7 @@ def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) ->
 
 
 def test_smoothing_is_a_mean_over_tokens() -> None:
-    values = smooth([0.0, 6.0, 0.0, 10.0], [0.0, 3.0, 0.0, 1.0], half_life=1.0)[:, 0]
+    values = smooth([0.0, 6.0, 0.0, 10.0], [0.0, 3.0, 0.0, 1.0], half_life=1.0)
     assert np.isnan(values[0])
     assert values[1:].tolist() == pytest.approx([2.0, 2.0, (6 / 4 + 10) / (3 / 4 + 1)])
 

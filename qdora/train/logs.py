@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,10 +187,13 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
 def smooth(values: Any, weights: Any, half_life: float) -> Array:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights), (steps, ...): a mean over tokens.
     After `half_life` steps a contribution counts half."""
-    import pandas as pd  # slow
-
-    sums, counts = (pd.DataFrame(x).ewm(halflife=half_life).mean() for x in (values, weights))
-    return np.asarray(sums / counts)
+    decay = 0.5 ** (1 / half_life)
+    sums, counts = (
+        np.array([*accumulate(np.asarray(x, float), lambda faded, new: decay * faded + new)])
+        for x in (values, weights)
+    )
+    with np.errstate(invalid="ignore"):  # no token so far: NaN
+        return np.asarray(sums / counts)
 
 
 def draw_figures(metrics: Lines, directory: Path) -> None:
