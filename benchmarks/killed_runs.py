@@ -146,8 +146,8 @@ def lived(words: Sequence[Sequence[str]], root: Path, moment: Moment | None, at:
         signal.alarm(MOST_SECONDS)
         os.environ["XDG_CACHE_HOME"] = str(root / "home")
         Watch(root, counts, moment, at)
+        status = 0
         for each in words:
-            status = 0
             try:
                 app(list(each), standalone_mode=True)
             except SystemExit as end:
