@@ -256,7 +256,7 @@ def write_checkpoint(
         max_shard_size=max_shard_bytes,
     )
     done, total_bytes = 0, shards.metadata["total_size"]
-    if total_bytes > (free := shutil.disk_usage(directory).free):
+    if 0 < (free := shutil.disk_usage(directory).free) < total_bytes:  # some network disks say 0
         text = f"the checkpoint needs {size_text(total_bytes)}, and its disk has {size_text(free)} free"
         raise UserError(f"{text}. Fix: name a directory on another one.")
 

@@ -374,6 +374,7 @@ def settle_stored(
     ]
     skipped = [path for name in packed if (path := name.removesuffix(".weight")) not in layers]
     if skipped and wanted.skip != default.skip:
-        faults.append(f"base.skip: the checkpoint holds {first_few(skipped)} in {wanted.kind}.")
+        what = f"{first_few(skipped)} in {wanted.kind} (got {shown(list(wanted.skip))})"
+        faults.append(f"base.skip: must fit the checkpoint, which holds {what}.")
     refuse(faults)
     return dict(stored), set()
