@@ -138,6 +138,7 @@ DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
         ("a.csv", b'text,b\n1,"x\ny"\n2\n\n3,"z"\n', "line 4: has 1 cells, the first line names 2 columns"),
         ("a.csv", b'text,b\n1,2\n3,"z\n4,5\n', "cannot be read (ValueError: line 3: unexpected end of data)"),
         ("a.csv", b'text,b\n"x" y,1\n2,3\n', "line 2: ',' expected after '\"'"),
+        ("a.csv", b"\ntext,b,,text,\n1,2,,3,\n", "line 2: two columns are called 'text'"),
         ("a.csv", b"text,b\n\xff,1\n2,3\n", "cannot be read (UnicodeDecodeError: 'utf-8'"),
         ("a.json", b'[{"text": "x"},\n 3]', "row 1: must be an object {column: value}, got 3"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "in position 26"),

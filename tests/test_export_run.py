@@ -243,6 +243,9 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
             export_run(dora_run, place, PEFT)
     with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
+    with pytest.raises(UserError, match=r"the checkpoint needs \d+ KiB, and its disk has 1 KiB free"):
+        export_run(dora_run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here", "link"]
 
 
@@ -268,4 +271,6 @@ def test_a_directory_of_that_name_holds_a_checked_export_or_does_not_exist(
     assert not isinstance(error, OSError) or "out: cannot be written: the disk is full." in str(raised.value)
     assert list(tmp_path.iterdir()) == []
     export_run(dora_run, out, options)  # the same again
+    with pytest.raises(UserError, match="out: holds a finished export"):
+        export_run(dora_run, out, options)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import reduce
@@ -20,15 +21,17 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from qdora.errors import RunFailure, UserError
-from qdora.files import atomic
+from qdora.files import atomic, run_directory
 from qdora.files.atomic import atomic_write_bytes, disk_failures, json_text
 from qdora.files.run_directory import (
     RunDirectory,
     checkpoint_fault,
     create_run,
+    log_to,
     only_process,
     open_run,
     resume_run,
+    unharmed,
 )
 from qdora.run.load_run import trained_state
 from tests import support
@@ -295,6 +298,13 @@ def test_files_and_results_are_replaced_whole(run, monkeypatch):
     with pytest.raises(OSError, match="No space left"), run.result_directory("adapter"):
         full_disk()
     assert tree(run.adapter) == {"adapter.txt": b"two"}
+
+
+def test_a_warning_that_the_log_cannot_take_reaches_the_console(run, monkeypatch, caplog):
+    monkeypatch.setattr(run_directory, "_append", full_disk)
+    with log_to(run), unharmed("report.html", ". Fix: make room"):
+        full_disk()
+    assert re.fullmatch(r"report.html was not written: .*No space left on device. Fix: make room", caplog.messages[-1])
 
 
 def test_json_is_strict():

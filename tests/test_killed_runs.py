@@ -30,7 +30,7 @@ def test_a_kill_a_signal_and_a_full_disk_lose_nothing(
     """In a process of its own, which forks the lives."""
     out = tmp_path / "found.json"
     process = start_main(
-        partial(frame.main, [*options, "--out", str(out)], "killed_runs"), "killed_runs.py", output=tmp_path
+        partial(frame.main, [*options, "--out", str(out)], killed_runs.__name__), "killed_runs.py", output=tmp_path
     )
     process.join()
     assert process.exitcode == 0, (tmp_path / "stderr").read_text()[-3000:]
@@ -40,12 +40,3 @@ def test_a_kill_a_signal_and_a_full_disk_lose_nothing(
     assert sum(row["stopped"] for row in found["moments"].values()) >= least_stopped
     events = {name.split(", ")[1] for name in found["moments"]}
     assert events == {"kill", "term", "int", "full"} | ({"read_only"} if number > 4 else set())
-
-
-def test_only_checkpoints_that_are_gone_as_a_whole_and_older_may_be_missing() -> None:
-    kept = ["checkpoints/step-5/state.json", "checkpoints/step-6/state.json", "adapter/qdora.json"]
-    assert killed_runs.is_older_checkpoint("checkpoints/step-4/state.json", kept)
-    assert not killed_runs.is_older_checkpoint("checkpoints/step-5/complete.json", kept)
-    assert not killed_runs.is_older_checkpoint("checkpoints/step-7/state.json", kept)
-    assert not killed_runs.is_older_checkpoint("adapter/config.json", kept)
-    assert not killed_runs.is_older_checkpoint("b/checkpoints/step-4/state.json", [f"a/{name}" for name in kept])

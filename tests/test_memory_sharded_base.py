@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.quant.packed import PackedWeight
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run.run import train_run
 from qdora.train.distributed import Processes, StopRequest
 from qdora.train.guards import check_division
@@ -144,6 +148,32 @@ def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, ch
     assert support.run_processes(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]
     assert_close_runs(*runs)
     assert_same_files(*runs)
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_trains_what_one_process_does(root: Path, tmp_path: Path) -> None:
+    """As a user starts it on each machine: two processes, which divide the base; the other machine repeats it."""
+    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "recipe.yaml"
+    train_run(exact(root), one)
+    file.write_text(resolved_yaml(exact(root, train__parallel="hybrid")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(support.free_port())]
+    command = ["-m", "qdora.cli", "train", str(file), "-d", str(two)]
+    logs = [tmp_path / f"machine-{number}" for number in (0, 1)]
+    machines = []
+    for number, log in enumerate(logs):
+        with log.open("w") as output:
+            started = [*launcher, "--node-rank", str(number), *command]
+            machines.append(subprocess.Popen(started, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        ends = [machine.wait(270) for machine in machines]
+        assert ends == [0, 0], "".join(log.read_text() for log in logs)
+    finally:
+        for machine in machines:
+            machine.terminate()  # and its processes
+    assert json.loads((two / "environment.json").read_text())["num_processes"] == 4
+    assert_close_runs(one, two)
+    assert_same_files(one, two)
 
 
 def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, tmp_path: Path) -> None:

@@ -287,6 +287,11 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(UserError, match=rf"base\.quant: must be {kind}, .* \(got none\)"):
         load_checkpoint(tmp_path / "m", quant="none")
+    words = [r"base\.block_size: must be 64, .* \(got 32\)", r"base\.skip: .* holds .*\.q_proj, .* in \w+ \(got"]
+    words += [r"base\.double_quant: must be true, .* \(got false\)"] * nested
+    wrong: dict[str, Any] = {"block_size": 32, "skip": ["lm_head", "q_proj"], "double_quant": False}
+    assert_refused(words, load_checkpoint, tmp_path / "m", quant=kind, **wrong)
+    load_checkpoint(tmp_path / "m", quant=kind)  # of defaults nobody knows whether they were chosen
 
 
 def test_a_checkpoint_in_8_bits_loads_as_it_is(tmp_path):

@@ -120,7 +120,9 @@ def test_an_interrupted_and_a_failed_run_say_so(root, tmp_path, monkeypatch):
     (run / "report.html").mkdir()  # a page that cannot be written is a warning
     train(root, run, resume=True)
     assert (adapter_step(open_run(run)), run_facts(open_run(run))["status"]["state"]) == (6, "finished")
-    assert "WARNING report.html was not written: IsADirectoryError" in (run / "log.txt").read_text()
+    warned = re.search("WARNING report.html was not written: IsADirectoryError.*", (run / "log.txt").read_text())
+    assert warned is not None
+    assert warned[0].endswith(f". Fix: qdora report {run}")
     make_gradients_nan(monkeypatch)
     with pytest.raises(Diverged):
         train(root, other, **UNEVALUATED)

@@ -185,6 +185,8 @@ def _csv(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Entry]]:
         for cells in reader:
             if not names:
                 names = cells
+                if doubled := [name for name in names if name and names.count(name) > 1]:
+                    raise ValueError(f"line {number}: two columns are called {doubled[0]!r}")
             elif len(cells) == len(names):
                 yield number, dict(zip(names, cells, strict=True))
             elif cells:

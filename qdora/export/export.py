@@ -77,6 +77,10 @@ def export_run(
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(place.with_name(f".{place.name}.lock"), str(out)))
             is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+            if (out / "export.json").is_file():
+                raise UserError(
+                    f"{out}: holds a finished export (see export.json). Fix: name another directory."
+                )
             if out.is_symlink() or os.path.ismount(out) or not is_new or place == Path.cwd():
                 raise UserError(
                     f"{out}: must be a new or empty directory, no mount point and not the working directory."

@@ -36,6 +36,7 @@ from qdora.model.multimodal import carried, linear_not_loaded, processor_files
 from qdora.quant.bnb import STATE_NAME, to_bnb_state
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.tiles import Weight
+from qdora.recipe.section import size_text
 
 MAX_SHARD_BYTES = 5 * 2**30
 _STATE_BYTES = 256
@@ -255,6 +256,9 @@ def write_checkpoint(
         max_shard_size=max_shard_bytes,
     )
     done, total_bytes = 0, shards.metadata["total_size"]
+    if 0 < (free := shutil.disk_usage(directory).free) < total_bytes:  # some network disks say 0
+        text = f"the checkpoint needs {size_text(total_bytes)}, and its disk has {size_text(free)} free"
+        raise UserError(f"{text}. Fix: name a directory on another one.")
 
     def tensors(specs: list[TensorSpec]) -> Iterator[Tensor]:
         nonlocal done

@@ -84,13 +84,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def unharmed(name: str) -> Iterator[None]:
-    """For a file that only informs: a failure to write it is a warning."""
+def unharmed(name: str, fix: str = "") -> Iterator[None]:
+    """For a file that only informs: a failure to write it is a warning, which ends with `fix`."""
     try:
         yield
     except Exception as error:
-        with suppress(OSError):  # a full disk does not take the warning
-            logger.warning("%s was not written: %s", name, named(error))
+        logger.warning("%s was not written: %s%s", name, named(error), fix)
 
 
 class RunDirectory:
@@ -368,7 +367,8 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
     def emit(record: logging.LogRecord) -> None:
         mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
-        run.log(f"{mark}{record.getMessage()}")
+        with suppress(OSError):  # the line goes on to the console, also with a full disk
+            run.log(f"{mark}{record.getMessage()}")
 
     handler, level = logging.Handler(logging.INFO), logger.level
     handler.emit = emit  # type: ignore[method-assign]

@@ -18,12 +18,9 @@ from qdora.errors import Interrupted, UserError
 from qdora.evaluate.generation import generation_table
 from qdora.evaluate.suite import compare_table
 from qdora.files.atomic import (
-    DISK_FULL,
-    READ_ONLY,
     atomic_directory,
     atomic_write_text,
     disk_failures,
-    disk_reason,
     in_turn,
     link_or_copy,
     read_json_object,
@@ -103,7 +100,8 @@ def train_run(
         run = open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
             last.enter_context(log_to(run))
-            last.callback(unharmed(PAGE_FILE)(lambda: write_page(run, run.inside(PAGE_FILE))))
+            page = unharmed(PAGE_FILE, f". Fix: qdora report {run.path}")
+            last.callback(page(lambda: write_page(run, run.inside(PAGE_FILE))))
         show_plans(prepared, run, processes, progress)
 
         recipe, tokenizer, loader = prepared.recipe, prepared.tokenizer, prepared.loader
@@ -135,8 +133,6 @@ def train_run(
             except UserError:
                 raise
             except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
-                if disk_reason(error) in (DISK_FULL, READ_ONLY):  # of the log
-                    raise
                 raise UserError(f"{checkpoint}: is no checkpoint of this version of qdora: {error}") from error
         step, again = trainer.step, trainer.evaluates_again
         processes.first(lambda: run.truncate_metrics(step, evaluates_again=again))

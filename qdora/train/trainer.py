@@ -358,9 +358,8 @@ class Trainer:
     def _conclude(self) -> None:
         for part in self.loader.streams:
             if (here := part.position).num_bad:
-                with suppress(OSError):  # a full disk, which must not hide why the run ends
-                    text = "%s: %d faulty rows were skipped: %s"
-                    logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
+                text = "%s: %d faulty rows were skipped: %s"
+                logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
         logs.draw_figures(self.directory.metrics(), self.directory.inside("figures"))
 
     def write_metrics(self, metrics: Metrics) -> None:
