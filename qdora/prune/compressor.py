@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from qdora.prune.scores import (
 from qdora.quant.codebooks import code_values
 from qdora.quant.packed import dequantize, mask_bits, pack, quantize, stored_scales, zero_packed
 from qdora.quant.tiles import Weight, dense_weight
-from qdora.recipe.settings import BaseWeightsConfig
+from qdora.recipe.settings import BaseWeightsConfig, Statistic
 
 log = logging.getLogger("qdora")
 
@@ -177,22 +177,23 @@ class Compressor:
             # Equal statistics prune by magnitude, and move no error.
             blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
             measured = [found or blank for found in measured]
-        sweeps = by_gptq or (prune is not None and prune.method == "sparsegpt")
+        corrects = prune is not None and prune.statistic == "products"
+        sweeps = by_gptq or corrects
         # Corrected weights are not rounded to the file's dtype before they are quantised.
         kept, device = value.float() if sweeps else value, value.device
         del value  # of several weights a copy
         parts, masks = kept.chunk(len(measured)), list[Tensor]()
         for part, found in zip(parts, measured, strict=True):
             check_finite(part, found, name)
-        if prune is not None and pattern is not None and prune.method != "sparsegpt":
+        if prune is not None and pattern is not None and not corrects:
             group = None if prune.group == "auto" else prune.group
             seen = parts
             if prune.order == "quantize_first":
                 packed = quantize(values[0], *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
-            scored = [found if prune.method == "wanda" else None for found in measured]
             masks = [
-                mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)
+                mask_by_scores(prune.method, part, found if prune.statistic else None, pattern, group)
+                for part, found in zip(seen, measured, strict=True)
             ]
             mask, pattern = torch.cat(masks), None
             if prune.order == "quantize_first":
@@ -227,9 +228,7 @@ def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
 
 
 @contextmanager
-def _measured(
-    layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
-) -> Iterator[dict[str, _Statistics]]:
+def _measured(layers: Mapping[str, nn.Module], statistic: Statistic) -> Iterator[dict[str, _Statistics]]:
     """Measure the inputs of linear layers within a `with`. Layers that share an input share its statistics."""
     statistics: dict[str, _Statistics] = {}
     last: tuple[Tensor, _Statistics] | None = None
@@ -248,7 +247,7 @@ def _measured(
             experts = ((run.experts[0], run.tokens) for run in tokens.reached)
             reached = [(expert, x[rows][: tokens.routed[expert]]) for expert, rows in experts]
         for index, some in reached:
-            found = own[index] or InputStatistics(x.shape[-1], method, x.device)
+            found = own[index] or InputStatistics(x.shape[-1], statistic, x.device)
             found.add(some)
             own[index] = found
         last = (x, own)

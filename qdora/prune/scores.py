@@ -20,6 +20,7 @@ from torch import Tensor
 from qdora.errors import UserError
 from qdora.prune.grid import Grid, nearest
 from qdora.quant import codebooks
+from qdora.recipe.settings import Statistic
 
 DAMPING = 0.01
 """Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
@@ -30,6 +31,12 @@ _INNER_COLUMNS = 16
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 Group = Literal["tensor", "row"]
+SCORES = {
+    "magnitude": lambda weight, _: weight.square(),
+    "wanda": lambda weight, squares: weight.square().mul_(squares),
+}
+"""Method -> what removing each weight costs, (out, in), by the weights, at least float32, and by ||x_j||^2 over the
+largest of them, (in,); these are 1 if none was measured. Wanda: arXiv 2306.11695, eq. 1."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,10 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, float32: for "wanda" the squares of each column, for "sparsegpt" X^T X."""
+    """A statistic of a layer's inputs, float32: the sum of the squares of each column, or the products X^T X."""
 
-    def __init__(
-        self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str
-    ) -> None:
-        shape = (in_features,) if method == "wanda" else (in_features, in_features)
+    def __init__(self, in_features: int, statistic: Statistic, device: torch.device | str) -> None:
+        shape = (in_features,) if statistic == "squares" else (in_features, in_features)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._factor: Tensor | None = None
 
@@ -167,19 +172,21 @@ def check_finite(weight: Tensor, statistics: InputStatistics | None, name: str) 
 
 @torch.no_grad()
 def mask_by_scores(
-    weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
+    method: str,
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    pattern: SparsityPattern,
+    group: Group | None,
 ) -> Tensor:
-    """The keep mask (out, in) by Wanda (arXiv 2306.11695, eq. 1); without statistics by magnitude. If all are 0 (an
-    expert without tokens), columns count the same."""
-    scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-    if statistics is None:
-        return keep_mask(scores, pattern, group or "tensor")
-    squares = statistics.column_squares
-    largest = squares.max()
-    if largest != 0:
+    """The keep mask (out, in) by a method of `SCORES`. If all inputs are 0 (an expert without tokens), columns count
+    the same."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    squares = wide.new_ones(wide.shape[1])
+    if statistics is not None and (largest := statistics.column_squares.max()) != 0:
         # Divided by the largest: sums over many tokens would leave float32's range.
-        scores.mul_(squares.to(scores.dtype) / largest)
-    return keep_mask(scores, pattern, group or "row")
+        squares = statistics.column_squares.to(wide.dtype) / largest
+    scores = SCORES[method](wide, squares)
+    return keep_mask(scores, pattern, group or ("tensor" if statistics is None else "row"))
 
 
 @torch.no_grad()

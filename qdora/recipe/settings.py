@@ -29,6 +29,8 @@ from qdora.recipe.section import (
     WholeOrZero,
 )
 
+Statistic = Literal["squares", "products"]
+"""What is measured of the inputs X of a layer: ||x_j||^2 of each column, or X^T X."""
 Pattern = Literal["unstructured"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
 
 
@@ -70,6 +72,11 @@ class PruneConfig(Section):
     damping: Positive = 0.01
     """For sparsegpt: damping as a share of the mean of the Hessian's diagonal. 0.01: arXiv 2301.00774, sec. 4."""
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What it measures; with products it also corrects the kept weights. `prune.scores` scores by the others."""
+        return None if self.method == "magnitude" else "products" if self.method == "sparsegpt" else "squares"
 
 
 class GateConfig(Section):
@@ -184,15 +191,15 @@ class BaseWeightsConfig(Section):
     @property
     def measured(self) -> tuple[str, CalibrationConfig] | None:
         """The setting that names the text on which inputs are measured; None if none are."""
-        if self.prune is not None and self.prune.method != "magnitude":
+        if self.prune is not None and self.prune.statistic:
             return "base.prune.calibration", self.prune.calibration
         return ("base.calibration", self.calibration) if self.method == "gptq" else None
 
     @property
-    def statistic(self) -> Literal["wanda", "sparsegpt"]:
-        """What is measured: the squares of each input, or X^T X."""
-        by_squares = self.method == "round" and self.prune is not None and self.prune.method == "wanda"
-        return "wanda" if by_squares else "sparsegpt"
+    def statistic(self) -> Statistic:
+        """What is measured, if anything is."""
+        of_pruning = self.prune.statistic if self.prune and self.method == "round" else None
+        return of_pruning or "products"
 
     @property
     def quant_in_words(self) -> str:
