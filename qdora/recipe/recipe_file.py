@@ -33,7 +33,7 @@ from qdora.recipe.data_settings import (
     names_files,
 )
 from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
-from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import RULES, Recipe, rule_of
 
 _SHIPPED = Path(__file__).with_name("shipped")
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -326,7 +326,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("data max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
         ("data validation_fraction", "every source names validation data or is streamed", own_validation),
         ("train lr_ratio_B lr_ratio_magnitude", why, untrained),
-        ("train eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
+        ("train eps", f"train.optimizer {train.optimizer} has no eps", "eps" not in RULES[rule_of(train.optimizer)]),
         ("train max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
         ("train lr_end", "train.schedule is constant", train.schedule == "constant"),
         ("train lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),

@@ -6,7 +6,7 @@ the descriptions in the JSON schema.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt
 
@@ -284,6 +284,20 @@ class MemoryConfig(Section):
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
 
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
+"""A rule, perhaps with the bits of the states, which are then paged on CUDA."""
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "lion": {"betas": (0.9, 0.99)},
+}
+"""Rule of an optimizer -> its options, with defaults; `train.optimizer` has its classes."""
+
+
+def rule_of(name: OptimizerName) -> str:
+    """The rule of an optimizer."""
+    return name.removeprefix("paged_").partition("_")[0]
+
+
 MACRO = "macro"
 """eval.best_by: the average over the tasks, each counting once."""
 
@@ -316,9 +330,7 @@ class TrainConfig(Section):
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
     """How processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard within a
     machine. auto: shard if memory.budget is set and the base fits only so. See the guide several-gpus."""
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = (
-        "paged_adamw_8bit"
-    )
+    optimizer: OptimizerName = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
