@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
@@ -29,7 +29,6 @@ from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
-from qdora.recipe.options import Form
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.train.evals import adapter_in_words, adapter_record, adapter_step, state_step
@@ -45,19 +44,28 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 # The model card
 
 
+class Form(NamedTuple):
+    """What a model card describes. `facts`: setting -> value of an exported base, in place of the training."""
+
+    text: str
+    relation: str = "finetune"  # to its base, and its library, as the Hub has them
+    library: str = "transformers"
+    facts: Mapping[str, str] = {}
+
+
+_RUN = Form(
+    "This is a run directory. `adapter/` holds the trained adapter in PEFT's format, for the quantised base."
+)
+
+
 def run_card(
     run: RunDirectory,
     recipe: Recipe,
     state: str,
     check: dict[str, Any] | None = None,
-    *,
-    form: Form | Literal["run"] = "run",
-    facts: Mapping[str, str] | None = None,
+    form: Form = _RUN,
 ) -> str:
-    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export.
-
-    `facts`: setting -> value of an exported base, in place of the training.
-    """
+    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
     source, is_adopted, mix = known_source(recipe), bool(run.adopted()), run.read_json("mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
@@ -68,19 +76,19 @@ def run_card(
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
     is_multimodal = "trained part" in training
-    if form == "base":
-        data, training = (), dict(facts or {})
+    if form.facts:
+        data, training = (), dict(form.facts)
     metadata = ModelCardData(
         base_model=hub_id,
-        base_model_relation=hub_id and {"peft": "adapter", "base": "quantized"}.get(form, "finetune"),
+        base_model_relation=hub_id and form.relation,
         datasets=sorted({id_ for part in data if (id_ := _data_id(part)) is not None}) or None,
-        library_name=form if form in ("gguf", "peft") else "transformers",
+        library_name=form.library,
         pipeline_tag="image-text-to-text" if is_multimodal else "text-generation",
         tags=["qdora"],
         **_licence(source),
     )
     has_code = recipe.model.trust_remote_code and source is not None and any(source.path.glob("*.py"))
-    scored = [] if form == "base" else evaluations(run, step)
+    scored = [] if form.facts else evaluations(run, step)
     rows = [[found["data"], *row] for found in scored for row in found["rows"]]
     card = ModelCard.from_template(
         metadata,
@@ -97,7 +105,7 @@ def run_card(
         data=[(markdown_cell(part.label), _data_id(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
-        texts=[*licence_files(source)],
+        texts=[] if form is _RUN else [*licence_files(source)],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
