@@ -362,6 +362,9 @@ class TrainConfig(Section):
         return self.parallel in ("shard", "hybrid")
 
 
+Metric = Literal["nll_per_token", "acc", "acc_norm"]
+
+
 class EvalConfig(Section):
     """Evaluation during a training run; `qdora eval` evaluates afterwards."""
 
@@ -381,7 +384,7 @@ class EvalConfig(Section):
     """Evaluate after the last step."""
     best_by: Text | None = None
     """Task, or macro (the average over the tasks), that chooses the step of adapter/ (null: the last step)."""
-    best_metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
+    best_metric: Metric = "nll_per_token"
     """Metric of best_by. acc, acc_norm: only for tasks with choices."""
     patience: Whole | None = None
     """End the run after this many evaluations in a row without improvement (null: never)."""

@@ -17,7 +17,7 @@ from rich.console import Console
 import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluate.suite import LossOrAccuracy, task_changes
+from qdora.evaluate.suite import CHANGES, LABELS, task_changes
 from qdora.files import run_directory
 from qdora.files.atomic import atomic_write_text, disk_failures, masked
 from qdora.files.console import consoles, duration
@@ -36,7 +36,6 @@ from qdora.train.logs import draw_figures
 
 PAGE_FILE = "report.html"
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
-_METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
 _FIGURES = ("loss_per_task", "validation_nll", "validation_accuracy", "steps")
 _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 
@@ -144,8 +143,8 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
         for record in (*before.get("per_example", ()), *after.get("per_example", ())):
             if "outcome" in record:  # a generated answer
                 record["acc"] = float(record["outcome"] == "right")
-        changes: dict[str, Any] = {metric: task_changes(before, after, metric) for metric in _METRICS}
-        rows = [_cells(change, metric) for metric in _METRICS for change in changes[metric]]
+        changes: dict[str, Any] = {metric: task_changes(before, after, metric) for metric in CHANGES}
+        rows = [_cells(change, metric) for metric in CHANGES for change in changes[metric]]
         if rows:
             found.append({"data": data, "step": step if after else 0, **changes, "rows": rows})
     return found
@@ -153,7 +152,7 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
 
 def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
     label, factor, digits = (
-        ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else ("accuracy, %", 100, 1)
+        ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else (f"{LABELS[metric]}, %", 100, 1)
     )
 
     def shown(key: str, sign: str = "") -> str:
