@@ -398,7 +398,7 @@ def compression(
     ):
         layer: Any = model.get_submodule(path)
         (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
-        squares = columns**2 if base.statistic == "products" else 0
+        squares = columns**2 if base.corrects else 0
         num_products = 0 if path.endswith(_SHARING) else experts
         met = (
             num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)

@@ -44,7 +44,7 @@ from qdora.prune.scores import (
 from qdora.quant.codebooks import code_values
 from qdora.quant.packed import dequantize, mask_bits, pack, quantize, stored_scales, zero_packed
 from qdora.quant.tiles import Weight, dense_weight
-from qdora.recipe.settings import BaseWeightsConfig, Statistic
+from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
@@ -115,9 +115,8 @@ class Compressor:
             is_first = prune is not None and prune.order == "quantize_first"
             wanted = load.wanted if is_first else replace(load.wanted, kind="none")
             place_all(replace(load, stored=weights, wanted=wanted, progress=None))
-            with _measured(
-                {path: load.model.get_submodule(path) for path in paths}, self.base.statistic
-            ) as statistics:
+            layers = {path: load.model.get_submodule(path) for path in paths}
+            with _measured(layers, products=self.base.corrects) as statistics:
                 for part in _parts(args, kwargs):
                     block(*part[0], **part[1])
             self._compress(load, index, tensors, statistics)
@@ -175,31 +174,29 @@ class Compressor:
             how = "rounded" if prune is None else "pruned by magnitude"
             log.warning("%s: no calibration token reached experts %s; they are %s.", name, experts, how)
             # Equal statistics prune by magnitude, and move no error.
-            blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
+            blank = InputStatistics(value.shape[1], load.device, products=self.base.corrects)
             measured = [found or blank for found in measured]
-        corrects = prune is not None and prune.statistic == "products"
-        sweeps = by_gptq or corrects
         # Corrected weights are not rounded to the file's dtype before they are quantised.
-        kept, device = value.float() if sweeps else value, value.device
+        kept, device = value.float() if self.base.corrects else value, value.device
         del value  # of several weights a copy
         parts, masks = kept.chunk(len(measured)), list[Tensor]()
         for part, found in zip(parts, measured, strict=True):
             check_finite(part, found, name)
-        if prune is not None and pattern is not None and not corrects:
+        if prune is not None and pattern is not None and not prune.corrects:
             group = None if prune.group == "auto" else prune.group
             seen = parts
             if prune.order == "quantize_first":
                 packed = quantize(values[0], *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
             masks = [
-                mask_by_scores(prune.method, part, found if prune.statistic else None, pattern, group)
+                mask_by_scores(prune.method, part, found if prune.measures else None, pattern, group)
                 for part, found in zip(seen, measured, strict=True)
             ]
             mask, pattern = torch.cat(masks), None
             if prune.order == "quantize_first":
                 return [(zero_packed(packed, mask), mask)]
             kept = kept.masked_fill(~mask, 0)
-        if sweeps:
+        if self.base.corrects:
             known, grid, done = cast(list[InputStatistics], measured), None, []
             if by_gptq:
                 squares = torch.stack([found.column_squares for found in known])
@@ -228,7 +225,7 @@ def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
 
 
 @contextmanager
-def _measured(layers: Mapping[str, nn.Module], statistic: Statistic) -> Iterator[dict[str, _Statistics]]:
+def _measured(layers: Mapping[str, nn.Module], *, products: bool) -> Iterator[dict[str, _Statistics]]:
     """Measure the inputs of linear layers within a `with`. Layers that share an input share its statistics."""
     statistics: dict[str, _Statistics] = {}
     last: tuple[Tensor, _Statistics] | None = None
@@ -247,7 +244,7 @@ def _measured(layers: Mapping[str, nn.Module], statistic: Statistic) -> Iterator
             experts = ((run.experts[0], run.tokens) for run in tokens.reached)
             reached = [(expert, x[rows][: tokens.routed[expert]]) for expert, rows in experts]
         for index, some in reached:
-            found = own[index] or InputStatistics(x.shape[-1], statistic, x.device)
+            found = own[index] or InputStatistics(x.shape[-1], x.device, products=products)
             found.add(some)
             own[index] = found
         last = (x, own)

@@ -20,7 +20,6 @@ from torch import Tensor
 from qdora.errors import UserError
 from qdora.prune.grid import Grid, nearest
 from qdora.quant import codebooks
-from qdora.recipe.settings import Statistic
 
 DAMPING = 0.01
 """Added to H's diagonal, as a fraction of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
@@ -101,10 +100,10 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 
 
 class InputStatistics:
-    """A statistic of a layer's inputs, float32: the sum of the squares of each column, or the products X^T X."""
+    """Sums over a layer's inputs, float32: of all products, X^T X, or only of the squares of each column."""
 
-    def __init__(self, in_features: int, statistic: Statistic, device: torch.device | str) -> None:
-        shape = (in_features,) if statistic == "squares" else (in_features, in_features)
+    def __init__(self, in_features: int, device: torch.device | str, *, products: bool) -> None:
+        shape = (in_features, in_features) if products else (in_features,)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._factor: Tensor | None = None
 
@@ -181,7 +180,7 @@ def mask_by_scores(
     """The keep mask (out, in) by a method of `SCORES`. If all inputs are 0 (an expert without tokens), columns count
     the same."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    squares = wide.new_ones(wide.shape[1])
+    squares = torch.ones_like(wide[0])
     if statistics is not None and (largest := statistics.column_squares.max()) != 0:
         # Divided by the largest: sums over many tokens would leave float32's range.
         squares = statistics.column_squares.to(wide.dtype) / largest

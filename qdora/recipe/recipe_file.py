@@ -341,12 +341,11 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("memory offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
     ]  # fmt: skip
     if prune is not None:
-        corrects = prune.statistic == "products"
-        has_groups = prune.pattern != "unstructured" or corrects
+        has_groups = prune.pattern != "unstructured" or prune.corrects
         rows += [
-            ("base.prune damping", f"base.prune.method {prune.method} has none", not corrects),
-            ("base.prune calibration", f"base.prune.method {prune.method} needs none", not prune.statistic),
-            ("base calibration", "base.prune.calibration serves both", prune.statistic),
+            ("base.prune damping", f"base.prune.method {prune.method} has none", not prune.corrects),
+            ("base.prune calibration", f"base.prune.method {prune.method} needs none", not prune.measures),
+            ("base calibration", "base.prune.calibration serves both", prune.measures),
             ("base.prune group", f"{prune.method} with {prune.pattern} has its own", has_groups),
             ("base.prune sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
         ]
@@ -459,7 +458,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
             ("base.prune.pattern", "have n below m", is_n_of_m and int(n) >= int(m)),
             ("base.prune.sparsity", f"be set for pattern {n}", not is_n_of_m and prune.sparsity is None),
             ("base.prune.order", "be prune_first with sparsegpt, with base.method gptq and with base.quant none",
-             prune.order == "quantize_first" and (plain or gptq or prune.statistic == "products")),
+             prune.order == "quantize_first" and (plain or gptq or prune.corrects)),
         ]  # fmt: skip
     if gates is not None:
         largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)

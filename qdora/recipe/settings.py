@@ -29,8 +29,6 @@ from qdora.recipe.section import (
     WholeOrZero,
 )
 
-Statistic = Literal["squares", "products"]
-"""What is measured of the inputs X of a layer: ||x_j||^2 of each column, or X^T X."""
 Pattern = Literal["unstructured"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
 
 
@@ -74,9 +72,14 @@ class PruneConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
 
     @property
-    def statistic(self) -> Statistic | None:
-        """What it measures; with products it also corrects the kept weights. `prune.scores` scores by the others."""
-        return None if self.method == "magnitude" else "products" if self.method == "sparsegpt" else "squares"
+    def measures(self) -> bool:
+        """Whether the method scores weights by the inputs of their layer, too."""
+        return self.method != "magnitude"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it corrects the kept weights, by X^T X of the inputs; else `prune/scores.py` has its scores."""
+        return self.method == "sparsegpt"
 
 
 class GateConfig(Section):
@@ -191,15 +194,14 @@ class BaseWeightsConfig(Section):
     @property
     def measured(self) -> tuple[str, CalibrationConfig] | None:
         """The setting that names the text on which inputs are measured; None if none are."""
-        if self.prune is not None and self.prune.statistic:
+        if self.prune is not None and self.prune.measures:
             return "base.prune.calibration", self.prune.calibration
         return ("base.calibration", self.calibration) if self.method == "gptq" else None
 
     @property
-    def statistic(self) -> Statistic:
-        """What is measured, if anything is."""
-        of_pruning = self.prune.statistic if self.prune and self.method == "round" else None
-        return of_pruning or "products"
+    def corrects(self) -> bool:
+        """Whether weights are corrected, by X^T X of the inputs; scores need only the squares of each input."""
+        return self.method == "gptq" or (self.prune is not None and self.prune.corrects)
 
     @property
     def quant_in_words(self) -> str:
