@@ -62,7 +62,7 @@ def pruned_by(method, weight, x, pattern, group=None):
     if method == "sparsegpt":
         return sweep(wide, statistics_of(x, method), pattern)
     measured = None if method == "magnitude" else statistics_of(x, method)
-    keep = mask_by_scores(method, wide, measured, pattern, group)
+    keep = mask_by_scores(method, wide, measured, pattern, group or "auto")
     return Pruned(wide.masked_fill(~keep, 0), keep)
 
 

@@ -202,10 +202,10 @@ def _record(task: str, score: ExampleScore) -> dict[str, Any]:
 
 def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
     of_choices = [record for record in records if "acc" in record]
-    credits = {name: [record[name] for record in of_choices] for name in ACCURACIES}
     accuracies = dict[str, Any]()
-    for name, own in credits.items():
-        accuracies |= estimated(name, mean_stderr(own) if own else None)
+    for name in ACCURACIES:
+        credits = [record[name] for record in of_choices]
+        accuracies |= estimated(name, mean_stderr(credits) if credits else None)
     nlls, num_tokens = ([record[name] for record in records] for name in ("nll", "num_answer_tokens"))
     num_gold = Counter(record["gold"] for record in of_choices)
     chances = [1.0 / len(record["loglikelihoods"]) for record in of_choices]
@@ -213,8 +213,8 @@ def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
         **accuracies,
         chance=float(np.mean(chances)) if of_choices else None,
         majority=max(num_gold.values()) / len(of_choices) if of_choices else None,
-        num_ties=sum(0 < credit < 1 for credit in credits["acc"]),
-        num_ties_norm=sum(0 < credit < 1 for credit in credits["acc_norm"]),
+        num_ties=sum(0 < record["acc"] < 1 for record in of_choices),
+        num_ties_norm=sum(0 < record["acc_norm"] < 1 for record in of_choices),
         **estimated("nll", mean_stderr(nlls)),
         **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
         num_examples=len(records),

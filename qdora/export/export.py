@@ -156,10 +156,14 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory
 
 def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     trained = load_run(run, step=options.step)
-    published_as = options.push if options.push is not None and "/" in options.push else None
-    how: dict[str, Any] = {"dtype": DTYPES.get(options.dtype or ""), "published_as": published_as}
-    written = write_form(export_nf4_lora, trained, folder, options, console, **how)
+    name = options.push if options.push is not None and "/" in options.push else None
+    dtype = DTYPES.get(options.dtype or "")
+    written = write_form(export_nf4_lora, trained, folder, options, console, dtype=dtype, published_as=name)
     return trained, written, partial(verify_packed, trained.model, folder), Form(_NF4_LORA)
+
+
+_PEFT = """This is the trained adapter in PEFT's format. Load it on {}; on others it gives other results. `qdora.json` \
+holds the exact scale of every layer."""
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -179,12 +183,10 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
-    by_qdora = "what `qdora export --format base` writes of its run"
     base = "the base named above, quantised by bitsandbytes as the table says"
-    text = f"""This is the trained adapter in PEFT's format. Load it on \
-{by_qdora if recipe.base.method == "gptq" else base}; on others it gives other results. \
-`qdora.json` holds the exact scale of every layer."""
-    return trained, {}, None, Form(text, relation="adapter", library="peft")
+    if recipe.base.method == "gptq":
+        base = "what `qdora export --format base` writes of its run"
+    return trained, {}, None, Form(_PEFT.format(base), relation="adapter", library="peft")
 
 
 _BASE = """This is a frozen base to train adapters on, as a bitsandbytes checkpoint: its linear layers are quantised \

@@ -45,7 +45,7 @@ from qdora.plan.plan import (
 from qdora.quant.kernels import Routing, planned_on
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import parse_size, with_settings
-from qdora.recipe.settings import Recipe, rule_of
+from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
 from qdora.train.loss import auto_chunk
 
@@ -357,9 +357,10 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         recompute,
         (*recompute, "memory.offload_activations=true") if device_kind == "cuda" else (),
     ]
+    rule = train.optimizer.removeprefix("paged_").partition("_")[0]
     has_adapter = adapter.kind in ("lora", "dora")
     others: list[_Overrides] = [
-        (f"train.optimizer=paged_{rule_of(train.optimizer)}_8bit",),
+        (f"train.optimizer=paged_{rule}_8bit",),
         ("base.quant=nf4",) if has_adapter and base.quant in ("none", "int8") else (),
         ("base.double_quant=true",),
     ]

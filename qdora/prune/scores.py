@@ -12,7 +12,7 @@ first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
-Group = Literal["tensor", "row"]
 SCORES = {
     "magnitude": lambda weight, _: weight.square(),
     "wanda": lambda weight, squares: weight.square().mul_(squares),
@@ -89,7 +88,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
+def keep_mask(scores: Tensor, pattern: SparsityPattern, group: str = "row") -> Tensor:
     """The mask (out, in) of a pattern that keeps the highest `scores`, (out, in), finite, not negative. `group` is that
     of an unstructured pattern."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -102,7 +101,7 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 class InputStatistics:
     """Sums over a layer's inputs, float32: of all products, X^T X, or only of the squares of each column."""
 
-    def __init__(self, in_features: int, device: torch.device | str, *, products: bool) -> None:
+    def __init__(self, in_features: int, device: torch.device | str, products: bool) -> None:
         shape = (in_features, in_features) if products else (in_features,)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._factor: Tensor | None = None
@@ -171,21 +170,18 @@ def check_finite(weight: Tensor, statistics: InputStatistics | None, name: str) 
 
 @torch.no_grad()
 def mask_by_scores(
-    method: str,
-    weight: Tensor,
-    statistics: InputStatistics | None,
-    pattern: SparsityPattern,
-    group: Group | None,
+    method: str, weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: str
 ) -> Tensor:
-    """The keep mask (out, in) by a method of `SCORES`. If all inputs are 0 (an expert without tokens), columns count
-    the same."""
+    """The keep mask (out, in) by a method of `SCORES`; `group` as in base.prune. If all inputs are 0 (an expert without
+    tokens), columns count the same."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     squares = torch.ones_like(wide[0])
     if statistics is not None and (largest := statistics.column_squares.max()) != 0:
         # Divided by the largest: sums over many tokens would leave float32's range.
         squares = statistics.column_squares.to(wide.dtype) / largest
-    scores = SCORES[method](wide, squares)
-    return keep_mask(scores, pattern, group or ("tensor" if statistics is None else "row"))
+    if group == "auto":
+        group = "tensor" if statistics is None else "row"
+    return keep_mask(SCORES[method](wide, squares), pattern, group)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ the descriptions in the JSON schema.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
 
@@ -183,7 +183,7 @@ class BaseWeightsConfig(Section):
     @property
     def clips(self) -> bool:
         """Whether block scales may be smaller than the largest weight."""
-        few_bits = self.quant in ("nf3", "nf2", "int3", "int2")
+        few_bits = self.quant.endswith(("2", "3"))
         return self.method == "gptq" and (few_bits if self.clip is None else self.clip)
 
     @property
@@ -194,14 +194,14 @@ class BaseWeightsConfig(Section):
     @property
     def measured(self) -> tuple[str, CalibrationConfig] | None:
         """The setting that names the text on which inputs are measured; None if none are."""
-        if self.prune is not None and self.prune.measures:
+        if self.prune and self.prune.measures:
             return "base.prune.calibration", self.prune.calibration
         return ("base.calibration", self.calibration) if self.method == "gptq" else None
 
     @property
     def corrects(self) -> bool:
         """Whether weights are corrected, by X^T X of the inputs; scores need only the squares of each input."""
-        return self.method == "gptq" or (self.prune is not None and self.prune.corrects)
+        return self.method == "gptq" or bool(self.prune and self.prune.corrects)
 
     @property
     def quant_in_words(self) -> str:
@@ -287,17 +287,12 @@ class MemoryConfig(Section):
 
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
-"""A rule, perhaps with the bits of the states, which are then paged on CUDA."""
-RULES: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
-    "lion": {"betas": (0.9, 0.99)},
-}
-"""Rule of an optimizer -> its options, with defaults; `train.optimizer` has its classes."""
+"""An update rule, perhaps with the bits of its states, which are then paged on CUDA."""
 
 
-def rule_of(name: OptimizerName) -> str:
-    """The rule of an optimizer."""
-    return name.removeprefix("paged_").partition("_")[0]
+def has_eps(name: OptimizerName) -> bool:
+    """Whether the rule of an optimizer has an epsilon."""
+    return "lion" not in name
 
 
 MACRO = "macro"

@@ -232,10 +232,7 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
     recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
     texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
-    status, step = (
-        _status(run, recipe, metrics),
-        max([0, *(line["step"] for line in metrics if "eval" in line)]),
-    )
+    status, steps = _status(run, recipe, metrics), (line["step"] for line in metrics if "eval" in line)
     return {
         "title": run.path.resolve().name,
         "run": str(run.path),
@@ -245,7 +242,7 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
             dict.fromkeys(text.removeprefix(warning) for text in texts if text.startswith(warning))
         ),
         "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
-        "evaluations": evaluations(run, status["adapter_step"] or step),
+        "evaluations": evaluations(run, status["adapter_step"] or max(steps, default=0)),
         "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),
     }
 

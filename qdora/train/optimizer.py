@@ -22,7 +22,6 @@ import math
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -37,13 +36,8 @@ from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
 from qdora.quant.kernels import is_planning
-from qdora.recipe.settings import RULES, OptimizerName, Recipe, rule_of
+from qdora.recipe.settings import OptimizerName, Recipe, has_eps
 
-# Rule -> name of bitsandbytes' optimizers without Paged and bits, and the optimizer with float32 states.
-_CLASSES: dict[str, tuple[str, Any]] = {
-    "adamw": ("AdamW", partial(torch.optim.AdamW, fused=True)),
-    "lion": ("Lion", bnb.optim.Lion32bit),
-}
 # Averages in a parameter's state: torch's names, then bitsandbytes', and the power of the gradient that each is of.
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
 # Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
@@ -249,14 +243,16 @@ class FlatGroup:
 def _inner_optimizer(
     name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
 ) -> Any:
-    stem, plain = _CLASSES[rule_of(name)]
-    if name in _CLASSES or not kind.is_matrix:
-        return plain([master], **options, weight_decay=0.0)
+    if name == "lion" or ("lion" in name and not kind.is_matrix):
+        return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
+    if name == "adamw" or not kind.is_matrix:
+        return torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
+    rule = "Lion" if "lion" in name else "AdamW"
     is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
     paged, bits = "Paged" if is_paged else "", "8bit" if kind.is_8bit else "32bit"
     # The code books of 8-bit states are computed from values, so outside the fake mode of a plan.
     with _disable_current_modes() if is_planning() else nullcontext():
-        inner = getattr(bnb.optim, f"{paged}{stem}{bits}")([master], **options, weight_decay=0.0)
+        inner = getattr(bnb.optim, f"{paged}{rule}{bits}")([master], **options, weight_decay=0.0)
     if is_paged:
         inner.get_state_buffer = _page_like
     if is_planning():
@@ -361,15 +357,16 @@ class AdapterOptimizer:
         lr_ratios: Mapping[str, float] | None = None,
         undecayed: Collection[str] = (),
         betas: tuple[float, float] | None = None,
-        eps: float | None = None,
+        eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
         self.parameters = dict(parameters)
         for parameter in self.parameters.values():
             parameter.grad_dtype = torch.float32
         self._name, self._ratios = name, lr_ratios
-        given = {"betas": betas, "eps": eps}
-        self._options = {key: given[key] or default for key, default in RULES[rule_of(name)].items()}
+        self._options: dict[str, Any] = {"betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
+        if has_eps(name):
+            self._options["eps"] = eps
         self._weight_decay = weight_decay
         self.undecayed = frozenset(undecayed)
         if any(can_page(parameter) for parameter in self.parameters.values()):
