@@ -179,9 +179,11 @@ def mask_by_scores(
     if statistics is not None and (largest := statistics.column_squares.max()) != 0:
         # Divided by the largest: sums over many tokens would leave float32's range.
         squares = statistics.column_squares.to(wide.dtype) / largest
+    scores = SCORES[method](wide, squares)
+    del wide  # of a weight in 16 bits a copy
     if group == "auto":
         group = "tensor" if statistics is None else "row"
-    return keep_mask(SCORES[method](wide, squares), pattern, group)
+    return keep_mask(scores, pattern, group)
 
 
 @torch.no_grad()

@@ -44,10 +44,14 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 
 
 class Form(NamedTuple):
-    """What a model card describes. `facts`: setting -> value of an exported base, in place of the training."""
+    """What a model card says of the files that it describes.
+
+    In `text` the class of a multimodal model replaces AutoModelForCausalLM. `relation`, to the base, and `library` are
+    words of the Hub. `facts`, setting -> value, are those of an exported base, in place of the training.
+    """
 
     text: str
-    relation: str = "finetune"  # to its base, and its library, as the Hub has them
+    relation: str = "finetune"
     library: str = "transformers"
     facts: Mapping[str, str] = {}
 
