@@ -25,12 +25,12 @@ from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mea
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.files.console import Progress
 
-ACCURACIES = {
+ACCURACIES: dict[str, Callable[[ExampleScore], ArrayLike]] = {
     "acc": lambda score: score.loglikelihoods,
     # An empty choice counts as one character
     "acc_norm": lambda score: score.loglikelihoods / np.maximum(score.num_chars, 1),
 }
-"""Metric of examples with choices -> of an `ExampleScore` the numbers of which the right choice needs the largest."""
+"""Metric of examples with choices -> the numbers of which the right choice needs the largest."""
 LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
 CHANGES = ("nll_per_token", "acc")
 """Metrics whose changes a run shows."""

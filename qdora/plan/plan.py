@@ -371,11 +371,7 @@ def division_of(
 
 
 # Read the input of q_proj or gate_proj, and share its X^T X and factor
-_SHARING = (
-    "k_proj",
-    "v_proj",
-    "up_proj",
-)
+_SHARING = ("k_proj", "v_proj", "up_proj")
 _COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
 
 

@@ -23,13 +23,7 @@ from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.errors import UserError, first_few
 from qdora.model.checkpoint import Stored, StoredPacked
-from qdora.model.load import (
-    Loading,
-    blocks_of,
-    place_all,
-    place_frozen,
-    tie_and_move_buffers,
-)
+from qdora.model.load import Loading, blocks_of, place_all, place_frozen, tie_and_move_buffers
 from qdora.model.store import BaseWriter
 from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import (

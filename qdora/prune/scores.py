@@ -11,6 +11,7 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
-SCORES = {
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "magnitude": lambda weight, _: weight.square(),
     "wanda": lambda weight, squares: weight.square().mul_(squares),
 }
@@ -58,10 +59,10 @@ def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
 def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
     """Refuse a weight (out, in) that cannot have the pattern."""
     if shape[1] % pattern.of:
-        what = (
-            f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
+        raise UserError(
+            f"base.prune.pattern: {name}: pattern {pattern.keep}:{pattern.of} needs in_features divisible by "
+            f"{pattern.of}, got {shape[1]}. Fix: leave such layers out with base.skip."
         )
-        raise UserError(f"base.prune.pattern: {name}: {what}. Fix: leave such layers out with base.skip.")
 
 
 def num_pruned(sparsity: float, size: int) -> int:

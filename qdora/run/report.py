@@ -62,11 +62,7 @@ _RUN = Form(
 
 
 def run_card(
-    run: RunDirectory,
-    recipe: Recipe,
-    state: str,
-    check: dict[str, Any] | None = None,
-    form: Form = _RUN,
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, form: Form = _RUN
 ) -> str:
     """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
     source, is_adopted, mix = known_source(recipe), bool(run.adopted()), run.read_json("mix.json")

@@ -18,15 +18,7 @@ from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.pages import markdown_table, new_figure, render_page, svg_text
 from qdora.model.inject import block_of
-from qdora.study.compare import (
-    Arm,
-    comparisons,
-    damage_row,
-    find_arms,
-    quality,
-    repair_row,
-    task_rows,
-)
+from qdora.study.compare import Arm, comparisons, damage_row, find_arms, quality, repair_row, task_rows
 from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 

@@ -42,12 +42,6 @@ _LEAST = 1e-4
 # Relative differences allowed between the losses of two processes that divide a base, in float32 and in 16 bits.
 _ROUNDING, _ROUNDING_16 = 1e-5, 5e-3
 _NUM_TOKENS = 32
-# Share of the rate that is left at a progress of 0 to 1 after the warm-up. Cosine: arXiv 1608.03983.
-_SHAPES = {
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "constant": lambda _: 1.0,
-}
 
 logger = logging.getLogger("qdora")
 
@@ -56,8 +50,8 @@ class Schedule:
     """The learning rate of a run of `num_steps`.
 
     Warm-up rises linearly and reaches `train.lr` at its last step. The rate then stays (constant) or falls to
-    `train.lr_end`, linearly or along half a cosine, which it would reach one step after the last. A run that is
-    extended keeps its warm-up.
+    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983), which it would reach one step after the last.
+    A run that is extended keeps its warm-up.
     """
 
     STATE = "num_steps", "warmup"
@@ -73,8 +67,11 @@ class Schedule:
         train, warmup = self._train, self.warmup
         if step < warmup:
             return train.lr * (step + 1) / warmup
+        if train.schedule == "constant":
+            return train.lr
         progress = (step - warmup) / max(1, self.num_steps - warmup)
-        return train.lr_end + (train.lr - train.lr_end) * _SHAPES[train.schedule](progress)
+        share = (1 - progress) if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return train.lr_end + (train.lr - train.lr_end) * share
 
 
 class Backoff:

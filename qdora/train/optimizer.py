@@ -243,9 +243,9 @@ class FlatGroup:
 def _inner_optimizer(
     name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
 ) -> Any:
-    if name == "lion" or ("lion" in name and not kind.is_matrix):
-        return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
-    if name == "adamw" or not kind.is_matrix:
+    if not kind.is_matrix or not name.endswith("bit"):
+        if "lion" in name:
+            return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
         return torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
     rule = "Lion" if "lion" in name else "AdamW"
     is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
