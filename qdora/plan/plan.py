@@ -389,9 +389,9 @@ def compression(
         return 0, 0.0
     num_tokens, blocks = measured[1].sequences * measured[1].length, Counter[str]()
     flops, num_columns, workspace = 0.0, 0, 0
-    for path in (
-        path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")
-    ):
+    for path in chosen_layers(model, quantization_of(base)):
+        if not path.startswith(f"{found[0]}."):
+            continue
         layer: Any = model.get_submodule(path)
         (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
         squares = columns**2 if base.corrects else 0
