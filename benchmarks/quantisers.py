@@ -227,7 +227,7 @@ def quantisers_layer(
 
 def own_layer(weight: Tensor, x: Tensor, kind: str, group: int, clip: bool) -> Tensor:
     """The weight (out, in) by GPTQ on the inputs x (tokens, in), dequantised; `group` divides `in`."""
-    statistics, values = InputStatistics(weight.shape[1], "sparsegpt", weight.device), code_values(kind)
+    statistics, values = InputStatistics(weight.shape[1], weight.device, products=True), code_values(kind)
     statistics.add(x)
     absmax = fitted_scales(weight, statistics.column_squares[None], kind, group, clip=clip)
     codes, _ = sweep(weight, statistics, grid=Grid(kind, group, absmax, values))

@@ -164,7 +164,7 @@ def test_rows_of_padding_are_no_inputs():
     assert tokens.counts == (3, 3, 0)
     x, layer = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), nn.Module()
     layer.forward = lambda x, tokens: x
-    with pruning._measured({"up": layer}, "wanda") as statistics:
+    with pruning._measured({"up": layer}, products=False) as statistics:
         layer(x, tokens)
     first, second, third = statistics["up"]
     assert first is not None

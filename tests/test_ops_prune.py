@@ -51,7 +51,7 @@ def matrix(rows=12, columns=24, seed=1):
 
 
 def statistics_of(x, method):
-    statistics = InputStatistics(x.shape[1], method, "cpu")
+    statistics = InputStatistics(x.shape[1], "cpu", products=method != "wanda")
     tensor = torch.from_numpy(x)
     statistics.sums = tensor.square().sum(0) if method == "wanda" else tensor.T @ tensor
     return statistics
@@ -61,7 +61,8 @@ def pruned_by(method, weight, x, pattern, group=None):
     wide = torch.as_tensor(weight)
     if method == "sparsegpt":
         return sweep(wide, statistics_of(x, method), pattern)
-    keep = mask_by_scores(wide, None if method == "magnitude" else statistics_of(x, method), pattern, group)
+    measured = None if method == "magnitude" else statistics_of(x, method)
+    keep = mask_by_scores(method, wide, measured, pattern, group or "auto")
     return Pruned(wide.masked_fill(~keep, 0), keep)
 
 
@@ -195,15 +196,15 @@ def test_gptq_equals_the_plain_algorithm(kind, clip, double_quant, pruned):
         assert lost[0] < 0.5 * lost[1]
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_statistics_of_batches_are_those_of_all_tokens(method, monkeypatch):
+@pytest.mark.parametrize("products", [False, True])
+def test_statistics_of_batches_are_those_of_all_tokens(products, monkeypatch):
     monkeypatch.setattr(prune, "_ENTRIES_PER_SLICE", 50)
     x = correlated(50, 8)
-    statistics = InputStatistics(8, method, "cpu")
+    statistics = InputStatistics(8, "cpu", products=products)
     statistics.add(torch.from_numpy(x[:20]).view(4, 5, 8).bfloat16())
     statistics.add(torch.from_numpy(x[20:]).float())
     rounded = np.concatenate([torch.from_numpy(x[:20]).bfloat16().double().numpy(), x[20:]])
-    expected = (rounded**2).sum(0) if method == "wanda" else rounded.T @ rounded
+    expected = rounded.T @ rounded if products else (rounded**2).sum(0)
     np.testing.assert_allclose(statistics.sums.double().numpy(), expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(statistics.column_squares.double().numpy(), (rounded**2).sum(0), rtol=1e-5)
 

@@ -29,7 +29,7 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.run import report as model_card
-from qdora.run.report import _licence, licence_files, page_of_run, run_card, run_facts, write_page
+from qdora.run.report import Form, _licence, licence_files, page_of_run, run_card, run_facts, write_page
 from qdora.run.run import train_run
 from qdora.run.verbs import EvalOptions, evaluate_target
 from qdora.train import logs as experiment_trackers
@@ -253,7 +253,7 @@ def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
     recipe = with_settings(recipe, model={"source": "org/base"})
     numbers = {"max_logit_difference": 0.03619, "kl_mean": 1.6e-6, "argmax_agreement": 1.0}
     check: dict[str, Any] = {"passed": True, "num_positions": 85, "exported_vs_reference": numbers}
-    text = run_card(open_run(whole), recipe, "final", check, form="merged")
+    text = run_card(open_run(whole), recipe, "final", check, Form("A merge."))
     link = "https://huggingface.co/org/base/blob/abc/LICENSE"
     assert yaml.safe_load(text.split("---\n")[1]) == LICENCE | {
         "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/sums"], "tags": ["qdora"],

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.adapter.algebra import nearest_bfloat16
+from qdora.recipe.settings import OptimizerName
 from qdora.train import optimizer as flat_group
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, join_float32, split_float32_, widened_state
+from qdora.train.optimizer import AdapterOptimizer, join_float32, split_float32_, widened_state
 from tests import reference, support
 
 NAMES = get_args(OptimizerName)

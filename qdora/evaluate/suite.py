@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,6 +24,16 @@ from qdora.errors import Diverged
 from qdora.evaluate.intervals import Estimate, TaskScores, example_interval, mean_stderr, ratio_stderr
 from qdora.evaluate.loglikelihood import ExampleScore, score_examples
 from qdora.files.console import Progress
+
+ACCURACIES: dict[str, Callable[[ExampleScore], ArrayLike]] = {
+    "acc": lambda score: score.loglikelihoods,
+    # An empty choice counts as one character
+    "acc_norm": lambda score: score.loglikelihoods / np.maximum(score.num_chars, 1),
+}
+"""Metric of examples with choices -> the numbers of which the right choice needs the largest."""
+LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
+CHANGES = ("nll_per_token", "acc")
+"""Metrics whose changes a run shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,33 +191,30 @@ def tie_credit(scores: ArrayLike, gold: int) -> float:
 def _record(task: str, score: ExampleScore) -> dict[str, Any]:
     record: dict[str, Any] = {"task": task, "id": score.id}
     if score.gold is not None:
-        # An empty choice counts as one character
-        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)
         record["gold"] = score.gold
         record |= {
             name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")
         }
-        record |= {
-            "acc": tie_credit(score.loglikelihoods, score.gold),
-            "acc_norm": tie_credit(per_char, score.gold),
-        }
+        record |= {name: tie_credit(of(score), score.gold) for name, of in ACCURACIES.items()}
     counts = {"num_answer_tokens": score.num_answer_tokens, "num_truncated": score.num_truncated}
     return {**record, "nll": score.nll, **counts}
 
 
 def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
     of_choices = [record for record in records if "acc" in record]
-    credits = {name: [record[name] for record in of_choices] for name in ("acc", "acc_norm")}
+    accuracies = dict[str, Any]()
+    for name in ACCURACIES:
+        credits = [record[name] for record in of_choices]
+        accuracies |= estimated(name, mean_stderr(credits) if credits else None)
     nlls, num_tokens = ([record[name] for record in records] for name in ("nll", "num_answer_tokens"))
     num_gold = Counter(record["gold"] for record in of_choices)
     chances = [1.0 / len(record["loglikelihoods"]) for record in of_choices]
     return TaskResult(
-        **estimated("acc", mean_stderr(credits["acc"]) if of_choices else None),
-        **estimated("acc_norm", mean_stderr(credits["acc_norm"]) if of_choices else None),
+        **accuracies,
         chance=float(np.mean(chances)) if of_choices else None,
         majority=max(num_gold.values()) / len(of_choices) if of_choices else None,
-        num_ties=sum(0 < credit < 1 for credit in credits["acc"]),
-        num_ties_norm=sum(0 < credit < 1 for credit in credits["acc_norm"]),
+        num_ties=sum(0 < record["acc"] < 1 for record in of_choices),
+        num_ties_norm=sum(0 < record["acc_norm"] < 1 for record in of_choices),
         **estimated("nll", mean_stderr(nlls)),
         **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
         num_examples=len(records),
@@ -245,12 +252,8 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
 
 # Before and after training
 
-LossOrAccuracy = Literal["nll_per_token", "acc"]
 
-
-def task_changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], metric: LossOrAccuracy
-) -> list[dict[str, Any]]:
+def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
     """The change of each task that has the metric, and of their average, from `Result.to_dict` or nothing.
 
     before, after: None: not measured. difference: over the examples that both have; None for fewer than two. lower,
@@ -293,10 +296,10 @@ def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping
     return found
 
 
-def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: LossOrAccuracy) -> TaskScores:
+def _paired(old: Mapping[str, Any], new: Mapping[str, Any], metric: str) -> TaskScores:
     """new - old of the examples that both have."""
-    name = "nll" if metric == "nll_per_token" else "acc"
+    name = metric.removesuffix("_per_token")
     pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
     differences = np.array([after[name] - before[name] for before, after in pairs.values()], dtype=np.float64)
-    weights = [1.0 if name == "acc" else float(after["num_answer_tokens"]) for _, after in pairs.values()]
+    weights = [1.0 if name in ACCURACIES else float(after["num_answer_tokens"]) for _, after in pairs.values()]
     return TaskScores(tuple(pairs), differences, np.array(weights))

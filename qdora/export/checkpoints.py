@@ -63,8 +63,9 @@ def write_merge(
         got = recipe.base.quant if recipe.base.prune is None else "a pruned base"
         raise UserError(f"--requantize: the base must be in nf4 or fp4, got {got}.")
     trained = load_run(run, step=options.step, original=options.base == "original")
-    how: dict[str, Any] = {"dtype": dtype, "requantize": options.requantize}
-    return trained, write_form(export_merged, trained, directory, options, console, **how)
+    return trained, write_form(
+        export_merged, trained, directory, options, console, dtype=dtype, requantize=options.requantize
+    )
 
 
 def write_form(

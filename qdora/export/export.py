@@ -44,15 +44,15 @@ from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, 
 from qdora.recipe.section import with_settings
 from qdora.run.base import FOLDER, calibration_tokens, compress_base, compression_key
 from qdora.run.load_run import NOT_TRAINED, TrainedRun, adopted_run, is_adapter, load_run
-from qdora.run.report import known_source, licence_files, run_card
+from qdora.run.report import Form, known_source, licence_files, run_card
 
 logger = logging.getLogger("qdora")
 
 _TOO_WIDE_FOR_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Types of models whose activations leave the range of float16: vLLM refuses to run them in it."""
 
-Written = tuple[TrainedRun, dict[str, Any], Check | None]
-"""The running model, what was written, and its check."""
+Written = tuple[TrainedRun, dict[str, Any], Check | None, Form]
+"""The running model, what was written, its check, and what the card says of it."""
 
 
 def export_run(
@@ -94,7 +94,7 @@ def export_run(
             "peft": _adapter,
             "base": _base,
         }
-        trained, written, verify = writers[options.format](path, folder, options, console)
+        trained, written, verify, form = writers[options.format](path, folder, options, console)
         check = None
         if verify is not None:
             console.print("comparing the export with the running model")
@@ -104,8 +104,7 @@ def export_run(
         document |= {"directory": place.name, **trained.run.adopted()}
         if check is not None:
             document["verification"] = check
-        form, facts = options.form, written.get("base") if options.form == "base" else None
-        card = run_card(trained.run, trained.recipe, trained.state, check, form=form, facts=facts)
+        card = run_card(trained.run, trained.recipe, trained.state, check, form)
         files = licence_files(known_source(trained.recipe))
         for name, text in (files | {"README.md": card}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -129,21 +128,46 @@ def export_run(
     return document
 
 
+_MERGED = """Base and adapter are merged into one dense weight per layer: the quantised base was dequantised, the \
+adapter applied in float32, and the result rounded once."""
+_ORIGINAL = """The adapter is merged into the original weights of the base, with DoRA's norms computed again. It was \
+trained on the quantised base, so this is not exactly the trained model."""
+_REQUANTIZED = """Base and adapter are merged in float32 and quantised to 4 bits again, as a bitsandbytes checkpoint. \
+This second rounding was not part of the training, so this is not exactly the trained model."""
+
+
 def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     kind = load_config(find_source(recipe_of_run(run), weights=False)).model_type
     dtype = DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
     trained, written = write_merge(run, folder, options, dtype, console)
     verify: Any = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
-    return trained, written, partial(verify, trained.model, folder)
+    text = _ORIGINAL if options.base == "original" else _REQUANTIZED if options.requantize else _MERGED
+    return trained, written, partial(verify, trained.model, folder), Form(text)
+
+
+_NF4_LORA = """The base is a bitsandbytes 4-bit checkpoint whose block scales are multiplied by the gain of DoRA; \
+`adapter/` is the plain LoRA for it. Together they are the trained model, without another rounding to 4 bits. The base \
+alone is not the model that training started from. Do not double quantise the block scales.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), f"{directory}/adapter")
+```"""
 
 
 def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
     trained = load_run(run, step=options.step)
-    published_as = options.push if options.push is not None and "/" in options.push else None
-    how: dict[str, Any] = {"dtype": DTYPES.get(options.dtype or ""), "published_as": published_as}
-    written = write_form(export_nf4_lora, trained, folder, options, console, **how)
-    return trained, written, partial(verify_packed, trained.model, folder)
+    name = options.push if options.push is not None and "/" in options.push else None
+    dtype = DTYPES.get(options.dtype or "")
+    written = write_form(export_nf4_lora, trained, folder, options, console, dtype=dtype, published_as=name)
+    return trained, written, partial(verify_packed, trained.model, folder), Form(_NF4_LORA)
+
+
+_PEFT = """This is the trained adapter in PEFT's format. Load it on {}; on others it gives other results. `qdora.json` \
+holds the exact scale of every layer."""
 
 
 def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -163,7 +187,22 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
-    return trained, {}, None
+    base = "the base named above, quantised by bitsandbytes as the table says"
+    if recipe.base.method == "gptq":
+        base = "what `qdora export --format base` writes of its run"
+    return trained, {}, None, Form(_PEFT.format(base), relation="adapter", library="peft")
+
+
+_BASE = """This is a frozen base to train adapters on, as a bitsandbytes checkpoint: its linear layers are quantised \
+as the table says. transformers, PEFT and TRL load it like any model, without a quantisation config.
+
+```python
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM
+
+model = prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(directory))
+model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+```"""
 
 
 def _base(path: Path, folder: Path, options: ExportOptions, console: Console) -> Written:
@@ -191,7 +230,7 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     dtype = DTYPES.get(options.dtype or "", dtype)
     written = write_form(export_bnb, trained, folder, options, console, dtype=dtype)
     verify = partial(verify_packed, trained.model, folder, lossy=base.quant == "int8")
-    return trained, written | {"base": facts}, verify
+    return trained, written | {"base": facts}, verify, Form(_BASE, relation="quantized", facts=facts)
 
 
 def quantize_model(

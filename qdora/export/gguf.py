@@ -39,6 +39,7 @@ from qdora.model.source import ModelSource
 from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import recipe_of_run
 from qdora.run.load_run import TrainedRun
+from qdora.run.report import Form
 
 logger = logging.getLogger("qdora")
 
@@ -57,14 +58,26 @@ params.ftype = int(sys.argv[3])
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
 """
 
+_FORM = Form(
+    """Base and adapter are merged in float32 and written by llama.cpp's own converter. The tensors were compared with \
+the merge; `export.json` counts those that were not.
+
+```bash
+llama-server -m model-*.gguf
+echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile
+```""",
+    library="gguf",
+)
+
 Tools = tuple[list[str], list[str] | None]
 """The commands of the converter and, if the type needs it, of the quantiser, without their arguments."""
 
 
 def export_gguf(
     run: Path, folder: Path, options: ExportOptions, console: Console
-) -> tuple[TrainedRun, dict[str, Any], Check]:
-    """Merge and convert; returns the running model, what was written, and the check, which removes the merge."""
+) -> tuple[TrainedRun, dict[str, Any], Check, Form]:
+    """Merge and convert; returns the running model, what was written, the check, which removes the merge, and what the
+    card says."""
     require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
@@ -85,7 +98,7 @@ def export_gguf(
         "num_merged_layers": written["num_merged_layers"],
         "merged_in": written["dtype"],
     }
-    return trained, result, partial(verify_gguf, trained, file, merged)
+    return trained, result, partial(verify_gguf, trained, file, merged), _FORM
 
 
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:

@@ -47,9 +47,9 @@ from qdora.plan.plan import DeviceKind, MicroBatchShape, Moment
 from qdora.quant.kernels import planned_on
 from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.quant.tiles import Weight
-from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import OptimizerName, Recipe
 from qdora.train.loss import head_nll, proposals, tapped
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
+from qdora.train.optimizer import AdapterOptimizer, groups_of
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the trainable parameters
 Step = tuple[list[Moment], Shapes]

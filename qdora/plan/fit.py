@@ -357,10 +357,10 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         recompute,
         (*recompute, "memory.offload_activations=true") if device_kind == "cuda" else (),
     ]
-    smaller = {"adamw": "paged_adamw_8bit", "paged_adamw_32bit": "paged_adamw_8bit", "lion": "paged_lion_8bit"}
-    optimizer, has_adapter = smaller.get(train.optimizer, train.optimizer), adapter.kind in ("lora", "dora")
+    rule = train.optimizer.removeprefix("paged_").partition("_")[0]
+    has_adapter = adapter.kind in ("lora", "dora")
     others: list[_Overrides] = [
-        (f"train.optimizer={optimizer}",),
+        (f"train.optimizer=paged_{rule}_8bit",),
         ("base.quant=nf4",) if has_adapter and base.quant in ("none", "int8") else (),
         ("base.double_quant=true",),
     ]

@@ -371,11 +371,7 @@ def division_of(
 
 
 # Read the input of q_proj or gate_proj, and share its X^T X and factor
-_SHARING = (
-    "k_proj",
-    "v_proj",
-    "up_proj",
-)
+_SHARING = ("k_proj", "v_proj", "up_proj")
 _COLUMN_SECONDS = 2e-4  # of a sweep: 25 small kernels of 8 us
 
 
@@ -393,12 +389,12 @@ def compression(
         return 0, 0.0
     num_tokens, blocks = measured[1].sequences * measured[1].length, Counter[str]()
     flops, num_columns, workspace = 0.0, 0, 0
-    for path in (
-        path for path in chosen_layers(model, quantization_of(base)) if path.startswith(f"{found[0]}.")
-    ):
+    for path in chosen_layers(model, quantization_of(base)):
+        if not path.startswith(f"{found[0]}."):
+            continue
         layer: Any = model.get_submodule(path)
         (rows, columns), experts = layer.weight.shape, getattr(layer, "num_experts", 1)
-        squares = columns**2 if base.statistic == "sparsegpt" else 0
+        squares = columns**2 if base.corrects else 0
         num_products = 0 if path.endswith(_SHARING) else experts
         met = (
             num_tokens * (getattr(config, "num_experts_per_tok", 1) if experts > 1 else 1) * bool(num_products)

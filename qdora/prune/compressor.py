@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,7 @@ from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
 from qdora.errors import UserError, first_few
 from qdora.model.checkpoint import Stored, StoredPacked
-from qdora.model.load import (
-    Loading,
-    blocks_of,
-    place_all,
-    place_frozen,
-    tie_and_move_buffers,
-)
+from qdora.model.load import Loading, blocks_of, place_all, place_frozen, tie_and_move_buffers
 from qdora.model.store import BaseWriter
 from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import (
@@ -75,11 +69,8 @@ class Compressor:
             if item is not None and self.pattern is not None and name.startswith(f"{path}."):
                 check_shape(self.pattern, (item.shape[0], item.shape[-1]), name)
         # The tensors are read in several passes, whose counts are added up.
-        count, total, progress = (
-            itertools.count(1),
-            len(load.stored),
-            load.progress or (lambda _done, _total: None),
-        )
+        count, total = itertools.count(1), len(load.stored)
+        progress = load.progress or (lambda _done, _total: None)
         load = replace(load, progress=lambda _done, _total: progress(next(count), total))
         outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
         place_all(replace(load, stored=outside))
@@ -115,9 +106,8 @@ class Compressor:
             is_first = prune is not None and prune.order == "quantize_first"
             wanted = load.wanted if is_first else replace(load.wanted, kind="none")
             place_all(replace(load, stored=weights, wanted=wanted, progress=None))
-            with _measured(
-                {path: load.model.get_submodule(path) for path in paths}, self.base.statistic
-            ) as statistics:
+            layers = {path: load.model.get_submodule(path) for path in paths}
+            with _measured(layers, self.base.corrects) as statistics:
                 for part in _parts(args, kwargs):
                     block(*part[0], **part[1])
             self._compress(load, index, tensors, statistics)
@@ -163,11 +153,8 @@ class Compressor:
     ) -> list[tuple[Weight, Tensor | None]]:
         """Form and keep mask of a weight, or of several whose rows GPTQ rounds together."""
         prune, wanted, pattern = self.base.prune, load.wanted, self.pattern
-        form, double_quant, by_gptq = (
-            (wanted.kind, wanted.block_size),
-            wanted.double_quant,
-            self.base.method == "gptq",
-        )
+        form, double_quant = (wanted.kind, wanted.block_size), wanted.double_quant
+        by_gptq = self.base.method == "gptq"
         value = values[0] if len(values) == 1 else torch.cat(list(values))
         missing = [str(index) for index, found in enumerate(measured) if found is None]
         if missing and self.calibration is not None:
@@ -175,30 +162,28 @@ class Compressor:
             how = "rounded" if prune is None else "pruned by magnitude"
             log.warning("%s: no calibration token reached experts %s; they are %s.", name, experts, how)
             # Equal statistics prune by magnitude, and move no error.
-            blank = InputStatistics(value.shape[1], self.base.statistic, load.device)
+            blank = InputStatistics(value.shape[1], load.device, self.base.corrects)
             measured = [found or blank for found in measured]
-        sweeps = by_gptq or (prune is not None and prune.method == "sparsegpt")
         # Corrected weights are not rounded to the file's dtype before they are quantised.
-        kept, device = value.float() if sweeps else value, value.device
+        kept, device = value.float() if self.base.corrects else value, value.device
         del value  # of several weights a copy
         parts, masks = kept.chunk(len(measured)), list[Tensor]()
         for part, found in zip(parts, measured, strict=True):
             check_finite(part, found, name)
-        if prune is not None and pattern is not None and prune.method != "sparsegpt":
-            group = None if prune.group == "auto" else prune.group
+        if prune is not None and pattern is not None and not prune.corrects:
             seen = parts
             if prune.order == "quantize_first":
                 packed = quantize(values[0], *form, double_quant, name=name)
                 seen = dequantize(packed).chunk(len(measured))
-            scored = [found if prune.method == "wanda" else None for found in measured]
             masks = [
-                mask_by_scores(part, found, pattern, group) for part, found in zip(seen, scored, strict=True)
+                mask_by_scores(prune.method, part, found if prune.measures else None, pattern, prune.group)
+                for part, found in zip(seen, measured, strict=True)
             ]
             mask, pattern = torch.cat(masks), None
             if prune.order == "quantize_first":
                 return [(zero_packed(packed, mask), mask)]
             kept = kept.masked_fill(~mask, 0)
-        if sweeps:
+        if self.base.corrects:
             known, grid, done = cast(list[InputStatistics], measured), None, []
             if by_gptq:
                 squares = torch.stack([found.column_squares for found in known])
@@ -227,9 +212,7 @@ def _paths(load: Loading, tensors: Mapping[str, Stored]) -> list[str]:
 
 
 @contextmanager
-def _measured(
-    layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
-) -> Iterator[dict[str, _Statistics]]:
+def _measured(layers: Mapping[str, nn.Module], products: bool) -> Iterator[dict[str, _Statistics]]:
     """Measure the inputs of linear layers within a `with`. Layers that share an input share its statistics."""
     statistics: dict[str, _Statistics] = {}
     last: tuple[Tensor, _Statistics] | None = None
@@ -248,7 +231,7 @@ def _measured(
             experts = ((run.experts[0], run.tokens) for run in tokens.reached)
             reached = [(expert, x[rows][: tokens.routed[expert]]) for expert, rows in experts]
         for index, some in reached:
-            found = own[index] or InputStatistics(x.shape[-1], method, x.device)
+            found = own[index] or InputStatistics(x.shape[-1], x.device, products)
             found.add(some)
             own[index] = found
         last = (x, own)

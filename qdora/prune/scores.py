@@ -11,8 +11,9 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
-Group = Literal["tensor", "row"]
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "magnitude": lambda weight, _: weight.square(),
+    "wanda": lambda weight, squares: weight.square().mul_(squares),
+}
+"""Method -> what removing each weight costs, (out, in), by the weights, at least float32, and by ||x_j||^2 over the
+largest of them, (in,); these are 1 if none was measured. Wanda: arXiv 2306.11695, eq. 1."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
 def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
     """Refuse a weight (out, in) that cannot have the pattern."""
     if shape[1] % pattern.of:
-        what = (
-            f"pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}"
+        raise UserError(
+            f"base.prune.pattern: {name}: pattern {pattern.keep}:{pattern.of} needs in_features divisible by "
+            f"{pattern.of}, got {shape[1]}. Fix: leave such layers out with base.skip."
         )
-        raise UserError(f"base.prune.pattern: {name}: {what}. Fix: leave such layers out with base.skip.")
 
 
 def num_pruned(sparsity: float, size: int) -> int:
@@ -83,7 +89,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
+def keep_mask(scores: Tensor, pattern: SparsityPattern, group: str = "row") -> Tensor:
     """The mask (out, in) of a pattern that keeps the highest `scores`, (out, in), finite, not negative. `group` is that
     of an unstructured pattern."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -94,12 +100,10 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, float32: for "wanda" the squares of each column, for "sparsegpt" X^T X."""
+    """Sums over a layer's inputs, float32: of all products, X^T X, or only of the squares of each column."""
 
-    def __init__(
-        self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str
-    ) -> None:
-        shape = (in_features,) if method == "wanda" else (in_features, in_features)
+    def __init__(self, in_features: int, device: torch.device | str, products: bool) -> None:
+        shape = (in_features, in_features) if products else (in_features,)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
         self._factor: Tensor | None = None
 
@@ -167,19 +171,20 @@ def check_finite(weight: Tensor, statistics: InputStatistics | None, name: str) 
 
 @torch.no_grad()
 def mask_by_scores(
-    weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
+    method: str, weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: str
 ) -> Tensor:
-    """The keep mask (out, in) by Wanda (arXiv 2306.11695, eq. 1); without statistics by magnitude. If all are 0 (an
-    expert without tokens), columns count the same."""
-    scores = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-    if statistics is None:
-        return keep_mask(scores, pattern, group or "tensor")
-    squares = statistics.column_squares
-    largest = squares.max()
-    if largest != 0:
+    """The keep mask (out, in) by a method of `SCORES`; `group` as in base.prune. If all inputs are 0 (an expert without
+    tokens), columns count the same."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    squares = torch.ones_like(wide[0])
+    if statistics is not None and (largest := statistics.column_squares.max()) != 0:
         # Divided by the largest: sums over many tokens would leave float32's range.
-        scores.mul_(squares.to(scores.dtype) / largest)
-    return keep_mask(scores, pattern, group or "row")
+        squares = statistics.column_squares.to(wide.dtype) / largest
+    scores = SCORES[method](wide, squares)
+    del wide  # of a weight in 16 bits a copy
+    if group == "auto":
+        group = "tensor" if statistics is None else "row"
+    return keep_mask(scores, pattern, group)
 
 
 @torch.no_grad()

@@ -17,8 +17,6 @@ GgufType = Literal[
 CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
 """Types that llama.cpp's converter writes; its quantiser makes the others from a file in f16."""
 Dtype = Literal["float16", "bfloat16", "float32"]
-Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "base", "gguf"]
-"""What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
 
 
 def _file_size(value: str) -> str:
@@ -212,14 +210,6 @@ class ExportOptions(Which):
                 validate_repo_id(self.push)
             except HFValidationError as error:
                 yield f"--push: got {self.push!r}. {str(error).partition(chr(10))[0]}"
-
-    @property
-    def form(self) -> Form:
-        if self.format != "merged":
-            return self.format
-        if self.requantize:
-            return "requantized"
-        return "original" if self.base == "original" else "merged"
 
 
 class EvalOptions(WhichOrBase):

@@ -33,7 +33,7 @@ from qdora.recipe.data_settings import (
     names_files,
 )
 from qdora.recipe.section import Fault, Section, fault_lines, one_line, shown
-from qdora.recipe.settings import Recipe
+from qdora.recipe.settings import Recipe, has_eps
 
 _SHIPPED = Path(__file__).with_name("shipped")
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -326,7 +326,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("data max_bad_rows", "no source is streamed, and faulty rows of others are errors", not data.has_stream),
         ("data validation_fraction", "every source names validation data or is streamed", own_validation),
         ("train lr_ratio_B lr_ratio_magnitude", why, untrained),
-        ("train eps", f"train.optimizer {train.optimizer} has no eps", "lion" in train.optimizer),
+        ("train eps", f"train.optimizer {train.optimizer} has no eps", not has_eps(train.optimizer)),
         ("train max_skips", "train.on_bad_step stop skips no step", train.on_bad_step == "stop"),
         ("train lr_end", "train.schedule is constant", train.schedule == "constant"),
         ("train lr_ratio_magnitude", "adapter.kind lora has no magnitudes", kind == "lora"),
@@ -341,18 +341,14 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("memory offload_activations", "memory.checkpointing is false", not recipe.memory.checkpointing),
     ]  # fmt: skip
     if prune is not None:
-        has_groups = prune.pattern != "unstructured" or prune.method == "sparsegpt"
         rows += [
-            (
-                "base.prune damping",
-                "only base.prune.method sparsegpt has a damping",
-                prune.method != "sparsegpt",
-            ),
-            ("base.prune calibration", "base.prune.method magnitude needs none", prune.method == "magnitude"),
-            ("base calibration", "base.prune.calibration serves both", prune.method != "magnitude"),
-            ("base.prune group", f"{prune.method} with {prune.pattern} has its own", has_groups),
+            ("base.prune damping", f"base.prune.method {prune.method} has none", not prune.corrects),
+            ("base.prune calibration", f"base.prune.method {prune.method} needs none", not prune.measures),
+            ("base calibration", "base.prune.calibration serves both", prune.measures),
+            ("base.prune group", f"{prune.method} with {prune.pattern} has its own",
+             prune.pattern != "unstructured" or prune.corrects),
             ("base.prune sparsity", f"base.prune.pattern {prune.pattern} implies it", ":" in prune.pattern),
-        ]
+        ]  # fmt: skip
     for index, source in enumerate(data.mix):
         where, task, own, format = f"data.mix[{index}]", source.task or "", source.source or "", source.format
         eight = task in COMMONSENSE_TASKS and format in ("auto", "commonsense170k")
@@ -412,16 +408,10 @@ def _faults(recipe: Recipe) -> Iterator[Fault]:
 
 def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
     model, base, adapter, data, evals = recipe.model, recipe.base, recipe.adapter, recipe.data, recipe.eval
-    train, memory, prune, gates, added = (
-        recipe.train,
-        recipe.memory,
-        base.prune,
-        adapter.gates,
-        model.add_tokens,
-    )
+    train, memory, prune = recipe.train, recipe.memory, base.prune
+    gates, added = adapter.gates, model.add_tokens
     full, nothing, plain = adapter.kind == "full", adapter.kind == "none", base.quant == "none"
     away, stream, micro = base.residency != "device", data.has_stream, train.micro_batch_tokens
-    gptq = base.method == "gptq"
     matrices = adapter.also_train and adapter.also_train_rows == "all"
     untrained = added and not full and not nothing and "embed_tokens" not in adapter.also_train
     is_pinned = not model.is_local and re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
@@ -462,7 +452,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
             ("base.prune.pattern", "have n below m", is_n_of_m and int(n) >= int(m)),
             ("base.prune.sparsity", f"be set for pattern {n}", not is_n_of_m and prune.sparsity is None),
             ("base.prune.order", "be prune_first with sparsegpt, with base.method gptq and with base.quant none",
-             prune.order == "quantize_first" and (plain or gptq or prune.method == "sparsegpt")),
+             prune.order == "quantize_first" and (plain or base.corrects)),
         ]  # fmt: skip
     if gates is not None:
         largest = max(adapter.rank, *adapter.rank_pattern.values(), adapter.experts.rank or 1)

@@ -71,6 +71,16 @@ class PruneConfig(Section):
     """For sparsegpt: damping as a share of the mean of the Hessian's diagonal. 0.01: arXiv 2301.00774, sec. 4."""
     calibration: CalibrationConfig = CalibrationConfig()
 
+    @property
+    def measures(self) -> bool:
+        """Whether the method scores weights by the inputs of their layer, too."""
+        return self.method != "magnitude"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it corrects the kept weights, by X^T X of the inputs; else `prune/scores.py` has its scores."""
+        return self.method == "sparsegpt"
+
 
 class GateConfig(Section):
     """One trainable factor, at first 1, for each rank component. During training the budget falls from all components
@@ -173,7 +183,7 @@ class BaseWeightsConfig(Section):
     @property
     def clips(self) -> bool:
         """Whether block scales may be smaller than the largest weight."""
-        few_bits = self.quant in ("nf3", "nf2", "int3", "int2")
+        few_bits = self.quant.endswith(("2", "3"))
         return self.method == "gptq" and (few_bits if self.clip is None else self.clip)
 
     @property
@@ -184,15 +194,14 @@ class BaseWeightsConfig(Section):
     @property
     def measured(self) -> tuple[str, CalibrationConfig] | None:
         """The setting that names the text on which inputs are measured; None if none are."""
-        if self.prune is not None and self.prune.method != "magnitude":
+        if self.prune and self.prune.measures:
             return "base.prune.calibration", self.prune.calibration
         return ("base.calibration", self.calibration) if self.method == "gptq" else None
 
     @property
-    def statistic(self) -> Literal["wanda", "sparsegpt"]:
-        """What is measured: the squares of each input, or X^T X."""
-        by_squares = self.method == "round" and self.prune is not None and self.prune.method == "wanda"
-        return "wanda" if by_squares else "sparsegpt"
+    def corrects(self) -> bool:
+        """Whether weights are corrected, by X^T X of the inputs; scores need only the squares of each input."""
+        return self.method == "gptq" or bool(self.prune and self.prune.corrects)
 
     @property
     def quant_in_words(self) -> str:
@@ -277,6 +286,15 @@ class MemoryConfig(Section):
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
 
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
+"""An update rule, perhaps with the bits of its states, which are then paged on CUDA."""
+
+
+def has_eps(name: OptimizerName) -> bool:
+    """Whether the rule of an optimizer has an epsilon."""
+    return "lion" not in name
+
+
 MACRO = "macro"
 """eval.best_by: the average over the tasks, each counting once."""
 
@@ -309,9 +327,7 @@ class TrainConfig(Section):
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
     """How processes hold the frozen base. replicate: each all of it. shard: each its rows. hybrid: shard within a
     machine. auto: shard if memory.budget is set and the base fits only so. See the guide several-gpus."""
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = (
-        "paged_adamw_8bit"
-    )
+    optimizer: OptimizerName = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
@@ -343,6 +359,9 @@ class TrainConfig(Section):
         return self.parallel in ("shard", "hybrid")
 
 
+Metric = Literal["nll_per_token", "acc", "acc_norm"]
+
+
 class EvalConfig(Section):
     """Evaluation during a training run; `qdora eval` evaluates afterwards."""
 
@@ -362,7 +381,7 @@ class EvalConfig(Section):
     """Evaluate after the last step."""
     best_by: Text | None = None
     """Task, or macro (the average over the tasks), that chooses the step of adapter/ (null: the last step)."""
-    best_metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
+    best_metric: Metric = "nll_per_token"
     """Metric of best_by. acc, acc_norm: only for tasks with choices."""
     patience: Whole | None = None
     """End the run after this many evaluations in a row without improvement (null: never)."""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
@@ -17,7 +17,7 @@ from rich.console import Console
 import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluate.suite import LossOrAccuracy, task_changes
+from qdora.evaluate.suite import CHANGES, LABELS, task_changes
 from qdora.files import run_directory
 from qdora.files.atomic import atomic_write_text, disk_failures, masked
 from qdora.files.console import consoles, duration
@@ -29,7 +29,6 @@ from qdora.model.build_model import find_source
 from qdora.model.gguf import read_header
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
-from qdora.recipe.options import Form
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.train.evals import adapter_in_words, adapter_record, adapter_step, state_step
@@ -37,7 +36,6 @@ from qdora.train.logs import draw_figures
 
 PAGE_FILE = "report.html"
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
-_METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
 _FIGURES = ("loss_per_task", "validation_nll", "validation_accuracy", "steps")
 _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 
@@ -45,19 +43,28 @@ _LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (.*)", re.MULTILINE)
 # The model card
 
 
-def run_card(
-    run: RunDirectory,
-    recipe: Recipe,
-    state: str,
-    check: dict[str, Any] | None = None,
-    *,
-    form: Form | Literal["run"] = "run",
-    facts: Mapping[str, str] | None = None,
-) -> str:
-    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export.
+class Form(NamedTuple):
+    """What a model card says of the files that it describes.
 
-    `facts`: setting -> value of an exported base, in place of the training.
+    In `text` the class of a multimodal model replaces AutoModelForCausalLM. `relation`, to the base, and `library` are
+    words of the Hub. `facts`, setting -> value, are those of an exported base, in place of the training.
     """
+
+    text: str
+    relation: str = "finetune"
+    library: str = "transformers"
+    facts: Mapping[str, str] = {}
+
+
+_RUN = Form(
+    "This is a run directory. `adapter/` holds the trained adapter in PEFT's format, for the quantised base."
+)
+
+
+def run_card(
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, form: Form = _RUN
+) -> str:
+    """README.md of a run or of an export; `state` is that of the adapter, `check` the verification of an export."""
     source, is_adopted, mix = known_source(recipe), bool(run.adopted()), run.read_json("mix.json")
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     hub_id = name if name is not None and "/" in name else None
@@ -68,19 +75,19 @@ def run_card(
     if mix:
         training["steps"] = f"{mix['num_steps'] if step is None else step:,} of {mix['num_steps']:,}"
     is_multimodal = "trained part" in training
-    if form == "base":
-        data, training = (), dict(facts or {})
+    if form.facts:
+        data, training = (), dict(form.facts)
     metadata = ModelCardData(
         base_model=hub_id,
-        base_model_relation=hub_id and {"peft": "adapter", "base": "quantized"}.get(form, "finetune"),
+        base_model_relation=hub_id and form.relation,
         datasets=sorted({id_ for part in data if (id_ := _data_id(part)) is not None}) or None,
-        library_name=form if form in ("gguf", "peft") else "transformers",
+        library_name=form.library,
         pipeline_tag="image-text-to-text" if is_multimodal else "text-generation",
         tags=["qdora"],
         **_licence(source),
     )
     has_code = recipe.model.trust_remote_code and source is not None and any(source.path.glob("*.py"))
-    scored = [] if form == "base" else evaluations(run, step)
+    scored = [] if form.facts else evaluations(run, step)
     rows = [[found["data"], *row] for found in scored for row in found["rows"]]
     card = ModelCard.from_template(
         metadata,
@@ -97,7 +104,7 @@ def run_card(
         data=[(markdown_cell(part.label), _data_id(part)) for part in data],
         results=markdown_table(EVALUATION_COLUMNS, rows) if rows else "",
         check=check,
-        texts=[*licence_files(source)],
+        texts=[] if form is _RUN else [*licence_files(source)],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -136,8 +143,8 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
         for record in (*before.get("per_example", ()), *after.get("per_example", ())):
             if "outcome" in record:  # a generated answer
                 record["acc"] = float(record["outcome"] == "right")
-        changes: dict[str, Any] = {metric: task_changes(before, after, metric) for metric in _METRICS}
-        rows = [_cells(change, metric) for metric in _METRICS for change in changes[metric]]
+        changes: dict[str, Any] = {metric: task_changes(before, after, metric) for metric in CHANGES}
+        rows = [_cells(change, metric) for metric in CHANGES for change in changes[metric]]
         if rows:
             found.append({"data": data, "step": step if after else 0, **changes, "rows": rows})
     return found
@@ -145,7 +152,7 @@ def evaluations(run: RunDirectory, step: int | None) -> list[dict[str, Any]]:
 
 def _cells(change: Mapping[str, Any], metric: str) -> list[str]:
     label, factor, digits = (
-        ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else ("accuracy, %", 100, 1)
+        ("NLL, nats a token", 1, 4) if metric == "nll_per_token" else (f"{LABELS[metric]}, %", 100, 1)
     )
 
     def shown(key: str, sign: str = "") -> str:
@@ -225,10 +232,7 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
     recipe, metrics, log = load_recipe(run.recipe_file), run.metrics(), run.log_file
     texts = _LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     warning, failure = f"{run_directory.WARNING_MARK} ", f"{run_directory.FAILURE_MARK} train: "
-    status, step = (
-        _status(run, recipe, metrics),
-        max([0, *(line["step"] for line in metrics if "eval" in line)]),
-    )
+    status, steps = _status(run, recipe, metrics), (line["step"] for line in metrics if "eval" in line)
     return {
         "title": run.path.resolve().name,
         "run": str(run.path),
@@ -238,7 +242,7 @@ def run_facts(run: RunDirectory) -> dict[str, Any]:
             dict.fromkeys(text.removeprefix(warning) for text in texts if text.startswith(warning))
         ),
         "numbers": {"base": recipe.model.source, **training_facts(run, recipe), **_measured(run, metrics)},
-        "evaluations": evaluations(run, status["adapter_step"] or step),
+        "evaluations": evaluations(run, status["adapter_step"] or max(steps, default=0)),
         "recipe": masked(run.recipe_file.read_text(encoding="utf-8")),
     }
 

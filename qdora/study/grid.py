@@ -34,6 +34,7 @@ from qdora.recipe.section import (
     fault_lines,
     shown,
 )
+from qdora.recipe.settings import Metric
 
 Axis = (
     Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)]
@@ -65,7 +66,7 @@ class CompareConfig(Section):
     arm: Text = "adapter"
     reference: Text | None = None
     also: tuple[Text, ...] = ()
-    metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
+    metric: Metric = "nll_per_token"
     tasks: Literal["tokens", "equal"] = "tokens"
     split: Literal["halves", "test"] = "halves"
     primary: Annotated[dict[Text, PrimaryConfig], Field(min_length=1)] | None = None

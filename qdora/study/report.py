@@ -13,19 +13,12 @@ import pandas as pd
 from rich.console import Console
 
 from qdora.errors import UserError
+from qdora.evaluate.suite import ACCURACIES, LABELS
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.pages import markdown_table, new_figure, render_page, svg_text
 from qdora.model.inject import block_of
-from qdora.study.compare import (
-    Arm,
-    comparisons,
-    damage_row,
-    find_arms,
-    quality,
-    repair_row,
-    task_rows,
-)
+from qdora.study.compare import Arm, comparisons, damage_row, find_arms, quality, repair_row, task_rows
 from qdora.study.grid import RATE, SEED, CompareConfig, Study, first_seeds
 from qdora.study.results import HIGHER_IS_BETTER, Results, StudyDirectory, read_index
 
@@ -60,7 +53,7 @@ _SHOWN = {
     "arms": (
         "Arms",
         "kind rate num_seeds num_missing num_diverged bits_per_weight sparsity total_mib nll_per_token "
-        "nll_per_token_lower nll_per_token_upper acc acc_norm",
+        f"nll_per_token_lower nll_per_token_upper {' '.join(ACCURACIES)}",
         "Means over all seeds of an arm, which others may lack. Intervals may overlap although arms differ.",
     ),
     "rates": (
@@ -284,13 +277,6 @@ class _TableRows:
                 run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())
             ],
         }
-
-
-LABELS = {
-    "nll_per_token": "NLL (nats per token)",
-    "acc": "accuracy",
-    "acc_norm": "accuracy per character",
-}
 
 
 def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:

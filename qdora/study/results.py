@@ -19,7 +19,7 @@ import numpy as np
 
 from qdora.errors import UserError, not_there
 from qdora.evaluate.intervals import SeedScores, TaskScores, Weighting, weighted_mean
-from qdora.evaluate.suite import by_task
+from qdora.evaluate.suite import ACCURACIES, by_task
 from qdora.files.atomic import atomic_write_json, lock_if_free, read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.plan.fit import plan
@@ -113,8 +113,7 @@ def read_index(path: Path) -> dict[str, Any]:
 HIGHER_IS_BETTER = {
     "nll_per_token": False,
     "nll_by_task": False,
-    "acc": True,
-    "acc_norm": True,
+    **dict.fromkeys(ACCURACIES, True),
     "right": True,
     "unparsable": False,
 }
@@ -135,7 +134,7 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
             for example, row in rows.items():
                 if part not in ("all", half_of(example)):
                     continue  # a task without examples in the half has none there in all cells of a seed
-                scores = {name: (row[name], 1.0) for name in ("acc", "acc_norm") if name in row}
+                scores = {name: (row[name], 1.0) for name in ACCURACIES if name in row}
                 if "nll" in row:
                     nll = row["nll"], row["num_answer_tokens"]
                     scores |= {"nll_per_token": nll, "nll_by_task": nll}
@@ -216,7 +215,7 @@ class Results:
         """A measure of one cell, of one task or of all; the worst score if it diverged; nan if it was not measured."""
         if self.diverged(key):  # no right answer, or a uniform guess over the vocabulary for each token
             uniform = math.log(self.result(key)["num_vocabulary"])
-            worst = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
+            worst = {"nll_per_token": uniform, "nll_by_task": uniform} | dict.fromkeys(ACCURACIES, 0.0)
             return worst.get(measure, math.nan)
         scores = self.scores(key, part).get(measure, {})
         tasks = {name: each for name, each in scores.items() if task in (None, name)}

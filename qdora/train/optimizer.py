@@ -22,7 +22,7 @@ import math
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
@@ -36,9 +36,7 @@ from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.tokens import trained_parameters
 from qdora.quant.kernels import is_planning
-from qdora.recipe.settings import Recipe
-
-OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
+from qdora.recipe.settings import OptimizerName, Recipe, has_eps
 
 # Averages in a parameter's state: torch's names, then bitsandbytes', and the power of the gradient that each is of.
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
@@ -245,9 +243,9 @@ class FlatGroup:
 def _inner_optimizer(
     name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
 ) -> Any:
-    if name == "lion" or ("lion" in name and not kind.is_matrix):
-        return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
-    if name == "adamw" or not kind.is_matrix:
+    if not kind.is_matrix or not name.endswith("bit"):
+        if "lion" in name:
+            return bnb.optim.Lion32bit([master], **options, weight_decay=0.0)
         return torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
     rule = "Lion" if "lion" in name else "AdamW"
     is_paged = can_page(master) and master.numel() >= _LEAST_PAGED
@@ -367,7 +365,7 @@ class AdapterOptimizer:
             parameter.grad_dtype = torch.float32
         self._name, self._ratios = name, lr_ratios
         self._options: dict[str, Any] = {"betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
-        if "lion" not in name:
+        if has_eps(name):
             self._options["eps"] = eps
         self._weight_decay = weight_decay
         self.undecayed = frozenset(undecayed)
