@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from frame import Column, cell, markdown, table, tabulated
+from frame import Column, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
@@ -35,7 +35,10 @@ def draw(cases: dict[str, Any], out: Path) -> None:
                     for case, point in zip(some, points, strict=True):
                         axis.annotate(case["format"], point, (3, 3), textcoords="offset points", fontsize=6)
                 axis.set(xlabel="bits a weight", ylabel="NLL, nats per token", title=f"{model}, {text}")
-                axis.set(xscale="log", yscale="log")
+                axis.set(xscale="log", yscale="log", xticks=(2, 3, 4, 8, 16), yticks=(3, 4, 6, 10, 20))
+                axis.minorticks_off()
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_major_formatter("{x:g}")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
@@ -67,10 +70,15 @@ def quantisers_table(result: Any) -> str:
     shown = [method for method in METHODS if any(method in each for each in found.values())]
     rows = []
     for (model, kind), each in found.items():
-        row = [f"{model}, {'16 bits' if kind == 'none' else kind}", cell("{bits:.2f}", next(iter(each.values())))]
-        for method in shown:
-            scores = (each[method][text]["nll_per_token"] for text in ("passages", "tasks")) if method in each else None
-            row.append("–" if scores is None else f"{math.exp(next(scores)):.2f}, {next(scores):.3f}")
+        bits = next(iter(each.values()))["bits"]
+        row = [f"{model}, {'16 bits' if kind == 'none' else kind}", f"{bits:.2f}"]
+        for case in map(each.get, shown):
+            if case is None:
+                row.append("–")
+                continue
+            passages, tasks = (case[text]["nll_per_token"] for text in ("passages", "tasks"))
+            others = f" ({case['bits']:.1f} bits)" if abs(case["bits"] - bits) > 0.05 else ""
+            row.append(f"{math.exp(passages):.2f}, {tasks:.3f}{others}")
         rows.append([*row, ", ".join(f"{case['seconds']:.0f}" for case in each.values())])
     return markdown(["model, format", "bits", *(METHODS[method] for method in shown), "seconds"], rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,6 @@ from qdora.data.mix import Mix
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
-
-logger = logging.getLogger("qdora")
 
 IGNORED = -100  # label of a token that does not count, as in transformers
 GROUP_COST = 128
@@ -101,11 +98,8 @@ class StepLoader:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
-        asked = max(1, round(epochs * sum(filter(None, self.order.sizes))))
-        num_draws = min(asked, self.order.length or asked)
-        if num_draws < asked:
-            text = "train.epochs: max_epochs of the sources leaves %s of %s examples; the run ends with these."
-            logger.warning(text, f"{num_draws:,}", f"{asked:,}")
+        num_draws = max(1, round(epochs * sum(filter(None, self.order.sizes))))
+        num_draws = min(num_draws, self.order.length or num_draws)
         return (
             -(-num_draws // self.batch)
             if self.batch is not None

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.errors import UserError, first_few, refuse
+from qdora.errors import UserError, first_few
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
 from qdora.model.checkpoint import (
@@ -340,8 +340,8 @@ def settle_stored(
 ) -> tuple[dict[str, Stored], set[str]]:
     """The tensors to read, and those of `layers` that are still to be quantised.
 
-    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it; another form that is
-    asked for is a UserError. `kind` is that of the checkpoint's config.
+    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it; blocks, scales and
+    dense layers that it does not have are a warning. `kind` is that of the checkpoint's config.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     kinds = sorted({item.kind for item in packed.values()})
@@ -364,17 +364,15 @@ def settle_stored(
         raise UserError(
             f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind})."
         )
-    # Recipes of runs and studies hold all defaults, so a default may be nobody's choice
+    # A warning, since runs that were trained so must load; a default may be nobody's choice
     default, first = quantization_of(BaseWeightsConfig()), next(iter(packed.values()))
-    held = {"block_size": first.block_size, "double_quant": first.double_quant}
-    faults = [
-        f"base.{key}: must be {shown(value)}, as the checkpoint (got {shown(asked)})."
-        for key, value in held.items()
-        if (asked := getattr(wanted, key)) not in (value, getattr(default, key))
-    ]
-    skipped = [path for name in packed if (path := name.removesuffix(".weight")) not in layers]
+    for key, held in {"block_size": first.block_size, "double_quant": first.double_quant}.items():
+        if (asked := getattr(wanted, key)) not in (held, getattr(default, key)):
+            log.warning(
+                "base.%s: the checkpoint has %s, which is used (got %s).", key, shown(held), shown(asked)
+            )
+    paths = (name.removesuffix(".weight") for name in packed)
+    skipped = [path for path in paths if any(matches(path, pattern) for pattern in wanted.skip)]
     if skipped and wanted.skip != default.skip:
-        what = f"{first_few(skipped)} in {wanted.kind} (got {shown(list(wanted.skip))})"
-        faults.append(f"base.skip: must fit the checkpoint, which holds {what}.")
-    refuse(faults)
+        log.warning("base.skip: the checkpoint holds %s in %s, which is used.", first_few(skipped), wanted.kind)
     return dict(stored), set()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -166,7 +166,14 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
 def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
     try:
         return Path(
-            snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED)
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=_NOT_NEEDED,
+                # 1.31 to 2.1 ask the Hub for the files of a commit that is there, unless told that they must not
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
         )
     except Exception as error:
         # A full disk or a wrong revision is not the Hub's failure.
