@@ -1,7 +1,6 @@
 """Rounding and GPTQ in every format, against HQQ, gptqmodel and llm-compressor: loss, error, memory, time and plans.
 
-Other programs run in environments of their own (`python -m venv hqq && hqq/bin/pip install hqq`), each named by its
-Python (`--hqq hqq/bin/python`), and are left out without it. See `quantiser_peers.py`.
+Others run in environments of their own, named by their Python (`--hqq hqq/bin/python`). See `quantiser_peers.py`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from frame import Column, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
-LENGTHS = (512, 2048, 8192)
+LENGTHS, BITS, NATS = (512, 2048, 8192), (2, 3, 4, 8, 16), (3, 4, 6, 10, 20)
 METHODS = {
     "round": "rounded",
     "gptq passages": "GPTQ on passages",
@@ -31,14 +31,13 @@ def draw(cases: dict[str, Any], out: Path) -> None:
                 for (method, title), mark in zip(METHODS.items(), "o^vx+<>", strict=True):
                     some = [case for case in cases.values() if (case["model"], case["method"]) == (model, method)]
                     points = [(case["bits"], case[text]["nll_per_token"]) for case in some]
-                    axis.scatter([x for x, _ in points], [y for _, y in points], marker=mark, label=title)
+                    if some:
+                        axis.scatter(*zip(*points, strict=True), marker=mark, label=title)
                     for case, point in zip(some, points, strict=True):
                         axis.annotate(case["format"], point, (3, 3), textcoords="offset points", fontsize=6)
                 axis.set(xlabel="bits a weight", ylabel="NLL, nats per token", title=f"{model}, {text}")
-                axis.set(xscale="log", yscale="log", xticks=(2, 3, 4, 8, 16), yticks=(3, 4, 6, 10, 20))
+                axis.set(xscale="log", xticks=BITS, xticklabels=BITS, yscale="log", yticks=NATS, yticklabels=NATS)
                 axis.minorticks_off()
-                axis.xaxis.set_major_formatter("{x:g}")
-                axis.yaxis.set_major_formatter("{x:g}")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
