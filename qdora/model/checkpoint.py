@@ -63,15 +63,16 @@ def reading(what: str) -> Iterator[None]:
 class StoredTensor:
     """A dense tensor of a checkpoint, not read yet; `dtype` is that of its header.
 
-    `read` returns a tensor on the CPU, perhaps a view of a mapped file: copy it before it is written to or kept.
-    `keep_bits` reads the pruning mask of a weight.
+    `read` returns a tensor on the CPU, perhaps a view of a mapped file: copy it before it is written to or kept. Of a
+    stack with `num_experts` above 1 it also reads one, by its index. `keep_bits` reads the pruning mask of a weight.
     """
 
     key: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[..., Tensor]
     dtype: str = "F32"
     keep_bits: Callable[[], Tensor] | None = None
+    num_experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -268,9 +269,13 @@ def _convert(
     `name` is their name after transformers' renaming.
     """
 
-    def converted(value: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+    keys = sorted(items, key=dot_natural_key)
+    of_patterns = [[key for key in keys if items[key][0] == each] for each in converter.source_patterns]
+    experts = [*zip(*of_patterns, strict=False)]  # if each has a tensor for every pattern
+
+    def converted(value: Callable[[StoredTensor], Tensor], *expert: int) -> dict[str, Tensor]:
         run = copy.deepcopy(converter)
-        for key in sorted(items, key=dot_natural_key):
+        for key in experts[expert[0]] if expert else keys:
             pattern, item = items[key]
             run.add_tensor(name, key, pattern, value(item))
         made = run.convert(name, model=model, config=model.config).items()
@@ -278,12 +283,18 @@ def _convert(
 
     _, first = next(iter(items.values()))
 
-    def read(target: str) -> Tensor:
-        return converted(lambda item: item.read())[target]
+    def read(target: str, *expert: int) -> Tensor:
+        return converted(lambda item: item.read(), *expert)[target]
 
     empty = converted(lambda item: torch.empty(item.shape, device="meta"))
     return {
-        to: StoredTensor(first.key, tuple(each.shape), partial(read, to), first.dtype)
+        to: StoredTensor(
+            first.key,
+            tuple(each.shape),
+            partial(read, to),
+            first.dtype,
+            num_experts=len(each) if len(each) == len(experts) else 1,
+        )
         for to, each in empty.items()
     }
 
@@ -329,9 +340,12 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
     """A stored stack, (experts, out, in) or transposed, as (experts * out, in)."""
     experts, rows, columns = item.shape
     shape = (experts * columns, rows) if transposed else (experts * rows, columns)
-    return replace(
-        item, shape=shape, read=lambda: (item.read().mT if transposed else item.read()).reshape(shape)
-    )
+
+    def read(*expert: int) -> Tensor:
+        stack = item.read(*expert)
+        return (stack.mT if transposed else stack).reshape(-1, shape[1])
+
+    return replace(item, shape=shape, read=read)
 
 
 def published_form(model: PreTrainedModel, path: str, weight: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
 from qdora.model.checkpoint import (
@@ -43,7 +43,6 @@ from qdora.model.source import ModelSource
 from qdora.quant.codebooks import MXFP4
 from qdora.quant.packed import dequantize, quantize_parts
 from qdora.quant.tiles import Weight
-from qdora.recipe.section import shown
 from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
@@ -90,9 +89,11 @@ class Loading:
         if not self.quantizes(name, item):
             return item.read()
         assert isinstance(item, StoredTensor)
-        layer, values, wanted = self.model.get_submodule(name.removesuffix(".weight")), item.read(), self.wanted
-        size = getattr(layer, "expert_features", len(values))  # a stack goes to the device expert by expert
-        parts = (part.to(self.device) for part in torch.split(values, size))
+        layer, wanted = self.model.get_submodule(name.removesuffix(".weight")), self.wanted
+        read: Iterable[Tensor] = map(item.read, range(item.num_experts))
+        if item.num_experts == 1:
+            read = torch.split(values := item.read(), getattr(layer, "expert_features", len(values)))
+        parts = (part.to(self.device) for part in read)  # a stack goes to the device expert by expert
         return quantize_parts(parts, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -340,8 +341,8 @@ def settle_stored(
 ) -> tuple[dict[str, Stored], set[str]]:
     """The tensors to read, and those of `layers` that are still to be quantised.
 
-    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it; blocks, scales and
-    dense layers that it does not have are a warning. `kind` is that of the checkpoint's config.
+    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it; other blocks or
+    scales are a warning. `kind` is that of the checkpoint's config.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     kinds = sorted({item.kind for item in packed.values()})
@@ -366,13 +367,8 @@ def settle_stored(
         )
     # A warning, since runs that were trained so must load; a default may be nobody's choice
     default, first = quantization_of(BaseWeightsConfig()), next(iter(packed.values()))
-    for key, held in {"block_size": first.block_size, "double_quant": first.double_quant}.items():
-        if (asked := getattr(wanted, key)) not in (held, getattr(default, key)):
-            log.warning(
-                "base.%s: the checkpoint has %s, which is used (got %s).", key, shown(held), shown(asked)
-            )
-    paths = (name.removesuffix(".weight") for name in packed)
-    skipped = [path for path in paths if any(matches(path, pattern) for pattern in wanted.skip)]
-    if skipped and wanted.skip != default.skip:
-        log.warning("base.skip: the checkpoint holds %s in %s, which is used.", first_few(skipped), wanted.kind)
+    for key in ("block_size", "double_quant"):
+        held, asked, usual = (getattr(each, key) for each in (first, wanted, default))
+        if asked not in (held, usual):
+            log.warning("base.%s: the checkpoint has %s, which is used (got %s).", key, held, asked)
     return dict(stored), set()
