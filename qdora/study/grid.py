@@ -320,7 +320,8 @@ def search(config: RatesConfig, loss: Loss) -> Search:
 
     Values have an index: 0 is the smallest that was given; those below and above continue the steps at the ends.
     """
-    values, runs, losses = sorted(config.values), dict[RateRun, Any](), dict[tuple[Length, float], float]()
+    values, runs = sorted(config.values), dict[RateRun, float | None]()
+    losses = dict[tuple[Length, float], float]()
     ladder = range(-config.extend, len(values) + config.extend)
 
     def rate(index: int) -> float:
@@ -328,9 +329,6 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         return (
             values[index] if 0 <= index < len(values) else float(f"{values[end] * step ** (index - end):.3g}")
         )
-
-    def is_open() -> bool:
-        return None in runs.values()
 
     def bracketed(length: Length, known: set[int]) -> int | None:
         """The best of `known` and of what is added until it has a neighbour on both sides, or the ladder ends.
@@ -343,11 +341,13 @@ def search(config: RatesConfig, loss: Loss) -> Search:
                     RateRun(length, rate(index), seed)
                     for seed in config.seeds[: 1 if length == "short" else None]
                 ]
-                # Each is asked once: another process may end it meanwhile
-                of_seeds = [runs.setdefault(run, loss(run)) for run in own]
-                if (ended := [value for value in of_seeds if value is not None]) == of_seeds:
+                for run in own:
+                    if run not in runs:  # asked once: another process may end it meanwhile
+                        runs[run] = loss(run)
+                ended = [value for run in own if (value := runs[run]) is not None]
+                if len(ended) == len(own):
                     losses[length, rate(index)] = float(np.mean(ended))
-            if is_open():
+            if None in runs.values():
                 return None
             finite = [index for index in sorted(known) if math.isfinite(losses[length, rate(index)])]
             best = min(finite, key=lambda index: losses[length, rate(index)], default=None)
@@ -362,7 +362,7 @@ def search(config: RatesConfig, loss: Loss) -> Search:
         asked = set() if best is None else {best - 1, best, best + 1}.intersection(ladder)
     best = bracketed("full", asked) if asked else None
     if best is None:
-        return Search(list(runs), not is_open(), None, False, losses)
+        return Search(list(runs), None not in runs.values(), None, False, losses)
     rates = [rate(index) for index in (best - 1, best, best + 1)]
     neighbours = [losses.get(("full", each), math.nan) for each in rates]
     found = float(f"{minimum(rates, neighbours):.3g}")

@@ -178,7 +178,7 @@ def processes_of_launch() -> Iterator[Processes]:
     except Interrupted:
         raise
     except Exception as error:
-        # Torchrun prints the first one: the others lose a connection
+        # torchrun prints the first one: the others lose a connection
         get_error_handler().record_exception(error)
         raise
     # Not after an error: NCCL would wait for the others.
