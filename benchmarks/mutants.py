@@ -1,14 +1,16 @@
 """What do the tests prove? Faults put into the code one at a time, each against the tests that run its line.
 
     python benchmarks/mutants.py cover FOLDER             the fast suite once: which test runs which line, in how long
-    python benchmarks/mutants.py draw LIST [--skip 0] [--number 500]
+    python benchmarks/mutants.py draw LIST [--skip 0] [--number 500] [--wording]
     python benchmarks/mutants.py run LIST FOLDER OUT [--processes 2]     OUT is JSON; the same call goes on after a stop
 
 `draw` shuffles every place where a mutation fits (seed 0) and takes the first 60 of each of five rooms, then the next
 ones of the whole package; --skip leaves out the first of them. Tests run from the fastest on, until their
 seconds in `cover` add up to 60, in a process forked from one that has imported the libraries: a loaded machine chooses
 no other tests. A mutant is killed if a test fails; it hangs if they do not end within 240 s. Needs `pip install
-coverage`. Lines that only processes started by tests run are not covered.
+coverage`. Lines that only processes started by tests run are not covered. With --wording a mutant spells the longer
+words of one message backwards, all its tests run, and the result is how many fail. Branches that the fast suite takes:
+`coverage report --data-file FOLDER/.coverage`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +94,28 @@ def mutants(file: Path) -> Iterator[Mutant]:
     yield from visit(ast.parse(source))
 
 
+def messages(file: Path) -> Iterator[Mutant]:
+    """Every line of prose in the code with its words of four and more letters spelled backwards; names stay."""
+    source = file.read_bytes()
+    starts = list(itertools.accumulate(map(len, source.splitlines(keepends=True)), initial=0))
+    nodes: list[Any] = list(ast.walk(ast.parse(source)))
+    inner = {
+        child for node in nodes if isinstance(node, ast.JoinedStr | ast.Expr) for child in ast.iter_child_nodes(node)
+    }
+    for node in nodes:
+        if is_text(node) and node not in inner and node.lineno == node.end_lineno:
+            start, end = (starts[node.lineno - 1] + at for at in (node.col_offset, node.end_col_offset))
+            old = source[start:end].decode()
+            new = re.sub(r"\{[^{}]*\}|(?<![\w.\-/\\])[a-z]{4,}(?![\w.\-/])", backwards, old)
+            if new != old and old.count(" ") >= 3 and not re.search(r"\{[^}]*\{", old):
+                place = {"file": str(file.relative_to(ROOT)), "line": node.lineno, "start": start, "end": end}
+                yield place | {"old": old, "new": new, "wording": True}
+
+
+def backwards(word: re.Match[str]) -> str:
+    return word[0] if word[0].startswith("{") else word[0][::-1]
+
+
 def is_wording(node: ast.AST) -> bool:
     """A message: what a logger, a console or an exception of ours is given."""
     name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -114,10 +139,13 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
-def draw(number: int, skip: int) -> list[Mutant]:
+def draw(number: int, skip: int, wording: bool) -> list[Mutant]:
     """Mutants in an order that depends on the code alone."""
-    everything = [each for file in sorted((ROOT / "qdora").rglob("*.py")) for each in mutants(file)]
+    of_file = messages if wording else mutants
+    everything = [each for file in sorted((ROOT / "qdora").rglob("*.py")) for each in of_file(file)]
     random.Random(0).shuffle(everything)
+    if wording:
+        return everything[skip : skip + number]
     chosen: list[Mutant] = []
     for start in ROOMS.values():
         chosen += [each for each in everything if each["file"].startswith(start)][:OF_EACH_ROOM]
@@ -131,7 +159,9 @@ class Cover:
         import coverage
 
         self.file = folder / f"seconds-{os.getpid()}.json"
-        self.coverage = coverage.Coverage(str(folder / ".coverage"), data_suffix=True, source=[str(ROOT / "qdora")])
+        self.coverage = coverage.Coverage(
+            str(folder / ".coverage"), data_suffix=True, branch=True, source=[str(ROOT / "qdora")]
+        )
         self.seconds: dict[str, float] = {}
         self.coverage.start()
 
@@ -221,6 +251,8 @@ def run(chosen: list[Mutant], folder: Path, out: Path, processes: int) -> None:
             if not ended and took < HANGS_S:
                 continue
             result = "killed" if status else "survived"
+            if mutant.get("wording"):
+                result = f"{os.waitstatus_to_exitcode(status)} fail"
             if not ended:
                 result = "hangs"
                 os.killpg(pid, signal.SIGKILL)
@@ -234,6 +266,15 @@ def run(chosen: list[Mutant], folder: Path, out: Path, processes: int) -> None:
     out.write_text(json.dumps(done, indent=1))
     results = [done[key(each)]["result"] for each in chosen]
     print(json.dumps({result: results.count(result) for result in sorted(set(results))}))
+
+
+class Failures:
+    """A plugin of pytest that counts."""
+
+    number = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.number += report.failed
 
 
 def start(mutant: Mutant, copy: Path, tests: list[str]) -> int:
@@ -252,7 +293,10 @@ def start(mutant: Mutant, copy: Path, tests: list[str]) -> int:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         import pytest
 
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests])
+        options = ["-q", "-n0", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
+        failures = Failures()
+        code = pytest.main(options if mutant.get("wording") else ["-x", *options], plugins=[failures])
+        code = min(failures.number, 99) if mutant.get("wording") else code
         atexit._run_exitfuncs()
     os._exit(int(code))
 
@@ -269,6 +313,7 @@ def main() -> None:
     drawn.add_argument("list", type=Path)
     drawn.add_argument("--number", type=int, default=500)
     drawn.add_argument("--skip", type=int, default=0)
+    drawn.add_argument("--wording", action="store_true")
     ran = verbs.add_parser("run")
     for name in ("list", "folder", "out"):
         ran.add_argument(name, type=Path)
@@ -277,7 +322,7 @@ def main() -> None:
     if args.verb == "cover":
         cover(args.folder)
     elif args.verb == "draw":
-        args.list.write_text("".join(json.dumps(each) + "\n" for each in draw(args.number, args.skip)))
+        args.list.write_text("".join(json.dumps(each) + "\n" for each in draw(args.number, args.skip, args.wording)))
     else:
         run([json.loads(line) for line in args.list.read_text().splitlines()], args.folder, args.out, args.processes)
 
