@@ -16,7 +16,7 @@ import signal
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,26 @@ def architectures(families: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def checked(name: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES, "refused": {}, "failed": {}}
+    row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES}
     checks = [resumed, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
-        for check in [*checks, nf4_skip, peft] if name in MIXTURES else checks:
-            try:
-                row |= check(case)
-            except Refused as error:
-                row["refused"][check.__name__] = str(error)
-            except Exception as error:
-                row["failed"][check.__name__] = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
-            if "resumed" not in row:
-                break
+        return row | passed(case, [*checks, nf4_skip, peft] if name in MIXTURES else checks)
+
+
+def passed(case: Any, checks: Sequence[Callable[[Any], dict[str, Any]]]) -> dict[str, Any]:
+    """What the checks measured; why they were refused or failed. Nothing follows a run that is not resumed."""
+    row: dict[str, Any] = {"refused": {}, "failed": {}}
+    for check in checks:
+        try:
+            row |= check(case)
+        except Refused as error:
+            row["refused"][check.__name__] = str(error)
+        except Exception as error:
+            row["failed"][check.__name__] = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
+        if "resumed" not in row:
+            break
     for key, most in ASKED.items():
         if isinstance(row.get(key), float) and not row[key] <= most:  # NaN fails, too
             row["failed"][key] = f"{row[key]:.1e}, asked is at most {most:.0e}"

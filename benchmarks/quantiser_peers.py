@@ -26,13 +26,18 @@ Weights = dict[str, torch.Tensor]
 def by_program(python: str, task: str, folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
     """Run this file with another Python: the dequantised weights, and what is known of them."""
     (folder / "settings.json").write_text(json.dumps(settings))
-    call = [str(Path(python).absolute()), str(Path(__file__).absolute()), task, str(folder)]
+    run_with(python, Path(__file__), task, str(folder), cwd=folder)
+    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
+
+
+def run_with(python: str, script: Path, *words: str, cwd: Path) -> None:
+    """Run a script with another Python."""
+    call = [str(Path(python).absolute()), str(script.absolute()), *words]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # cwd: gptqmodel writes logs/ where it runs
-    run = subprocess.run(call, capture_output=True, text=True, check=False, env=variables, cwd=folder)
+    run = subprocess.run(call, capture_output=True, text=True, check=False, env=variables, cwd=cwd)
     if run.returncode != 0:
         raise RuntimeError(f"{' '.join(call)}: exit {run.returncode}\n{run.stderr[-4000:]}")
-    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
 
 
 def hqq(folder: Path, settings: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
