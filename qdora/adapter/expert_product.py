@@ -214,8 +214,9 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
     # A scale of scales is of two experts
     if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
-        stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, block_scales(stack))
-    own = [(name, each) for name, each in stack.tensors().items() if name in TENSOR_NAMES[:3]]
+        scales = block_scales(stack)
+        stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, scales, zeros=stack.zeros)
+    own = [(name, each) for name, each in stack.tensors().items() if name in (*TENSOR_NAMES[:3], "zeros")]
     picked: dict[str, Any] = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
     if stack.kind == "int8":
         picked["packed"] = picked["packed"].view(shape)

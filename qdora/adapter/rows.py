@@ -25,8 +25,8 @@ def never_narrowed(
     held = {id(tensor) for tensor in tensors}
 
     def moved(tensor: Tensor) -> Tensor:
-        found, width = fn(tensor), tensor.dtype.itemsize
-        is_right = found.dtype.itemsize >= width if may_widen else found.dtype.itemsize == width
+        found = fn(tensor)
+        is_right = found.dtype.itemsize >= tensor.dtype.itemsize if may_widen else found.dtype == tensor.dtype
         return found if is_right or id(tensor) not in held else tensor.to(found.device)
 
     return moved
@@ -166,7 +166,10 @@ class RowShare:
             (rows.stop - rows.start, form.shape[1]),
             packed if form.kind == "int8" else packed.reshape(-1),
         )
-        return PackedWeight(form.kind, shape, form.block_size, packed, absmax)
+        if form.global_scale is not None:
+            absmax = block_scales(replace(form, absmax=absmax))
+        zeros = self.local["zeros"].reshape(-1) if "zeros" in self.local else None
+        return PackedWeight(form.kind, shape, form.block_size, packed, absmax, zeros=zeros)
 
     def keep_bits(self) -> Tensor | None:
         """`quant.packed.mask_bits` of the rows of this process; None without a mask."""
@@ -200,9 +203,10 @@ def is_cut_by_rows(form: Weight, *, masked: bool) -> bool:
 
 def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
     """Name -> tensor that processes divide; the scales of scales stay whole."""
-    found = (
-        {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
-    )
+    if isinstance(weight, Tensor):
+        found = {"weight": weight}
+    else:
+        found = {name: each for name, each in weight.tensors().items() if name in ("packed", "absmax", "zeros")}
     return found if keep_bits is None else found | {"keep_bits": keep_bits}
 
 

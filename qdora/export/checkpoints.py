@@ -37,9 +37,10 @@ from qdora.files.console import bar
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import load_faults, stored_kind, taken_for_experts
+from qdora.model.checkpoint import load_faults, taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
+from qdora.model.quantised import form_of_config
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
 from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
@@ -92,8 +93,8 @@ def no_original(recipe: Recipe, source: ModelSource) -> str:
         return "the base was not quantised in training"
     if source.is_gguf:
         return f"{source.name} is a GGUF file, not the 16-bit model"
-    stored = stored_kind(getattr(load_config(source), "quantization_config", None))
-    return "" if stored is None else f"{source.name} is stored in {stored} and has no 16-bit weights"
+    stored = form_of_config(getattr(load_config(source), "quantization_config", None))["quant"]
+    return "" if stored == "none" else f"{source.name} is stored in {stored} and has no 16-bit weights"
 
 
 def export_merged(
@@ -251,7 +252,8 @@ def check_loadable(recipe: Recipe, source: ModelSource) -> None:
     if base.quant not in BNB_KINDS:
         text = f"must be {', '.join(BNB_KINDS)} in a checkpoint of bitsandbytes, got {base.quant}"
         raise UserError(f"base.quant: {text}. Fix: set base.cache in a recipe, which keeps such a base.")
-    if (stored := stored_kind(getattr(config, "quantization_config", None))) not in (None, MXFP4):
+    stored = form_of_config(getattr(config, "quantization_config", None))["quant"]
+    if stored not in ("none", MXFP4):
         raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
     model = skeleton(config, source)
     chosen = layers_to_quantize(model, quantization_of(base))

@@ -73,7 +73,9 @@ class ShardedBase:
         if isinstance(weight, Tensor):
             form: Weight = weight.to("meta")
         else:
-            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"))
+            form = replace(
+                weight, **{name: each.to("meta") for name, each in divided_tensors(weight, None).items()}
+            )
         share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
         tensors, empty = divided_tensors(weight, keep_bits), dict[str, Tensor]()
         for name, tensor in tensors.items():
@@ -82,7 +84,7 @@ class ShardedBase:
         held = (
             empty["weight"]
             if isinstance(form, Tensor)
-            else replace(form, packed=empty["packed"], absmax=empty["absmax"])
+            else replace(form, **{name: each for name, each in empty.items() if name != "keep_bits"})
         )
         layer = place_frozen(load.model, path, held, empty.get("keep_bits"))
         layer.share = share
@@ -164,7 +166,7 @@ def _view(layers: list[FrozenLinear], _module: nn.Module, _args: Any) -> None:
         for layer in layers:
             if layer.residency is None:  # it reads a weight of its own (train/guards.py)
                 continue
-            for name in ("packed", "absmax", "weight", "keep_bits"):
+            for name in ("packed", "absmax", "zeros", "weight", "keep_bits"):
                 whole, buffer = layer._parameters.get(f"{name}{_SUFFIX}"), layer._buffers.get(name)
                 if whole is None or buffer is None or isinstance(whole, DTensor):
                     continue

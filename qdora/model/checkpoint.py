@@ -184,18 +184,6 @@ def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def stored_kind(settings: Mapping[str, Any] | None) -> str | None:
-    """nf4, fp4, int8 or mxfp4 from config.quantization_config; None for full precision."""
-    if not settings:
-        return None
-    method = settings.get("quant_method", "bitsandbytes")
-    if method == MXFP4:
-        return MXFP4
-    if method != "bitsandbytes":
-        raise UserError(f"model.source: must be in full precision, mxfp4 or of bitsandbytes (got {method!r}).")
-    return "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
-
-
 def load_faults(classes: Iterable[str], option: str, fix: str = "use --format merged") -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.layer import FrozenLinear
 from qdora.errors import UserError
+from qdora.files.atomic import read_json_object
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
 from qdora.model.checkpoint import (
@@ -32,18 +33,20 @@ from qdora.model.checkpoint import (
     open_safetensors,
     reading,
     rename_to_model,
-    stored_kind,
     tied_weights,
 )
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, matches, replace_module
 from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
+from qdora.model.quantised import form_of_config, join_parts
 from qdora.model.source import ModelSource
-from qdora.quant.codebooks import MXFP4
+from qdora.quant.bnb import FOUR_BIT_KINDS
+from qdora.quant.codebooks import INT4_GROUPS, MXFP4, NVFP4
 from qdora.quant.packed import dequantize, quantize_parts
 from qdora.quant.tiles import Weight
-from qdora.recipe.settings import BaseWeightsConfig
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import BaseWeightsConfig, Recipe
 
 log = logging.getLogger("qdora")
 
@@ -62,6 +65,17 @@ class Quantization:
 
 def quantization_of(base: BaseWeightsConfig) -> Quantization:
     return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+
+
+def with_quant(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """A recipe whose base.quant auto is settled: the checkpoint's own format, or nf4 for one in 16 bits or FP8."""
+    if recipe.base.quant != "auto":
+        return recipe
+    form = form_of_config(getattr(config, "quantization_config", None))
+    if form["quant"] == "none":
+        return with_settings(recipe, base={"quant": "nf4"})
+    log.info("The checkpoint is in %s, which is kept (base.quant: auto).", form["quant"])
+    return with_settings(recipe, base=form)
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def load_model(
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
-    kind = stored_kind(getattr(config, "quantization_config", None))
+    kind = form_of_config(getattr(config, "quantization_config", None))["quant"]
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
@@ -215,14 +229,25 @@ def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, 
     """Model name -> stored tensor, in the model's order; nothing is read yet."""
     if source.is_gguf:
         return match_to_model(open_gguf(source.path, model), model)
-    renamed = rename_to_model(gather_packed(open_safetensors(source.path)), model)
+    renamed = rename_to_model(_weights_of(source), model)
     return match_to_model(set_aside(renamed, model, source.path), model)
 
 
+def _weights_of(source: ModelSource) -> dict[str, Stored]:
+    """Checkpoint key -> weight, with the parts of quantised ones joined."""
+    stored, file = open_safetensors(source.path), source.path / "config.json"
+    settings = read_json_object(file).get("quantization_config") if file.is_file() else None
+    own = not settings or settings.get("quant_method", "bitsandbytes") in ("bitsandbytes", MXFP4)
+    return gather_packed(stored) if own else join_parts(stored, settings)
+
+
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers to quantise. MXFP4 is the form of experts alone."""
-    if wanted.kind == MXFP4:
-        return chosen_layers(model, wanted) & stacks(model).keys()
+    """Paths of the linear layers to quantise. In a mixture MXFP4 is the form of experts alone."""
+    experts = stacks(model)
+    if wanted.kind == NVFP4 and experts:
+        raise UserError("base.quant: nvfp4 cannot hold stacks of experts.")
+    if wanted.kind == MXFP4 and experts:
+        return chosen_layers(model, wanted) & experts.keys()
     return set() if wanted.kind == "none" else chosen_layers(model, wanted)
 
 
@@ -325,29 +350,32 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
     """The quantisation of the checkpoint, as settings of `load_model` and of a recipe's base."""
-    kind = stored_kind(getattr(load_config(source), "quantization_config", None))
-    if kind is None:
-        return {"quant": "none"}
-    packed = [
-        item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)
-    ]
-    if kind in ("int8", MXFP4) or not packed:
-        return {"quant": kind}
-    return {"quant": kind, "block_size": packed[0].block_size, "double_quant": packed[0].double_quant}
+    form = form_of_config(getattr(load_config(source), "quantization_config", None))
+    if form["quant"] not in FOUR_BIT_KINDS:
+        return form
+    for item in _weights_of(source).values():
+        if isinstance(item, StoredPacked):
+            return form | {"block_size": item.block_size, "double_quant": item.double_quant}
+    return form
+
+
+def _is_fp8(item: Stored) -> bool:
+    return isinstance(item, StoredTensor) and item.dtype.startswith("F8")
 
 
 def settle_stored(
-    stored: Mapping[str, Stored], kind: str | None, wanted: Quantization, layers: set[str]
+    stored: Mapping[str, Stored], kind: str, wanted: Quantization, layers: set[str]
 ) -> tuple[dict[str, Stored], set[str]]:
     """The tensors to read, and those of `layers` that are still to be quantised.
 
-    A checkpoint in bitsandbytes' formats is used as it is, MXFP4 only if the recipe asks for it; other blocks or
-    scales are a warning. `kind` is that of the checkpoint's config.
+    A quantised checkpoint is used as it is, the experts of MXFP4 only if the recipe asks for it; other blocks or scales
+    are a warning. What an FP8 checkpoint keeps in 16 bits stays so unless base.skip is set. `kind` is that of the
+    checkpoint's config.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     kinds = sorted({item.kind for item in packed.values()})
-    if wanted.kind == MXFP4 and not packed:
-        raise UserError("base.quant: mxfp4 needs a checkpoint that holds it (gpt-oss).")
+    if wanted.kind == INT4_GROUPS and not packed:
+        raise UserError("base.quant: int4-groups needs a checkpoint of GPTQ, AWQ or compressed-tensors.")
     if wanted.kind != MXFP4 and kinds == [MXFP4]:
         log.info("%d weights in mxfp4 are dequantised; base.quant: mxfp4 would keep them.", len(packed))
 
@@ -359,11 +387,12 @@ def settle_stored(
             for name, each in packed.items()
         }
         return {**stored, **dense}, layers
-    if not packed and kind is None:
-        return dict(stored), layers
+    if not packed and kind == "none":
+        in_fp8 = {name.removesuffix(".weight") for name, item in stored.items() if _is_fp8(item)}
+        return dict(stored), layers & in_fp8 if in_fp8 and wanted.skip == (HEAD,) else layers
     if kinds != [wanted.kind]:
         raise UserError(
-            f"base.quant: must be {kinds[0] if kinds else kind}, as the checkpoint (got {wanted.kind})."
+            f"base.quant: must be {', '.join(kinds) or kind}, as the checkpoint (got {wanted.kind})."
         )
     # A warning, since runs that were trained so must load; a default may be nobody's choice
     default, first = quantization_of(BaseWeightsConfig()), next(iter(packed.values()))

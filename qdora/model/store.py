@@ -39,6 +39,7 @@ from qdora.files.console import Progress
 from qdora.files.tensor_file import write_tensors
 from qdora.model.checkpoint import (
     Stored,
+    StoredPacked,
     StoredTensor,
     gather_packed,
     match_to_model,
@@ -46,10 +47,8 @@ from qdora.model.checkpoint import (
     shard_files,
 )
 from qdora.model.load import Loading, Quantization, layers_to_quantize, settle_stored, tensors_of_source
-from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import to_bnb_state
-from qdora.quant.codebooks import MXFP4
 from qdora.quant.tiles import Weight
 
 log = logging.getLogger("qdora")
@@ -161,8 +160,9 @@ class BaseCache:
     directory: Path | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        if self.wanted.kind == MXFP4:  # the source holds it packed
-            return tensors_of_source(source, model)
+        stored = tensors_of_source(source, model)
+        if any(isinstance(item, StoredPacked) for item in stored.values()):  # what is quantised needs no copy
+            return stored
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         decides = {
             "format": 2,
@@ -175,8 +175,8 @@ class BaseCache:
         with in_turn(directory):
             if not directory.is_dir():
                 log.info("Writing the packed base to %s, for later starts.", directory)
-                stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
-                stored, layers = settle_stored(stored, None, self.wanted, layers)
+                layers = layers_to_quantize(model, self.wanted)
+                stored, layers = settle_stored(stored, "none", self.wanted, layers)
                 load = Loading(model, stored, layers, self.wanted, self.device, model.dtype)
                 failures = disk_failures(directory, "name another directory in base.cache")
                 with failures, atomic_directory(directory) as folder:
@@ -188,8 +188,6 @@ class BaseCache:
                             self.progress(number + 1, len(stored))
             else:
                 log.info("Reading the packed base from %s.", directory)
-                if not_loaded(model):  # an export copies these from the source
-                    tensors_of_source(source, model)
         try:
             return match_to_model(_stored_in(directory), model)
         except UserError as error:

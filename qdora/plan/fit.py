@@ -27,7 +27,7 @@ from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
 from qdora.model.inject import is_linear, linear_layers
-from qdora.model.load import block_list, load_config, quantization_of
+from qdora.model.load import block_list, load_config, quantization_of, with_quant
 from qdora.model.source import ModelSource
 from qdora.plan import plan as parts
 from qdora.plan.fake_step import Step, empty_model, run_step
@@ -247,6 +247,7 @@ def plan(
             if public is None:
                 raise
             config = public.config()
+    recipe = with_quant(recipe, config)
     name, attention = recipe.model.dtype, recipe.model.attention
     if name == "auto":
         name = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"

@@ -345,6 +345,7 @@ def division_of(
             "weight": BASE if path in chosen else DENSE,
             "packed": BASE,
             "absmax": SCALES,
+            "zeros": SCALES,
             "keep_bits": MASKS,
         }
         sizes[path] = 0

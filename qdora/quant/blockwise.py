@@ -70,6 +70,48 @@ def nearest_codes(unit: Tensor, kind: str) -> Tensor:
 
 
 @torch.no_grad()
+def quantize_fp4_blocks(weight: Tensor, kind: str, name: str) -> dict[str, Tensor]:
+    """Round a weight (out, in) to E2M1 values times a scale of each block, both to even on a tie: nvfp4 or mxfp4.
+
+        nvfp4: G = 448 * 6 / max |w|,   s = E4M3(G * absmax_b / 6),   w = value * s / G           blocks of 16
+        mxfp4: s = 2^e, e = floor(log2(absmax_b + a quarter of its power of 2)) - 2               blocks of 32
+
+    Sources: NVIDIA's NVFP4 as in compressed-tensors 0.19, whose codes and scales these are for a float32 weight; OCP
+    Microscaling Formats (MX) Specification 1.0, sec. 6.3. Returns the tensors of `PackedWeight`.
+    """
+    size, parts, scales = codebooks.FIXED_BLOCK_SIZES[kind], list[Tensor](), list[Tensor]()
+    largest = weight.abs().amax().float()
+    _refuse_not_finite(largest, name)
+    whole = 448.0 * 6.0 / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    whole = torch.where(whole.isfinite(), whole, 1.0)
+    for rows in _runs_of_rows(weight):
+        blocks = weight[rows].float().reshape(-1, size)
+        absmax = blocks.abs().amax(dim=1)
+        if kind == codebooks.NVFP4:
+            scale = (whole * (absmax / 6.0)).clamp(max=448.0).to(torch.float8_e4m3fn)
+            scale = torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn)
+            scales.append(scale.view(torch.uint8))
+            factor = scale.float() / whole
+        else:
+            exponent = ((absmax.view(torch.int32) + (1 << 21)) >> 23).sub_(2).clamp_(0, 254)
+            scales.append(exponent.to(torch.uint8))
+            factor = torch.ldexp(torch.ones_like(absmax), exponent - 127)
+        unit = blocks / factor[:, None]
+        codes = torch.bucketize(unit.abs(), _fp4_bounds(weight.device), out_int32=True).to(torch.uint8)
+        parts.append(pack_codes((codes | (unit < 0).to(torch.uint8) << 3).view(-1), kind))
+    found = {"packed": torch.cat(parts), "absmax": torch.cat(scales)}
+    return found | ({"global_scale": whole} if kind == codebooks.NVFP4 else {})
+
+
+def _fp4_bounds(device: torch.device) -> Tensor:
+    """Midpoints between the values 0 to 6 of E2M1. A bound belongs to the lower value: those whose upper one is even
+    lie an ulp lower."""
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+    bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))
+    return bounds
+
+
+@torch.no_grad()
 def pack_codes(codes: Tensor, kind: str) -> Tensor:
     """Codes (n,) uint8 without gaps, the first in the highest bits: two or four in a byte, of 3 bits eight in three.
 
@@ -156,9 +198,19 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 
 @torch.no_grad()
 def dequantize_blocks(
-    packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    kind: str,
+    block_size: int,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    zeros: Tensor | None = None,
 ) -> Tensor:
-    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast."""
+    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast.
+
+    With `zeros`, (blocks,) uint8, it is (value[code] - zero) * absmax, of whole blocks.
+    """
     numel = shape[0] * shape[1]
     values, bits = codebooks.resident_values(kind, packed), CODE_BITS[kind]
     out = torch.empty(numel, dtype=dtype, device=packed.device)
@@ -170,8 +222,10 @@ def dequantize_blocks(
         for index, some in enumerate(entries):
             torch.index_select(values, 0, some, out=found[:, index])
         dense = found.view(-1).view(torch.float32)
-        scales = absmax[start // block_size : -(-stop // block_size)]
-        out[start:stop] = scale_blocks_(dense[: stop - start], scales, block_size)
+        blocks = slice(start // block_size, -(-stop // block_size))
+        if zeros is not None:
+            dense.view(-1, block_size).sub_(zeros[blocks, None])
+        out[start:stop] = scale_blocks_(dense[: stop - start], absmax[blocks], block_size)
     return out.view(shape)
 
 

@@ -53,6 +53,8 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
             tensors["nested_offset"] = torch.tensor(
                 stored["nested_offset"], dtype=torch.float32, device=weight.device
             )
+        if "global_scale" in stored:
+            tensors["global_scale"] = torch.tensor(stored["global_scale"], dtype=torch.float32)
         return from_tensors(kind, (rows, columns), stored["blocksize"], tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{name}: not a weight that bitsandbytes stored: {error!r}") from error
@@ -83,5 +85,7 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
         stored["nested_blocksize"] = NESTED_BLOCK_SIZE
         stored["nested_dtype"] = "float32"
         stored["nested_offset"] = packed.nested_offset.item()
+    if packed.global_scale is not None:
+        stored["global_scale"] = packed.global_scale.item()
     state[f"{STATE_NAME}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
     return state

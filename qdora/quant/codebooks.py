@@ -11,10 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 NESTED_BLOCK_SIZE = 256
 """Block scales per nested scale. Source: QLoRA, arXiv 2305.14314, sec. 3."""
-MXFP4 = "mxfp4"
-"""A kind that is read from checkpoints and never made here: blocks of 32, whose scales are powers of 2 in 8 bits."""
-MXFP4_BLOCK_SIZE = 32
-CODE_BITS = {"int8": 8, "nf4": 4, "fp4": 4, "int4": 4, MXFP4: 4, "nf3": 3, "int3": 3, "nf2": 2, "int2": 2}
+MXFP4, NVFP4, INT4_GROUPS = "mxfp4", "nvfp4", "int4-groups"
+"""Kinds with scales of their own. mxfp4: powers of 2, as 8-bit exponents. nvfp4: E4M3, and one scale for the whole
+weight. int4-groups, which only checkpoints hold (GPTQ, AWQ, compressed-tensors): 16 bits, and zero points."""
+FIXED_BLOCK_SIZES = {MXFP4: 32, NVFP4: 16}
+MXFP4_BLOCK_SIZE = FIXED_BLOCK_SIZES[MXFP4]
+CODE_BITS = {"int8": 8, "nf4": 4, "fp4": 4, "int4": 4, MXFP4: 4, NVFP4: 4, INT4_GROUPS: 4}
+CODE_BITS |= {"nf3": 3, "int3": 3, "nf2": 2, "int2": 2}
 """Bits of a code as it is stored."""
 TIGHT = ("nf3", "int3", "nf2", "int2")
 """Kinds of fewer than 4 bits: four codes in a byte, or eight in three."""
@@ -44,6 +47,8 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "int2": tuple((code - 2) / 1.5 for code in range(4)),
     "fp4": (*_FP4, *(0.0 - value for value in _FP4)),
     MXFP4: (*_E2M1, *(-value for value in _E2M1)),
+    NVFP4: (*_E2M1, *(-value for value in _E2M1)),
+    INT4_GROUPS: tuple(float(code) for code in range(16)),
 }  # fmt: skip
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
@@ -51,7 +56,7 @@ _CELLS_PER_UNIT = 1024
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values; int3: [-8/7,
-    6/7]; int2: [-4/3, 2/3]; mxfp4: [-6, 6])."""
+    6/7]; int2: [-4/3, 2/3]; mxfp4, nvfp4: [-6, 6]; int4-groups: [0, 15])."""
     return torch.tensor(_VALUES[kind], dtype=torch.float32, device=device)
 
 

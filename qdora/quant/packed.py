@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qdora.quant import blockwise, codebooks, kernels
-from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qdora.quant.codebooks import FIXED_BLOCK_SIZES, INT4_GROUPS, MXFP4, NESTED_BLOCK_SIZE, NVFP4
 
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
-"""Those of `PackedWeight.tensors`; the last three if its scales are double quantised."""
+TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset", "zeros", "global_scale")
+"""Those of `PackedWeight.tensors`, of which most kinds have the first two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,12 @@ class PackedWeight:
         block_size: Weights per block scale, counted along the flattened rows; `in` for int8, 32 for mxfp4.
         packed: Codes as by `blockwise.pack_codes`, (ceil(out * in / 2),) uint8 for 4 bits. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32; mxfp4:
-            (blocks,) uint8, 127 more than the exponent of a power of 2.
+            (blocks,) uint8, 127 more than the exponent of a power of 2; nvfp4: (blocks,) uint8, the bits of a
+            float8_e4m3fn; int4-groups: in 16 or 32 bits, as in its checkpoint.
         nested_absmax, nested_code, nested_offset: Of double quantised scales q, float32: scale = code[q] *
             absmax[block // 256] + offset. Blocks of 256 scales; the dynamic map, (256,); the mean of the scales, ().
+        zeros: int4-groups: the code of 0 in each block, (blocks,) uint8; a weight is (code - zero) * scale.
+        global_scale: nvfp4: () float32; the scale of a block is absmax / global_scale.
     """
 
     kind: str
@@ -43,6 +46,8 @@ class PackedWeight:
     nested_absmax: Any = None
     nested_code: Any = None
     nested_offset: Any = None
+    zeros: Any = None
+    global_scale: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -68,25 +73,34 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their `TENSOR_NAMES`."""
-        names = TENSOR_NAMES[:2] if self.nested_absmax is None else TENSOR_NAMES
-        return {name: getattr(self, name) for name in names}
+        return {name: held for name in TENSOR_NAMES if (held := getattr(self, name)) is not None}
 
+
+OWN_SCALES = (MXFP4, NVFP4, INT4_GROUPS)
+"""Kinds whose scales are never double quantised, and whose blocks never cross rows."""
 
 _Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
 
 
-def _layout(kind: str, shape: tuple[int, int], block_size: int, nested: bool) -> _Layout:
+def _layout(
+    kind: str, shape: tuple[int, int], block_size: int, nested: bool, of_groups: torch.dtype = torch.bfloat16
+) -> _Layout:
     rows, columns = shape
     if kind == "int8":
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
-    sizes = (MXFP4_BLOCK_SIZE,) if kind == MXFP4 else BLOCK_SIZES
-    if block_size not in sizes or (kind == MXFP4 and columns % block_size):
+    sizes = (FIXED_BLOCK_SIZES[kind],) if kind in FIXED_BLOCK_SIZES else BLOCK_SIZES
+    if block_size not in sizes or (kind in OWN_SCALES and columns % block_size):
         raise ValueError(f"block size of {shape} in {kind} must be one of {sizes}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
+    scales = {MXFP4: torch.uint8, NVFP4: torch.uint8, INT4_GROUPS: of_groups}
     layout: _Layout = {
         "packed": ((codebooks.code_bytes(kind, rows * columns),), torch.uint8),
-        "absmax": ((blocks,), torch.uint8 if nested or kind == MXFP4 else torch.float32),
+        "absmax": ((blocks,), scales.get(kind, torch.uint8 if nested else torch.float32)),
     }
+    if kind == INT4_GROUPS:
+        layout["zeros"] = ((blocks,), torch.uint8)
+    if kind == NVFP4:
+        layout["global_scale"] = ((), torch.float32)
     if nested:
         layout["nested_absmax"] = ((-(-blocks // NESTED_BLOCK_SIZE),), torch.float32)
         layout["nested_code"] = ((256,), torch.float32)
@@ -98,7 +112,7 @@ def from_tensors(
     kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]
 ) -> PackedWeight:
     """The inverse of `PackedWeight.tensors`; ValueError for another shape or dtype."""
-    layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
+    layout = _layout(kind, shape, block_size, "nested_absmax" in tensors, tensors["absmax"].dtype)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
         raise ValueError(f"{shape} in {kind} must have the tensors {layout}, got {found}.")
@@ -113,8 +127,8 @@ def empty_packed(
     device: torch.device | str = "cpu",
 ) -> PackedWeight:
     """A packed weight with uninitialised tensors."""
-    block_size = MXFP4_BLOCK_SIZE if kind == MXFP4 else block_size
-    layout = _layout(kind, shape, block_size, double_quant and kind not in ("int8", MXFP4))
+    block_size = FIXED_BLOCK_SIZES.get(kind, block_size)
+    layout = _layout(kind, shape, block_size, double_quant and kind not in ("int8", *OWN_SCALES))
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
     return from_tensors(kind, shape, shape[1] if kind == "int8" else block_size, tensors)
 
@@ -126,9 +140,11 @@ def quantize(
 
     The peak is about twice the result. `name` is the weight's in an error.
     """
-    if kind == MXFP4:
-        raise ValueError(f"{name}: mxfp4 is read from checkpoints, not made here.")
     shape = (weight.shape[0], weight.shape[1])
+    if kind in FIXED_BLOCK_SIZES:
+        block_size = FIXED_BLOCK_SIZES[kind]
+        _layout(kind, shape, block_size, nested=False)  # refuses rows that are no whole blocks
+        return from_tensors(kind, shape, block_size, blockwise.quantize_fp4_blocks(weight, kind, name))
     if kind == "int8":
         return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name))
     _layout(kind, shape, block_size, nested=False)  # refuses other kinds and block sizes
@@ -197,13 +213,25 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     if packed.kind == "int8":
         return blockwise.dequantize_rows(packed.packed, packed.absmax, dtype)
     scales = block_scales(packed)
-    return decode_blocks(packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype)
+    form = packed.kind, packed.block_size
+    return decode_blocks(packed.packed, scales, *form, shape=packed.shape, dtype=dtype, zeros=packed.zeros)
 
 
 def decode_blocks(
-    codes: Tensor, scales: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    kind: str,
+    block_size: int,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """`blockwise.dequantize_blocks` by the `decoder` for it."""
+    if zeros is not None:
+        return blockwise.dequantize_blocks(
+            codes, scales, kind, block_size, shape=shape, dtype=dtype, zeros=zeros
+        )
     decode = decoder(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
     return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
@@ -217,8 +245,10 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     if packed.kind == MXFP4 and packed.absmax.dtype == torch.uint8:
         exponents = packed.absmax[blocks].int() - 127
         return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    if packed.global_scale is not None:
+        return packed.absmax[blocks].view(torch.float8_e4m3fn).float() / packed.global_scale
     if packed.nested_absmax is None:
-        return packed.absmax[blocks]
+        return packed.absmax[blocks].float()
     first, last, _ = blocks.indices(packed.absmax.numel())
     group, end = first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE)
     start = group * NESTED_BLOCK_SIZE
@@ -238,10 +268,13 @@ def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
     if packed.kind == "int8":
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
     first, last, bits = rows.start * shape[1], rows.stop * shape[1], codebooks.CODE_BITS[packed.kind]
-    scales = block_scales(packed, slice(first // packed.block_size, last // packed.block_size))
-    return PackedWeight(
-        packed.kind, shape, packed.block_size, packed.packed[first * bits // 8 : last * bits // 8], scales
+    blocks, codes = (
+        slice(first // packed.block_size, last // packed.block_size),
+        slice(first * bits // 8, last * bits // 8),
     )
+    zeros = None if packed.zeros is None else packed.zeros[blocks]
+    scales = block_scales(packed, blocks)
+    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[codes], scales, zeros=zeros)
 
 
 @torch.no_grad()

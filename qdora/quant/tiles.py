@@ -99,21 +99,23 @@ def dense_tiles(
         yield slice(0, total), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
         return
     codes, scales = weight.packed.view(weight.shape[0], -1), _row_scales(weight, row_factor)
+    zeros = None if weight.zeros is None else weight.zeros.view(scales.shape)
     bits = codebooks.CODE_BITS[weight.kind]
     for run in runs:
         if dim == 0:
-            some, blocks = codes[run], scales[run]
+            some, part = codes[run], (run, slice(None))
         else:
             some = codes[:, run.start * bits // 8 : run.stop * bits // 8]
-            blocks = scales if weight.kind == "int8" else scales[:, run.start // block : run.stop // block]
+            of_rows = weight.kind == "int8"
+            part = slice(None), slice(None) if of_rows else slice(run.start // block, run.stop // block)
+        blocks = scales[part]
         if weight.kind == "int8":
             yield run, blockwise.dequantize_rows(some, blocks.squeeze(1), dtype)
             continue
         shape = (some.shape[0], some.shape[1] * 8 // bits)
-        yield (
-            run,
-            decode_blocks(some.reshape(-1), blocks.reshape(-1), weight.kind, block, shape=shape, dtype=dtype),
-        )
+        form = some.reshape(-1), blocks.reshape(-1), weight.kind, block
+        own = None if zeros is None else zeros[part].reshape(-1)
+        yield run, decode_blocks(*form, shape=shape, dtype=dtype, zeros=own)
 
 
 def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
@@ -126,7 +128,8 @@ def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | Non
 
 def with_scales(weight: Any, scales: Tensor) -> PackedWeight:
     """diag(row_factor) W from the codes of W and the `own_scales` of W and that factor: the same tiles, bit for bit."""
-    return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
+    form = weight.kind, weight.shape, weight.block_size, weight.packed, scales
+    return PackedWeight(*form, zeros=weight.zeros)
 
 
 def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:

@@ -146,14 +146,20 @@ class ModelConfig(Section):
         return self.source == "builtin" or is_path(self.source)
 
 
+Quant = Literal[
+    "auto", "nf4", "fp4", "int8", "mxfp4", "nvfp4", "int4-groups", "int4", "nf3", "nf2", "int3", "int2", "none"
+]
+
+
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
 
-    quant: Literal["nf4", "fp4", "int8", "mxfp4", "int4", "nf3", "nf2", "int3", "int2", "none"] = "nf4"
-    """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. mxfp4 keeps the
-    experts of such a checkpoint (gpt-oss), and all else in 16 bits. int4, int3 and int2 have equal steps."""
+    quant: Quant = "auto"
+    """Format of the frozen linear weights; none keeps 16 bits. auto: that of a checkpoint in 4 or 8 bits, else nf4
+    (QLoRA, arXiv 2305.14314, sec. 3), also for FP8. int4-groups: GPTQ, AWQ and compressed-tensors checkpoints, as they
+    are. mxfp4 holds only the experts of a mixture (gpt-oss). int4, int3 and int2 have equal steps."""
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights per scale, for all formats but int8 and mxfp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
+    """Weights per scale, for all formats but int8, mxfp4 and nvfp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
     """Store the scales in 8 bits, which saves 0.37 bit a weight. QLoRA, arXiv 2305.14314, sec. 3."""
     method: Literal["round", "gptq"] = "round"
@@ -178,7 +184,7 @@ class BaseWeightsConfig(Section):
     @property
     def has_blocks(self) -> bool:
         """Whether `block_size` and `double_quant` have an effect."""
-        return self.quant not in ("int8", "mxfp4", "none")
+        return self.quant not in ("int8", "mxfp4", "nvfp4", "none")
 
     @property
     def clips(self) -> bool:

@@ -43,7 +43,7 @@ from qdora.model.build_model import (
     find_tokenizer,
     find_tokenizer_source,
 )
-from qdora.model.load import load_config
+from qdora.model.load import load_config, with_quant
 from qdora.model.source import ModelSource
 from qdora.model.tokens import untrained_rows
 from qdora.plan.fit import within_budget, workload_of_data
@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     recipe = with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
+    recipe = with_quant(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
 

@@ -55,6 +55,7 @@ def key_of(recipe: Recipe) -> str:
 
     Files of the model count by their path only.
     """
+    recipe = with_settings(recipe, base={"quant": "nf4"}) if recipe.base.quant == "auto" else recipe
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
     decisive = _without(found, _LATER) | _GONE | (_GONE_OF_ADAPTERS if "adapter.rank" in found else {})
     decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
