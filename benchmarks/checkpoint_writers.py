@@ -3,8 +3,9 @@
     PYTHON benchmarks/checkpoint_writers.py TASK NAME FOLDER SETTINGS
 
 PYTHON is that of an environment in which the program is installed; nothing of qdora is imported. FOLDER/model is the
-16-bit model; FOLDER/NAME becomes the checkpoint, FOLDER/NAME.reference.safetensors what a library decodes: the model's
-state, and the logits of `TOKENS`. SETTINGS is JSON.
+16-bit model and FOLDER/NAME becomes the checkpoint. FOLDER/NAME.reference.safetensors has its linear weights as the
+library decodes them, the logits of `TOKENS` by transformers with these weights, and `as_it_runs` those by the library,
+which may quantise activations or round products to float16. SETTINGS is JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+Settings = dict[str, Any]
 PACKAGES = ("llmcompressor", "compressed-tensors", "gptqmodel", "auto-round", "peft", "transformers", "torch")
 TOKENS = torch.arange(2, 66)[None]
 
@@ -31,8 +33,7 @@ def model_of(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
-def llmcompressor(source: Path, out: Path, settings: dict[str, Any]) -> Any:
-    """A scheme by name, or a `format` of the weights alone."""
+def llmcompressor(source: Path, out: Path, settings: Settings) -> Any:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -43,15 +44,13 @@ def llmcompressor(source: Path, out: Path, settings: dict[str, Any]) -> Any:
     return model_of(out, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
-def transformers(source: Path, out: Path, settings: dict[str, Any]) -> Any:
+def transformers(source: Path, out: Path, settings: Settings) -> Any:
     """FP8 by its own quantiser, which it runs by itself only on a GPU."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
     from transformers.utils.quantization_config import FineGrainedFP8Config
 
-    config = FineGrainedFP8Config(**settings)
+    model, config, state = model_of(source), FineGrainedFP8Config(**settings), {}
     quantiser = Fp8Quantize(SimpleNamespace(quantization_config=config))  # type: ignore[no-untyped-call]
-    model = model_of(source)
-    state = {}
     for name, tensor in model.state_dict().items():
         state |= quantiser.convert({name: tensor}) if "_proj" in name else {name: tensor}
     model.config.quantization_config = config.to_dict()
@@ -60,7 +59,7 @@ def transformers(source: Path, out: Path, settings: dict[str, Any]) -> Any:
     return model_of(out)
 
 
-def gptqmodel(source: Path, out: Path, settings: dict[str, Any]) -> Any:
+def gptqmodel(source: Path, out: Path, settings: Settings) -> Any:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with one it does not start
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -71,53 +70,33 @@ def gptqmodel(source: Path, out: Path, settings: dict[str, Any]) -> Any:
     return gptqmodel_reads(source, out, settings)
 
 
-def autoround(source: Path, out: Path, settings: dict[str, Any]) -> None:
+def autoround(source: Path, out: Path, settings: Settings) -> None:
     """What it writes is read by gptqmodel, in another environment."""
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    sort, rest = settings["format"], {name: each for name, each in settings.items() if name != "format"}
-    program = AutoRound(model_of(source), AutoTokenizer.from_pretrained(source), iters=0, disable_opt_rtn=True, **rest)
-    program.quantize_and_save(str(out), format=sort)
-    for file in [*out.glob("*/*")]:
+    form = settings.pop("format")
+    how = {"iters": 0, "disable_opt_rtn": True} | settings
+    AutoRound(model_of(source), AutoTokenizer.from_pretrained(source), **how).quantize_and_save(str(out), format=form)
+    for file in [*out.glob("model-*/*")]:
         file.rename(out / file.name)
 
 
-def gptqmodel_reads(source: Path, out: Path, settings: dict[str, Any]) -> Any:
-    """GPTQ and AWQ: (q - z) s in float32, which its layers compute in the dtype of the scales."""
-    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
-
-    library, model = gptq_model(out, torch.bfloat16), model_of(source)
-    with torch.no_grad():
-        model.as_it_runs = library(input_ids=TOKENS, use_cache=False).logits
-        for path, layer in library.named_modules():
-            if hasattr(layer, "qweight"):
-                layer.scales.data = layer.scales.float()
-                if settings.get("format") == "auto_awq":
-                    weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size).T
-                else:
-                    weight = layer.dequantize_weight().T
-                linear = model.get_submodule(path)
-                linear.exact = weight
-                linear.weight.copy_(weight)
-    return model
-
-
-def gptq_model(folder: Path, dtype: torch.dtype) -> Any:
-    """Its CPU kernel is off by tenths of a logit, its plain one is not."""
+def gptqmodel_reads(_source: Path, out: Path, _settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Its default kernel on a CPU is off by tenths of a logit."""
     from transformers import AwqConfig, GPTQConfig
 
     torch._dynamo.config.disable = True
-    is_awq = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
-    config = AwqConfig(backend="torch_awq") if is_awq else GPTQConfig(bits=4, backend="torch")
-    return model_of(folder, dtype, quantization_config=config, device_map="cpu")
+    method = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
+    config = AwqConfig(backend="torch_awq") if method == "awq" else GPTQConfig(bits=4, backend="torch")
+    return model_of(out, dtype, quantization_config=config, device_map="cpu")
 
 
-def peft_on_gptq(_source: Path, out: Path, settings: dict[str, Any]) -> None:
-    """Logits of the adapter in a folder on a checkpoint, in float32."""
+def peft_on_gptq(source: Path, out: Path, settings: Settings) -> None:
+    """Logits of an adapter on a GPTQ checkpoint, in float32."""
     from peft import PeftModel
 
-    model = gptq_model(out, torch.float32)
+    model = gptqmodel_reads(source, out, settings, torch.float32)
     for layer in model.modules():
         if hasattr(layer, "qweight"):
             layer.scales.data = layer.scales.float()
@@ -126,22 +105,34 @@ def peft_on_gptq(_source: Path, out: Path, settings: dict[str, Any]) -> None:
     save_file({"logits": logits}, settings["logits"])
 
 
+def dense_weight(layer: Any) -> torch.Tensor:
+    """(out, in); of GPTQ and AWQ in float32, which a layer of theirs rounds to the dtype of its scales, float16."""
+    if not hasattr(layer, "qweight"):
+        return layer.weight.detach()  # type: ignore[no-any-return]
+    layer.scales.data = layer.scales.float()
+    if hasattr(layer, "dequantize_weight"):
+        return layer.dequantize_weight().T.contiguous()  # type: ignore[no-any-return]
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size).T.contiguous()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
 def main(task: str, name: str, folder: str, settings: str) -> None:
     source, out = Path(folder, "model"), Path(folder, name)
-    model = globals()[task](source, out, json.loads(settings))
+    library = globals()[task](source, out, json.loads(settings))
     for file in source.glob("tokenizer*"):
         shutil.copy(file, out)
     packages = [each for each in PACKAGES if find_spec(each.replace("-", "_"))]
     (out / f"{task}.versions.json").write_text(json.dumps({each: version(each) for each in packages}))
-    if model is None:
+    if library is None:
         return
-    with torch.no_grad():
-        found = {"logits": model(input_ids=TOKENS, use_cache=False).logits}
-    if hasattr(model, "as_it_runs"):
-        found["as_it_runs"] = model.as_it_runs
-    for key in load_file(source / "model.safetensors"):
-        layer = model.get_submodule(key.rpartition(".")[0])
-        found[key] = getattr(layer, "exact", layer.weight).detach().contiguous()
+    model, found = model_of(source), {"as_it_runs": library(input_ids=TOKENS, use_cache=False).logits}
+    for path, layer in library.named_modules():
+        if path.endswith("_proj"):
+            found[f"{path}.weight"] = dense_weight(layer)
+            model.get_submodule(path).weight.copy_(found[f"{path}.weight"])
+    found["logits"] = model(input_ids=TOKENS, use_cache=False).logits
     save_file(found, out.with_name(f"{name}.reference.safetensors"))
 
 

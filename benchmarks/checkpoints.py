@@ -1,8 +1,8 @@
 """Checkpoints that other programs quantised, as bases: against the formats' own libraries.
 
-Each writer runs in an environment of its own, named by its Python (`--llmcompressor llmcompressor/bin/python`);
-gptqmodel's has peft and optimum, too. See `checkpoint_writers.py`. With `--made FOLDER` the checkpoints stay there, and
-those that are there are not written again.
+Writers run in two environments, named by their Python: `--llmcompressor llmcompressor/bin/python`, which brings
+auto-round, and `--gptqmodel gptqmodel/bin/python`, with peft and optimum. See `checkpoint_writers.py`. With `--made
+FOLDER` the checkpoints stay there, and those that are there are not written again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import checkpoint_writers
 import torch
 from architectures import Case, answered, command, distance, merged, nf4_lora, passed, peft, resumed
 from byte_tokenizer import byte_tokenizer
-from checkpoint_writers import TOKENS
+from checkpoint_writers import TOKENS, Settings
 from contenders import packed_layers
-from export_exactness import bnb_weights
-from frame import bench, main
+from frame import bench, main, table, tabulated
+from host_memory import MODEL, SMALL, write_checkpoint
+from measure import alone
 from quantiser_peers import run_with
-from quantisers import own_model
+from quantisers import loaded, own_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_families import spread_
@@ -32,10 +34,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.model.build_model import find_source
 from qdora.model.inject import frozen_layers
+from qdora.model.load import stored_form
+from qdora.plan.plan import public_shapes
 from qdora.recipe.recipe_file import load_recipe, override
+from qdora.recipe.section import with_settings
 from qdora.run.load_run import load_run
 
-Settings = dict[str, Any]
+BYTES = {"in the file": "file", "planned": "planned", "held": "held"}
 SCRIPT = Path(__file__).with_name("checkpoint_writers.py")
 
 
@@ -99,10 +104,9 @@ def checkpoints(
     made: str | None = None,
     llmcompressor: str | None = None,
     gptqmodel: str | None = None,
-    autoround: str | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each checkpoint decoded, trained, killed, resumed, merged, exported; its adapter in PEFT on the same base."""
-    pythons = {"llmcompressor": llmcompressor, "gptqmodel": gptqmodel, "autoround": autoround}
+    pythons = {"llmcompressor": llmcompressor, "autoround": llmcompressor, "gptqmodel": gptqmodel}
     pythons["transformers"] = sys.executable
     with tempfile.TemporaryDirectory() as place:
         folder = Path(made or place).absolute()
@@ -118,7 +122,7 @@ def checkpoints(
                 run_with(python, SCRIPT, task, name, str(folder), json.dumps(settings), cwd=folder)
             with tempfile.TemporaryDirectory() as scratch:
                 case = Checkpoint(Path(scratch), folder, name, gptqmodel)
-                row = {"writer": writer, "settings": settings, "versions": case.versions()}
+                row = {"writer": writer, "settings": settings, "versions": case.versions}
                 yield name, row | passed(case, [resumed, decoded, planned, answered, merged, nf4_lora, peft, in_peft])
 
 
@@ -132,24 +136,14 @@ class Checkpoint(Case):
         document = json.loads(self.recipe.read_text())
         document.pop("base")
         self.recipe.write_text(json.dumps(document))
-        self.reference = load_file(made / f"{name}.reference.safetensors")
-
-    def versions(self) -> dict[str, str]:
-        found = {}
-        for file in self.model.glob("*.versions.json"):
-            found |= json.loads(file.read_text())
-        return found
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the base keeps the checkpoint's format."""
-        return not self.name.lower().startswith("fp8")
+        self.versions = {
+            file.stem.partition(".")[0]: json.loads(file.read_text()) for file in self.model.glob("*.versions.json")
+        }
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        if not self.is_kept:
-            return bnb_weights(self.base)
-        return {path: self.reference[f"{path}.weight"].float() for path in packed_layers(self.base)}
+        """As the layers hold them, which `decoded` compares: compressed-tensors itself rounds to the model's dtype."""
+        return {path: layer.dequantized() for path, layer in packed_layers(self.base).items()}
 
     @cached_property
     def logits(self) -> list[Tensor]:
@@ -159,35 +153,32 @@ class Checkpoint(Case):
 
 @torch.no_grad()
 def decoded(case: Checkpoint) -> dict[str, Any]:
-    """Weights and logits in bf16 as the library decodes them; FP8 read into a 16-bit base."""
+    """Weights and logits in bf16 of the base in the checkpoint's form; FP8 in 16 bits."""
     recipe = override(load_recipe(str(case.recipe)), ["model.dtype=bfloat16"])
-    recipe = recipe if case.is_kept else override(recipe, ["base.quant=none"])
-    base = own_model(recipe, find_source(recipe), None)
-    frozen, equal, reference = frozen_layers(base), [], case.reference
-    for name, expected in reference.items():
-        if "_proj" in name:
-            path = name.removesuffix(".weight")
-            weight = frozen[path].dequantized() if path in frozen else base.get_submodule(path).weight
-            equal.append(torch.equal(weight.to(expected.dtype), expected))
+    source, reference = find_source(recipe), load_file(case.made / f"{case.name}.reference.safetensors")
+    base = own_model(with_settings(recipe, base=stored_form(source)), source, None)
+    expected, as_it_runs = reference.pop("logits"), reference.pop("as_it_runs")
+    frozen, equal = frozen_layers(base), 0
+    for name, theirs in reference.items():
+        path = name.removesuffix(".weight")
+        ours = frozen[path].dequantized() if path in frozen else base.get_submodule(path).weight
+        equal += torch.equal(ours.to(theirs.dtype), theirs)
     logits = base(input_ids=TOKENS, use_cache=False).logits
-    found = {"layers": len(equal), "equal_layers": sum(equal), "equal_logits": torch.equal(logits, reference["logits"])}
-    found["logits"] = distance([logits[0].float()], [reference["logits"][0].float()])
-    if "as_it_runs" in reference:
-        found["as_it_runs"] = distance([logits[0].float()], [reference["as_it_runs"][0].float()])
-    return found
+    found = {"layers": len(reference), "equal_layers": equal, "equal_logits": torch.equal(logits, expected)}
+    return found | {"as_it_runs": distance([as_it_runs[0].float()], [logits[0].float()])}
 
 
 def planned(case: Checkpoint) -> dict[str, Any]:
     """Bytes of the linear layers in the file, in the plan, and in the run."""
-    components = command("plan", case.recipe)["components"]
+    components = command("plan", case.recipe)["memory"]["components"]
     file_bytes = 0
     for file in case.model.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if "_proj." in name]  # noqa: SIM118  (it has no other iterator)
-            file_bytes += sum(tensors.get_tensor(name).nbytes for name in names)
-    found = {"planned": components["packed base"] + components.get("block scales", 0)}
-    found["held"] = sum(each.stored_weight.num_bytes for each in packed_layers(case.base).values())
-    return {"bytes": {"file": file_bytes, **found}}
+            file_bytes += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if "_proj." in name)  # noqa: SIM118
+    held = sum(each.stored_weight.num_bytes for each in packed_layers(case.base).values())
+    return {
+        "bytes": {"file": file_bytes, "planned": components["packed base"] + components["block scales"], "held": held}
+    }
 
 
 def in_peft(case: Checkpoint) -> dict[str, Any]:
@@ -200,6 +191,37 @@ def in_peft(case: Checkpoint) -> dict[str, Any]:
     with torch.no_grad():
         expected = load_run(case.folder / "lora").model(input_ids=TOKENS, use_cache=False).logits[0]
     return {"in_peft": distance([load_file(out)["logits"][0]], [expected])}
+
+
+@table("checkpoints")
+def checkpoints_table(result: Any) -> str:
+    rows = result["checkpoints"]
+    columns: dict[str, Any] = {"checkpoint": "{0}", "weights equal": "{1[equal_layers]} of {1[layers]}"}
+    columns["logits equal"] = lambda row: "yes" if row[1]["equal_logits"] else "no"
+    columns["library as it runs"] = "{1[as_it_runs]:.0e}"
+    columns |= {f"bytes {name}": f"{{1[bytes][{key}]:,}}" for name, key in BYTES.items()}
+    columns |= {"merged": "{1[merged]:.0e}", "PEFT": "{1[peft]:.0e}"}
+    columns["PEFT, by gptqmodel"] = lambda row: f"{row[1]['in_peft']:.0e}" if "in_peft" in row[1] else "–"
+    lines = dict[str, list[str]]()
+    for name, row in rows.items():
+        for line in [*row["refused"].values(), *(f"failed: {each}" for each in row["failed"].values())]:
+            lines.setdefault(line, []).append(name)
+    refused = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+    return tabulated([pair for pair in rows.items() if "resumed" in pair[1]], columns) + "\n" + refused
+
+
+@bench(smoke={"layers": 1})
+def fp8_memory(layers: int = 2, *, smoke: bool) -> dict[str, Any]:
+    """Peak of loading blocks of Llama-3-8B's shape into NF4 from FP8 and from bf16, each in a process of its own."""
+    shape = {name: value for name, value in public_shapes()[MODEL].values.items() if name != "model_type"}
+    shape |= SMALL if smoke else {"vocab_size": 32_768}
+    with tempfile.TemporaryDirectory() as name:
+        folders = {form: Path(name, form) for form in ("bf16", "fp8")}
+        _, largest = write_checkpoint(folders["bf16"], shape | {"num_hidden_layers": layers})
+        checkpoint_writers.transformers(*folders.values(), CASES["fp8"][1])
+        peaks = {form: alone(loaded, folder, "nf4", "round", 1)["peak_bytes"] for form, folder in folders.items()}
+    more = peaks["fp8"] - peaks["bf16"]
+    return {"peak_bytes": peaks, "more_bytes": more, "tensor_bytes": largest, "passes": more <= largest}
 
 
 if __name__ == "__main__":
