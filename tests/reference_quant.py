@@ -108,3 +108,71 @@ def quantize_int8(rows):
         factor = f32(f32(f32(1) / largest) * f32(127)) if largest > 0 else f32(0)  # rounded twice
         codes.append([int(np.rint(f32(f32(w) * factor))) for w in row])
     return codes, absmax
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E4M3 = [m * 2.0**-9 for m in range(8)] + [(1 + (c & 7) / 8) * 2.0 ** ((c >> 3) - 7) for c in range(8, 127)]
+
+
+def nearest_even(value, values):
+    """Index of the nearest of ascending values, the even one on a tie."""
+    near = min(abs(v - value) for v in values)
+    return next(i for i in sorted(range(len(values)), key=lambda i: i & 1) if abs(values[i] - value) == near)
+
+
+def quantize_fp4(rows, kind):
+    """(values, stored scales, global scale) of float32 rows (lists): blocks of 16 (nvfp4) or 32 (mxfp4) along a row."""
+    size = {"nvfp4": 16, "mxfp4": 32}[kind]
+    whole = f32(448.0 * 6.0) / f32(max(abs(w) for row in rows for w in row))
+    dense, scales = [], []
+    for row in rows:
+        for start in range(0, len(row), size):
+            block = [f32(w) for w in row[start : start + size]]
+            largest = max(abs(w) for w in block)
+            if kind == "nvfp4":
+                code = nearest_even(min(float(whole * f32(largest / f32(6))), 448.0), E4M3) or 0x20  # 0.125 for 0
+                factor = f32(f32(E4M3[code]) / whole)
+            else:  # a mantissa of 1.75 and more goes to the next power of 2, which has 4 to 7 as 1 has 0.5 to 1.75
+                mantissa, exponent = math.frexp(float(largest))
+                code = max(exponent - 1 + (mantissa >= 0.875) - 2 + 127, 0) if largest else 0
+                factor = f32(2.0 ** (code - 127))
+            scales.append(code)
+            for w in block:
+                value = E2M1[nearest_even(min(abs(float(f32(w / factor))), 6.0), E2M1)]
+                dense.append(f32(math.copysign(value, w)) * factor)
+    return dense, scales, whole
+
+
+def words(codes, order=range(8)):
+    """int32 words of lists of 4-bit codes, along the last dimension: code `order[k]` of each eight in nibble k."""
+    return np.array(
+        [
+            [sum(int(row[j + order[k]]) << 4 * k for k in range(8)) for j in range(0, len(row), 8)]
+            for row in np.asarray(codes)
+        ],
+        dtype=np.uint32,
+    ).view(np.int32)
+
+
+def stored_int4(layout, codes, zeros, scales):
+    """The tensors of a layer by their names in a checkpoint: codes (out, in), zeros and scales (out, groups)."""
+    if layout == "awq":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        return {"qweight": words(codes.T, order), "qzeros": words(zeros.T, order), "scales": scales.T}
+    if layout in ("gptq", "gptq_v2"):
+        points = words(zeros.T).view(np.uint32).astype(np.int64)
+        if layout == "gptq":  # less 1 in every nibble, as one number
+            points = (points - 0x11111111) % 2**32
+        groups = np.arange(codes.shape[1]) // (codes.shape[1] // zeros.shape[1])
+        return {
+            "qweight": words(codes.T.reshape(-1, 8, codes.shape[0]).transpose(0, 2, 1).reshape(-1, 8)).reshape(
+                codes.shape[1] // 8, codes.shape[0]
+            ),
+            "qzeros": points.astype(np.uint32).view(np.int32),
+            "scales": scales.T,
+            "g_idx": groups.astype(np.int32),
+        }
+    found = {"weight_packed": words(codes), "weight_scale": scales, "weight_shape": np.array(codes.shape)}
+    if layout == "compressed":
+        found["weight_zero_point"] = words(zeros.T).T
+    return found

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapter.layer import FrozenLinear
-from qdora.errors import UserError
+from qdora.errors import UserError, refuse
 from qdora.files.atomic import read_json_object
 from qdora.files.console import Progress
 from qdora.model.attention import with_attention
@@ -42,7 +42,7 @@ from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loade
 from qdora.model.quantised import form_of_config, join_parts
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import FOUR_BIT_KINDS
-from qdora.quant.codebooks import INT4_GROUPS, MXFP4, NVFP4
+from qdora.quant.codebooks import FIXED_BLOCK_SIZES, INT4_GROUPS, MXFP4, NVFP4
 from qdora.quant.packed import dequantize, quantize_parts
 from qdora.quant.tiles import Weight
 from qdora.recipe.section import with_settings
@@ -236,8 +236,8 @@ def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, 
 def _weights_of(source: ModelSource) -> dict[str, Stored]:
     """Checkpoint key -> weight, with the parts of quantised ones joined."""
     stored, file = open_safetensors(source.path), source.path / "config.json"
-    settings = read_json_object(file).get("quantization_config") if file.is_file() else None
-    own = not settings or settings.get("quant_method", "bitsandbytes") in ("bitsandbytes", MXFP4)
+    settings = read_json_object(file).get("quantization_config") or {} if file.is_file() else {}
+    own = settings.get("quant_method", "bitsandbytes") in ("bitsandbytes", MXFP4)
     return gather_packed(stored) if own else join_parts(stored, settings)
 
 
@@ -246,9 +246,18 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
     experts = stacks(model)
     if wanted.kind == NVFP4 and experts:
         raise UserError("base.quant: nvfp4 cannot hold stacks of experts.")
+    chosen = set() if wanted.kind == "none" else chosen_layers(model, wanted)
     if wanted.kind == MXFP4 and experts:
-        return chosen_layers(model, wanted) & experts.keys()
-    return set() if wanted.kind == "none" else chosen_layers(model, wanted)
+        chosen &= experts.keys()
+    size = FIXED_BLOCK_SIZES.get(wanted.kind, 1)
+    odd = sorted(path for path in chosen if linear_layers(model)[path].weight.shape[1] % size)
+    refuse(
+        [
+            f"base.skip: must have {path}, whose rows are no whole blocks of {size} ({wanted.kind})."
+            for path in odd
+        ]
+    )
+    return chosen
 
 
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
@@ -390,10 +399,10 @@ def settle_stored(
     if not packed and kind == "none":
         in_fp8 = {name.removesuffix(".weight") for name, item in stored.items() if _is_fp8(item)}
         return dict(stored), layers & in_fp8 if in_fp8 and wanted.skip == (HEAD,) else layers
+    if not packed:
+        raise UserError(f"model.source: its config names {kind}, but it holds no weights in that format.")
     if kinds != [wanted.kind]:
-        raise UserError(
-            f"base.quant: must be {', '.join(kinds) or kind}, as the checkpoint (got {wanted.kind})."
-        )
+        raise UserError(f"base.quant: must be {', '.join(kinds)}, as the checkpoint (got {wanted.kind}).")
     # A warning, since runs that were trained so must load; a default may be nobody's choice
     default, first = quantization_of(BaseWeightsConfig()), next(iter(packed.values()))
     for key in ("block_size", "double_quant"):

@@ -47,6 +47,7 @@ from qdora.model.checkpoint import (
     shard_files,
 )
 from qdora.model.load import Loading, Quantization, layers_to_quantize, settle_stored, tensors_of_source
+from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import to_bnb_state
 from qdora.quant.tiles import Weight
@@ -160,9 +161,6 @@ class BaseCache:
     directory: Path | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        stored = tensors_of_source(source, model)
-        if any(isinstance(item, StoredPacked) for item in stored.values()):  # what is quantised needs no copy
-            return stored
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         decides = {
             "format": 2,
@@ -174,6 +172,11 @@ class BaseCache:
         directory = self.directory = self.root / key[:20]
         with in_turn(directory):
             if not directory.is_dir():
+                stored = tensors_of_source(source, model)
+                if self.wanted.kind in {
+                    item.kind for item in stored.values() if isinstance(item, StoredPacked)
+                }:
+                    return stored  # a checkpoint in this format needs no copy
                 log.info("Writing the packed base to %s, for later starts.", directory)
                 layers = layers_to_quantize(model, self.wanted)
                 stored, layers = settle_stored(stored, "none", self.wanted, layers)
@@ -188,6 +191,8 @@ class BaseCache:
                             self.progress(number + 1, len(stored))
             else:
                 log.info("Reading the packed base from %s.", directory)
+                if not_loaded(model):  # an export copies these from the source
+                    tensors_of_source(source, model)
         try:
             return match_to_model(_stored_in(directory), model)
         except UserError as error:

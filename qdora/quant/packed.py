@@ -112,7 +112,8 @@ def from_tensors(
     kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]
 ) -> PackedWeight:
     """The inverse of `PackedWeight.tensors`; ValueError for another shape or dtype."""
-    layout = _layout(kind, shape, block_size, "nested_absmax" in tensors, tensors["absmax"].dtype)
+    of_groups = tensors["absmax"].dtype if "absmax" in tensors else torch.bfloat16
+    layout = _layout(kind, shape, block_size, "nested_absmax" in tensors, of_groups)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != layout:
         raise ValueError(f"{shape} in {kind} must have the tensors {layout}, got {found}.")
@@ -246,7 +247,7 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
         exponents = packed.absmax[blocks].int() - 127
         return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     if packed.global_scale is not None:
-        return packed.absmax[blocks].view(torch.float8_e4m3fn).float() / packed.global_scale
+        return torch.div(packed.absmax[blocks].view(torch.float8_e4m3fn).float(), packed.global_scale)
     if packed.nested_absmax is None:
         return packed.absmax[blocks].float()
     first, last, _ = blocks.indices(packed.absmax.numel())
