@@ -34,12 +34,14 @@ def model_of(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) 
 
 
 def llmcompressor(source: Path, out: Path, settings: Settings) -> Any:
+    """A scheme by its name, or settings of the weights."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    model = model_of(source)
-    oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **settings))
+    model, targets = model_of(source), {"targets": ["Linear"]}
+    how = settings | targets if "scheme" in settings else {"config_groups": {"all": targets | {"weights": settings}}}
+    oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **how))
     model.save_pretrained(out, save_compressed=True)
     return model_of(out, quantization_config=CompressedTensorsConfig(dequantize=True))
 
@@ -83,7 +85,7 @@ def autoround(source: Path, out: Path, settings: Settings) -> None:
 
 
 def gptqmodel_reads(_source: Path, out: Path, _settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Its default kernel on a CPU is off by tenths of a logit."""
+    """GPTQ and AWQ. Its default kernel on a CPU is off by tenths of a logit."""
     from transformers import AwqConfig, GPTQConfig
 
     torch._dynamo.config.disable = True

@@ -1,8 +1,8 @@
 """Checkpoints that other programs quantised, as bases: against the formats' own libraries.
 
-Writers run in two environments, named by their Python: `--llmcompressor llmcompressor/bin/python`, which brings
-auto-round, and `--gptqmodel gptqmodel/bin/python`, with peft and optimum. See `checkpoint_writers.py`. With `--made
-FOLDER` the checkpoints stay there, and those that are there are not written again.
+Writers run in two environments, named by their Pythons: --llmcompressor, which brings auto-round, and --gptqmodel, with
+peft and optimum. See `checkpoint_writers.py`. With --made FOLDER the checkpoints stay there, and those that are there
+are not written again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from host_memory import MODEL, SMALL, write_checkpoint
 from measure import alone
 from quantiser_peers import run_with
 from quantisers import loaded, own_model
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_families import spread_
 from torch import Tensor
@@ -40,49 +40,34 @@ from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.section import with_settings
 from qdora.run.load_run import load_run
 
-BYTES = {"in the file": "file", "planned": "planned", "held": "held"}
 SCRIPT = Path(__file__).with_name("checkpoint_writers.py")
-
-
-def llmcompressor(scheme: str = "", **weights: Any) -> tuple[str, Settings]:
-    if scheme:
-        return "llmcompressor", {"targets": ["Linear"], "scheme": scheme}
-    return "llmcompressor", {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-
-
-def gptqmodel(bits: int, group_size: int, sym: str, **options: Any) -> tuple[str, Settings]:
-    return "gptqmodel", {"bits": bits, "group_size": group_size, "sym": sym == "sym"} | options
-
-
-def autoround(group_size: int, sort: str, *, sym: bool) -> tuple[str, Settings]:
-    return "autoround", {"group_size": group_size, "sym": sym, "format": sort}
-
-
-ZEROS = ("sym", "asym")
+_GPTQ = ((4, 128, ""), (4, 64, ""), (4, 128, "_v2"), (4, 64, "_v2"), (3, 64, ""), (2, 64, ""), (8, 128, ""))
+_AWQ = {"sym": False, "format": "auto_awq"}
 CASES: dict[str, tuple[str, Settings]] = {
-    **{scheme: llmcompressor(scheme) for scheme in ("W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16")},
-    "W4A16-64": llmcompressor(num_bits=4, symmetric=True, strategy="group", group_size=64),
-    "W4A16_ASYM-64": llmcompressor(num_bits=4, symmetric=False, strategy="group", group_size=64),
-    **{scheme: llmcompressor(scheme) for scheme in ("FP8_DYNAMIC", "FP8_BLOCK")},
-    "FP8-tensor": llmcompressor(num_bits=8, type="float", symmetric=True, strategy="tensor"),
-    "FP8-channel": llmcompressor(num_bits=8, type="float", symmetric=True, strategy="channel"),
-    "fp8": ("transformers", {"modules_to_not_convert": ["lm_head"]}),
-    **{f"GPTQ-4-bits-{sym}-{group}": gptqmodel(4, group, sym) for group in (128, 64) for sym in ZEROS},
     **{
-        f"GPTQ_v2-4-bits-{sym}-{group}": gptqmodel(4, group, sym, format="gptq_v2")
-        for group in (128, 64)
-        for sym in ZEROS
+        scheme: ("llmcompressor", {"scheme": scheme})
+        for scheme in ("W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "FP8_DYNAMIC", "FP8_BLOCK", "W8A16", "W8A8")
     },
-    **{f"GPTQ-{bits}-bits-{sym}-64": gptqmodel(bits, 64, sym) for bits in (2, 3) for sym in ZEROS},
-    **{f"GPTQ-8-bits-{sym}-128": gptqmodel(8, 128, sym) for sym in ZEROS},
-    "auto-round-GPTQ": autoround(128, "auto_gptq", sym=True),
-    "AWQ-128": autoround(128, "auto_awq", sym=False),
-    "AWQ-64": autoround(64, "auto_awq", sym=False),
-    "AWQ-sym-128": autoround(128, "auto_awq", sym=True),
-    "GPTQ-desc_act": gptqmodel(4, 128, "sym", desc_act=True),
-    "W8A8": llmcompressor("W8A8"),
+    "W4A16-64": ("llmcompressor", {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64}),
+    "W4A16_ASYM-64": ("llmcompressor", {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 64}),
+    "FP8-tensor": ("llmcompressor", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "FP8-channel": ("llmcompressor", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8": ("transformers", {"modules_to_not_convert": ["lm_head"]}),
+    **{
+        f"GPTQ{version}-{bits}-bits-{'sym' if sym else 'asym'}-{size}": (
+            "gptqmodel",
+            {"bits": bits, "group_size": size, "sym": sym, "format": f"gptq{version}"},
+        )
+        for bits, size, version in _GPTQ
+        for sym in (True, False)
+    },
+    "GPTQ-desc_act": ("gptqmodel", {"bits": 4, "group_size": 128, "desc_act": True}),
+    "auto-round-GPTQ": ("autoround", {"group_size": 128, "sym": True, "format": "auto_gptq"}),
+    "AWQ-128": ("autoround", _AWQ | {"group_size": 128}),
+    "AWQ-64": ("autoround", _AWQ | {"group_size": 64}),
+    "AWQ-sym-128": ("autoround", _AWQ | {"group_size": 128, "sym": True}),
 }
-"""Name -> its writer and the writer's settings; the last two are refused."""
+"""Name -> its writer and the writer's settings."""
 
 
 def write_source(folder: Path) -> None:
@@ -102,34 +87,31 @@ def write_source(folder: Path) -> None:
 def checkpoints(
     cases: tuple[str, ...] = tuple(CASES),
     made: str | None = None,
-    llmcompressor: str | None = None,
-    gptqmodel: str | None = None,
+    llmcompressor: str = "llmcompressor/bin/python",
+    gptqmodel: str = "gptqmodel/bin/python",
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each checkpoint decoded, trained, killed, resumed, merged, exported; its adapter in PEFT on the same base."""
-    pythons = {"llmcompressor": llmcompressor, "autoround": llmcompressor, "gptqmodel": gptqmodel}
-    pythons["transformers"] = sys.executable
+    checks = [resumed, decoded, planned, answered, merged, nf4_lora, peft, in_peft]
+    pythons = {"llmcompressor": llmcompressor, "autoround": llmcompressor, "transformers": sys.executable}
+    pythons |= {"gptqmodel": gptqmodel, "gptqmodel_reads": gptqmodel}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(made or place).absolute()
         if not (folder / "model").exists():
             write_source(folder / "model")
         for name in cases:
             writer, settings = CASES[name]
-            tasks = [writer, "gptqmodel_reads"] if writer == "autoround" else [writer]
-            for task in tasks if not (folder / f"{name}.reference.safetensors").exists() else ():
-                python = pythons[task.partition("_")[0]]
-                if python is None:
-                    raise SystemExit(f"{name}: --{task.partition('_')[0]} PYTHON is missing")
-                run_with(python, SCRIPT, task, name, str(folder), json.dumps(settings), cwd=folder)
+            if not (folder / f"{name}.reference.safetensors").exists():
+                for task in (writer, "gptqmodel_reads") if writer == "autoround" else (writer,):
+                    run_with(pythons[task], SCRIPT, task, name, str(folder), json.dumps(settings), cwd=folder)
             with tempfile.TemporaryDirectory() as scratch:
                 case = Checkpoint(Path(scratch), folder, name, gptqmodel)
-                row = {"writer": writer, "settings": settings, "versions": case.versions}
-                yield name, row | passed(case, [resumed, decoded, planned, answered, merged, nf4_lora, peft, in_peft])
+                yield name, {"writer": writer, "settings": settings, "versions": case.versions} | passed(case, checks)
 
 
 class Checkpoint(Case):
     """A checkpoint of `made`, and what its library decodes."""
 
-    def __init__(self, folder: Path, made: Path, name: str, python: str | None) -> None:
+    def __init__(self, folder: Path, made: Path, name: str, python: str) -> None:
         super().__init__(folder, is_mxfp4=False)
         self.made, self.name, self.python = made, name, python
         self.model.symlink_to(made / name)
@@ -171,19 +153,16 @@ def decoded(case: Checkpoint) -> dict[str, Any]:
 def planned(case: Checkpoint) -> dict[str, Any]:
     """Bytes of the linear layers in the file, in the plan, and in the run."""
     components = command("plan", case.recipe)["memory"]["components"]
-    file_bytes = 0
-    for file in case.model.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            file_bytes += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if "_proj." in name)  # noqa: SIM118
-    held = sum(each.stored_weight.num_bytes for each in packed_layers(case.base).values())
-    return {
-        "bytes": {"file": file_bytes, "planned": components["packed base"] + components["block scales"], "held": held}
-    }
+    tensors = chain(*(load_file(file).items() for file in case.model.glob("*.safetensors")))
+    found = {"file": sum(tensor.nbytes for name, tensor in tensors if "_proj." in name)}
+    found["planned"] = components["packed base"] + components["block scales"]
+    found["held"] = sum(each.stored_weight.num_bytes for each in packed_layers(case.base).values())
+    return {"bytes": found}
 
 
 def in_peft(case: Checkpoint) -> dict[str, Any]:
     """The LoRA adapter of the check `peft` in PEFT on the GPTQ checkpoint itself, by gptqmodel, in float32."""
-    if "GPTQ" not in case.name or case.python is None:
+    if "GPTQ" not in case.name:
         return {}
     out = case.folder / "logits.safetensors"
     settings = {"adapter": str(case.folder / "peft"), "logits": str(out)}
@@ -199,7 +178,7 @@ def checkpoints_table(result: Any) -> str:
     columns: dict[str, Any] = {"checkpoint": "{0}", "weights equal": "{1[equal_layers]} of {1[layers]}"}
     columns["logits equal"] = lambda row: "yes" if row[1]["equal_logits"] else "no"
     columns["library as it runs"] = "{1[as_it_runs]:.0e}"
-    columns |= {f"bytes {name}": f"{{1[bytes][{key}]:,}}" for name, key in BYTES.items()}
+    columns |= {f"bytes, {name}": f"{{1[bytes][{name}]:,}}" for name in ("file", "planned", "held")}
     columns |= {"merged": "{1[merged]:.0e}", "PEFT": "{1[peft]:.0e}"}
     columns["PEFT, by gptqmodel"] = lambda row: f"{row[1]['in_peft']:.0e}" if "in_peft" in row[1] else "–"
     lines = dict[str, list[str]]()
