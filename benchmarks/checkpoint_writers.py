@@ -52,7 +52,7 @@ def transformers(source: Path, out: Path, settings: Settings) -> Any:
     from transformers.utils.quantization_config import FineGrainedFP8Config
 
     model, config, state = model_of(source), FineGrainedFP8Config(**settings), {}
-    quantiser = Fp8Quantize(SimpleNamespace(quantization_config=config))  # type: ignore[no-untyped-call]
+    quantiser = Fp8Quantize(SimpleNamespace(quantization_config=config))
     for name, tensor in model.state_dict().items():
         state |= quantiser.convert({name: tensor}) if "_proj" in name else {name: tensor}
     model.config.quantization_config = config.to_dict()
@@ -110,13 +110,13 @@ def peft_on_gptq(source: Path, out: Path, settings: Settings) -> None:
 def dense_weight(layer: Any) -> torch.Tensor:
     """(out, in); of GPTQ and AWQ in float32, which a layer of theirs rounds to the dtype of its scales, float16."""
     if not hasattr(layer, "qweight"):
-        return layer.weight.detach()  # type: ignore[no-any-return]
+        return layer.weight.detach()
     layer.scales.data = layer.scales.float()
     if hasattr(layer, "dequantize_weight"):
-        return layer.dequantize_weight().T.contiguous()  # type: ignore[no-any-return]
+        return layer.dequantize_weight().T.contiguous()
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size).T.contiguous()  # type: ignore[no-any-return]
+    return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size).T.contiguous()
 
 
 @torch.no_grad()

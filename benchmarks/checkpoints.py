@@ -174,19 +174,18 @@ def in_peft(case: Checkpoint) -> dict[str, Any]:
 
 @table("checkpoints")
 def checkpoints_table(result: Any) -> str:
-    rows = result["checkpoints"]
+    rows, lines = result["checkpoints"], dict[str, list[str]]()
     columns: dict[str, Any] = {"checkpoint": "{0}", "weights equal": "{1[equal_layers]} of {1[layers]}"}
     columns["logits equal"] = lambda row: "yes" if row[1]["equal_logits"] else "no"
-    columns["library as it runs"] = "{1[as_it_runs]:.0e}"
+    columns["as the library runs it"] = "{1[as_it_runs]:.0e}"
     columns |= {f"bytes, {name}": f"{{1[bytes][{name}]:,}}" for name in ("file", "planned", "held")}
     columns |= {"merged": "{1[merged]:.0e}", "PEFT": "{1[peft]:.0e}"}
-    columns["PEFT, by gptqmodel"] = lambda row: f"{row[1]['in_peft']:.0e}" if "in_peft" in row[1] else "–"
-    lines = dict[str, list[str]]()
+    columns["PEFT on it"] = lambda row: f"{row[1]['in_peft']:.0e}" if "in_peft" in row[1] else "–"
     for name, row in rows.items():
         for line in [*row["refused"].values(), *(f"failed: {each}" for each in row["failed"].values())]:
             lines.setdefault(line, []).append(name)
-    refused = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
-    return tabulated([pair for pair in rows.items() if "resumed" in pair[1]], columns) + "\n" + refused
+    listed = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+    return tabulated([pair for pair in rows.items() if "resumed" in pair[1]], columns) + "\n" + listed
 
 
 @bench(smoke={"layers": 1})
@@ -201,6 +200,13 @@ def fp8_memory(layers: int = 2, *, smoke: bool) -> dict[str, Any]:
         peaks = {form: alone(loaded, folder, "nf4", "round", 1)["peak_bytes"] for form, folder in folders.items()}
     more = peaks["fp8"] - peaks["bf16"]
     return {"peak_bytes": peaks, "more_bytes": more, "tensor_bytes": largest, "passes": more <= largest}
+
+
+@table("fp8_memory")
+def fp8_memory_table(result: Any) -> str:
+    columns = {"peak from bf16": "{peak_bytes[bf16]:.1fMiB} MiB", "from FP8": "{peak_bytes[fp8]:.1fMiB} MiB"}
+    columns |= {"more": "{more_bytes:.1fMiB} MiB", "largest tensor in bf16": "{tensor_bytes:.1fMiB} MiB"}
+    return tabulated([result], columns)
 
 
 if __name__ == "__main__":
