@@ -107,8 +107,14 @@ def export_exactness(result: Any) -> bool:
     return worst["merged"] < worst["requantised"]
 
 
+def checkpoints(result: Any) -> bool:
+    (row,) = result["checkpoints"].values()
+    assert (row["failed"], row["refused"], row["resumed"]) == ({}, {}, True)
+    return bool(row["equal_layers"] == row["layers"] == 14 and row["equal_logits"])
+
+
 CHECKS: tuple[Callable[[Any], bool], ...] = (step_time, peft_time, step_memory, load_memory, sharded_memory)
-CHECKS += (plan_accuracy, plan_recipes, architectures, export_exactness)
+CHECKS += (plan_accuracy, plan_recipes, architectures, export_exactness, checkpoints)
 """What the result of a benchmark of this name has, where there is more to say than that it ran."""
 
 
