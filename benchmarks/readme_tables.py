@@ -37,7 +37,7 @@ def wanted(page: Path) -> str:
         return settings()
     text = page.read_text(encoding="utf-8")
     if page == MODELS:
-        return re.sub(r"(?:^\|.*\n)+", lambda _: models_short(), text, flags=re.MULTILINE)
+        return re.sub(r"^\| families.*\n(?:\|.*\n)+", lambda _: models_short(), text, flags=re.MULTILINE)
     return filled(text)
 
 

@@ -123,7 +123,7 @@ def nearest_even(value, values):
 def quantize_fp4(rows, kind):
     """(values, stored scales, global scale) of float32 rows (lists): blocks of 16 (nvfp4) or 32 (mxfp4) along a row."""
     size = {"nvfp4": 16, "mxfp4": 32}[kind]
-    whole = f32(448.0 * 6.0) / f32(max(abs(w) for row in rows for w in row))
+    whole = f32(f32(1) / f32(max(abs(w) for row in rows for w in row))) * f32(448.0 * 6.0)
     dense, scales = [], []
     for row in rows:
         for start in range(0, len(row), size):

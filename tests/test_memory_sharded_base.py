@@ -56,6 +56,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], int]] = {
     "gated": (2, "llama", {}, DORA | {"gates": True}, 12),
     "int8": (2, "llama", {"quant": "int8"}, DORA, 14),
     "dense": (2, "llama", {"quant": "none"}, DORA, 14),
+    "nvfp4": (2, "llama", {"quant": "nvfp4"}, DORA, 14),
     "three, qwen3": (3, "qwen3", {}, DORA, 14),
     "four, experts": (4, "qwen3_moe", {}, EXPERTS, 2),
 }

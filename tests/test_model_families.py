@@ -224,8 +224,8 @@ LOST = [f"model.layers.1.mlp.experts.{part}_proj.weight" for part in ("3.gate", 
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 # Model, what is done to its tensors and its config, quantisation, and words of each fault.
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], dict[str, Any], str, list[str]]] = {
-    "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"base\.quant: mxfp4 needs a checkpoint that holds it"]),
-    "dense": ("gpt_oss", dict, {}, "mxfp4", [r"base\.quant: mxfp4 needs a checkpoint that holds it"]),
+    "config": ("gpt_oss", dict, MXFP4, "mxfp4", ["its config names mxfp4, but it holds no weights"]),
+    "dense": ("gpt_oss", dict, {}, "nvfp4", [r"base\.quant: nvfp4 cannot hold stacks of experts"]),
     "one lost": ("qwen3_moe", lambda t: t.pop(LOST[1]), {}, "nf4", ["tensors are missing or do not fit"]),
     "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", ["experts"] * 2),
 }

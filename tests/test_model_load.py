@@ -157,14 +157,14 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
 
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 NF4 = {"quant": "nf4"}
-GPTQ = {"quantization_config": {"quant_method": "gptq"}}
+QUANTO = {"quantization_config": {"quant_method": "quanto"}}
 MISSPELT = [r"base\.skip: 'upproj' matches no linear layer.* up_proj"]
 # Model, changes of its config.json, settings, and words of each fault.
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
     "skip": ("llama", {}, NF4 | {"skip": ["lm_head", "upproj"]}, MISSPELT),
     "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head, which shares its weight with the embedding"]),
     "transposed": (GPT2, {}, NF4, [r"base\.quant: must be none for a model of Conv1D"]),
-    "gptq": ("llama", GPTQ, {}, [r"bitsandbytes \(got 'gptq'\)"]),
+    "method": ("llama", QUANTO, {}, ["checkpoints of .quanto. cannot be read"]),
     "model type": ("llama", {"model_type": "lama"}, {}, ["its config cannot be used"]),
     "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["config cannot be used: .*can't allocate memory"]),
     "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: .*module 'torch' has no attribute 'xxx"]),

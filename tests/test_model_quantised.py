@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.export.export import export_run
+from qdora.memory.stream import HostResidency
 from qdora.model.inject import frozen_layers
 from qdora.model.load import stored_form
 from qdora.model.source import resolve
@@ -143,6 +144,28 @@ def test_a_plan_counts_the_bytes_as_they_are_read(tmp_path, layout):
     held = sum(layer.packed_form.num_bytes for layer in frozen_layers(model).values())
     planned = plan(recipe, device_kind="cpu").moments[0].by_component
     assert planned[BASE] + planned[SCALES] == held
+
+
+def divided(rank: int, source: Path) -> None:
+    with support.dividing_processes() as processes:
+        sharded, whole = (support.load_sharded(source, each, quant="int4-groups") for each in (processes, None))
+        for model in (sharded, whole):
+            support.adapt_sharded(model)
+            model.eval()
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            assert torch.equal(sharded(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_streamed_and_divided_it_is_the_same_model(tmp_path):
+    write(tmp_path, "awq")
+    assert support.run_processes(2, divided, tmp_path / "model") == ["", ""]
+    load = {"quant": "int4-groups", "block_size": 32, "double_quant": False}
+    streamed, resident = (
+        support.adapt_streamed(support.load_checkpoint(tmp_path / "model", placer=placer, **load))
+        for placer in (HostResidency(copies=support.LateCopies), None)
+    )
+    support.assert_equal_tensors(support.streamed_gradients(streamed), support.streamed_gradients(resident))
 
 
 ORDER = torch.arange(64, dtype=torch.int32).flip(0) // 32

@@ -29,7 +29,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 CONFIG = {"config.json": "{}"}
-FP8 = {"config.json": '{"quantization_config": {"quant_method": "fp8"}}'}
+QUANTO = {"config.json": '{"quantization_config": {"quant_method": "quanto"}}'}
 ADAPTER = {"adapter_config.json": "{}"}
 
 
@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
     "adapter to a command": (ADAPTER, "", {"setting": "generate"}, ["^generate: .* an adapter, not a model"]),
     "text": ({"m.txt": ""}, "m.txt", {}, [r"must be a directory, a \.gguf file"]),
     "of the Hub": (CONFIG, "", OF_HUB, ["is local: a revision"]),
-    "fp8": (FP8, "", {"weights": False}, [r"^model\.source: must be in full precision.* \(got 'fp8'\)"]),
+    "method": (QUANTO, "", {"weights": False}, [r"^model\.source: checkpoints of .quanto. cannot be read"]),
     "index": ({SHARDS[0]: "", **indexed(OUTSIDE | {"e": MISSING})}, "", {}, [*NOT_PLAIN, rf"'{MISSING}' is not a"]),
     "long index": (indexed(LONG), "", {}, ["m-"] * 20 + ["80 more"]),
     "no JSON": ({**CONFIG, INDEX: '{"weight_map": '}, "", {}, ["cannot be read as JSON"]),
@@ -87,7 +87,7 @@ def test_directories_what_they_must_hold_and_what_is_no_hub_id(tmp_path, monkeyp
     monkeypatch.setattr("qdora.model.source.snapshot_download", None)  # any use fails
     assert resolve("org/name").kind == "directory"  # before a Hub id of that name
     assert resolve(str(put(tmp_path / "tokenizer", CONFIG)), weights=False).kind == "directory"
-    resolve(str(put(tmp_path / "fp8", FP8)), config=False, weights=False)  # its tokenizer is as good as any
+    resolve(str(put(tmp_path / "quanto", QUANTO)), config=False, weights=False)  # its tokenizer is as good as any
     for source in ("a/b/c", "org/na me", "", "org/", "-x/y", "org/X.GGUF"):
         with pytest.raises(UserError, match=r"model\.source: .*(must be a directory|no config\.json)"):
             resolve(source)
@@ -129,8 +129,8 @@ def test_hub_snapshot(tmp_path, monkeypatch):
     assert list(filter_repo_objects([*files, *others], **patterns)) == files  # an nf4-lora export has its adapter
     resolve("org/name", weights=False)
     assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
-    hub.answer = put(tmp_path / "fp8", FP8)
-    with pytest.raises(UserError, match=r"^model\.source: .* \(got 'fp8'\)"):
+    hub.answer = put(tmp_path / "quanto", QUANTO)
+    with pytest.raises(UserError, match=r"^model\.source: checkpoints of .quanto. cannot be read"):
         resolve("org/name")  # and its weights are not downloaded
     asked = [["*.safetensors" in call["allow_patterns"], "*.py" in call["allow_patterns"]] for call in hub.asked]
     assert asked == [[False, False], [True, False], [False, False], [False, True], [True, True], [False, False]]

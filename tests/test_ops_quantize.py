@@ -189,6 +189,22 @@ def test_int8_equals_the_plain_loops(dtype, shape, seed):
     np.testing.assert_allclose(dequantize(packed, torch.float64).numpy(), exact, rtol=3e-7)
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("largest", [3e-3, 1.0, 700.0])
+def test_fp4_blocks_equal_the_definition(kind, largest, monkeypatch):
+    monkeypatch.setattr(blockwise, "_CPU_CHUNK", 512)
+    weight = uneven((24, 96)) * largest
+    weight[2], weight[3, :16], weight[4, 32:64] = 0, 0, weight[4, 32:64] * 1e-6
+    ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]
+    weight[5, :32] = torch.tensor([*ties, *(-each for each in ties)] * 2) * weight[5].abs().max() / 6
+    dense, scales, whole = reference.quantize_fp4(weight.tolist(), kind)
+    packed = quantize(weight, kind)
+    assert packed.absmax.tolist() == scales
+    assert packed.global_scale is None or float(packed.global_scale) == whole
+    assert dequantize(packed).flatten().tolist() == [float(each) for each in dense]
+    assert torch.equal(dequantize(quantize(weight * 4, kind)), 4 * dequantize(packed))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_layouts_and_parts_do_not_show(kind, monkeypatch):
     weight = uneven((19, 4097))
@@ -266,8 +282,9 @@ def test_what_is_refused_and_that_an_int8_row_too_small_for_a_float32_factor_is_
     dense = dequantize(quantize(torch.tensor([[1e-44, 0.0, -3e-45], [1.0, -2.0, 0.5]]), "int8"))
     assert bool(dense.isfinite().all())
     assert torch.equal(dense[0], torch.zeros(3))
-    for kind, bad in (("nf4", math.nan), ("fp4", math.inf), ("int8", -math.inf), ("int3", math.nan)):
-        weight = torch.randn(30, 70)
+    bad_values = ("nf4", math.nan), ("fp4", math.inf), ("int8", -math.inf), ("int3", math.nan), ("nvfp4", math.nan)
+    for kind, bad in (*bad_values, ("mxfp4", math.inf)):
+        weight = torch.randn(30, 96)
         weight[3, 5] = weight[29, 69] = bad
         with pytest.raises(ValueError, match=r"layers\.0\.q_proj: .* not finite"):
             quantize(weight, kind, name="layers.0.q_proj")
@@ -276,7 +293,7 @@ def test_what_is_refused_and_that_an_int8_row_too_small_for_a_float32_factor_is_
     tensors["absmx"] = tensors.pop("absmax")
     for call, message in (
         (lambda: quantize(torch.zeros(3, 3), "nf4", 48), "16, 32, 64, .* got 48"),
-        (lambda: quantize(torch.zeros(3, 32), "mxfp4"), "mxfp4 .* not made here"),
+        (lambda: quantize(torch.zeros(3, 40), "mxfp4"), r"\(3, 40\) in mxfp4 must be one of \(32,\)"),
         (lambda: from_tensors("int8", (8, 64), 64, {"nested_absmax": torch.zeros(1)}), "nested_absmax"),
         (lambda: from_tensors("mxfp4", (8, 65), 32, {}), r"\(8, 65\)"),
         (lambda: from_tensors("nf4", (8, 64), 64, tensors), r"256.*absmax.*255.*absmx"),

@@ -203,7 +203,7 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         ("train.epochs=1; train.steps=3", "train.steps epochs"), ("train.warmup=11", "train.warmup 10 11"),
         ("train.micro_batch_tokens=511", "train.micro_batch_tokens 512 511"),
         ("train.tokens_per_step=512; train.micro_batch_tokens=1024", "train.micro_batch_tokens 512 1024"),
-        ("adapter.kind=full", "adapter.kind base.quant nf4"),
+        ("adapter.kind=full", "adapter.kind base.quant auto"),
         (f"{FULL}; {HALF}", "adapter.kind base.prune"), ("adapter.kind=none", "train.steps 0 10"),
         ("adapter.init=loftq; base.quant=none", "adapter.init loftq"), ("adapter.mask=keep", "adapter.mask base.prune"),
         ("adapter.gates={}", "adapter.gates.mean_rank parameters"),

@@ -11,7 +11,7 @@ import mmap
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from qdora.adapter.layer import AdaptedLinear, FrozenLinear
 from qdora.adapter.norms import refresh
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.machine import available_memory_bytes
-from qdora.model.checkpoint import Stored, StoredTensor
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.load import Loading, blocks_of, place, place_all, place_frozen
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
@@ -134,6 +134,8 @@ class HostResidency:
             if piece is not None and not isinstance(form, StoredTensor):
                 shape = (item.shape[0], item.shape[1])
                 packed = empty_packed(form.kind, shape, form.block_size, form.double_quant, "meta")
+                if isinstance(item, StoredPacked) and item.scale_dtype is not None:
+                    packed = replace(packed, absmax=packed.absmax.to(item.scale_dtype))
                 piece.add(name.removesuffix(".weight"), packed)
         pieces = list(turns.pieces.values())
         _pin(pieces, load.device, self.free_bytes())

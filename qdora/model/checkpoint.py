@@ -77,7 +77,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in)."""
+    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in). `scale_dtype`: of int4-groups."""
 
     key: str
     shape: tuple[int, ...]
@@ -86,6 +86,7 @@ class StoredPacked:
     double_quant: bool
     read: Callable[[], PackedWeight]
     keep_bits: Callable[[], Tensor] | None = None
+    scale_dtype: torch.dtype | None = None
 
 
 Stored = StoredTensor | StoredPacked

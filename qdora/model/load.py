@@ -250,7 +250,7 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
     if wanted.kind == MXFP4 and experts:
         chosen &= experts.keys()
     size = FIXED_BLOCK_SIZES.get(wanted.kind, 1)
-    odd = sorted(path for path in chosen if linear_layers(model)[path].weight.shape[1] % size)
+    odd = sorted(path for path in chosen if model.get_parameter(f"{path}.weight").shape[1] % size)
     refuse(
         [
             f"base.skip: must have {path}, whose rows are no whole blocks of {size} ({wanted.kind})."

@@ -10,7 +10,7 @@ gptqmodel 7.6, auto-round 0.15, compressed-tensors 0.19 and transformers 5.24.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -152,7 +152,7 @@ def _of_words(key: str, parts: Mapping[str, StoredTensor], settings: Mapping[str
         tensors = {"packed": packed, "absmax": scales, "zeros": codes.T.reshape(-1)}
         return from_tensors(INT4_GROUPS, (rows, columns), size, tensors)
 
-    return StoredPacked(key, (rows, columns), INT4_GROUPS, size, double_quant=False, read=read)
+    return _stored(key, (rows, columns), INT4_GROUPS, size, read, parts["scales"])
 
 
 def _of_compressed_tensors(key: str, parts: Mapping[str, StoredTensor]) -> StoredPacked:
@@ -181,7 +181,19 @@ def _of_compressed_tensors(key: str, parts: Mapping[str, StoredTensor]) -> Store
             tensors["global_scale"] = parts["weight_global_scale"].read().float().reshape(()).clone()
         return from_tensors(kind, (rows, columns), size, tensors)
 
-    return StoredPacked(key, (rows, columns), kind, size, double_quant=False, read=read)
+    return _stored(key, (rows, columns), kind, size, read, scale)
+
+
+def _stored(
+    key: str,
+    shape: tuple[int, int],
+    kind: str,
+    size: int,
+    read: Callable[[], PackedWeight],
+    scale: StoredTensor,
+) -> StoredPacked:
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(scale.dtype)
+    return StoredPacked(key, shape, kind, size, double_quant=False, read=read, scale_dtype=dtype)
 
 
 def _bytes(words: Tensor) -> Tensor:

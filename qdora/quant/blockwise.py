@@ -82,7 +82,8 @@ def quantize_fp4_blocks(weight: Tensor, kind: str, name: str) -> dict[str, Tenso
     size, parts, scales = codebooks.FIXED_BLOCK_SIZES[kind], list[Tensor](), list[Tensor]()
     largest = weight.abs().amax().float()
     _refuse_not_finite(largest, name)
-    whole = 448.0 * 6.0 / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    # The reciprocal is rounded, as in compressed-tensors, where torch divides a number by a tensor
+    whole = largest.clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (448.0 * 6.0)
     whole = torch.where(whole.isfinite(), whole, 1.0)
     for rows in _runs_of_rows(weight):
         blocks = weight[rows].float().reshape(-1, size)
