@@ -182,7 +182,8 @@ def checkpoints_table(result: Any) -> str:
     columns |= {"merged": "{1[merged]:.0e}", "PEFT": "{1[peft]:.0e}"}
     columns["PEFT on it"] = lambda row: f"{row[1]['in_peft']:.0e}" if "in_peft" in row[1] else "–"
     for name, row in rows.items():
-        for line in [*row["refused"].values(), *(f"failed: {each}" for each in row["failed"].values())]:
+        if "resumed" not in row or row["failed"]:
+            line = "; ".join([*row["refused"].values(), *row["failed"].values()])
             lines.setdefault(line, []).append(name)
     listed = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
     return tabulated([pair for pair in rows.items() if "resumed" in pair[1]], columns) + "\n" + listed
