@@ -84,8 +84,8 @@ class RatesConfig(Section):
     parabola through the best value and its neighbours, in ln(rate).
     """
 
-    values: Annotated[tuple[Positive, ...], Field(min_length=3)]
-    """Values of train.lr to try, at least 3."""
+    values: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    """Values of train.lr to try, at least 2."""
     steps: Whole | None = None
     """Length of the short runs (null: no short runs; all values run at full length)."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1000, 1001)
@@ -94,7 +94,7 @@ class RatesConfig(Section):
     """Times that the search goes beyond the smallest and beyond the largest value."""
     like: dict[Text, dict[Text, Text]] = Field(default_factory=dict)
     """Axis -> value -> value whose rate it takes instead of a search of its own."""
-    of: dict[Text, dict[Text, Annotated[tuple[Positive, ...], Field(min_length=3)]]] = Field(
+    of: dict[Text, dict[Text, Annotated[tuple[Positive, ...], Field(min_length=2)]]] = Field(
         default_factory=dict
     )
     """Axis -> value -> values of train.lr to try there in place of `values`."""
