@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from qdora.cli import app
+from qdora.export import export, write
 from qdora.model.store import BaseWriter
 from tests import support
 
@@ -95,6 +98,23 @@ def test_what_is_refused_leaves_nothing(model, tmp_path):
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert words in done.stderr
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_quantised(model, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(" ".join(support.CORPUS) * 20)
+    by_gptq = ["--method=gptq", "--calibration", str(tmp_path / "text.txt"), "--set=base.calibration.length=16"]
+    quantize(model, tmp_path / "out")
+    sizes = {name: each.nbytes for name, each in load_file(tmp_path / "out/model.safetensors").items()}
+    whole, packed = sum(sizes.values()), sum(size for name, size in sizes.items() if "proj.weight" in name)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
+    for name in ("compress_base", "load_run"):
+        monkeypatch.setattr(export, name, None)
+    for options, expected in (([], whole), (by_gptq, whole + packed)):
+        done = CliRunner().invoke(app, ["quantize", str(model), str(tmp_path / "full"), *options])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+        (size,) = re.findall(r"needs (\d+) KiB, and its disk has 1 KiB free", done.stderr)
+        assert 1024 * int(size) == pytest.approx(expected, rel=0.06)  # without the JSON beside each weight
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_codes_by_gptq_load_alike_and_an_interrupted_command_goes_on(model, tmp_path, monkeypatch):

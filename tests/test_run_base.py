@@ -220,6 +220,16 @@ def test_calibration_takes_pieces_of_the_text(root, tmp_path):
         train_run(pruned_recipe(root, long), tmp_path / "run")
 
 
+def test_a_quantised_checkpoint_is_not_compressed(tmp_path, monkeypatch):
+    """Nor is any data read."""
+    recipe, file = pruned_recipe(tmp_path), tmp_path / "model/config.json"
+    form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": form}))
+    monkeypatch.setattr("qdora.run.prepare.read_data", None)
+    with pytest.raises(UserError, match=r"model\.source: is in nf4; base\.prune and .* need full precision"):
+        train_run(recipe, tmp_path / "run")
+
+
 def test_runs_that_share_a_base_compress_it_once(root, pruned):
     arms = {
         "dora": pruned_recipe(root),

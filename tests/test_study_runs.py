@@ -25,6 +25,7 @@ from qdora.data.sources import run_examples
 from qdora.errors import RunFailure, UserError
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import evaluate, spread
+from qdora.model import store
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject, model_size
 from qdora.quant.packed import quantize
@@ -353,6 +354,28 @@ def test_cells_share_their_pruned_base_and_one_that_diverges_is_done(root: Path,
     assert (results["lost"]["num_vocabulary"], results["lost"]["diverged"][:10]) == (400, "Diverged: ")
     report = read_report(tmp_path)
     assert [row["adapter"] for row in report.tables["cells"] if row["status"] == "diverged"] == ["lost"]
+
+
+def test_a_study_that_ends_between_two_blocks_of_its_base_goes_on_behind_the_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_gptq = {"base.method": "gptq", "base.calibration": {"sequences": 4, "length": 48}}
+    file, written, write = write_study(root, "gptq", **ONE, settings=by_gptq), list[Path](), store.write_tensors
+    run(file, tmp_path / "whole")
+
+    def killed(path: Path, tensors: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(store, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "killed")
+    assert run(file, tmp_path / "killed")["num_done"] == 1
+    assert len(written) == 3  # a block is made once
+    whole, continued = (cells_of(tmp_path / name, "trained")["nf4"] for name in ("whole", "killed"))
+    assert nll_of(tmp_path / "whole", whole) == nll_of(tmp_path / "killed", continued)
 
 
 class Tied(nn.Module):

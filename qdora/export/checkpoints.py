@@ -30,21 +30,21 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.layer import AdaptedLinear, FrozenLinear
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, refuse
 from qdora.export.write import Layer, base_of, dense_layers, merged, plan_export, write_checkpoint
 from qdora.files.atomic import json_bytes
 from qdora.files.console import bar
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, adapter_config, factor_tensors
 from qdora.model.build_model import find_source
-from qdora.model.checkpoint import load_faults, taken_for_experts
+from qdora.model.checkpoint import load_faults, taken_for_experts, tied_weights
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import layers_to_quantize, load_config, quantization_of, skeleton
 from qdora.model.quantised import form_of_config
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource
 from qdora.quant.bnb import BNB_KINDS, FOUR_BIT_KINDS
 from qdora.quant.codebooks import MXFP4
-from qdora.quant.packed import PackedWeight, block_scales, quantize
+from qdora.quant.packed import PackedWeight, block_scales, empty_packed, quantize
 from qdora.quant.tiles import Weight
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_of_run
@@ -246,8 +246,11 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
         raise UserError(*faults)
 
 
-def check_loadable(recipe: Recipe, source: ModelSource) -> None:
-    """UserError with the reasons why transformers could not load the base as a bitsandbytes checkpoint."""
+def check_loadable(recipe: Recipe, source: ModelSource, dtype: torch.dtype) -> tuple[int, int]:
+    """UserError with the reasons why transformers could not load the base as a bitsandbytes checkpoint.
+
+    Returns the bytes of its quantised layers, and of its other parameters in `dtype`.
+    """
     base, config = recipe.base, load_config(source)
     if base.quant not in BNB_KINDS:
         text = f"must be {', '.join(BNB_KINDS)} in a checkpoint of bitsandbytes, got {base.quant}"
@@ -264,5 +267,9 @@ def check_loadable(recipe: Recipe, source: ModelSource) -> None:
     crossing = [path for path, module in modules.items() if base.has_blocks and module.in_features % size]
     if crossing:
         faults.append(f"base.block_size: must divide the inputs of {first_few(crossing)}, got {size}: {why}.")
-    if faults:
-        raise UserError(*faults)
+    refuse(faults)
+    form = base.block_size, base.double_quant, "meta"
+    packed = sum(empty_packed(base.quant, each.weight.shape, *form).num_bytes for each in modules.values())
+    apart = {f"{path}.weight" for path in modules} | tied_weights(model).keys()
+    dense = sum(each.numel() for name, each in model.named_parameters() if name not in apart)
+    return packed, dense * dtype.itemsize

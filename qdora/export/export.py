@@ -22,7 +22,7 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
 from qdora.export.verify import Check, comparison_text, validation_examples, verify_merged, verify_packed
-from qdora.export.write import save_tokenizer
+from qdora.export.write import check_room, save_tokenizer
 from qdora.files.atomic import (
     atomic_directory,
     atomic_write_text,
@@ -209,8 +209,13 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     run = open_run(path)
     recipe = recipe_of_run(path)
     base, source = recipe.base, find_source(recipe, weights=False)
-    check_loadable(recipe, source)
     config, file = load_config(source), run.inside(FOLDER, "compressed.json")
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    dtype = DTYPES.get(options.dtype or "", dtype)
+    packed, dense = check_loadable(recipe, source, dtype)
+    # GPTQ writes its layers twice: first into base/, where an interrupted command has left some.
+    there = sum(each.stat().st_size for each in file.parent.glob("*"))
+    check_room(folder, packed + dense + packed * base.is_made_once - there)
     if base.is_made_once and not file.is_file():  # of `quantize_model`
         source, tokenizer = find_model(recipe)
         what = (
@@ -226,8 +231,6 @@ def _base(path: Path, folder: Path, options: ExportOptions, console: Console) ->
     if base.measured is not None:
         _, asked = base.measured
         facts["calibration"] = f"{asked.sequences} pieces of {asked.length} tokens of {Path(asked.text).name}"
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    dtype = DTYPES.get(options.dtype or "", dtype)
     written = write_form(export_bnb, trained, folder, options, console, dtype=dtype)
     verify = partial(verify_packed, trained.model, folder, lossy=base.quant == "int8")
     return trained, written | {"base": facts}, verify, Form(_BASE, relation="quantized", facts=facts)

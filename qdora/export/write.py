@@ -256,9 +256,7 @@ def write_checkpoint(
         max_shard_size=max_shard_bytes,
     )
     done, total_bytes = 0, shards.metadata["total_size"]
-    if 0 < (free := shutil.disk_usage(directory).free) < total_bytes:  # some network disks say 0
-        text = f"the checkpoint needs {size_text(total_bytes)}, and its disk has {size_text(free)} free"
-        raise UserError(f"{text}. Fix: name a directory on another one.")
+    check_room(directory, total_bytes)
 
     def tensors(specs: list[TensorSpec]) -> Iterator[Tensor]:
         nonlocal done
@@ -285,6 +283,13 @@ def write_checkpoint(
         (directory / name).write_text(text, encoding="utf-8")
     files = tuple(shards.filename_to_tensors)
     return {"files": files, "num_tensors": len(plan.specs), "num_bytes": total_bytes}
+
+
+def check_room(directory: Path, num_bytes: int) -> None:
+    """Refuse a checkpoint that is larger than the free space of its disk."""
+    if 0 < (free := shutil.disk_usage(directory).free) < num_bytes:  # some network disks say 0
+        text = f"writing the checkpoint needs {size_text(num_bytes)}, and its disk has {size_text(free)} free"
+        raise UserError(f"{text}. Fix: name a directory on another one.")
 
 
 def _check_range(spec: TensorSpec, tensor: Tensor) -> None:

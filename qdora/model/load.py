@@ -72,7 +72,7 @@ def with_quant(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     if recipe.base.quant != "auto":
         return recipe
     form = form_of_config(getattr(config, "quantization_config", None))
-    if form["quant"] == "none":
+    if form["quant"] == "none" or (form["quant"] == MXFP4 and recipe.base.is_made_once):
         return with_settings(recipe, base={"quant": "nf4"})
     log.info("The checkpoint is in %s, which is kept (base.quant: auto).", form["quant"])
     return with_settings(recipe, base=form)

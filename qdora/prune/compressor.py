@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 
 from qdora.adapter.expert_product import ExpertTokens
 from qdora.adapter.layer import FrozenLinear, evaluation_mode
-from qdora.errors import UserError, first_few
-from qdora.model.checkpoint import Stored, StoredPacked
+from qdora.errors import first_few
+from qdora.model.checkpoint import Stored
 from qdora.model.load import Loading, blocks_of, place_all, place_frozen, tie_and_move_buffers
 from qdora.model.store import BaseWriter
 from qdora.prune.grid import Grid, fitted_scales
@@ -61,8 +61,6 @@ class Compressor:
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor once, write the compressed layers."""
-        if any(isinstance(item, StoredPacked) for item in load.stored.values()):
-            raise UserError("model.source: is quantised; base.prune and base.method gptq need full precision.")
         path, blocks = blocks_of(load.model, "base.prune and base.method gptq: must be off")
         for name in sorted(load.layers):  # before anything is read
             item = load.stored.get(f"{name}.weight")

@@ -44,11 +44,13 @@ from qdora.model.build_model import (
     find_tokenizer_source,
 )
 from qdora.model.load import load_config, with_quant
+from qdora.model.quantised import form_of_config
 from qdora.model.source import ModelSource
 from qdora.model.tokens import untrained_rows
 from qdora.plan.fit import within_budget, workload_of_data
 from qdora.plan.plan import Plan
 from qdora.plan.show import show_plan
+from qdora.quant.codebooks import MXFP4
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.section import with_settings
@@ -97,7 +99,10 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     recipe = with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
+    stored = form_of_config(getattr(config, "quantization_config", None))["quant"]
     recipe = with_quant(recipe, config)
+    if recipe.base.is_made_once and stored not in ("none", MXFP4):
+        raise UserError(f"model.source: is in {stored}; base.prune and base.method gptq need full precision.")
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
 
