@@ -179,7 +179,7 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     ("arguments", "words"),
     [
         ("frobnicate", "frobnicate"), ("train no-such-recipe", "no-such-recipe: "),
-        ("train own-data -s model.source=builtin --run-dir {tmp}", "own-data: data.mix[0].source: no such file"),
+        ("init no.csv -o {tmp}/a.yaml", "no.csv: no such file"), ("init README.md -o README.md", "--out: README.md exists"),
         ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "needs --prompt or --chats"),
         ("generate a --prompt a --chats b.jsonl", "--chats: is not used with --prompt"),
         ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --prompt Fix: remove"),
