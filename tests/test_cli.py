@@ -79,6 +79,7 @@ def fail(error: BaseException, *_: Any, **__: Any) -> None:
 
 RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("{root}/recipe.yaml", "--run-dir", "{tmp}/run"), "run: "),
+    "init": (("{root}/data/sums.jsonl", "--model", "{root}/model", "-o", "{tmp}/own.yaml"), "completion"),
     "eval": (("{root}/run", "--limit", "2"), "letters"),
     "export": (("{root}/run", "{tmp}/out"), "exported model: "),
     "quantize": (("{root}/model", "{tmp}/out", "-s", "base.skip=[lm_head,down_proj]"), "exported model: "),
@@ -179,7 +180,8 @@ def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     ("arguments", "words"),
     [
         ("frobnicate", "frobnicate"), ("train no-such-recipe", "no-such-recipe: "),
-        ("train own-data -s model.source=builtin --run-dir {tmp}", "own-data: data.mix[0].source: no such file"),
+        ("init no.csv -o {tmp}/a.yaml", "no.csv: no such file"),
+        ("init README.md -o README.md", "--out: README.md exists"),
         ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "needs --prompt or --chats"),
         ("generate a --prompt a --chats b.jsonl", "--chats: is not used with --prompt"),
         ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --prompt Fix: remove"),

@@ -178,7 +178,7 @@ def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> No
 
 
 def test_large_sources(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
+    monkeypatch.setattr(preview_file, "MOST_ROWS", 10)
     text, source = shown(bare, tmp_path, ROWS)
     assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
     assert "sample rows: 10 of 30; " in text
@@ -194,6 +194,51 @@ def test_large_sources(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=f"{tmp_path}/chat.jinja")
     assert source["num_examples"] == 3
     assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
+
+
+FAQ = "Question,Answer,note\nWhy?,So.,\nHow?,Thus.,\n"
+# Text of a file, its ending, --columns, the format that is found, and its columns.
+FOUND: list[tuple[str, str, str, str, dict[str, str] | None]] = [
+    (FAQ, "csv", "", "completion", {"prompt": "Question", "completion": "Answer"}),
+    (FAQ.replace("Answer", "xyz"), "csv", "prompt=Question,completion=xyz", "completion",
+     {"prompt": "Question", "completion": "xyz"}),
+    ("body\none text\nanother\n", "csv", "", "text", {"text": "body"}),
+    ("prompt\tcompletion\na\tb\nc\td\n", "tsv", "", "completion", None),
+    (json.dumps([{"instruction": "a", "output": "b"}] * 2), "json", "", "alpaca", None),
+    ("One.\n\nTwo.\n", "txt", "", "text", None),
+    ('{"question": "?", "choices": ["a", "b"], "answer": 1}\n' * 2, "jsonl", "", "choices", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(FOUND)))
+def test_init_writes_a_recipe_that_previews_and_trains(bare: Path, tmp_path: Path, case: int) -> None:
+    text, ending, given_columns, expected, columns = FOUND[case]
+    (tmp_path / f"own.{ending}").write_text(text)
+    model = str(support.write_llama(tmp_path / "model") if case == 0 else bare / "model")
+    out = tmp_path / "deep" / "mine.yaml"
+    options = ["--columns", given_columns] if given_columns else []
+    done = invoke("init", str(tmp_path / f"own.{ending}"), "--model", model, "-o", str(out), "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    (source,) = json.loads(done.stdout)["sources"]
+    assert (source["format"], source["settings"].get("columns"), source["rows"]) == (expected, columns, 2)
+    recipe = load_recipe(str(out))
+    assert recipe.data.mix[0].chat == (expected in ("completion", "alpaca"))
+    assert source["longest"] <= recipe.data.max_length == 128
+    if case == 0:
+        train_run(load_recipe(str(out), ["train.steps=2", "eval.at_start=false"]), tmp_path / "run")
+    assert invoke("init", "x.csv", "-o", str(out)).exit_code == 2
+
+
+def test_init_without_a_tokenizer_and_with_columns_that_it_cannot_read(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("a,b\none,two\nx,y\n")
+    refused = invoke("init", str(tmp_path / "own.csv"), "--model", str(bare / "model"), "-o", str(tmp_path / "a.yaml"))
+    assert (refused.exit_code, "--columns prompt=a,completion=b" in refused.stderr) == (2, True)
+    (tmp_path / "semi.csv").write_text("a;b\none;two\n")
+    refused = invoke("init", str(tmp_path / "semi.csv"), "--model", str(bare / "model"), "-o", str(tmp_path / "a.yaml"))
+    assert (refused.exit_code, "semicolons" in refused.stderr) == (2, True)
+    (tmp_path / "faq.csv").write_text(FAQ)
+    done = invoke("init", str(tmp_path / "faq.csv"), "--model", "org/none", "-o", str(tmp_path / "a.yaml"))
+    assert (done.exit_code, "third of the characters" in done.stdout) == (0, True)
 
 
 @settings(max_examples=40)

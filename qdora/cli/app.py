@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 COMPUTING = ("train", "eval", "export", "quantize", "generate", "rank", "study")
 """Verbs that compute on a GPU."""
 
-SHORT = {"tasks": "-t", "set": "-s", "run_dir": "-d", "dir": "-d", "prompt": "-p", "number": "-n"}
+SHORT = {"tasks": "-t", "set": "-s", "run_dir": "-d", "dir": "-d", "prompt": "-p", "number": "-n", "out": "-o"}
 
 NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
 
@@ -221,6 +221,19 @@ def train(recipe: Recipe, options: options_of.TrainOptions) -> None:
     result = train_run(loaded, directory, where=recipe, resume=options.resume, force=options.force)
     if result:  # only the first process of a launch has one
         emit(result)
+
+
+@verb
+def init(
+    files: Annotated[
+        list[Path], typer.Argument(help="Files: .jsonl, .json, .csv, .tsv, .parquet, .txt or .md.")
+    ],
+    options: options_of.InitOptions,
+) -> None:
+    """Write a recipe for your own files, with a comment on each choice."""
+    from qdora.run.init import init_recipe
+
+    emit(init_recipe(files, options))
 
 
 @verb

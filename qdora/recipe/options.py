@@ -100,6 +100,17 @@ class PlanOptions(Changes):
             yield f"--hosts: got {self.hosts}, must divide --processes ({self.processes})."
 
 
+class InitOptions(Options):
+    """What `qdora init` writes."""
+
+    model: str | None = None
+    """A Hub id, a directory, a .gguf file or builtin; default: builtin, with a GPU Qwen/Qwen2.5-7B-Instruct."""
+    out: Path = Path("mine.yaml")
+    """Recipe to write."""
+    columns: str | None = None
+    """prompt=QUESTION,completion=ANSWER: what the columns mean, or text=COLUMN; for files that do not show it."""
+
+
 class PreviewOptions(Changes):
     """What `qdora preview` shows."""
 

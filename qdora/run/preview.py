@@ -24,7 +24,7 @@ from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import example_checks
 
-_MOST_ROWS = 2000  # of a source that are read, in seconds
+MOST_ROWS = 2000  # of a source that are read, in seconds
 _HALF = 200  # tokens of an example that are shown from its beginning, and from its end
 _QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
@@ -94,7 +94,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_rows, unused = stream.shards.num_rows or None, stream.make.unused
         faults = [part for row in rows for part in row if isinstance(part, str)]
     else:
-        tally, sample = ExampleTally(source.label, data, tokenizer), draw(train, _MOST_ROWS, data.seed)
+        tally, sample = ExampleTally(source.label, data, tokenizer), draw(train, MOST_ROWS, data.seed)
         rows = tally.add(sample)
         drawn = "all" if len(rows) == len(train) else "sample"
         num_rows, unused, faults = len(train), set(sample.unused), tally.faults()
