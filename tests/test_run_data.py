@@ -98,7 +98,7 @@ def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str) -
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     found = invoke(verb, file, *(["-d", tmp_path / "run"] if verb == "train" else []))
     assert (found.exit_code, "data.max_length" in found.stderr) == (2, False)
-    assert says(found.stderr, "model.source: ... bitsandbytes ... (got 'awq')")
+    assert says(found.stderr, "model.source: awq ... 4 bits ... got None")
 
 
 EVIL = "<script>alert('x')</script>"

@@ -64,7 +64,9 @@ class Quantization:
 
 
 def quantization_of(base: BaseWeightsConfig) -> Quantization:
-    return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+    """auto stands for nf4, unless `with_quant` has found another format in the checkpoint."""
+    kind = "nf4" if base.quant == "auto" else base.quant
+    return Quantization(kind, base.block_size, base.double_quant, base.skip)
 
 
 def with_quant(recipe: Recipe, config: PreTrainedConfig) -> Recipe:

@@ -143,7 +143,6 @@ def _reason(path: str, details: Sequence[ErrorDetails]) -> str:
     kind = details[0]["type"]
     if kind == "extra_forbidden":
         known = {name for section in Section.__subclasses__() for name in section.model_fields}
-        name = path.rpartition(".")[2]
-        return "belongs to another section." if name in known else f"unknown key.{nearest(name, sorted(known))}"
+        return f"unknown key.{nearest(path.rpartition('.')[2], sorted(known))}"
     text = " or ".join(dict.fromkeys(one_line(each["msg"]).removeprefix("Value error, ") for each in details))
     return f"{text}." if kind == "missing" else f"{text}, got {shown(details[0]['input'])}."

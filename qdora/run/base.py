@@ -75,7 +75,7 @@ def load_base(
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
     model = load_model(
         source,
-        quant=base.quant,
+        quant=quantization_of(base).kind,
         block_size=base.block_size,
         double_quant=base.double_quant,
         skip=base.skip,
