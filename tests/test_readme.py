@@ -29,9 +29,10 @@ from qdora.study.results import planned_cells
 from tests import support
 
 ROOT = Path(__file__).parent.parent
-README, GUIDES = ROOT / "README.md", sorted((ROOT / "qdora/guide").glob("*.md"))
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+GUIDES = sorted((ROOT / "qdora/guide").glob("*.md"))
 BENCHMARKS, PYTHON = sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "qdora/guide/python.md"
-PAGES = [README, *BENCHMARKS, *GUIDES]
+PAGES = [README, CONTRIBUTING, *BENCHMARKS, *GUIDES]
 OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help", "--external"}  # --external_plugins
 REST = {"model": {"source": "builtin"}, "train": {"steps": 100, "batch": 1}}
 REST["data"] = {"mix": [{"task": "demo/howto"}, {"task": "demo/cause"}]}
@@ -61,7 +62,7 @@ def commands(page: Path, *programs: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_parses(page: Path) -> None:
     found = commands(page, "qdora ", "torchrun ", "accelerate launch ")
-    assert len(found) >= {README: 8, **dict.fromkeys(BENCHMARKS, 0)}.get(page, 1)
+    assert len(found) >= {README: 8, **dict.fromkeys([CONTRIBUTING, *BENCHMARKS], 0)}.get(page, 1)
     for words in found:
         if words[0] != "qdora":
             assert words[words.index("qdora.cli") - 1] == "-m"
@@ -201,6 +202,18 @@ def test_python_blocks_parse_and_that_of_a_trainer_runs(tmp_path: Path, monkeypa
     magnitudes = [layer.magnitude for layer in adapted_layers(names["model"]).values()]
     fresh = [layer.magnitude for layer in inject(support.base_model(quant="nf4")).values()]
     assert all(not torch.equal(new, old) for new, old in zip(magnitudes, fresh, strict=True))
+
+
+def test_quoted_messages_are_those_of_the_program() -> None:
+    """The words of each `text` block of the guide, between its dots, are in one of the program's strings."""
+    nodes = [node for file in (ROOT / "qdora").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    texts = "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    quotes = blocks(ROOT / "qdora/guide/troubleshooting.md", "text")
+    assert len(quotes) >= 20
+    for quote in quotes:
+        parts = [part.strip() for part in quote.split("...")]
+        assert max(len(part.split()) for part in parts) >= 3, quote
+        assert not [part for part in parts if part not in texts], quote
 
 
 @pytest.mark.slow
