@@ -53,7 +53,7 @@ from qdora.run.base import compress_base, load_base, pieces
 
 TEXTS, KINDS = ("passages", "tasks"), ("nf4", "int4", "nf3", "int3", "nf2", "int2")
 CELLS = (
-    *(f"{kind} round" for kind in ("none", "int8", *KINDS)),
+    *(f"{kind} round" for kind in ("none", "int8", "nvfp4", "mxfp4", *KINDS)),
     *(f"{kind} gptq {text}" for text in TEXTS for kind in KINDS),
     *(f"int{bits} hqq {axis}" for bits in (4, 3, 2) for axis in (0, 1)),
     *(f"int{bits} gptqmodel {text}" for text in TEXTS for bits in (4, 3)),
