@@ -198,5 +198,10 @@ def test_formats_that_only_checkpoints_hold_and_rows_of_no_whole_blocks(tmp_path
     support.assert_refused(
         ["int4-groups needs a checkpoint"], support.load_checkpoint, tmp_path / "model", quant="int4-groups"
     )
+    for kind in ("nvfp4", "mxfp4"):
+        model = support.load_checkpoint(tmp_path / "model", quant=kind, skip=["lm_head", "down_proj"])
+        stored = load_file(tmp_path / "model/model.safetensors")
+        for path, layer in frozen_layers(model).items():
+            assert torch.equal(layer.dequantized(), dequantize(quantize(stored[f"{path}.weight"], kind)))
     faults = [rf"layers\.{layer}\.mlp\.down_proj.* whole blocks of 16" for layer in range(2)]
     support.assert_refused(faults, support.load_checkpoint, tmp_path / "model", quant="nvfp4")
