@@ -180,7 +180,7 @@ def stored_scales(absmax: Tensor, double_quant: bool) -> Tensor:
 
 
 def with_nested_scales(plain: PackedWeight, double_quant: bool) -> PackedWeight:
-    """The same weight with double quantised scales; of `plain` only the block scales are read. int8 and `OWN_SCALES` have none."""
+    """The same weight with double quantised scales, but for int8 and `OWN_SCALES`. Only the scales are read."""
     if not double_quant or plain.kind in ("int8", *OWN_SCALES):
         return plain
     codes, absmax, code, offset = blockwise.quantize_scales(plain.absmax)
