@@ -111,7 +111,7 @@ def write(root: Path, layout: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", CONFIGS)
-def test_a_checkpoint_is_read_bit_for_bit_trained_resumed_and_merged(tmp_path, layout):
+def test_a_checkpoint_is_read_bit_for_bit_trained_resumed_and_merged(tmp_path, layout, caplog):
     expected = write(tmp_path, layout)
     recipe = support.tiny_recipe(tmp_path, train__steps=4)
     support.train_until(recipe, tmp_path / "run", 2)
@@ -132,6 +132,9 @@ def test_a_checkpoint_is_read_bit_for_bit_trained_resumed_and_merged(tmp_path, l
     assert exported["verification"]["passed"]
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     if layout in KINDS:
+        export_run(tmp_path / "run", tmp_path / "peft", ExportOptions(format="peft"))
+        assert "only qdora loads this adapter" in caplog.text
+        assert f"in {KINDS[layout]}" in (tmp_path / "peft/README.md").read_text()
         with pytest.raises(UserError, match=r"nf4-lora.* nf4 or fp4"):
             export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format="nf4-lora"))
 

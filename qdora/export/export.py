@@ -39,6 +39,8 @@ from qdora.model.checkpoint import taken_for_experts
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_config
 from qdora.model.multimodal import TRAINED_PART, is_multimodal
+from qdora.quant.bnb import BNB_KINDS
+from qdora.quant.codebooks import INT4_GROUPS
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, with_overrides
 from qdora.recipe.section import with_settings
@@ -184,10 +186,16 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
         logger.warning(
             "PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged."
         )
+    quant, is_stored = recipe.base.quant, recipe.base.quant == INT4_GROUPS
+    if quant not in (*BNB_KINDS, "none") and not (is_stored and not dora):
+        what = "has no DoRA on a base in" if is_stored else "has no base in"
+        logger.warning("PEFT %s %s, so only qdora loads this adapter. Fix: use --format merged.", what, quant)
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
     base = "the base named above, quantised by bitsandbytes as the table says"
+    if quant not in (*BNB_KINDS, "none"):
+        base = f"the base named above in {quant}"
     if recipe.base.method == "gptq":
         base = "what `qdora export --format base` writes of its run"
     return trained, {}, None, Form(_PEFT.format(base), relation="adapter", library="peft")
