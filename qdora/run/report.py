@@ -47,13 +47,15 @@ class Form(NamedTuple):
     """What a model card says of the files that it describes.
 
     In `text` the class of a multimodal model replaces AutoModelForCausalLM. `relation`, to the base, and `library` are
-    words of the Hub. `facts`, setting -> value, are those of an exported base, in place of the training.
+    words of the Hub. `facts`, setting -> value, are those of an exported base, in place of the training. `serve` is the
+    command that serves the export, to be started in its directory; qdora export prints it, too.
     """
 
     text: str
     relation: str = "finetune"
     library: str = "transformers"
     facts: Mapping[str, str] = {}
+    serve: str = ""
 
 
 _RUN = Form(
