@@ -147,7 +147,12 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     verify: Any = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     text = _ORIGINAL if options.base == "original" else _REQUANTIZED if options.requantize else _MERGED
-    return trained, written, partial(verify, trained.model, folder), Form(text, serve="vllm serve .")
+    return (
+        trained,
+        written,
+        partial(verify, trained.model, folder),
+        Form(text, serve="" if options.requantize else "vllm serve ."),
+    )
 
 
 _NF4_LORA = """The base is a bitsandbytes 4-bit checkpoint whose block scales are multiplied by the gain of DoRA; \
@@ -167,18 +172,15 @@ def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console)
     name = options.push if options.push is not None and "/" in options.push else None
     dtype = DTYPES.get(options.dtype or "")
     written = write_form(export_nf4_lora, trained, folder, options, console, dtype=dtype, published_as=name)
-    largest = max(layer.rank for layer in adapted_layers(trained.model).values())
-    rank = next(
-        rank for rank in (8, 16, 32, 64, 128, 256, 320, 512, largest) if rank >= largest
-    )  # vLLM's choices
-    return (
-        trained,
-        written,
-        partial(verify_packed, trained.model, folder),
-        Form(
-            _NF4_LORA, serve=f"vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules tuned=adapter"
-        ),
+    largest, choices = (
+        max(layer.rank for layer in adapted_layers(trained.model).values()),
+        (8, 16, 32, 64, 128, 256, 320),
     )
+    rank = next((rank for rank in choices if rank >= largest), 512)  # those of vLLM 0.34
+    form = Form(
+        _NF4_LORA, serve=f"vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules tuned=adapter"
+    )
+    return trained, written, partial(verify_packed, trained.model, folder), form
 
 
 _PEFT = """This is the trained adapter in PEFT's format. Load it on {}; on others it gives other results. `qdora.json` \
