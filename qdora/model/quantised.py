@@ -47,7 +47,11 @@ def form_of_config(settings: Mapping[str, Any] | None) -> dict[str, Any]:
             return {"quant": "int8"}
         return {"quant": str(settings.get("bnb_4bit_quant_type", "fp4"))}
     if method in ("gptq", "awq"):
-        bits, size, layout = settings.get("bits"), settings.get("group_size"), settings.get("version", "gemm")
+        bits, size, layout = (
+            settings.get("bits"),
+            settings.get("group_size"),
+            str(settings.get("version", "gemm")).lower(),
+        )
         if method == "awq" and layout != "gemm":
             raise UserError(f"model.source: AWQ must be in the layout gemm, got {layout}.")
         return _int4(method, bits, size)
