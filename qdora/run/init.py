@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.prompt import Prompt
 from rich.table import Table
 
@@ -30,22 +29,10 @@ from qdora.run.preview import MOST_ROWS, preview
 
 # Names of columns, in lower case, that hold what is asked and what is answered.
 _ASKED = ("prompt", "question", "instruction", "input", "query", "user", "request", "problem", "frage")
-_ANSWERED = (
-    "completion",
-    "answer",
-    "output",
-    "response",
-    "reply",
-    "assistant",
-    "solution",
-    "target",
-    "antwort",
-)
+_ANSWERED = ("completion", "answer", "output", "response", "reply", "assistant", "target", "antwort")
 
 
-def init_recipe(
-    files: Sequence[Path], options: InitOptions, *, console: Console | None = None
-) -> dict[str, Any]:
+def init_recipe(files: Sequence[Path], options: InitOptions) -> dict[str, Any]:
     """Look at data files, write a recipe for them, and show two rows of each as they will be trained.
 
     Returns JSON values: the recipe's path, the sources, and the next commands.
@@ -63,10 +50,8 @@ def init_recipe(
     sources = [_source(user_path(str(file)), named, tokenizer) for file in files]
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(out, _text(sources, model, out, has_gpu=has_gpu))
-    _, results = consoles(console)
-    table = Table(
-        "source", "rows", "format", "columns", "longest, tokens", title=str(out), title_justify="left"
-    )
+    _, results = consoles()
+    table = Table("source", "rows", "format", "columns", "longest, tokens")
     for each in sources:
         columns = ", ".join(f"{name} = {own}" for name, own in each["settings"].get("columns", {}).items())
         table.add_row(each["source"], f"{each['rows']:,}", each["format"], columns, f"{each['longest']:,}")
@@ -74,7 +59,7 @@ def init_recipe(
     if unchecked:
         results.print(unchecked, markup=False)
     else:
-        preview(load_recipe(str(out)), str(out), 2, console=console)
+        preview(load_recipe(str(out)), str(out), 2)
     run = f"runs/{out.stem}"
     next_ = [f"qdora plan {out}", f"qdora train {out} --run-dir {run}", f'qdora generate {run} --prompt "..."']
     results.print("\nNext:", *(f"  {command}" for command in next_), sep="\n", markup=False)
