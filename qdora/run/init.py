@@ -33,10 +33,7 @@ _ANSWERED = ("completion", "answer", "output", "response", "reply", "assistant",
 
 
 def init_recipe(files: Sequence[Path], options: InitOptions) -> dict[str, Any]:
-    """Look at data files, write a recipe for them, and show two rows of each as they will be trained.
-
-    Returns JSON values: the recipe's path, the sources, and the next commands.
-    """
+    """Look at data files, write a recipe for them, and show two rows of each as they will be trained: JSON values."""
     out, has_gpu = options.out, torch.cuda.is_available()
     if out.exists():
         raise UserError(f"--out: {out} exists. Fix: name another file with -o.")
