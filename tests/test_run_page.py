@@ -279,10 +279,11 @@ def test_a_tracker_that_fails_is_told_no_more(root, tmp_path, monkeypatch, caplo
     assert not (tmp_path / "run").exists()
     made = {"one": tracker(), "bad": tracker("log"), "broken": tracker("start"), "last": tracker("finish")}
     monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: made[name] for name in made})
-    with tracking(["bad", "one", "last"], tmp_path, {}) as tell:
+    with tracking(["bad", "one", "last"], tmp_path, {"train": {"steps": 6}}) as tell:
         for step in (1, 2):
             tell({"step": step, "loss": 0.5})
     expected = [call({"loss": 0.5}, step=1), call({"loss": 0.5}, step=2)]
+    made["one"].store_init_configuration.assert_called_once_with({"train.steps": 6})
     assert made["one"].log.call_args_list == made["last"].log.call_args_list == expected
     assert [made[name].log.call_count for name in ("bad", "one", "last")] == [1, 2, 2]
     assert [made[name].finish.call_count for name in ("bad", "one", "last")] == [0, 1, 1]

@@ -103,6 +103,7 @@ def test_an_example_that_does_not_fit_stops_the_run(
     with pytest.raises(RunFailure, match=said):
         train_run(eights(root), tmp_path)
     assert any("out_of_memory" in line for line in timeless(tmp_path))
+    assert "FAILURE train: " in (tmp_path / "log.txt").read_text()
 
 
 def test_an_update_without_memory_keeps_a_state(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
