@@ -240,7 +240,14 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path, monkeypatch):
         plan_run(recipe, "r.yaml")
     for tokenizer in (tmp_path / "model").glob("tokenizer*"):
         tokenizer.unlink()
-    assert "there is no tokenizer: model.tokenizer: " in assumed()[0][0]
+    first, second = assumed()[0]
+    assert "there is no tokenizer: model.tokenizer: " in first
+    assert "no tokens were counted" in second
+    recipe = one_layer(tmp_path)
+    with (tmp_path / "data/letters.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"^data\.mix\[1\]: .*letters\.jsonl: line \d+: not JSON"):
+        plan_run(recipe, "r.yaml")
 
 
 def test_plan_on_the_command_line(tmp_path):

@@ -234,6 +234,16 @@ def read_data(
     return train, validation
 
 
+def check_local_rows(data: DataConfig) -> None:
+    """Read every row of the sources on this machine that are not streamed; UserError for faulty ones."""
+    for index, source in enumerate(data.mix):
+        if source.is_local and not source.stream:
+            with _of_source(index):
+                for examples in train_and_validation(source, data):
+                    for _ in examples or ():
+                        pass
+
+
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
     """The examples of a run's sources (None: all) in one split: train and validation as in training, or test."""
     sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}

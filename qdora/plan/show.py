@@ -89,11 +89,14 @@ def _workload(recipe: Recipe) -> tuple[dict[str, Any] | None, Workload, list[str
         why = "the data cannot be read"
         train, _ = sources.read_data(recipe.data)
     except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
-        return None, assumed_workload, [f"{full}, because {why}: {error.faults[0]}"]
+        sources.check_local_rows(recipe.data)
+        local = any(source.is_local for source in recipe.data.mix)
+        unchecked = ["rows of local files were read, but no tokens were counted"] * local
+        return None, assumed_workload, [f"{full}, because {why}: {error.faults[0]}", *unchecked]
     mix = sources.tokenized_mix(recipe, tokenizer, train)
     loader = sources.make_loader(recipe, mix, tokenizer)
     num_steps = sources.num_steps_of(recipe, loader)
-    assumed = []
+    assumed = list[str]()
     if loader.streams:
         assumed = [f"{full}, because the data is streamed"]
     elif num_steps > MOST_STEPS:
