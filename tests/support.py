@@ -55,6 +55,7 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, UserError
 from qdora.memory.shard import ShardedBase
 from qdora.memory.stream import HostResidency
+from qdora.model import store
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model
@@ -417,6 +418,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         evaluate_and_save(trainer)
 
     monkeypatch.setattr(Trainer, "evaluate_and_save", interrupt)
+
+
+def killed_at_second_write(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Ctrl-C when a compressed base writes its second block; the files that it begins to write, then and later."""
+    written, write = list[Path](), store.write_tensors
+
+    def killed(path: Path, tensors: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(store, "write_tensors", killed)
+    return written
 
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from qdora.errors import UserError
 from qdora.export.export import export_run
 from qdora.export.verify import comparison_text, verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model import store
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
 from qdora.model.tokens import extend_vocabulary, new_token_ids, trained_matrices
@@ -254,15 +253,7 @@ def test_a_base_by_gptq_survives_a_kill_is_cached_and_stays_with_its_run(root, t
 
     whole, run, lora, streamed = (tmp_path / name for name in ("whole", "run", "lora", "streamed"))
     train_run(recipe("one"), whole, console=QUIET)
-    writes, write = list[Path](), store.write_tensors
-
-    def killed(path: Path, tensors: Any) -> None:
-        writes.append(path)
-        if len(writes) == 2:
-            raise KeyboardInterrupt
-        write(path, tensors)
-
-    monkeypatch.setattr(store, "write_tensors", killed)
+    writes = support.killed_at_second_write(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_run(recipe("two"), run, console=QUIET)
     train_run(recipe("two"), run, resume=True, console=QUIET)

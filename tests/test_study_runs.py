@@ -25,7 +25,6 @@ from qdora.data.sources import run_examples
 from qdora.errors import RunFailure, UserError
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import evaluate, spread
-from qdora.model import store
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject, model_size
 from qdora.quant.packed import quantize
@@ -360,16 +359,9 @@ def test_a_study_that_ends_between_two_blocks_of_its_base_goes_on_behind_the_fir
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_gptq = {"base.method": "gptq", "base.calibration": {"sequences": 4, "length": 48}}
-    file, written, write = write_study(root, "gptq", **ONE, settings=by_gptq), list[Path](), store.write_tensors
+    file = write_study(root, "gptq", **ONE, settings=by_gptq)
     run(file, tmp_path / "whole")
-
-    def killed(path: Path, tensors: Any) -> None:
-        written.append(path)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        write(path, tensors)
-
-    monkeypatch.setattr(store, "write_tensors", killed)
+    written = support.killed_at_second_write(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(file, tmp_path / "killed")
     assert run(file, tmp_path / "killed")["num_done"] == 1

@@ -32,8 +32,8 @@ from qdora.adapter.product import (
 )
 from qdora.quant.codebooks import NESTED_BLOCK_SIZE
 from qdora.quant.kernels import device_kind, is_planning
-from qdora.quant.packed import TENSOR_NAMES, PackedWeight, block_scales, packed_rows
-from qdora.quant.tiles import Weight, dense_tiles
+from qdora.quant.packed import TENSOR_NAMES, block_scales, packed_rows
+from qdora.quant.tiles import Weight, dense_tiles, with_scales
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -214,8 +214,7 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     shape, nested = (len(run.experts) * rows, columns), stack.nested_absmax
     # A scale of scales is of two experts
     if nested is None or rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
-        scales = block_scales(stack)
-        stack = PackedWeight(stack.kind, stack.shape, stack.block_size, stack.packed, scales, zeros=stack.zeros)
+        stack = with_scales(stack, block_scales(stack))
     own = [(name, each) for name, each in stack.tensors().items() if name in (*TENSOR_NAMES[:3], "zeros")]
     picked: dict[str, Any] = {name: run.pick(each.view(num_experts, -1)).reshape(-1) for name, each in own}
     if stack.kind == "int8":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,8 +49,7 @@ class RowExamples:
             return
         if first and not source.task:
             names = self._renamed(first[0]).keys()
-            fitting = (name for name, layout in FORMATS.items() if {*layout.required} <= names)
-            self.format = source.format if source.format != "auto" else next(fitting, "")
+            self.format = source.format if source.format != "auto" else format_of(names)
             if not self.format:
                 fix = "Fix: columns: {prompt: question, completion: answer}."
                 raise UserError(f"{where}: columns {', '.join(names)} fit no format. {fix}")
@@ -307,3 +306,8 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),
 }
+
+
+def format_of(columns: Collection[str]) -> str:
+    """The first format all of whose required columns are there; "" if there is none."""
+    return next((name for name, layout in FORMATS.items() if {*layout.required} <= {*columns}), "")

@@ -93,7 +93,7 @@ def no_original(recipe: Recipe, source: ModelSource) -> str:
         return "the base was not quantised in training"
     if source.is_gguf:
         return f"{source.name} is a GGUF file, not the 16-bit model"
-    stored = form_of_config(getattr(load_config(source), "quantization_config", None))["quant"]
+    stored = form_of_config(load_config(source))["quant"]
     return "" if stored == "none" else f"{source.name} is stored in {stored} and has no 16-bit weights"
 
 
@@ -255,7 +255,7 @@ def check_loadable(recipe: Recipe, source: ModelSource, dtype: torch.dtype) -> t
     if base.quant not in BNB_KINDS:
         text = f"must be {', '.join(BNB_KINDS)} in a checkpoint of bitsandbytes, got {base.quant}"
         raise UserError(f"base.quant: {text}. Fix: set base.cache in a recipe, which keeps such a base.")
-    stored = form_of_config(getattr(config, "quantization_config", None))["quant"]
+    stored = form_of_config(config)["quant"]
     if stored not in ("none", MXFP4):
         raise UserError(f"base.quant: {source.name} is quantised already, in {stored}.")
     model = skeleton(config, source)

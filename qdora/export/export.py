@@ -147,12 +147,8 @@ def _merged(run: Path, folder: Path, options: ExportOptions, console: Console) -
     verify: Any = partial(verify_packed, lossy=True) if options.requantize else verify_merged
     written |= {"base": options.base, "requantized": options.requantize}
     text = _ORIGINAL if options.base == "original" else _REQUANTIZED if options.requantize else _MERGED
-    return (
-        trained,
-        written,
-        partial(verify, trained.model, folder),
-        Form(text, serve="" if options.requantize else "vllm serve ."),
-    )
+    form = Form(text, serve="" if options.requantize else "vllm serve .")
+    return trained, written, partial(verify, trained.model, folder), form
 
 
 _NF4_LORA = """The base is a bitsandbytes 4-bit checkpoint whose block scales are multiplied by the gain of DoRA; \
@@ -172,15 +168,12 @@ def _nf4_lora(run: Path, folder: Path, options: ExportOptions, console: Console)
     name = options.push if options.push is not None and "/" in options.push else None
     dtype = DTYPES.get(options.dtype or "")
     written = write_form(export_nf4_lora, trained, folder, options, console, dtype=dtype, published_as=name)
-    largest, choices = (
-        max(layer.rank for layer in adapted_layers(trained.model).values()),
-        (8, 16, 32, 64, 128, 256, 320),
-    )
-    rank = next((rank for rank in choices if rank >= largest), 512)  # those of vLLM 0.34
-    form = Form(
-        _NF4_LORA, serve=f"vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules tuned=adapter"
-    )
-    return trained, written, partial(verify_packed, trained.model, folder), form
+    largest = max(layer.rank for layer in adapted_layers(trained.model).values())
+    rank = next(
+        (rank for rank in (8, 16, 32, 64, 128, 256, 320) if rank >= largest), 512
+    )  # vLLM 0.34's choices
+    serve = f"vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules tuned=adapter"
+    return trained, written, partial(verify_packed, trained.model, folder), Form(_NF4_LORA, serve=serve)
 
 
 _PEFT = """This is the trained adapter in PEFT's format. Load it on {}; on others it gives other results. `qdora.json` \
@@ -201,16 +194,16 @@ def _adapter(run: Path, folder: Path, options: ExportOptions, console: Console) 
         logger.warning(
             "PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged."
         )
-    quant, is_stored = recipe.base.quant, recipe.base.quant == INT4_GROUPS
-    if quant not in (*BNB_KINDS, "none") and not (is_stored and not dora):
-        what = "has no DoRA on a base in" if is_stored else "has no base in"
+    quant = recipe.base.quant
+    is_peft_base = quant in (*BNB_KINDS, "none")
+    if not is_peft_base and (dora or quant != INT4_GROUPS):
+        what = "has no DoRA on a base in" if quant == INT4_GROUPS else "has no base in"
         logger.warning("PEFT %s %s, so only qdora loads this adapter. Fix: use --format merged.", what, quant)
     write_adapter(trained.model, recipe, folder, shipped=True, extra=trained.run.adopted())
     if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
         save_tokenizer(trained.tokenizer, folder)
-    base = "the base named above, quantised by bitsandbytes as the table says"
-    if quant not in (*BNB_KINDS, "none"):
-        base = f"the base named above in {quant}"
+    how = "quantised by bitsandbytes as the table says" if is_peft_base else f"in {quant}"
+    base = f"the base named above, {how}"
     if recipe.base.method == "gptq":
         base = "what `qdora export --format base` writes of its run"
     return trained, {}, None, Form(_PEFT.format(base), relation="adapter", library="peft")

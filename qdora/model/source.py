@@ -18,7 +18,7 @@ from qdora.files.atomic import read_json_object
 from qdora.files.machine import user_path
 from qdora.model.checkpoint import reading, shard_files
 from qdora.model.gguf import tokenizer_of_gguf
-from qdora.model.quantised import form_of_config
+from qdora.model.quantised import form_of_settings
 from qdora.recipe.data_settings import is_path
 
 BUILTIN = "builtin"
@@ -159,7 +159,7 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
         )
         raise UserError(f"{setting}: {path} {what}.")
     with reading(f"{setting}: {path}: its quantization_config"):
-        form_of_config(read_json_object(path / "config.json").get("quantization_config"))
+        form_of_settings(read_json_object(path / "config.json").get("quantization_config"))
     if weights:
         shard_files(path)
 

@@ -85,6 +85,9 @@ def quantize_fp4_blocks(weight: Tensor, kind: str, name: str) -> dict[str, Tenso
     # The reciprocal is rounded, as in compressed-tensors, where torch divides a number by a tensor
     whole = largest.clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (448.0 * 6.0)
     whole = torch.where(whole.isfinite(), whole, 1.0)
+    # Midpoints between the values 0 to 6. A bound belongs to the lower value: where the upper one is even, an ulp lower
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=weight.device)
+    bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))
     for rows in _runs_of_rows(weight):
         blocks = weight[rows].float().reshape(-1, size)
         absmax = blocks.abs().amax(dim=1)
@@ -98,18 +101,10 @@ def quantize_fp4_blocks(weight: Tensor, kind: str, name: str) -> dict[str, Tenso
             scales.append(exponent.to(torch.uint8))
             factor = torch.ldexp(torch.ones_like(absmax), exponent - 127)
         unit = blocks / factor[:, None]
-        codes = torch.bucketize(unit.abs(), _fp4_bounds(weight.device), out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(unit.abs(), bounds, out_int32=True).to(torch.uint8)
         parts.append(pack_codes((codes | (unit < 0).to(torch.uint8) << 3).view(-1), kind))
     found = {"packed": torch.cat(parts), "absmax": torch.cat(scales)}
     return found | ({"global_scale": whole} if kind == codebooks.NVFP4 else {})
-
-
-def _fp4_bounds(device: torch.device) -> Tensor:
-    """Midpoints between the values 0 to 6 of E2M1. A bound belongs to the lower value: those whose upper one is even
-    lie an ulp lower."""
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
-    bounds[1::2] = bounds[1::2].nextafter(bounds.new_zeros(()))
-    return bounds
 
 
 @torch.no_grad()

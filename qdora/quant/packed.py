@@ -229,12 +229,9 @@ def decode_blocks(
     zeros: Tensor | None = None,
 ) -> Tensor:
     """`blockwise.dequantize_blocks` by the `decoder` for it."""
-    if zeros is not None:
-        return blockwise.dequantize_blocks(
-            codes, scales, kind, block_size, shape=shape, dtype=dtype, zeros=zeros
-        )
     decode = decoder(kind, codes.device, block_size=block_size, in_features=shape[1], dtype=dtype)
-    return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
+    more = {} if zeros is None else {"zeros": zeros}  # which no kernel knows
+    return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype, **more)
 
 
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
@@ -269,13 +266,11 @@ def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
     if packed.kind == "int8":
         return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
     first, last, bits = rows.start * shape[1], rows.stop * shape[1], codebooks.CODE_BITS[packed.kind]
-    blocks, codes = (
-        slice(first // packed.block_size, last // packed.block_size),
-        slice(first * bits // 8, last * bits // 8),
-    )
+    blocks = slice(first // packed.block_size, last // packed.block_size)
+    codes = packed.packed[first * bits // 8 : last * bits // 8]
     zeros = None if packed.zeros is None else packed.zeros[blocks]
-    scales = block_scales(packed, blocks)
-    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[codes], scales, zeros=zeros)
+    form = packed.kind, shape, packed.block_size, codes, block_scales(packed, blocks)
+    return PackedWeight(*form, zeros=zeros)
 
 
 @torch.no_grad()

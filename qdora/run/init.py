@@ -14,7 +14,7 @@ from rich.prompt import Prompt
 from rich.table import Table
 
 from qdora.data.files import read_rows
-from qdora.data.formats import FIRST_ROWS, FORMATS
+from qdora.data.formats import FIRST_ROWS, format_of
 from qdora.data.sources import draw, open_source
 from qdora.data.tokenize import ExampleTally
 from qdora.errors import HubFailure, NoTokenizer, UserError
@@ -70,7 +70,7 @@ def _source(path: Path, named: dict[str, str], tokenizer: Any) -> dict[str, Any]
     rows, settings = read_rows(path), dict[str, Any]()
     first = [row for _, row in rows.chosen(range(min(FIRST_ROWS, rows.num_rows))) if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in first for name in row))
-    format = next((name for name, layout in FORMATS.items() if {*layout.required} <= {*names}), "")
+    format = format_of(names)
     if not format:
         texts = [name for name in names if all(isinstance(row.get(name), str | None) for row in first)]
         settings["columns"] = named or _columns(path, names, texts)

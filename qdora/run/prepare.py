@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     recipe = with_settings(recipe, model={"revision": source.revision, "tokenizer_revision": of_tokenizer})
     tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
-    stored = form_of_config(getattr(config, "quantization_config", None))["quant"]
+    stored = form_of_config(config)["quant"]
     recipe = with_quant(recipe, config)
     if recipe.base.is_made_once and stored not in ("none", MXFP4):
         raise UserError(f"model.source: is in {stored}; base.prune and base.method gptq need full precision.")
