@@ -19,7 +19,7 @@ from qdora.model.inject import frozen_layers
 from qdora.model.load import stored_form
 from qdora.model.source import resolve
 from qdora.plan.fit import plan
-from qdora.plan.plan import BASE, SCALES
+from qdora.plan.plan import BASE, DENSE, SCALES
 from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
@@ -36,10 +36,10 @@ def of_ct(layout: str, **weights: Any) -> dict[str, Any]:
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gptq": GPTQ,
+    "gptq": GPTQ | {"dynamic": {"-:.*down_proj": {}, "+:.*up_proj": {"bits": 4}}},
     "gptq_v2": GPTQ | {"checkpoint_format": "gptq_v2"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
-    "compressed": of_ct("pack-quantized", **INT4, symmetric=False),
+    "compressed": of_ct("pack-quantized", **INT4, symmetric=False) | {"ignore": ["lm_head", "re:.*layers.1.mlp.*"]},
     "compressed symmetric": of_ct("pack-quantized", **INT4, symmetric=True),
     "nvfp4": of_ct("nvfp4-pack-quantized", num_bits=4, type="float", group_size=16),
     "mxfp4": of_ct("mxfp4-pack-quantized", num_bits=4, type="float", group_size=32),
@@ -47,6 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp8 rows": of_ct("float-quantized", num_bits=8, type="float"),
     "fp8 tensor": of_ct("naive-quantized", num_bits=8, type="float"),
 }
+LEFT_DENSE = {"gptq": "down_proj", "compressed": "layers.1.mlp", "fp8": "down_proj"}
 KINDS = {name: name if name in ("nvfp4", "mxfp4") else "int4-groups" for name in CONFIGS if "fp8" not in name}
 
 
@@ -97,13 +98,14 @@ def write(root: Path, layout: str) -> dict[str, Tensor]:
     directory, random = support.write_llama(root / "model", intermediate_size=96), np.random.default_rng(0)
     file, expected = directory / "model.safetensors", {}
     tensors = load_file(file)
-    kept = CONFIGS[layout].get("modules_to_not_convert", [])
     for name, value in list(tensors.items()):
         path = name.removesuffix(".weight")
-        if name.endswith("proj.weight") and path.rpartition(".")[2] not in kept:
+        if name.endswith("proj.weight") and LEFT_DENSE.get(layout, "no layer") not in path:
             del tensors[name]
             parts, expected[path] = tensors_of(layout, tuple(value.shape), random)
             tensors |= {f"{path}.{part}": each for part, each in parts.items()}
+            if layout == "fp8":
+                tensors[f"{path}.activation_scale"] = torch.tensor(0.5)
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[layout]}))
@@ -124,8 +126,8 @@ def test_a_checkpoint_is_read_bit_for_bit_trained_resumed_and_merged(tmp_path, l
         assert layer.kind == KINDS.get(layout, "nf4")
         held = layer.dequantized()
         assert torch.equal(held, weight if layout in KINDS else dequantize(quantize(weight, "nf4"))), path
-    if layout == "fp8":  # what the checkpoint keeps dense stays dense
-        assert {layer.kind for path, layer in frozen_layers(model).items() if "down_proj" in path} == {"dense"}
+    for path, layer in frozen_layers(model).items():  # what the checkpoint keeps dense stays dense
+        assert (layer.kind == "dense") == (path.removesuffix(".base") not in expected)
     base = load_recipe(tmp_path / "run" / "recipe.yaml").base
     assert (base.quant, base.block_size) == (KINDS.get(layout, "nf4"), 32 if base.quant == "int4-groups" else 64)
     exported = export_run(tmp_path / "run", tmp_path / "merged")
@@ -139,14 +141,16 @@ def test_a_checkpoint_is_read_bit_for_bit_trained_resumed_and_merged(tmp_path, l
             export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format="nf4-lora"))
 
 
-@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("layout", CONFIGS)
 def test_a_plan_counts_the_bytes_as_they_are_read(tmp_path, layout):
-    write(tmp_path, layout)
+    expected = write(tmp_path, layout)
     recipe = support.tiny_recipe(tmp_path)
-    model = support.load_checkpoint(tmp_path / "model", **stored_form(resolve(str(tmp_path / "model"))))
-    held = sum(layer.packed_form.num_bytes for layer in frozen_layers(model).values())
-    planned = plan(recipe, device_kind="cpu").moments[0].by_component
-    assert planned[BASE] + planned[SCALES] == held
+    form = stored_form(resolve(str(tmp_path / "model")))
+    model = support.load_checkpoint(tmp_path / "model", **form if layout in KINDS else {"quant": "nf4"})
+    frozen, planned = frozen_layers(model), plan(recipe, device_kind="cpu").moments[0].by_component
+    assert planned[BASE] + planned[SCALES] == sum(frozen[path].packed_form.num_bytes for path in expected)
+    dense = [value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in expected]
+    assert planned[DENSE] >= sum({value.data_ptr(): value.nbytes for value in dense}.values())
 
 
 def divided(rank: int, source: Path) -> None:

@@ -39,7 +39,7 @@ from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf import config_of_gguf, open_gguf
 from qdora.model.inject import HEAD, check_matches, frozen_like, linear_layers, matches, replace_module
 from qdora.model.multimodal import auto_class, leave_out_other_parts_, not_loaded, set_aside, settle_tying
-from qdora.model.quantised import form_of_config, join_parts
+from qdora.model.quantised import form_of_config, join_parts, left_dense
 from qdora.model.source import ModelSource
 from qdora.quant.bnb import FOUR_BIT_KINDS
 from qdora.quant.codebooks import FIXED_BLOCK_SIZES, INT4_GROUPS, MXFP4, NVFP4
@@ -51,6 +51,8 @@ from qdora.recipe.settings import BaseWeightsConfig, Recipe
 log = logging.getLogger("qdora")
 
 _CPU = torch.device("cpu")
+LEFT_DENSE = "left_dense"
+"""Attribute of the linear layers of a `skeleton` that the checkpoint's quantisation leaves out."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def skeleton(
     Of a multimodal model only the language part has parameters (`model/multimodal.py`).
     """
     # The layers are not transformers' own: with this entry the model would refuse to be saved.
-    vars(config).pop("quantization_config", None)
+    settings = vars(config).pop("quantization_config", None)
     family = auto_class(config, source.name)
 
     def build(choice: str | None) -> PreTrainedModel:
@@ -202,6 +204,8 @@ def skeleton(
             )
         leave_out_other_parts_(model)
         use_expert_layers_(model)
+        for path in left_dense(settings, linear := linear_layers(model)):
+            vars(linear[path])[LEFT_DENSE] = True
         return model
 
     with reading(f"model.source: {source.name}: its config"):
@@ -259,7 +263,7 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
 
 
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of all linear layers that are not skipped."""
+    """Paths of all linear layers that are not skipped, by default neither by the checkpoint's own quantisation."""
     linear, head = linear_layers(model), model.get_output_embeddings()
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise UserError(
@@ -269,6 +273,8 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     chosen = {name for name in linear if not any(matches(name, pattern) for pattern in wanted.skip)}
     if HEAD in wanted.skip:
         chosen = {name for name in chosen if linear[name] is not head}
+    if wanted.skip == (HEAD,):
+        chosen = {name for name in chosen if not hasattr(linear[name], LEFT_DENSE)}
     shared = {name for pair in tied_weights(model).items() for name in pair}
     for name in chosen:
         if f"{name}.weight" in shared:
@@ -397,7 +403,9 @@ def settle_stored(
     if not packed:
         raise UserError(f"model.source: its config names {kind}, but it holds no weights in that format.")
     if kinds != [wanted.kind]:
-        raise UserError(f"base.quant: must be {', '.join(kinds)}, as the checkpoint (got {wanted.kind}).")
+        raise UserError(
+            f"base.quant: must be auto or {', '.join(kinds)}, as the checkpoint (got {wanted.kind})."
+        )
     # A warning, since runs that were trained so must load; a default may be nobody's choice
     default, first = quantization_of(BaseWeightsConfig()), next(iter(packed.values()))
     for key in ("block_size", "double_quant"):

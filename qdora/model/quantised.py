@@ -10,7 +10,7 @@ gptqmodel 7.6, auto-round 0.15, compressed-tensors 0.19 and transformers 5.24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
@@ -29,6 +30,7 @@ _PARTS = {
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape"),
     *("weight_global_scale", "weight_g_idx", "input_scale", "input_global_scale"),
+    *("activation_scale", "k_scale", "v_scale"),  # of activations and the cache of keys and values: not read
 }
 _FP4_FORMATS = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
 # Column of each nibble of an AWQ word, the lowest first.
@@ -82,6 +84,20 @@ def _int4(method: str, bits: Any, size: Any) -> dict[str, Any]:
             f"model.source: {method} must have 4 bits and groups of {sizes}, got {bits} bits and groups of {size}."
         )
     return {"quant": INT4_GROUPS, "block_size": size, "double_quant": False}
+
+
+def left_dense(settings: Mapping[str, Any] | None, layers: Iterable[str]) -> set[str]:
+    """Paths of the linear layers that a quantization_config leaves in 16 bits, by the patterns of its library.
+
+    In gpt-oss only experts are quantised, which base.quant mxfp4 knows; other formats quantise its attention, too.
+    """
+    if not settings or settings.get("quant_method") == MXFP4:
+        return set()
+    keys = "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "ignore"
+    patterns = [str(name).removeprefix("re:") for key in keys for name in settings.get(key) or ()]
+    # gptqmodel's rules, of which a negative one leaves a layer as it is
+    patterns += [rule.removeprefix("-:") for rule in settings.get("dynamic") or () if rule.startswith("-:")]
+    return {path for path in layers if not should_convert_module(path, patterns)}
 
 
 def join_parts(stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, Stored]:

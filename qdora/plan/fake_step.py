@@ -30,6 +30,7 @@ from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, linear_layers, replace_module
 from qdora.model.load import (
+    LEFT_DENSE,
     block_list,
     chosen_layers,
     dense_dtype,
@@ -70,7 +71,8 @@ def run_step(recipe: Recipe, model: PreTrainedModel, shape: MicroBatchShape, kin
             sizes = tuple(
                 (name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters()
             )
-            signatures.append((sizes, kinds[index] if index < len(kinds) else None))
+            dense = tuple(name for name, module in block.named_modules() if hasattr(module, LEFT_DENSE))
+            signatures.append((sizes, dense, kinds[index] if index < len(kinds) else None))
         pattern = find_pattern(signatures)
     if pattern is None or blocks is None:
         moments, shapes = _measured(recipe, model, None, shape)

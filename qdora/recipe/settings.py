@@ -171,7 +171,8 @@ class BaseWeightsConfig(Section):
     calibration: GptqCalibration = GptqCalibration()
     """For gptq without pruning that measures inputs; else base.prune.calibration serves both."""
     skip: tuple[Text, ...] = ("lm_head",)
-    """Linear layers that are neither quantised nor pruned; named as in adapter.targets."""
+    """Linear layers that are neither quantised nor pruned; named as in adapter.targets. By default also those that a
+    quantised checkpoint has in 16 bits."""
     prune: PruneConfig | None = None
     """How to prune the base (null: no pruning)."""
     cache: Text | None = None
