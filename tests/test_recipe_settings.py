@@ -204,7 +204,7 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         ("train.micro_batch_tokens=511", "train.micro_batch_tokens 512 511"),
         ("train.tokens_per_step=512; train.micro_batch_tokens=1024", "train.micro_batch_tokens 512 1024"),
         ("adapter.kind=full", "adapter.kind base.quant auto"),
-        (f"{FULL}; {HALF}", "adapter.kind base.prune"), ("adapter.kind=none", "train.steps 0 10"),
+        (f"{FULL}; {HALF}", "adapter.mask keep base.prune"), ("adapter.kind=none", "train.steps 0 10"),
         ("adapter.init=loftq; base.quant=none", "adapter.init loftq"), ("adapter.mask=keep", "adapter.mask base.prune"),
         ("adapter.gates={}", "adapter.gates.mean_rank parameters"),
         ("adapter.gates={mean_rank: 2, parameters: 9}", "adapter.gates.mean_rank parameters"),

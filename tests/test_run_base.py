@@ -169,6 +169,43 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, 
     assert found["verification"]["passed"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", "paged_lion_8bit"])
+def test_full_fine_tuning_keeps_the_zeros(root, tmp_path, optimizer):
+    """A first step without clipping is that of a dense run from the pruned weights, but for the zeros."""
+    no_adapter = {f"adapter__{name}": ... for name in ("rank", "alpha", "dropout")}
+    changes = no_adapter | {"adapter__kind": "full", "base__quant": "none", "train__optimizer": optimizer}
+    changes |= {"train__warmup": 0, "train__clip": None, "train__weight_decay": 0.1, "model__dtype": "bfloat16"}
+    recipe = pruned_recipe(root, {"method": "magnitude", "pattern": "2:4"}, **changes, adapter__mask="keep")
+    train_run(recipe, tmp_path / "run", console=QUIET)
+    support.train_until(recipe, tmp_path / "again", 2)
+    train_run(recipe, tmp_path / "again", resume=True, console=QUIET)
+    file = "adapter/parameters.safetensors"
+    support.same_tensors(tmp_path / "run" / file, tmp_path / "again" / file)
+    zeros = dict[str, torch.Tensor]()
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "_proj" in name:  # magnitude, 2:4
+            groups = weight.detach().view(-1, 4)
+            zeros[name] = torch.ones_like(groups).scatter_(1, groups.abs().topk(2).indices, 0).bool().view_as(weight)
+            weight.data.masked_fill_(zeros[name], 0)
+    found = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="bfloat16"), console=QUIET)
+    assert found["verification"]["passed"]
+    exported = load_file(tmp_path / "out/model.safetensors")
+    for name, zero in zeros.items():
+        assert torch.equal(exported[name] == 0, zero), name
+    shutil.copytree(root / "model", tmp_path / "dense/model")
+    model.save_pretrained(tmp_path / "dense/model")
+    for each, directory in ((recipe, root), (support.tiny_recipe(tmp_path / "dense", **changes), tmp_path / "dense")):
+        train_run(with_settings(each, train={"steps": 1}), directory / f"one-{optimizer}", console=QUIET)
+    masked, dense = (load_file(each / f"one-{optimizer}" / file) for each in (root, tmp_path / "dense"))
+    for name, weight in dense.items():
+        zero = zeros.get(name, torch.zeros(()).bool())
+        assert torch.equal(masked[name], weight.masked_fill(zero, 0)), name
+    assert all(dense[name][zero].any() for name, zero in zeros.items())
+    masks = plan(recipe, device_kind="cpu").moments[0].by_component[parts.MASKS]
+    assert masks == sum(zero.numel() for zero in zeros.values()) / 8
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from qdora.adapter.layer import AdaptedLinear, FrozenLinear, Init, Kind, is_plai
 from qdora.adapter.rows import RowHead
 from qdora.errors import UserError, refuse
 from qdora.model.experts import routers
+from qdora.quant.packed import mask_from_bits
 from qdora.quant.tiles import Weight
 
 ALL_LINEAR = "all-linear"
@@ -148,6 +149,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in gates
     }
+
+
+def keep_zeros_(weight: nn.Parameter, keep_bits: Tensor) -> None:
+    """Keep the zeros of a pruned weight, (out, in), in training: they get no gradient, and `AdapterOptimizer` puts them
+    back, since states of 8 bits move a parameter that has no gradient."""
+    shape, held = (weight.shape[0], weight.shape[1]), cast(Any, weight)  # what follows has no types
+    held.register_hook(lambda gradient: gradient * mask_from_bits(keep_bits, shape))
+    held.put_zeros_back_ = lambda: weight.masked_fill_(~mask_from_bits(keep_bits, shape), 0)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -28,7 +28,14 @@ from qdora.adapter.norms import refresh
 from qdora.model.attention import attention_of, fast_grouped_attention, replaced, weights_unread
 from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.checkpoint import tied_weights
-from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, linear_layers, replace_module
+from qdora.model.inject import (
+    adapted_layers,
+    adapter_parameters,
+    frozen_like,
+    keep_zeros_,
+    linear_layers,
+    replace_module,
+)
 from qdora.model.load import (
     LEFT_DENSE,
     block_list,
@@ -181,6 +188,10 @@ def _measured(recipe: Recipe, whole: PreTrainedModel, kept: list[int] | None, sh
             _set_unmasked_(model)
         if recipe.adapter.kind == "full":
             model.requires_grad_(True)
+            for path in chosen_layers(model, quantization_of(recipe.base)) if recipe.base.prune else ():
+                weight = model.get_parameter(f"{path}.weight")
+                with live.label(parts.MASKS):
+                    keep_zeros_(weight, torch.empty(-(-weight.numel() // 8), dtype=torch.uint8))
         if recipe.memory.checkpointing:
             recompute_activations(model)
         # How many rows are spare is not known without the tokenizer: as if none were.
@@ -220,6 +231,8 @@ def fill_(model: PreTrainedModel, recipe: Recipe, live: LiveBytes) -> None:
     """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode."""
     wanted, pruned, dtype = quantization_of(recipe.base), recipe.base.prune is not None, model.dtype
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
+    if recipe.adapter.kind == "full":
+        layers = set()
     linear = {f"{name}.weight" for name in linear_layers(model)} if wanted.kind == "none" else set()
     head: Any = model.get_output_embeddings()
     for name in sorted(layers):

@@ -307,7 +307,7 @@ def _unused(recipe: Recipe) -> dict[str, str]:
     evaluates = evals.every is not None or evals.at_start or evals.at_end
     untrained, why = kind in ("none", "full"), f"adapter.kind {kind} has no adapter"
     own_validation = all(source.validation is not None or source.stream for source in data.mix)
-    plain, whole = base.quant == "none", " ".join(key for key in type(adapter).model_fields if key != "kind")
+    plain, others = base.quant == "none", type(adapter).model_fields.keys() - {"kind", "mask"}
     rows: list[tuple[str, str, Any]] = [  # section and keys, reason, whether they have no effect
         ("model revision", f"model.source {model.source} is not on the Hub", model.is_local),
         ("model tokenizer_revision", "model.tokenizer is not on the Hub", is_path(model.tokenizer or "/")),
@@ -317,7 +317,8 @@ def _unused(recipe: Recipe) -> dict[str, str]:
         ("base skip", "base.quant none quantises no layer", plain and prune is None),
         ("base cache", "only a base that is quantised and not pruned has one", plain or prune is not None),
         ("base streamed_blocks", "base.residency is device", base.residency == "device"),
-        (f"adapter {whole}", why, untrained),
+        (f"adapter {' '.join(others)}", why, untrained),
+        ("adapter mask", why, untrained and (kind == "none" or prune is None)),
         (f"adapter {_OF_FACTORS} targets", "the adapter in adapter.resume_from has its own", adapter.resume_from),
         (f"adapter {_OF_FACTORS} dropout gates dtype resume_from", "magnitudes have none", kind == "magnitude"),
         ("adapter same_scaling", "all layers have one rank", not adapter.has_own_ranks),
@@ -428,7 +429,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         ("adapter.also_train", "hold embed_tokens with model.add_tokens", untrained),
         ("adapter.also_train_rows", "be all without model.add_tokens", adapter.also_train and not (added or matrices)),
         ("base.residency", "be device with base.quant none and with base.prune", away and not is_packed),
-        ("adapter.kind", f"not be full with base.quant {base.quant} or base.prune", full and not exact),
+        ("adapter.kind", f"not be full with base.quant {base.quant}", full and not plain),
+        ("adapter.mask", "be keep with adapter.kind full and base.prune", full and prune and adapter.mask != "keep"),
         ("adapter.init", "not be loftq without base.quant and base.prune", loftq and exact),
         ("adapter.mask", "be ignore without base.prune", adapter.mask == "keep" and prune is None),
         ("data.temperature", "be set with data.strategy temperature",

@@ -256,7 +256,8 @@ class AdapterConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 their updates would round to zero."""
     mask: Literal["ignore", "keep"] = "ignore"
-    """For a pruned base. keep: mask B A, so that the zeros stay (slower). ignore: the merged model is dense."""
+    """For a pruned base. keep: mask B A, so that the zeros stay (slower). ignore: the merged model is dense. kind full
+    needs keep, and trains the other weights."""
     also_train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
     """Also train the input embedding, the output head or both, under any name; tied ones together."""
     also_train_rows: Literal["new", "all"] = "new"

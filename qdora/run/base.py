@@ -10,7 +10,8 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from qdora.memory.stream import HostResidency, offload_activations
 from qdora.model.attention import context_length
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.checkpoint import Stored
+from qdora.model.inject import keep_zeros_
 from qdora.model.load import Placer, load_model, quantization_of
 from qdora.model.source import ModelSource
 from qdora.model.store import BaseCache, BaseWriter, compressed_key, fingerprints
@@ -73,6 +75,10 @@ def load_base(
         placer = ShardedBase(mesh)
     elif base.residency == "host" and base.quant != "none" and placer is None:
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
+    kept = dict[str, Callable[[], Tensor]]()  # name of a pruned weight that is trained -> reads its mask
+    if recipe.adapter.kind == "full" and compressed:
+        kept = {name: each.keep_bits for name, each in compressed.items() if each.keep_bits is not None}
+        compressed = {name: replace(each, keep_bits=None) for name, each in compressed.items()}
     model = load_model(
         source,
         quant=quantization_of(base).kind,
@@ -89,6 +95,8 @@ def load_base(
     )
     if recipe.adapter.kind == "full":
         model.requires_grad_(True)
+        for name, bits in kept.items():
+            keep_zeros_(model.get_parameter(name), bits().to(compute.device, copy=True))
     if recipe.memory.checkpointing:
         recompute_activations(model)
         if recipe.memory.offload_activations and compute.device.type == "cuda":

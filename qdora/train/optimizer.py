@@ -380,6 +380,8 @@ class AdapterOptimizer:
             rate = lr * group.kind.lr_ratio
             for run in group.runs():
                 group.update(run, rate)
+        for parameter in self.parameters.values():
+            getattr(parameter, "put_zeros_back_", lambda: None)()  # of `keep_zeros_`
 
     @torch.no_grad()
     def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
