@@ -220,6 +220,7 @@ def test_a_setting_without_effect_is_refused(changes, settings):
         (f"{HOST}; {HALF}", "base.residency host"),
         (f"{HOST}; memory.checkpointing=false", "memory.checkpointing host"),
         ("data.strategy=weights; data.mix=[{task: boolq, weight: 2}, {task: piqa}]", "data.mix[1].weight null"),
+        ("data.strategy=weights; data.mix=[{task: boolq, weight: 0}]", "data.mix[0].weight above 0"),
         ("data.strategy=temperature", "data.temperature null"), (f"{STREAM}; data.too_long=error", "data.too_long"),
         (f"{STREAM}; train.epochs=1.5", "train.epochs train.steps 1.5"), ("data.mix=[{}]", "data.mix[0].source task"),
         ("data.mix=[{task: piqa, source: org/set}]", "data.mix[0].source task"),

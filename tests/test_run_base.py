@@ -206,6 +206,18 @@ def test_full_fine_tuning_keeps_the_zeros(root, tmp_path, optimizer):
     assert masks == sum(zero.numel() for zero in zeros.values()) / 8
 
 
+def test_a_source_of_weight_0_is_evaluated_and_never_drawn(root, tmp_path):
+    """Neither for training nor for calibration: the rest is that of a run without it."""
+    both = support.tiny_recipe(root, base__prune=PRUNE, train__steps=..., train__epochs=1)
+    sums, letters = (each.model_copy(update={"weight": float(each is both.data.mix[0])}) for each in both.data.mix)
+    for name, mix in (("both", (sums, letters)), ("one", (sums,))):
+        train_run(with_settings(both, data={"mix": mix, "strategy": "weights"}), tmp_path / name, console=QUIET)
+    for file in (support.ADAPTER, "checkpoints/step-7/optimizer.safetensors", "base/model-00000.safetensors"):
+        support.same_tensors(tmp_path / "both" / file, tmp_path / "one" / file)
+    scores = json.loads((tmp_path / "both/eval/step-7.json").read_text())
+    assert scores["tasks"].keys() == {"sums", "letters"}
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 

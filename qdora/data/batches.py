@@ -97,8 +97,11 @@ class StepLoader:
     # Steps that are not taken yet
 
     def steps_for_epochs(self, epochs: float) -> int:
-        """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1."""
-        num_draws = max(1, round(epochs * sum(filter(None, self.order.sizes))))
+        """Steps from position 0 until `epochs` * (examples of all sources that are drawn) are used, at least 1."""
+        drawn = (
+            size or 0 for size, share in zip(self.order.sizes, self.order.shares, strict=True) if share > 1e-12
+        )
+        num_draws = max(1, round(epochs * sum(drawn)))
         num_draws = min(num_draws, self.order.length or num_draws)
         return (
             -(-num_draws // self.batch)

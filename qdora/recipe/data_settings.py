@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from qdora.files.machine import user_path
-from qdora.recipe.section import Flag, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
+from qdora.recipe.section import Flag, NotNegative, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
 
 Strategy = Literal["proportional", "equal", "temperature", "weights"]
 TooLong = Literal["error", "truncate", "drop", "split"]
@@ -121,8 +121,9 @@ class SourceConfig(Section):
     """Split to train on."""
     validation: Text | None = None
     """Split or file to validate on (null: the validation split; if there is none, the end of the train split)."""
-    weight: Positive | None = None
-    """Share of the examples that are drawn from this source, relative to the others; for data.strategy weights."""
+    weight: NotNegative | None = None
+    """Share of the examples that are drawn from this source, relative to the others; for data.strategy weights. 0: it
+    is evaluated, but neither trained on nor used for calibration."""
     loss_weight: Positive | None = None
     """Weight of a token of this source in the loss, relative to other sources (null: 1)."""
     limit: Whole | None = None

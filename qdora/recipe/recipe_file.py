@@ -472,6 +472,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str, Any]]:
         rows += [
             (f"{where}.source", "be set, or task, but not both", (source.source is None) == (source.task is None)),
             (f"{where}.weight", "be set with data.strategy weights", weighted and source.weight is None),
+            (f"{where}.weight", "be above 0 in at least one source", not any(each.weight != 0 for each in data.mix)),
             (f"{where}.name", f"differ from that of another source ({source.label})", source.label in labels[:index]),
         ]  # fmt: skip
     return rows

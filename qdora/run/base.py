@@ -156,7 +156,8 @@ def calibration_tokens(
         raise UserError(f"{where}.length: must be at most {context}, the context, got {asked.length}.")
     if asked.text == "mix":
         sets = mix.sets if mix is not None else ()
-        examples = [example for part in sets if isinstance(part, TokenizedSet) for example in part.examples]
+        drawn = (part for part, source in zip(sets, recipe.data.mix, strict=False) if source.weight != 0)
+        examples = [example for part in drawn if isinstance(part, TokenizedSet) for example in part.examples]
         order = np.random.default_rng(asked.seed).permutation(len(examples))
         ids = np.concatenate([np.empty(0, dtype=np.int32), *(examples[index].input_ids for index in order)])
     else:
