@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
+    parser.add_argument("--model", help="in the place of MODEL, where a grid names one")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/compressed"))
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/{NAME}")
     parser.add_argument("--processes", type=int, default=1)
@@ -51,7 +52,7 @@ def main() -> None:
         parser.error("DATA is missing")
     args.dir.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
-    document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data)
+    document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data, args.model)
     call = [sys.executable, "-m", "qdora.cli", "study", str(args.dir / "grid.yaml"), "--dir", str(args.dir)]
     atomic_write_text(args.dir / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
     if args.resume_from is not None:
@@ -61,7 +62,7 @@ def main() -> None:
         return
     grid, root = args.grid.resolve(), GRIDS.parent.parent
     name = str(grid.relative_to(root)) if grid.is_relative_to(root) else grid.name  # no folders of this machine
-    command = f"python benchmarks/study.py DATA --grid {shlex.quote(name)}"
+    command = f"python benchmarks/study.py DATA --grid {shlex.quote(name)}{' --model MODEL' * bool(args.model)}"
     head = facts(command)
     if args.report and args.resume_from is not None:  # nothing runs: the scores are of the machine that made them
         head = json.loads((args.resume_from / "run.json").read_text()) | {"command": command}
@@ -73,13 +74,14 @@ def main() -> None:
         draw_checkpoints(RESULTS / NAME / "checkpoints.svg")
 
 
-def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:
-    """The study file with the folder of the data in the place of DATA."""
+def with_data(document: dict[str, Any], data: Path, model: str | None) -> dict[str, Any]:
+    """The study file with the folder of the data in the place of DATA, and that of the model in the place of MODEL."""
     mix = []
     for source in document["settings"]["data.mix"]:
         key = "path" if "path" in source else "source"
         mix.append(source | {key: str(data.resolve() / Path(source[key]).relative_to("DATA"))})
-    return document | {"settings": document["settings"] | {"data.mix": mix}}
+    changed = {"data.mix": mix} | ({"model.source": model} if model else {})
+    return document | {"settings": document["settings"] | changed}
 
 
 def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
+from qdora.recipe.data_settings import is_path
 from qdora.study.cells import Expander
 from qdora.study.grid import load_study
 from qdora.study.results import Results, StudyDirectory, cells_now, read_index
@@ -47,8 +48,10 @@ def pack(directory: Path) -> bytes:
 
 
 def hide_places(study: dict[str, Any]) -> None:
-    """Put DATA in the place of the folder of the data, in a study file and in the labels of its axes."""
+    """Put DATA in the place of the folder of the data, in a study file and in the labels of its axes; and MODEL."""
     axes = (axis.values() for axis in study.get("product", {}).values() if isinstance(axis, dict))
+    if is_path(study.get("settings", {}).get("model.source", "builtin")):
+        study["settings"]["model.source"] = "MODEL"
     for settings in (study.get("settings", {}), *(choice for axis in axes for choice in axis)):
         for source in settings.get("data.mix", ()):
             if "path" in source:
