@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Ernie4_5Config,
@@ -34,6 +35,7 @@ from qdora.model.gguf import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.options import ExportOptions
+from qdora.run.run import train_run
 from tests import fakes, support
 from tests.fakes import Values, finish, interleaved, name_of
 
@@ -93,6 +95,67 @@ def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path, capsys):
     weight = AutoModelForCausalLM.from_pretrained(merged).get_parameter("model.layers.1.mlp.up_proj.weight")
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model-f16.gguf").tensors}
     assert np.array_equal(read["blk.1.ffn_up.weight"].data, weight.detach().numpy())
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scalings differ between the layers, and all factors have moved."""
+    root = tmp_path_factory.mktemp("lora")
+    ranks = {"k_proj": 2, "*.1.mlp.up_proj": 3}
+    recipe = support.tiny_recipe(root, adapter__kind="lora", adapter__rank_pattern=ranks, train__lr=0.05)
+    train_run(recipe, root / "run")
+    return root / "run"
+
+
+def as_lora(type_: str = "f16") -> ExportOptions:
+    return ExportOptions(format="gguf-lora", gguf_type=type_, llama_cpp=CONVERTER)
+
+
+def test_a_lora_lies_beside_the_file_of_its_base(lora_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    exported = export_run(lora_run, out, as_lora("f32"))
+    assert exported["verification"]["passed"], exported["verification"]["faults"]
+    assert exported["verification"]["exported_vs_reference"]["max_logit_difference"] < 1e-4
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.gguf", "base-f32.gguf", "export.json"]
+    command = "llama-server --jinja -m base-f32.gguf --lora adapter.gguf"
+    assert f"serve it: cd {out} && {command}\n" in capsys.readouterr().err
+    reader = gguf.GGUFReader(out / "adapter.gguf")
+    names = "general.architecture", "general.type", "adapter.type"
+    assert [reader.fields[name].contents() for name in names] == ["llama", "adapter", "lora"]
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    alpha, heads = reader.fields["adapter.lora.alpha"].contents(), {"q_proj": 4, "k_proj": 2}
+    config = json.loads((lora_run / "adapter/adapter_config.json").read_text())
+    stored = load_file(lora_run / support.ADAPTER)
+    assert len(found) == len(stored) == 28
+    for name, values in stored.items():
+        path, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
+        key = name_of(f"{path}.weight", "llama")
+        values = values.float().numpy()
+        if part == "B":
+            rank = values.shape[1]
+            kept = {pattern: rank for pattern, rank in config["alpha_pattern"].items() if re.search(pattern, path)}
+            own = next(iter(kept.values()), config["lora_alpha"])
+            values = values * (own / rank) * (rank / alpha)
+            leaf = path.rpartition(".")[2]
+            values = interleaved(values, heads[leaf]) if leaf in heads else values
+        np.testing.assert_allclose(found[f"{key}.lora_{part.lower()}"], values, rtol=1e-6)
+    monkeypatch.setattr("qdora.export.gguf_lora._rows_in_file", lambda *args: torch.arange(args[-1]))
+    with pytest.raises(RunFailure, match="the logits of the export differ from those of the trained model"):
+        export_run(lora_run, tmp_path / "wrong", as_lora())
+
+
+@pytest.mark.parametrize(
+    ("changes", "type_", "words"),
+    [
+        ({}, "f16", r"needs adapter\.kind lora, got dora.* --format gguf\."),
+        ({"adapter__kind": "lora"}, "q4_0", r"--gguf-type must be f32, f16 or bf16, got q4_0"),
+    ],
+)
+def test_what_has_no_lora_for_llama_cpp_is_refused(tmp_path, changes, type_, words):
+    recipe = support.tiny_recipe(tmp_path, **changes, train__steps=1)
+    train_run(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        export_run(tmp_path / "run", tmp_path / "out", as_lora(type_))
 
 
 class Llama:

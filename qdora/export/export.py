@@ -21,6 +21,7 @@ from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.export.checkpoints import check_loadable, export_bnb, export_nf4_lora, write_form, write_merge
 from qdora.export.gguf import export_gguf
+from qdora.export.gguf_lora import export_gguf_lora
 from qdora.export.verify import Check, comparison_text, validation_examples, verify_merged, verify_packed
 from qdora.export.write import check_room, save_tokenizer
 from qdora.files.atomic import (
@@ -93,6 +94,7 @@ def export_run(
             "merged": _merged,
             "nf4-lora": _nf4_lora,
             "gguf": export_gguf,
+            "gguf-lora": export_gguf_lora,
             "peft": _adapter,
             "base": _base,
         }

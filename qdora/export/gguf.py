@@ -48,7 +48,7 @@ logger = logging.getLogger("qdora")
 _LOSSY, _LOSSY_2_BITS = 0.3, 0.8
 _KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, nats; SmolLM2-135M has 0.005 in q8_0
 # Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0.
-_MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 _FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
 _VERSION = "0.3.36"  # of llama-cpp-python, whose sdist holds the converter and the gguf-py that fits it
@@ -86,7 +86,7 @@ def export_gguf(
             "--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged."
         )
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"
-    trained, written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console)
+    trained, written = write_merge(run, merged, options, MERGED_IN.get(type_, torch.float16), console)
     console.print(f"converting to {type_}")
     write_gguf(tools, merged, file, type_)
     result = {
@@ -197,12 +197,19 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
 class InLlamaCpp(nn.Module):
     """A GGUF file in llama.cpp, with the interface of a model that `logits_of` needs."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, adapter: Path | None = None) -> None:
         super().__init__()
         llama_cpp: Any = importlib.import_module("llama_cpp")
         self.here = nn.Parameter(torch.empty(0))
         float32 = 0  # GGML_TYPE_F32, of the key-value cache
-        options = {"n_ctx": 512, "n_batch": 512, "logits_all": True, "type_k": float32, "type_v": float32}
+        options: dict[str, Any] = {
+            "lora_path": None if adapter is None else str(adapter),
+            "n_ctx": 512,
+            "n_batch": 512,
+            "logits_all": True,
+            "type_k": float32,
+            "type_v": float32,
+        }
         self.llama = llama_cpp.Llama(str(file), verbose=False, **options)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:

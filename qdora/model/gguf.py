@@ -145,10 +145,15 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     return gguf_tensors(header, model)
 
 
+def processor_of(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
+    """transformers' reader, which undoes what the converter did to the values of a tensor."""
+    kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
+    return kind(config=model.config.to_dict())
+
+
 def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Model name -> tensor of the file, not read yet. `model` is a skeleton. An embedding keeps its own rows."""
-    kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
-    processor = kind(config=model.config.to_dict())
+    processor = processor_of(header, model)
     names, stored = _model_names(header, model, processor), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {tensor.name: tensor for tensor in header.tensors if tensor.name not in _ROTARY_FACTORS}

@@ -183,8 +183,9 @@ class WhichOrBase(Which):
 class ExportOptions(Which):
     """What `qdora export` writes."""
 
-    format: Literal["merged", "peft", "nf4-lora", "base", "gguf"] = "merged"
-    """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; base: the base; gguf: a GGUF file."""
+    format: Literal["merged", "peft", "nf4-lora", "base", "gguf", "gguf-lora"] = "merged"
+    """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; base: the base; gguf: a GGUF file;
+    gguf-lora: that of the base, and a LoRA for it."""
     dtype: Dtype | None = None
     """float16, bfloat16 or float32. Default: the run's (nf4-lora), the source's (base), float16 (Gemma: bfloat16)."""
     base: Literal["dequantized", "original"] = "dequantized"
@@ -206,7 +207,7 @@ class ExportOptions(Which):
         ("base", "format", "merged gguf"),
         ("requantize", "format", "merged"),
         ("dtype shard_size", "format", "merged nf4-lora base"),
-        ("gguf_type llama_cpp", "format", "gguf"),
+        ("gguf_type llama_cpp", "format", "gguf gguf-lora"),
         ("requantize", "base", "dequantized"),
         ("public", "push", ""),
     )
