@@ -131,6 +131,7 @@ def write_lora(model: PreTrainedModel, header: GgufHeader, empty: PreTrainedMode
         raise UserError(f"--format gguf-lora: {what}. Fix: use --format gguf.")
     first = next(iter(layers.values()))
     alpha = first.scaling * first.rank
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells where it writes
     writer = gguf.GGUFWriter(str(out), header.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
