@@ -233,6 +233,8 @@ def test_the_worked_example_gives_what_it_shows(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     names, output, num_compared = {"python": "questions.py", "yaml": "support.yaml"}, "", 0
     for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / "qdora/guide/example.md").read_text(), re.DOTALL):
+        if "transformers serve" in block and not importlib.util.find_spec("fastapi"):
+            break
         if language == "bash":
             command = ["bash", "-e", "-c", block]
             environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
