@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from byte_tokenizer import byte_tokenizer
-from frame import GIB, Column, bench, cell, main, markdown, table, tabulated
+from frame import GIB, Column, bench, cell, main, markdown, read, table, tabulated
 from measure import ONE_THREAD, alone, peak_rss_bytes
 from mixed_data import fitted
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
@@ -27,9 +29,9 @@ from qdora.model.inject import adapter_parameters
 from qdora.model.store import compressed_layers
 from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan import public_shapes
+from qdora.plan.plan import Plan, public_shapes
 from qdora.plan.show import process_plans, whole_plans
-from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
+from qdora.recipe.recipe_file import load_recipe, override, recipe_from, with_overrides
 from qdora.recipe.section import parse_size, size_text
 from qdora.recipe.settings import Recipe, TrainConfig
 from qdora.run.base import compress_base, compression_key, load_base
@@ -266,18 +268,6 @@ def plan_recipes_table(result: Any) -> str:
     return markdown(["GiB at the peak", *plans], rows)
 
 
-@table("plan_recipes")
-def cards(result: Any) -> str:
-    columns: dict[str, Column] = {
-        "recipe": "`{0}`",
-        "model": lambda item: item[1]["model"].partition("/")[2],
-        "card": lambda item: _card(item[1]),
-        "planned peak": lambda item: size_text(item[1]["peak_bytes"]),
-        "blocks in host memory": "{1[num_streamed]} of {1[num_blocks]}",
-    }
-    return tabulated([item for item in result["plans"].items() if item[0] in recipe_names()], columns)
-
-
 def _card(found: dict[str, Any]) -> str:
     """40 GB (37.25 GiB), or 8 × 80 GB (74.51 GiB)."""
     count, budget = found["num_cards"], str(found["budget"])
@@ -287,6 +277,104 @@ def _card(found: dict[str, Any]) -> str:
 
 def _is_divided(found: dict[str, Any]) -> bool:
     return bool(found["num_cards"] > 1 and found["parallel"] == "shard")
+
+
+CARDS = ("8GB", "12GB", "16GB", "24GB", "40GB", "80GB")
+_BITS = ("llama-70b-40gb", "llama-70b-40gb-3bit", "llama-70b-24gb")
+CHOICES = {
+    "meta-llama/Llama-3.2-1B-Instruct": _BITS[:1],
+    "meta-llama/Llama-3.2-3B-Instruct": _BITS[:1],
+    "meta-llama/Llama-3.1-8B-Instruct": _BITS[:1],
+    "Qwen/Qwen3-14B": _BITS[:1],
+    "unsloth/gpt-oss-20b-BF16": ("gpt-oss-20b-24gb",),
+    "Qwen/Qwen3-30B-A3B": ("qwen3-30b-a3b-24gb",),
+    "Qwen/Qwen3-32B": _BITS,
+    "meta-llama/Llama-3.3-70B-Instruct": _BITS,
+}
+"""Model -> shipped recipes with the formats of its base."""
+WAYS = {"device": "base.residency=device", "streamed": "base.residency=host"}
+COMMON = "memory.budget=null memory.keep_scales=false memory.offload_activations=false base.streamed_blocks=null"
+
+
+@bench(smoke={"only": ("Llama-3.2-1B-Instruct, nf4",)}, keep=True)
+def which_card(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The longest example that fits a card, with the base on it and with all blocks in host memory, by plans alone.
+
+    peaks: length -> bytes. longest: by the line between two of them. checked: a sixth of the cells, each planned at its
+    length: peak / card. hours: of 10,000 examples of 500 tokens, four in a micro-batch, by the roofline. host_bytes:
+    pinned for all blocks. --only: model and format.
+    """
+    chosen = [(model, load_recipe(name, COMMON.split())) for model, names in CHOICES.items() for name in names]
+    for number, (model, recipe) in enumerate(chosen):
+        name = f"{model.partition('/')[2]}, {recipe.base.quant}"
+        if not only or name in only:
+            yield name, _choice(recipe, model, number % 6)
+
+
+def _choice(recipe: Recipe, model: str, first_checked: int) -> dict[str, Any]:
+    config, context, peaks = public_shapes()[model].config(), public_shapes()[model].context or 0, {}
+
+    def planned(way: str, length: int, tokens: int) -> Plan:
+        sizes = f"data.max_length={length} train.micro_batch_tokens={tokens} train.batch=16 train.tokens_per_step=null"
+        return plan(override(recipe, [f"model.source={model}", *sizes.split(), WAYS[way]]), config=config)
+
+    def plan_at(length: int) -> None:
+        peaks[length] = {way: planned(way, length, length).peak_bytes for way in WAYS}
+
+    def found(way: str, card: str) -> int:
+        lengths = sorted(peaks)
+        longest = int(np.interp(parse_size(card), [peaks[length][way] for length in lengths], lengths, left=0))
+        return longest if longest == context else longest // 100 * 100
+
+    for length in (*(2**n for n in range(8, 30) if 2**n < context), context):
+        plan_at(length)
+        if min(peaks[length].values()) > parse_size(CARDS[-1]):
+            break
+    for card, way in 2 * [*product(CARDS, WAYS)]:  # sums that the square of the length, or short rows, make crooked
+        if 0 < found(way, card) < (context if "gpt-oss" in model else 4096):
+            plan_at(found(way, card))
+    longest = {card: {way: found(way, card) for way in WAYS} for card in CARDS}
+    cells = [(card, way) for card, way in product(CARDS, WAYS) if 0 < longest[card][way] < context][first_checked::6]
+    for card, way in cells:
+        plan_at(longest[card][way])
+    of_500 = {way: planned(way, 500, 2048) for way in WAYS}
+    return {
+        "context": context,
+        "peaks": {str(length): peaks[length] for length in sorted(peaks)},
+        "longest": longest,
+        "checked": {f"{card}, {way}": peaks[longest[card][way]][way] / parse_size(card) for card, way in cells},
+        "hours": {way: 10_000 / 16 * (each.step_seconds or 0.0) / 3600 for way, each in of_500.items()},
+        "host_bytes": of_500["streamed"].host_bytes,
+    }
+
+
+@table("which_card")
+def which_card_table(result: Any) -> str:
+    return _choices({name: case for name, case in result["cases"].items() if name.endswith("nf4")}, "8 16 24 40 80")
+
+
+def which_card_guide() -> str:
+    """All formats and cards, for the guide."""
+    return _choices(read("which_card")["cases"], "8 12 16 24 40 80", **{"pinned, GiB": "{1[host_bytes]:.1fGiB}"})
+
+
+@table("which_card")
+def which_card_checked(result: Any) -> str:
+    shares = [share for case in result["cases"].values() for share in case["checked"].values()]
+    of = f"Of the cells {len(shares)} were planned again at the length that the table has"
+    return f"{of}: the peaks are {min(shares):.2%} to {max(shares):.2%} of the card.\n"
+
+
+def _choices(cases: dict[str, Any], sizes: str, **more: Column) -> str:
+    columns: dict[str, Column] = {"model, format": lambda item: item[0].replace("-BF16", "")}
+
+    def tokens(size: str, item: Any) -> str:
+        texts = [f"{length:,}" if length else "–" for length in item[1]["longest"][f"{size}GB"].values()]
+        return " / ".join(dict.fromkeys(texts))
+
+    columns |= {f"{size} GB": partial(tokens, size) for size in sizes.split()}
+    columns["hours"] = lambda item: " / ".join(dict.fromkeys(f"{hours:.2g}" for hours in item[1]["hours"].values()))
+    return tabulated(cases.items(), columns | more)
 
 
 if __name__ == "__main__":

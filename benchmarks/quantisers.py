@@ -1,4 +1,4 @@
-"""Rounding and GPTQ in every format, against HQQ, gptqmodel and llm-compressor: loss, error, memory, time and plans.
+"""Rounding and GPTQ in every format, against HQQ, gptqmodel and llm-compressor: loss, error, memory and time.
 
 Others run in environments of their own, named by their Python (`--hqq hqq/bin/python`). See `quantiser_peers.py`.
 """
@@ -26,9 +26,8 @@ from mixed_data import random_step
 from quantiser_peers import by_program
 from safetensors.torch import save_file
 from step_times import trainer
-from tables.quantisers import LENGTHS, draw
+from tables.quantisers import draw
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig
 
 from qdora.data.example import Example
 from qdora.data.sources import read_data, task_examples
@@ -39,15 +38,13 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, find_source
 from qdora.model.inject import linear_layers
 from qdora.model.store import compressed_layers
-from qdora.plan.fit import plan
-from qdora.plan.plan import Plan, public_shapes
+from qdora.plan.plan import public_shapes
 from qdora.prune.grid import Grid, fitted_scales
 from qdora.prune.scores import InputStatistics, sweep
 from qdora.quant.blockwise import nearest_codes
 from qdora.quant.codebooks import code_values
-from qdora.quant.packed import empty_packed
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.recipe_file import load_recipe, override, recipe_from
+from qdora.recipe.recipe_file import override, recipe_from
 from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run.base import compress_base, load_base, pieces
 
@@ -283,47 +280,6 @@ def quantisers_time(
         pairs = [f"{kind} / {other}" for other in ("nf4", "int4") for kind in KINDS if kind != other]
         times = {kind: spread(each) for kind, each in seconds.items()}
         yield name, {"seconds": times, "ratios": ratios(seconds, pairs)}
-
-
-PLANNED = ("llama-70b-40gb", "40GB"), ("llama-70b-40gb", "24GB"), ("llama-8b-8gb", "8GB")
-
-
-@bench()
-def quantisers_plans(*, smoke: bool) -> dict[str, Any]:
-    """Bits a weight of each format, and plans of 70B on 40 and 24 GB and of 8B on 8 GB at 4, 3 and 2 bits.
-
-    bits: of a 4096 x 4096 layer in blocks of 64, with double quantisation and without. Plans: the recipe with just so
-    many blocks in host memory that a micro-batch of 2,048 tokens fits, and with the neutral changes that it needs; then
-    the longest row that fits the same way, and the seconds of a step of one micro-batch (roofline of an A100, PCIe 4).
-    """
-    bits, plans = dict[str, Any](), dict[str, Any]()
-    for kind in ("int8", *KINDS):
-        sizes = (empty_packed(kind, (4096, 4096), 64, double, "meta").num_bytes for double in (True, False))
-        bits[kind] = [size / 2**21 for size in sizes]
-    for name, card in PLANNED[-1:] if smoke else PLANNED:
-        recipe = load_recipe(name)
-        config = LlamaConfig(**SMALL) if smoke else public_shapes()[recipe.model.source].config()
-        for kind in ("nf3",) if smoke else ("nf4", "nf3", "nf2"):
-            settings = [f"base.quant={kind}", "base.residency=device", "base.streamed_blocks=null"]
-            fitting = planned(override(recipe, settings), card, config, 2048, changing=True).recipe
-            found = {length: planned(fitting, card, config, length) for length in LENGTHS}
-            low, high = 0, 2 if smoke else 128
-            while low < high:
-                middle = (low + high + 1) // 2
-                fits = planned(fitting, card, config, 1024 * middle).fits
-                low, high = (middle, high) if fits else (low, middle - 1)
-            plans[f"{recipe.model.source.partition('/')[2]}, {card}, {kind}"] = {
-                "plan": found[2048].to_dict(),
-                "seconds": {str(length): each.step_seconds if each.fits else None for length, each in found.items()},
-                "longest": 1024 * low,
-            }
-    return {"bits": bits, "plans": plans}
-
-
-def planned(recipe: Recipe, card: str, config: PreTrainedConfig, length: int, *, changing: bool = False) -> Plan:
-    """The plan of steps of one micro-batch of one row."""
-    sizes = [f"{key}={length}" for key in ("data.max_length", "train.micro_batch_tokens", "train.tokens_per_step")]
-    return plan(override(recipe, sizes), card, config=config, may_change=changing)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,15 @@ def plan_recipes(result: Any) -> bool:
     return any(each["num_streamed"] for each in result["plans"].values())
 
 
+def which_card(result: Any) -> bool:
+    (case,) = result["cases"].values()
+    assert all(0.98 < share <= 1 for share in case["checked"].values())
+    assert case["checked"]
+    longest = [[found["device"], found["streamed"]] for found in case["longest"].values()]
+    assert longest == sorted(longest)
+    return bool(0 < longest[0][0] < longest[0][1] < longest[-1][1] == case["context"])
+
+
 def architectures(result: Any) -> bool:
     for row in result["families"].values():
         assert (row["failed"], row["resumed"]) == ({}, True)
@@ -114,7 +123,7 @@ def checkpoints(result: Any) -> bool:
 
 
 CHECKS: tuple[Callable[[Any], bool], ...] = (step_time, peft_time, step_memory, load_memory, sharded_memory)
-CHECKS += (plan_accuracy, plan_recipes, architectures, export_exactness, checkpoints)
+CHECKS += (plan_accuracy, plan_recipes, which_card, architectures, export_exactness, checkpoints)
 """What the result of a benchmark of this name has, where there is more to say than that it ran."""
 
 

@@ -195,8 +195,13 @@ def test_plan_and_run_say_the_same(tmp_path):
     assert [part["num_draws"] for part in mix["sources"]] == [24, 24]
     assert [part["num_examples"] for part in mix["sources"]] == [28, 22]  # without those held out
     for words in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09", "packed base", "total",
-                  "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):  # fmt: skip
+                  "fits in 1.00 GiB", "Estimated time: ", "on one A100 40GB (assumed)"):  # fmt: skip
         assert words in text
+    assert ("This machine has no GPU; --device cpu" in text) is not torch.cuda.is_available()
+    assert "Warning" not in text
+    text = shown(recipe, device_kind="cpu")[1]
+    assert "two CPU cores (assumed)" in text
+    assert "no GPU" not in text
     assert sum(memory["components"].values()) == memory["peak_bytes"]
     found, text = shown(override(recipe, ["adapter.rank=16"]), budget="1MiB")
     assert found["memory"]["fits"] is False
@@ -338,18 +343,22 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(model_source, "snapshot_download", refuse)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 100, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    public = parts.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
+    public = parts.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny", context=95)
     # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
     num_weights = 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
-    own = one_layer(tmp_path)
+    own, shapes = one_layer(tmp_path), parts.public_shapes()
     monkeypatch.setattr(fit, "public_shapes", lambda: {GATED: public, own.model.source: public})
     found, text = shown(gated(GATED))
     assert (found["memory"]["stored_shape"], found["memory"]["num_weights"]) == (public.source, num_weights)
     assert f"the shape stored in qdora, from {public.source}" in text
     assert f"there is no tokenizer: model.source: {GATED}: is no directory" in text
+    assert "rows of up to 96 tokens exceed the model's context of 95." in text
     with pytest.raises(UserError, match="GatedRepoError"):
         train_run(gated(GATED), tmp_path / "run")
     with pytest.raises(HubFailure, match="GatedRepoError"):
         shown(gated("someone/unlisted"))
-    # A model at hand has its own config
-    assert fit.plan(own, device_kind="cpu").to_dict()["stored_shape"] is None
+    # A model at hand has its own config and context
+    found = fit.plan(override(own, ["data.max_length=200"]), device_kind="cpu").to_dict()
+    assert [found[key] for key in ("stored_shape", "longest_row", "context_length")] == [None, 200, 128]
+    contexts = [shapes[f"meta-llama/Meta-Llama-3{version}-8B"].context for version in ("", ".1")]
+    assert (contexts, shapes["yahma/llama-7b-hf"].context) == ([8192, 131_072], None)

@@ -89,7 +89,7 @@ def test_every_launcher_script_and_benchmark_is_shown() -> None:
 
 
 def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number in a table of a page is that of its result file; the guides of models and settings are the program's."""
+    """A number in a table of a page is that of its result file; some guides are the program's."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables, frame = map(importlib.import_module, ("readme_tables", "frame"))
     texts = {page: page.read_text() for page in tables.PAGES}
@@ -100,12 +100,13 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
         head, number, rest = re.split(r"(?<=\d)(\d)(?=[^<]*<!-- end -->)", text, maxsplit=1)
         changed = f"{head}{(int(number) + 1) % 10}{rest}"
         assert tables.filled(changed) == text, "a changed number is found"
-    for guide, content in ((tables.MODELS, "Llama 3"), (tables.SETTINGS, "- `rank` (`16`)")):
+    guides = {tables.MODELS: "Llama 3", tables.SETTINGS: "- `rank` (`16`)", tables.MEMORY: "70B-Instruct, int2"}
+    for guide, content in guides.items():
         assert content in guide.read_text()
         assert tables.wanted(guide) == guide.read_text(), f"{guide.name}: run python benchmarks/readme_tables.py"
     for name, make in frame.TABLES.items():  # memory in GiB; rates, the size of a file, and cards in GB
         sizes = set(re.findall(r"(?:[\d.]+ ?)?\bGB\b(?!/s| of rows)", make()))
-        assert sizes <= {"8 GB", "24 GB", "40 GB", "80 GB"}, name
+        assert sizes <= {f"{size} GB" for size in (8, 12, 16, 24, 40, 80)}, name
 
 
 def test_every_command_option_extra_setting_and_recipe_named_exists() -> None:

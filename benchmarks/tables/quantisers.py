@@ -10,7 +10,7 @@ from frame import Column, markdown, table, tabulated
 
 from qdora.files.pages import svg_file
 
-LENGTHS, BITS, NATS = (512, 2048, 8192), (2, 3, 4, 8, 16), (3, 4, 6, 10, 20)
+BITS, NATS = (2, 3, 4, 8, 16), (3, 4, 6, 10, 20)
 METHODS = {
     "round": "rounded",
     "gptq passages": "GPTQ on passages",

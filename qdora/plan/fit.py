@@ -23,6 +23,7 @@ from qdora.files.console import errors_only
 from qdora.files.machine import available_memory_bytes, cpu_has_bfloat16, held_memory_bytes
 from qdora.memory.stream import NUM_SLOTS
 from qdora.model.adapter_file import describe_adapter, selected_modules
+from qdora.model.attention import context_length
 from qdora.model.build_model import DTYPES, Compute, find_source, keeps_scales
 from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
@@ -237,16 +238,18 @@ def plan(
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    public, source = None, ModelSource("directory", Path(recipe.model.source), recipe.model.source)
+    public, context = None, None
+    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
     if config is None:
         try:
             source = find_source(recipe, weights=False)
             config = load_config(source)
+            context = context_length(config)
         except HubFailure:
             public = public_shapes().get(recipe.model.source)
             if public is None:
                 raise
-            config = public.config()
+            config, context = public.config(), public.context
     recipe = with_quant(recipe, config)
     name, attention = recipe.model.dtype, recipe.model.attention
     if name == "auto":
@@ -274,7 +277,13 @@ def plan(
             even = card(most.shape, "even")
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
         return replace(
-            most, recipe=changed, budget_bytes=limit, step_seconds=seconds, even_routing_bytes=even_bytes
+            most,
+            recipe=changed,
+            budget_bytes=limit,
+            step_seconds=seconds,
+            even_routing_bytes=even_bytes,
+            longest_row=max(shape.length for shape in shapes),
+            context_length=context,
         )
 
     def seconds_of(changed: Recipe) -> float:

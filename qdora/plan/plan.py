@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -155,6 +156,8 @@ class Plan:
     changes: Sequence[Change] = ()  # until the run fits, cheapest first; each adds to the ones before
     even_routing_bytes: int | None = None  # peak of a mixture whose tokens divide evenly
     stored_shape: str | None = None  # where the shape was read, if it is one of `public_shapes`
+    longest_row: int = 0  # tokens of the longest row of all shapes
+    context_length: int | None = None  # tokens that the model's positions allow; None: not known, or no limit
     division: Division | None = None  # what several processes could divide; None without a list of blocks
 
     @property
@@ -463,10 +466,11 @@ def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Mom
 
 @dataclass(frozen=True)
 class PublicShape:
-    """Keys of config.json that decide the architecture of a model, and the page they are from."""
+    """Keys of config.json that decide the architecture of a model, the page they are from, and the model's context."""
 
     values: dict[str, Any]
     source: str
+    context: int | None = None  # in tokens; None: not known, and that of `config` is the default of its class
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(**self.values)
@@ -478,8 +482,11 @@ def public_shapes() -> dict[str, PublicShape]:
     data = yaml.safe_load(
         resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8")
     )
+    contexts = {each: length for length, names in data["contexts"].items() for each in names}
     shapes: dict[str, PublicShape] = {}
     for model in data["models"]:
-        shape = PublicShape(model["config"], data["sources"].get(model["source"], model["source"]))
-        shapes |= dict.fromkeys(model["names"], shape)
+        source = data["sources"].get(model["source"], model["source"])
+        for name in model["names"]:
+            lengths = (length for each, length in contexts.items() if fnmatchcase(name, each))
+            shapes[name] = PublicShape(model["config"], source, next(lengths, None))
     return shapes

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -121,6 +122,10 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"labelled; {plan.num_micro_batches} micro-batches a step. "
         f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
     )
+    if plan.context_length is not None and plan.longest_row > plan.context_length:
+        packed = " (packed rows may, single examples not)" if shape.packed else ""
+        context = f"the model's context of {plan.context_length:,}{packed}"
+        lines.append(f"Warning: rows of up to {plan.longest_row:,} tokens exceed {context}.")
     if plan.even_routing_bytes is not None:
         lines.append(
             f"Experts: the worse routing is planned; {size_text(plan.even_routing_bytes)} if tokens divide evenly."
@@ -131,7 +136,12 @@ def show_plan(console: Console, plan: Plan) -> None:
         )
     if plan.step_seconds is not None:
         seconds = seconds_text(plan.step_seconds)
-        lines.append(f"Estimated time: {seconds} per step on one card, by a roofline of {plan.rates['name']}.")
+        device, other = plan.rates["name"], ""
+        if plan.device_kind == "cuda":
+            device = f"one {device}"
+            if not torch.cuda.is_available():
+                other = " This machine has no GPU; --device cpu plans for a CPU."
+        lines.append(f"Estimated time: {seconds} per step on {device}, by a roofline.{other}")
     if plan.compress_seconds is not None:
         lines.append(
             f"Compressing the base: about {seconds_text(plan.compress_seconds)} once, by the same roofline."
