@@ -208,7 +208,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         {"format": "gguf", "dtype": "float16", "shard_size": "1GB", "requantize": True},
         [f"{name}: .*got gguf" for name in ("--requantize", "--dtype", "--shard-size")],
     ),
-    ({"gguf_type": "q8_0"}, ["--gguf-type: .*--format gguf, got merged"]),
+    ({"gguf_type": "q8_0"}, ["--gguf-type: .*--format gguf or gguf-lora, got merged"]),
     ({"format": "gguf", "gguf_type": "q8"}, [r"--gguf-type: .*'q8_0', .*got 'q8'"]),
     *(({"shard_size": text}, ["--shard-size: must be"]) for text in ("", "2", "GB", "-1GB", "0GB")),
     *(({"push": name}, ["--push: got "]) for name in ("", "a/b/c", "../x", "a b", "my--model", 97 * "a")),
