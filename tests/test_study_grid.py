@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from qdora.errors import UserError
+from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.study import cells, results
 from qdora.study.cells import Cell, Cells, Expander, key_of
@@ -325,5 +326,14 @@ def test_a_grid_of_the_benchmarks_has_its_cells() -> None:
     cells = results.planned_cells(Expander(load_study(ROOT / "benchmarks/grids/8b.yaml")), None)
     counts = Counter(cell.stage for cell in cells.cells)
     # Models, bases, adapters, seeds
-    assert (counts["main"], counts["transplants"], counts["bases"]) == (2 * 6 * 2 * 3, 2 * 5 * 2 * 3, 2 * 6)
+    assert (counts["main"], counts["transplants"], counts["bases"]) == (2 * 8 * 2 * 3, 2 * 7 * 2 * 3, 2 * 8)
     assert cells.num_waiting == {}
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_grid_for_a_card_of_40_gb_fits_it() -> None:
+    cells = results.planned_cells(Expander(load_study(ROOT / "benchmarks/grids/8b.yaml")), None).cells
+    kinds = {(str(each.recipe.base), each.recipe.model.source, each.recipe.adapter.kind): each.recipe for each in cells}
+    plans = [plan(recipe, "40GB", may_change=False) for recipe in kinds.values()]
+    assert len(plans) >= 2 * 8 * 2
+    assert all(each.peak_bytes <= 37.25 * 2**30 for each in plans)
