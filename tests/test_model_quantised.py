@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": GPTQ | {"dynamic": {"-:.*down_proj": {}, "+:.*up_proj": {"bits": 4}}},
     "gptq_v2": GPTQ | {"checkpoint_format": "gptq_v2"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
-    "compressed": of_ct("pack-quantized", **INT4, symmetric=False) | {"ignore": ["lm_head", "re:.*layers.1.mlp.*"]},
+    "compressed": of_ct("pack-quantized", **INT4, symmetric=False) | {"ignore": ["lm_head", "re:.*layers.1.ml"]},
     "compressed symmetric": of_ct("pack-quantized", **INT4, symmetric=True),
     "nvfp4": of_ct("nvfp4-pack-quantized", num_bits=4, type="float", group_size=16),
     "mxfp4": of_ct("mxfp4-pack-quantized", num_bits=4, type="float", group_size=32),

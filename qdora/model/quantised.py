@@ -94,7 +94,9 @@ def left_dense(settings: Mapping[str, Any] | None, layers: Iterable[str]) -> set
     if not settings or settings.get("quant_method") == MXFP4:
         return set()
     keys = "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "ignore"
-    patterns = [str(name).removeprefix("re:") for key in keys for name in settings.get(key) or ()]
+    names = [str(name) for key in keys for name in settings.get(key) or ()]
+    # compressed-tensors matches the beginning of a path, up to any place
+    patterns = [f"{name[3:]}.*" if name.startswith("re:") else name for name in names]
     # gptqmodel's rules, of which a negative one leaves a layer as it is
     patterns += [rule.removeprefix("-:") for rule in settings.get("dynamic") or () if rule.startswith("-:")]
     return {path for path in layers if not should_convert_module(path, patterns)}
