@@ -216,6 +216,12 @@ def test_a_source_of_weight_0_is_evaluated_and_never_drawn(root, tmp_path):
         support.same_tensors(tmp_path / "both" / file, tmp_path / "one" / file)
     scores = json.loads((tmp_path / "both/eval/step-7.json").read_text())
     assert scores["tasks"].keys() == {"sums", "letters"}
+    few = tuple(each.model_copy(update={"max_epochs": 0.5}) for each in (sums, letters))
+    for name, mix in (("capped", (few[0], letters)), ("all capped", few)):  # the others are used up before the end
+        capped = with_settings(both, data={"mix": mix, "strategy": "weights"}, train={"epochs": 2})
+        train_run(capped, tmp_path / name, console=QUIET)
+        sources = json.loads((tmp_path / name / "mix.json").read_text())["sources"]
+        assert [(each["num_draws"], each["num_examples"]) for each in sources] == [(14, 28), (0, 22)]
 
 
 def interrupt(*_: Any, **__: Any) -> None:

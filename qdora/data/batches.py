@@ -98,9 +98,7 @@ class StepLoader:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources that are drawn) are used, at least 1."""
-        drawn = (
-            size or 0 for size, share in zip(self.order.sizes, self.order.shares, strict=True) if share > 1e-12
-        )
+        drawn = (size or 0 for size, cap in zip(self.order.sizes, self.order.caps, strict=True) if cap != 0)
         num_draws = max(1, round(epochs * sum(drawn)))
         num_draws = min(num_draws, self.order.length or num_draws)
         return (

@@ -163,10 +163,12 @@ def make_mix(sets: Sequence[Source], data: DataConfig) -> Mix:
         counts if data.strategy != "weights" else [source.weight or 0.0 for source in data.mix]
     )
     shares = mix_shares(sized, data.strategy, data.temperature)
+    # A source of weight 0 would be drawn once the others have reached their caps
+    limits = [0.0 if source.weight == 0 else source.max_epochs for source in data.mix]
     # 0.29 * 100 is 28.999999999999996
     caps = [
-        None if source.max_epochs is None else max(1, math.floor(source.max_epochs * count + 1e-6))
-        for count, source in zip(counts, data.mix, strict=True)
+        None if most is None else max(int(most > 0), math.floor(most * count + 1e-6))
+        for most, count in zip(limits, counts, strict=True)
     ]
     drawn_from = [
         None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)
