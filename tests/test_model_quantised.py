@@ -17,6 +17,7 @@ from qdora.export.export import export_run
 from qdora.memory.stream import HostResidency
 from qdora.model.inject import frozen_layers
 from qdora.model.load import stored_form
+from qdora.model.quantised import left_dense
 from qdora.model.source import resolve
 from qdora.plan.fit import plan
 from qdora.plan.plan import BASE, DENSE, SCALES
@@ -151,6 +152,26 @@ def test_a_plan_counts_the_bytes_as_they_are_read(tmp_path, layout):
     assert planned[BASE] + planned[SCALES] == sum(frozen[path].packed_form.num_bytes for path in expected)
     dense = [value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in expected]
     assert planned[DENSE] >= sum({value.data_ptr(): value.nbytes for value in dense}.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quant_method": "awq", "modules_to_not_convert": ["layers.1.mlp.gate", "model.layers.1"]}, "1.gate 1.up"),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["up_proj"]}, "1.up 10.up"),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:.*mlp.gate"]}, "1.gate 10.gate"),  # no end is asked for
+        ({"quant_method": "compressed-tensors", "ignore": [r"re:model\.layers\.1", "lm_head"]}, "all"),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:.*mlp.gate$"]}, ""),
+        ({"quant_method": "gptq", "dynamic": {r"-:model\.layers\.1": {}}}, "all"),
+        ({"quant_method": "gptq", "dynamic": {r"+:.*\.10\..*up.*": {"bits": 4}, "-:.*up.*": {}}}, "1.up"),
+        ({"quant_method": "gptq", "dynamic": {"lm_head": {}, "-:.*gate.*": {}}}, "1.gate 10.gate"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]}, ""),
+    ],
+)
+def test_what_a_config_leaves_dense_is_as_its_library_reads_it(settings, expected):
+    layers = {f"{n}.{part}": f"model.layers.{n}.mlp.{part}_proj" for n in (1, 10) for part in ("gate", "up")}
+    names = layers.keys() if expected == "all" else expected.split()
+    assert left_dense(settings, layers.values()) == {layers[name] for name in names}
 
 
 def divided(rank: int, source: Path) -> None:

@@ -10,6 +10,7 @@ gptqmodel 7.6, auto-round 0.15, compressed-tensors 0.19 and transformers 5.24.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -95,11 +96,17 @@ def left_dense(settings: Mapping[str, Any] | None, layers: Iterable[str]) -> set
         return set()
     keys = "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "ignore"
     names = [str(name) for key in keys for name in settings.get(key) or ()]
-    # compressed-tensors matches the beginning of a path, up to any place
-    patterns = [f"{name[3:]}.*" if name.startswith("re:") else name for name in names]
-    # gptqmodel's rules, of which a negative one leaves a layer as it is
-    patterns += [rule.removeprefix("-:") for rule in settings.get("dynamic") or () if rule.startswith("-:")]
-    return {path for path in layers if not should_convert_module(path, patterns)}
+    plain = [name for name in names if not name.startswith("re:")]
+    # compressed-tensors and gptqmodel match the beginning of a path, which may end within a name
+    expressions = [name.removeprefix("re:") for name in names if name.startswith("re:")]
+
+    def is_left(path: str) -> bool:
+        # The first of gptqmodel's rules that matches decides, and a negative one leaves the layer as it is
+        rules = (rule for rule in settings.get("dynamic") or () if re.match(re.sub("^[-+]:", "", rule), path))
+        is_named = any(re.match(each, path) for each in expressions) or not should_convert_module(path, plain)
+        return is_named or next(rules, "").startswith("-:")
+
+    return {path for path in layers if is_left(path)}
 
 
 def join_parts(stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, Stored]:
