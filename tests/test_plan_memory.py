@@ -318,6 +318,9 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
     found, most = largest_shapes(loader, range(3))
     assert most == 3
     assert found == [MicroBatchShape(4, 9, 32, masked=False), MicroBatchShape(3, 9, 24, masked=False, accumulated=True)]
+    steps[1] = [a_batch(1, 15)]  # fewer tokens, and no mask: but the longest row is known
+    found, _ = largest_shapes(loader, range(3))
+    assert max(shape.length for shape in found) == 15
 
 
 def test_the_longest_example_of_a_long_run_is_planned(tmp_path):

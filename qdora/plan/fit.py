@@ -86,7 +86,8 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
 
 
 def largest_shapes(loader: StepLoader, positions: Iterable[int]) -> tuple[list[MicroBatchShape], int]:
-    """The largest shapes of the steps at these positions (`not_exceeded`), and the most micro-batches of a step."""
+    """The largest shapes of the steps at these positions (`not_exceeded`) and the longest one, and the most
+    micro-batches of a step."""
     shapes: set[MicroBatchShape] = set()
     most = 1
     for position in positions:
@@ -98,7 +99,8 @@ def largest_shapes(loader: StepLoader, positions: Iterable[int]) -> tuple[list[M
             masked = packed or not bool(batch.attention_mask.all())  # transformers leaves out a mask of ones
             rows, length = batch.input_ids.shape
             shapes.add(MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, index > 0))
-    return not_exceeded(shapes), most
+    longest = max(shapes, key=lambda shape: shape.length)  # for the warning of rows beyond the context
+    return [*dict.fromkeys([*not_exceeded(shapes), longest])], most
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
